@@ -1,0 +1,54 @@
+"""Every environment variable this library reads at run time, typed and ranged. Nothing else reads `os.environ`.
+
+Build-time variables (`MOE_OVERLAP_BUILD`, `TORCH_CUDA_ARCH_LIST`, `MAX_JOBS`) belong to `setup.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from moe_overlap.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvVariable:
+    """One variable: its name, what it means, its default and the closed range its value must lie in."""
+
+    name: str
+    meaning: str
+    default: float
+    low: float
+    high: float
+
+    def read(self) -> float:
+        """The value in force. Raises ConfigError for text that is no number or lies outside the range."""
+        text = os.environ.get(self.name)
+        if text is None or text == "":
+            return self.default
+        expected = f"a number from {self.low:g} to {self.high:g} ({self.meaning})"
+        try:
+            value = float(text)
+        except ValueError:
+            raise ConfigError(self.name, text[:80], expected) from None
+        if not text.isascii() or math.isnan(value) or not self.low <= value <= self.high:
+            raise ConfigError(self.name, text[:80], expected)
+        return value
+
+
+TIMEOUT_S = EnvVariable(
+    name="MOE_OVERLAP_TIMEOUT_S",
+    meaning="seconds that a wait for a peer may take",
+    default=60.0,
+    low=0.05,
+    high=3600.0,
+)
+SLOW_PEER_S = EnvVariable(
+    name="MOE_OVERLAP_SLOW_PEER_S",
+    meaning="seconds of waiting after which a warning names the peer",
+    default=20.0,
+    low=0.05,
+    high=3600.0,
+)
+VARIABLES = (TIMEOUT_S, SLOW_PEER_S)

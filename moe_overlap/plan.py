@@ -1,0 +1,322 @@
+"""What the ranks agree on before any row moves, and the integers that follow from it.
+
+A step starts with one gathered record of fixed length per rank (`StepRecord`). Its counts have a fixed granularity:
+16 blocks of this rank's tokens (block b = tokens [b*T//16, (b+1)*T//16)) times P physical slots. From the gathered
+records every rank derives the same `ExchangePlan`, and from that, by a pure function, the `ChunkPlan` of any chunk
+count r in 1..16: chunk c of r = blocks [16c//r, 16(c+1)//r), or, by expert groups, the local slots
+[e*c//r, e*(c+1)//r) of every rank.
+
+Letters: W ranks, P slots, e slots a rank, C chunks, R rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from moe_overlap.errors import ConfigError, PlanMismatch
+
+BLOCKS = 16
+ChunkBy = Literal["tokens", "experts"]
+CHUNK_BY: tuple[ChunkBy, ...] = ("tokens", "experts")
+PHASES = ("forward", "recompute")
+
+# Codes of the dtypes a row may have; the position is the code that travels, so only ever append.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Position of `dtype` in the wire table. Raises ConfigError for a dtype that rows cannot have."""
+    if dtype not in DTYPES:
+        raise ConfigError("x.dtype", dtype, "one of " + ", ".join(str(known) for known in DTYPES))
+    return DTYPES.index(dtype)
+
+
+def digest(*parts: object) -> int:
+    """A 63-bit digest of the printed form of `parts`, equal on all ranks that hold equal values."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a rank cannot take part in this step: it travels as two integers, so that all ranks raise alike."""
+
+    code: int
+    value: int
+
+
+# code -> (field, what was expected). The code travels, so only ever append.
+REFUSALS: dict[int, tuple[str, str]] = {
+    1: ("logits", "no row with NaN or +inf, none that is all -inf (value: number of such rows; or bad_logits='drop')"),
+    2: ("x.shape[-1]", "the hidden_size of the layer"),
+    3: ("x.dtype", "the dtype of the layer's expert weights (value: code of the dtype given)"),
+    4: ("x.device", "the device of the layer's expert weights"),
+    5: ("topk_ids", "expert ids from -1 to num_experts - 1 (value: an id that is not)"),
+    6: ("x", "a tensor this layer accepts (the message of the refusing rank says what is wrong)"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one rank says at the start of a step. Integers only; `counts` is int64 [BLOCKS, P] on the CPU."""
+
+    step: int
+    phase: int
+    status: int
+    status_value: int
+    grad_enabled: int
+    x_requires_grad: int
+    chunks: int
+    chunk_by: int
+    dtype: int
+    hidden: int
+    top_k: int
+    placement_epoch: int
+    config_digest: int
+    schedule_digest: int
+    counts: torch.Tensor
+
+    def to_tensor(self) -> torch.Tensor:
+        """int64 [len(RECORD_FIELDS) + BLOCKS * P]: the named fields in order, then the counts."""
+        head = torch.tensor([int(getattr(self, name)) for name in RECORD_FIELDS], dtype=torch.int64)
+        return torch.cat([head, self.counts.reshape(-1)])
+
+
+RECORD_FIELDS: tuple[str, ...] = tuple(field.name for field in fields(StepRecord) if field.name != "counts")
+# The fields that must be equal on all ranks. `status` and `x_requires_grad` may differ.
+AGREED_FIELDS: tuple[str, ...] = tuple(
+    name for name in RECORD_FIELDS if name not in ("status", "status_value", "x_requires_grad")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLayout:
+    """What one row of an exchange carries: `width` elements of `dtype`."""
+
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangePlan:
+    """The counts of one step, known alike on every rank.
+
+    `counts` is int64 [W, BLOCKS, P]: rows that block b of rank w sends to slot p. `x_requires_grad` is the OR over
+    the ranks: whether the exchanges of the input gradient run in backward.
+    """
+
+    rank: int
+    world_size: int
+    step: int
+    phase: str
+    grad_enabled: bool
+    x_requires_grad: bool
+    counts: np.ndarray
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.counts.shape[2])
+
+    @property
+    def rows_per_rank(self) -> tuple[int, ...]:
+        """Rows that each rank's experts receive in this step, [W]."""
+        per_slot = self.counts.sum(axis=(0, 1))
+        return tuple(int(n) for n in per_slot.reshape(self.world_size, -1).sum(axis=1))
+
+    def chunked(self, chunks: int, by: ChunkBy = "tokens") -> ChunkPlan:
+        """The exchange cut into `chunks` (1..16) by token blocks or by groups of each rank's slots."""
+        if not isinstance(chunks, int) or not 1 <= chunks <= BLOCKS:
+            raise ConfigError("chunks", chunks, f"an integer from 1 to {BLOCKS}")
+        if by not in CHUNK_BY:
+            raise ConfigError("chunk_by", by, f"one of {CHUNK_BY}")
+        local = self.num_slots // self.world_size
+        matrix = np.zeros((chunks, self.world_size, self.num_slots), dtype=np.int64)
+        for c in range(chunks):
+            if by == "tokens":
+                matrix[c] = self.counts[:, BLOCKS * c // chunks : BLOCKS * (c + 1) // chunks].sum(axis=1)
+            else:
+                totals = self.counts.sum(axis=1).reshape(self.world_size, self.world_size, local)
+                group = slice(local * c // chunks, local * (c + 1) // chunks)
+                matrix[c].reshape(self.world_size, self.world_size, local)[:, :, group] = totals[:, :, group]
+        return ChunkPlan(exchange=self, chunks=chunks, by=by, matrix=matrix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkPlan:
+    """One step's exchange in C chunks. `matrix` is int64 [C, W, P]: rows of chunk c that rank w sends to slot p.
+
+    Send order of a rank: chunk, slot, token, k. Receive order of a chunk: source rank, slot, token, k. The experts'
+    buffer holds all chunks, expert by expert: slot, chunk, source rank, token, k, so that the rows of one expert are
+    one contiguous range (its weight gradient is one matmul) and those of one chunk within it are one too.
+    """
+
+    exchange: ExchangePlan
+    chunks: int
+    by: ChunkBy
+    matrix: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        return self.exchange.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.exchange.world_size
+
+    @property
+    def local_slots(self) -> int:
+        return self.exchange.num_slots // self.world_size
+
+    @cached_property
+    def send_counts(self) -> tuple[tuple[int, ...], ...]:
+        """Rows that this rank sends to each rank, [C][W]."""
+        mine = self.matrix[:, self.rank].reshape(self.chunks, self.world_size, self.local_slots).sum(axis=2)
+        return tuple(tuple(int(n) for n in row) for row in mine)
+
+    @cached_property
+    def recv_counts(self) -> tuple[tuple[int, ...], ...]:
+        """Rows that this rank receives from each rank, [C][W]."""
+        return tuple(tuple(int(n) for n in row) for row in self._received.sum(axis=2))
+
+    @cached_property
+    def send_rows(self) -> tuple[int, ...]:
+        return tuple(sum(row) for row in self.send_counts)
+
+    @cached_property
+    def recv_rows(self) -> tuple[int, ...]:
+        return tuple(sum(row) for row in self.recv_counts)
+
+    @cached_property
+    def send_offsets(self) -> tuple[int, ...]:
+        """First row of each chunk in the send buffer, [C + 1]."""
+        return tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.send_rows)]))
+
+    @cached_property
+    def _received(self) -> np.ndarray:
+        """int64 [C, W, e]: rows of chunk c from rank w for this rank's slot j."""
+        first = self.rank * self.local_slots
+        return self.matrix[:, :, first : first + self.local_slots]
+
+    @cached_property
+    def _segment_starts(self) -> np.ndarray:
+        """int64 [C, W, e]: where each segment of `_received` starts in the experts' buffer (slot, chunk, rank)."""
+        by_slot = self._received.transpose(2, 0, 1)
+        ends = np.cumsum(by_slot.reshape(-1)).reshape(by_slot.shape)
+        return (ends - by_slot).transpose(1, 2, 0)
+
+    @cached_property
+    def expert_offs(self) -> torch.Tensor:
+        """int32 [e]: inclusive ends of each local expert's rows over all chunks."""
+        return torch.from_numpy(np.cumsum(self._received.sum(axis=(0, 1))).astype(np.int32))
+
+    def expert_rows(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(starts, ends) int32 [e]: the rows of `chunk` of each local expert in the experts' buffer."""
+        starts = self._segment_starts[chunk, 0]
+        ends = starts + self._received[chunk].sum(axis=0)
+        return torch.from_numpy(starts.astype(np.int32)), torch.from_numpy(ends.astype(np.int32))
+
+    def buffer_order(self, chunk: int) -> torch.Tensor:
+        """int64 [recv_rows[chunk]]: position in the experts' buffer of each received row.
+
+        Example: two ranks, two local slots, one chunk, rank 0 sends (2, 1) rows and rank 1 sends (1, 1): rows arrive
+        as 0a 0a 0b 1a 1b and go to a: 0, 1, 2 and b: 3, 4, so the order is [0, 1, 3, 2, 4].
+        """
+        counts = self._received[chunk].reshape(-1)
+        starts = self._segment_starts[chunk].reshape(-1)
+        arrival = np.cumsum(counts) - counts
+        order = np.repeat(starts - arrival, counts) + np.arange(int(counts.sum()), dtype=np.int64)
+        return torch.from_numpy(order)
+
+    def send_keys(self, slots_TK: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(keys_TK int32, number of keys): sorting (token, k) stably by key gives the send order. -1 stays -1."""
+        num_slots, tokens = self.exchange.num_slots, slots_TK.shape[0]
+        if self.chunks == 1:
+            return slots_TK, num_slots
+        if self.by == "tokens":
+            bounds = [tokens * (BLOCKS * c // self.chunks) // BLOCKS for c in range(1, self.chunks)]
+            chunk_of_token = torch.zeros(tokens, dtype=torch.int32)
+            for bound in bounds:
+                chunk_of_token[bound:] += 1
+            base = (chunk_of_token * num_slots).to(slots_TK.device)[:, None]
+            return torch.where(slots_TK >= 0, slots_TK + base, slots_TK), num_slots * self.chunks
+        group_of_local = np.zeros(self.local_slots, dtype=np.int64)
+        for c in range(1, self.chunks):
+            group_of_local[self.local_slots * c // self.chunks :] += 1
+        order = np.argsort(np.tile(group_of_local, self.world_size), kind="stable")
+        key_of_slot = np.empty(num_slots, dtype=np.int32)
+        key_of_slot[order] = np.arange(num_slots, dtype=np.int32)
+        table = torch.from_numpy(key_of_slot).to(slots_TK.device)
+        return torch.where(slots_TK >= 0, table[slots_TK.clamp_min(0).long()], slots_TK), num_slots
+
+
+def block_counts(slots_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """int64 [BLOCKS, P] on the CPU: rows of each token block for each slot; ids of -1 do not count.
+
+    Raises ConfigError("topk_ids") for an id outside -1..P-1. One device-to-host read.
+    """
+    tokens, top_k = slots_TK.shape
+    bounds = torch.tensor([b * tokens // BLOCKS for b in range(1, BLOCKS)], dtype=torch.int64, device=slots_TK.device)
+    block_T = torch.bucketize(torch.arange(tokens, device=slots_TK.device), bounds, right=True)
+    ids = slots_TK.to(torch.int64)
+    valid = (ids >= 0) & (ids < num_slots)
+    flat = torch.where(valid, block_T[:, None] * num_slots + ids, BLOCKS * num_slots)
+    flat = torch.where((ids < -1) | (ids >= num_slots), BLOCKS * num_slots + 1, flat)
+    counts = torch.bincount(flat.reshape(-1), minlength=BLOCKS * num_slots + 2).cpu()
+    if int(counts[-1]) > 0:
+        bad = ids[(ids < -1) | (ids >= num_slots)]
+        raise ConfigError("topk_ids", int(bad.reshape(-1)[0]), f"expert ids from -1 to {num_slots - 1}")
+    return counts[: BLOCKS * num_slots].reshape(BLOCKS, num_slots)
+
+
+def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePlan:
+    """The plan that follows from the gathered records, int64 [W, len(RECORD_FIELDS) + BLOCKS * P] on the CPU.
+
+    Every rank calls this with the same data and so comes to the same end: the plan, or the same error. Raises
+    ConfigError where a rank refused the step, PlanMismatch where the ranks differ or a count cannot be.
+    """
+    world_size = records.shape[0]
+    table = records.numpy()
+    column = {name: table[:, i] for i, name in enumerate(RECORD_FIELDS)}
+    refusing = np.nonzero(column["status"])[0]
+    if len(refusing):
+        first = int(refusing[0])
+        field, expected = REFUSALS.get(int(column["status"][first]), ("status", "a known status code"))
+        raise ConfigError(field, int(column["status_value"][first]), f"{expected}; refused on rank {first}")
+    step = int(column["step"][rank])
+    for name in AGREED_FIELDS:
+        values = column[name]
+        if (values != values[0]).any():
+            other = int(np.nonzero(values != values[0])[0][0])
+            raise PlanMismatch(
+                f"the ranks disagree about {name}: rank 0 has {int(values[0])}, rank {other} has {int(values[other])}; "
+                "nothing was sent",
+                rank=rank,
+                peer=other if other != rank else 0,
+                step=step,
+                action="N",
+            )
+    counts = table[:, len(RECORD_FIELDS) :].reshape(world_size, BLOCKS, num_slots)
+    # A row count past 2^40 cannot be a real batch; refusing it keeps every sum below 2^63.
+    if (counts < 0).any() or (counts > 1 << 40).any():
+        bad = int(np.nonzero(((counts < 0) | (counts > 1 << 40)).any(axis=(1, 2)))[0][0])
+        raise PlanMismatch(f"rank {bad} announced an impossible row count; nothing was sent", rank=rank, peer=bad,
+                           step=step, action="N")  # fmt: skip
+    return ExchangePlan(
+        rank=rank,
+        world_size=world_size,
+        step=step,
+        phase=PHASES[int(column["phase"][0])] if 0 <= column["phase"][0] < len(PHASES) else "unknown",
+        grad_enabled=bool(column["grad_enabled"][0]),
+        x_requires_grad=bool(column["x_requires_grad"].any()),
+        counts=counts,
+    )

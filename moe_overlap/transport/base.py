@@ -1,0 +1,106 @@
+"""The contract of every transport: agree on a step's counts, then move rows.
+
+A transport belongs to one layer configuration. Its life: open (a header of fixed length is compared on all ranks),
+then for every step one `agree` and any number of `start`s, issued in the same order on all ranks. `start` returns at
+once; `Work.wait` returns the rows or raises within its limit. After any error the transport is poisoned: every later
+call raises TransportClosed from the first cause; `reopen()`, called on all ranks, makes it usable again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord
+
+HEADER_WORDS = 64
+MAGIC = 0x6D6F655F6F766C70  # "moe_ovlp"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What one layer configuration fixes for the life of a transport; compared on all ranks when it opens."""
+
+    num_experts: int
+    num_slots: int
+    hidden: int
+    ffn_hidden: int
+    top_k: int
+    weight_dtype: int
+    activation: int
+
+    def to_tensor(self, *, world_size: int) -> torch.Tensor:
+        """int64 [64]: magic, version, world size, then the fields in order; the rest is zero."""
+        words = [MAGIC, VERSION, world_size, *(int(getattr(self, field.name)) for field in fields(self))]
+        return torch.tensor(words + [0] * (HEADER_WORDS - len(words)), dtype=torch.int64)
+
+
+@dataclass
+class TransportStats:
+    """Counters since the transport was made. `payload_bytes`: rows sent to other ranks; `meta_bytes`: headers,
+    records and stamps sent to other ranks; `exchanges`: calls of `start`; `agreements`: calls of `agree`."""
+
+    payload_bytes: int = 0
+    meta_bytes: int = 0
+    exchanges: int = 0
+    agreements: int = 0
+
+
+class Work(Protocol):
+    """An exchange under way. It holds its buffers until it has been waited for or the transport closed."""
+
+    def wait(self, timeout_s: float | None = None) -> torch.Tensor:
+        """The received rows. On CUDA the current stream waits, not the host. Raises a MoeTransportError in time."""
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def interval(self) -> tuple[float, float] | None:
+        """(start_s, end_s) on the time.perf_counter clock during which the bytes were under way, once waited for."""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """Bytes between ranks. No routing, no arithmetic."""
+
+    name: str
+    rank: int
+    world_size: int
+    timeout_s: float
+    stats: TransportStats
+
+    def open(self, header: Header) -> None:
+        """Compare `header` on all ranks; called once by the layer before its first step, again after `reopen`.
+
+        Idempotent for an equal header. Raises PlanMismatch alike on all ranks where headers differ, ConfigError when
+        the transport is already open for another configuration.
+        """
+
+    def agree(self, record: StepRecord) -> ExchangePlan:
+        """The one control collective of a step: gathers the records and derives the plan with `plan.agree_on`."""
+
+    def start(
+        self,
+        rows: torch.Tensor,
+        plan: ChunkPlan,
+        layout: RowLayout,
+        chunk: int = 0,
+        *,
+        reverse: bool = False,
+        out: torch.Tensor | None = None,
+        action: str = "D",
+    ) -> Work:
+        """Send `rows` [sum(plan.send_counts[chunk]), width], grouped by destination rank; receive
+        [sum(plan.recv_counts[chunk]), width], grouped by source rank, into `out` where given.
+
+        `reverse=True` is the adjoint and swaps the two lists. `action` (e.g. "D0") appears in errors. Returns at once.
+        """
+
+    def close(self, reason: str) -> None:
+        """Poison the transport and tell the peers, whose waits then raise RemoteAbort with `reason`. Never raises."""
+
+    def reopen(self) -> None:
+        """A fresh transport under the same object, after a failure; collective over all ranks of the group."""
