@@ -1,0 +1,5 @@
+"""Where each expert lives: integers, no tokens."""
+
+from .placement import Placement
+
+__all__ = ["Placement"]
