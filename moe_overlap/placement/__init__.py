@@ -1,5 +1,5 @@
 """Where each expert lives: integers, no tokens."""
 
-from .placement import Placement
+from moe_overlap.placement.placement import Placement
 
 __all__ = ["Placement"]

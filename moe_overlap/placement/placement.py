@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from ..errors import ConfigError
+from moe_overlap.errors import ConfigError
 
 
 @dataclass(frozen=True)

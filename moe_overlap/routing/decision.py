@@ -1,0 +1,30 @@
+"""What a router hands to the rest of the layer: one frozen record of tensors of this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+STATUS_OK = 0
+STATUS_BAD_LOGITS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingDecision:
+    """Which experts each of this rank's T tokens wants.
+
+    topk_ids_TK: int32 [T, K], *logical* expert ids; -1 = unused (dropped slot or refused token). In order of score.
+    topk_weights_TK: float32 [T, K] (float64 for float64 input), differentiable; 0 where the id is -1.
+    tokens_per_expert_E: int64 [E], what the router chose, before capacity dropped anything.
+    dropped_tokens: int64 scalar tensor, number of (token, k) slots that were dropped.
+    status: int32 [1]; 0 = fine, 1 = bad logits seen (NaN, +inf, or a row of -inf) and the policy is to raise.
+    aux_loss: differentiable scalar, already multiplied by its coefficients, or None when no coefficient is set.
+    """
+
+    topk_ids_TK: torch.Tensor
+    topk_weights_TK: torch.Tensor
+    tokens_per_expert_E: torch.Tensor
+    dropped_tokens: torch.Tensor
+    status: torch.Tensor
+    aux_loss: torch.Tensor | None = None

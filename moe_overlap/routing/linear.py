@@ -1,0 +1,204 @@
+"""The linear router: logits = W x in float32, top-k through `ops.gate_topk`, losses and capacity."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.ops.gate import gate_topk
+from moe_overlap.routing.balance import Reduce, load_balancing_loss, router_probabilities, z_loss
+from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.routing.select import drop_over_capacity, expert_capacity
+
+SCORES = ("softmax", "topk_softmax", "sigmoid")
+BAD_LOGITS = ("raise", "drop")
+INIT_STD = 0.02
+
+
+class LinearRouter(nn.Module):
+    """Scores every expert with one matrix and picks `top_k` of them per token.
+
+    score: "softmax" (softmax over all experts, then top-k: GShard, Switch), "topk_softmax" (top-k, then softmax over
+    the winners: Mixtral, ScMoE eq. 2-5) or "sigmoid" (each expert for itself: DeepSeek-V3). Ties go to the lower id.
+    renormalize: divide the K weights by their sum. scale: multiply them. n_group, topk_group: choose the experts
+    from the best `topk_group` of `n_group` groups. bias: a buffer `expert_bias_E` that is added for the selection
+    only, never to the weights (arXiv 2408.15664). aux_loss_coef, z_loss_coef: see `balance.py`.
+    capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
+    highest weight (equal weights: earlier token first).
+    bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
+    status says so, and all ranks raise together when they agree on the step. "drop": the token takes no expert, its
+    K slots count as dropped, and no gradient comes from it.
+
+    Computes in float32, float64 for float64 input, whatever autocast says. Parameter: `weight` [E, D].
+    """
+
+    expert_bias_E: torch.Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score: str = "softmax",
+        renormalize: bool = False,
+        scale: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        bias: bool = False,
+        aux_loss_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+        capacity_factor: float | None = None,
+        bad_logits: str = "raise",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
+        _check_choices(score, bad_logits)
+        _check_numbers(scale=scale, aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
+        if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
+            raise ConfigError("capacity_factor", capacity_factor, "None or a finite number above 0")
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.score = score
+        self.renormalize = renormalize
+        self.scale = scale
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.aux_loss_coef = aux_loss_coef
+        self.z_loss_coef = z_loss_coef
+        self.capacity_factor = capacity_factor
+        self.bad_logits = bad_logits
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias else None
+        self.register_buffer("expert_bias_E", bias_E)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small normal weights (std 0.02): near-uniform probabilities, so that training starts balanced."""
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def extra_repr(self) -> str:
+        return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
+
+    def forward(
+        self, x_TD: torch.Tensor, *, reduce: Reduce | None = None, local_experts: torch.Tensor | None = None
+    ) -> RoutingDecision:
+        """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
+
+        Raises ConfigError for a wrong shape, dtype or device; never for bad logits (see `bad_logits`).
+        """
+        self._check_input(x_TD)
+        if local_experts is not None:
+            raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            return self._route(x_TD, reduce)
+
+    def _route(self, x_TD: torch.Tensor, reduce: Reduce | None) -> RoutingDecision:
+        logits_TE = self._logits(x_TD)
+        bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
+        weights_TK, ids_TK, counts_E, status = gate_topk(
+            logits_TE,
+            bias_E,
+            k=self.top_k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            score=self.score,
+            renormalize=self.renormalize,
+            scale=self.scale,
+        )
+        dropped = counts_E.new_zeros((), dtype=torch.int64)
+        valid_T1 = None
+        if self.bad_logits == "drop":
+            # A refused token has no id at all, so its first id tells.
+            valid_T1 = ids_TK[:, :1] >= 0
+            dropped = (ids_TK < 0).sum()
+            status = torch.zeros_like(status)
+        aux_loss = self._losses(logits_TE, counts_E, valid_T1, reduce)
+        if self.capacity_factor is not None:
+            capacity = expert_capacity(self.capacity_factor, x_TD.shape[0], self.top_k, self.num_experts)
+            ids_TK, weights_TK, over_capacity = drop_over_capacity(
+                ids_TK, weights_TK, num_experts=self.num_experts, capacity=capacity
+            )
+            dropped = dropped + over_capacity
+        return RoutingDecision(
+            topk_ids_TK=ids_TK,
+            topk_weights_TK=weights_TK,
+            tokens_per_expert_E=counts_E.to(torch.int64),
+            dropped_tokens=dropped,
+            status=status,
+            aux_loss=aux_loss,
+        )
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        weight_ED = self.weight.to(dtype)
+        if self.bad_logits == "raise":
+            return nn.functional.linear(x_TD.to(dtype), weight_ED)
+        # Zero gradient times a NaN activation is still NaN in the weight's gradient: bad rows leave before the
+        # product, and their logits are marked after it.
+        bad_T1 = ~x_TD.isfinite().all(dim=-1, keepdim=True)
+        logits_TE = nn.functional.linear(x_TD.to(dtype).masked_fill(bad_T1, 0.0), weight_ED)
+        return logits_TE.masked_fill(bad_T1, float("nan"))
+
+    def _losses(
+        self,
+        logits_TE: torch.Tensor,
+        counts_E: torch.Tensor,
+        valid_T1: torch.Tensor | None,
+        reduce: Reduce | None,
+    ) -> torch.Tensor | None:
+        if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
+            return None
+        if valid_T1 is not None:
+            logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
+        loss = logits_TE.new_zeros(())
+        if self.aux_loss_coef != 0.0:
+            probs_TE = router_probabilities(logits_TE, self.score)
+            balance = load_balancing_loss(probs_TE, counts_E, valid_T1=valid_T1, reduce=reduce)
+            loss = loss + self.aux_loss_coef * balance
+        if self.z_loss_coef != 0.0:
+            loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
+        return loss
+
+    def _check_input(self, x_TD: torch.Tensor) -> None:
+        if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_size:
+            raise ConfigError("x.shape", tuple(x_TD.shape), f"[tokens, {self.hidden_size}]")
+        if not x_TD.is_floating_point():
+            raise ConfigError("x.dtype", x_TD.dtype, "a floating-point dtype")
+        if x_TD.device != self.weight.device:
+            raise ConfigError("x.device", str(x_TD.device), f"the router's device, {self.weight.device}")
+
+
+def _check_sizes(hidden_size: int, num_experts: int, top_k: int, n_group: int, topk_group: int) -> None:
+    for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts)):
+        if value < 1:
+            raise ConfigError(name, value, "an integer of at least 1")
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
+    if n_group < 1 or num_experts % n_group:
+        raise ConfigError("n_group", n_group, f"a positive divisor of num_experts ({num_experts})")
+    if not 1 <= topk_group <= n_group:
+        raise ConfigError("topk_group", topk_group, f"an integer from 1 to n_group ({n_group})")
+    if topk_group * (num_experts // n_group) < top_k:
+        raise ConfigError("topk_group", topk_group, f"groups with at least top_k ({top_k}) experts together")
+
+
+def _check_choices(score: str, bad_logits: str) -> None:
+    if score not in SCORES:
+        raise ConfigError("score", score, f"one of {', '.join(SCORES)}")
+    if bad_logits not in BAD_LOGITS:
+        raise ConfigError("bad_logits", bad_logits, f"one of {', '.join(BAD_LOGITS)}")
+
+
+def _check_numbers(*, scale: float, aux_loss_coef: float, z_loss_coef: float) -> None:
+    if not math.isfinite(scale):
+        raise ConfigError("scale", scale, "a finite number")
+    for name, value in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(name, value, "a finite number of at least 0")
