@@ -1,0 +1,193 @@
+"""Actions: the words a schedule is written in.
+
+A schedule is a list of actions in issue order. What an action reads, writes and occupies stands once, in `VERBS`;
+validation, simulation, drawing and the executor are generic over that table, so that a new strategy adds verbs and a
+builder, never a branch.
+
+Text form: the verb, then its index: `P D0 D1 E0 C0 E1 C1 U`. `Schedule.parse` is the exact inverse of `Schedule.text`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_overlap.errors import ConfigError
+
+Phase = Literal["forward", "backward"]
+Scope = Literal["one", "same", "all"]
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A value that passes between actions. `scope`: it exists once, once per index (this action's), or all of them.
+
+    `shift` is added to the action's index: backbone op i writes hidden[i + 1], which op i + 1 reads.
+    """
+
+    name: str
+    scope: Scope = "one"
+    shift: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerbSpec:
+    """What a verb means: its lane, what it reads and writes, and how its duration grows."""
+
+    verb: str
+    phase: Phase
+    lane: str
+    indexed: bool
+    reads: tuple[Resource, ...]
+    writes: tuple[Resource, ...]
+    duration: Literal["exchange", "experts", "weight_grad", "backbone", "fixed"]
+    meaning: str
+
+
+def _one(name: str) -> Resource:
+    return Resource(name)
+
+
+def _same(name: str, shift: int = 0) -> Resource:
+    return Resource(name, "same", shift)
+
+
+def _all(name: str) -> Resource:
+    return Resource(name, "all")
+
+
+def _spec(
+    verb: str,
+    phase: Phase,
+    lane: str,
+    reads: tuple[Resource, ...],
+    writes: tuple[Resource, ...],
+    duration: Literal["exchange", "experts", "weight_grad", "backbone", "fixed"],
+    meaning: str,
+) -> VerbSpec:
+    indexed = any(resource.scope == "same" for resource in reads + writes)
+    return VerbSpec(verb=verb, phase=phase, lane=lane, indexed=indexed, reads=reads, writes=writes,
+                    duration=duration, meaning=meaning)  # fmt: skip
+
+
+COMP, WIRE = "comp", "wire"
+
+VERBS: dict[str, VerbSpec] = {
+    spec.verb: spec
+    for spec in (
+        # Forward.
+        _spec("P", "forward", COMP, (_one("x"),), (_one("send"),), "fixed", "permute rows into send order"),
+        _spec("D", "forward", WIRE, (_one("send"),), (_same("recv"),), "exchange", "dispatch a chunk"),
+        _spec("E", "forward", COMP, (_same("recv"),), (_same("out"),), "experts", "experts on a chunk"),
+        _spec("C", "forward", WIRE, (_same("out"),), (_same("back"),), "exchange", "combine a chunk"),
+        _spec("U", "forward", COMP, (_all("back"),), (_one("routed"),), "fixed", "weigh and sum the rows of a token"),
+        _spec("B", "forward", COMP, (_same("hidden"),), (_same("hidden", 1),), "backbone", "backbone op"),
+        _spec("S", "forward", COMP, (_one("x"),), (_one("shared"),), "backbone", "shared expert"),
+        # Backward.
+        _spec("Ut", "backward", COMP, (_one("dy"),), (_one("dback"),), "fixed", "gradient of U: rows and weights"),
+        _spec("Ct", "backward", WIRE, (_one("dback"),), (_same("dout"),), "exchange", "adjoint of combine"),
+        _spec("Ed", "backward", COMP, (_same("dout"),), (_same("din"),), "experts", "input gradient of the experts"),
+        _spec("Dt", "backward", WIRE, (_same("din"),), (_same("dsend"),), "exchange", "adjoint of dispatch"),
+        _spec("Ew", "backward", COMP, (_all("din"),), (_same("dweight"),), "weight_grad", "weight gradient of a group"),
+        _spec("Pt", "backward", COMP, (_all("dsend"),), (_one("dx"),), "fixed", "gradient of P: sum over the choices"),
+        _spec("Bt", "backward", COMP, (_same("dhidden", 1),), (_same("dhidden"),), "backbone", "backbone op, backward"),
+        _spec("St", "backward", COMP, (_one("dy"),), (_one("dshared"),), "backbone", "shared expert, backward"),
+    )
+}
+
+_TEXT = re.compile(r"([A-Z][a-z]?)(\d+)?")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One entry of a schedule. `index` is a chunk, a backbone op or a weight-gradient group, by the verb."""
+
+    verb: str
+    index: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.verb not in VERBS:
+            raise ConfigError("action", self.verb, "a verb among " + " ".join(VERBS))
+        if self.spec.indexed != (self.index is not None) or (self.index is not None and self.index < 0):
+            expected = f"{self.verb} {'with an index, as in ' + self.verb + '0' if self.spec.indexed else 'alone'}"
+            raise ConfigError("action", f"{self.verb}{'' if self.index is None else self.index}", expected)
+
+    @property
+    def spec(self) -> VerbSpec:
+        return VERBS[self.verb]
+
+    @property
+    def lane(self) -> str:
+        return self.spec.lane
+
+    @property
+    def text(self) -> str:
+        return self.verb if self.index is None else f"{self.verb}{self.index}"
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ConfigError("action", text, "a verb and an index, such as D0")
+        verb, index = match.groups()
+        action = cls(verb, None if index is None else int(index))
+        if action.text != text:
+            raise ConfigError("action", text, f"{action.text} (no leading zeros)")
+        return action
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Actions in issue order, of one phase."""
+
+    actions: tuple[Action, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(action.text for action in self.actions)
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        return cls(tuple(Action.parse(word) for word in text.split()))
+
+    def __iter__(self) -> Iterator[Action]:
+        return iter(self.actions)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def count(self, verb: str) -> int:
+        return sum(action.verb == verb for action in self.actions)
+
+
+def dependencies(schedule: Schedule) -> list[list[int]]:
+    """For each action the positions of the actions whose results it reads, in ascending order.
+
+    A resource that no action of the schedule writes is an input (x, the incoming gradient, hidden[0]). Positions may
+    lie after the action itself: such a schedule cannot run, and `check` says so.
+    """
+    writers: dict[str, dict[int | None, int]] = {}
+    for position, action in enumerate(schedule):
+        for resource in action.spec.writes:
+            index = None if resource.scope == "one" else (action.index or 0) + resource.shift
+            writers.setdefault(resource.name, {})[index] = position
+    needs: list[list[int]] = []
+    for action in schedule:
+        found: set[int] = set()
+        for resource in action.spec.reads:
+            written = writers.get(resource.name, {})
+            if resource.scope == "same":
+                index = (action.index or 0) + resource.shift
+                found.update(p for i, p in written.items() if i == index)
+            else:
+                found.update(written.values())
+        needs.append(sorted(found))
+    return needs

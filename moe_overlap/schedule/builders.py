@@ -1,0 +1,200 @@
+"""One short function per published strategy: shape of the strategy in, a pair of schedules out.
+
+`serial` is every framework's default; `chunked` is the pipeline of Tutel (MLSys'23), PipeMoE (INFOCOM'23) and, by
+expert groups, EPS-MoE (arXiv 2410.12247); `shared_expert` hides exchanges under a shared expert (Megatron-Core);
+`shortcut` is ScMoE (ICML 2025, arXiv 2404.05019): the experts read an earlier activation, so that whole backbone ops
+run beside both exchanges.
+
+`joined=True` keeps plan and order and waits for every exchange right after its start: overlap off. Results are equal
+bit for bit either way; that is the library's central test.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy, digest
+from moe_overlap.schedule.actions import Action, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulePair:
+    """The forward and the backward schedule of one layer call, and what they were built from."""
+
+    name: str
+    forward: Schedule
+    backward: Schedule
+    chunks: int
+    by: ChunkBy
+    slot: int | None = None
+    joined: bool = False
+
+    @property
+    def digest(self) -> int:
+        """Equal on all ranks that will issue the same exchanges in the same order."""
+        return digest(self.forward.text, self.backward.text, self.chunks, self.by)
+
+    @property
+    def num_ops(self) -> int:
+        """Backbone ops that the schedule issues."""
+        return self.forward.count("B")
+
+    @property
+    def has_shared(self) -> bool:
+        return self.forward.count("S") > 0
+
+    def join(self, joined: bool = True) -> SchedulePair:
+        """The same schedules with every exchange joined right after its start (overlap off), or not."""
+        return replace(self, joined=joined)
+
+
+def _actions(verb: str, indices: range) -> list[Action]:
+    return [Action(verb, index) for index in indices]
+
+
+def _interleave(first: str, second: str, count: int) -> list[Action]:
+    return [Action(verb, index) for index in range(count) for verb in (first, second)]
+
+
+def _check_chunks(chunks: int, by: str) -> None:
+    if not isinstance(chunks, int) or isinstance(chunks, bool) or not 1 <= chunks <= BLOCKS:
+        raise ConfigError("chunks", chunks, f"an integer from 1 to {BLOCKS}")
+    if by not in CHUNK_BY:
+        raise ConfigError("chunk_by", by, f"one of {CHUNK_BY}")
+
+
+def _forward(before: list[Action], after: list[Action], chunks: int) -> Schedule:
+    """`before`: ops issued between the dispatches and the experts; `after`: between the combines and U."""
+    parts = [Action("P"), *_actions("D", range(chunks)), *before, *_interleave("E", "C", chunks), *after, Action("U")]
+    return Schedule(tuple(parts))
+
+
+def _backward(before: list[Action], after: list[Action], chunks: int) -> Schedule:
+    """`before`: ops between the first exchanges and the experts; `after`: ops under the second exchanges."""
+    parts = [Action("Ut"), *_actions("Ct", range(chunks)), *before, *_interleave("Ed", "Dt", chunks)]
+    return Schedule((*parts, Action("Ew", 0), *after, Action("Pt")))
+
+
+def serial(*, shared: bool = False) -> SchedulePair:
+    """One chunk, nothing beside the exchanges: they are joined where they start."""
+    tail = [Action("S")] if shared else []
+    head = [Action("St")] if shared else []
+    forward, backward = _forward([], [], 1), _backward([], [], 1)
+    return SchedulePair(
+        name="serial",
+        forward=Schedule((*forward, *tail)),
+        backward=Schedule((*head, *backward)),
+        chunks=1,
+        by="tokens",
+        joined=True,
+    )
+
+
+def chunked(chunks: int, by: ChunkBy = "tokens", *, shared: bool = False) -> SchedulePair:
+    """All dispatches, then expert and combine of each chunk in turn: T(r) = max{2ra, 2a + re, (r+1)a + e}."""
+    _check_chunks(chunks, by)
+    return SchedulePair(
+        name="chunked",
+        forward=_forward([Action("S")] if shared else [], [], chunks),
+        backward=_backward([Action("St")] if shared else [], [], chunks),
+        chunks=chunks,
+        by=by,
+    )
+
+
+def shared_expert(slot: int = 1, *, chunks: int = 1, by: ChunkBy = "tokens") -> SchedulePair:
+    """The shared expert under the dispatch (slot 1) or under the combine (slot 0); the other way round in backward."""
+    _check_chunks(chunks, by)
+    if slot not in (0, 1):
+        raise ConfigError("slot", slot, "0 (shared expert under the combine) or 1 (under the dispatch)")
+    s, st = [Action("S")], [Action("St")]
+    return SchedulePair(
+        name="shared_expert",
+        forward=_forward(s, [], chunks) if slot else _forward([], s, chunks),
+        backward=_backward([], st, chunks) if slot else _backward(st, [], chunks),
+        chunks=chunks,
+        by=by,
+        slot=slot,
+    )
+
+
+def window(
+    num_ops: int, slot: int, *, chunks: int = 1, by: ChunkBy = "tokens", backward_slot: int | None = None
+) -> SchedulePair:
+    """`num_ops` backbone ops beside the exchanges, `slot` (the paper's K - 1) of them issued before the experts.
+
+    `backward_slot` is the same number for the backward schedule, counted in forward order: of the ops' backwards,
+    those of ops `backward_slot`.. run before the experts' and the rest after. It defaults to `slot`: the mirror.
+    """
+    _check_chunks(chunks, by)
+    back = slot if backward_slot is None else backward_slot
+    for name, value in (("slot", slot), ("backward_slot", back)):
+        if not isinstance(value, int) or not 0 <= value <= num_ops:
+            raise ConfigError(name, value, f"an integer from 0 to {num_ops}, the number of backbone ops after the tap")
+    return SchedulePair(
+        name="shortcut",
+        forward=_forward(_actions("B", range(slot)), _actions("B", range(slot, num_ops)), chunks),
+        backward=_backward(
+            _actions("Bt", range(num_ops - 1, back - 1, -1)), _actions("Bt", range(back - 1, -1, -1)), chunks
+        ),
+        chunks=chunks,
+        by=by,
+        slot=slot,
+    )
+
+
+def tap_of_position(position: int, num_backbone: int = 4) -> int:
+    """Backbone ops before the point that feeds the experts, for the paper's Pos-1, 2, 3.
+
+    Of a block pair [attention, MLP, attention, shared expert]: Pos-1 reads after the MLP, Pos-2 between attention and
+    MLP, Pos-3 before the first attention (ScMoE, section 3.1).
+    """
+    if position not in (1, 2, 3) or num_backbone < 4 - position:
+        raise ConfigError("position", position, "1, 2 or 3 (ScMoE's Pos-1, Pos-2, Pos-3)")
+    return num_backbone - 1 - position
+
+
+def shortcut(
+    position: int,
+    slot: int,
+    *,
+    chunks: int = 1,
+    by: ChunkBy = "tokens",
+    backward_slot: int | None = None,
+    num_backbone: int = 4,
+) -> SchedulePair:
+    """ScMoE's Pos-1/2/3 over a block pair of `num_backbone` ops, `slot` of the ops after the tap before the experts."""
+    num_ops = num_backbone - tap_of_position(position, num_backbone)
+    return window(num_ops, slot, chunks=chunks, by=by, backward_slot=backward_slot)
+
+
+_CHOICE = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")
+
+
+def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
+    """The pair that a user's word names: serial, chunked(4), chunked(4,experts), shared_expert, shared_expert(0).
+
+    `shared` says whether the layer has a shared expert. Raises ConfigError for any other text, NotImplementedError
+    for "auto", which needs the planner.
+    """
+    expected = "serial, chunked(r) or chunked(r,experts) with r from 1 to 16, shared_expert or shared_expert(slot)"
+    match = _CHOICE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ConfigError("schedule", text, expected)
+    name, inside = match.groups()
+    words = [word.strip() for word in inside.split(",")] if inside else []
+    if name == "auto":
+        raise NotImplementedError('schedule="auto" needs the planner, which this version does not have; ' + expected)
+    if name == "serial" and not words:
+        return serial(shared=shared)
+    if name == "chunked" and words and words[0].isdecimal() and len(words) <= 2:
+        by = words[1] if len(words) == 2 else "tokens"
+        if by in CHUNK_BY:
+            return chunked(int(words[0]), by, shared=shared)  # type: ignore[arg-type]
+    if name == "shared_expert" and len(words) <= 1 and all(word in ("0", "1") for word in words):
+        if not shared:
+            raise ConfigError("schedule", text, "a layer with a shared expert (shared_expert_size) for this schedule")
+        return shared_expert(int(words[0]) if words else 1)
+    raise ConfigError("schedule", text, expected)

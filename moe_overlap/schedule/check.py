@@ -1,0 +1,150 @@
+"""Validate, simulate and draw schedules. Pure integers and seconds; no tensor is touched.
+
+Drawing: one column per step of unit length, one row per lane.
+
+    chunked(3)  comp | P  .  E0 E1 E2 .  .  U
+                wire | .  D0 D1 D2 C0 C1 C2 .
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.schedule.actions import Action, Schedule, dependencies
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.simulate import simulate
+
+LANES = ("comp", "wire")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a schedule, and with which of its actions (None: something is missing)."""
+
+    message: str
+    position: int | None = None
+
+
+# Verbs of which a complete schedule has exactly one per chunk, and exactly one at all.
+PER_CHUNK = {"forward": ("D", "E", "C"), "backward": ("Ct", "Ed", "Dt")}
+ONCE = {"forward": ("P", "U"), "backward": ("Ut", "Pt")}
+REVERSED = ("Bt",)
+
+
+def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = None) -> list[Problem]:
+    """Everything wrong with `schedule` for an exchange of `chunks` chunks; empty when it can run.
+
+    `max_in_flight`: how many exchanges may be under way at once (a bound on buffer bytes in units of one chunk).
+    """
+    found: list[Problem] = []
+    phases = {action.spec.phase for action in schedule}
+    if len(phases) != 1:
+        return [Problem("a schedule has actions of exactly one phase")]
+    phase = phases.pop()
+    seen: dict[Action, int] = {}
+    for position, action in enumerate(schedule):
+        if action in seen:
+            found.append(Problem(f"{action} appears twice", position))
+        seen.setdefault(action, position)
+    for verb in PER_CHUNK[phase]:
+        have = {action.index for action in seen if action.verb == verb}
+        found += [Problem(f"{verb}{c} is missing") for c in range(chunks) if c not in have]
+        found += [
+            Problem(f"{verb}{c} has no chunk: there are {chunks}", seen[Action(verb, c)])
+            for c in sorted(have)  # type: ignore[type-var]
+            if c is not None and c >= chunks
+        ]
+    found += [Problem(f"{verb} is missing") for verb in ONCE[phase] if Action(verb) not in seen]
+    if phase == "backward" and not any(action.verb == "Ew" for action in seen):
+        found.append(Problem("Ew0 is missing: no weight gradient"))
+    for verb in ("B", "Bt", "Ew"):
+        indices = sorted(action.index for action in seen if action.verb == verb and action.index is not None)
+        if indices != list(range(len(indices))):
+            found.append(Problem(f"{verb} has the indices {indices}, not 0 to {len(indices) - 1}"))
+    for position, needs in enumerate(dependencies(schedule)):
+        late = [need for need in needs if need >= position]
+        if late:
+            found.append(Problem(f"{schedule.actions[position]} runs before {schedule.actions[late[0]]}", position))
+    if max_in_flight is not None:
+        found += _too_many_in_flight(schedule, max_in_flight)
+    return found
+
+
+def _too_many_in_flight(schedule: Schedule, limit: int) -> list[Problem]:
+    """Exchanges are under way from their start to the first action that reads their result."""
+    waiting: set[int] = set()
+    found = []
+    for position, (action, needs) in enumerate(zip(schedule, dependencies(schedule), strict=True)):
+        waiting.difference_update(needs)
+        if action.lane == "wire":
+            waiting.add(position)
+            if len(waiting) > limit:
+                found.append(Problem(f"{action} is exchange number {len(waiting)} under way; the limit is {limit}",
+                                     position))  # fmt: skip
+    return found
+
+
+def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
+    """Raises ConfigError with the drawing and the offending action marked where `pair` cannot run."""
+    for name, schedule in (("forward", pair.forward), ("backward", pair.backward)):
+        found = problems(schedule, chunks=pair.chunks, max_in_flight=max_in_flight)
+        if found:
+            marks = "\n".join(_mark(schedule, problem) for problem in found)
+            raise ConfigError(f"schedule.{name}", schedule.text, f"a schedule that can run:\n{marks}")
+    ops = [a.text for a in pair.forward if a.verb in ("B", "S")]
+    mirrored = [a.text.replace("t", "") for a in pair.backward if a.verb in ("Bt", "St")]
+    if ops != mirrored[::-1]:
+        raise ConfigError("schedule.backward", pair.backward.text, f"the backward of {ops} in reverse order")
+
+
+def _mark(schedule: Schedule, problem: Problem) -> str:
+    words = [action.text for action in schedule]
+    if problem.position is None:
+        return "  " + " ".join(words) + f"   <-- {problem.message}"
+    before = len(" ".join(words[: problem.position])) + (problem.position > 0)
+    return "  " + " ".join(words) + "\n  " + " " * before + "^" * len(words[problem.position]) + f" {problem.message}"
+
+
+def spans(
+    schedule: Schedule, durations_s: Mapping[str, float] | float, *, joined: bool = False
+) -> list[tuple[float, float]]:
+    """(start_s, end_s) of every action by exact event simulation.
+
+    `durations_s`: by action text (`D0`) or by verb (`D`); or one number for all. Lanes run their actions in issue
+    order, one at a time. `joined`: every action after an exchange also waits for it (overlap off).
+    """
+    actions = schedule.actions
+    if isinstance(durations_s, Mapping):
+        seconds = [float(durations_s.get(a.text, durations_s.get(a.verb, 0.0))) for a in actions]
+    else:
+        seconds = [float(durations_s)] * len(actions)
+    needs = dependencies(schedule)
+    if joined:
+        last_wire: int | None = None
+        for position, action in enumerate(actions):
+            if last_wire is not None:
+                needs[position] = sorted({*needs[position], last_wire})
+            if action.lane == "wire":
+                last_wire = position
+    return simulate([LANES.index(a.lane) for a in actions], seconds, needs)
+
+
+def makespan_s(schedule: Schedule, durations_s: Mapping[str, float] | float, *, joined: bool = False) -> float:
+    """When the last action ends, in seconds from the start of the first."""
+    return max((end for _, end in spans(schedule, durations_s, joined=joined)), default=0.0)
+
+
+def draw(schedule: Schedule, *, joined: bool = False) -> str:
+    """The schedule as lanes, one column per unit of time, as if every action took one unit."""
+    cells: dict[tuple[str, int], str] = {}
+    columns = 0
+    for action, (start, end) in zip(schedule, spans(schedule, 1.0, joined=joined), strict=True):
+        cells[action.lane, round(start)] = action.text
+        columns = max(columns, round(end))
+    widths = [max([1, *(len(cells[lane, c]) for lane in LANES if (lane, c) in cells)]) for c in range(columns)]
+    return "\n".join(
+        f"{lane} | " + " ".join(cells.get((lane, c), ".").ljust(widths[c]) for c in range(columns)).rstrip()
+        for lane in LANES
+    )
