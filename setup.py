@@ -199,6 +199,8 @@ class BuildPython(build_py):
 class BuildNative(build_ext):
     """Runs CMake once, takes `_planner` and the static core from it, and links `_C` against the core."""
 
+    extensions: list[Extension]
+
     def run(self) -> None:
         self.left_out = dict(AGAINST)
         super().run()
@@ -214,7 +216,7 @@ class BuildNative(build_ext):
         try:
             self.run_cmake()
         except CompileError as error:
-            self.give_up(self.extensions, error)
+            self.give_up(list(self.extensions), error)
         for ext in list(self.extensions):
             try:
                 self.build_extension(ext)

@@ -47,7 +47,8 @@ def reason(name: str) -> str:
 
 def part(name: str) -> NativePart:
     """The state of "planner" or "ops", loaded now if it was not yet."""
-    return {"planner": lambda: _load_planner()[1], "ops": _load_ops}[name]()
+    assert name in STEMS, name
+    return _load_ops() if name == "ops" else _load_planner()[1]
 
 
 def parts() -> tuple[NativePart, ...]:

@@ -1,0 +1,82 @@
+# make test | make bench [QUICK=1] | make soak | make lint | make setup
+#
+# All of them share one set-up: .venv with the pinned packages of constraints.txt and an editable install with the
+# compiled parts. A stamp makes the second call cheap.
+#   VENV=      (empty) use the environment of PYTHON as it is: nothing is downloaded, only this package is installed.
+#   PYTHON=    the interpreter to start from (default python3; 3.11 or later)
+# MOE_OVERLAP_BUILD, TORCH_CUDA_ARCH_LIST and MAX_JOBS reach the build (see setup.py).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test bench soak lint gpu clean
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/bench
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+ifeq ($(strip $(VENV)),)
+  PY := $(PYTHON)
+  # Another Python, or another container, is another set-up.
+  SETUP := build/.setup-$(shell $(PYTHON) -c 'import hashlib, sys; \
+    print(hashlib.sha256((sys.prefix + sys.version).encode()).hexdigest()[:12])')
+else
+  PY := $(VENV)/bin/python
+  SETUP := $(VENV)/.setup
+endif
+# And so is another kind of build: the stamps of the others are removed when one is made.
+STAMP := $(SETUP)-$(or $(MOE_OVERLAP_BUILD),auto)
+
+help:
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+test: $(STAMP)
+	$(PY) -m pytest -q
+
+# The main job and the main benchmark.
+TRAIN_ARGS = --ranks 2 --kind scmoe_pos2 --steps $(if $(QUICK),10,60) --compare-overlap --save-routing $(OUT)/routing.safetensors
+BENCH_ARGS = --comm-share 0.6 --routing real --out $(OUT) $(if $(QUICK),--repeats 3)
+
+bench: $(STAMP)
+	@mkdir -p $(OUT)
+	$(PY) -m moe_overlap train $(TRAIN_ARGS)
+	$(PY) -m moe_overlap bench layer $(BENCH_ARGS)
+
+soak: $(STAMP)
+	$(PY) -m pytest -q -m soak
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+gpu:
+	@echo "make gpu: there are no CUDA kernels in this version; the target comes with them" >&2; exit 1
+
+clean:
+	rm -rf $(SETUP)-* build dist out *.egg-info moe_overlap/*.so moe_overlap/_build_info.json
+
+ifeq ($(strip $(VENV)),)
+$(STAMP): $(NATIVE)
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	@$(PY) moe_overlap/build_info.py
+	@rm -f $(SETUP)-*; mkdir -p $(@D); touch $@
+else
+$(STAMP): constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11 or later is needed; make PYTHON=... chooses one" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments (on Debian: apt install python3-venv)." \
+	       "make VENV= uses the current environment instead." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $$(grep '^torch==' constraints.txt)
+	$(PY) -m pip install -r constraints.txt
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	@$(PY) moe_overlap/build_info.py
+	@rm -f $(SETUP)-*; touch $@
+endif
