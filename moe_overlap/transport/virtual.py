@@ -1,0 +1,438 @@
+"""W ranks in one process: one thread each, taking turns (see `baton`), with every message checked on both sides.
+
+What it checks and a real network does not: that both sides of an exchange mean the same step, chunk, layout and row
+counts, that a send buffer is left alone until its Work was waited for, and that nobody reads what has not arrived
+(buffers hold 0xFF bytes, NaN in every float dtype, until the delivery, which happens at a time drawn by the seed).
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, RemoteAbort, TransportClosed
+from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
+from moe_overlap.transport.base import Header, Work
+from moe_overlap.transport.baton import Baton, Waiting
+from moe_overlap.transport.lifecycle import Lifecycle, Where
+
+
+@dataclass(kw_only=True)
+class _Meeting:
+    """One collective: what every rank brought so far, who has been served, and what is wrong with it."""
+
+    brought: dict[int, Any] = field(default_factory=dict)
+    served: set[int] = field(default_factory=set)
+    mismatch: str | None = None
+    odd_one: int | None = None
+    cancelled: bool = False
+
+
+@dataclass(kw_only=True)
+class _Parcel:
+    """A rank's part in an exchange. `meaning` must be equal on all ranks; rows are copied when they are sent."""
+
+    meaning: tuple[object, ...]
+    send: tuple[int, ...]
+    recv: tuple[int, ...]
+    rows: torch.Tensor
+    sent: torch.Tensor
+    out: torch.Tensor
+
+
+class _Channel:
+    """The shared side of the transports that the W ranks made together."""
+
+    def __init__(self, world: VirtualWorld) -> None:
+        self.world = world
+        self.abort: tuple[int, str] | None = None
+        self._queues: dict[str, list[_Meeting]] = {}
+        self._positions: dict[tuple[str, int], int] = {}
+        world._all_channels.add(self)
+
+    def bring(self, kind: str, rank: int, what: Any) -> _Meeting:
+        """Join this rank's next meeting of `kind`; the last one to come sets the deliveries up."""
+        position = self._positions.get((kind, rank), 0)
+        self._positions[kind, rank] = position + 1
+        queue = self._queues.setdefault(kind, [])
+        if position == len(queue):
+            queue.append(_Meeting())
+        meeting = queue[position]
+        meeting.brought[rank] = what
+        if len(meeting.brought) == self.world.world_size:
+            if kind == "exchange":
+                _check_parcels(meeting)
+            if kind == "reopen":
+                self._renew()
+            for receiver in range(self.world.world_size):
+                self.world.baton.deliver_later(partial(_serve, meeting, kind, receiver))
+        return meeting
+
+    def _renew(self) -> None:
+        """A new generation: what the old one had not delivered never arrives."""
+        self.abort = None
+        for kind in [kind for kind in self._queues if kind != "reopen"]:
+            for meeting in self._queues.pop(kind):
+                meeting.cancelled = True
+        self._positions = {key: value for key, value in self._positions.items() if key[0] == "reopen"}
+
+
+def _check_parcels(meeting: _Meeting) -> None:
+    parcels = meeting.brought
+    for rank in sorted(parcels):
+        if parcels[rank].meaning != parcels[0].meaning:
+            meeting.odd_one = rank
+            meeting.mismatch = f"rank 0 is in {parcels[0].meaning}, rank {rank} in {parcels[rank].meaning}"
+            return
+    for source in sorted(parcels):
+        for target in sorted(parcels):
+            sent, expected = parcels[source].send[target], parcels[target].recv[source]
+            if sent != expected:
+                meeting.odd_one = source
+                meeting.mismatch = (
+                    f"rank {source} sends {sent} rows to rank {target}, which expects {expected}, in "
+                    f"{parcels[0].meaning}"
+                )
+                return
+
+
+def _serve(meeting: _Meeting, kind: str, receiver: int) -> None:
+    """The delivery of one rank's share of a meeting that everybody has come to."""
+    if meeting.cancelled:
+        return
+    if kind == "exchange" and meeting.mismatch is None:
+        mine: _Parcel = meeting.brought[receiver]
+        parts = []
+        for source in range(len(meeting.brought)):
+            theirs: _Parcel = meeting.brought[source]
+            first = sum(theirs.send[:receiver])
+            parts.append(theirs.sent[first : first + theirs.send[receiver]])
+        mine.out.data.copy_(torch.cat(parts))
+    meeting.served.add(receiver)
+
+
+class VirtualWork:
+    """An exchange between virtual ranks."""
+
+    def __init__(self, transport: VirtualTransport, meeting: _Meeting, where: Where) -> None:
+        self._transport = transport
+        self._meeting = meeting
+        self._where = where
+        self._start_s = time.perf_counter()
+        self._end_s: float | None = None
+
+    def wait(self, timeout_s: float | None = None) -> torch.Tensor:
+        """The received rows. Time here is not real: a deadlock raises at once, a limit is never reached."""
+        parcel: _Parcel = self._meeting.brought[self._transport.rank]
+        if self._end_s is None:
+            self._transport._join(self._meeting, self._where)
+            if not _same_bytes(parcel.rows, parcel.sent):
+                self._transport._fail(
+                    MoeTransportError(
+                        "the rows were changed between start and wait", rank=self._transport.rank, **vars(self._where)
+                    )
+                )
+            self._end_s = time.perf_counter()
+        return parcel.out
+
+    def done(self) -> bool:
+        """Gives other ranks a turn, so that a loop around it ends."""
+        if self._end_s is None and self._transport.rank not in self._meeting.served:
+            self._transport._take_turns(self._where)
+        return self._transport.rank in self._meeting.served
+
+    def interval(self) -> tuple[float, float] | None:
+        return None if self._end_s is None else (self._start_s, self._end_s)
+
+
+class VirtualTransport(Lifecycle):
+    """One rank's end of a channel of a VirtualWorld. Usable only inside `VirtualWorld.run`, by its own rank."""
+
+    name = "virtual"
+
+    def __init__(self, channel: _Channel, *, rank: int, timeout_s: float | None = None) -> None:
+        super().__init__(rank=rank, world_size=channel.world.world_size, timeout_s=timeout_s)
+        self._channel = channel
+
+    def open(self, header: Header) -> None:
+        if self._is_open_for(header):
+            return
+        mine = header.to_tensor(world_size=self.world_size)
+        where = Where(action="open")
+        meeting = self._meet("control", mine, where)
+        self.stats.meta_bytes += mine.nbytes * (self.world_size - 1)
+        for peer in range(self.world_size):
+            theirs = meeting.brought[peer]
+            if theirs.shape != mine.shape or not torch.equal(theirs, meeting.brought[0]):
+                raise self._poisoned(
+                    PlanMismatch(
+                        f"rank {peer} opened this transport for another configuration than rank 0",
+                        rank=self.rank,
+                        peer=peer if peer != self.rank else 0,
+                        action="open",
+                    )
+                )
+        self._header = header
+
+    def agree(self, record: StepRecord) -> ExchangePlan:
+        words = self._require_record(record)
+        where = Where(action="N", step=record.step)
+        meeting = self._meet("control", words, where)
+        self.stats.agreements += 1
+        self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
+        gathered = [meeting.brought[peer] for peer in range(self.world_size)]
+        if any(theirs.shape != words.shape for theirs in gathered):
+            raise self._poisoned(PlanMismatch("a peer is not in agree", rank=self.rank, **vars(where)))
+        try:
+            return agree_on(torch.stack(gathered), rank=self.rank, num_slots=record.counts.shape[1])
+        except PlanMismatch as error:
+            raise self._poisoned(error)  # noqa: B904 (the same error, remembered)
+
+    def start(
+        self,
+        rows: torch.Tensor,
+        plan: ChunkPlan,
+        layout: RowLayout,
+        chunk: int = 0,
+        *,
+        reverse: bool = False,
+        out: torch.Tensor | None = None,
+        action: str = "D",
+    ) -> Work:
+        self._require_turn()
+        send, recv, recv_rows = self._require_rows(rows, out, plan, layout, chunk, reverse=reverse)
+        where = Where(action=action, step=plan.exchange.step, chunk=chunk)
+        self._raise_abort(where)
+        if out is None:
+            out = rows.new_empty(recv_rows, layout.width)
+        # .data: a network writes without telling autograd's version counters, and so do we
+        out.data.view(torch.uint8).fill_(0xFF)
+        parcel = _Parcel(
+            meaning=(action, plan.exchange.step, plan.exchange.phase, chunk, plan.chunks, plan.by, reverse, layout),
+            send=send,
+            recv=recv,
+            rows=rows.data,
+            sent=rows.data.clone(),
+            out=out,
+        )
+        self.stats.exchanges += 1
+        self.stats.payload_bytes += (sum(send) - send[self.rank]) * layout.row_bytes
+        return VirtualWork(self, self._channel.bring("exchange", self.rank, parcel), where)
+
+    def close(self, reason: str) -> None:
+        self._poison(RuntimeError(reason))
+        if self._channel.abort is None:
+            self._channel.abort = (self.rank, reason)
+
+    def reopen(self) -> None:
+        """All ranks come here; then the channel is as new. A peer that never comes is a TransportTimeout."""
+        self._require_turn()
+        where = Where(action="reopen")
+        meeting = self._channel.bring("reopen", self.rank, None)
+        self._channel.world.baton.wait(self.rank, self._waiting(meeting, where))
+        self._cause = None
+        self._header = None
+
+    def _meet(self, kind: str, what: Any, where: Where) -> _Meeting:
+        self._require_turn()
+        self._raise_abort(where)
+        meeting = self._channel.bring(kind, self.rank, what)
+        self._join(meeting, where)
+        return meeting
+
+    def _join(self, meeting: _Meeting, where: Where) -> None:
+        """Wait until `meeting` has served this rank; raises what became of it instead."""
+        self._require_usable()
+        self._require_turn()
+        waiting = self._waiting(meeting, where)
+        ready = waiting.ready
+        aborted = replace(waiting, ready=lambda: ready() or self._channel.abort is not None)
+        try:
+            self._channel.world.baton.wait(self.rank, aborted)
+        except MoeTransportError as error:
+            self._fail(error)
+        if self.rank not in meeting.served:
+            self._raise_abort(where)
+        if meeting.mismatch is not None:
+            peer = meeting.odd_one if meeting.odd_one != self.rank else 0
+            raise self._poisoned(PlanMismatch(meeting.mismatch, rank=self.rank, peer=peer, **vars(where)))
+
+    def _waiting(self, meeting: _Meeting, where: Where) -> Waiting:
+        return Waiting(
+            where=where,
+            ready=lambda: self.rank in meeting.served,
+            waits_for=lambda: [peer for peer in range(self.world_size) if peer not in meeting.brought],
+        )
+
+    def _take_turns(self, where: Where) -> None:
+        self._require_turn()
+        self._channel.world.baton.wait(self.rank, Waiting(where=where, ready=lambda: True, waits_for=list))
+
+    def _require_turn(self) -> None:
+        if not self._channel.world.baton_holds(self.rank):
+            raise ConfigError("transport", self.name, f"a call from inside VirtualWorld.run, by rank {self.rank}")
+
+    def _raise_abort(self, where: Where) -> None:
+        if self._channel.abort is not None:
+            peer, reason = self._channel.abort
+            raise self._poisoned(
+                RemoteAbort(f"rank {peer} closed the transport: {reason}", rank=self.rank, peer=peer, **vars(where))
+            )
+
+    def _poisoned(self, error: BaseException) -> BaseException:
+        self._poison(error)
+        return error
+
+    def _fail(self, error: MoeTransportError) -> None:
+        """Poison this end, tell the peers, raise."""
+        self.close(str(error))
+        self._cause = error
+        raise error
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualRank:
+    """What the function of `VirtualWorld.run` gets: who it is, and how to reach the others."""
+
+    world: VirtualWorld
+    rank: int
+
+    @property
+    def world_size(self) -> int:
+        return self.world.world_size
+
+    def transport(self) -> VirtualTransport:
+        """The next transport of this rank; ranks are matched by the order of their calls."""
+        return self.world.transport(self.rank, self.world._next_key(self.rank))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.world.transport(self.rank, _OfRun(run=self.world._runs, call=0))._meet(
+            "barrier", None, Where(action="barrier")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfRun:
+    """Key of the transports that ranks make in one run; a later run cannot ask for them again."""
+
+    run: int
+    call: int
+
+
+class VirtualWorld:
+    """`world_size` ranks in this process. The same seed gives the same interleaving.
+
+    Example: two ranks that add up their numbers of rows::
+
+        def rank_main(me):
+            transport = me.transport()
+            ...
+            return transport.agree(record).rows_per_rank
+
+        first, second = VirtualWorld(2, seed=7).run(rank_main)
+    """
+
+    def __init__(self, world_size: int, seed: int = 0) -> None:
+        if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+            raise ConfigError("world_size", world_size, "an integer of at least 1")
+        self.world_size = world_size
+        self._seed = seed
+        self._runs = 0
+        self._baton: Baton | None = None
+        self._all_channels: weakref.WeakSet[_Channel] = weakref.WeakSet()
+        self._channels: dict[object, _Channel] = {}
+        self._transports: dict[tuple[int, object], VirtualTransport] = {}
+        self._calls = [0] * world_size
+
+    @property
+    def baton(self) -> Baton:
+        if self._baton is None:
+            raise ConfigError("VirtualWorld", "not running", "a call from inside VirtualWorld.run")
+        return self._baton
+
+    def baton_holds(self, rank: int) -> bool:
+        return self._baton is not None and self._baton.holds(rank)
+
+    def transport(self, rank: int, key: object) -> VirtualTransport:
+        """The transport of `rank` that all ranks know as `key`; it outlives a run and serves the next one too."""
+        if (rank, key) not in self._transports:
+            channel = self._channels.get(key) or self._channels.setdefault(key, _Channel(self))
+            self._transports[rank, key] = VirtualTransport(channel, rank=rank)
+        return self._transports[rank, key]
+
+    def _next_key(self, rank: int) -> object:
+        self._calls[rank] += 1
+        return _OfRun(run=self._runs, call=self._calls[rank])
+
+    def run(self, fn: Callable[[VirtualRank], Any], *, timeout_s: float = 60.0) -> list[Any]:
+        """Call `fn` once per rank and return the results in rank order.
+
+        The threads run under the caller's grad mode, inference mode and autocast state. Raises the first error that a
+        rank ended with (its peers get RemoteAbort), and TransportTimeout when real time runs out.
+        """
+        if self._baton is not None:
+            raise ConfigError("VirtualWorld.run", "called inside a run", "one run at a time")
+        self._runs += 1
+        self._calls = [0] * self.world_size
+        self._channels = {key: value for key, value in self._channels.items() if not isinstance(key, _OfRun)}
+        self._transports = {key: value for key, value in self._transports.items() if not isinstance(key[1], _OfRun)}
+        self._baton = baton = Baton(self.world_size, seed=self._seed * 1_000_003 + self._runs)
+        state = _TorchState()
+
+        def body(rank: int) -> Callable[[], Any]:
+            return lambda: state.call(lambda: fn(VirtualRank(world=self, rank=rank)))
+
+        try:
+            results = baton.run(
+                [body(rank) for rank in range(self.world_size)], on_error=self._tell_all, timeout_s=timeout_s
+            )
+        finally:
+            self._baton = None
+        if baton.raised:
+            rank, error = _first_of(baton.raised)
+            error.add_note(f"raised by virtual rank {rank} of {self.world_size}")
+            raise error
+        return results
+
+    def _tell_all(self, rank: int, error: BaseException) -> None:
+        for channel in list(self._all_channels):
+            if channel.abort is None:
+                channel.abort = (rank, f"{type(error).__name__}: {error}")
+
+
+def _first_of(raised: Sequence[tuple[int, BaseException]]) -> tuple[int, BaseException]:
+    """The earliest error that is not the echo of another one."""
+    originals = [pair for pair in raised if not isinstance(pair[1], (RemoteAbort, TransportClosed))]
+    return originals[0] if originals else raised[0]
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+class _TorchState:
+    """The thread-local settings of torch that a new thread does not inherit."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        kinds = ("cpu", "cuda")
+        self._autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+        self._cache = torch.is_autocast_cache_enabled()
+
+    def call(self, fn: Callable[[], Any]) -> Any:
+        torch.set_autocast_cache_enabled(self._cache)
+        for kind, dtype, enabled in self._autocast:
+            torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_enabled(kind, enabled)
+        # backward must stay in this thread: a device thread of autograd, shared by all ranks, would block them all
+        with torch.autograd.set_multithreading_enabled(False):
+            with torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad):
+                return fn()
