@@ -1,0 +1,146 @@
+"""The activation between the two matmuls of an expert: "swiglu" (arXiv 2002.05202), "gelu" (exact, erf) or "relu".
+
+For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up; for the others F wide. `forward_into` and
+`backward_into` work on a block of rows in buffers of the caller, right after the matmul while the block is in cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.ops import checks, maps, registry, workspace
+from moe_overlap.ops.library import define, differentiate, implement, refuse_derivative
+
+_aten = torch.ops.aten
+
+
+def activation(
+    h_RF: torch.Tensor, *, kind: str, row_scale: torch.Tensor | None = None, offs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a = act(h) * row_scale.
+
+    Args:
+        h_RF: [R, F], or [R, 2F] = [gate | up] for "swiglu"; any float dtype.
+        kind: "swiglu", "gelu" (erf) or "relu".
+        row_scale: float32 or float64 [R], such as the router weight of each row; None: 1.
+        offs: int32 [E']; rows from offs[-1] on come out as zeros whatever h holds there. None: all rows count.
+
+    Returns:
+        a_RF [R, F] in h's dtype, differentiable in h and row_scale.
+
+    Raises:
+        ConfigError: naming the argument, its value and what was expected.
+    """
+    checks.check_kind(kind)
+    checks.check_tensor("h", h_RF, (None, None), checks.FLOATS, what="[R, F']")
+    if kind == "swiglu" and h_RF.shape[1] % 2 != 0:
+        raise ConfigError("h", f"shape {tuple(h_RF.shape)}", "an even width, [gate | up], for swiglu")
+    if row_scale is not None:
+        dtypes = (torch.float32, torch.float64)
+        checks.check_tensor("row_scale", row_scale, (h_RF.shape[0],), dtypes, what="[R]", device=h_RF.device)
+    if offs is not None:
+        checks.check_tensor("offs", offs, (None,), torch.int32, what="[E']", device=h_RF.device)
+    return torch.ops.moe_overlap.activation.default(h_RF, kind, row_scale, offs)
+
+
+def width(h_width: int, kind: str) -> int:
+    """F for rows of h that are `h_width` wide."""
+    return h_width // 2 if kind == "swiglu" else h_width
+
+
+def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor) -> None:
+    """a = act(h) for a block of rows."""
+    if kind == "swiglu":
+        gate_nF, up_nF = h_nF.chunk(2, dim=1)
+        _aten.silu.out(gate_nF, out=a_nF)
+        a_nF.mul_(up_nF)
+    elif kind == "gelu":
+        _aten.gelu.out(h_nF, out=a_nF)
+    else:
+        torch.clamp(h_nF, min=0, out=a_nF)
+
+
+def backward_into(da_nF: torch.Tensor, h_nF: torch.Tensor, kind: str, dh_nF: torch.Tensor, a_nF: torch.Tensor) -> None:
+    """dh = act'(h) * da, and a = act(h) once more for the weight gradient, for a block of rows.
+
+    `da` is overwritten for swiglu; for the others it may be the same memory as `dh`.
+    """
+    if kind == "swiglu":
+        gate_nF, up_nF = h_nF.chunk(2, dim=1)
+        dgate_nF, dup_nF = dh_nF.chunk(2, dim=1)
+        _aten.silu.out(gate_nF, out=a_nF)
+        torch.mul(da_nF, a_nF, out=dup_nF)
+        a_nF.mul_(up_nF)
+        da_nF.mul_(up_nF)
+        _aten.silu_backward.grad_input(da_nF, gate_nF, grad_input=dgate_nF)
+    elif kind == "gelu":
+        _aten.gelu.out(h_nF, out=a_nF)
+        _aten.gelu_backward.grad_input(da_nF, h_nF, grad_input=dh_nF)
+    else:
+        torch.clamp(h_nF, min=0, out=a_nF)
+        _aten.threshold_backward.grad_input(da_nF, h_nF, 0, grad_input=dh_nF)
+
+
+def _activation(
+    h_RF: torch.Tensor, kind: str, row_scale: torch.Tensor | None, offs: torch.Tensor | None
+) -> torch.Tensor:
+    live = maps.live_rows(offs, h_RF.shape[0])
+    a_RF = workspace.empty((h_RF.shape[0], width(h_RF.shape[1], kind)), like=h_RF)
+    forward_into(h_RF[:live], kind, a_RF[:live])
+    if row_scale is not None:
+        a_RF[:live].mul_(row_scale[:live, None])
+    return maps.clear_tail(a_RF, offs)
+
+
+def _activation_backward(
+    da_RF: torch.Tensor, h_RF: torch.Tensor, kind: str, row_scale: torch.Tensor | None, offs: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    live = maps.live_rows(offs, h_RF.shape[0])
+    a_RF = workspace.empty(da_RF.shape, like=h_RF)
+    da, h, a = workspace.empty((live, da_RF.shape[1]), like=da_RF).copy_(da_RF[:live]), h_RF[:live], a_RF[:live]
+    dscale = da_RF.new_empty((0,))
+    if row_scale is not None:
+        dtype = checks.accumulation_dtype(h_RF.dtype)
+        forward_into(h, kind, a)
+        dscale = torch.zeros_like(row_scale, memory_format=torch.contiguous_format)
+        dscale[:live] = (da.to(dtype) * a.to(dtype)).sum(dim=1)
+        maps.clear_tail(dscale, offs)
+        da.mul_(row_scale[:live, None])
+    dh_RF = workspace.empty(h_RF.shape, like=h_RF)
+    backward_into(da, h, kind, dh_RF[:live], a)
+    return maps.clear_tail(dh_RF, offs), dscale
+
+
+def _activation_backward_fake(
+    da_RF: torch.Tensor, h_RF: torch.Tensor, kind: str, row_scale: torch.Tensor | None, offs: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dscale = da_RF.new_empty((0,)) if row_scale is None else row_scale.new_empty(row_scale.shape)
+    return h_RF.new_empty(h_RF.shape), dscale
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    h_RF, ctx.kind, row_scale, offs = inputs
+    ctx.save_for_backward(h_RF, row_scale, offs)
+
+
+def _backward(ctx: Any, da_RF: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    h_RF, row_scale, offs = ctx.saved_tensors
+    dh_RF, dscale = torch.ops.moe_overlap.activation_backward.default(da_RF, h_RF, ctx.kind, row_scale, offs)
+    return dh_RF, None, dscale if row_scale is not None else None, None
+
+
+define("activation(Tensor h, str kind, Tensor? row_scale, Tensor? offs) -> Tensor")
+define("activation_backward(Tensor da, Tensor h, str kind, Tensor? row_scale, Tensor? offs) -> (Tensor, Tensor)")
+registry.add("activation", "reference", _activation, merit="pure PyTorch, runs everywhere")
+registry.add("activation_backward", "reference", _activation_backward, merit="pure PyTorch, runs everywhere")
+implement(
+    "activation",
+    registry.kernel("activation"),
+    lambda h_RF, kind, row_scale, offs: h_RF.new_empty((h_RF.shape[0], width(h_RF.shape[1], kind))),
+)
+implement("activation_backward", registry.kernel("activation_backward"), _activation_backward_fake)
+differentiate("activation", _backward, _setup_context)
+refuse_derivative("activation_backward")

@@ -1,0 +1,63 @@
+"""Checks of arguments. A user's mistake is a ConfigError that names the field, the value and what was expected.
+
+Everything here looks at shapes and dtypes only and can be traced by torch.compile. Checks of values (ids in range)
+stand in the kernels and run on CPU tensors only: on a GPU they would be a synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_overlap.errors import ConfigError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = ("swiglu", "gelu", "relu")
+
+
+def check_tensor(
+    field: str,
+    value: torch.Tensor,
+    shape: Sequence[int | None],
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    *,
+    what: str,
+    device: torch.device | None = None,
+) -> None:
+    """Refuse `value` unless it has the shape (None = any size), one of the dtypes and, where given, the device.
+
+    `what` writes the shape out in the words of section "shapes" of the documentation, such as "[T, D]".
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(field, type(value).__name__, f"a tensor {what}")
+    if value.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(value.shape, shape, strict=True)
+    ):
+        sizes = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ConfigError(field, f"shape {tuple(value.shape)}", f"{what} = ({sizes})")
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    if value.dtype not in allowed:
+        raise ConfigError(field, str(value.dtype), " or ".join(str(dtype) for dtype in allowed))
+    if device is not None and value.device != device:
+        raise ConfigError(field, f"a tensor on {value.device}", f"a tensor on {device}")
+
+
+def check_kind(kind: str) -> None:
+    """Refuse an activation that does not exist."""
+    if kind not in KINDS:
+        raise ConfigError("kind", kind, " or ".join(repr(name) for name in KINDS))
+
+
+def check_values(field: str, value: torch.Tensor, low: int, high: int, *, why: str) -> None:
+    """Refuse an integer CPU tensor with an entry outside [low, high). Tensors elsewhere are not looked at."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    least, most = (int(bound) for bound in torch.aminmax(value))
+    if least < low or most >= high:
+        raise ConfigError(field, least if least < low else most, f"entries in [{low}, {high}) ({why})")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are made in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

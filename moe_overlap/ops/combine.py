@@ -1,0 +1,190 @@
+"""combine: the weighted sum of each token's expert rows, back in token order.
+
+y_TD[t] = sum over k of weights[t, k] * y_RD[slot_to_row[t, k]] + residual[t], in a fixed order (k = 0, 1, ..., then the
+residual), summed in float32 (float64 for float64) and rounded once to the dtype of y. It is a gather, not a scatter, so
+no atomics are needed and the result is the same run after run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.ops import checks, maps, registry, workspace
+from moe_overlap.ops.library import define, differentiate, implement, refuse_derivative
+
+
+def combine(
+    y_RD: torch.Tensor,
+    slot_to_row_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None = None,
+    residual_TD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of each token's rows.
+
+    Args:
+        y_RD: [R, D], any float dtype.
+        slot_to_row_TK: int32 [T, K] from row_map, -1 = no row (adds nothing, whatever its weight).
+        weights_TK: [T, K] float32 or float64; None: every weight is 1.
+        residual_TD: [T, D], any float dtype, added last.
+
+    Returns:
+        y_TD [T, D] in y's dtype, differentiable in y, weights and residual.
+
+    Raises:
+        ConfigError: shapes or dtypes that do not match, or (on CPU) a row that y does not have.
+    """
+    checks.check_tensor("y", y_RD, (None, None), checks.FLOATS, what="[R, D]")
+    device = y_RD.device
+    checks.check_tensor("slot_to_row", slot_to_row_TK, (None, None), torch.int32, what="[T, K]", device=device)
+    _check_weights(weights_TK, slot_to_row_TK, device)
+    if residual_TD is not None:
+        shape = (slot_to_row_TK.shape[0], y_RD.shape[1])
+        checks.check_tensor("residual", residual_TD, shape, checks.FLOATS, what="[T, D]", device=device)
+    return torch.ops.moe_overlap.combine.default(y_RD, slot_to_row_TK, weights_TK, residual_TD)
+
+
+def combine_backward(
+    dy_TD: torch.Tensor,
+    y_RD: torch.Tensor | None,
+    slot_to_row_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None = None,
+    *,
+    num_rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of combine. No autograd; the gradient of the residual is `dy_TD` itself.
+
+    Args:
+        dy_TD: [T, D], may be expanded (stride 0).
+        y_RD: the rows combine was given; None when the gradient of the weights is not wanted.
+        slot_to_row_TK, weights_TK: as in combine.
+        num_rows: rows of the result where y_RD is None.
+
+    Returns:
+        dy_RD [R, D] in the dtype of dy (rows without a slot are zero) and dweights_TK in the dtype of the weights, or
+        None when there are no weights or no y_RD.
+    """
+    checks.check_tensor("dy", dy_TD, (None, None), checks.FLOATS, what="[T, D]")
+    checks.check_tensor(
+        "slot_to_row", slot_to_row_TK, (dy_TD.shape[0], None), torch.int32, what="[T, K]", device=dy_TD.device
+    )
+    _check_weights(weights_TK, slot_to_row_TK, dy_TD.device)
+    if y_RD is not None:
+        checks.check_tensor("y", y_RD, (num_rows, dy_TD.shape[1]), checks.FLOATS, what="[R, D]", device=dy_TD.device)
+        num_rows = y_RD.shape[0]
+    if num_rows is None:
+        raise ConfigError("num_rows", None, "the number of rows, where y is not given")
+    dy_RD, dweights_TK = torch.ops.moe_overlap.combine_backward.default(
+        dy_TD, y_RD, slot_to_row_TK, weights_TK, num_rows
+    )
+    return dy_RD, None if y_RD is None or weights_TK is None else dweights_TK
+
+
+def _check_weights(weights_TK: torch.Tensor | None, slot_to_row_TK: torch.Tensor, device: torch.device) -> None:
+    if weights_TK is not None:
+        dtypes = (torch.float32, torch.float64)
+        checks.check_tensor("weights", weights_TK, tuple(slot_to_row_TK.shape), dtypes, what="[T, K]", device=device)
+
+
+def _combine(
+    y_RD: torch.Tensor,
+    slot_to_row_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    residual_TD: torch.Tensor | None,
+) -> torch.Tensor:
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, y_RD.shape[0], why="-1 = no row, the rows of y are the end")
+    dtype = checks.accumulation_dtype(y_RD.dtype)
+    sum_TD: torch.Tensor | None = None
+    for k, rows_T in enumerate(slot_to_row_TK.unbind(1)):
+        part_TD = maps.take_rows(y_RD, rows_T).to(dtype)
+        weight_T1 = None if weights_TK is None else weights_TK[:, k, None].to(dtype)
+        if weight_T1 is not None:
+            # A slot without a row adds nothing even where its weight is NaN.
+            weight_T1 = weight_T1.masked_fill(rows_T[:, None] < 0, 0)
+        if sum_TD is None:
+            sum_TD = part_TD if weight_T1 is None else part_TD.mul_(weight_T1)
+        elif weight_T1 is None:
+            sum_TD.add_(part_TD)
+        else:
+            sum_TD.addcmul_(part_TD, weight_T1)
+    if sum_TD is None:
+        sum_TD = torch.zeros(slot_to_row_TK.shape[0], y_RD.shape[1], dtype=dtype, device=y_RD.device)
+    if residual_TD is not None:
+        sum_TD.add_(residual_TD.to(dtype))
+    return sum_TD.to(y_RD.dtype)
+
+
+def _combine_backward(
+    dy_TD: torch.Tensor,
+    y_RD: torch.Tensor | None,
+    slot_to_row_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    num_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, num_rows, why="-1 = no row, num_rows is the end")
+    dy_TD = dy_TD.contiguous()
+    dtype = checks.accumulation_dtype(dy_TD.dtype)
+    tokens, top_k = slot_to_row_TK.shape
+    row_to_slot = maps.invert(slot_to_row_TK, num_rows)
+    dy_RD = maps.take_rows(dy_TD, row_to_slot.div(max(1, top_k), rounding_mode="floor"))
+    if weights_TK is None:
+        return dy_RD, dy_TD.new_empty((0,))
+    if tokens > 0 and top_k > 0:
+        weight_R = weights_TK.reshape(-1).to(dtype).index_select(0, row_to_slot.clamp(min=0))
+        dy_RD.mul_(weight_R.masked_fill_(row_to_slot < 0, 0)[:, None])
+    if y_RD is None:
+        return dy_RD, dy_TD.new_empty((0,))
+    dweights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+    product_TD = workspace.empty(dy_TD.shape, like=dy_TD, dtype=dtype)
+    for k, rows_T in enumerate(slot_to_row_TK.unbind(1)):
+        torch.mul(maps.take_rows(y_RD, rows_T).to(dtype), dy_TD, out=product_TD)
+        dweights_TK[:, k] = product_TD.sum(dim=1).masked_fill_(rows_T < 0, 0)
+    return dy_RD, dweights_TK
+
+
+def _combine_backward_fake(
+    dy_TD: torch.Tensor,
+    y_RD: torch.Tensor | None,
+    slot_to_row_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    num_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dy_RD = dy_TD.new_empty((num_rows, dy_TD.shape[1]))
+    if weights_TK is None or y_RD is None:
+        return dy_RD, dy_TD.new_empty((0,))
+    return dy_RD, weights_TK.new_empty(weights_TK.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    y_RD, slot_to_row_TK, weights_TK, residual_TD = inputs
+    ctx.residual_dtype = None if residual_TD is None else residual_TD.dtype
+    ctx.num_rows = y_RD.shape[0]
+    wants_dweights = weights_TK is not None and ctx.needs_input_grad[2]
+    ctx.save_for_backward(y_RD if wants_dweights else None, slot_to_row_TK, weights_TK)
+
+
+def _backward(ctx: Any, dy_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    y_RD, slot_to_row_TK, weights_TK = ctx.saved_tensors
+    dy_RD, dweights_TK = torch.ops.moe_overlap.combine_backward.default(
+        dy_TD, y_RD, slot_to_row_TK, weights_TK, ctx.num_rows
+    )
+    dresidual_TD = dy_TD.to(ctx.residual_dtype) if ctx.residual_dtype is not None else None
+    return dy_RD, None, dweights_TK if y_RD is not None else None, dresidual_TD
+
+
+define("combine(Tensor y, Tensor slot_to_row, Tensor? weights, Tensor? residual) -> Tensor")
+define(
+    "combine_backward(Tensor dy, Tensor? y, Tensor slot_to_row, Tensor? weights, SymInt num_rows) -> (Tensor, Tensor)"
+)
+registry.add("combine", "reference", _combine, merit="pure PyTorch, runs everywhere")
+registry.add("combine_backward", "reference", _combine_backward, merit="pure PyTorch, runs everywhere")
+implement(
+    "combine",
+    registry.kernel("combine"),
+    lambda y_RD, slot_to_row_TK, weights_TK, residual_TD: y_RD.new_empty((slot_to_row_TK.shape[0], y_RD.shape[1])),
+)
+implement("combine_backward", registry.kernel("combine_backward"), _combine_backward_fake)
+differentiate("combine", _backward, _setup_context)
+refuse_derivative("combine_backward")

@@ -1,0 +1,71 @@
+"""Small helpers over index maps, used by the reference implementations of permute, combine, pack and the expert MLP.
+
+A map entry of -1 means "nothing here". Rows a map leaves out are written as zeros, never multiplied by zero: what they
+would be read from may hold NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moe_overlap.ops import workspace
+
+
+def invert(slot_to_row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """row -> slot (= token * K + k) as int64 [num_rows], -1 where no slot points. Each row has at most one slot.
+
+    Example: slot_to_row [[1, -1], [0, 2]] and 4 rows give [2, 0, 3, -1].
+    """
+    rows = slot_to_row_TK.reshape(-1).long()
+    # Unused slots write to one row more, which is cut off: no selection whose size the host would have to know.
+    row_to_slot = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=rows.device)
+    slots = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device)
+    row_to_slot.index_copy_(0, torch.where(rows < 0, num_rows, rows), slots)
+    return row_to_slot[:num_rows]
+
+
+def zero_rows(out_RD: torch.Tensor, unused_R: torch.Tensor) -> torch.Tensor:
+    """Set the marked rows of `out_RD` to zero, in place."""
+    if out_RD.device.type != "cpu":
+        return out_RD.masked_fill_(unused_R[:, None], 0)
+    rows = unused_R.nonzero().reshape(-1)
+    return out_RD.index_fill_(0, rows, 0) if rows.numel() else out_RD
+
+
+def take_rows(x_TD: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
+    """x[index] as a new contiguous [R, D] tensor; rows whose index is -1 are zero. `x` may have no rows at all."""
+    out_RD = workspace.empty((index_R.shape[0], x_TD.shape[1]), like=x_TD)
+    if x_TD.shape[0] == 0:
+        return out_RD.zero_()
+    torch.index_select(x_TD, 0, index_R.clamp(min=0), out=out_RD)
+    return zero_rows(out_RD, index_R < 0)
+
+
+def add_rows(rows_RD: torch.Tensor, index_R: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """out[index[r]] += rows[r], in the order of r, summed in `dtype`; [num_rows, D]. An index of -1 adds nothing."""
+    out_TD = torch.zeros(num_rows + 1, rows_RD.shape[1], dtype=dtype, device=rows_RD.device)
+    index = torch.where(index_R < 0, num_rows, index_R).long()
+    if out_TD.device.type == "cpu":
+        out_TD.index_add_(0, index, rows_RD.to(dtype))
+    else:
+        # index_add_ uses atomics there; this one sorts and sums in order.
+        out_TD.index_put_((index,), rows_RD.to(dtype), accumulate=True)
+    return out_TD[:num_rows]
+
+
+def live_rows(offs: torch.Tensor | None, num_rows: int) -> int:
+    """How many leading rows need computing: offs[-1] on CPU, all of them where reading it would be a sync."""
+    if offs is None or offs.device.type != "cpu":
+        return num_rows
+    return min(int(offs[-1]), num_rows) if offs.numel() else 0
+
+
+def clear_tail(out_RD: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
+    """Set the rows from offs[-1] on to zero, in place."""
+    if offs is None:
+        return out_RD
+    if out_RD.device.type == "cpu" or offs.numel() == 0:
+        out_RD[live_rows(offs, out_RD.shape[0]) if offs.numel() else 0 :].zero_()
+        return out_RD
+    tail_R = torch.arange(out_RD.shape[0], device=out_RD.device) >= offs[-1]
+    return out_RD.masked_fill_(tail_R.view(-1, *(1,) * (out_RD.dim() - 1)), 0)
