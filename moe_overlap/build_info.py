@@ -1,6 +1,6 @@
 """What the build made, what it left out and why: reads the `_build_info.json` that `setup.py` writes into the package.
 
-`python -m moe_overlap.build_info` prints it without importing torch.
+Run as a file it prints that record; it imports nothing of the package, so it works whatever state that is in.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class BuildInfo:
 NOT_BUILT = BuildInfo(mode=None)
 
 
-def read(path: Path = FILE) -> BuildInfo:
-    """The build's record. A missing or unreadable file is "not built", never an error."""
+def read(path: Path | None = None) -> BuildInfo:
+    """The build's record (None: of this package). A missing or unreadable file is "not built", never an error."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads((path or FILE).read_text(encoding="utf-8"))
         return BuildInfo(
             mode=str(raw["mode"]),
             built={str(part): str(name) for part, name in raw["built"].items()},
