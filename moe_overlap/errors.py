@@ -34,6 +34,7 @@ class MoeTransportError(RuntimeError):
         action: str | None = None,
         seconds: float | None = None,
     ) -> None:
+        self.message = message
         self.rank = rank
         self.peer = peer
         self.step = step

@@ -1,0 +1,132 @@
+"""The autograd nodes of one layer call: thin shells around the bodies in `schedule/run.py`.
+
+Every action of a schedule is a node of its own in the user's graph, so that the engine can run the actions of the
+backward schedule in the planned order, between the backwards of the user's own modules. The nodes pass empty tensors
+("tokens") to each other: they carry the dependencies; the rows themselves lie in the buffers of the step.
+
+    Fork -> [router] -> P -> D.start -> D.wait -> E -> C.start -> C.wait -> U -> y        (a chunk c at each of D..C)
+      \\______ Ew (weight gradient gates) ________/
+
+Run backwards, D.wait starts the adjoint exchange and D.start waits for it. Fork is the last node of the layer's
+backward: it is the one consumer of x and of the expert weights, adds the gradients of x in a fixed order, and hands
+the weight gradients over when all of them are complete.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from moe_overlap.schedule.run import Node, Step
+
+
+class Fork(torch.autograd.Function):
+    """The entry of a layer: copies of x for its consumers, and one token for the weight gradients.
+
+    Inputs: step, number of copies, anchor (an empty leaf that makes the outputs require grad on every rank), x, w_in,
+    w_out. Outputs: the copies of x, then the token.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        step: Step,
+        copies: int,
+        anchor: torch.Tensor,
+        x: torch.Tensor,
+        w_in: torch.Tensor,
+        w_out: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        return (*(x.view_as(x) for _ in range(copies)), anchor.new_empty(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        step: Step = ctx.step
+        dx_rows = step.run_missing_backward()
+        dw_in, dw_out = step.take_weight_gradients()
+        dx = sum_in_order(dx_rows, *grads[:-1]) if ctx.needs_input_grad[3] else None
+        return None, None, None, dx, dw_in, dw_out
+
+
+class Stage(torch.autograd.Function):
+    """One action. Forward and backward are the bodies that the step keeps for `node`."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, node: Node, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.step, ctx.node, ctx.num_tensors = step, node, len(tensors)
+        ctx.set_materialize_grads(False)
+        return step.run_forward(node, ctx, tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
+        grads = ctx.step.run_backward(ctx.node, ctx, grad)
+        return (None, None, *grads)
+
+
+class Tap(torch.autograd.Function):
+    """The point of a backbone that feeds the experts: (for the backbone, for the experts); one fixed-order sum."""
+
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        return h.view_as(h), h.view_as(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_backbone: torch.Tensor | None, d_experts: torch.Tensor | None) -> torch.Tensor | None:
+        return sum_in_order(d_backbone, d_experts)
+
+
+class Marker(torch.autograd.Function):
+    """An identity after backbone op `index`: its backward is the moment at which that op's backward begins."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, action: str, h: torch.Tensor) -> torch.Tensor:
+        ctx.step, ctx.action = step, action
+        return h.view_as(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, torch.Tensor]:
+        ctx.step.note_op_backward(ctx.action)
+        return None, None, grad
+
+
+class Attach(torch.autograd.Function):
+    """The loss unchanged, with a zero gradient for `tail`: the layer behind it takes part in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+        ctx.tail_like = (tail.shape, tail.dtype, tail.device)
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape, dtype, device = ctx.tail_like
+        return grad, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def sum_in_order(*grads: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of the gradients that are there, from left to right; None where there is none."""
+    total: torch.Tensor | None = None
+    for grad in grads:
+        if grad is not None:
+            total = grad if total is None else total + grad
+    return total
+
+
+def reserve_sequence_numbers(anchor: torch.Tensor, count: int) -> list[int]:
+    """`count` ascending sequence numbers of this thread that no other node has: each belongs to a node thrown away.
+
+    The engine runs the ready node with the highest number first. Numbers reserved between two backbone ops let nodes
+    that were created elsewhere run between the backwards of those two ops.
+    """
+    return [anchor.view(0).grad_fn._sequence_nr() for _ in range(count)]  # type: ignore[union-attr]

@@ -1,0 +1,134 @@
+"""From a routing decision to an agreed plan: the one place where a layer speaks to the other ranks before its rows do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.placement.placement import Placement
+from moe_overlap.plan import (
+    BLOCKS,
+    CHUNK_BY,
+    DTYPES,
+    REFUSALS,
+    ChunkPlan,
+    StepRecord,
+    block_counts,
+    digest,
+    dtype_code,
+)
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.transport.base import Header, Transport
+
+ACTIVATIONS = ("swiglu", "gelu", "relu")
+
+
+def current_phase() -> int:
+    """0 in a forward call, 1 in a recompute (a forward call from inside a backward).
+
+    Raises ConfigError in the recompute of a reentrant checkpoint: its nested backward would run exchanges twice.
+    """
+    if torch._C._current_graph_task_id() < 0:
+        return 0
+    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        raise ConfigError(
+            "checkpoint",
+            "use_reentrant=True",
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False): a reentrant checkpoint nests a backward in "
+            "the backward",
+        )
+    return 1
+
+
+@dataclass
+class Dispatcher:
+    """Agrees on one layer's steps. `steps` counts its forward calls; it is the only thing that changes."""
+
+    transport: Transport
+    placement: Placement
+    hidden: int
+    ffn_hidden: int
+    top_k: int
+    activation: str
+    dtype: torch.dtype
+    bad_logits: str = "raise"
+    steps: int = 0
+
+    @property
+    def header(self) -> Header:
+        return Header(
+            num_experts=self.placement.num_experts,
+            num_slots=self.placement.num_slots,
+            hidden=self.hidden,
+            ffn_hidden=self.ffn_hidden,
+            top_k=self.top_k,
+            weight_dtype=DTYPES.index(self.dtype) if self.dtype in DTYPES else -1,
+            activation=ACTIVATIONS.index(self.activation),
+        )
+
+    def plan(
+        self, slots_TK: torch.Tensor, x_TD: torch.Tensor, pair: SchedulePair, *, status: torch.Tensor | None = None
+    ) -> ChunkPlan:
+        """The agreed plan of one step: one control collective.
+
+        slots_TK: int32 [T, K] physical slots, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
+        status: int32 [1] flag word of the router. Raises ConfigError or PlanMismatch alike on all ranks.
+        """
+        counts = block_counts(slots_TK, self.placement.num_slots)
+        flags = 0 if status is None else int(status)
+        record = self._record(pair, dtype_code(x_TD.dtype), x_TD.requires_grad, counts, (1, flags) if flags else (0, 0))
+        return self._agree(record, pair)
+
+    def refuse(self, error: Exception, pair: SchedulePair) -> NoReturn:
+        """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like."""
+        fields = {field: code for code, (field, _) in REFUSALS.items()}
+        code, value = fields["x"], 0
+        if isinstance(error, ConfigError):
+            code = fields.get(error.field, code)
+            if isinstance(error.value, int):
+                value = error.value
+            elif isinstance(error.value, torch.dtype):
+                value = DTYPES.index(error.value) if error.value in DTYPES else -1
+        counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
+        try:
+            self._agree(self._record(pair, 0, False, counts, (code, value)), pair)
+        except ConfigError:
+            # All ranks raise; this one knows more about the cause than the record could carry.
+            raise error from None
+        raise AssertionError("a refused step cannot be agreed on")
+
+    def _record(
+        self,
+        pair: SchedulePair,
+        dtype: int,
+        x_requires_grad: bool,
+        counts: torch.Tensor,
+        status: tuple[int, int],
+    ) -> StepRecord:
+        phase = current_phase()
+        self.steps += phase == 0
+        grad = torch.is_grad_enabled()
+        return StepRecord(
+            step=self.steps,
+            phase=phase,
+            status=status[0],
+            status_value=status[1],
+            grad_enabled=int(grad),
+            x_requires_grad=int(grad and x_requires_grad),
+            chunks=pair.chunks,
+            chunk_by=CHUNK_BY.index(pair.by),
+            dtype=dtype,
+            hidden=self.hidden,
+            top_k=self.top_k,
+            placement_epoch=self.placement.epoch,
+            config_digest=digest(self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert),
+            schedule_digest=pair.digest,
+            counts=counts,
+        )
+
+    def _agree(self, record: StepRecord, pair: SchedulePair) -> ChunkPlan:
+        self.transport.open(self.header)
+        return self.transport.agree(record).chunked(pair.chunks, pair.by)

@@ -1,0 +1,49 @@
+"""What a layer does and why, in text: its schedules, their simulated times, what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from moe_overlap.schedule.actions import Schedule
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.check import draw, makespan_s
+from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.transport.base import Transport
+
+
+def measured_durations(events: Sequence[TimelineEvent], phase: str) -> dict[str, float]:
+    """Median seconds by action text, of one phase: compute actions and exchanges, not the waits for them."""
+    seconds: dict[str, list[float]] = {}
+    for event in events:
+        if event.phase == phase and event.lane != "wait":
+            seconds.setdefault(event.action, []).append(event.end_s - event.start_s)
+    return {action: median(values) for action, values in seconds.items()}
+
+
+def explain(
+    pair: SchedulePair, events: Sequence[TimelineEvent], transport: Transport, implementations: Sequence[str]
+) -> str:
+    """A page of text; see `MoELayer.explain`."""
+    lines = [
+        f"schedule {pair.name}: {pair.chunks} chunk(s) by {pair.by}"
+        + ("" if pair.slot is None else f", slot {pair.slot}")
+        + (", every exchange joined (overlap off)" if pair.joined else ", overlap on"),
+        f"transport {transport.name}: rank {transport.rank} of {transport.world_size}",
+    ]
+    for name, schedule in (("forward", pair.forward), ("backward", pair.backward)):
+        lines += ["", f"{name}: {schedule.text}", draw(schedule, joined=pair.joined)]
+        lines.append(_times(schedule, measured_durations(events, name), joined=pair.joined))
+    return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in implementations)])
+
+
+def _times(schedule: Schedule, durations_s: dict[str, float], *, joined: bool) -> str:
+    missing = [action.text for action in schedule if action.text not in durations_s]
+    if missing:
+        return f"no times: {' '.join(missing)} not measured yet (run this phase once)"
+    known = {action.text: durations_s[action.text] for action in schedule}
+    off = makespan_s(schedule, known, joined=True) * 1e3
+    on = makespan_s(schedule, known) * 1e3
+    table = "  ".join(f"{action} {seconds * 1e3:.3f}" for action, seconds in known.items())
+    chosen = f"{off:.3f} ms as configured (joined)" if joined else f"{on:.3f} ms as configured (overlapped)"
+    return f"simulated from the last measured durations: {chosen}; joined {off:.3f} ms, overlapped {on:.3f} ms\n  ms: {table}"

@@ -1,0 +1,441 @@
+"""The layer: router -> plan -> schedule -> y. This file is the table of contents of the library.
+
+Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, K experts per token, e experts here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_overlap import ops
+from moe_overlap.autograd import Attach
+from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, current_phase
+from moe_overlap.errors import ConfigError
+from moe_overlap.explain import explain
+from moe_overlap.placement.placement import Placement
+from moe_overlap.plan import PHASES, ChunkPlan
+from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.schedule.builders import SchedulePair, parse_choice, window
+from moe_overlap.schedule.check import check
+from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.schedule.run import ExpertWeights, Step
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.local import LocalTransport
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStats:
+    """The last forward call of a layer.
+
+    tokens_per_expert: int64 [E] on the CPU, (token, k) slots that the experts computed, over all ranks.
+    dropped_tokens: (token, k) slots this rank's router dropped. payload_bytes: bytes of rows this rank sent to other
+    ranks, dispatch and combine. overload: rows of the busiest rank over the mean (1.0 = balanced). schedule: the
+    forward schedule's text. implementation: what computed, and why, one line per op.
+    """
+
+    tokens_per_expert: torch.Tensor
+    dropped_tokens: int
+    payload_bytes: int
+    overload: float
+    schedule: str
+    implementation: tuple[str, ...]
+
+
+@dataclass
+class Ticket:
+    """A layer call under way: made by `begin`, used by `run_experts`, ended by `finish`. Holds tensors; may cross block
+    boundaries; is good for one call of each, in this order."""
+
+    layer: MoELayer
+    step: Step
+    routing: RoutingDecision
+    shape: torch.Size
+    stage: str = "begun"
+
+    def advance(self, before: str, after: str) -> None:
+        if self.stage != before:
+            raise RuntimeError(f"this ticket is {self.stage}; expected {before}: begin, run_experts, finish, once each")
+        self.stage = after
+
+
+class SharedExpert(nn.Module):
+    """The dense FFN that every token passes: gate_up_proj/up_proj [2F or F, D], down_proj [D, F]."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str, **factory: Any) -> None:
+        super().__init__()
+        rows = ffn_hidden_size * (2 if activation == "swiglu" else 1)
+        self.activation = activation
+        self.up = nn.Linear(hidden_size, rows, bias=False, **factory)
+        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False, **factory)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.down(ops.activation(self.up(x_TD), kind=self.activation))
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
+
+    hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
+    group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
+    schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", or a SchedulePair.
+    overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
+    router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
+    activation: "swiglu", "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
+    capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
+
+    Parameters, Hugging Face layout, this rank's experts only: gate_up_proj [e, 2F, D] (up_proj [e, F, D] without a
+    gate) and down_proj [e, D, F]. forward(x [..., D]) -> one tensor of x's shape; dtype of the weights, or autocast's.
+
+    Gradient convention: an expert's gradient is the sum over all ranks' tokens; `ignore_experts_for_ddp` divides it by
+    the number of ranks, which is what DDP does to every other parameter.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        group: Any = None,
+        schedule: str | SchedulePair = "serial",
+        overlap: bool = True,
+        router: str | nn.Module | None = None,
+        activation: str = "swiglu",
+        shared_expert_size: int | None = None,
+        capacity_factor: float | None = None,
+        aux_loss_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+        bad_logits: str = "raise",
+        transport: Transport | None = None,
+        timeout_s: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(name, value, "an integer of at least 1")
+        if activation not in ACTIVATIONS:
+            raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
+        if group is not None and transport is not None:
+            raise ConfigError("transport", transport, "None beside a group: give one of the two")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        options = {
+            "capacity_factor": capacity_factor,
+            "aux_loss_coef": aux_loss_coef,
+            "z_loss_coef": z_loss_coef,
+            "bad_logits": bad_logits,
+        }
+        self.router = _make_router(router, hidden_size, num_experts, top_k, options, factory)
+        self.shared_expert: nn.Module | None = None
+        if shared_expert_size is not None:
+            self.shared_expert = SharedExpert(hidden_size, shared_expert_size, activation, **factory)
+        self.schedule = self._parse_schedule(schedule, overlap)
+        if transport is None:
+            transport = open_transport(group, timeout_s=timeout_s)
+        self.transport = transport
+        self.dispatcher = Dispatcher(
+            transport=transport,
+            placement=Placement.identity(num_experts, transport.world_size),
+            hidden=hidden_size,
+            ffn_hidden=ffn_hidden_size,
+            top_k=top_k,
+            activation=activation,
+            dtype=dtype or torch.get_default_dtype(),
+            bad_logits=bad_logits,
+        )
+        self.expert_grad_scale = 1.0
+        self._make_experts(factory)
+        self._last_stats: tuple[RoutingDecision, ChunkPlan | None, int] | None = None
+        self._last_events: list[TimelineEvent] = []
+        self._aux_loss: torch.Tensor | None = None
+        self._tail: torch.Tensor | None = None
+        self._ticket: Ticket | None = None
+
+    # ---------------------------------------------------------------- the layer as a sentence
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., D] of this rank's tokens (any number, zero included) -> y of the same shape.
+
+        Raises ConfigError (bad argument, bad logits; on every rank alike), MoeTransportError and its subclasses.
+        """
+        if self._runs_inline:
+            return self._forward_one_rank(x)
+        step, routing, x_shared = self._begin(x, self.schedule)
+        y_TD = step.run(shared=lambda: self._shared(x_shared))
+        self._end(step, routing, y_TD)
+        return (y_TD if step.shared is None else y_TD + step.shared).reshape(x.shape)
+
+    def _begin(self, x: torch.Tensor, pair: SchedulePair) -> tuple[Step, RoutingDecision, torch.Tensor]:
+        """Route and agree: up to the point where the schedule can run."""
+        try:
+            x_TD, dtype = self._checked(x)
+            w_in, w_out = (w.to(dtype) for w in self.expert_weights)
+            step = Step(
+                pair,
+                self.transport,
+                ExpertWeights(
+                    w_in=w_in.detach(),
+                    w_out=w_out.detach(),
+                    kind=self.dispatcher.activation,
+                    grad_scale=self.expert_grad_scale,
+                ),
+                phase=PHASES[current_phase()],
+            )
+            x_router, x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=3)
+            routing = self.router(x_router)
+            slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
+            rows_TD = x_rows.to(dtype)
+        except Exception as error:
+            self.dispatcher.refuse(error, pair)
+        plan = self.dispatcher.plan(slots_TK, rows_TD, pair, status=routing.status)
+        step.bind(plan, rows_TD, slots_TK, routing.topk_weights_TK)
+        return step, routing, x_shared
+
+    def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
+        x_TD, dtype = self._checked(x)
+        routing = self.router(x_TD)
+        _raise_bad_logits(routing.status)
+        num_experts = self.dispatcher.placement.num_experts
+        ids_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
+        _, offs, slot_to_row, _ = ops.row_map(ids_TK, num_experts=num_experts)
+        x_RD = ops.permute(x_TD.to(dtype), slot_to_row, offs, num_rows=ids_TK.numel())
+        w_in, w_out = (w.to(dtype) for w in self.expert_weights)
+        y_RD = ops.expert_mlp(x_RD, w_in, w_out, offs, kind=self.dispatcher.activation)
+        y_TD = ops.combine(y_RD, slot_to_row, routing.topk_weights_TK)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self._shared(x_TD)
+        if not torch.compiler.is_compiling() and current_phase() == 0:
+            self._remember(routing, None, 0)
+        return y_TD.reshape(x.shape)
+
+    # ---------------------------------------------------------------- tickets
+
+    def begin(self, x: torch.Tensor) -> Ticket:
+        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`."""
+        if self.shared_expert is not None:
+            raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
+        if self._ticket is not None and self._ticket.stage != "finished":
+            raise RuntimeError(f"this layer's last ticket is {self._ticket.stage}: finish it before the next begin")
+        pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
+        step, routing, _ = self._begin(x, pair)
+        step.run_until_op()
+        step.skip_op()
+        ticket = Ticket(self, step, routing, x.shape)
+        self._ticket = ticket if current_phase() == 0 else None
+        return ticket
+
+    def run_experts(self, ticket: Ticket) -> None:
+        """Wait for the rows of each chunk, compute the experts and start the combine."""
+        ticket.advance("begun", "computed")
+        ticket.step.run_until_op()
+        ticket.step.skip_op()
+
+    def finish(self, ticket: Ticket) -> torch.Tensor:
+        """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
+        ticket.advance("computed", "finished")
+        y_TD = ticket.step.run()
+        self._end(ticket.step, ticket.routing, y_TD)
+        self._ticket = None
+        return y_TD.reshape(ticket.shape)
+
+    # ---------------------------------------------------------------- what it says about itself
+
+    def stats(self) -> LayerStats:
+        """The last forward call. Raises RuntimeError before the first one."""
+        if self._last_stats is None:
+            raise RuntimeError("no forward call yet")
+        routing, plan, payload_bytes = self._last_stats
+        if plan is None:
+            num_experts = self.dispatcher.placement.num_experts
+            ids = routing.topk_ids_TK.reshape(-1).cpu()
+            counts_E = torch.bincount(ids[ids >= 0].long(), minlength=num_experts)
+            overload = 1.0
+        else:
+            per_slot = torch.from_numpy(plan.exchange.counts.sum(axis=(0, 1)))
+            slot_to_expert = torch.tensor(self.dispatcher.placement.slot_to_expert)
+            counts_E = torch.zeros(self.dispatcher.placement.num_experts, dtype=torch.int64)
+            counts_E.index_add_(0, slot_to_expert, per_slot)
+            rows = plan.exchange.rows_per_rank
+            overload = max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0
+        return LayerStats(
+            tokens_per_expert=counts_E,
+            dropped_tokens=int(routing.dropped_tokens),
+            payload_bytes=payload_bytes,
+            overload=overload,
+            schedule=self.schedule.forward.text,
+            implementation=tuple(ops.registry.explain()),
+        )
+
+    def explain(self) -> str:
+        """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
+        return explain(self.schedule, self._last_events, self.transport, ops.registry.explain())
+
+    def attach(self, loss: torch.Tensor) -> torch.Tensor:
+        """`loss`, made to reach this layer's last call with a zero gradient.
+
+        For a rank whose loss does not depend on this layer: its experts computed other ranks' rows, so it has to take
+        part in their backward.
+        """
+        if self._tail is None:
+            return loss
+        attached: torch.Tensor = Attach.apply(loss, self._tail)
+        return attached
+
+    def take_aux_loss(self) -> torch.Tensor | None:
+        """The auxiliary loss of the last forward call, once: reading clears it."""
+        loss, self._aux_loss = self._aux_loss, None
+        return loss
+
+    @property
+    def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate_up_proj or up_proj, down_proj)."""
+        gated = self.dispatcher.activation == "swiglu"
+        return (self.gate_up_proj if gated else self.up_proj), self.down_proj
+
+    def extra_repr(self) -> str:
+        d = self.dispatcher
+        return (
+            f"hidden={d.hidden}, ffn={d.ffn_hidden}, experts={d.placement.num_experts}, top_k={d.top_k}, "
+            f"activation={d.activation}, schedule={self.schedule.name}, transport={self.transport.name}"
+        )
+
+    # ---------------------------------------------------------------- details
+
+    @property
+    def _runs_inline(self) -> bool:
+        return self.transport.name == "local" and self.schedule.chunks == 1
+
+    def _parse_schedule(self, schedule: str | SchedulePair, overlap: bool) -> SchedulePair:
+        shared = self.shared_expert is not None
+        pair = parse_choice(schedule, shared=shared) if isinstance(schedule, str) else schedule
+        check(pair)
+        if pair.num_ops:
+            raise ConfigError("schedule", pair.forward.text, "no backbone ops: those belong to a ShortcutBlock")
+        if pair.has_shared != shared:
+            raise ConfigError("schedule", pair.forward.text, f"{'one' if shared else 'no'} shared expert (S)")
+        return pair if overlap else pair.join()
+
+    def _make_experts(self, factory: dict[str, Any]) -> None:
+        """Draws every expert of the layer in turn and keeps this rank's, so that any number of ranks starts alike."""
+        d = self.dispatcher
+        mine = d.placement.slots_of_rank(self.transport.rank)
+        rows = d.ffn_hidden * (2 if d.activation == "swiglu" else 1)
+        w_in = nn.Parameter(torch.empty(len(mine), rows, d.hidden, **factory))
+        w_out = nn.Parameter(torch.empty(len(mine), d.hidden, d.ffn_hidden, **factory))
+        with torch.no_grad():
+            for slot in range(d.placement.num_slots):
+                for weight, fan_in in ((w_in, d.hidden), (w_out, d.ffn_hidden)):
+                    drawn = torch.empty(weight.shape[1:], **factory).normal_(std=fan_in**-0.5)
+                    if slot in mine:
+                        weight[slot - mine.start].copy_(drawn)
+        self.register_parameter("gate_up_proj" if d.activation == "swiglu" else "up_proj", w_in)
+        self.down_proj = w_out
+
+    def _checked(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+        """(x as [T, D], dtype of the rows): the weights' dtype, or autocast's."""
+        weight = self.down_proj
+        if x.dim() < 1 or x.shape[-1] != self.dispatcher.hidden:
+            raise ConfigError("x.shape[-1]", x.shape[-1] if x.dim() else 0, f"hidden_size = {self.dispatcher.hidden}")
+        if x.device != weight.device:
+            raise ConfigError("x.device", x.device, f"the device of the expert weights, {weight.device}")
+        if torch.is_autocast_enabled(x.device.type):
+            return x.reshape(-1, x.shape[-1]), torch.get_autocast_dtype(x.device.type)
+        if x.dtype != weight.dtype:
+            raise ConfigError("x.dtype", x.dtype, f"the dtype of the expert weights, {weight.dtype}, or autocast")
+        return x.reshape(-1, x.shape[-1]), weight.dtype
+
+    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor:
+        assert self.shared_expert is not None
+        shared: torch.Tensor = self.shared_expert(x_TD)
+        return shared
+
+    def _end(self, step: Step, routing: RoutingDecision, y_TD: torch.Tensor) -> None:
+        """What outlives the call: numbers for stats() and explain(), and the tail for attach(). Not in a recompute."""
+        if step.phase != "forward":
+            return
+        sent = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.send_counts)
+        returned = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.recv_counts)
+        self._remember(routing, step.plan, (sent + returned) * step.layout.row_bytes)
+        self._last_events = step.events
+        if step.grad and self.transport.world_size > 1:
+            self._tail = y_TD.reshape(-1)[:0]
+
+    def _remember(self, routing: RoutingDecision, plan: ChunkPlan | None, payload_bytes: int) -> None:
+        self._last_stats = (routing, plan, payload_bytes)
+        self._aux_loss = routing.aux_loss
+
+
+def open_transport(group: Any, *, timeout_s: float | None = None) -> Transport:
+    """The transport for `group`: None (one rank), a ProcessGroup or a one-dimensional DeviceMesh."""
+    if group is None:
+        return LocalTransport()
+    from moe_overlap.transport.process_group import ProcessGroupTransport
+
+    return ProcessGroupTransport(group, timeout_s=timeout_s)
+
+
+def _make_router(
+    router: str | nn.Module | None,
+    hidden_size: int,
+    num_experts: int,
+    top_k: int,
+    options: dict[str, Any],
+    factory: dict[str, Any],
+) -> nn.Module:
+    if isinstance(router, nn.Module):
+        defaults = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
+        for name, default in defaults.items():
+            if options[name] != default:
+                raise ConfigError(name, options[name], f"{default!r} beside a router module, which has its own")
+        return router
+    return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
+
+
+def _raise_bad_logits(status: torch.Tensor) -> None:
+    """One rank's form of the agreement's refusal."""
+    if torch.compiler.is_compiling():
+        torch._assert_async((status == 0).all(), "logits: a row with NaN or +inf, or with -inf everywhere")
+    elif int(status):
+        raise ConfigError(
+            "logits", int(status), "no row with NaN or +inf, none that is all -inf (or bad_logits='drop')"
+        )
+
+
+def aux_loss(model: nn.Module) -> torch.Tensor:
+    """The sum of the auxiliary losses of all MoE layers of `model` since the last call; reading clears them.
+
+    A float32 scalar, zero where no layer has one.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=next((p.device for p in model.parameters()), None))
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            loss = module.take_aux_loss()
+            if loss is not None:
+                total = total + loss
+    return total
+
+
+def ignore_experts_for_ddp(model: nn.Module) -> list[str]:
+    """Tell DistributedDataParallel to leave the expert weights of `model` alone; call it before wrapping.
+
+    Their gradients are already sums over all ranks; they are divided by the number of ranks, as DDP does with all
+    other gradients. Returns the names of the parameters.
+    """
+    names: list[str] = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            module.expert_grad_scale = 1.0 / module.transport.world_size
+            gated = module.dispatcher.activation == "swiglu"
+            for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
+                names.append(f"{prefix}.{name}" if prefix else name)
+    already = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*already, *names])
+    return names

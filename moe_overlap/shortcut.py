@@ -1,0 +1,121 @@
+"""ScMoE's shortcut: the experts read an earlier activation, so that backbone ops run beside both exchanges.
+
+Source: "Shortcut-connected Expert Parallelism for Accelerating Mixture of Experts", ICML 2025 (arXiv 2404.05019),
+section 3.1 (positions), equations 7 to 10 (wiring) and 14 to 17 (combining with the shared expert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from moe_overlap.autograd import Tap
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer import MoELayer
+from moe_overlap.plan import ChunkBy
+from moe_overlap.schedule.builders import window
+from moe_overlap.schedule.check import check
+
+Op = Callable[[torch.Tensor], torch.Tensor]
+COMBINE = ("add", "gated")
+
+
+class SharedExpertOp(nn.Module):
+    """The shared expert as the last backbone op: h + branch(h), or h + sigmoid(h w) * branch(h) (the paper's CG-1).
+
+    The coefficient reads the op's own input, so that it never waits for the experts.
+    """
+
+    def __init__(self, branch: Op, hidden_size: int, *, gated: bool, reference: torch.Tensor) -> None:
+        super().__init__()
+        self.branch = branch
+        self.gate = (
+            nn.Linear(hidden_size, 1, bias=False, device=reference.device, dtype=reference.dtype) if gated else None
+        )
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.branch(h)
+        return h + (y if self.gate is None else torch.sigmoid(self.gate(h)) * y)
+
+
+class ShortcutBlock(nn.Module):
+    """Backbone ops with a MoE layer beside them.
+
+    backbone: callables h -> h [..., D], norm and residual inside (modules are registered). tap: how many of them run
+    before the point that feeds the experts (Pos-1, 2, 3 of a block pair: 2, 1, 0; see `tap_of_position`).
+    shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
+    says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
+    backward_slot: the same number for backward, where the best one differs. pre_norm, post_norm: on the experts'
+    input and on their output. chunks, by: chunk the exchanges as well. overlap=False: every exchange joined.
+
+    y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
+    """
+
+    def __init__(
+        self,
+        backbone: Sequence[Op],
+        moe: MoELayer,
+        *,
+        tap: int,
+        slot: int,
+        shared_expert: Op | None = None,
+        combine: str = "add",
+        backward_slot: int | None = None,
+        pre_norm: Op | None = None,
+        post_norm: Op | None = None,
+        chunks: int = 1,
+        by: ChunkBy = "tokens",
+        overlap: bool = True,
+    ) -> None:
+        super().__init__()
+        if combine not in COMBINE:
+            raise ConfigError("combine", combine, f"one of {COMBINE}")
+        if combine == "gated" and shared_expert is None:
+            raise ConfigError("combine", combine, "a shared_expert, whose output the gate multiplies")
+        if moe.shared_expert is not None:
+            raise ConfigError("moe", "a layer with a shared expert", "a layer without one: give it as shared_expert")
+        ops = list(backbone)
+        if shared_expert is not None:
+            ops.append(
+                SharedExpertOp(
+                    shared_expert, moe.dispatcher.hidden, gated=combine == "gated", reference=moe.router.weight
+                )
+            )
+        if not isinstance(tap, int) or not 0 <= tap <= len(ops):
+            raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
+        self.moe = moe
+        self.tap = tap
+        self.backbone = nn.ModuleList(op if isinstance(op, nn.Module) else _Callable(op) for op in ops)
+        self.pre_norm = pre_norm
+        self.post_norm = post_norm
+        pair = window(len(ops) - tap, slot, chunks=chunks, by=by, backward_slot=backward_slot)
+        check(pair)
+        self.schedule = pair if overlap else pair.join()
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
+        for op in self.backbone[: self.tap]:
+            h = op(h)
+        hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
+        if self.pre_norm is not None:
+            tapped = self.pre_norm(tapped)
+        step, routing, _ = self.moe._begin(tapped, self.schedule)
+        step.hidden = hidden
+        y_TD = step.run(backbone=list(self.backbone[self.tap :]))
+        self.moe._end(step, routing, y_TD)
+        routed = y_TD.reshape(tapped.shape)
+        assert step.hidden is not None
+        return step.hidden + (routed if self.post_norm is None else self.post_norm(routed))
+
+
+class _Callable(nn.Module):
+    """A plain function in a ModuleList."""
+
+    def __init__(self, function: Op) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.function(h)
