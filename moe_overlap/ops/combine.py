@@ -99,16 +99,11 @@ def _combine(
     sum_TD: torch.Tensor | None = None
     for k, rows_T in enumerate(slot_to_row_TK.unbind(1)):
         part_TD = maps.take_rows(y_RD, rows_T).to(dtype)
-        weight_T1 = None if weights_TK is None else weights_TK[:, k, None].to(dtype)
-        if weight_T1 is not None:
+        if weights_TK is not None:
             # A slot without a row adds nothing even where its weight is NaN.
-            weight_T1 = weight_T1.masked_fill(rows_T[:, None] < 0, 0)
-        if sum_TD is None:
-            sum_TD = part_TD if weight_T1 is None else part_TD.mul_(weight_T1)
-        elif weight_T1 is None:
-            sum_TD.add_(part_TD)
-        else:
-            sum_TD.addcmul_(part_TD, weight_T1)
+            weight_T = weights_TK[:, k].to(dtype).masked_fill(rows_T < 0, 0)
+            part_TD.mul_(weight_T[:, None])
+        sum_TD = part_TD if sum_TD is None else sum_TD.add_(part_TD)
     if sum_TD is None:
         sum_TD = torch.zeros(slot_to_row_TK.shape[0], y_RD.shape[1], dtype=dtype, device=y_RD.device)
     if residual_TD is not None:
@@ -129,19 +124,18 @@ def _combine_backward(
     tokens, top_k = slot_to_row_TK.shape
     row_to_slot = maps.invert(slot_to_row_TK, num_rows)
     dy_RD = maps.take_rows(dy_TD, row_to_slot.div(max(1, top_k), rounding_mode="floor"))
+    nothing = dy_TD.new_empty((0,))
     if weights_TK is None:
-        return dy_RD, dy_TD.new_empty((0,))
-    if tokens > 0 and top_k > 0:
-        weight_R = weights_TK.reshape(-1).to(dtype).index_select(0, row_to_slot.clamp(min=0))
-        dy_RD.mul_(weight_R.masked_fill_(row_to_slot < 0, 0)[:, None])
-    if y_RD is None:
-        return dy_RD, dy_TD.new_empty((0,))
-    dweights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
-    product_TD = workspace.empty(dy_TD.shape, like=dy_TD, dtype=dtype)
-    for k, rows_T in enumerate(slot_to_row_TK.unbind(1)):
-        torch.mul(maps.take_rows(y_RD, rows_T).to(dtype), dy_TD, out=product_TD)
-        dweights_TK[:, k] = product_TD.sum(dim=1).masked_fill_(rows_T < 0, 0)
-    return dy_RD, dweights_TK
+        return dy_RD, nothing
+    if tokens == 0 or top_k == 0 or num_rows == 0:
+        return dy_RD, nothing if y_RD is None else torch.zeros_like(weights_TK)
+    if y_RD is not None:
+        product_RD = workspace.empty(dy_RD.shape, like=dy_RD, dtype=dtype)
+        dot_R = torch.mul(dy_RD.to(dtype), y_RD.to(dtype), out=product_RD).sum(dim=1)
+        dweights_TK = dot_R[slot_to_row_TK.clamp(min=0)].masked_fill_(slot_to_row_TK < 0, 0).to(weights_TK.dtype)
+    weight_R = weights_TK.reshape(-1).to(dtype).index_select(0, row_to_slot.clamp(min=0))
+    dy_RD.mul_(weight_R.masked_fill_(row_to_slot < 0, 0)[:, None])
+    return dy_RD, nothing if y_RD is None else dweights_TK
 
 
 def _combine_backward_fake(

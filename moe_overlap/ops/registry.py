@@ -136,7 +136,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Implemen
 def _decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, Choice]:
     known = _known(op)
     wanted = _forced.get(op)
-    passed_over = []
+    passed_over: list[str] = []
     for entry in known:
         if wanted is not None and entry.name != wanted:
             continue

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils import deterministic
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 SMALLEST_BYTES = 1 << 18
@@ -71,9 +72,10 @@ class Workspace:
             if storage is None:
                 storage = self._create(bucket_bytes)
             tensor = torch.empty(0, dtype=dtype)
-            tensor.set_(storage, 0, tuple(shape))
+            tensor.set_(storage, 0, tuple(shape), _strides(shape))
             del storage
-        if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        # torch.empty does the same in this mode.
+        if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
             tensor.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
         return tensor
 
@@ -123,6 +125,10 @@ class Workspace:
 def _only_the_pool_holds(storage: torch.UntypedStorage) -> bool:
     assert _use_count is not None
     return int(_use_count(storage._cdata)) == 1
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _bucket(size_bytes: int) -> int:
