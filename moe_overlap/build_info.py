@@ -5,7 +5,6 @@ Run as a file it prints that record; it imports nothing of the package, so it wo
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,14 +50,6 @@ def why_not_built(part: str) -> str:
     if part in info.built:
         return f"{info.built[part]} was built, but the file is gone or is for another Python"
     return f"unknown to the build (MOE_OVERLAP_BUILD={info.mode}): build again"
-
-
-def version() -> str:
-    """The version of the installed package."""
-    try:
-        return importlib.metadata.version("moe-overlap")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def lines() -> list[str]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from moe_overlap import __version__
 from moe_overlap.errors import ConfigError
 
 COMMANDS = {
@@ -52,17 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     """Only for help, --version and errors: a command parses its own options."""
     parser = OneLineParser(prog="moe-overlap", description="Mixture-of-Experts layers with overlapped All-to-Alls.")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"moe-overlap {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="{" + ",".join(COMMANDS) + "}")
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text)
     return parser
-
-
-def _version() -> str:
-    from moe_overlap import build_info
-
-    return f"moe-overlap {build_info.version()}"
 
 
 def _complain(command: str, text: str) -> int:

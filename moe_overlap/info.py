@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 
-from moe_overlap import _native, build_info, config
+from moe_overlap import __version__, _native, build_info, config
 from moe_overlap.errors import ConfigError
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -32,7 +32,7 @@ def lines() -> list[str]:
 def _versions() -> list[str]:
     import torch
 
-    text = [f"moe-overlap {build_info.version()} in {_native.PACKAGE_DIR}"]
+    text = [f"moe-overlap {__version__} in {_native.PACKAGE_DIR}"]
     text.append(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
     if torch.version.cuda is None:
         return [*text, "cuda: this torch has no CUDA"]

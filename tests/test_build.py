@@ -95,7 +95,7 @@ def build_in(folder: Path, **environment: str) -> subprocess.CompletedProcess[st
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "moe_overlap").mkdir()
-    (folder / "moe_overlap/__init__.py").write_text("")
+    (folder / "moe_overlap/__init__.py").write_text('__version__ = "0"\n')
     (folder / "README.md").write_text("")
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"]
     return subprocess.run(
