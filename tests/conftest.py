@@ -1,0 +1,51 @@
+"""What every test has: a time limit, and poisoned memory for those who ask."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for `from tests import ...`, however pytest was started
+
+TIME_LIMIT_S = 180.0
+_terminal: int | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _terminal
+    config.addinivalue_line("markers", f"time_limit(seconds): instead of the {TIME_LIMIT_S:.0f} s every test has")
+    # Output is not captured yet: what is written here later reaches the terminal even when the process is ended.
+    _terminal = os.dup(sys.__stderr__.fileno())
+
+
+@pytest.fixture(autouse=True)
+def time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that hangs ends the run with the stacks of all threads instead of hanging it."""
+    marker = request.node.get_closest_marker("time_limit")
+    seconds = float(marker.args[0]) if marker else TIME_LIMIT_S
+    assert _terminal is not None
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_terminal)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that nobody has written holds NaN (integers: their largest value), in torch.empty and in our pool."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
