@@ -197,6 +197,13 @@ class ChunkPlan:
         return tuple(sum(row) for row in self.recv_counts)
 
     @cached_property
+    def stays_local(self) -> tuple[bool, ...]:
+        """Whether no row of a chunk goes to another rank, on any rank, [C]: then there is nothing to exchange."""
+        pairs = self.matrix.reshape(self.chunks, self.world_size, self.world_size, self.local_slots).sum(axis=3)
+        across = pairs.sum(axis=(1, 2)) - np.trace(pairs, axis1=1, axis2=2)
+        return tuple(bool(rows == 0) for rows in across)
+
+    @cached_property
     def send_offsets(self) -> tuple[int, ...]:
         """First row of each chunk in the send buffer, [C + 1]."""
         return tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.send_rows)]))

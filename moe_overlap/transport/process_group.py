@@ -1,0 +1,426 @@
+"""The ranks of a torch.distributed group: gloo on the CPU, NCCL on CUDA.
+
+Facts about gloo that shaped this (measured, torch 2.13): `Work.wait(timeout)` of a collective that times out leaves the
+operation running, so waiting in short slices is free of side effects; a peer's death is an error within milliseconds
+on the ranks that talk to it and nothing at all on the others; an operation that hangs cannot be aborted, but a receive
+that times out closes every connection of its group, which ends all operations at once. Hence: wait in slices of 50 ms,
+look for the peers' abort message between slices, and on any error write such a message, then close the connections.
+
+The groups are our own (payload and control apart), built on the store of torch.distributed under a prefix of their
+own: they are not entered in its global tables, have our limits, and can be replaced without the user's group.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_overlap.config import SLOW_PEER_S
+from moe_overlap.errors import (
+    ConfigError,
+    MoeTransportError,
+    PeerFailed,
+    PlanMismatch,
+    TransportTimeout,
+)
+from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
+from moe_overlap.transport.base import Header, Work
+from moe_overlap.transport.control import CLOSED, PEER_GONE, TIMED_OUT, Abort, ControlPlane, own_store, ranks_text
+from moe_overlap.transport.lifecycle import Lifecycle, Where
+from moe_overlap.transport.local import LocalWork
+
+logger = logging.getLogger(__name__)
+
+SLICE = timedelta(milliseconds=50)
+DIAGNOSE_S = 0.6
+GLOO_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
+
+# Transports made on a group so far: its members make them in the same order, so the number names them.
+_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+# Groups that could not be ended cleanly; destroying one would block until its operations time out.
+_parked: list[tuple[_Groups, list[Any]]] = []
+
+
+class _Groups:
+    """The process groups of one generation."""
+
+    def __init__(self, store: dist.Store, *, rank: int, world_size: int, timeout_s: float, backend: str) -> None:
+        # Twice our own limit: the library's error, if it comes to that, must come after ours.
+        limit = timedelta(seconds=2 * timeout_s)
+        self.rank, self.world_size = rank, world_size
+        self.control: Any = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world_size, limit)
+        self.payload: Any
+        if backend == "gloo":
+            self.payload = dist.ProcessGroupGloo(dist.PrefixStore("payload", store), rank, world_size, limit)
+        else:
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = limit
+            self.payload = dist.ProcessGroupNCCL(dist.PrefixStore("payload", store), rank, world_size, options)
+        self.backend = backend
+
+    def break_off(self) -> None:
+        """Close all connections, so that no operation of these groups is pending any longer. Never raises."""
+        for group in (self.control, self.payload):
+            if group is self.payload and self.backend != "gloo":
+                self.payload.abort()
+                continue
+            for peer in range(self.world_size):
+                if peer == self.rank:
+                    continue
+                try:
+                    group.recv([torch.empty(1, dtype=torch.uint8)], peer, 0).wait(timedelta(milliseconds=1))
+                except RuntimeError as error:
+                    if "Timed out" in str(error):
+                        break  # this closed every connection of the group; else that one was closed before: the next
+
+
+class GroupWork:
+    """An exchange under way in a process group."""
+
+    def __init__(
+        self, transport: ProcessGroupTransport, work: Any, where: Where, rows: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        self._transport = transport
+        self._work = work
+        self._where = where
+        self._rows: torch.Tensor | None = rows  # kept alive until the bytes have left
+        self._out = out
+        self._position = transport._position
+        self._start_s = time.perf_counter()
+        self._end_s: float | None = None
+
+    def wait(self, timeout_s: float | None = None) -> torch.Tensor:
+        """The received rows. `timeout_s` may shorten the transport's limit. CUDA: the current stream waits."""
+        if self._end_s is None:
+            self._transport._finish(self._work, self._where, self._position, timeout_s)
+            self._end_s = time.perf_counter()
+            self._rows = None
+        return self._out
+
+    def done(self) -> bool:
+        return self._end_s is not None or bool(self._work.is_completed())
+
+    def interval(self) -> tuple[float, float] | None:
+        """From the start to the end of the wait: the bytes were under way at most so long."""
+        return None if self._end_s is None else (self._start_s, self._end_s)
+
+
+class ProcessGroupTransport(Lifecycle):
+    """All-to-All over `group`: None (all ranks), a ProcessGroup or a one-dimensional DeviceMesh.
+
+    Collective over the ranks of the group in `open` and `reopen`, not in the constructor; several transports on one
+    group are told apart by the order in which they are made. `timeout_s` (default MOE_OVERLAP_TIMEOUT_S) bounds every
+    wait. `device` defaults to what the group's backend is for: the CPU for gloo, the current CUDA device for NCCL.
+    On CUDA `wait` orders the current stream and the host does not wait, so there the NCCL watchdog bounds the
+    exchanges, with twice `timeout_s`; records and headers travel on the host in either case.
+
+    Raises ConfigError for a group that is closed or that this rank is not in, when torch.distributed is not
+    initialised, and for CUDA tensors on gloo.
+    """
+
+    name = "process_group"
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        timeout_s: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        resolved, ranks = _resolve(group)
+        super().__init__(rank=ranks.index(dist.get_rank()), world_size=len(ranks), timeout_s=timeout_s)
+        self.device = _device_of(resolved, device)
+        self.backend = "gloo" if self.device.type == "cpu" else "nccl"
+        self.name = f"process_group({self.backend})"
+        number = _made[resolved] = _made.get(resolved, 0) + 1
+        self._prefix = f"moe_overlap/{resolved.group_name}/{number}"
+        self._store = dist.distributed_c10d._get_default_store()
+        self._generation = 0
+        self._control: ControlPlane | None = None
+        self._groups: _Groups | None = None
+        self._pending: set[Any] = set()
+        self._position = 0
+        self._slow_s = SLOW_PEER_S.read()
+        self._warned = False
+        self._options = dist.AllToAllOptions()
+        if hasattr(self._options, "asyncOp"):
+            self._options.asyncOp = True
+
+    def open(self, header: Header) -> None:
+        if self._is_open_for(header):
+            return
+        words = header.to_tensor(world_size=self.world_size)
+        table = self.gather(words, Where(action="open"))
+        different = (table != table[0]).any(dim=1).nonzero()
+        if len(different):
+            peer = int(different[0])
+            raise self._agreed_error(
+                PlanMismatch(
+                    f"rank {peer} opened this transport for another configuration than rank 0; nothing was sent",
+                    rank=self.rank,
+                    peer=peer if peer != self.rank else 0,
+                    action="open",
+                )
+            )
+        self._header = header
+
+    def agree(self, record: StepRecord) -> ExchangePlan:
+        words = self._require_record(record)
+        self.stats.agreements += 1
+        table = self.gather(words, Where(action="N", step=record.step))
+        try:
+            return agree_on(table, rank=self.rank, num_slots=record.counts.shape[1])
+        except PlanMismatch as error:
+            self._agreed_error(error)
+            raise
+
+    def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
+        """int64 [n] of every rank, as [W, n]; n must be equal on all ranks. Bounded; the host waits."""
+        self._require_usable()
+        groups = self._groups or self._connect()
+        table = torch.empty(self.world_size, words.numel(), dtype=torch.int64)
+        self._position += 1
+        self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
+        try:
+            work = groups.control.allgather([list(table.unbind(0))], [words])
+        except RuntimeError as error:
+            raise self._diagnose(error, where, 0.0) from error
+        self._pending.add(work)
+        self._finish(work, where, self._position, None)
+        return table
+
+    def start(
+        self,
+        rows: torch.Tensor,
+        plan: ChunkPlan,
+        layout: RowLayout,
+        chunk: int = 0,
+        *,
+        reverse: bool = False,
+        out: torch.Tensor | None = None,
+        action: str = "D",
+    ) -> Work:
+        send, recv, recv_rows = self._require_rows(rows, out, plan, layout, chunk, reverse=reverse)
+        if rows.device.type != self.device.type:
+            expected = f"a tensor on {self.device.type}: {self.name} moves no other (copy it first, or use NCCL)"
+            raise self._refusing(ConfigError("rows.device", rows.device, expected))
+        self.stats.exchanges += 1
+        if plan.stays_local[chunk]:  # the same on all ranks, so nobody waits for this rank
+            return LocalWork(rows if out is None else out.copy_(rows))
+        self.stats.payload_bytes += (rows.shape[0] - send[self.rank]) * layout.row_bytes
+        if out is None:
+            out = rows.new_empty(recv_rows, layout.width)
+        where = Where(action=action, step=plan.exchange.step, chunk=chunk)
+        groups = self._groups or self._connect()
+        moved, into = (rows, out) if rows.dtype in GLOO_DTYPES else (rows.view(torch.uint8), out.view(torch.uint8))
+        self._position += 1
+        try:
+            work = groups.payload.alltoall_base(into, moved, recv, send, self._options)
+        except RuntimeError as error:
+            raise self._diagnose(error, where, 0.0) from error
+        self._pending.add(work)
+        return GroupWork(self, work, where, rows, out)
+
+    def close(self, reason: str) -> None:
+        if self._cause is None:
+            self._poison(RuntimeError(reason))
+            self._end_groups(Abort(code=CLOSED, rank=self.rank, peer=-1, text=reason))
+
+    def reopen(self) -> None:
+        """Fresh groups under a new generation; call `open` again afterwards. PeerFailed when the store is gone."""
+        if self._groups is not None:
+            self.close("the transport was reopened")
+        self._generation += 1
+        self._position = 0
+        self._header = None
+        self._cause = None
+        try:
+            self._connect()
+        except MoeTransportError as error:
+            self._poison(error)
+            raise
+
+    def _connect(self) -> _Groups:
+        prefix = f"{self._prefix}/{self._generation}"
+        control = ControlPlane(
+            own_store(self._store, prefix, self.timeout_s), rank=self.rank, world_size=self.world_size
+        )
+        self._control = control
+        try:
+            control.meet(self.timeout_s)
+            self._groups = _Groups(
+                own_store(self._store, prefix, self.timeout_s),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout_s=self.timeout_s,
+                backend=self.backend,
+            )
+        except MoeTransportError as error:
+            self._poison(error)
+            raise
+        except RuntimeError as error:
+            raise self._diagnose(error, Where(action="connect"), 0.0) from error
+        return self._groups
+
+    def _finish(self, work: Any, where: Where, position: int, timeout_s: float | None) -> None:
+        """Wait for `work` within the limit; raises what went wrong, after telling the peers."""
+        if self._cause is not None:
+            self._require_usable()
+        if self.backend != "gloo" and where.action not in ("N", "open"):
+            work.wait()  # orders the current stream
+        else:
+            begin = time.perf_counter()
+            try:
+                work.wait(SLICE)
+            except RuntimeError:
+                self._finish_slowly(work, where, position, begin, timeout_s)
+        self._pending.discard(work)
+
+    def _finish_slowly(self, work: Any, where: Where, position: int, begin: float, timeout_s: float | None) -> None:
+        """Slice by slice: is it done, has a peer given up, is a peer dead, is the limit reached?"""
+        assert self._control is not None
+        limit_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
+        report_s = min(self._slow_s, limit_s) / 2
+        reported = False
+        while True:
+            if work.is_completed():
+                try:
+                    work.wait(SLICE)
+                    return
+                except RuntimeError as error:
+                    raise self._diagnose(error, where, time.perf_counter() - begin) from error
+            waited = time.perf_counter() - begin
+            self._raise_peer_trouble(where, waited)
+            if waited >= limit_s:
+                raise self._timed_out(where, position, waited)
+            if waited >= report_s and not reported:
+                self._control.report(position, where)
+                reported = True
+            if waited >= self._slow_s and not self._warned:
+                self._warned = True
+                late = self._control.late(position)
+                who = "; ".join(f"rank {peer} {doing}" for peer, doing in late) or "no rank known to be late"
+                logger.warning("rank %d has waited %.1f s in %s: %s", self.rank, waited, where, who)
+            try:
+                work.wait(min(SLICE, timedelta(seconds=max(limit_s - waited, 0.001))))
+                return
+            except RuntimeError:
+                continue
+
+    def _raise_peer_trouble(self, where: Where, waited: float) -> None:
+        """Raise what a peer's abort message says, or that a peer on this host is dead."""
+        assert self._control is not None
+        abort = self._control.read_abort()
+        if abort is not None:
+            raise self._failed(abort.error_on(self.rank, where, waited), abort)
+        dead = self._control.suspects(("dead",))
+        if dead:
+            raise self._peer_gone(
+                dead[0][0], f"the process of {ranks_text([p for p, _ in dead])} is dead", where, waited
+            )
+
+    def _diagnose(self, error: RuntimeError, where: Where, waited: float) -> MoeTransportError:
+        """The reason behind an error of the library, which itself names no rank: a peer's message or death."""
+        if self._control is None:
+            return self._failed(PeerFailed(_first_line(error), rank=self.rank, **vars(where)), None)
+        deadline = time.perf_counter() + DIAGNOSE_S
+        try:
+            while time.perf_counter() < deadline:
+                self._raise_peer_trouble(where, waited)
+                time.sleep(0.01)
+        except MoeTransportError as known:
+            return known
+        text = _first_line(error)
+        if "Timed out" in text:
+            return self._timed_out(where, self._position, waited)
+        stopped = self._control.suspects(("stopped",))
+        peer = stopped[0][0] if stopped else None
+        return self._peer_gone(peer, f"a connection was lost: {text}", where, waited)
+
+    def _peer_gone(self, peer: int | None, text: str, where: Where, waited: float) -> MoeTransportError:
+        error = PeerFailed(text, rank=self.rank, peer=peer, seconds=waited, **vars(where))
+        return self._failed(error, Abort(code=PEER_GONE, rank=self.rank, peer=-1 if peer is None else peer, text=text))
+
+    def _timed_out(self, where: Where, position: int, waited: float) -> MoeTransportError:
+        """The error of a wait that reached its limit: names the stopped peers of this host, else the late ones."""
+        assert self._control is not None
+        self._control.report(position, where)
+        blamed = self._control.suspects() or self._control.late(position)
+        peer = blamed[0][0] if blamed else None
+        who = "; ".join(f"rank {rank}: {state}" for rank, state in blamed) or "no rank known to be late"
+        text = f"{where} was not over within {waited:.3f} s ({who})"
+        error = TransportTimeout(text, rank=self.rank, peer=peer, seconds=waited, **vars(where))
+        return self._failed(error, Abort(code=TIMED_OUT, rank=self.rank, peer=-1 if peer is None else peer, text=text))
+
+    def _failed(self, error: MoeTransportError, abort: Abort | None) -> MoeTransportError:
+        """Poison this transport with `error` and end its groups; the peers learn of it."""
+        self._poison(error)
+        self._end_groups(abort)
+        return error
+
+    def _agreed_error(self, error: MoeTransportError) -> MoeTransportError:
+        """An error that every rank raises by itself: nothing to tell, and the connections must stay until all have."""
+        self._poison(error)
+        return error
+
+    def _end_groups(self, abort: Abort | None) -> None:
+        groups, self._groups = self._groups, None
+        if self._control is not None and abort is not None:
+            self._control.abort(abort)
+        if groups is None:
+            return
+        groups.break_off()
+        deadline = time.perf_counter() + 0.5
+        while any(not work.is_completed() for work in self._pending) and time.perf_counter() < deadline:
+            time.sleep(0.002)
+        unfinished = [work for work in self._pending if not work.is_completed()]
+        if unfinished:
+            _parked.append((groups, unfinished))
+        self._pending.clear()
+        _parked[:] = [entry for entry in _parked if any(not work.is_completed() for work in entry[1])]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _resolve(group: Any) -> tuple[Any, list[int]]:
+    """(process group, its global ranks in group order). Raises ConfigError for one that cannot be used."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ConfigError("group", group, "torch.distributed to be initialised first (init_process_group)")
+    if group is not None and hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ConfigError("group", group, "a DeviceMesh of one dimension")
+        group = group.get_group()
+    if group is None:
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        expected = "None, a DeviceMesh of one dimension, or a ProcessGroup that this rank is a member of"
+        raise ConfigError("group", group, expected)
+    try:
+        ranks = dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        raise ConfigError("group", group, "a group that is not destroyed") from None
+    if dist.get_rank() not in ranks:
+        raise ConfigError("group", ranks, f"a group that has this rank ({dist.get_rank()})")
+    return group, ranks
+
+
+def _device_of(group: Any, device: torch.device | str | None) -> torch.device:
+    """Where the rows are. Raises ConfigError when the group has no backend for it."""
+    backends = dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
+    if device is None:
+        device = "cpu" if backends.get("cpu") == "gloo" else "cuda"
+    device = torch.device(device)
+    wanted = {"cpu": "gloo", "cuda": "nccl"}.get(device.type)
+    if wanted is None or backends.get(device.type) != wanted:
+        raise ConfigError("device", device, f"cpu with gloo or cuda with nccl; the group has {backends}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
