@@ -103,7 +103,7 @@ def missing_toolchain() -> str | None:
 
 def missing_for_planner() -> str | None:
     if package_root("pybind11") is None:
-        return "pybind11 is not installed in the environment that builds"
+        return "pybind11 is not installed in the environment that builds (use pip install --no-build-isolation)"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "the headers of this Python (Python.h) are not installed"
     return None
