@@ -1,0 +1,244 @@
+"""The equality matrix: one function that runs a case on one rank, and one that says what the answer is.
+
+A case is run twice, with overlap and with every exchange joined; outputs, input gradient and every parameter gradient
+must be equal bit for bit, and right against the dense float64 oracle over all ranks' tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import oracle
+import strategies
+import torch
+from tolerances import close, same_bits
+from torch import Tensor, nn
+
+from moe_overlap import MoELayer, ShortcutBlock
+from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.schedule.builders import chunked, serial, shared_expert, tap_of_position
+from moe_overlap.transport.base import Transport
+
+D, F, E, K = 16, 24, 8, 2
+WORLDS = (1, 2, 4)
+SCHEDULES = ("serial", "chunked-tokens", "chunked-experts", "shared_expert-0", "shared_expert-1",
+             "shortcut-pos1", "shortcut-pos2", "shortcut-pos3")  # fmt: skip
+CHUNKS = (1, 2, 3, 4, 7, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+LOADS = ("balanced", "one_expert", "empty_expert", "no_tokens", "uneven")
+
+
+@dataclass(frozen=True)
+class Case:
+    world: int
+    schedule: str
+    chunks: int
+    dtype: torch.dtype
+    load: str
+
+    def __str__(self) -> str:
+        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}"
+
+    def tokens(self, rank: int) -> int:
+        if self.load == "no_tokens" and rank == self.world - 1:
+            return 0
+        return (5, 17, 2, 33)[rank] if self.load == "uneven" else 16
+
+
+def all_cases(world: int) -> list[Case]:
+    """Every combination; `serial` has one chunk only."""
+    product = itertools.product(SCHEDULES, CHUNKS, DTYPES, LOADS)
+    return [Case(world, s, c, d, load) for s, c, d, load in product if s != "serial" or c == 1]
+
+
+def pairwise_cases() -> list[Case]:
+    """Few cases in which every pair of values of two factors occurs (greedy)."""
+    cases = [case for world in WORLDS for case in all_cases(world)]
+
+    def pairs(case: Case) -> set[tuple[object, ...]]:
+        values = (("w", case.world), ("s", case.schedule), ("c", case.chunks), ("d", case.dtype), ("l", case.load))
+        return set(itertools.combinations(values, 2))
+
+    missing = set().union(*(pairs(case) for case in cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+class FixedChoice(nn.Module):
+    """A router whose choice is given and whose weights are learned: sigmoid(x w_e) of the experts chosen."""
+
+    def __init__(self, ids_TK: Tensor, num_experts: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ids_TK = ids_TK
+        self.weight = nn.Parameter(torch.empty(num_experts, D, dtype=dtype))
+
+    def forward(self, x_TD: Tensor, *, reduce: object = None, local_experts: object = None) -> RoutingDecision:
+        wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        scores_TE = torch.sigmoid(x_TD.to(wide) @ self.weight.to(wide).T)
+        chosen = self.ids_TK.clamp_min(0).long()
+        weights_TK = torch.where(self.ids_TK >= 0, scores_TE.gather(1, chosen), torch.zeros((), dtype=wide))
+        counts = torch.bincount(self.ids_TK[self.ids_TK >= 0].long(), minlength=self.weight.shape[0])
+        return RoutingDecision(
+            topk_ids_TK=self.ids_TK,
+            topk_weights_TK=weights_TK,
+            tokens_per_expert_E=counts,
+            dropped_tokens=torch.zeros((), dtype=torch.int64),
+            status=torch.zeros(1, dtype=torch.int32),
+        )
+
+
+class Op(nn.Module):
+    """A backbone op: h + tanh(h w)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(D, D, dtype=dtype))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.tanh(h @ self.weight.T)
+
+
+def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_TD, ids_TK, dy_TD) of one rank."""
+    tokens = case.tokens(rank)
+    generator = torch.Generator().manual_seed(100 + rank)
+    x, dy = (torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(case.dtype) for _ in range(2))
+    kind = case.load if case.load in strategies.ROUTINGS else "uniform"
+    ids, _ = strategies.make_routing(kind, tokens, E, K, seed=rank)
+    return x, ids, dy
+
+
+def weights(case: Case) -> dict[str, Tensor]:
+    """Every parameter of the whole model, all experts, by the names that `build` uses."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5).to(case.dtype)
+
+    named = {"router.weight": draw(E, D), "gate_up_proj": draw(E, 2 * F, D), "down_proj": draw(E, D, F)}
+    if case.schedule.startswith("shared"):
+        named |= {"shared_expert.up.weight": draw(2 * F, D), "shared_expert.down.weight": draw(D, F)}
+    if case.schedule.startswith("shortcut"):
+        named = {f"moe.{name}": value for name, value in named.items()}
+        named |= {f"backbone.{i}.weight": draw(D, D) for i in range(3)}
+        named |= {"backbone.3.branch.weight": draw(D, D), "backbone.3.gate.weight": draw(1, D)}
+    return named
+
+
+def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.Module:
+    """The model of one rank, with its slices of `weights`."""
+    _, ids, _ = inputs(case, rank)
+    router = FixedChoice(ids, E, case.dtype)
+    name, _, variant = case.schedule.partition("-")
+    schedule, shared = "serial", None
+    if name == "chunked":
+        schedule = chunked(case.chunks, variant)
+    elif name == "shared_expert":
+        schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
+    elif name == "serial":
+        schedule = serial()
+    model: nn.Module = MoELayer(D, F, E, K, transport=transport, router=router, schedule=schedule, overlap=overlap,
+                                shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
+    if name == "shortcut":
+        position = int(variant[-1])
+        branch = nn.Linear(D, D, bias=False, dtype=case.dtype)
+        model = ShortcutBlock([Op(case.dtype) for _ in range(3)], model, tap=tap_of_position(position), slot=1,
+                              backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
+                              overlap=overlap)  # fmt: skip
+    full = weights(case)
+    local = E // transport.world_size
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = full.pop(name)
+            if name.endswith(("gate_up_proj", "down_proj")):
+                value = value[rank * local : (rank + 1) * local]
+            parameter.copy_(value)
+    assert not full, f"weights without a parameter: {list(full)}"
+    return model
+
+
+def run_rank(case: Case, transport: Transport, rank: int, *, overlap: bool) -> dict[str, Tensor]:
+    """Output, input gradient and every parameter gradient of one rank."""
+    model = build(case, transport, rank, overlap=overlap)
+    x, _, dy = inputs(case, rank)
+    x.requires_grad_()
+    y = model(x)
+    y.backward(dy)
+    results = {"y": y.detach(), "dx": x.grad}
+    for name, parameter in model.named_parameters():
+        results[name] = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def run_both(case: Case, on: Transport, off: Transport, rank: int) -> dict[str, Tensor]:
+    """Overlap on and off on one rank: asserts equal bits, returns the results."""
+    results = run_rank(case, on, rank, overlap=True)
+    joined = run_rank(case, off, rank, overlap=False)
+    assert results.keys() == joined.keys()
+    for name in results:
+        same_bits(results[name], joined[name])
+    return results
+
+
+def expected(case: Case) -> list[dict[str, Tensor]]:
+    """The float64 oracle: per rank, what `run_rank` must return; dense gradients are one rank's own."""
+    model = case.schedule if case.schedule.startswith("shortcut") else case.schedule.partition("-")[0]
+    plain = {"serial": "serial", "chunked": "serial", "shared_expert": "shared_expert-0"}.get(model, model)
+    return _expected(replace(case, schedule=plain, chunks=1))
+
+
+@lru_cache(maxsize=64)
+def _expected(case: Case) -> list[dict[str, Tensor]]:
+    everything = []
+    full = {name: value.double().requires_grad_() for name, value in weights(case).items()}
+    short = case.schedule.startswith("shortcut")
+    p = {name.removeprefix("moe."): value for name, value in full.items()}
+    tap = tap_of_position(int(case.schedule[-1])) if short else 0
+    losses, outputs, xs = [], [], []
+    for rank in range(case.world):
+        x, ids, dy = inputs(case, rank)
+        h = x.double().requires_grad_()
+        xs.append(h)
+        tapped = h
+        for i in range(3 if short else 0):
+            if i == tap:
+                tapped = h
+            h = h + torch.tanh(h @ p[f"backbone.{i}.weight"].T)
+        scores = torch.sigmoid(tapped @ p["router.weight"].T)
+        weights_TK = torch.where(ids >= 0, scores.gather(1, ids.clamp_min(0).long()), torch.zeros((), dtype=torch.float64))
+        y = oracle.moe(tapped, ids, weights_TK, p["gate_up_proj"], p["down_proj"])
+        if short:
+            gate = torch.sigmoid(h @ p["backbone.3.gate.weight"].T)
+            y = y + h + gate * (h @ p["backbone.3.branch.weight"].T)
+        if "shared_expert.up.weight" in p:
+            y = y + oracle.mlp(tapped, p["shared_expert.up.weight"], p["shared_expert.down.weight"], "swiglu")
+        outputs.append(y)
+        losses.append((y * dy.double()).sum())
+    names = list(full)
+    expert_names = [name for name in names if name.endswith(("gate_up_proj", "down_proj"))]
+    summed = torch.autograd.grad(sum(losses), [full[n] for n in expert_names], retain_graph=True)
+    local = E // case.world
+    for rank in range(case.world):
+        grads = torch.autograd.grad(losses[rank], [xs[rank], *full.values()], retain_graph=True)
+        result = {"y": outputs[rank].detach(), "dx": grads[0], **dict(zip(names, grads[1:], strict=True))}
+        for name, grad in zip(expert_names, summed, strict=True):
+            result[name] = grad[rank * local : (rank + 1) * local]
+        everything.append(result)
+    return everything
+
+
+def check_right(case: Case, results: list[dict[str, Tensor]]) -> None:
+    """Assert that every rank's results are the oracle's, to the dtype's tolerance."""
+    for rank, (got, want) in enumerate(zip(results, expected(case), strict=True)):
+        assert got.keys() == want.keys()
+        for name in want:
+            try:
+                close(got[name], want[name], case.dtype)
+            except AssertionError as wrong:
+                raise AssertionError(f"{case}, rank {rank}, {name}: {wrong}") from None
