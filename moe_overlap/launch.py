@@ -1,0 +1,159 @@
+"""One world of ranks: this process alone, ranks that this process spawns, or torchrun's. For the commands.
+
+`spawn` runs a function in new processes of this machine; when one of them ends badly, all end, and none outlives the
+process that spawned it. The key-value store lives in the parent: no race for a port, and it survives any rank.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection, process
+
+import torch
+import torch.distributed as dist
+
+LOOPBACK = "127.0.0.1"
+GRACE_S = 5.0
+START_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This rank's place. `group` is None for one rank: then nothing communicates."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place; the order of the additions depends on the shape only."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor of every rank, in rank order; all have the same shape and dtype."""
+        if self.group is None:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor, group=self.group)
+        return parts
+
+    def gather_text(self, text: str) -> list[str]:
+        """The text of every rank, in rank order; lengths may differ."""
+        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        lengths = [int(length) for length in self.gather(torch.tensor([data.numel()]))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = self.gather(padded)
+        return [bytes(part[:length].numpy()).decode().strip() for part, length in zip(parts, lengths, strict=True)]
+
+
+def torchrun_world_size() -> int | None:
+    """World size when torchrun started this process, else None."""
+    if not dist.is_torchelastic_launched():
+        return None
+    # torchrun's own variables are part of its contract, not settings of this library.
+    return int(os.environ["WORLD_SIZE"])
+
+
+def join_torchrun(timeout_s: float) -> World:
+    """Join the world that torchrun made. The caller destroys the process group when done."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=dist.get_node_local_rank(0),
+        group=dist.group.WORLD,
+    )
+
+
+RankMain = Callable[[World, Sequence[str]], int]
+
+
+def spawn(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str) -> int:
+    """Run `main(world, argv)` in `ranks` new processes on this machine; the first non-zero exit status, else 0.
+
+    When one rank ends badly the others get a few seconds to say so themselves and are then ended. No process outlives
+    this call, nor this process. `program` begins the line on stderr that tells of a rank ended by a signal.
+    """
+    store = dist.TCPStore(LOOPBACK, 0, ranks + 1, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    children = [
+        context.Process(
+            target=_child, args=(main, tuple(argv), rank, ranks, store.port, timeout_s), name=f"rank {rank}", daemon=True
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        for child in children:
+            child.start()
+        return _watch(children, program)
+    finally:
+        _end(children)
+
+
+def _watch(children: Sequence[process.BaseProcess], program: str) -> int:
+    """Wait for all children, or for the first failure and then GRACE_S more."""
+    running = {child.sentinel: child for child in children}
+    failed: process.BaseProcess | None = None
+    while running:
+        ended = connection.wait(list(running), timeout=GRACE_S if failed else None)
+        if failed and not ended:
+            break
+        for sentinel in ended:
+            child = running.pop(sentinel)  # type: ignore[call-overload]
+            child.join()
+            if child.exitcode and failed is None:
+                failed = child
+    if failed is None:
+        return 0
+    code = failed.exitcode or 1
+    if code < 0:
+        print(f"{program}: {failed.name} was ended by signal {-code}", file=sys.stderr, flush=True)
+        return 1
+    return code
+
+
+def _end(children: Sequence[process.BaseProcess]) -> None:
+    for end in ("terminate", "kill"):
+        alive = [child for child in children if child.pid is not None and child.is_alive()]
+        for child in alive:
+            getattr(child, end)()
+        for child in alive:
+            child.join(GRACE_S)
+
+
+def _child(main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int, timeout_s: float) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # All ranks are on this machine: gloo is to listen on the loopback interface, not on the host's address.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timedelta(seconds=START_LIMIT_S))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    status = 1
+    try:
+        status = main(World(rank=rank, size=ranks, local_rank=rank, group=dist.group.WORLD), argv)
+    finally:
+        if status == 0:
+            dist.destroy_process_group()
+    raise SystemExit(status)
+
+
+def _die_with_parent() -> None:
+    """End this process when the one that spawned it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
