@@ -60,4 +60,3 @@ def weights(experts: int, hidden: int, ffn: int, kind: str, dtype: torch.dtype, 
     w_in = randn(experts, wide, hidden, seed=1) / hidden**0.5
     w_out = randn(experts, hidden, ffn, seed=2) / ffn**0.5
     return w_in.to(dtype).requires_grad_(grad), w_out.to(dtype).requires_grad_(grad)
-

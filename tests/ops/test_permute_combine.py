@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 def python_combine(y: Tensor, slot_to_row: Tensor, weights: Tensor | None, residual: Tensor | None) -> Tensor:
     rows = []
     for t, row_of_k in enumerate(slot_to_row.tolist()):
-        total = torch.zeros(y.shape[1], dtype=torch.float64) + 0 * y.double().sum()  # y stays in the graph
+        total = torch.zeros(y.shape[1], dtype=torch.float64) + 0 * y.double()[:0].sum()  # y stays in the graph
         for k, row in enumerate(row_of_k):
             if row >= 0:
                 total = total + (1.0 if weights is None else weights[t, k].double()) * y[row].double()
