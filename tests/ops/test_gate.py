@@ -40,7 +40,7 @@ def python_gate(
 def test_selects_like_plain_python(kind: str, score: str, n_group: int, topk_group: int, biased: bool) -> None:
     logits = make_logits(kind, 40, 12, dtype=torch.float64).requires_grad_()
     bias = randn(12, seed=5) * 0.3 if biased else None
-    how = dict(n_group=n_group, topk_group=topk_group, score=score, renormalize=score == "sigmoid")
+    how = {"n_group": n_group, "topk_group": topk_group, "score": score, "renormalize": score == "sigmoid"}
     weights, ids, counts, status = ops.gate_topk(logits, bias, k=3, scale=2.5, **how)
     want, chosen = python_gate(logits, bias, 3, n_group, topk_group, score, how["renormalize"])
     assert ids.tolist() == chosen
