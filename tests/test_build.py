@@ -225,3 +225,32 @@ def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys):
         cli.main(["no-such-command"])
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- make ----
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    if not shutil.which("make"):
+        pytest.skip("make is not on PATH")
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_set_up_takes_torch_first_then_the_pins_then_this_package(tmp_path):
+    plan = make("-n", "setup", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv").stdout
+    steps = ["-m venv", "^torch==", "install -r constraints.txt", "--no-build-isolation --no-deps -e ."]
+    places = [plan.index(step) for step in steps]
+    assert places == sorted(places)
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert "torch==2.13.0" in pins and all(line.count("==") == 1 for line in pins)
+
+
+def test_set_up_in_the_current_environment_downloads_nothing(tmp_path):
+    plan = make("-n", "-B", "setup", f"PYTHON={sys.executable}", "VENV=").stdout
+    installs = [line for line in plan.splitlines() if "pip install" in line]
+    assert installs == [f"{sys.executable} -m pip install --no-build-isolation --no-deps -e ."]
+
+
+def test_make_gpu_says_that_there_is_nothing():
+    done = make("gpu")
+    assert done.returncode != 0 and "no CUDA kernels" in done.stderr
