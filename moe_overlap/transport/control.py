@@ -11,9 +11,9 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -181,12 +181,23 @@ class ControlPlane:
         raise StoreLost(self._lost)
 
 
-def own_store(store: dist.Store, prefix: str, timeout_s: float) -> dist.Store:
-    """A connection of our own, where the store has such: a stuck question must not block the rest of the process."""
-    own = store.clone() if hasattr(store, "clone") else store
-    own = dist.PrefixStore(prefix, own)
-    own.set_timeout(timedelta(seconds=timeout_s))
+def own_store(store: dist.Store) -> dist.Store:
+    """A connection of our own to `store`: a question that is stuck must not block the rest of the process.
+
+    One for all transports: a TCPStore server (torch 2.13) stops answering after some 80 connections.
+    """
+    own = _own_stores.get(store)
+    if own is None:
+        own = _own_stores[store] = store.clone() if hasattr(store, "clone") else store
     return own
+
+
+def forget_own_store(store: dist.Store) -> None:
+    """After it was lost: the next `own_store` connects again."""
+    _own_stores.pop(store, None)
+
+
+_own_stores: weakref.WeakKeyDictionary[dist.Store, dist.Store] = weakref.WeakKeyDictionary()
 
 
 def host_name() -> str:

@@ -31,7 +31,16 @@ from moe_overlap.errors import (
 )
 from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
 from moe_overlap.transport.base import Header, Work
-from moe_overlap.transport.control import CLOSED, PEER_GONE, TIMED_OUT, Abort, ControlPlane, own_store, ranks_text
+from moe_overlap.transport.control import (
+    CLOSED,
+    PEER_GONE,
+    TIMED_OUT,
+    Abort,
+    ControlPlane,
+    forget_own_store,
+    own_store,
+    ranks_text,
+)
 from moe_overlap.transport.lifecycle import Lifecycle, Where
 from moe_overlap.transport.local import LocalWork
 
@@ -234,8 +243,10 @@ class ProcessGroupTransport(Lifecycle):
 
     def reopen(self) -> None:
         """Fresh groups under a new generation; call `open` again afterwards. PeerFailed when the store is gone."""
-        if self._groups is not None:
-            self.close("the transport was reopened")
+        self.close("the transport was reopened")
+        self._end_groups(None)  # still there when the ranks agreed on the error
+        if self._control is not None and self._control.lost is not None:
+            forget_own_store(self._store)
         self._generation += 1
         self._position = 0
         self._header = None
@@ -247,25 +258,19 @@ class ProcessGroupTransport(Lifecycle):
             raise
 
     def _connect(self) -> _Groups:
-        prefix = f"{self._prefix}/{self._generation}"
-        control = ControlPlane(
-            own_store(self._store, prefix, self.timeout_s), rank=self.rank, world_size=self.world_size
-        )
-        self._control = control
+        where = Where(action="connect")
         try:
-            control.meet(self.timeout_s)
+            store = dist.PrefixStore(f"{self._prefix}/{self._generation}", own_store(self._store))
+            self._control = ControlPlane(store, rank=self.rank, world_size=self.world_size)
+            self._control.meet(self.timeout_s)
             self._groups = _Groups(
-                own_store(self._store, prefix, self.timeout_s),
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout_s=self.timeout_s,
-                backend=self.backend,
+                store, rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, backend=self.backend
             )
         except MoeTransportError as error:
             self._poison(error)
             raise
         except RuntimeError as error:
-            raise self._diagnose(error, Where(action="connect"), 0.0) from error
+            raise self._diagnose(error, where, 0.0) from error
         return self._groups
 
     def _finish(self, work: Any, where: Where, position: int, timeout_s: float | None) -> None:

@@ -88,7 +88,7 @@ def mismatches() -> None:
         transport.reopen()
     transport.open(header(4))
     with pytest.raises(PlanMismatch, match="impossible row count"):
-        transport.agree(record(counts - (rank == 1)))
+        transport.agree(record(counts - int(rank == 1)))
     transport.reopen()
     assert agreed(transport, slots=4, seed=0).counts.shape == (world, 16, 4)
 
