@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch import World
 from moe_overlap.train.files import read_json, read_tensors, write_json, write_tensors
 from moe_overlap.train.model import LanguageModel, split_parameters
 from moe_overlap.train.options import IDENTITY, TrainOptions
-from moe_overlap.train.ranks import World
 from moe_overlap.train.text import Corpus
 
 FORMAT = 1

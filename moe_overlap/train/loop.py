@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from moe_overlap import aux_loss, ignore_experts_for_ddp
+from moe_overlap.launch import World
 from moe_overlap.train.checkpoint import Checkpoint, identity, load_checkpoint, save_checkpoint
 from moe_overlap.train.model import LanguageModel, decay_groups, initialise, moe_layers, split_parameters
 from moe_overlap.train.options import TrainOptions
-from moe_overlap.train.ranks import World
 from moe_overlap.train.text import Corpus
 
 BETAS = (0.9, 0.95)
@@ -65,7 +65,15 @@ def train(
         row = _step(model, optimizer, dense_gradients, options, corpus, world, step)
         seconds.append(time.perf_counter() - began_s)
         losses.append(row["loss"])
-        report({"event": "step", "overlap": options.overlap, "step": step, **row, "tokens_per_s": options.tokens_per_step / seconds[-1]})
+        report(
+            {
+                "event": "step",
+                "overlap": options.overlap,
+                "step": step,
+                **row,
+                "tokens_per_s": options.tokens_per_step / seconds[-1],
+            }
+        )
         if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0:
             folder = Path(options.out) / "checkpoints"
             run = identity(options, corpus)

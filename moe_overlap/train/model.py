@@ -6,7 +6,6 @@ kinds differ. Shapes: B sequences, S tokens each, D hidden, H heads of size d, V
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from moe_overlap.layer import MoELayer
 from moe_overlap.schedule.builders import tap_of_position
 from moe_overlap.shortcut import ShortcutBlock
 from moe_overlap.train.options import TrainOptions
+from moe_overlap.train.seeds import generator
 
 AUX_LOSS_COEF = 0.01
 Z_LOSS_COEF = 0.001
@@ -187,9 +187,7 @@ def initialise(model: LanguageModel, *, seed: int, rank: int) -> None:
 
 
 def _fill(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator(name, seed)) * std)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, object]]:

@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_overlap import aux_loss
+from moe_overlap.launch import World
 from moe_overlap.ops.gate import gate_topk
 from moe_overlap.routing import LinearRouter
 from moe_overlap.train.files import write_tensors
 from moe_overlap.train.loop import held_out_batches
 from moe_overlap.train.model import LanguageModel, moe_layers
 from moe_overlap.train.options import TrainOptions
-from moe_overlap.train.ranks import World
 from moe_overlap.train.text import Corpus
 
 

@@ -14,6 +14,7 @@ import torch
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.train.files import read_tensors, write_atomically, write_tensors
+from moe_overlap.train.seeds import generator
 
 SUFFIXES = (".txt", ".rst", ".md", ".py", ".c", ".h", ".html", ".tex")
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -38,8 +39,7 @@ class Corpus:
 
         Windows start anywhere; the choice depends on (seed, step) alone, so the step is the whole data position.
         """
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        starts = torch.randint(0, len(self.train) - seq, (batch,), generator=generator)
+        starts = torch.randint(0, len(self.train) - seq, (batch,), generator=generator("batch", seed, step))
         return _windows(self.train, starts.chunk(ranks)[rank], seq)
 
     def held_out_batches(self, *, tokens: int, batch: int, seq: int, rank: int, ranks: int) -> list[torch.Tensor]:

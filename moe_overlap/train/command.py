@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.launch import World, join_torchrun, spawn, torchrun_world_size
 from moe_overlap.train.checkpoint import find_checkpoint, identity
 from moe_overlap.train.loop import Trained, train
 from moe_overlap.train.model import split_parameters
 from moe_overlap.train.options import IDENTITY, TrainOptions, parse
-from moe_overlap.train.ranks import World, join_torchrun, spawn, torchrun_world_size
 from moe_overlap.train.report import RunLog
 from moe_overlap.train.routing_file import save_routing
 from moe_overlap.train.text import Corpus, load_corpus
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         find_checkpoint(options.resume, identity(options, corpus))
     if options.ranks == 1:
         return run_rank(World(), words)
-    return spawn(run_rank, words, options.ranks, timeout_s=options.timeout_s)
+    return spawn(run_rank, words, options.ranks, timeout_s=options.timeout_s, program="moe-overlap train")
 
 
 def run_rank(world: World, argv: Sequence[str]) -> int:
