@@ -11,6 +11,7 @@ from moe_overlap.errors import (
     TransportTimeout,
 )
 from moe_overlap.layer import LayerStats, MoELayer, aux_loss, ignore_experts_for_ddp
+from moe_overlap.selective import sac_policy
 from moe_overlap.shortcut import ShortcutBlock
 
 __version__ = "0.1.0"
@@ -29,4 +30,5 @@ __all__ = [
     "TransportTimeout",
     "aux_loss",
     "ignore_experts_for_ddp",
+    "sac_policy",
 ]

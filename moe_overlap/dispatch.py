@@ -77,7 +77,10 @@ class Dispatcher:
         slots_TK: int32 [T, K] physical slots, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
         status: int32 [1] flag word of the router. Raises ConfigError or PlanMismatch alike on all ranks.
         """
-        counts = block_counts(slots_TK, self.placement.num_slots)
+        try:
+            counts = block_counts(slots_TK, self.placement.num_slots)
+        except ConfigError as error:
+            self.refuse(error, pair)
         flags = 0 if status is None else int(status)
         record = self._record(pair, dtype_code(x_TD.dtype), x_TD.requires_grad, counts, (1, flags) if flags else (0, 0))
         return self._agree(record, pair)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
-import oracle
-import strategies
 import torch
-from tolerances import close, same_bits
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_overlap import MoELayer, ShortcutBlock
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import chunked, serial, shared_expert, tap_of_position
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.process_group import ProcessGroupTransport
+from tests import oracle, strategies
+from tests.tolerances import close, same_bits
 
 D, F, E, K = 16, 24, 8, 2
 WORLDS = (1, 2, 4)
@@ -53,12 +55,12 @@ def all_cases(world: int) -> list[Case]:
     return [Case(world, s, c, d, load) for s, c, d, load in product if s != "serial" or c == 1]
 
 
-def pairwise_cases() -> list[Case]:
-    """Few cases in which every pair of values of two factors occurs (greedy)."""
-    cases = [case for world in WORLDS for case in all_cases(world)]
+def pairwise_cases(world: int) -> list[Case]:
+    """Few cases of one world in which every pair of values of two other factors occurs (greedy)."""
+    cases = all_cases(world)
 
     def pairs(case: Case) -> set[tuple[object, ...]]:
-        values = (("w", case.world), ("s", case.schedule), ("c", case.chunks), ("d", case.dtype), ("l", case.load))
+        values = (("schedule", case.schedule), ("chunks", case.chunks), ("dtype", case.dtype), ("load", case.load))
         return set(itertools.combinations(values, 2))
 
     missing = set().union(*(pairs(case) for case in cases))
@@ -183,6 +185,20 @@ def run_both(case: Case, on: Transport, off: Transport, rank: int) -> dict[str, 
     assert results.keys() == joined.keys()
     for name in results:
         same_bits(results[name], joined[name])
+    return results
+
+
+def run_on_gloo(texts: list[tuple[Any, ...]]) -> list[dict[str, Tensor]]:
+    """This rank's results of each case, over one pair of process-group transports per model (called in a rank)."""
+    group = dist.group.WORLD
+    rank = dist.get_rank()
+    results = []
+    for fields in texts:
+        case = Case(*fields)
+        on, off = ProcessGroupTransport(group, timeout_s=20.0), ProcessGroupTransport(group, timeout_s=20.0)
+        results.append(run_both(case, on, off, rank))
+        on.close("done")
+        off.close("done")
     return results
 
 

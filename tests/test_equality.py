@@ -1,11 +1,20 @@
-"""The equality matrix on virtual ranks, in full: see `equality.py`."""
+"""The equality matrix: in full on virtual ranks, every pair of factor values on gloo. See `equality.py`."""
 
 from __future__ import annotations
 
 import pytest
-from equality import DTYPES, LOADS, SCHEDULES, WORLDS, all_cases, check_right, run_both
-
-from moe_overlap.transport.virtual import VirtualWorld
+from tests.equality import (
+    DTYPES,
+    LOADS,
+    SCHEDULES,
+    WORLDS,
+    all_cases,
+    check_right,
+    pairwise_cases,
+    run_both,
+    run_on_gloo,
+)
+from tests.ranks import gloo_pool, virtual_world
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -15,7 +24,16 @@ def test_overlap_on_equals_off_and_the_oracle(world, schedule, load):
     cases = [case for case in all_cases(world) if case.schedule == schedule and case.load == load]
     assert {case.dtype for case in cases} == set(DTYPES)
     for seed, case in enumerate(cases):
-        results = VirtualWorld(world, seed=seed).run(
+        results = virtual_world(world, seed=seed).run(
             lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
         )
+        check_right(case, results)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_pair_of_factors_on_gloo(world):
+    cases = pairwise_cases(world)
+    fields = [(case.world, case.schedule, case.chunks, case.dtype, case.load) for case in cases]
+    by_rank = gloo_pool(world).run(run_on_gloo, fields, limit_s=150.0)
+    for case, *results in zip(cases, *by_rank, strict=True):
         check_right(case, results)

@@ -515,9 +515,9 @@ class Step:
         rows = work.wait()
         if not self.pair.joined:
             self._note(action, "wait", start_s, time.perf_counter())
-        interval = work.interval()
-        if interval is not None:
-            self._note(action, "wire", *interval)
+        done_s = time.perf_counter()
+        # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
+        self._note(action, "wire", *(work.interval() or (done_s, done_s)))
         return rows
 
     # ---------------------------------------------------------------- notes and failures

@@ -1,0 +1,512 @@
+"""MoELayer, tickets, functional form: behaviour of one layer on virtual ranks and on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moe_overlap import ConfigError, MoELayer, PlanMismatch, aux_loss, ignore_experts_for_ddp
+from moe_overlap.functional import moe_forward
+from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.transport.local import LocalTransport
+from tests import oracle
+from tests.ranks import virtual_world
+from tests.strategies import make_routing
+from tests.tolerances import close, same_bits
+
+D, F, E, K = 16, 24, 8, 2
+
+
+def make(transport=None, **options):
+    torch.manual_seed(3)
+    options = {"dtype": torch.float64, **options}
+    return MoELayer(D, F, E, K, transport=transport, **options)
+
+
+def tokens(count, seed=0, dtype=torch.float64):
+    return torch.randn(count, D, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- one rank
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("schedule", ["serial", "chunked(1)", "chunked(4)", "chunked(3,experts)"])
+def test_one_rank_is_the_oracle(activation, schedule):
+    layer = make(activation=activation, schedule=schedule)
+    x = tokens(37).requires_grad_()
+    y = layer(x)
+    routing = layer.router(x)
+    want = oracle.moe(x, routing.topk_ids_TK, routing.topk_weights_TK, *layer.expert_weights, activation)
+    close(y, want)
+    seed = torch.randn_like(y)
+    inputs = [x, *layer.parameters()]
+    for got, expected in zip(torch.autograd.grad(y, inputs, seed), torch.autograd.grad(want, inputs, seed), strict=True):
+        close(got, expected)
+
+
+def test_the_inline_path_equals_the_executor_bit_for_bit():
+    inline, executed = make(), make(transport=LocalTransport())
+    executed.transport.name = "local, through the executor"
+    x1, x2 = tokens(29).requires_grad_(), tokens(29).requires_grad_()
+    y1, y2 = inline(x1), executed(x2)
+    same_bits(y1, y2)
+    y1.sum().backward()
+    y2.sum().backward()
+    same_bits(x1.grad, x2.grad)
+    for p1, p2 in zip(inline.parameters(), executed.parameters(), strict=True):
+        same_bits(p1.grad, p2.grad)
+
+
+def test_shapes_and_zero_tokens():
+    layer = make()
+    assert layer(tokens(6).reshape(2, 3, D)).shape == (2, 3, D)
+    y = layer(tokens(0).requires_grad_())
+    assert y.shape == (0, D)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.expert_weights)
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+def test_autocast_computes_in_bfloat16_and_routes_in_float32(schedule):
+    layer = make(dtype=torch.float32, schedule=schedule)
+    x = tokens(33, dtype=torch.float32).requires_grad_()
+    routing = layer.router(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(layer.router(x).topk_weights_TK, routing.topk_weights_TK)
+    assert y.dtype == torch.bfloat16
+    want = oracle.moe(x, routing.topk_ids_TK, routing.topk_weights_TK, *layer.expert_weights)
+    close(y, want, torch.bfloat16)
+    seed = torch.randn_like(want)
+    got = torch.autograd.grad(y, [x, *layer.parameters()], seed.to(torch.bfloat16))
+    for g, w in zip(got, torch.autograd.grad(want, [x, *layer.parameters()], seed), strict=True):
+        assert g.dtype == torch.float32
+        close(g, w, torch.bfloat16)
+
+
+def test_compile_fullgraph_forward_and_backward():
+    layer = make(dtype=torch.float32, shared_expert_size=F)
+    compiled = torch.compile(layer, fullgraph=True)
+    for count in (16, 24):
+        x1, x2 = (tokens(count, dtype=torch.float32).requires_grad_() for _ in range(2))
+        y1, y2 = layer(x1), compiled(x2)
+        close(y2, y1.double())
+        (g1,), (g2,) = torch.autograd.grad(y1.sum(), x1), torch.autograd.grad(y2.sum(), x2)
+        close(g2, g1.double())
+
+
+def test_losses_sum_over_layers_and_clear():
+    model = nn.Sequential(make(aux_loss_coef=0.01), make(aux_loss_coef=0.02, z_loss_coef=0.1), make())
+    model(tokens(12))
+    total = aux_loss(model)
+    assert total > 0 and total.requires_grad
+    assert aux_loss(model) == 0
+
+
+def test_stats_and_explain():
+    layer = make(capacity_factor=0.5, transport=LocalTransport(), schedule="chunked(2)")
+    with pytest.raises(RuntimeError, match="no forward call"):
+        layer.stats()
+    layer(tokens(64).requires_grad_()).sum().backward()
+    stats = layer.stats()
+    assert stats.tokens_per_expert.dtype == torch.int64 and stats.tokens_per_expert.shape == (E,)
+    assert int(stats.tokens_per_expert.sum()) + stats.dropped_tokens == 64 * K
+    assert stats.dropped_tokens > 0 and stats.payload_bytes == 0 and stats.overload == 1.0
+    with pytest.raises(AttributeError):
+        stats.schedule = "other"
+    text = layer.explain()
+    for part in ("P .  E0 E1", "Ut", "simulated from the last measured durations", "expert_mlp"):
+        assert part in text, text
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("top_k", {"top_k": 0}),
+        ("top_k", {"top_k": 9}),
+        ("hidden_size", {"hidden_size": 0}),
+        ("ffn_hidden_size", {"ffn_hidden_size": -1}),
+        ("activation", {"activation": "tanh"}),
+        ("chunks", {"schedule": "chunked(17)"}),
+        ("chunks", {"schedule": "chunked(0)"}),
+        ("schedule", {"schedule": "fast"}),
+        ("schedule", {"schedule": "shared_expert"}),
+        ("bad_logits", {"bad_logits": "ignore"}),
+        ("capacity_factor", {"capacity_factor": -1.0}),
+        ("score", {"router": "argmax"}),
+    ],
+)
+def test_bad_construction_names_the_field(field, options):
+    arguments = {"hidden_size": D, "ffn_hidden_size": F, "num_experts": E, "top_k": K} | options
+    with pytest.raises(ConfigError) as caught:
+        MoELayer(**arguments)
+    assert caught.value.field == field
+
+
+def test_auto_names_the_planner():
+    with pytest.raises(NotImplementedError, match="planner"):
+        make(schedule="auto")
+
+
+def test_experts_must_divide_over_the_ranks():
+    def rank(me):
+        MoELayer(D, F, 9, K, transport=me.transport())
+
+    with pytest.raises(ConfigError, match="num_experts = 9"):
+        virtual_world(2).run(rank)
+
+
+def bad_calls():
+    good = tokens(5)
+    nan = good.clone()
+    nan[2, 0] = float("nan")
+    return {
+        "hidden": ("x.shape[-1]", torch.randn(5, D + 1, dtype=torch.float64)),
+        "dtype": ("x.dtype", good.float()),
+        "device": ("x.device", good.to("meta")),
+        "nan": ("logits", nan),
+    }
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+@pytest.mark.parametrize("kind", ["hidden", "dtype", "device", "nan"])
+def test_a_refusal_of_one_rank_is_raised_by_all_and_the_layer_stays_usable(kind, schedule):
+    field, bad = bad_calls()[kind]
+
+    def rank(me):
+        layer = make(me.transport(), schedule=schedule)
+        before = layer(tokens(5, me.rank)).detach()
+        with pytest.raises(ConfigError) as caught:
+            layer(bad if me.rank == 1 else tokens(5, me.rank))
+        assert caught.value.field == field, caught.value
+        assert me.rank == 1 or "rank 1" in str(caught.value)
+        exchanges = layer.transport.stats.exchanges
+        same_bits(layer(tokens(5, me.rank)).detach(), before)
+        return exchanges, layer.transport.stats.exchanges
+
+    for refused, after in virtual_world(3 if E % 3 == 0 else 2).run(rank):
+        assert after == 2 * refused, "the refused step sent nothing"
+
+
+@pytest.mark.parametrize("kind", ["hidden", "dtype", "device", "nan"])
+def test_a_refusal_on_one_rank_alone(kind):
+    field, bad = bad_calls()[kind]
+    for layer in (make(), make(schedule="chunked(2)")):
+        with pytest.raises(ConfigError) as caught:
+            layer(bad)
+        assert caught.value.field == field
+
+
+def test_minus_infinity_rows_are_dropped_on_request():
+    layer = make(bad_logits="drop")
+    x = tokens(5)
+    x[1] = float("nan")
+    x[1:2].nan_to_num_(nan=float("nan"))
+    y = layer(x)
+    assert torch.isfinite(y[[0, 2, 3, 4]]).all() and not y[1].any()
+    assert layer.stats().dropped_tokens == K
+
+
+def test_a_failing_router_is_a_refusal_too():
+    class Broken(LinearRouter):
+        def forward(self, x_TD, **kwargs):
+            if x_TD.shape[0] == 3:
+                raise KeyError("broken")
+            return super().forward(x_TD, **kwargs)
+
+    def rank(me):
+        layer = make(me.transport(), router=Broken(D, E, K, dtype=torch.float64))
+        with pytest.raises(KeyError if me.rank == 0 else ConfigError):
+            layer(tokens(3 if me.rank == 0 else 4))
+        layer(tokens(4))
+
+    virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("chunks", {"schedule": "chunked(2)"}),
+        ("chunk_by", {"schedule": "chunked(4,experts)"}),
+        ("header", {"activation": "relu"}),
+        ("config_digest", {"bad_logits": "drop"}),
+    ],
+)
+def test_ranks_that_differ_raise_plan_mismatch_before_any_payload(name, change):
+    def rank(me):
+        options = {"schedule": "chunked(4)"} | (change if me.rank == 1 else {})
+        layer = make(me.transport(), **options)
+        with pytest.raises(PlanMismatch):
+            layer(tokens(5))
+        return layer.transport.stats.payload_bytes
+
+    assert virtual_world(2).run(rank) == [0, 0]
+
+
+def test_mixed_grad_enabled_is_a_mismatch():
+    def rank(me):
+        layer = make(me.transport())
+        with torch.set_grad_enabled(me.rank == 0), pytest.raises(PlanMismatch, match="grad_enabled"):
+            layer(tokens(5))
+
+    virtual_world(2).run(rank)
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def single_process_gradients(counts):
+    """The same model on one rank, all tokens in one batch, loss = mean over ranks of the ranks' mean losses."""
+    layer = make()
+    losses = [layer(tokens(count, rank)).square().mean() for rank, count in enumerate(counts)]
+    (sum(losses) / len(counts)).backward()
+    return {name: p.grad for name, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("schedule", ["serial", "chunked(3)"])
+def test_initial_weights_and_mean_gradients_do_not_depend_on_the_number_of_ranks(world, schedule):
+    counts = [5, 9, 0, 7][:world] if world == 4 else [5, 9]
+    counts = [max(count, 1) for count in counts]
+    want = single_process_gradients(counts)
+
+    def rank(me):
+        layer = make(me.transport(), schedule=schedule)
+        ignore_experts_for_ddp(layer)
+        layer(tokens(counts[me.rank], me.rank)).square().mean().backward()
+        return {name: p.grad for name, p in layer.named_parameters()}
+
+    results = virtual_world(world).run(rank)
+    close(sum(r["router.weight"] for r in results) / world, want["router.weight"])
+    for name in ("gate_up_proj", "down_proj"):
+        close(torch.cat([r[name] for r in results]), want[name])
+
+
+def test_ignore_experts_for_ddp_names_the_expert_parameters():
+    model = nn.Sequential(make(), nn.Linear(D, D), make(activation="relu"))
+    names = ignore_experts_for_ddp(model)
+    assert names == ["0.gate_up_proj", "0.down_proj", "2.up_proj", "2.down_proj"]
+    assert model._ddp_params_and_buffers_to_ignore == names
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)", "chunked(2,experts)"])
+def test_a_rank_whose_input_needs_no_gradient_still_takes_part(schedule):
+    def rank(me, everywhere):
+        layer = make(me.transport(), schedule=schedule)
+        x = tokens(6, me.rank)
+        x.requires_grad_(everywhere or me.rank == 1)
+        layer(x).square().sum().backward()
+        return x.grad, *[p.grad for p in layer.parameters()]
+
+    partly = virtual_world(2).run(lambda me: rank(me, False))
+    wholly = virtual_world(2).run(lambda me: rank(me, True))
+    assert partly[0][0] is None
+    for some, all_ in zip(partly, wholly, strict=True):
+        for got, want in zip(some, all_, strict=True):
+            if got is not None:
+                same_bits(got, want)
+
+
+def test_frozen_experts_still_pass_the_input_gradient():
+    def rank(me, frozen):
+        layer = make(me.transport(), schedule="chunked(2)")
+        for weight in layer.expert_weights:
+            weight.requires_grad_(not frozen)
+        x = tokens(6, me.rank).requires_grad_()
+        layer(x).square().sum().backward()
+        assert (layer.down_proj.grad is None) == frozen
+        return x.grad
+
+    for got, want in zip(
+        virtual_world(2).run(lambda me: rank(me, True)), virtual_world(2).run(lambda me: rank(me, False)), strict=True
+    ):
+        same_bits(got, want)
+
+
+def test_a_loss_that_does_not_reach_the_layer_is_attached():
+    def rank(me, attach):
+        layer = make(me.transport(), schedule="chunked(2)")
+        x = tokens(6, me.rank).requires_grad_()
+        y = layer(x)
+        if me.rank == 0:
+            (y.square().sum() if not attach else layer.attach(x.square().sum())).backward()
+        else:
+            y.square().sum().backward()
+        return [p.grad for p in layer.expert_weights], x.grad
+
+    attached = virtual_world(2).run(lambda me: rank(me, True))
+    x0 = tokens(6, 0)
+    same_bits(attached[0][1], 2 * x0)
+    # Rank 0's experts still have the gradients of rank 1's tokens, and only those.
+    alone = virtual_world(2).run(lambda me: only_rank_one(me))
+    for got, want in zip(attached, alone, strict=True):
+        for g, w in zip(got[0], want, strict=True):
+            assert torch.equal(g, w)  # not bit for bit: a zero gradient may be -0.0
+    assert attached[0][0][0].any()
+
+
+def only_rank_one(me):
+    layer = make(me.transport(), schedule="chunked(2)")
+    y = layer(tokens(6, me.rank).requires_grad_())
+    (y.square().sum() * me.rank).backward()
+    return [p.grad for p in layer.expert_weights]
+
+
+def test_a_loss_that_reaches_the_input_only_runs_the_pending_exchanges_with_zeros():
+    """The auxiliary loss goes through the router to the layer's entry, past the experts."""
+
+    def rank(me):
+        layer = make(me.transport(), schedule="chunked(2)", aux_loss_coef=0.1)
+        x = tokens(6, me.rank).requires_grad_()
+        y = layer(x)
+        (layer.take_aux_loss() if me.rank == 0 else y.square().sum()).backward()
+        return [p.grad for p in layer.expert_weights]
+
+    for got, want in zip(virtual_world(2).run(rank), virtual_world(2).run(only_rank_one), strict=True):
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w)
+
+
+def test_a_rank_whose_loss_does_not_reach_the_layer_at_all_is_named():
+    def rank(me):
+        layer = make(me.transport())
+        y = layer(tokens(6, me.rank).requires_grad_())
+        if me.rank == 1:
+            y.sum().backward()
+
+    with pytest.raises(Exception, match="attach"):
+        virtual_world(2).run(rank)
+
+
+def test_backward_twice_with_retain_graph_and_gradient_accumulation():
+    def rank(me):
+        layer = make(me.transport(), schedule="chunked(2)")
+        x = tokens(6, me.rank).requires_grad_()
+        loss = layer(x).square().sum()
+        loss.backward(retain_graph=True)
+        first = [p.grad.clone() for p in layer.parameters()]
+        loss.backward()
+        for p, g in zip(layer.parameters(), first, strict=True):
+            close(p.grad, 2 * g)
+        for _ in range(2):
+            layer(tokens(4, me.rank)).sum().backward()
+
+    virtual_world(2).run(rank)
+
+
+def test_one_layer_used_twice_and_two_layers_interleaved():
+    def rank(me, twice):
+        torch.manual_seed(1)
+        layer = make(me.transport(), schedule="chunked(2)")
+        other = layer if twice else make(me.transport(), schedule="chunked(3)")
+        x = tokens(6, me.rank).requires_grad_()
+        (other(layer(x)) * layer(x)).sum().backward()
+        return x.grad
+
+    for twice in (True, False):
+        first, second = (virtual_world(2, seed=s).run(lambda me, t=twice: rank(me, t)) for s in (1, 2))
+        for a, b in zip(first, second, strict=True):
+            same_bits(a, b)
+
+
+def test_double_backward_is_refused():
+    layer = make(schedule="chunked(2)")
+    x = tokens(4).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# ---------------------------------------------------------------- tickets
+
+
+def test_tickets_equal_the_layer_and_refuse_misuse():
+    def rank(me):
+        plain, staged = make(me.transport(), schedule="chunked(2)"), make(me.transport(), schedule="chunked(2)")
+        x1, x2 = (tokens(7, me.rank).requires_grad_() for _ in range(2))
+        y1 = plain(x1)
+        ticket = staged.begin(x2)
+        between = (x2 * 2).tanh()
+        with pytest.raises(RuntimeError, match="begun"):
+            staged.finish(ticket)
+        with pytest.raises(RuntimeError, match="finish it"):
+            staged.begin(x2)
+        staged.run_experts(ticket)
+        with pytest.raises(RuntimeError, match="computed"):
+            staged.run_experts(ticket)
+        y2 = staged.finish(ticket)
+        with pytest.raises(RuntimeError, match="finished"):
+            staged.finish(ticket)
+        same_bits(y1, y2)
+        (y1.square().sum() + (x1 * 2).tanh().sum()).backward()
+        (y2.square().sum() + between.sum()).backward()
+        for p1, p2 in zip(plain.parameters(), staged.parameters(), strict=True):
+            same_bits(p1.grad, p2.grad)
+        close(x1.grad, x2.grad)
+
+    virtual_world(2).run(rank)
+
+
+# ---------------------------------------------------------------- functional form
+
+
+@pytest.mark.parametrize("kind", ["uniform", "with_unused", "one_expert", "nobody"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_moe_forward_is_the_oracle(world, kind):
+    layer = make()
+
+    def rank(me):
+        ids, weights = make_routing(kind, 11, E, K, seed=me.rank, dtype=torch.float64)
+        x, weights = tokens(11, me.rank).requires_grad_(), weights.requires_grad_()
+        local = E // world
+        own = [
+            w.detach()[me.rank * local : (me.rank + 1) * local].clone().requires_grad_() for w in layer.expert_weights
+        ]
+        y = moe_forward(x, ids, weights, *own, transport=me.transport(), schedule="chunked(2)")
+        want = oracle.moe(x, ids, weights, *layer.expert_weights)
+        close(y, want)
+        for g, w in zip(
+            torch.autograd.grad(y.sum(), [x, weights]), torch.autograd.grad(want.sum(), [x, weights]), strict=True
+        ):
+            close(g, w)
+
+    virtual_world(world).run(rank)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("topk_ids", {"ids": torch.full((4, K), E)}),
+        ("topk_ids", {"ids": torch.full((4, K), -2)}),
+        ("topk_ids", {"ids": torch.zeros(4, K)}),
+        ("topk_weights", {"weights": torch.ones(4, K + 1)}),
+        ("x.shape[-1]", {"x": torch.zeros(4, D + 1, dtype=torch.float64)}),
+        ("x.dtype", {"x": torch.zeros(4, D)}),
+        ("gate_up_proj", {"w_in": torch.zeros(E, F, D, dtype=torch.float64)}),
+    ],
+)
+def test_moe_forward_refuses_on_all_ranks(field, change):
+    def rank(me):
+        local = E // 2
+        arguments = {
+            "x": tokens(4),
+            "ids": torch.zeros(4, K, dtype=torch.int64),
+            "weights": torch.ones(4, K),
+            "w_in": torch.zeros(local, 2 * F, D, dtype=torch.float64),
+            "w_out": torch.zeros(local, D, F, dtype=torch.float64),
+        }
+        transport = me.transport()
+        if me.rank == 1:
+            bad = {k: v[:local] if k == "w_in" else v for k, v in change.items()}
+            arguments |= bad
+        with pytest.raises(ConfigError) as caught:
+            moe_forward(*arguments.values(), transport=transport)
+        if me.rank == 1:
+            assert caught.value.field == field
+
+    virtual_world(2).run(rank)
