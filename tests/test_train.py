@@ -230,8 +230,8 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_torchrun_gives_the_same_losses(text, tmp_path):
     spawned, launched = tmp_path / "spawned", tmp_path / "launched"
     assert run(text, spawned, "--ranks", 2, "--steps", 3) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--master-addr", "127.0.0.1", "-m", "moe_overlap", "train", *SIZES, "--steps", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "moe_overlap", "train", *SIZES, "--steps", "3"]
     command += ["--text", str(text), "--out", str(launched)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
