@@ -23,7 +23,7 @@ from moe_overlap.transport.lifecycle import Where
 
 SEPARATOR = "\x1f"
 TEXT_LIMIT = 400
-ASK_LIMIT_S = 1.0
+ASK_LIMIT_S = 2.0
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ class ControlPlane:
 def own_store(store: dist.Store) -> dist.Store:
     """A connection of our own to `store`: a question that is stuck must not block the rest of the process.
 
-    One for all transports: a TCPStore server (torch 2.13) stops answering after some 80 connections.
+    One for all transports of the process: connecting to a TCPStore was seen to stall for 5 s now and then.
     """
     own = _own_stores.get(store)
     if own is None:

@@ -57,6 +57,11 @@ class LocalTransport(Lifecycle):
         self.stats.exchanges += 1
         return LocalWork(rows if out is None else out.copy_(rows))
 
+    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
+        """The sum over one rank is the tensor."""
+        self._require_usable()
+        return LocalWork(tensor)
+
     def reopen(self) -> None:
         self._cause = None
         self._header = None

@@ -236,6 +236,19 @@ class ProcessGroupTransport(Lifecycle):
         self._pending.add(work)
         return GroupWork(self, work, where, rows, out)
 
+    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
+        """Sum of `tensor` over the ranks, in place. Equal shape and dtype on all ranks are the caller's duty."""
+        self._require_usable()
+        groups = self._groups or self._connect()
+        where = Where(action=action)
+        self._position += 1
+        try:
+            work = groups.payload.allreduce([tensor])
+        except RuntimeError as error:
+            raise self._diagnose(error, where, 0.0) from error
+        self._pending.add(work)
+        return GroupWork(self, work, where, tensor, tensor)
+
     def close(self, reason: str) -> None:
         if self._cause is None:
             self._poison(RuntimeError(reason))

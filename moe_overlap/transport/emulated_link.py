@@ -1,0 +1,285 @@
+"""A slower link between nodes, emulated around another transport, so that overlap can be measured on one machine.
+
+The model. Every rank has one link for what it sends to ranks of other nodes. A message set (all rows of one exchange,
+one control record to every peer) that is given at time t begins at max(t, end of the previous one), occupies the link
+for bytes / rate, and arrives `latency` after its last byte left. A receive is ready at the maximum over the senders
+that had rows for it, and not before this rank's own bytes have left. Ranks of one node talk at the speed of the inner
+transport. Not modelled: contention at the receiver, packets, protocol overhead, loss. An exchange that the inner
+transport ends later than the model says is as late as it really was.
+
+The bytes move at once through the inner transport; `wait` then sleeps until the model's time, so the core is free
+meanwhile and no helper thread exists. Departure times are left on a board in memory that the ranks share, before the
+bytes are sent, on the clock of time.perf_counter, which all processes of one Linux machine share. So all ranks must run
+on one machine. Anything measured this way is labelled "emulated RATE:LATENCY".
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
+from moe_overlap.plan import RECORD_FIELDS, ChunkPlan, ExchangePlan, RowLayout, StepRecord
+from moe_overlap.transport.base import Header, TransportStats, Work
+from moe_overlap.transport.lifecycle import Where
+from moe_overlap.transport.link import LinkSpec, NodeTopology
+from moe_overlap.transport.process_group import ProcessGroupTransport
+
+SPIN_NS = 150_000  # a sleep ends about 0.1 ms late, so the last 0.15 ms are spent looking at the clock
+BOARD_SLOTS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Departure:
+    """A message set on this rank's link: operation number, first byte, last byte, arrival."""
+
+    number: int
+    begin_ns: int
+    left_ns: int
+    arrival_ns: int
+
+
+class _Board:
+    """int64 [BOARD_SLOTS, W, 3] in memory shared by all ranks: (operation number + 1, begin, arrival) of each rank."""
+
+    def __init__(self, descriptor: int, world_size: int) -> None:
+        size = BOARD_SLOTS * world_size * 3 * 8
+        self._memory = mmap.mmap(descriptor, size)
+        self._cells = np.frombuffer(self._memory, dtype=np.int64).reshape(BOARD_SLOTS, world_size, 3)
+
+    def write(self, rank: int, departure: _Departure) -> None:
+        cell = self._cells[departure.number % BOARD_SLOTS, rank]
+        cell[1] = departure.begin_ns
+        cell[2] = departure.arrival_ns
+        cell[0] = departure.number + 1
+
+    def read(self, rank: int, number: int) -> tuple[int, int]:
+        """(begin, arrival) of that operation of `rank`, which must have sent it."""
+        written, begin_ns, arrival_ns = (int(word) for word in self._cells[number % BOARD_SLOTS, rank])
+        if written != number + 1:
+            raise MoeTransportError(
+                f"the link board holds operation {written - 1} instead of {number}: more than {BOARD_SLOTS} "
+                "exchanges in flight, or ranks that issue them in different orders",
+                peer=rank,
+            )
+        return begin_ns, arrival_ns
+
+
+class EmulatedWork:
+    """An exchange under way on the emulated link."""
+
+    def __init__(
+        self,
+        transport: EmulatedLinkTransport,
+        inner: Work,
+        where: Where,
+        departure: _Departure,
+        senders: tuple[int, ...],
+        extra_ns: int = 0,
+    ) -> None:
+        self._transport = transport
+        self._inner = inner
+        self._where = where
+        self._departure = departure
+        self._senders = senders
+        self._extra_ns = extra_ns
+        self._interval_ns: tuple[int, int] | None = None
+        self._waited = False
+
+    def wait(self, timeout_s: float | None = None) -> torch.Tensor:
+        """The received rows, not before the link has brought them. TransportTimeout when that is past the limit."""
+        out = self._inner.wait(timeout_s)
+        if not self._waited:
+            self._transport._sleep_until(self._times()[1], self._where, timeout_s)
+            self._waited = True
+        return out
+
+    def done(self) -> bool:
+        return self._inner.done() and time.perf_counter_ns() >= self._times()[1]
+
+    def interval(self) -> tuple[float, float] | None:
+        """(start_s, end_s) on the emulated wire, once waited for."""
+        if not self._waited:
+            return None
+        begin_ns, end_ns = self._times()
+        return begin_ns / 1e9, end_ns / 1e9
+
+    def _times(self) -> tuple[int, int]:
+        """(begin, end) of the wire time, known once the inner exchange is over."""
+        if self._interval_ns is None:
+            board, mine = self._transport._board, self._departure
+            assert board is not None
+            theirs = [board.read(sender, mine.number) for sender in self._senders]
+            sends = mine.left_ns > mine.begin_ns
+            begin_ns = mine.begin_ns if sends or not theirs else min(begin for begin, _ in theirs)
+            ends = [arrival for _, arrival in theirs] + [mine.left_ns]
+            self._interval_ns = begin_ns, max(ends) + self._extra_ns
+        return self._interval_ns
+
+
+class EmulatedLinkTransport:
+    """`inner` behind an emulated link between the nodes of `topology` (see the module text for the model).
+
+    Records, headers apart, and dense gradients (`dense_all_reduce`, or `pay` for another way of sending them) use the
+    same link as the rows. `stats` are the inner transport's.
+    """
+
+    def __init__(self, inner: ProcessGroupTransport, link: LinkSpec, topology: NodeTopology) -> None:
+        if not isinstance(inner, ProcessGroupTransport) or inner.device.type != "cpu":
+            raise ConfigError("inner", getattr(inner, "name", inner), "a ProcessGroupTransport on the CPU")
+        if topology.world_size != inner.world_size:
+            raise ConfigError("topology.world_size", topology.world_size, f"the {inner.world_size} ranks of the group")
+        self.inner = inner
+        self.link = link
+        self.topology = topology
+        self.name = f"emulated {link}"
+        self.rank = inner.rank
+        self.world_size = inner.world_size
+        self.timeout_s = inner.timeout_s
+        self._off_node = topology.off_node(inner.rank)
+        self._board: _Board | None = None
+        self._number = 0
+        self._busy_ns = 0
+
+    @property
+    def stats(self) -> TransportStats:
+        return self.inner.stats
+
+    def open(self, header: Header) -> None:
+        self.inner.open(header)
+        if self._board is None:
+            self._board = _share_board(self.inner)
+
+    def agree(self, record: StepRecord) -> ExchangePlan:
+        if self._board is None:
+            return self.inner.agree(record)  # which says that open is missing
+        departure = self._depart((len(RECORD_FIELDS) + record.counts.numel()) * 8 * len(self._off_node))
+        plan = self.inner.agree(record)
+        arrivals = [self._board.read(peer, departure.number)[1] for peer in self._off_node]
+        self._sleep_until(max([departure.left_ns, *arrivals]), Where(action="N", step=record.step), None)
+        return plan
+
+    def start(
+        self,
+        rows: torch.Tensor,
+        plan: ChunkPlan,
+        layout: RowLayout,
+        chunk: int = 0,
+        *,
+        reverse: bool = False,
+        out: torch.Tensor | None = None,
+        action: str = "D",
+    ) -> Work:
+        if self._board is None or not 0 <= chunk < plan.chunks or plan.stays_local[chunk]:
+            return self.inner.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action)
+        send, recv = plan.send_counts[chunk], plan.recv_counts[chunk]
+        if reverse:
+            send, recv = recv, send
+        off_bytes = sum(send[peer] for peer in self._off_node) * layout.row_bytes
+        departure = self._depart(off_bytes)
+        work = self.inner.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action)
+        senders = tuple(peer for peer in self._off_node if recv[peer])
+        where = Where(action=action, step=plan.exchange.step, chunk=chunk)
+        return EmulatedWork(self, work, where, departure, senders)
+
+    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
+        """Sum of `tensor` over the ranks, in place, paying as a ring: 2 (W-1) steps of latency + bytes / W / rate.
+
+        The ring runs through the ranks in order, so it is as slow as a hop between nodes when there is one.
+        """
+        if self._board is None:
+            raise ConfigError("transport", self.name, "a transport that open(header) was called on")
+        steps = 2 * (self.world_size - 1)
+        off = self.topology.nodes > 1
+        departure = self._depart(tensor.nbytes * steps // self.world_size if off else 0)
+        work = self.inner.all_reduce(tensor, action=action)
+        # One latency is in every arrival; the ring waits for one more at each further step.
+        extra_ns = int((steps - 1) * self.link.latency_s * 1e9) if off else 0
+        return EmulatedWork(self, work, Where(action=action), departure, self._off_node, extra_ns)
+
+    def dense_all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> torch.Tensor:
+        """`all_reduce`, waited for: how the gradients of the dense parameters are summed over the link."""
+        return self.all_reduce(tensor, action=action).wait()
+
+    def pay(self, num_bytes: int) -> float:
+        """Put `num_bytes` for other nodes on this rank's link; when they arrive, on the time.perf_counter clock."""
+        begin_ns = max(time.perf_counter_ns(), self._busy_ns)
+        self._busy_ns = begin_ns + int(num_bytes / self.link.bytes_per_s * 1e9)
+        return (self._busy_ns + int(self.link.latency_s * 1e9)) / 1e9
+
+    def close(self, reason: str) -> None:
+        self.inner.close(reason)
+
+    def reopen(self) -> None:
+        self.inner.reopen()
+        self._board = None
+        self._number = 0
+        self._busy_ns = 0
+
+    def _depart(self, num_bytes: int) -> _Departure:
+        """Put a message set on this rank's link and its times on the board, before any byte of it moves."""
+        assert self._board is not None
+        begin_ns = max(time.perf_counter_ns(), self._busy_ns) if num_bytes else time.perf_counter_ns()
+        left_ns = begin_ns + int(num_bytes / self.link.bytes_per_s * 1e9)
+        arrival_ns = left_ns + (int(self.link.latency_s * 1e9) if num_bytes else 0)
+        if num_bytes:
+            self._busy_ns = left_ns
+        departure = _Departure(number=self._number, begin_ns=begin_ns, left_ns=left_ns, arrival_ns=arrival_ns)
+        self._board.write(self.rank, departure)
+        self._number += 1
+        return departure
+
+    def _sleep_until(self, ready_ns: int, where: Where, timeout_s: float | None) -> None:
+        left_ns = ready_ns - time.perf_counter_ns()
+        limit_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
+        if left_ns > limit_s * 1e9:
+            text = f"the emulated link needs another {left_ns / 1e9:.3f} s for {where}, more than the limit"
+            self.inner.close(text)
+            raise TransportTimeout(text, rank=self.rank, seconds=limit_s, **vars(where))
+        if left_ns > SPIN_NS:
+            time.sleep((left_ns - SPIN_NS) / 1e9)
+        while time.perf_counter_ns() < ready_ns:
+            pass
+
+
+def _share_board(inner: ProcessGroupTransport) -> _Board:
+    """The board of all ranks. Collective. Raises ConfigError alike on all ranks when they do not share a machine."""
+    where = Where(action="open")
+    directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    token, descriptor, made = secrets.randbits(62), -1, 0
+    path = _board_path(directory, token)
+    if inner.rank == 0:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            os.ftruncate(descriptor, BOARD_SLOTS * inner.world_size * 3 * 8)
+            made = 1
+        except OSError:
+            made = 0
+    try:
+        words = inner.gather(torch.tensor([token, made], dtype=torch.int64), where)[0]
+        if inner.rank != 0 and int(words[1]):
+            try:
+                descriptor = os.open(_board_path(directory, int(words[0])), os.O_RDWR | os.O_NOFOLLOW)
+            except OSError:
+                descriptor = -1
+        opened = inner.gather(torch.tensor([int(descriptor >= 0)], dtype=torch.int64), where)
+        if not bool(opened.all()):
+            without = [rank for rank, ok in enumerate(opened.flatten().tolist()) if not ok]
+            raise ConfigError("link", f"ranks {without} cannot open {directory}", "ranks of one machine")
+        return _Board(descriptor, inner.world_size)
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+        if inner.rank == 0 and made:
+            os.unlink(path)
+
+
+def _board_path(directory: str, token: int) -> str:
+    return os.path.join(directory, f"moe_overlap-link-{token:016x}")
