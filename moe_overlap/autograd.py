@@ -20,7 +20,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from moe_overlap.schedule.run import Node, Step
+    from moe_overlap.schedule.order import Node
+    from moe_overlap.schedule.run import Step
 
 
 class Fork(torch.autograd.Function):

@@ -9,7 +9,8 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import PHASES
 from moe_overlap.schedule.builders import SchedulePair, parse_choice
-from moe_overlap.schedule.run import ExpertWeights, Step
+from moe_overlap.schedule.rows import ExpertWeights
+from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 

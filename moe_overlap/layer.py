@@ -5,6 +5,7 @@ Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.builders import SchedulePair, parse_choice, window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.recorder import TimelineEvent
-from moe_overlap.schedule.run import ExpertWeights, Step
+from moe_overlap.schedule.rows import ExpertWeights
+from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 
@@ -194,8 +196,10 @@ class MoELayer(nn.Module):
             rows_TD = x_rows.to(dtype)
         except Exception as error:
             self.dispatcher.refuse(error, pair)
+        start_s = time.perf_counter()
         plan = self.dispatcher.plan(slots_TK, rows_TD, pair, status=routing.status)
         step.bind(plan, rows_TD, slots_TK, routing.topk_weights_TK)
+        step.note("N", "wire", start_s, time.perf_counter())
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
@@ -227,7 +231,6 @@ class MoELayer(nn.Module):
         pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
-        step.skip_op()
         ticket = Ticket(self, step, routing, x.shape)
         self._ticket = ticket if current_phase() == 0 else None
         return ticket
@@ -236,7 +239,6 @@ class MoELayer(nn.Module):
         """Wait for the rows of each chunk, compute the experts and start the combine."""
         ticket.advance("begun", "computed")
         ticket.step.run_until_op()
-        ticket.step.skip_op()
 
     def finish(self, ticket: Ticket) -> torch.Tensor:
         """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
@@ -297,8 +299,8 @@ class MoELayer(nn.Module):
     @property
     def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up_proj or up_proj, down_proj)."""
-        gated = self.dispatcher.activation == "swiglu"
-        return (self.gate_up_proj if gated else self.up_proj), self.down_proj
+        name = "gate_up_proj" if self.dispatcher.activation == "swiglu" else "up_proj"
+        return self.get_parameter(name), self.down_proj
 
     def extra_repr(self) -> str:
         d = self.dispatcher

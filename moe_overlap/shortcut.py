@@ -78,11 +78,8 @@ class ShortcutBlock(nn.Module):
             raise ConfigError("moe", "a layer with a shared expert", "a layer without one: give it as shared_expert")
         ops = list(backbone)
         if shared_expert is not None:
-            ops.append(
-                SharedExpertOp(
-                    shared_expert, moe.dispatcher.hidden, gated=combine == "gated", reference=moe.router.weight
-                )
-            )
+            gated = combine == "gated"
+            ops.append(SharedExpertOp(shared_expert, moe.dispatcher.hidden, gated=gated, reference=moe.down_proj))
         if not isinstance(tap, int) or not 0 <= tap <= len(ops):
             raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
         self.moe = moe

@@ -21,8 +21,8 @@ ROOMS = {
     "schedule": {"plan", "_native"},
     "planning": {"schedule", "plan", "_native"},
 }
-# schedule/run.py alone sees ops and transport together, and the autograd nodes it drives.
-EXTRA = {"schedule/run.py": {"ops", "transport", "autograd"}}
+# The executor alone brings ops (through rows.py) and transport together, and the autograd nodes it drives.
+EXTRA = {"schedule/run.py": {"transport", "autograd"}, "schedule/rows.py": {"ops"}}
 NO_DISTRIBUTED = ("routing", "placement", "ops", "schedule", "planning")
 ALWAYS = {"errors", "config"}
 
@@ -73,9 +73,9 @@ def test_rooms_import_only_what_they_may(room):
 
 
 def test_planning_and_schedules_are_data():
-    """Only the executor of the schedule room knows tensors."""
+    """Only the executor of the schedule room (run.py, rows.py) knows tensors."""
     for path in (PACKAGE / "schedule").glob("*.py"):
-        if path.name not in ("run.py",):
+        if path.name not in ("run.py", "rows.py"):
             assert all(not name.split(".")[0] == "torch" for _, name in imports(path)), path
 
 
@@ -110,7 +110,7 @@ def test_nothing_names_a_private_place():
 def test_files_and_functions_stay_readable():
     for path in package_files():
         lines = path.read_text().splitlines()
-        assert len(lines) <= 500, f"{path.relative_to(ROOT)} has {len(lines)} lines"
+        assert len(lines) <= 450, f"{path.relative_to(ROOT)} has {len(lines)} lines"
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1

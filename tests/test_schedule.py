@@ -19,7 +19,7 @@ from moe_overlap.schedule.builders import (
     window,
 )
 from moe_overlap.schedule.check import check, draw, makespan_s, problems, spans
-from moe_overlap.schedule.run import backward_groups
+from moe_overlap.schedule.order import backward_groups
 
 PAIRS = [
     serial(),

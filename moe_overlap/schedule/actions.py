@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from moe_overlap.errors import ConfigError
@@ -168,7 +169,8 @@ class Schedule:
         return sum(action.verb == verb for action in self.actions)
 
 
-def dependencies(schedule: Schedule) -> list[list[int]]:
+@lru_cache(maxsize=512)
+def dependencies(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     """For each action the positions of the actions whose results it reads, in ascending order.
 
     A resource that no action of the schedule writes is an input (x, the incoming gradient, hidden[0]). Positions may
@@ -179,7 +181,7 @@ def dependencies(schedule: Schedule) -> list[list[int]]:
         for resource in action.spec.writes:
             index = None if resource.scope == "one" else (action.index or 0) + resource.shift
             writers.setdefault(resource.name, {})[index] = position
-    needs: list[list[int]] = []
+    needs: list[tuple[int, ...]] = []
     for action in schedule:
         found: set[int] = set()
         for resource in action.spec.reads:
@@ -189,5 +191,5 @@ def dependencies(schedule: Schedule) -> list[list[int]]:
                 found.update(p for i, p in written.items() if i == index)
             else:
                 found.update(written.values())
-        needs.append(sorted(found))
-    return needs
+        needs.append(tuple(sorted(found)))
+    return tuple(needs)

@@ -192,7 +192,7 @@ def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
     if name == "chunked" and words and words[0].isdecimal() and len(words) <= 2:
         by = words[1] if len(words) == 2 else "tokens"
         if by in CHUNK_BY:
-            return chunked(int(words[0]), by, shared=shared)  # type: ignore[arg-type]
+            return chunked(int(words[0]), by, shared=shared)
     if name == "shared_expert" and len(words) <= 1 and all(word in ("0", "1") for word in words):
         if not shared:
             raise ConfigError("schedule", text, "a layer with a shared expert (shared_expert_size) for this schedule")

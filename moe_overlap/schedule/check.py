@@ -120,7 +120,7 @@ def spans(
         seconds = [float(durations_s.get(a.text, durations_s.get(a.verb, 0.0))) for a in actions]
     else:
         seconds = [float(durations_s)] * len(actions)
-    needs = dependencies(schedule)
+    needs = [list(found) for found in dependencies(schedule)]
     if joined:
         last_wire: int | None = None
         for position, action in enumerate(actions):

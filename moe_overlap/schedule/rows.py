@@ -1,0 +1,143 @@
+"""The arithmetic of a step on its row buffers: what the compute actions of a schedule do. No transport.
+
+Buffers (rows of D elements; see `plan.ChunkPlan` for the orders):
+
+    send  [R, D]    rows permuted into send order, all chunks          dsend  their gradients
+    x     [Re, D]   rows received, in the experts' order               dy     gradients of the experts' outputs
+    h     [Re, F']  pre-activation                                     dh, a  its gradient, the activation
+    back  [R, D]    rows returned, in send order                       dback  their gradients
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_overlap import ops
+from moe_overlap.plan import ChunkPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The stacked weights of this rank's experts, in the dtype of the rows. `grad_scale` multiplies their gradients."""
+
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    kind: str
+    grad_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What backward needs of a forward call: [R, D], int32 [T, K], [T, K], [Re, D], [Re, F'] and the weights."""
+
+    back: torch.Tensor
+    slot_to_row: torch.Tensor
+    weights_TK: torch.Tensor
+    x: torch.Tensor
+    h: torch.Tensor
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.back, self.slot_to_row, self.weights_TK, self.x, self.h, self.w_in, self.w_out
+
+
+class _Chunks:
+    """Where the rows of each chunk lie."""
+
+    def __init__(self, plan: ChunkPlan, device: torch.device) -> None:
+        self.plan = plan
+        self._device = device
+        self._orders: dict[int, torch.Tensor] = {}
+
+    def of(self, rows: torch.Tensor, c: int) -> torch.Tensor:
+        """The slice of chunk c of a buffer in send order."""
+        return rows[self.plan.send_offsets[c] : self.plan.send_offsets[c + 1]]
+
+    def order(self, c: int) -> torch.Tensor:
+        """Position in the experts' buffer of each received row of chunk c."""
+        if c not in self._orders:
+            self._orders[c] = self.plan.buffer_order(c).to(self._device)
+        return self._orders[c]
+
+
+class ForwardRows(_Chunks):
+    """The forward actions P, E, U. Made by P."""
+
+    def __init__(self, plan: ChunkPlan, weights: ExpertWeights, x_TD: torch.Tensor, slots_TK: torch.Tensor) -> None:
+        super().__init__(plan, x_TD.device)
+        self.weights = weights
+        keys_TK, num_keys = plan.send_keys(slots_TK)
+        _, offs, self.slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
+        self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
+        self.x = x_TD.new_empty(sum(plan.recv_rows), x_TD.shape[1])
+        self.y = torch.empty_like(self.x)
+        self.h = x_TD.new_empty(self.x.shape[0], weights.w_in.shape[1])
+        self.back = torch.empty_like(self.send)
+
+    def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
+        """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
+        ops.unpack(received, self.order(c), out=self.x)
+        starts, ends = self.plan.expert_rows(c)
+        w = self.weights
+        ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h)
+        return ops.pack(self.y, self.order(c))
+
+    def combine(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        """U: y[t] = sum over k, in order, of weights[t, k] * returned row of (t, k)."""
+        return ops.combine(self.back, self.slot_to_row, weights_TK)
+
+    def saved(self, weights_TK: torch.Tensor) -> Saved:
+        w = self.weights
+        return Saved(back=self.back, slot_to_row=self.slot_to_row, weights_TK=weights_TK, x=self.x, h=self.h,
+                     w_in=w.w_in, w_out=w.w_out)  # fmt: skip
+
+
+class BackwardRows(_Chunks):
+    """The backward actions Ut, Ed, Ew, Pt. Made by Ut; lives until the gradients are handed over."""
+
+    def __init__(
+        self, plan: ChunkPlan, saved: Saved, kind: str, dy_TD: torch.Tensor | None, *, need_dx: bool, need_dw: bool
+    ) -> None:
+        super().__init__(plan, saved.x.device)
+        self.saved = saved
+        self.kind = kind
+        if dy_TD is None:
+            dy_TD = saved.back.new_zeros(saved.slot_to_row.shape[0], saved.back.shape[1])
+        # Gradients may arrive with stride 0 (from an expand or a sum).
+        self.dback, self.dweights_TK = ops.combine_backward(
+            dy_TD.contiguous(), saved.back, saved.slot_to_row, saved.weights_TK
+        )
+        x, h = saved.x, saved.h
+        self.dsend = torch.empty_like(self.dback) if need_dx else None
+        self.dy, self.dx, self.dh = torch.empty_like(x), torch.empty_like(x), torch.empty_like(h)
+        self.a = x.new_empty(x.shape[0], saved.w_out.shape[2])
+        self.dw_in = torch.empty_like(saved.w_in) if need_dw else None
+        self.dw_out = torch.empty_like(saved.w_out) if need_dw else None
+
+    def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
+        """Ed of chunk c: the gradients of the experts' outputs into those of their inputs, in the order they came.
+
+        None where no rank wants the gradient of x.
+        """
+        ops.unpack(received, self.order(c), out=self.dy)
+        starts, ends = self.plan.expert_rows(c)
+        s = self.saved
+        ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind,
+                             dx=self.dx, dh=self.dh, a=self.a)  # fmt: skip
+        return ops.pack(self.dx, self.order(c)) if self.dsend is not None else None
+
+    def weight_gradient(self, group: int, groups: int) -> None:
+        """Ew of one of `groups` groups of this rank's experts: one matmul an expert over the rows of all chunks."""
+        if self.dw_in is not None and self.dw_out is not None:
+            local = self.plan.local_slots
+            experts = (local * group // groups, local * (group + 1) // groups)
+            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.plan.expert_offs, dw_in=self.dw_in,
+                                 dw_out=self.dw_out, experts=experts)  # fmt: skip
+
+    def dx_TD(self) -> torch.Tensor:
+        """Pt: dx[t] = sum over k, in order, of the gradient of the row of (t, k)."""
+        assert self.dsend is not None
+        return ops.combine(self.dsend, self.saved.slot_to_row)
