@@ -1,4 +1,7 @@
-"""The real job, at sizes where a step takes milliseconds. Runs with two ranks go through the command's own spawn."""
+"""The real job, at sizes where a step takes milliseconds.
+
+Two ranks come from the session's pool, except where the command's own way to start them is what is tested.
+"""
 
 import json
 import os
@@ -8,18 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from moe_overlap import cli, ignore_experts_for_ddp
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch import World
-from moe_overlap.layer import aux_loss
 from moe_overlap.train import command as train_command
 from moe_overlap.train.checkpoint import MANIFEST, find_checkpoint
 from moe_overlap.train.command import differences, main, run_rank
-from moe_overlap.train.files import read_tensors, write_atomically
+from moe_overlap.train.files import read_tensors, write_atomically, write_tensors
 from moe_overlap.train.loop import DenseGradients, learning_rate
 from moe_overlap.train.model import LanguageModel, initialise, moe_layers, split_parameters
 from moe_overlap.train.options import KINDS, TrainOptions, parse
 from moe_overlap.train.text import find_documents, load_corpus
+from tests.ranks import gloo_pool
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (
@@ -40,9 +45,22 @@ def text(tmp_path_factory):
     return folder
 
 
+def arguments(text, out, *options):
+    return [*SIZES, "--text", str(text), "--out", str(out), *map(str, options)]
+
+
 def run(text, out, *options):
-    """Exit status of the command at the small sizes."""
-    return main([*SIZES, "--text", str(text), "--out", str(out), *map(str, options)])
+    """Exit status of the command at the small sizes; it starts its ranks itself."""
+    return main(arguments(text, out, *options))
+
+
+def one_of_two_ranks(argv):
+    return run_rank(World(rank=dist.get_rank(), size=2, local_rank=dist.get_rank(), group=dist.group.WORLD), argv)
+
+
+def run_on_two(text, out, *options):
+    """Exit statuses of the command's two ranks."""
+    return gloo_pool(2).run(one_of_two_ranks, arguments(text, out, *options))
 
 
 def events(out, kind):
@@ -75,7 +93,7 @@ def test_forty_steps_with_overlap_off_and_on_are_equal_bit_for_bit(text, tmp_pat
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "scmoe_pos2"])
 def test_the_other_kinds_too(kind, text, tmp_path):
-    assert run(text, tmp_path, "--ranks", 2, "--steps", 4, "--kind", kind, "--compare-overlap") == 0
+    assert run_on_two(text, tmp_path, "--steps", 4, "--kind", kind, "--compare-overlap") == [0, 0]
     assert losses(tmp_path, "off") == losses(tmp_path, "on")
 
 
@@ -120,7 +138,7 @@ def test_differences_compares_bits_of_losses():
 def whole_run(text, tmp_path_factory):
     """20 steps more than its first checkpoint, two ranks."""
     out = tmp_path_factory.mktemp("whole")
-    assert run(text, out, "--ranks", 2, "--steps", 40, "--checkpoint-every", 20) == 0
+    assert run_on_two(text, out, "--steps", 40, "--checkpoint-every", 20) == [0, 0]
     return out
 
 
@@ -134,8 +152,8 @@ def copy_of_checkpoint(whole_run, tmp_path):
 
 def test_resume_at_step_20_continues_bit_for_bit(text, whole_run, tmp_path):
     checkpoint = whole_run / "checkpoints" / "step-000020"
-    options = ("--ranks", 2, "--steps", 40, "--checkpoint-every", 20, "--resume", checkpoint)
-    assert run(text, tmp_path, *options) == 0
+    options = ("--steps", 40, "--checkpoint-every", 20, "--resume", checkpoint)
+    assert run_on_two(text, tmp_path, *options) == [0, 0]
     assert losses(tmp_path) == losses(whole_run)[20:]
     for rank in range(2):
         shard = f"checkpoints/step-000040/rank-{rank}.safetensors"
@@ -228,29 +246,23 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_torchrun_gives_the_same_losses(text, tmp_path):
-    spawned, launched = tmp_path / "spawned", tmp_path / "launched"
-    assert run(text, spawned, "--ranks", 2, "--steps", 3) == 0
+    pooled, launched = tmp_path / "pooled", tmp_path / "launched"
+    assert run_on_two(text, pooled, "--steps", 3) == [0, 0]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "moe_overlap", "train", *SIZES, "--steps", "3"]
     command += ["--text", str(text), "--out", str(launched)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
-    assert losses(launched) == losses(spawned)
+    assert losses(launched) == losses(pooled)
 
 
-def save_gradients(world, argv):
-    """What one rank's gradients are after one backward pass; written by every rank, read by the test below."""
-    options = parse(argv[1:], ranks=world.size)
-    corpus = load_corpus(options.text, options.out, vocab=options.vocab, batch=options.batch, seq=options.seq)
-    torch.set_num_threads(1)
-    gradients_to_file(options, corpus, world, Path(argv[0]))
-    return 0
-
-
-def gradients_to_file(options, corpus, world, folder):
-    from moe_overlap import ignore_experts_for_ddp
-    from moe_overlap.train.files import write_tensors
-
+def save_gradients(argv, folder):
+    """The gradients of one backward pass, written by every rank and read by the test below."""
+    world = World()
+    if dist.is_initialized():
+        world = World(rank=dist.get_rank(), size=2, local_rank=dist.get_rank(), group=dist.group.WORLD)
+    options = parse(argv, ranks=world.size)
+    corpus = corpus_of(options.text, options.out, options)
     model = LanguageModel(options, world.group)
     initialise(model, seed=0, rank=world.rank)
     ignore_experts_for_ddp(model)
@@ -260,16 +272,13 @@ def gradients_to_file(options, corpus, world, folder):
     DenseGradients(list(dense.values()), world).average_()
     tensors = {name: parameter.grad for name, parameter in (dense | expert).items()}
     write_tensors(folder / f"gradients-{world.rank}-of-{world.size}", tensors, {})
-    aux_loss(model)
 
 
 @pytest.mark.parametrize("kind", ["top2", "scmoe_pos2"])
 def test_two_ranks_have_the_gradients_of_one(kind, text, tmp_path):
-    from moe_overlap.launch import spawn
-
-    argv = [str(tmp_path), *SIZES, "--text", str(text), "--out", str(tmp_path), "--kind", kind]
-    save_gradients(World(), argv)
-    assert spawn(save_gradients, argv, 2, timeout_s=60, program="test") == 0
+    argv = arguments(text, tmp_path, "--kind", kind)
+    save_gradients(argv, tmp_path)
+    gloo_pool(2).run(save_gradients, argv, tmp_path)
     (one, _), (first, _), (second, _) = (
         read_tensors(tmp_path / f"gradients-{name}") for name in ("0-of-1", "0-of-2", "1-of-2")
     )
@@ -283,18 +292,22 @@ def test_two_ranks_have_the_gradients_of_one(kind, text, tmp_path):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_bad_input_is_one_line_and_exit_status_2(tmp_path):
-    for options, words in [
-        (["--text", str(tmp_path / "nothing")], ["--text", "nothing", "text file"]),
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--text", "nothing/here"], ["--text", "nothing/here", "text file"]),
         (["--steps", "0"], ["--steps", "0", "at least 1"]),
-        (["--steps", "many"], ["--steps", "many"]),
-    ]:
-        command = [sys.executable, "-m", "moe_overlap", "train", *options, "--out", str(tmp_path / "out")]
-        ended = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60, capture_output=True, text=True
-        )
-        assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-        assert all(word in ended.stderr for word in words), ended.stderr
+        (["--steps", "many"], ["--steps", "many", "int"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(options, words, tmp_path, capsys):
+    try:
+        status = cli.main(["train", "--out", str(tmp_path / "out"), *options])
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr().err
+    assert status == 2 and said.count("\n") == 1
+    assert all(word in said for word in words), said
 
 
 @pytest.mark.parametrize(
@@ -449,7 +462,11 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_saved_routing_holds_the_best_experts_in_order(ranks, text, tmp_path):
     file = tmp_path / "routing.safetensors"
-    assert run(text, tmp_path, "--ranks", ranks, "--steps", 2, "--save-routing", file) == 0
+    options = ("--steps", 2, "--save-routing", file)
+    if ranks == 1:
+        assert run(text, tmp_path, "--ranks", 1, *options) == 0
+    else:
+        assert run_on_two(text, tmp_path, *options) == [0, 0]
     tensors, metadata = read_tensors(file)
     ids, weights = tensors["ids"], tensors["weights"]
     assert ids.dtype == torch.int32 and weights.dtype == torch.float32
