@@ -1,9 +1,9 @@
 """Recycled memory for large CPU tensors.
 
 The C allocator returns large blocks to the system, so each step pays page faults again for the same weight gradients
-and activations (measured: 21 ms of a backward of 106 ms). The pool keeps the storages it has given out; a storage is
-free again when nobody but the pool holds it, so nothing is ever handed back by hand and nothing can be handed back too
-early. What is given out are ordinary tensors: autograd may keep them as gradients.
+and activations: an eighth of a backward (docs/notes/2026-11-22-cpu-expert-mlp.md). The pool keeps the storages it has
+given out; a storage is free again when nobody but the pool holds it, so nothing is ever handed back by hand and nothing
+can be handed back too early. What is given out are ordinary tensors: autograd may keep them as gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 SMALLEST_BYTES = 1 << 18
 """Smaller tensors are left to the C allocator, which recycles them itself."""
 
-DEFAULT_LIMIT_BYTES = 4 << 30
+DEFAULT_LIMIT_BYTES = 2 << 30
 
 # The list entry, the loop variable and the argument of getrefcount.
 _POOL_REFERENCES = 3
+_STEPS_MORE = 4
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -43,8 +44,9 @@ class Workspace:
 
     A storage is reused when its use count and its Python reference count say that only the pool holds it, its size is
     still what it was (`resize_` may have emptied it) and it was not moved to shared memory (another process may read
-    it). Rows of a step vary with the routing, so sizes are rounded up to 1/16 of their power of two; sizes that are
-    multiples of that anyway, such as weight gradients of usual shapes, are exact.
+    it). Rows of a step vary with the routing, so sizes are rounded up to 1/16 of their power of two, and a storage of
+    up to four such steps more is taken where there is one; sizes that are multiples of a step anyway, such as weight
+    gradients of usual shapes, are exact.
     """
 
     def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -91,11 +93,14 @@ class Workspace:
             return WorkspaceStats(self._reused, self._created, self._bypassed, self._held_bytes)
 
     def _find(self, bucket_bytes: int) -> torch.UntypedStorage | None:
-        for storage in self._storages.get(bucket_bytes, ()):
-            if _only_the_pool_holds(storage) and sys.getrefcount(storage) <= _POOL_REFERENCES:
-                if storage.nbytes() == bucket_bytes and not storage.is_shared():
-                    self._reused += 1
-                    return storage
+        for size_bytes in range(
+            bucket_bytes, bucket_bytes + _STEPS_MORE * _step(bucket_bytes) + 1, _step(bucket_bytes)
+        ):
+            for storage in self._storages.get(size_bytes, ()):
+                if _only_the_pool_holds(storage) and sys.getrefcount(storage) <= _POOL_REFERENCES:
+                    if storage.nbytes() == size_bytes and not storage.is_shared():
+                        self._reused += 1
+                        return storage
         return None
 
     def _create(self, bucket_bytes: int) -> torch.UntypedStorage:
@@ -131,8 +136,12 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
+def _step(size_bytes: int) -> int:
+    return max(64, 1 << max(0, size_bytes.bit_length() - 5))
+
+
 def _bucket(size_bytes: int) -> int:
-    step = max(64, 1 << max(0, size_bytes.bit_length() - 5))
+    step = _step(size_bytes)
     return -(-size_bytes // step) * step
 
 

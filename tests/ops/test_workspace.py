@@ -139,6 +139,15 @@ def test_buckets_waste_at_most_a_sixteenth_and_nothing_for_usual_weights() -> No
         assert workspace._bucket(size_bytes) == size_bytes
 
 
+def test_a_little_fewer_rows_find_the_memory_of_a_little_more() -> None:
+    pool, rng = Workspace(), torch.Generator().manual_seed(0)
+    for rows in torch.randint(900, 1100, (50,), generator=rng).tolist():
+        take(pool, rows, 512).fill_(1.0)
+    assert pool.stats().held_bytes < 4 * 1100 * 512 * 4
+    take(pool, 4 * ROWS)
+    assert take(pool, 2 * ROWS).untyped_storage().nbytes() == 8 * ROWS, "twice the size is too much to take"
+
+
 def test_is_poisoned_like_torch_empty(poison) -> None:
     pool = Workspace()
     for _ in range(2):
