@@ -16,11 +16,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from types import TracebackType
 from typing import Any
 
@@ -60,11 +61,12 @@ class Ranks:
         self._processes: list[Any] = []
         self._pipes: list[connection.Connection] = []
         self._stacks: list[str] = []
+        self._marked: set[int] = set()
         self._store: dist.TCPStore | None = None
 
     def __enter__(self) -> Ranks:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "moe_overlap.transport"])
         self._store = dist.TCPStore(
             "127.0.0.1", 0, self.world_size + 1, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
@@ -91,6 +93,7 @@ class Ranks:
 
     def start(self, function: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None) -> None:
         """Send the call to the ranks and return."""
+        self._marked.clear()
         for rank in range(self.world_size) if ranks is None else ranks:
             self._pipes[rank].send((function.__module__, function.__qualname__, args))
 
@@ -100,6 +103,20 @@ class Ranks:
 
     def pid(self, rank: int) -> int:
         return int(self._processes[rank].pid)
+
+    def wait_for_marks(self, *, limit_s: float = LIMIT_S) -> None:
+        """Until every rank has called `mark()` since the last `start`."""
+        deadline = time.monotonic() + limit_s
+        while len(self._marked) < self.world_size:
+            waiting = [rank for rank in range(self.world_size) if rank not in self._marked]
+            ready = connection.wait([self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankError(self._late(waiting, {}, limit_s))
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                one = self._receive(rank)
+                if one is not None:
+                    raise RankError(f"rank {rank} ended before its mark: {one!r}")
 
     def wait(
         self, *, limit_s: float = LIMIT_S, ranks: Sequence[int] | None = None, fail_fast: bool = False
@@ -118,12 +135,19 @@ class Ranks:
                 raise RankError(self._late(waiting, ended, limit_s))
             for pipe in connection.wait([self._pipes[rank] for rank in waiting], left):
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
-                ended[rank] = self._receive(rank)
+                one = self._receive(rank)
+                if one is not None:
+                    ended[rank] = one
         return [ended[rank] for rank in wanted]
 
-    def _receive(self, rank: int) -> Ended:
+    def _receive(self, rank: int) -> Ended | None:
+        """What a rank sent; None for a mark."""
         try:
-            return Ended(**self._pipes[rank].recv())
+            reply = self._pipes[rank].recv()
+            if reply == _MARK:
+                self._marked.add(rank)
+                return None
+            return Ended(**reply)
         except (EOFError, ConnectionResetError):
             self._processes[rank].join(5)
             code = self._processes[rank].exitcode
@@ -186,6 +210,14 @@ class GlooPool:
             ranks.stop()
 
 
+def mark() -> None:
+    """Called by a rank: tell the parent, which may be in `wait_for_marks`, that this point is reached."""
+    assert _pipe is not None
+    _pipe.send(_MARK)
+
+
+_MARK = "mark"
+_pipe: connection.Connection | None = None
 _POOLS: dict[int, GlooPool] = {}
 
 
@@ -197,9 +229,19 @@ def gloo_pool(world_size: int) -> GlooPool:
     return _POOLS[world_size]
 
 
+def _die_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
 def _rank_main(rank: int, world_size: int, port: int, pipe: connection.Connection, stack_path: str, init: bool) -> None:
     """Life of a rank: join the world, then serve calls until the pipe closes."""
+    global _pipe
+    _pipe = pipe
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     stack_file = open(stack_path, "w", encoding="utf-8")  # open as long as the process
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -88,12 +88,19 @@ class ControlPlane:
         keys = [f"who/{peer}" for peer in self._peers]
         self._must(lambda: self._store.set(f"who/{self._rank}", SEPARATOR.join(map(str, identity()))), where)
         pause_s = 0.001
-        while keys and not self._must(lambda: self._store.check(keys), where):
+        while True:
+            here = not keys or self._must(lambda: self._store.check(keys), where)
             waited = time.monotonic() - begin
+            abort = self.read_abort()
+            if abort is not None:
+                raise abort.error_on(self._rank, where, waited)
+            if here:
+                break
             if waited > timeout_s:
                 missing = [peer for peer in self._peers if not self._must(self._checker(f"who/{peer}"), where)]
                 peer = missing[0] if missing else None
                 text = f"no sign of {ranks_text(missing)} within {timeout_s:.3f} s"
+                self.abort(Abort(code=TIMED_OUT, rank=self._rank, peer=-1 if peer is None else peer, text=text))
                 raise TransportTimeout(text, rank=self._rank, peer=peer, seconds=waited, action="connect")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
@@ -163,32 +170,41 @@ class ControlPlane:
     def _ask(self, question: Callable[[], T]) -> T:
         if self._lost is not None:
             raise StoreLost(self._lost)
-        answers: list[T] = []
-        errors: list[Exception] = []
-
-        def run() -> None:
-            try:
-                answers.append(question())
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run, name="moe_overlap store question", daemon=True)
-        thread.start()
-        thread.join(ASK_LIMIT_S)
-        if answers:
-            return answers[0]
-        self._lost = f"{type(errors[0]).__name__}" if errors else f"no answer within {ASK_LIMIT_S} s"
-        raise StoreLost(self._lost)
+        try:
+            return bounded(question, ASK_LIMIT_S)
+        except StoreLost as error:
+            self._lost = str(error)
+            raise
 
 
-def own_store(store: dist.Store) -> dist.Store:
+def bounded(question: Callable[[], T], limit_s: float) -> T:
+    """The answer of a call that may never return. Raises StoreLost when it fails or has not returned in time."""
+    answers: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            answers.append(question())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="moe_overlap store question", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if answers:
+        return answers[0]
+    raise StoreLost(type(errors[0]).__name__ if errors else f"no answer within {limit_s} s")
+
+
+def own_store(store: dist.Store, limit_s: float) -> dist.Store:
     """A connection of our own to `store`: a question that is stuck must not block the rest of the process.
 
-    One for all transports of the process: connecting to a TCPStore was seen to stall for 5 s now and then.
+    One for all transports of the process: connecting to a TCPStore was seen to stall for 5 s now and then. Raises
+    StoreLost when there is no connection within the limit.
     """
     own = _own_stores.get(store)
     if own is None:
-        own = _own_stores[store] = store.clone() if hasattr(store, "clone") else store
+        own = _own_stores[store] = bounded(store.clone, limit_s) if hasattr(store, "clone") else store
     return own
 
 

@@ -37,6 +37,7 @@ from moe_overlap.transport.control import (
     TIMED_OUT,
     Abort,
     ControlPlane,
+    StoreLost,
     forget_own_store,
     own_store,
     ranks_text,
@@ -273,7 +274,8 @@ class ProcessGroupTransport(Lifecycle):
     def _connect(self) -> _Groups:
         where = Where(action="connect")
         try:
-            store = dist.PrefixStore(f"{self._prefix}/{self._generation}", own_store(self._store))
+            own = own_store(self._store, self.timeout_s)
+            store = dist.PrefixStore(f"{self._prefix}/{self._generation}", own)
             self._control = ControlPlane(store, rank=self.rank, world_size=self.world_size)
             self._control.meet(self.timeout_s)
             self._groups = _Groups(
@@ -282,6 +284,9 @@ class ProcessGroupTransport(Lifecycle):
         except MoeTransportError as error:
             self._poison(error)
             raise
+        except StoreLost as error:
+            text = f"the key-value store of torch.distributed is lost ({error})"
+            raise self._failed(PeerFailed(text, rank=self.rank, action="connect"), None) from error
         except RuntimeError as error:
             raise self._diagnose(error, where, 0.0) from error
         return self._groups
@@ -355,7 +360,7 @@ class ProcessGroupTransport(Lifecycle):
         except MoeTransportError as known:
             return known
         text = _first_line(error)
-        if "Timed out" in text:
+        if "timed out" in text.lower() or "timeout" in text.lower():
             return self._timed_out(where, self._position, waited)
         stopped = self._control.suspects(("stopped",))
         peer = stopped[0][0] if stopped else None
