@@ -89,6 +89,7 @@ class MoELayer(nn.Module):
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu", "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
+    mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
     Parameters, Hugging Face layout, this rank's experts only: gate_up_proj [e, 2F, D] (up_proj [e, F, D] without a
     gate) and down_proj [e, D, F]. forward(x [..., D]) -> one tensor of x's shape; dtype of the weights, or autocast's.
@@ -115,6 +116,7 @@ class MoELayer(nn.Module):
         z_loss_coef: float = 0.0,
         bad_logits: str = "raise",
         transport: Transport | None = None,
+        mode: str = "host",
         timeout_s: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -125,6 +127,10 @@ class MoELayer(nn.Module):
                 raise ConfigError(name, value, "an integer of at least 1")
         if activation not in ACTIVATIONS:
             raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
+        if mode == "static":
+            raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
+        if mode != "host":
+            raise ConfigError("mode", mode, "'host' (or 'static', once it exists)")
         if group is not None and transport is not None:
             raise ConfigError("transport", transport, "None beside a group: give one of the two")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -153,6 +153,13 @@ def test_auto_names_the_planner():
         make(schedule="auto")
 
 
+def test_the_static_mode_says_what_is_missing():
+    with pytest.raises(NotImplementedError, match="fixed capacity"):
+        make(mode="static")
+    with pytest.raises(ConfigError, match="mode"):
+        make(mode="both")
+
+
 def test_experts_must_divide_over_the_ranks():
     def rank(me):
         MoELayer(D, F, 9, K, transport=me.transport())
