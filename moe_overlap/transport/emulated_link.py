@@ -1,6 +1,7 @@
 """A slower link between nodes, emulated around another transport, so that overlap can be measured on one machine.
 
-The model. Every rank has one link for what it sends to ranks of other nodes. A message set (all rows of one exchange,
+The model. Every rank has one link for what it sends to ranks of other nodes; all transports of its process with equal
+link and topology share it. A message set (all rows of one exchange,
 one control record to every peer) that is given at time t begins at max(t, end of the previous one), occupies the link
 for bytes / rate, and arrives `latency` after its last byte left. A receive is ready at the maximum over the senders
 that had rows for it, and not before this rank's own bytes have left. Ranks of one node talk at the speed of the inner
@@ -44,6 +45,15 @@ class _Departure:
     begin_ns: int
     left_ns: int
     arrival_ns: int
+
+
+class _Egress:
+    """The link of this process to other nodes: until when it is busy, on the time.perf_counter_ns clock."""
+
+    busy_ns = 0
+
+
+_egresses: dict[tuple[LinkSpec, NodeTopology], _Egress] = {}
 
 
 class _Board:
@@ -146,7 +156,7 @@ class EmulatedLinkTransport:
         self._off_node = topology.off_node(inner.rank)
         self._board: _Board | None = None
         self._number = 0
-        self._busy_ns = 0
+        self._egress = _egresses.setdefault((link, topology), _Egress())
 
     @property
     def stats(self) -> TransportStats:
@@ -192,17 +202,19 @@ class EmulatedLinkTransport:
     def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
         """Sum of `tensor` over the ranks, in place, paying as a ring: 2 (W-1) steps of latency + bytes / W / rate.
 
-        The ring runs through the ranks in order, so it is as slow as a hop between nodes when there is one.
+        The ring runs through the ranks in order: a rank pays when the next one is on another node, all wait for those.
         """
         if self._board is None:
             raise ConfigError("transport", self.name, "a transport that open(header) was called on")
         steps = 2 * (self.world_size - 1)
-        off = self.topology.nodes > 1
-        departure = self._depart(tensor.nbytes * steps // self.world_size if off else 0)
+        node_of, ranks = self.topology.node_of, range(self.world_size)
+        paying = [rank for rank in ranks if node_of(rank) != node_of((rank + 1) % self.world_size)]
+        departure = self._depart(tensor.nbytes * steps // self.world_size if self.rank in paying else 0)
         work = self.inner.all_reduce(tensor, action=action)
         # One latency is in every arrival; the ring waits for one more at each further step.
-        extra_ns = int((steps - 1) * self.link.latency_s * 1e9) if off else 0
-        return EmulatedWork(self, work, Where(action=action), departure, self._off_node, extra_ns)
+        extra_ns = int((steps - 1) * self.link.latency_s * 1e9) if paying else 0
+        senders = tuple(rank for rank in paying if rank != self.rank)
+        return EmulatedWork(self, work, Where(action=action), departure, senders, extra_ns)
 
     def dense_all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> torch.Tensor:
         """`all_reduce`, waited for: how the gradients of the dense parameters are summed over the link."""
@@ -210,9 +222,7 @@ class EmulatedLinkTransport:
 
     def pay(self, num_bytes: int) -> float:
         """Put `num_bytes` for other nodes on this rank's link; when they arrive, on the time.perf_counter clock."""
-        begin_ns = max(time.perf_counter_ns(), self._busy_ns)
-        self._busy_ns = begin_ns + int(num_bytes / self.link.bytes_per_s * 1e9)
-        return (self._busy_ns + int(self.link.latency_s * 1e9)) / 1e9
+        return self._put(num_bytes)[2] / 1e9
 
     def close(self, reason: str) -> None:
         self.inner.close(reason)
@@ -221,20 +231,24 @@ class EmulatedLinkTransport:
         self.inner.reopen()
         self._board = None
         self._number = 0
-        self._busy_ns = 0
 
     def _depart(self, num_bytes: int) -> _Departure:
         """Put a message set on this rank's link and its times on the board, before any byte of it moves."""
         assert self._board is not None
-        begin_ns = max(time.perf_counter_ns(), self._busy_ns) if num_bytes else time.perf_counter_ns()
-        left_ns = begin_ns + int(num_bytes / self.link.bytes_per_s * 1e9)
-        arrival_ns = left_ns + (int(self.link.latency_s * 1e9) if num_bytes else 0)
-        if num_bytes:
-            self._busy_ns = left_ns
+        begin_ns, left_ns, arrival_ns = self._put(num_bytes)
         departure = _Departure(number=self._number, begin_ns=begin_ns, left_ns=left_ns, arrival_ns=arrival_ns)
         self._board.write(self.rank, departure)
         self._number += 1
         return departure
+
+    def _put(self, num_bytes: int) -> tuple[int, int, int]:
+        """(first byte, last byte, arrival) of `num_bytes` given to the link now."""
+        now_ns = time.perf_counter_ns()
+        if num_bytes == 0:
+            return now_ns, now_ns, now_ns
+        begin_ns = max(now_ns, self._egress.busy_ns)
+        left_ns = self._egress.busy_ns = begin_ns + int(num_bytes / self.link.bytes_per_s * 1e9)
+        return begin_ns, left_ns, left_ns + int(self.link.latency_s * 1e9)
 
     def _sleep_until(self, ready_ns: int, where: Where, timeout_s: float | None) -> None:
         left_ns = ready_ns - time.perf_counter_ns()

@@ -108,7 +108,10 @@ class GroupWork:
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """The received rows. `timeout_s` may shorten the transport's limit. CUDA: the current stream waits."""
         if self._end_s is None:
-            self._transport._finish(self._work, self._where, self._position, timeout_s)
+            if self._transport.backend == "gloo":
+                self._transport._finish(self._work, self._where, self._position, timeout_s)
+            else:
+                self._transport._finish_on_stream(self._work)
             self._end_s = time.perf_counter()
             self._rows = None
         return self._out
@@ -295,14 +298,17 @@ class ProcessGroupTransport(Lifecycle):
         """Wait for `work` within the limit; raises what went wrong, after telling the peers."""
         if self._cause is not None:
             self._require_usable()
-        if self.backend != "gloo" and where.action not in ("N", "open"):
-            work.wait()  # orders the current stream
-        else:
-            begin = time.perf_counter()
-            try:
-                work.wait(SLICE)
-            except RuntimeError:
-                self._finish_slowly(work, where, position, begin, timeout_s)
+        begin = time.perf_counter()
+        try:
+            work.wait(SLICE)
+        except RuntimeError:
+            self._finish_slowly(work, where, position, begin, timeout_s)
+        self._pending.discard(work)
+
+    def _finish_on_stream(self, work: Any) -> None:
+        """CUDA: the current stream waits, the host does not."""
+        self._require_usable()
+        work.wait()
         self._pending.discard(work)
 
     def _finish_slowly(self, work: Any, where: Where, position: int, begin: float, timeout_s: float | None) -> None:

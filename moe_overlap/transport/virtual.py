@@ -21,6 +21,7 @@ from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agr
 from moe_overlap.transport.base import Header, Work
 from moe_overlap.transport.baton import Baton, Waiting
 from moe_overlap.transport.lifecycle import Lifecycle, Where
+from moe_overlap.transport.local import LocalWork
 
 
 @dataclass(kw_only=True)
@@ -224,6 +225,16 @@ class VirtualTransport(Lifecycle):
         self.stats.exchanges += 1
         self.stats.payload_bytes += (sum(send) - send[self.rank]) * layout.row_bytes
         return VirtualWork(self, self._channel.bring("exchange", self.rank, parcel), where)
+
+    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
+        """Sum of `tensor` over the ranks in rank order, in place."""
+        self._require_usable()
+        meeting = self._meet("all_reduce", tensor.data.clone(), Where(action=action))
+        parts = [meeting.brought[peer] for peer in range(self.world_size)]
+        if any(part.shape != tensor.shape or part.dtype != tensor.dtype for part in parts):
+            raise self._poisoned(PlanMismatch("the ranks reduce different tensors", rank=self.rank, action=action))
+        tensor.data.copy_(sum(parts[1:], parts[0]))
+        return LocalWork(tensor)
 
     def close(self, reason: str) -> None:
         self._poison(RuntimeError(reason))

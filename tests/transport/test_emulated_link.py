@@ -108,6 +108,24 @@ def test_chunks_queue_on_the_link() -> None:
         assert mine["given"][3] - mine["given"][0] < 4 * 6.4e-3, "start must return at once"
 
 
+def two_transports() -> None:
+    """Two layers of one process share its link."""
+    layout = RowLayout(width=1000, dtype=torch.float32)
+    pair = [emulated("80mbit:1ms"), emulated("80mbit:1ms")]
+    plans = [equal_plan(transport, 16).chunked(1) for transport in pair]  # 64 kB to the peer: 6.4 ms
+    dist.barrier()
+    works = [one.start(torch.ones(32, 1000), plan, layout) for one, plan in zip(pair, plans, strict=True)]
+    for work in works:
+        work.wait()
+    first, second = (work.interval() for work in works)
+    assert first is not None and second is not None and second[0] >= first[0] + 6.4e-3 - 1e-6
+    assert pair[0].pay(0) <= time.perf_counter() + 1e-3
+
+
+def test_transports_of_one_process_share_its_link() -> None:
+    gloo_pool(2).run(two_transports)
+
+
 def nodes() -> None:
     """Ranks of one node talk at full speed; only what leaves the node pays."""
     rank = dist.get_rank()

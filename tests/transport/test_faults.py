@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap.errors import MoeTransportError, PeerFailed, RemoteAbort, TransportClosed
+from moe_overlap.errors import MoeTransportError, PeerFailed, RemoteAbort, TransportClosed, TransportTimeout
 from moe_overlap.plan import BLOCKS, ChunkPlan, RowLayout
 from moe_overlap.transport import ProcessGroupTransport
 from tests.ranks import Ended, Ranks, gloo_pool, mark
@@ -168,36 +168,41 @@ def test_survivors_can_regroup() -> None:
         assert ended[2].exitcode == -signal.SIGKILL
 
 
-def store_in_rank_0(port: int) -> list[dict[str, Any]]:
-    """The store dies with rank 0: the wait ends, and reopen says that the store is gone."""
+def store_in_rank_0(port: int, number: int) -> list[dict[str, Any]]:
+    """Rank 0 hosts the store and is killed or stopped: the wait ends, and reopen says that the store is gone."""
     rank = dist.get_rank()
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=20))
     dist.barrier()
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
-    transport = ProcessGroupTransport(timeout_s=5)
+    transport = ProcessGroupTransport(timeout_s=2)
     plan = agreed(transport, slots=2, seed=0).chunked(1)
     if rank == 0:
         time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     begin = time.time()
-    with pytest.raises(PeerFailed) as first:
+    with pytest.raises((PeerFailed, TransportTimeout)) as first:
         transport.start(rows_of(rank, plan, 0, F32), plan, F32, action="D0").wait()
+    result = [caught(first.value, begin)]
+    begin = time.time()
     with pytest.raises(PeerFailed, match="store") as second:
         transport.reopen()
-    return [caught(first.value, begin), caught(second.value, begin)]
+    return [*result, caught(second.value, begin)]
 
 
-def test_death_of_the_store_host() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_host_of_the_store_dies_or_stops(number: signal.Signals) -> None:
     probe = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
     port = probe.port
     del probe
     with Ranks(2) as ranks:
-        ranks.start(store_in_rank_0, port)
-        ended = ranks.wait(limit_s=30)
-        assert ended[1].value is not None, ended
-        first, second = ended[1].value
-        assert first["peer"] == 0 and second["took"] < 5 + LIMIT_S, ended
+        ranks.start(store_in_rank_0, port, int(number))
+        ended = ranks.wait(limit_s=30, ranks=[1])
+        assert ended[0].value is not None, ended
+        first, second = ended[0].value
+        assert first["error"] == ("PeerFailed" if number == signal.SIGKILL else "TransportTimeout"), first
+        assert first["peer"] == 0 and first["took"] < 2 + LIMIT_S, first
+        assert second["took"] < 2 + LIMIT_S, second
 
 
 def late_peer() -> tuple[str, int]:

@@ -295,6 +295,19 @@ def test_backward_waits_like_forward() -> None:
         VirtualWorld(4, seed=seed).run(rank_main)
 
 
+def test_all_reduce_sums_in_rank_order() -> None:
+    def rank_main(me: VirtualRank) -> None:
+        values = [1e8, 1.0, -1e8]
+        tensor = torch.full((4,), values[me.rank])
+        assert me.transport().all_reduce(tensor).wait() is tensor
+        expected = torch.tensor(values[0]) + torch.tensor(values[1]) + torch.tensor(values[2])
+        assert torch.equal(tensor, expected.expand(4))
+        with pytest.raises(PlanMismatch, match="different tensors"):
+            me.transport().all_reduce(torch.ones(2 + me.rank))
+
+    VirtualWorld(3).run(rank_main)
+
+
 def test_polling_ends() -> None:
     def rank_main(me: VirtualRank) -> None:
         transport = me.transport()
