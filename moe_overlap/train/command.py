@@ -17,7 +17,7 @@ import torch.distributed as dist
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch import World, join_torchrun, spawn, torchrun_world_size
 from moe_overlap.train.checkpoint import find_checkpoint, identity
-from moe_overlap.train.loop import Trained, train
+from moe_overlap.train.loop import Trained, evaluate, train
 from moe_overlap.train.model import split_parameters
 from moe_overlap.train.options import IDENTITY, TrainOptions, parse
 from moe_overlap.train.report import RunLog
@@ -157,20 +157,21 @@ def _finish(trained: Trained, options: TrainOptions, corpus: Corpus, world: Worl
     if options.save_routing is not None:
         save_routing(Path(options.save_routing), trained.model, options, corpus, world)
     dense, expert = split_parameters(trained.model)
-    gain = trained.unigram_entropy - trained.held_out_loss
+    held_out = evaluate(trained.model, options, corpus, world)
+    gain = held_out.unigram_entropy - held_out.loss
     log.write(
         {
             "event": "end",
-            "held_out_loss": trained.held_out_loss,
-            "unigram_entropy": trained.unigram_entropy,
+            "held_out_loss": held_out.loss,
+            "unigram_entropy": held_out.unigram_entropy,
             "nats_below_unigram": gain,
             "tokens_per_s": round(trained.tokens_per_s, 1),
-            "expert_load": trained.expert_load,
+            "expert_load": held_out.expert_load,
             "dense_parameters": sum(p.numel() for p in dense.values()),
             "expert_parameters_per_rank": sum(p.numel() for p in expert.values()),
         }
     )
     log.say(
-        f"held-out loss {trained.held_out_loss:.3f} nats/token, {gain:.3f} below the unigram entropy "
-        f"{trained.unigram_entropy:.3f}; {trained.tokens_per_s:,.0f} tokens/s"
+        f"held-out loss {held_out.loss:.3f} nats/token, {gain:.3f} below the unigram entropy "
+        f"{held_out.unigram_entropy:.3f}; {trained.tokens_per_s:,.0f} tokens/s"
     )

@@ -29,12 +29,18 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A finished run: the model, the mean loss over ranks of each step and what the held-out text says."""
+    """A finished run: the model, the mean loss over ranks of each step, and the median speed of a step."""
 
     model: LanguageModel
     losses: tuple[float, ...]
     tokens_per_s: float
-    held_out_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What the held-out text says, in nats per token; tokens of it that each expert of each MoE layer received."""
+
+    loss: float
     unigram_entropy: float
     expert_load: tuple[tuple[int, ...], ...]
 
@@ -78,16 +84,11 @@ def train(
             folder = Path(options.out) / "checkpoints"
             run = identity(options, corpus)
             save_checkpoint(folder, model, optimizer, run=run, world=world, step=step + 1)
-    held_out_loss, expert_load = evaluate(model, options, corpus, world)
-    share = {"tokens": options.eval_tokens, "batch": options.batch, "seq": options.seq}
     return Trained(
         model=model,
         losses=tuple(losses),
         # The first step allocates and warms up.
         tokens_per_s=options.tokens_per_step / median(seconds[1:] or seconds or [math.inf]),
-        held_out_loss=held_out_loss,
-        unigram_entropy=corpus.unigram_entropy(**share),
-        expert_load=expert_load,
     )
 
 
@@ -166,10 +167,8 @@ class DenseGradients:
 
 
 @torch.no_grad()
-def evaluate(
-    model: LanguageModel, options: TrainOptions, corpus: Corpus, world: World
-) -> tuple[float, tuple[tuple[int, ...], ...]]:
-    """(mean held-out loss in nats per token, tokens per expert of each MoE layer), over all ranks."""
+def evaluate(model: LanguageModel, options: TrainOptions, corpus: Corpus, world: World) -> HeldOut:
+    """Loss and expert load on the held-out text, over all ranks; collective."""
     model.eval()
     batches = held_out_batches(options, corpus, world)
     total = torch.zeros(1, dtype=torch.float64)
@@ -178,8 +177,11 @@ def evaluate(
         total += model.cross_entropy(windows).double()
         aux_loss(model)
         load_LE += _expert_load(model)
-    mean = world.sum_(total) / (len(batches) * world.size)
-    return float(mean), tuple(tuple(int(n) for n in row) for row in load_LE)
+    return HeldOut(
+        loss=float(world.sum_(total) / (len(batches) * world.size)),
+        unigram_entropy=corpus.unigram_entropy(tokens=options.eval_tokens, batch=options.batch, seq=options.seq),
+        expert_load=tuple(tuple(int(n) for n in row) for row in load_LE),
+    )
 
 
 def _expert_load(model: LanguageModel) -> torch.Tensor:
@@ -188,6 +190,7 @@ def _expert_load(model: LanguageModel) -> torch.Tensor:
 
 
 def held_out_batches(options: TrainOptions, corpus: Corpus, world: World) -> list[torch.Tensor]:
+    """This rank's share of the first --eval-tokens held-out tokens."""
     return corpus.held_out_batches(
         tokens=options.eval_tokens, batch=options.batch, seq=options.seq, rank=world.rank, ranks=world.size
     )

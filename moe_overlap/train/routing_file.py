@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from moe_overlap.train.model import LanguageModel, moe_layers
 from moe_overlap.train.options import TrainOptions
 from moe_overlap.train.text import Corpus
 
+MAX_TOKENS = 16384  # Far more than a benchmark's batch; the rest would cost time only.
+
 
 @torch.no_grad()
 def save_routing(path: Path, model: LanguageModel, options: TrainOptions, corpus: Corpus, world: World) -> None:
@@ -29,6 +32,7 @@ def save_routing(path: Path, model: LanguageModel, options: TrainOptions, corpus
     """
     layer = len(moe_layers(model)) - 1
     router = moe_layers(model)[layer].router
+    tokens = min(options.eval_tokens, MAX_TOKENS)
     assert isinstance(router, LinearRouter)
     ids: list[torch.Tensor] = []
     weights: list[torch.Tensor] = []
@@ -42,7 +46,7 @@ def save_routing(path: Path, model: LanguageModel, options: TrainOptions, corpus
     model.eval()
     hook = router.register_forward_pre_hook(choose)
     try:
-        for windows in held_out_batches(options, corpus, world):
+        for windows in held_out_batches(replace(options, eval_tokens=tokens), corpus, world):
             model(windows[:, :-1])
             aux_loss(model)
     finally:
