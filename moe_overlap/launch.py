@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, process
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,10 @@ def spawn(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, 
     context.set_forkserver_preload(["torch", "torch.distributed"])
     children = [
         context.Process(
-            target=_child, args=(main, tuple(argv), rank, ranks, store.port, timeout_s), name=f"rank {rank}", daemon=True
+            target=_child,
+            args=(main, tuple(argv), rank, ranks, store.port, timeout_s),
+            name=f"rank {rank}",
+            daemon=True,
         )
         for rank in range(ranks)
     ]
@@ -114,7 +118,7 @@ def _watch(children: Sequence[process.BaseProcess], program: str) -> int:
         if failed and not ended:
             break
         for sentinel in ended:
-            child = running.pop(sentinel)  # type: ignore[call-overload]
+            child = running.pop(cast(int, sentinel))
             child.join()
             if child.exitcode and failed is None:
                 failed = child

@@ -70,7 +70,10 @@ class Transport(Protocol):
     rank: int
     world_size: int
     timeout_s: float
-    stats: TransportStats
+
+    @property
+    def stats(self) -> TransportStats:
+        """Counted by the transport that moves the bytes: one that wraps another has that one's."""
 
     def open(self, header: Header) -> None:
         """Compare `header` on all ranks; called once by the layer before its first step, again after `reopen`.

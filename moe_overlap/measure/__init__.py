@@ -1,0 +1,5 @@
+"""How well it worked: events to intervals to numbers, pictures and rows.
+
+`timeline.py` what overlapped, from executed actions; `overlap.py` the formulas (overlap_eff, bounds, headroom);
+`picture.py` the PNG and the Chrome trace; `report.py` rows as JSON lines and as a table.
+"""

@@ -1,0 +1,75 @@
+"""Rows as JSON lines, and as a table for people."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+Row = Mapping[str, Any]
+
+# (heading, key, format); a missing value prints as a dash.
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("phase", "phase", "{}"),
+    ("case", "case", "{}"),
+    ("schedule", "schedule", "{}"),
+    ("r", "chunks", "{}"),
+    ("slot", "slot", "{}"),
+    ("ms", "time_ms_median", "{:.1f}"),
+    ("bound", "bound_ms", "{:.1f}"),
+    ("exposed", "exposed_ms", "{:.1f}"),
+    ("overlap", "overlap_eff", "{:.0%}"),
+    ("x serial", "speedup_vs_serial", "{:.2f}"),
+    ("x top2", "speedup_vs_top2", "{:.2f}"),
+    ("comm CPU", "comm_cpu_ms", "{:.1f}"),
+    ("bits", "bit_equal", "{}"),
+    ("max err", "max_rel_err", "{:.1e}"),
+    ("flag", "flagged", "{}"),
+)
+
+
+def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
+    """One JSON object per line. The file appears whole or not at all. ValueError for NaN or infinity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def print_table(rows: Sequence[Row], *, title: str, file: TextIO | None = None) -> None:
+    """The columns that answer the question; results.jsonl has the rest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="left" if heading in ("phase", "case", "schedule", "flag") else "right")
+    phase = None
+    for row in rows:
+        if phase not in (None, row["phase"]):
+            table.add_section()
+        phase = row["phase"]
+        table.add_row(*(cell(row, key, form) for _, key, form in COLUMNS))
+    console = Console(file=file)
+    if not console.is_terminal:
+        console = Console(file=file, width=150)
+    console.print(table)
+
+
+def cell(row: Row, key: str, form: str) -> str:
+    """The text of one cell; ScMoE's two slots, where backward has its own, as 1/2."""
+    value = row[key]
+    if key == "slot" and value is not None and row.get("backward_slot") not in (None, value):
+        return f"{value}/{row['backward_slot']}"
+    if isinstance(value, bool):
+        return "equal" if value else "DIFFER"
+    return "-" if value is None else form.format(value)
