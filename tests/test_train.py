@@ -97,6 +97,16 @@ def test_the_other_kinds_too(kind, text, tmp_path):
     assert losses(tmp_path, "off") == losses(tmp_path, "on")
 
 
+def test_an_emulated_link_changes_the_time_and_not_the_numbers(text, tmp_path):
+    slow, free = tmp_path / "slow", tmp_path / "free"
+    assert run_on_two(text, slow, "--steps", 2, "--link", "1gbit:20ms") == [0, 0]
+    assert run_on_two(text, free, "--steps", 2) == [0, 0]
+    assert losses(slow) == losses(free)
+    # Forward and backward exchanges, the agreement and two hops of the dense gradients: six latencies at least.
+    assert min(4 * 32 / event["tokens_per_s"] for event in events(slow, "step")) > 0.12
+    assert events(slow, "start")[0]["link"] == "emulated 1gbit:20ms"
+
+
 def test_a_difference_is_found_and_is_exit_status_1(text, tmp_path, monkeypatch, capsys):
     original = train_command.train
 
@@ -273,7 +283,7 @@ def save_gradients(argv, folder):
     windows = corpus.batch(0, seed=0, batch=options.batch, seq=options.seq, rank=world.rank, ranks=world.size)
     model.cross_entropy(windows).backward()
     dense, expert = split_parameters(model)
-    DenseGradients(list(dense.values()), world).average_()
+    DenseGradients(model).average_()
     tensors = {name: parameter.grad for name, parameter in (dense | expert).items()}
     write_tensors(folder / f"gradients-{world.rank}-of-{world.size}", tensors, {})
 
@@ -335,6 +345,8 @@ def test_bad_input_is_one_line_and_exit_status_2(options, words, tmp_path, capsy
         ({"kind": "top2", "chunks": 2}, "--chunks"),
         ({"slot": 4}, "--slot"),
         ({"chunks": 17}, "--chunks"),
+        ({"link": "fast"}, "--link"),
+        ({"link": "1gbit", "ranks": 1}, "--link"),
         ({"compare_overlap": True, "resume": "x"}, "--compare-overlap"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_overlap.bench.machine import commit, hardware
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch import World, join_torchrun, spawn, torchrun_world_size
 from moe_overlap.train.checkpoint import find_checkpoint, identity
@@ -142,9 +142,11 @@ def _start_event(options: TrainOptions, corpus: Corpus, first: int) -> dict[str,
         "step": first,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
-        "cores": os.cpu_count(),
+        "commit": commit(),
+        "hardware": hardware(),
         "threads": options.threads_per_rank,
         "overlap": options.overlap,
+        "link": "none" if options.link == "none" else f"emulated {options.link}",
         **{name: getattr(options, name) for name in IDENTITY},
         "text": corpus.source if options.text is None else Path(options.text).name,
         "text_key": corpus.key,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from moe_overlap import aux_loss, ignore_experts_for_ddp
 from moe_overlap.launch import World
@@ -19,6 +18,7 @@ from moe_overlap.train.checkpoint import Checkpoint, identity, load_checkpoint, 
 from moe_overlap.train.model import LanguageModel, decay_groups, initialise, moe_layers, split_parameters
 from moe_overlap.train.options import TrainOptions
 from moe_overlap.train.text import Corpus
+from moe_overlap.transport import EmulatedLinkTransport, ProcessGroupTransport
 
 BETAS = (0.9, 0.95)
 FINAL_LR_SHARE = 0.1
@@ -59,7 +59,7 @@ def train(
     initialise(model, seed=options.seed, rank=world.rank)
     ignore_experts_for_ddp(model)  # Expert gradients are then means over ranks, as the dense ones below.
     optimizer = torch.optim.AdamW(decay_groups(model, options.weight_decay), lr=options.lr, betas=BETAS)
-    dense_gradients = DenseGradients(list(split_parameters(model)[0].values()), world)
+    dense_gradients = DenseGradients(model)
     first = 0
     if checkpoint is not None:
         load_checkpoint(checkpoint, model, optimizer, world)
@@ -133,36 +133,39 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 
 class DenseGradients:
-    """Means over ranks of the gradients of parameters that every rank has, in one flat buffer of fixed order.
+    """Means over ranks of the gradients of the parameters that every rank has, in one flat buffer of fixed order.
 
-    One all_reduce over one layout: the order of the additions never depends on which gradient arrived first.
+    One all_reduce over one layout: the order of the additions never depends on which gradient arrived first. It goes
+    through a MoE layer's transport, so that its wait is bounded and its errors name the rank.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
-        self.parameters = parameters
-        self.world = world
+    def __init__(self, model: LanguageModel) -> None:
+        self.transport = moe_layers(model)[0].transport
+        self.parameters = list(split_parameters(model)[0].values())
         self.views: list[torch.Tensor] = []
+        if self.transport.world_size == 1:
+            return
         starts, end = [], 0
-        for parameter in parameters:
+        for parameter in self.parameters:
             starts.append(end)
             end += -(-parameter.numel() // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
-        self.flat = torch.zeros(end if world.size > 1 else 0)
-        if world.size > 1:
-            self.views = [
-                self.flat[start : start + parameter.numel()].view_as(parameter)
-                for start, parameter in zip(starts, parameters, strict=True)
-            ]
+        self.flat = torch.zeros(end)
+        for start, parameter in zip(starts, self.parameters, strict=True):
+            self.views.append(self.flat[start : start + parameter.numel()].view_as(parameter))
 
     def average_(self) -> None:
         """Replace every parameter's gradient by its mean over ranks; a missing one counts as zero."""
-        for parameter, view in zip(self.parameters, self.views, strict=False):
+        if not self.views:
+            return
+        for parameter, view in zip(self.parameters, self.views, strict=True):
             if parameter.grad is None:
                 view.zero_()
             else:
                 view.copy_(parameter.grad)
-        if self.views:
-            self.world.sum_(self.flat).div_(self.world.size)
-        for parameter, view in zip(self.parameters, self.views, strict=False):
+        assert isinstance(self.transport, ProcessGroupTransport | EmulatedLinkTransport)
+        self.transport.all_reduce(self.flat, action="R").wait()
+        self.flat.div_(self.transport.world_size)
+        for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
 
 

@@ -20,6 +20,7 @@ from moe_overlap.schedule.builders import tap_of_position
 from moe_overlap.shortcut import ShortcutBlock
 from moe_overlap.train.options import TrainOptions
 from moe_overlap.train.seeds import generator
+from moe_overlap.transport import EmulatedLinkTransport, LinkSpec, NodeTopology, ProcessGroupTransport, Transport
 
 AUX_LOSS_COEF = 0.01
 Z_LOSS_COEF = 0.001
@@ -102,11 +103,10 @@ def moe_block(options: TrainOptions, group: dist.ProcessGroup | None) -> nn.Modu
         options.ffn,
         options.experts,
         options.top_k,
-        group=group,
+        transport=_transport(options, group),
         aux_loss_coef=AUX_LOSS_COEF,
         z_loss_coef=Z_LOSS_COEF,
         overlap=overlap,
-        timeout_s=options.timeout_s,
     )
     if options.position:
         middle = (options.window_ops + 1) // 2
@@ -126,6 +126,17 @@ def moe_block(options: TrainOptions, group: dist.ProcessGroup | None) -> nn.Modu
     layer = new_layer(schedule=options.schedule or default, shared_expert_size=shared)
     norm = nn.RMSNorm(options.hidden, eps=NORM_EPS)
     return nn.Sequential(*backbone, Residual(nn.Sequential(norm, layer)))
+
+
+def _transport(options: TrainOptions, group: dist.ProcessGroup | None) -> Transport | None:
+    """None for one rank; each layer has a transport of its own, and all of them share the rank's emulated link."""
+    if group is None:
+        return None
+    inner = ProcessGroupTransport(group, timeout_s=options.timeout_s)
+    link = LinkSpec.parse(options.link)
+    if link is None:
+        return inner
+    return EmulatedLinkTransport(inner, link, NodeTopology(world_size=inner.world_size))
 
 
 class LanguageModel(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from moe_overlap.cli import OneLineParser
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import parse_choice
+from moe_overlap.transport.link import LinkSpec
 
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
@@ -45,6 +46,7 @@ class TrainOptions:
     schedule: str | None = None
     chunks: int = 1
     slot: int | None = None
+    link: str = "none"
     compare_overlap: bool = False
     eval_tokens: int = 65536
     checkpoint_every: int = 0
@@ -71,13 +73,7 @@ class TrainOptions:
         if self.compare_overlap and (self.resume or self.checkpoint_every):
             raise ConfigError("--compare-overlap", True, "a run without --resume and --checkpoint-every")
         self._check_schedule()
-        if self.schedule is not None:
-            try:
-                parse_choice(self.schedule, shared=self.kind == "shared1")
-            except NotImplementedError as missing:
-                raise ConfigError("--schedule", self.schedule, str(missing)) from None
-            except ConfigError as error:
-                raise ConfigError("--schedule", self.schedule, error.expected) from None
+        self._check_link()
 
     def _check_schedule(self) -> None:
         if self.kind.startswith("scmoe"):
@@ -88,6 +84,21 @@ class TrainOptions:
         elif self.slot is not None or self.chunks != 1:
             name, value = ("--slot", self.slot) if self.slot is not None else ("--chunks", self.chunks)
             raise ConfigError(name, value, f"a scmoe kind (--kind {self.kind} takes --schedule)")
+        elif self.schedule is not None:
+            try:
+                parse_choice(self.schedule, shared=self.kind == "shared1")
+            except NotImplementedError as missing:
+                raise ConfigError("--schedule", self.schedule, str(missing)) from None
+            except ConfigError as error:
+                raise ConfigError("--schedule", self.schedule, error.expected) from None
+
+    def _check_link(self) -> None:
+        try:
+            link = LinkSpec.parse(self.link)
+        except ConfigError as error:
+            raise ConfigError("--link", self.link, error.expected) from None
+        if link is not None and self.ranks == 1:
+            raise ConfigError("--link", self.link, "none for one rank, which sends nothing")
 
     @property
     def top_k(self) -> int:
@@ -172,6 +183,7 @@ HELP = {
     "schedule": "top2, shared1: serial, chunked(r), chunked(r,experts), shared_expert; default by kind",
     "chunks": "scmoe: chunks per exchange",
     "slot": "scmoe: backbone ops issued before the experts; default the middle",
+    "link": "none, or RATE[:LATENCY] of an emulated link between the ranks, such as 400mbit:50us",
     "compare_overlap": "run overlap off, then on, and compare losses and parameters bit for bit; exit 1 if they differ",
     "eval_tokens": "held-out tokens to evaluate",
     "checkpoint_every": "steps between checkpoints; 0 = none",
