@@ -2,8 +2,10 @@
 
 A transport belongs to one layer configuration. Its life: open (a header of fixed length is compared on all ranks),
 then for every step one `agree` and any number of `start`s, issued in the same order on all ranks. `start` returns at
-once; `Work.wait` returns the rows or raises within its limit. After any error the transport is poisoned: every later
-call raises TransportClosed from the first cause; `reopen()`, called on all ranks, makes it usable again.
+once; `Work.wait` returns the rows or raises within its limit. A refusal that travelled in the record (a ConfigError,
+alike on all ranks) leaves the transport usable. After any other error it is poisoned, a mistake in the arguments of one
+rank included, of which the peers learn at once: every later call raises TransportClosed from the first cause;
+`reopen()`, called on all ranks, makes it usable again.
 """
 
 from __future__ import annotations

@@ -104,8 +104,10 @@ class Baton:
         self._live.remove(rank)
         if self._live:
             self._gates[self._draw()].release()
-        else:
-            self._over.set()
+            return
+        while self._deliveries:  # for Works that a later run waits for
+            self._deliveries.pop()()
+        self._over.set()
 
     def run(
         self, bodies: Sequence[Callable[[], Any]], *, on_error: Callable[[int, BaseException], None], timeout_s: float

@@ -189,7 +189,10 @@ def bounded(question: Callable[[], T], limit_s: float) -> T:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="moe_overlap store question", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # since Python 3.12 no thread starts while the interpreter ends
+        raise StoreLost(str(error)) from None
     thread.join(limit_s)
     if answers:
         return answers[0]

@@ -12,6 +12,7 @@ own: they are not entered in its global tables, have our limits, and can be repl
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
 import weakref
@@ -42,6 +43,7 @@ from moe_overlap.transport.control import (
     own_store,
     ranks_text,
 )
+from moe_overlap.transport.groups import Groups, device_of, resolve_group
 from moe_overlap.transport.lifecycle import Lifecycle, Where
 from moe_overlap.transport.local import LocalWork
 
@@ -54,40 +56,8 @@ GLOO_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torc
 # Transports made on a group so far: its members make them in the same order, so the number names them.
 _made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 # Groups that could not be ended cleanly; destroying one would block until its operations time out.
-_parked: list[tuple[_Groups, list[Any]]] = []
-
-
-class _Groups:
-    """The process groups of one generation."""
-
-    def __init__(self, store: dist.Store, *, rank: int, world_size: int, timeout_s: float, backend: str) -> None:
-        # Twice our own limit: the library's error, if it comes to that, must come after ours.
-        limit = timedelta(seconds=2 * timeout_s)
-        self.rank, self.world_size = rank, world_size
-        self.control: Any = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world_size, limit)
-        self.payload: Any
-        if backend == "gloo":
-            self.payload = dist.ProcessGroupGloo(dist.PrefixStore("payload", store), rank, world_size, limit)
-        else:
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            options._timeout = limit
-            self.payload = dist.ProcessGroupNCCL(dist.PrefixStore("payload", store), rank, world_size, options)
-        self.backend = backend
-
-    def break_off(self) -> None:
-        """Close all connections, so that no operation of these groups is pending any longer. Never raises."""
-        for group in (self.control, self.payload):
-            if group is self.payload and self.backend != "gloo":
-                self.payload.abort()
-                continue
-            for peer in range(self.world_size):
-                if peer == self.rank:
-                    continue
-                try:
-                    group.recv([torch.empty(1, dtype=torch.uint8)], peer, 0).wait(timedelta(milliseconds=1))
-                except RuntimeError as error:
-                    if "Timed out" in str(error):
-                        break  # this closed every connection of the group; else that one was closed before: the next
+_parked: list[tuple[Groups, list[Any]]] = []
+_alive: weakref.WeakSet[ProcessGroupTransport] = weakref.WeakSet()
 
 
 class GroupWork:
@@ -146,9 +116,9 @@ class ProcessGroupTransport(Lifecycle):
         timeout_s: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        resolved, ranks = _resolve(group)
+        resolved, ranks = resolve_group(group)
         super().__init__(rank=ranks.index(dist.get_rank()), world_size=len(ranks), timeout_s=timeout_s)
-        self.device = _device_of(resolved, device)
+        self.device = device_of(resolved, device)
         self.backend = "gloo" if self.device.type == "cpu" else "nccl"
         self.name = f"process_group({self.backend})"
         number = _made[resolved] = _made.get(resolved, 0) + 1
@@ -156,11 +126,12 @@ class ProcessGroupTransport(Lifecycle):
         self._store = dist.distributed_c10d._get_default_store()
         self._generation = 0
         self._control: ControlPlane | None = None
-        self._groups: _Groups | None = None
+        self._groups: Groups | None = None
         self._pending: set[Any] = set()
         self._position = 0
         self._slow_s = SLOW_PEER_S.read()
         self._warned = False
+        _alive.add(self)
         self._options = dist.AllToAllOptions()
         if hasattr(self._options, "asyncOp"):
             self._options.asyncOp = True
@@ -274,14 +245,14 @@ class ProcessGroupTransport(Lifecycle):
             self._poison(error)
             raise
 
-    def _connect(self) -> _Groups:
+    def _connect(self) -> Groups:
         where = Where(action="connect")
         try:
             own = own_store(self._store, self.timeout_s)
             store = dist.PrefixStore(f"{self._prefix}/{self._generation}", own)
             self._control = ControlPlane(store, rank=self.rank, world_size=self.world_size)
             self._control.meet(self.timeout_s)
-            self._groups = _Groups(
+            self._groups = Groups(
                 store, rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, backend=self.backend
             )
         except MoeTransportError as error:
@@ -415,41 +386,13 @@ class ProcessGroupTransport(Lifecycle):
         _parked[:] = [entry for entry in _parked if any(not work.is_completed() for work in entry[1])]
 
 
+@atexit.register
+def _close_unfinished() -> None:
+    """A process that ends with operations under way would wait for them until their limit: tell the peers instead."""
+    for transport in list(_alive):
+        if any(not work.is_completed() for work in transport._pending):
+            transport.close(f"the process of rank {transport.rank} ended before it had waited for its exchanges")
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _resolve(group: Any) -> tuple[Any, list[int]]:
-    """(process group, its global ranks in group order). Raises ConfigError for one that cannot be used."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise ConfigError("group", group, "torch.distributed to be initialised first (init_process_group)")
-    if group is not None and hasattr(group, "get_group") and hasattr(group, "ndim"):
-        if group.ndim != 1:
-            raise ConfigError("group", group, "a DeviceMesh of one dimension")
-        group = group.get_group()
-    if group is None:
-        group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):
-        expected = "None, a DeviceMesh of one dimension, or a ProcessGroup that this rank is a member of"
-        raise ConfigError("group", group, expected)
-    try:
-        ranks = dist.get_process_group_ranks(group)
-    except (KeyError, ValueError, RuntimeError):
-        raise ConfigError("group", group, "a group that is not destroyed") from None
-    if dist.get_rank() not in ranks:
-        raise ConfigError("group", ranks, f"a group that has this rank ({dist.get_rank()})")
-    return group, ranks
-
-
-def _device_of(group: Any, device: torch.device | str | None) -> torch.device:
-    """Where the rows are. Raises ConfigError when the group has no backend for it."""
-    backends = dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
-    if device is None:
-        device = "cpu" if backends.get("cpu") == "gloo" else "cuda"
-    device = torch.device(device)
-    wanted = {"cpu": "gloo", "cuda": "nccl"}.get(device.type)
-    if wanted is None or backends.get(device.type) != wanted:
-        raise ConfigError("device", device, f"cpu with gloo or cuda with nccl; the group has {backends}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device

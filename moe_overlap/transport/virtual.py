@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,108 +19,15 @@ from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, Rem
 from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
 from moe_overlap.transport.base import Header, Work
 from moe_overlap.transport.baton import Baton, Waiting
+from moe_overlap.transport.channel import Channel, Meeting, Parcel
 from moe_overlap.transport.lifecycle import Lifecycle, Where
 from moe_overlap.transport.local import LocalWork
-
-
-@dataclass(kw_only=True)
-class _Meeting:
-    """One collective: what every rank brought so far, who has been served, and what is wrong with it."""
-
-    brought: dict[int, Any] = field(default_factory=dict)
-    served: set[int] = field(default_factory=set)
-    mismatch: str | None = None
-    odd_one: int | None = None
-    cancelled: bool = False
-
-
-@dataclass(kw_only=True)
-class _Parcel:
-    """A rank's part in an exchange. `meaning` must be equal on all ranks; rows are copied when they are sent."""
-
-    meaning: tuple[object, ...]
-    send: tuple[int, ...]
-    recv: tuple[int, ...]
-    rows: torch.Tensor
-    sent: torch.Tensor
-    out: torch.Tensor
-
-
-class _Channel:
-    """The shared side of the transports that the W ranks made together."""
-
-    def __init__(self, world: VirtualWorld) -> None:
-        self.world = world
-        self.abort: tuple[int, str] | None = None
-        self._queues: dict[str, list[_Meeting]] = {}
-        self._positions: dict[tuple[str, int], int] = {}
-        world._all_channels.add(self)
-
-    def bring(self, kind: str, rank: int, what: Any) -> _Meeting:
-        """Join this rank's next meeting of `kind`; the last one to come sets the deliveries up."""
-        position = self._positions.get((kind, rank), 0)
-        self._positions[kind, rank] = position + 1
-        queue = self._queues.setdefault(kind, [])
-        if position == len(queue):
-            queue.append(_Meeting())
-        meeting = queue[position]
-        meeting.brought[rank] = what
-        if len(meeting.brought) == self.world.world_size:
-            if kind == "exchange":
-                _check_parcels(meeting)
-            if kind == "reopen":
-                self._renew()
-            for receiver in range(self.world.world_size):
-                self.world.baton.deliver_later(partial(_serve, meeting, kind, receiver))
-        return meeting
-
-    def _renew(self) -> None:
-        """A new generation: what the old one had not delivered never arrives."""
-        self.abort = None
-        for kind in [kind for kind in self._queues if kind != "reopen"]:
-            for meeting in self._queues.pop(kind):
-                meeting.cancelled = True
-        self._positions = {key: value for key, value in self._positions.items() if key[0] == "reopen"}
-
-
-def _check_parcels(meeting: _Meeting) -> None:
-    parcels = meeting.brought
-    for rank in sorted(parcels):
-        if parcels[rank].meaning != parcels[0].meaning:
-            meeting.odd_one = rank
-            meeting.mismatch = f"rank 0 is in {parcels[0].meaning}, rank {rank} in {parcels[rank].meaning}"
-            return
-    for source in sorted(parcels):
-        for target in sorted(parcels):
-            sent, expected = parcels[source].send[target], parcels[target].recv[source]
-            if sent != expected:
-                meeting.odd_one = source
-                meeting.mismatch = (
-                    f"rank {source} sends {sent} rows to rank {target}, which expects {expected}, in "
-                    f"{parcels[0].meaning}"
-                )
-                return
-
-
-def _serve(meeting: _Meeting, kind: str, receiver: int) -> None:
-    """The delivery of one rank's share of a meeting that everybody has come to."""
-    if meeting.cancelled:
-        return
-    if kind == "exchange" and meeting.mismatch is None:
-        mine: _Parcel = meeting.brought[receiver]
-        parts = []
-        for source in range(len(meeting.brought)):
-            theirs: _Parcel = meeting.brought[source]
-            first = sum(theirs.send[:receiver])
-            parts.append(theirs.sent[first : first + theirs.send[receiver]])
-        mine.out.data.copy_(torch.cat(parts))
-    meeting.served.add(receiver)
 
 
 class VirtualWork:
     """An exchange between virtual ranks."""
 
-    def __init__(self, transport: VirtualTransport, meeting: _Meeting, where: Where) -> None:
+    def __init__(self, transport: VirtualTransport, meeting: Meeting, where: Where) -> None:
         self._transport = transport
         self._meeting = meeting
         self._where = where
@@ -130,7 +36,7 @@ class VirtualWork:
 
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """The received rows. Time here is not real: a deadlock raises at once, a limit is never reached."""
-        parcel: _Parcel = self._meeting.brought[self._transport.rank]
+        parcel: Parcel = self._meeting.brought[self._transport.rank]
         if self._end_s is None:
             self._transport._join(self._meeting, self._where)
             if not _same_bytes(parcel.rows, parcel.sent):
@@ -157,7 +63,7 @@ class VirtualTransport(Lifecycle):
 
     name = "virtual"
 
-    def __init__(self, channel: _Channel, *, rank: int, timeout_s: float | None = None) -> None:
+    def __init__(self, channel: Channel, *, rank: int, timeout_s: float | None = None) -> None:
         super().__init__(rank=rank, world_size=channel.world.world_size, timeout_s=timeout_s)
         self._channel = channel
 
@@ -214,7 +120,7 @@ class VirtualTransport(Lifecycle):
             out = rows.new_empty(recv_rows, layout.width)
         # .data: a network writes without telling autograd's version counters, and so do we
         out.data.view(torch.uint8).fill_(0xFF)
-        parcel = _Parcel(
+        parcel = Parcel(
             meaning=(action, plan.exchange.step, plan.exchange.phase, chunk, plan.chunks, plan.by, reverse, layout),
             send=send,
             recv=recv,
@@ -250,14 +156,14 @@ class VirtualTransport(Lifecycle):
         self._cause = None
         self._header = None
 
-    def _meet(self, kind: str, what: Any, where: Where) -> _Meeting:
+    def _meet(self, kind: str, what: Any, where: Where) -> Meeting:
         self._require_turn()
         self._raise_abort(where)
         meeting = self._channel.bring(kind, self.rank, what)
         self._join(meeting, where)
         return meeting
 
-    def _join(self, meeting: _Meeting, where: Where) -> None:
+    def _join(self, meeting: Meeting, where: Where) -> None:
         """Wait until `meeting` has served this rank; raises what became of it instead."""
         self._require_usable()
         self._require_turn()
@@ -274,7 +180,7 @@ class VirtualTransport(Lifecycle):
             peer = meeting.odd_one if meeting.odd_one != self.rank else 0
             raise self._poisoned(PlanMismatch(meeting.mismatch, rank=self.rank, peer=peer, **vars(where)))
 
-    def _waiting(self, meeting: _Meeting, where: Where) -> Waiting:
+    def _waiting(self, meeting: Meeting, where: Where) -> Waiting:
         return Waiting(
             where=where,
             ready=lambda: self.rank in meeting.served,
@@ -357,8 +263,8 @@ class VirtualWorld:
         self._seed = seed
         self._runs = 0
         self._baton: Baton | None = None
-        self._all_channels: weakref.WeakSet[_Channel] = weakref.WeakSet()
-        self._channels: dict[object, _Channel] = {}
+        self._all_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+        self._channels: dict[object, Channel] = {}
         self._transports: dict[tuple[int, object], VirtualTransport] = {}
         self._calls = [0] * world_size
 
@@ -374,7 +280,7 @@ class VirtualWorld:
     def transport(self, rank: int, key: object) -> VirtualTransport:
         """The transport of `rank` that all ranks know as `key`; it outlives a run and serves the next one too."""
         if (rank, key) not in self._transports:
-            channel = self._channels.get(key) or self._channels.setdefault(key, _Channel(self))
+            channel = self._channels.get(key) or self._channels.setdefault(key, Channel(self))
             self._transports[rank, key] = VirtualTransport(channel, rank=rank)
         return self._transports[rank, key]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from moe_overlap.errors import MoeTransportError, PeerFailed, RemoteAbort, TransportClosed, TransportTimeout
 from moe_overlap.plan import BLOCKS, ChunkPlan, RowLayout
-from moe_overlap.transport import ProcessGroupTransport
+from moe_overlap.transport import ProcessGroupTransport, process_group
 from tests.ranks import Ended, Ranks, gloo_pool, mark
 from tests.transport.worlds import F32, agreed, counts_of, exchange_all, header, received, record, rows_of
 
@@ -248,6 +248,31 @@ def missing_at_open() -> str:
 
 def test_a_rank_that_never_opens_is_named() -> None:
     assert gloo_pool(2).run(missing_at_open)[0] == "TransportTimeout"
+
+
+def leaving_early() -> str:
+    """Rank 1 ends with an exchange under way that rank 0 joins late: neither waits for the other."""
+    rank = dist.get_rank()
+    transport = ProcessGroupTransport(timeout_s=20)
+    plan = agreed(transport, slots=2, seed=0).chunked(1)
+    begin = time.time()
+    if rank == 1:
+        work = transport.start(rows_of(rank, plan, 0, F32), plan, F32, action="D0")
+        time.sleep(0.1)
+        process_group._close_unfinished()  # what the end of the interpreter calls
+        with pytest.raises(TransportClosed, match="ended before"):
+            work.wait()
+        del work, transport
+        return f"{time.time() - begin:.3f}"
+    time.sleep(0.5)
+    with pytest.raises(RemoteAbort, match="rank 1 closed .* the process of rank 1 ended") as error:
+        transport.start(rows_of(rank, plan, 0, F32), plan, F32, action="D0").wait()
+    return str(error.value)
+
+
+def test_the_end_of_a_process_waits_for_nobody() -> None:
+    _, seconds = gloo_pool(2).run(leaving_early)
+    assert float(seconds) < 2.0
 
 
 ORPHAN_SCRIPT = """

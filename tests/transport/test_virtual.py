@@ -241,12 +241,14 @@ def test_several_transports_outlive_a_run() -> None:
     def first(me: VirtualRank) -> tuple:
         pair = me.transport(), me.transport()
         assert pair[0] is not pair[1]
-        return pair, [agreed(transport, slots=2, seed=3).chunked(1) for transport in pair]
+        plans = [agreed(transport, slots=2, seed=3).chunked(1) for transport in pair]
+        return pair, plans, pair[0].start(rows_of(me.rank, plans[0], 0, F32), plans[0], F32)
 
     kept = world.run(first)
 
     def second(me: VirtualRank) -> None:
-        transports, plans = kept[me.rank]
+        transports, plans, work = kept[me.rank]
+        assert torch.equal(work.wait(), received(me.rank, plans[0], 0, F32))
         for transport, plan in zip(transports, plans, strict=True):
             got = exchange_all(transport, plan, F32, wait_order=[0])
             assert torch.equal(got[0], received(me.rank, plan, 0, F32))

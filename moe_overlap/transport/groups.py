@@ -1,0 +1,80 @@
+"""Process groups of our own beside those of torch.distributed, and what of its groups we accept."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_overlap.errors import ConfigError
+
+
+class Groups:
+    """The process groups of one generation."""
+
+    def __init__(self, store: dist.Store, *, rank: int, world_size: int, timeout_s: float, backend: str) -> None:
+        # Twice our own limit: the library's error, if it comes to that, must come after ours.
+        limit = timedelta(seconds=2 * timeout_s)
+        self.rank, self.world_size = rank, world_size
+        self.control: Any = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world_size, limit)
+        self.payload: Any
+        if backend == "gloo":
+            self.payload = dist.ProcessGroupGloo(dist.PrefixStore("payload", store), rank, world_size, limit)
+        else:
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = limit
+            self.payload = dist.ProcessGroupNCCL(dist.PrefixStore("payload", store), rank, world_size, options)
+        self.backend = backend
+
+    def break_off(self) -> None:
+        """Close all connections, so that no operation of these groups is pending any longer. Never raises."""
+        for group in (self.control, self.payload):
+            if group is self.payload and self.backend != "gloo":
+                self.payload.abort()
+                continue
+            for peer in range(self.world_size):
+                if peer == self.rank:
+                    continue
+                try:
+                    group.recv([torch.empty(1, dtype=torch.uint8)], peer, 0).wait(timedelta(milliseconds=1))
+                except RuntimeError as error:
+                    if "Timed out" in str(error):
+                        break  # this closed every connection of the group; else that one was closed before: the next
+
+
+def resolve_group(group: Any) -> tuple[Any, list[int]]:
+    """(process group, its global ranks in group order). Raises ConfigError for one that cannot be used."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ConfigError("group", group, "torch.distributed to be initialised first (init_process_group)")
+    if group is not None and hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ConfigError("group", group, "a DeviceMesh of one dimension")
+        group = group.get_group()
+    if group is None:
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        expected = "None, a DeviceMesh of one dimension, or a ProcessGroup that this rank is a member of"
+        raise ConfigError("group", group, expected)
+    try:
+        ranks = dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        raise ConfigError("group", group, "a group that is not destroyed") from None
+    if dist.get_rank() not in ranks:
+        raise ConfigError("group", ranks, f"a group that has this rank ({dist.get_rank()})")
+    return group, ranks
+
+
+def device_of(group: Any, device: torch.device | str | None) -> torch.device:
+    """Where the rows are. Raises ConfigError when the group has no backend for it."""
+    backends = dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
+    if device is None:
+        device = "cpu" if backends.get("cpu") == "gloo" else "cuda"
+    device = torch.device(device)
+    wanted = {"cpu": "gloo", "cuda": "nccl"}.get(device.type)
+    if wanted is None or backends.get(device.type) != wanted:
+        raise ConfigError("device", device, f"cpu with gloo or cuda with nccl; the group has {backends}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
