@@ -4,7 +4,9 @@
                                 rank-1.safetensors   rank 1's experts, their optimizer state, RNG state
                                 checkpoint.json      written last: step, run, size and SHA-256 of each shard
 
-A folder without `checkpoint.json` is no checkpoint. The data position is the step (see `Corpus.batch`).
+A folder without `checkpoint.json` is no checkpoint. The data position is the step (see `Corpus.batch`). Equal bits need
+the same number of threads too, since matmuls split their sums by it; that is not checked. All ranks read rank 0's
+shard: on several machines the folder has to be shared.
 """
 
 from __future__ import annotations

@@ -56,10 +56,10 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(options.threads_per_rank)
     try:
-        if world.local_rank == 0:
-            _corpus(options)  # Trains the tokenizer and fills the cache; the others of this machine read it.
+        # The first rank of a machine trains the tokenizer and fills the cache; the others read it.
+        corpus = _corpus(options) if world.local_rank == 0 else None
         world.barrier()
-        return _run(options, _corpus(options), world)
+        return _run(options, corpus or _corpus(options), world)
     except ConfigError as error:
         if world.size == 1:
             raise
