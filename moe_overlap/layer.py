@@ -306,7 +306,7 @@ class MoELayer(nn.Module):
     def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up_proj or up_proj, down_proj)."""
         name = "gate_up_proj" if self.dispatcher.activation == "swiglu" else "up_proj"
-        return self.get_parameter(name), self.down_proj
+        return getattr(self, name), self.down_proj
 
     def extra_repr(self) -> str:
         d = self.dispatcher
