@@ -134,6 +134,22 @@ def test_differences_compares_bits_of_losses():
     assert differences(trained((0.0, 1.0)), trained((-0.0, 1.0))) == ([0], [])
 
 
+def test_the_committed_run_learned_and_was_bit_equal():
+    files = sorted(ROOT.glob("benchmarks/results/*/*-train.jsonl"))
+    assert files
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        (start,) = (row for row in rows if row["event"] == "start")
+        (end,) = (row for row in rows if row["event"] == "end")
+        curves = {
+            overlap: [row["loss"] for row in rows if row["event"] == "step" and row["overlap"] == overlap]
+            for overlap in ("off", "on")
+        }
+        assert start["steps"] >= 200 and len(curves["on"]) == start["steps"]
+        assert curves["off"] == curves["on"]
+        assert end["nats_below_unigram"] >= 0.5
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
