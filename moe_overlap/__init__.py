@@ -10,9 +10,10 @@ from moe_overlap.errors import (
     TransportClosed,
     TransportTimeout,
 )
-from moe_overlap.layer import LayerStats, MoELayer, aux_loss, ignore_experts_for_ddp
+from moe_overlap.layer import MoELayer, aux_loss, ignore_experts_for_ddp
 from moe_overlap.selective import sac_policy
 from moe_overlap.shortcut import ShortcutBlock
+from moe_overlap.stats import LayerStats
 
 __version__ = "0.1.0"
 

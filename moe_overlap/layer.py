@@ -26,26 +26,9 @@ from moe_overlap.schedule.check import check
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
+from moe_overlap.stats import LayerStats, layer_stats
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStats:
-    """The last forward call of a layer.
-
-    tokens_per_expert: int64 [E] on the CPU, (token, k) slots that the experts computed, over all ranks.
-    dropped_tokens: (token, k) slots this rank's router dropped. payload_bytes: bytes of rows this rank sent to other
-    ranks, dispatch and combine. overload: rows of the busiest rank over the mean (1.0 = balanced). schedule: the
-    forward schedule's text. implementation: what computed, and why, one line per op.
-    """
-
-    tokens_per_expert: torch.Tensor
-    dropped_tokens: int
-    payload_bytes: int
-    overload: float
-    schedule: str
-    implementation: tuple[str, ...]
 
 
 @dataclass
@@ -173,8 +156,11 @@ class MoELayer(nn.Module):
 
         Raises ConfigError (bad argument, bad logits; on every rank alike), MoeTransportError and its subclasses.
         """
-        if self._runs_inline:
-            return self._forward_one_rank(x)
+        return self._forward_one_rank(x) if self._runs_inline else self._forward_scheduled(x)
+
+    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
+    def _forward_scheduled(self, x: torch.Tensor) -> torch.Tensor:
+        """The sentence: route and agree, run the schedule, add the shared expert."""
         step, routing, x_shared = self._begin(x, self.schedule)
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         self._end(step, routing, y_TD)
@@ -261,26 +247,7 @@ class MoELayer(nn.Module):
         if self._last_stats is None:
             raise RuntimeError("no forward call yet")
         routing, plan, payload_bytes = self._last_stats
-        if plan is None:
-            num_experts = self.dispatcher.placement.num_experts
-            ids = routing.topk_ids_TK.reshape(-1).cpu()
-            counts_E = torch.bincount(ids[ids >= 0].long(), minlength=num_experts)
-            overload = 1.0
-        else:
-            per_slot = torch.from_numpy(plan.exchange.counts.sum(axis=(0, 1)))
-            slot_to_expert = torch.tensor(self.dispatcher.placement.slot_to_expert)
-            counts_E = torch.zeros(self.dispatcher.placement.num_experts, dtype=torch.int64)
-            counts_E.index_add_(0, slot_to_expert, per_slot)
-            rows = plan.exchange.rows_per_rank
-            overload = max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0
-        return LayerStats(
-            tokens_per_expert=counts_E,
-            dropped_tokens=int(routing.dropped_tokens),
-            payload_bytes=payload_bytes,
-            overload=overload,
-            schedule=self.schedule.forward.text,
-            implementation=tuple(ops.registry.explain()),
-        )
+        return layer_stats(routing, plan, payload_bytes, self.dispatcher.placement, self.schedule)
 
     def explain(self) -> str:
         """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""

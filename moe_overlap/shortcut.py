@@ -91,6 +91,7 @@ class ShortcutBlock(nn.Module):
         check(pair)
         self.schedule = pair if overlap else pair.join()
 
+    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
         for op in self.backbone[: self.tap]:

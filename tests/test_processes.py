@@ -108,6 +108,28 @@ def test_groups_meshes_and_what_is_refused():
         same_bits(by_mesh, by_group)
 
 
+def compiled():
+    torch.manual_seed(1)
+    layer = MoELayer(D, F, E, K, group=dist.group.WORLD, schedule="chunked(2)")
+    before, after = nn.Linear(D, D), nn.Linear(D, D)
+
+    def model(x):
+        return after(layer(before(x).relu()).relu())
+
+    x = tokens(dist.get_rank()).float()
+    graphs = []
+    y = torch.compile(model, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])(x)
+    y.sum().backward()
+    assert layer.down_proj.grad is not None
+    return len(graphs), float((y - model(x)).detach().abs().max())
+
+
+def test_with_a_group_compile_breaks_the_graph_once():
+    """One graph before the layer, one after it."""
+    for graphs, difference in gloo_pool(2).run(compiled):
+        assert graphs == 2 and difference < 1e-5
+
+
 def disagreeing():
     rank = dist.get_rank()
     layer = MoELayer(D, F, E, K, group=dist.group.WORLD, schedule=f"chunked({2 + rank})", dtype=torch.float64)
