@@ -7,9 +7,9 @@ exchange alone, then time all rows interleaved.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,10 +101,13 @@ def _load_routing(options: LayerOptions, rank: int) -> tuple[torch.Tensor, torch
     )
 
 
-def _say(world: World) -> Any:
+def _say(world: World) -> Callable[[str], None]:
+    """Progress on stderr, from rank 0, with the seconds since the ranks were ready."""
+    begin_s = time.perf_counter()
+
     def say(text: str) -> None:
         if world.rank == 0:
-            print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+            print(f"{PROGRAM} [{time.perf_counter() - begin_s:5.1f} s] {text}", file=sys.stderr, flush=True)
 
     return say
 

@@ -47,7 +47,7 @@ class RowPlan:
         if self.pair.slot is not None:
             text += f" slot {self.pair.slot}"
             if self.backward_slot is not None:
-                text += f"/{self.backward_slot}"
+                text += f", backward slot {self.backward_slot}"
         return text
 
 

@@ -56,11 +56,12 @@ class Panel:
         return max((event.end_s for event in self.events), default=0.0)
 
 
-def label_of(action: str, names: Mapping[str, str]) -> str:
-    """What to write on an action: D0 stays D0, Bt1 of an op named attn2 becomes attn2'. A prime marks backward."""
+def label_of(action: str, names: Mapping[str, str], phase: str = "forward") -> str:
+    """What to write on an action: D0 stays D0, Bt1 of an op named attn2 becomes attn2'. A prime marks backward; an
+    action that is no verb (an op outside the schedule) gets it from its phase."""
     match = re.fullmatch(r"([A-Z][a-z]?)(\d*)", action)
     if match is None:
-        return action
+        return action + ("'" if phase == "backward" else "")
     verb, index = match.groups()
     prime = "'" if len(verb) == 2 and verb[1] == "t" else ""
     if verb in ("B", "Bt"):
@@ -114,7 +115,9 @@ def write_png(path: Path, panels: Sequence[Panel], *, title: str) -> None:
     handles = [Patch(color=color, label=text) for kind, (color, text) in KINDS.items() if kind in used]
     handles.append(Patch(facecolor="white", edgecolor="#BBBBBB", hatch="////", label="compute lane waits"))
     figure.suptitle(title, fontsize=11)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4 * len(columns), fontsize=9, frameon=False)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4 if len(columns) == 1 else 9, fontsize=9, frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -132,7 +135,7 @@ def _draw(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
             axes.broken_barh([(left, width)], (y - 0.4, 0.8), facecolor="white", edgecolor="#BBBBBB", hatch="////",
                              linewidth=0, zorder=1)  # fmt: skip
             continue
-        kind, label = kind_of(event.action, panel.names), label_of(event.action, panel.names)
+        kind, label = kind_of(event.action, panel.names), label_of(event.action, panel.names, event.phase)
         used.add(kind)
         axes.broken_barh([(left, width)], (y - 0.4, 0.8), facecolor=KINDS[kind][0], edgecolor="white",
                          linewidth=0.6, zorder=2)  # fmt: skip
@@ -187,7 +190,7 @@ def chrome_trace(panels: Sequence[Panel]) -> dict[str, Any]:
                 found.append(
                     {
                         "ph": "X",
-                        "name": label_of(event.action, panel.names),
+                        "name": label_of(event.action, panel.names, event.phase),
                         "cat": f"{event.phase},{kind_of(event.action, panel.names)}",
                         "pid": pid,
                         "tid": (*LANES, "wait").index(event.lane),

@@ -31,6 +31,7 @@ def test_labels_and_kinds():
     assert [label_of(a, NAMES) for a in ("D0", "B1", "Bt0", "Ed1", "Ew0", "Ut", "N", "attn1")] == [
         "D0", "attn2", "mlp'", "E1'", "W0", "U'", "N", "attn1"
     ]  # fmt: skip
+    assert (label_of("mlp", NAMES, "backward"), label_of("mlp", NAMES, "forward")) == ("mlp'", "mlp")
     assert [kind_of(a, NAMES) for a in ("D0", "Ct1", "B1", "Bt0", "B2", "Ed1", "Ew0", "Ut", "B9")] == [
         "dispatch", "combine", "attention", "mlp", "shared", "experts", "wgrad", "rows", "op"
     ]  # fmt: skip
