@@ -145,6 +145,7 @@ class MoELayer(nn.Module):
         self._make_experts(factory)
         self._last_stats: tuple[RoutingDecision, ChunkPlan | None, int] | None = None
         self._last_events: list[TimelineEvent] = []
+        self._last_schedule = self.schedule
         self._aux_loss: torch.Tensor | None = None
         self._tail: torch.Tensor | None = None
         self._ticket: Ticket | None = None
@@ -164,7 +165,8 @@ class MoELayer(nn.Module):
         step, routing, x_shared = self._begin(x, self.schedule)
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         self._end(step, routing, y_TD)
-        return (y_TD if step.shared is None else y_TD + step.shared).reshape(x.shape)
+        shared_TD = step.take_shared()
+        return (y_TD if shared_TD is None else y_TD + shared_TD).reshape(x.shape)
 
     def _begin(self, x: torch.Tensor, pair: SchedulePair) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
@@ -247,11 +249,11 @@ class MoELayer(nn.Module):
         if self._last_stats is None:
             raise RuntimeError("no forward call yet")
         routing, plan, payload_bytes = self._last_stats
-        return layer_stats(routing, plan, payload_bytes, self.dispatcher.placement, self.schedule)
+        return layer_stats(routing, plan, payload_bytes, self.dispatcher.placement, self._last_schedule)
 
     def explain(self) -> str:
         """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
-        return explain(self.schedule, self._last_events, self.transport, ops.registry.explain())
+        return explain(self._last_schedule, self._last_events, self.transport, ops.registry.explain())
 
     def attach(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, made to reach this layer's last call with a zero gradient.
@@ -339,7 +341,7 @@ class MoELayer(nn.Module):
         sent = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.send_counts)
         returned = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.recv_counts)
         self._remember(routing, step.plan, (sent + returned) * step.layout.row_bytes)
-        self._last_events = step.events
+        self._last_events, self._last_schedule = step.events, step.pair
         if step.grad and self.transport.world_size > 1:
             self._tail = y_TD.reshape(-1)[:0]
 

@@ -104,8 +104,7 @@ class ShortcutBlock(nn.Module):
         y_TD = step.run(backbone=list(self.backbone[self.tap :]))
         self.moe._end(step, routing, y_TD)
         routed = y_TD.reshape(tapped.shape)
-        assert step.hidden is not None
-        return step.hidden + (routed if self.post_norm is None else self.post_norm(routed))
+        return step.take_hidden() + (routed if self.post_norm is None else self.post_norm(routed))
 
 
 class _Callable(nn.Module):

@@ -36,7 +36,8 @@ class Step:
     def __init__(self, pair: SchedulePair, transport: Transport, weights: ExpertWeights, *, phase: str) -> None:
         self.pair = pair
         self.transport = transport
-        self.weights = weights
+        self._weights = weights
+        self._kind, self._grad_scale = weights.kind, weights.grad_scale
         self.phase = phase
         self.grad = torch.is_grad_enabled()
         self.events: list[TimelineEvent] = []
@@ -56,6 +57,7 @@ class Step:
         self._numbers: dict[Node, int] = {}
         self._output_node: weakref.ref[Any] | None = None
         self._grads: BackwardRows | None = None
+        self._grads_of = -1  # the run of the engine that they belong to
         self._open_op: tuple[str, float] | None = None
 
     # ---------------------------------------------------------------- entry
@@ -86,24 +88,26 @@ class Step:
         shared: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Walk the forward schedule from where it stands to its end; returns the routed output y_TD."""
-        while self._position < len(self.pair.forward):
-            action = self.pair.forward.actions[self._position]
-            if action.verb == "B":
-                assert action.index is not None
-                self._run_op(action, backbone[action.index])
-            elif action.verb == "S":
-                assert shared is not None
-                self._run_op(action, lambda _, op=shared: op())  # type: ignore[misc]
-            else:
-                self._run_next()
-        return self._finish()
+        with self._releasing_on_error():
+            while self._position < len(self.pair.forward):
+                action = self.pair.forward.actions[self._position]
+                if action.verb == "B":
+                    assert action.index is not None
+                    self._run_op(action, backbone[action.index])
+                elif action.verb == "S":
+                    assert shared is not None
+                    self._run_op(action, lambda _, op=shared: op())  # type: ignore[misc]
+                else:
+                    self._run_next()
+            return self._finish()
 
     def run_until_op(self) -> None:
         """Walk up to the next op of the user, exclusive, and get ready for the caller to run it (ticket API)."""
-        while self.pair.forward.actions[self._position].verb not in ("B", "S"):
-            self._run_next()
-        self._before_op()
-        self._position += 1
+        with self._releasing_on_error():
+            while self.pair.forward.actions[self._position].verb not in ("B", "S"):
+                self._run_next()
+            self._before_op()
+            self._position += 1
 
     def _run_next(self) -> None:
         """Execute the next action, after waiting for the exchanges it reads."""
@@ -144,11 +148,37 @@ class Step:
             for node, number in self._numbers.items():
                 self._nodes[node]._set_sequence_nr(number)
             self._output_node = weakref.ref(y_TD.grad_fn)
-        # The graph now holds what backward needs; dropping these breaks the cycle between nodes and step.
+        # The graph now holds what backward needs.
+        self._release()
+        return y_TD
+
+    def take_hidden(self) -> torch.Tensor:
+        """The output of the last backbone op, once: kept here it would keep its graph, which holds this step."""
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
+        return hidden
+
+    def take_shared(self) -> torch.Tensor | None:
+        """The output of the shared expert, once."""
+        shared, self.shared = self.shared, None
+        return shared
+
+    def _release(self) -> None:
+        """Drop what only the walk needs: nodes hold their step, so a step that held them would never be freed."""
         self._nodes.clear()
         self._tokens.clear()
-        del self._x_TD, self._slots_TK, self._weights_TK, self._anchor, self._weight_token
-        return y_TD
+        for name in ("_x_TD", "_slots_TK", "_weights_TK", "_anchor", "_weight_token", "_rows", "_weights"):
+            self.__dict__.pop(name, None)
+
+    @contextmanager
+    def _releasing_on_error(self) -> Iterator[None]:
+        """Also where the walk ends early: by an error, or in U by the end of a checkpoint's recompute."""
+        try:
+            yield
+        except BaseException:
+            self._release()
+            self.hidden = self.shared = None
+            raise
 
     def _reserve(self, nodes: list[Node]) -> None:
         if self.grad and nodes:
@@ -201,7 +231,7 @@ class Step:
         return self._empty.new_empty(0) if result is None else result
 
     def _permute(self, ctx: Any, _: int | None, x_TD: torch.Tensor, _token: torch.Tensor) -> None:
-        self._rows = ForwardRows(self.plan, self.weights, x_TD, self._slots_TK)
+        self._rows = ForwardRows(self.plan, self._weights, x_TD, self._slots_TK)
 
     def _start_dispatch(self, ctx: Any, c: int, *_tokens: torch.Tensor) -> None:
         self._start(Action("D", c), self._rows.of(self._rows.send, c))
@@ -255,12 +285,14 @@ class Step:
             )
         self._grads = BackwardRows(
             self.plan,
-            Saved(**dict(zip(Saved.__dataclass_fields__, saved, strict=True))),
-            self.weights.kind,
+            # Detached: the router's weights lead to the nodes, which hold this step.
+            Saved(**{n: t.detach() for n, t in zip(Saved.__dataclass_fields__, saved, strict=True)}),
+            self._kind,
             dy_TD,
             need_dx=self.plan.exchange.x_requires_grad,
             need_dw=self._need_dw,
         )
+        self._grads_of = torch._C._current_graph_task_id()
         return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
 
     def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
@@ -308,9 +340,12 @@ class Step:
         Peers' rows went through this rank's experts and wait for their gradients. Returns the rows' gradient of x
         where the schedule had to be run here, else None.
         """
-        if self._grads is not None:
+        if self._grads is not None and self._grads_of == torch._C._current_graph_task_id():
             return None
+        self._grads = None
         node = self._output_node() if self._output_node is not None else None
+        if node is None and self.transport.world_size == 1:
+            return None
         if node is None:
             self.transport.close(f"rank {self.transport.rank}: the loss does not reach the layer's output")
             raise ConfigError(
@@ -326,10 +361,12 @@ class Step:
     def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""
         self._close_op()
-        g, self._grads = self._rows_of_backward, None
-        if g.dw_in is not None and g.dw_out is not None and self.weights.grad_scale != 1.0:
-            g.dw_in.mul_(self.weights.grad_scale)
-            g.dw_out.mul_(self.weights.grad_scale)
+        g, self._grads = self._grads, None
+        if g is None:
+            return None, None
+        if g.dw_in is not None and g.dw_out is not None and self._grad_scale != 1.0:
+            g.dw_in.mul_(self._grad_scale)
+            g.dw_out.mul_(self._grad_scale)
         return g.dw_in, g.dw_out
 
     # ---------------------------------------------------------------- exchanges
