@@ -1,4 +1,4 @@
-"""From a routing decision to an agreed plan: the one place where a layer speaks to the other ranks before its rows do."""
+"""From a routing decision to an agreed plan: where a layer speaks to the other ranks before its rows do."""
 
 from __future__ import annotations
 

@@ -227,7 +227,9 @@ def _expected(case: Case) -> list[dict[str, Tensor]]:
                 tapped = h
             h = h + torch.tanh(h @ p[f"backbone.{i}.weight"].T)
         scores = torch.sigmoid(tapped @ p["router.weight"].T)
-        weights_TK = torch.where(ids >= 0, scores.gather(1, ids.clamp_min(0).long()), torch.zeros((), dtype=torch.float64))
+        weights_TK = torch.where(
+            ids >= 0, scores.gather(1, ids.clamp_min(0).long()), torch.zeros((), dtype=torch.float64)
+        )
         y = oracle.moe(tapped, ids, weights_TK, p["gate_up_proj"], p["down_proj"])
         if short:
             gate = torch.sigmoid(h @ p["backbone.3.gate.weight"].T)

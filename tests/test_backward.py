@@ -53,7 +53,9 @@ def make_block(me, *, tap=0, slot=1, backward_slot=None, chunks=1, overlap=True,
 def run(me, mode="none", **options):
     """(executed backward actions, gradients, transport statistics, block) of one rank."""
     block = make_block(me, checkpointed=mode == "op", **options)
-    x = torch.randn(9 + me.rank, D, dtype=torch.float64, generator=torch.Generator().manual_seed(me.rank)).requires_grad_()
+    x = torch.randn(
+        9 + me.rank, D, dtype=torch.float64, generator=torch.Generator().manual_seed(me.rank)
+    ).requires_grad_()
     with record() as events:
         y = checkpoint(block, x, use_reentrant=False) if mode == "block" else block(x)
         (y * y).sum().backward()
@@ -97,7 +99,16 @@ def test_exchanges_run_between_the_backwards_of_the_ops():
         return order
 
     for order in virtual_world(2).run(rank):
-        assert order == ["start D0", "start C0", "start Ct0", "B3t done", "B2t done", "start Dt0", "B1t done", "B0t done"]
+        assert order == [
+            "start D0",
+            "start C0",
+            "start Ct0",
+            "B3t done",
+            "B2t done",
+            "start Dt0",
+            "B1t done",
+            "B0t done",
+        ]
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -196,6 +207,17 @@ def test_statistics_and_losses_count_a_recomputed_step_once():
         return moe.dispatcher.steps
 
     assert virtual_world(2).run(rank) == [1, 1]
+
+
+def test_a_layer_in_a_block_reports_the_schedule_it_ran():
+    def rank(me):
+        block = make_block(me, tap=1, slot=1)
+        block(torch.randn(5, D, dtype=torch.float64, requires_grad=True)).sum().backward()
+        return block.moe.stats().schedule, block.moe.explain()
+
+    for schedule, text in virtual_world(2).run(rank):
+        assert schedule == "P D0 B0 E0 C0 B1 B2 U"
+        assert "comp | P B0 E0 B1 B2 U" in text and "not measured" not in text
 
 
 def test_parameter_hooks_see_complete_gradients():

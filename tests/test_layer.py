@@ -42,7 +42,9 @@ def test_one_rank_is_the_oracle(activation, schedule):
     close(y, want)
     seed = torch.randn_like(y)
     inputs = [x, *layer.parameters()]
-    for got, expected in zip(torch.autograd.grad(y, inputs, seed), torch.autograd.grad(want, inputs, seed), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(y, inputs, seed), torch.autograd.grad(want, inputs, seed), strict=True
+    ):
         close(got, expected)
 
 

@@ -82,7 +82,10 @@ def test_planning_and_schedules_are_data():
 @pytest.mark.parametrize("rule", sorted(BANNED))
 def test_banned_calls(rule):
     here = Path(__file__)
-    for path in [*package_files(), *tracked("examples/*.py", "benchmarks/*.py", "setup.py", "tests/*.py", "tests/**/*.py")]:
+    for path in [
+        *package_files(),
+        *tracked("examples/*.py", "benchmarks/*.py", "setup.py", "tests/*.py", "tests/**/*.py"),
+    ]:
         if path == here:
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -183,7 +183,17 @@ def test_choices():
     assert parse_choice("shared_expert(0)", shared=True) == shared_expert(0)
     with pytest.raises(NotImplementedError, match="planner"):
         parse_choice("auto")
-    for text in ("chunked", "chunked(0)", "chunked(17)", "chunked(x)", "chunked(2,rows)", "serial(1)", "", "eps", "shared_expert"):
+    for text in (
+        "chunked",
+        "chunked(0)",
+        "chunked(17)",
+        "chunked(x)",
+        "chunked(2,rows)",
+        "serial(1)",
+        "",
+        "eps",
+        "shared_expert",
+    ):
         with pytest.raises(ConfigError):
             parse_choice(text)
     for slot in (-1, 3, 1.0, None):
