@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_overlap.bench import check, layer, phase
+from moe_overlap.bench import check, layer, phase, setting
 from moe_overlap.bench.cases import BlockPair, Sizes
-from moe_overlap.bench.machine import cores_here
 from moe_overlap.bench.routing import load
 from moe_overlap.bench.rows import KEYS, flag_of
 from moe_overlap.launch import World
@@ -92,26 +91,23 @@ def test_two_ranks_over_a_link(tmp_path):
     assert "scmoe_pos2" in out and "solving" not in err and "round 2 of 2" in err
 
 
-def test_a_share_is_solved_for_and_more_ranks_than_cores_claim_no_speed(tmp_path):
-    words = "--tokens 64 --hidden 64 --ffn 64 --ranks 4 --experts 4 --repeats 1 --phases infer --comm-share 0.6".split()
-    threads = str(cores_here() // 4 + 1)
-    status, _, err = finish(start([*words, "--threads", threads, "--out", str(tmp_path)]))
+def test_a_share_is_solved_for(tmp_path):
+    words = "--phases infer --cases top2 --schedules serial --comm-share 0.6".split()
+    status, _, err = finish(start([*SMALL, *words, "--out", str(tmp_path)]))
     assert status == 0, err
-    rows = read_jsonl(tmp_path / "results.jsonl")
-    assert {row["flagged"] for row in rows} == {"oversubscribed"}
-    assert {row["speedup_vs_serial"] for row in rows} == {row["speedup_vs_top2"] for row in rows} == {None}
-    assert all(row["link"].startswith("emulated ") and row["link"].endswith(":50us") for row in rows)
+    (row,) = read_jsonl(tmp_path / "results.jsonl")
+    assert row["link"].startswith("emulated ") and row["link"].endswith(":50us")
     assert "solving for the link of a 60% share" in err
+    # Steps of a few milliseconds on a busy machine: only the order of magnitude can be asked for.
+    assert 0.2 < row["comm_share"] < 0.95
 
 
 def test_slept_compute_is_labelled_and_not_oversubscribed(tmp_path):
-    words = "--ranks 4 --ranks-per-node 2 --compute slept --schedules serial,shortcut --phases train".split()
+    words = "--ranks 4 --ranks-per-node 2 --compute slept --cases scmoe_pos2 --phases train".split()
     status, _, err = finish(start([*SMALL, *words, "--link", "1gbit", "--out", str(tmp_path)]))
     assert status == 0, err
     rows = read_jsonl(tmp_path / "results.jsonl")
-    assert [(r["case"], r["schedule"]) for r in rows] == [
-        ("top2", "serial"), ("shared1", "serial"), ("scmoe_pos2", "serial"), ("scmoe_pos2", "shortcut")
-    ]  # fmt: skip
+    assert [(r["case"], r["schedule"]) for r in rows] == [("scmoe_pos2", "serial"), ("scmoe_pos2", "shortcut")]
     assert {row["compute"] for row in rows} == {"slept"} and all(row["bit_equal"] for row in rows)
     assert all(row["flagged"] != "oversubscribed" and row["ranks_per_node"] == 2 for row in rows)
 
@@ -170,6 +166,14 @@ def test_one_rank_has_nothing_to_overlap(tmp_path):
         assert row["bit_equal"] and row["max_rel_err"] < 1e-12 and row["payload_bytes"] == 0
         empty = ("comm_share", "exposed_ms", "timeline_overlap", "headroom")
         assert [row[key] for key in empty] == [None] * 4
+
+
+def test_more_ranks_than_cores_claim_no_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(setting, "cores_here", lambda: 0)
+    assert one_rank(tmp_path, "--phases", "infer", "--cases", "top2") == 0
+    rows = read_jsonl(tmp_path / "results.jsonl")
+    assert len(rows) == 4 and {row["flagged"] for row in rows} == {"oversubscribed"}
+    assert {row["speedup_vs_serial"] for row in rows} == {row["speedup_vs_top2"] for row in rows} == {None}
 
 
 @pytest.mark.parametrize("broken", ["bits", "numbers"])
