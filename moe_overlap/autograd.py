@@ -14,10 +14,16 @@ the weight gradients over when all of them are complete.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import _StopRecomputationError
+
+from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
+from moe_overlap.transport.base import Transport
 
 if TYPE_CHECKING:
     from moe_overlap.schedule.order import Node
@@ -100,6 +106,42 @@ class Marker(torch.autograd.Function):
         return None, None, grad
 
 
+class SameRouting(torch.autograd.Function):
+    """y unchanged; its backward refuses a recompute that routed otherwise (where no `Ut` does: one rank, one chunk)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, slot_to_row: torch.Tensor) -> torch.Tensor:
+        ctx.routing_digest = routing_digest(slot_to_row)
+        ctx.save_for_backward(ctx.routing_digest)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        check_same_routing(ctx.saved_tensors[0], ctx.routing_digest)
+        return grad, None
+
+
+def routing_digest(slot_to_row: torch.Tensor) -> torch.Tensor:
+    """A number that changes when the choice of experts does: int64 scalar, on the device, read by nobody's host."""
+    flat = slot_to_row.reshape(-1).to(torch.int64)
+    return ((flat + 1) * (torch.arange(flat.numel(), device=flat.device) * 2654435761 + 1)).sum()
+
+
+def check_same_routing(saved: torch.Tensor, kept: torch.Tensor) -> None:
+    """`saved` is the digest that went through save_for_backward: another tensor than `kept` after a recompute.
+
+    Raises ConfigError where the two say that the recompute routed otherwise.
+    """
+    if saved.data_ptr() != kept.data_ptr() and not torch.equal(saved, kept):
+        raise ConfigError(
+            "routing",
+            "another choice of experts in the recompute",
+            "a router that repeats its choice under activation checkpointing (save it with sac_policy(), and keep "
+            "noise out of the router)",
+        )
+
+
 class Attach(torch.autograd.Function):
     """The loss unchanged, with a zero gradient for `tail`: the layer behind it takes part in backward."""
 
@@ -131,3 +173,30 @@ def reserve_sequence_numbers(anchor: torch.Tensor, count: int) -> list[int]:
     that were created elsewhere run between the backwards of those two ops.
     """
     return [anchor.view(0).grad_fn._sequence_nr() for _ in range(count)]  # type: ignore[union-attr]
+
+
+@contextmanager
+def closing_on_error(transport: Transport, action: str) -> Iterator[None]:
+    """A rank that fails on its own closes its transport first, so that its peers learn at once."""
+    try:
+        yield
+    except _StopRecomputationError:
+        raise
+    except TransportTimeout as error:
+        if not action.startswith("Ct"):
+            raise
+        hint = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
+        where = {name: getattr(error, name) for name in ("rank", "peer", "step", "chunk", "action", "seconds")}
+        raise TransportTimeout(f"{error.message}; {hint}", **where) from error
+    except MoeTransportError:
+        raise
+    except Exception as error:
+        transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
+        raise
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[object]:
+    """The dtype of the rows was chosen at the entry; the bodies compute in it, whatever autocast says."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

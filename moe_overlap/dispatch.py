@@ -13,6 +13,7 @@ from moe_overlap.plan import (
     BLOCKS,
     CHUNK_BY,
     DTYPES,
+    NOT_SENT,
     REFUSALS,
     ChunkPlan,
     StepRecord,
@@ -24,6 +25,7 @@ from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.transport.base import Header, Transport
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
+WEIGHT_DTYPES = (torch.float32, torch.float64)
 
 
 def current_phase() -> int:
@@ -43,9 +45,24 @@ def current_phase() -> int:
     return 1
 
 
+def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> None:
+    """Raises ConfigError unless a router's choice fits the tokens (`block_counts` looks at the values of the ids)."""
+    shape = f"[{x_TD.shape[0]}, K] on {x_TD.device}"
+    given = f"{ids_TK.dtype} {tuple(ids_TK.shape)} on {ids_TK.device}"
+    if ids_TK.dim() != 2 or ids_TK.shape[0] != x_TD.shape[0] or ids_TK.dtype != torch.int32:
+        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
+    if ids_TK.device != x_TD.device:
+        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
+    if weights_TK.shape != ids_TK.shape or weights_TK.device != x_TD.device or weights_TK.dtype not in WEIGHT_DTYPES:
+        given = f"{weights_TK.dtype} {tuple(weights_TK.shape)} on {weights_TK.device}"
+        expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {x_TD.device}"
+        raise ConfigError("topk_weights", given, expected)
+
+
 @dataclass
 class Dispatcher:
-    """Agrees on one layer's steps. `steps` counts its forward calls; it is the only thing that changes."""
+    """Agrees on one layer's steps. `steps` counts its forward calls since the transport was opened, the only thing here
+    that changes."""
 
     transport: Transport
     placement: Placement
@@ -88,13 +105,13 @@ class Dispatcher:
     def refuse(self, error: Exception, pair: SchedulePair) -> NoReturn:
         """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like."""
         fields = {field: code for code, (field, _) in REFUSALS.items()}
-        code, value = fields["x"], 0
+        code, value = fields["x"], NOT_SENT
         if isinstance(error, ConfigError):
             code = fields.get(error.field, code)
             if isinstance(error.value, int):
-                value = error.value
-            elif isinstance(error.value, torch.dtype):
-                value = DTYPES.index(error.value) if error.value in DTYPES else -1
+                value = max(-(1 << 61), min(error.value, 1 << 61))
+            elif isinstance(error.value, torch.dtype) and error.value in DTYPES:
+                value = DTYPES.index(error.value)
         counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
         try:
             self._agree(self._record(pair, 0, False, counts, (code, value)), pair)
@@ -111,7 +128,8 @@ class Dispatcher:
         counts: torch.Tensor,
         status: tuple[int, int],
     ) -> StepRecord:
-        phase = current_phase()
+        phase = int(torch._C._current_graph_task_id() >= 0)
+        self._open()
         self.steps += phase == 0
         grad = torch.is_grad_enabled()
         return StepRecord(
@@ -132,6 +150,18 @@ class Dispatcher:
             counts=counts,
         )
 
+    def _open(self) -> None:
+        """Open the transport, unless it is; steps count from there. When a step fails, one rank may have begun the next
+        one already, so that the ranks' counts differ; only an opening, which all ranks do together, makes them equal.
+        """
+        before_bytes = self.transport.stats.meta_bytes
+        try:
+            self.transport.open(self.header)
+        except ConfigError as error:
+            self.transport.close(str(error))  # open for another configuration: the peers wait in their step's record
+            raise
+        if self.transport.stats.meta_bytes != before_bytes:
+            self.steps = 0
+
     def _agree(self, record: StepRecord, pair: SchedulePair) -> ChunkPlan:
-        self.transport.open(self.header)
         return self.transport.agree(record).chunked(pair.chunks, pair.by)

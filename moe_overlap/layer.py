@@ -5,7 +5,11 @@ Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, 
 
 from __future__ import annotations
 
+import copy
 import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +17,16 @@ import torch
 from torch import nn
 
 from moe_overlap import ops
-from moe_overlap.autograd import Attach
-from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, current_phase
+from moe_overlap.arguments import check_sizes, make_router
+from moe_overlap.autograd import Attach, SameRouting
+from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
 from moe_overlap.explain import explain
 from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import PHASES, ChunkPlan
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.routing.linear import LinearRouter
-from moe_overlap.schedule.builders import SchedulePair, parse_choice, window
-from moe_overlap.schedule.check import check
+from moe_overlap.schedule.builders import SchedulePair, window
+from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -42,9 +46,12 @@ class Ticket:
     shape: torch.Size
     stage: str = "begun"
 
-    def advance(self, before: str, after: str) -> None:
+    @contextmanager
+    def advance(self, before: str, after: str) -> Iterator[None]:
         if self.stage != before:
             raise RuntimeError(f"this ticket is {self.stage}; expected {before}: begin, run_experts, finish, once each")
+        self.stage = "failed"
+        yield
         self.stage = after
 
 
@@ -105,9 +112,7 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(name, value, "an integer of at least 1")
+        check_sizes(hidden_size, ffn_hidden_size, num_experts, top_k, shared_expert_size, dtype)
         if activation not in ACTIVATIONS:
             raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
         if mode == "static":
@@ -123,11 +128,12 @@ class MoELayer(nn.Module):
             "z_loss_coef": z_loss_coef,
             "bad_logits": bad_logits,
         }
-        self.router = _make_router(router, hidden_size, num_experts, top_k, options, factory)
+        self.router = make_router(router, hidden_size, num_experts, top_k, options, factory)
         self.shared_expert: nn.Module | None = None
         if shared_expert_size is not None:
             self.shared_expert = SharedExpert(hidden_size, shared_expert_size, activation, **factory)
-        self.schedule = self._parse_schedule(schedule, overlap)
+        pair = layer_schedule(schedule, shared=shared_expert_size is not None)
+        self.schedule = pair if overlap else pair.join()
         if transport is None:
             transport = open_transport(group, timeout_s=timeout_s)
         self.transport = transport
@@ -148,7 +154,7 @@ class MoELayer(nn.Module):
         self._last_schedule = self.schedule
         self._aux_loss: torch.Tensor | None = None
         self._tail: torch.Tensor | None = None
-        self._ticket: Ticket | None = None
+        self._ticket: weakref.ref[Ticket] | None = None
 
     # ---------------------------------------------------------------- the layer as a sentence
 
@@ -186,6 +192,7 @@ class MoELayer(nn.Module):
             )
             x_router, x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=3)
             routing = self.router(x_router)
+            check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(dtype)
         except Exception as error:
@@ -208,6 +215,8 @@ class MoELayer(nn.Module):
         w_in, w_out = (w.to(dtype) for w in self.expert_weights)
         y_RD = ops.expert_mlp(x_RD, w_in, w_out, offs, kind=self.dispatcher.activation)
         y_TD = ops.combine(y_RD, slot_to_row, routing.topk_weights_TK)
+        if y_TD.requires_grad and not torch.compiler.is_compiling():
+            y_TD = SameRouting.apply(y_TD, slot_to_row)
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         if not torch.compiler.is_compiling() and current_phase() == 0:
@@ -220,26 +229,27 @@ class MoELayer(nn.Module):
         """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`."""
         if self.shared_expert is not None:
             raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
-        if self._ticket is not None and self._ticket.stage != "finished":
-            raise RuntimeError(f"this layer's last ticket is {self._ticket.stage}: finish it before the next begin")
+        last = self._ticket() if self._ticket is not None else None
+        if last is not None and last.stage in ("begun", "computed"):
+            raise RuntimeError(f"this layer's last ticket is {last.stage}: finish it before the next begin")
         pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)
-        self._ticket = ticket if current_phase() == 0 else None
+        # Weak: a ticket that was lost to an error between the stages must not block the layer for ever.
+        self._ticket = weakref.ref(ticket) if current_phase() == 0 else None
         return ticket
 
     def run_experts(self, ticket: Ticket) -> None:
         """Wait for the rows of each chunk, compute the experts and start the combine."""
-        ticket.advance("begun", "computed")
-        ticket.step.run_until_op()
+        with ticket.advance("begun", "computed"):
+            ticket.step.run_until_op()
 
     def finish(self, ticket: Ticket) -> torch.Tensor:
         """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
-        ticket.advance("computed", "finished")
-        y_TD = ticket.step.run()
+        with ticket.advance("computed", "finished"):
+            y_TD = ticket.step.run()
         self._end(ticket.step, ticket.routing, y_TD)
-        self._ticket = None
         return y_TD.reshape(ticket.shape)
 
     # ---------------------------------------------------------------- what it says about itself
@@ -284,21 +294,29 @@ class MoELayer(nn.Module):
             f"activation={d.activation}, schedule={self.schedule.name}, transport={self.transport.name}"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The layer without what its last call left behind."""
+        forgotten: dict[str, Any] = {
+            "_last_stats": None,
+            "_last_events": [],
+            "_aux_loss": None,
+            "_tail": None,
+            "_ticket": None,
+        }
+        return self.__dict__ | forgotten
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
+        """Parameters of its own, the same transport: a copy of a model (an average of weights, say) on every rank."""
+        memo[id(self.transport)] = self.transport
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     # ---------------------------------------------------------------- details
 
     @property
     def _runs_inline(self) -> bool:
         return self.transport.name == "local" and self.schedule.chunks == 1
-
-    def _parse_schedule(self, schedule: str | SchedulePair, overlap: bool) -> SchedulePair:
-        shared = self.shared_expert is not None
-        pair = parse_choice(schedule, shared=shared) if isinstance(schedule, str) else schedule
-        check(pair)
-        if pair.num_ops:
-            raise ConfigError("schedule", pair.forward.text, "no backbone ops: those belong to a ShortcutBlock")
-        if pair.has_shared != shared:
-            raise ConfigError("schedule", pair.forward.text, f"{'one' if shared else 'no'} shared expert (S)")
-        return pair if overlap else pair.join()
 
     def _make_experts(self, factory: dict[str, Any]) -> None:
         """Draws every expert of the layer in turn and keeps this rank's, so that any number of ranks starts alike."""
@@ -319,11 +337,14 @@ class MoELayer(nn.Module):
     def _checked(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
         """(x as [T, D], dtype of the rows): the weights' dtype, or autocast's."""
         weight = self.down_proj
+        if not isinstance(x, torch.Tensor):
+            raise ConfigError("x", type(x).__name__, f"a tensor [..., {self.dispatcher.hidden}]")
         if x.dim() < 1 or x.shape[-1] != self.dispatcher.hidden:
             raise ConfigError("x.shape[-1]", x.shape[-1] if x.dim() else 0, f"hidden_size = {self.dispatcher.hidden}")
         if x.device != weight.device:
             raise ConfigError("x.device", x.device, f"the device of the expert weights, {weight.device}")
-        if torch.is_autocast_enabled(x.device.type):
+        # Autocast leaves float64 alone, here as everywhere in torch.
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
             return x.reshape(-1, x.shape[-1]), torch.get_autocast_dtype(x.device.type)
         if x.dtype != weight.dtype:
             raise ConfigError("x.dtype", x.dtype, f"the dtype of the expert weights, {weight.dtype}, or autocast")
@@ -357,23 +378,6 @@ def open_transport(group: Any, *, timeout_s: float | None = None) -> Transport:
     from moe_overlap.transport.process_group import ProcessGroupTransport
 
     return ProcessGroupTransport(group, timeout_s=timeout_s)
-
-
-def _make_router(
-    router: str | nn.Module | None,
-    hidden_size: int,
-    num_experts: int,
-    top_k: int,
-    options: dict[str, Any],
-    factory: dict[str, Any],
-) -> nn.Module:
-    if isinstance(router, nn.Module):
-        defaults = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
-        for name, default in defaults.items():
-            if options[name] != default:
-                raise ConfigError(name, options[name], f"{default!r} beside a router module, which has its own")
-        return router
-    return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
 
 
 def _raise_bad_logits(status: torch.Tensor) -> None:

@@ -53,13 +53,19 @@ class Refusal:
 
 # code -> (field, what was expected). The code travels, so only ever append.
 REFUSALS: dict[int, tuple[str, str]] = {
-    1: ("logits", "no row with NaN or +inf, none that is all -inf (value: number of such rows; or bad_logits='drop')"),
+    1: ("logits", "no row with NaN or +inf, none that is all -inf (value: the router's status; or bad_logits='drop')"),
     2: ("x.shape[-1]", "the hidden_size of the layer"),
-    3: ("x.dtype", "the dtype of the layer's expert weights (value: code of the dtype given)"),
+    3: ("x.dtype", "the dtype of the layer's expert weights"),
     4: ("x.device", "the device of the layer's expert weights"),
-    5: ("topk_ids", "expert ids from -1 to num_experts - 1 (value: an id that is not)"),
-    6: ("x", "a tensor this layer accepts (the message of the refusing rank says what is wrong)"),
+    5: ("topk_ids", "integers [T, K], experts from -1 (unused) to num_experts - 1"),
+    6: ("x", "a call that no rank refuses (the message of the refusing rank says what is wrong)"),
+    7: ("topk_weights", "floats of the shape of topk_ids"),
+    8: ("gate_up_proj", "[e, 2F, D], or [e, F, D] without a gate, beside down_proj [e, D, F]"),
+    9: ("down_proj", "[e, D, F] in the dtype and on the device of gate_up_proj"),
+    10: ("checkpoint", "use_reentrant=False"),
 }
+DTYPE_REFUSAL = 3  # its value is a position in DTYPES
+NOT_SENT = -(1 << 62)  # the value is no integer: only the refusing rank's message has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,8 +303,12 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePla
     refusing = np.nonzero(column["status"])[0]
     if len(refusing):
         first = int(refusing[0])
-        field, expected = REFUSALS.get(int(column["status"][first]), ("status", "a known status code"))
-        raise ConfigError(field, int(column["status_value"][first]), f"{expected}; refused on rank {first}")
+        code, sent = int(column["status"][first]), int(column["status_value"][first])
+        field, expected = REFUSALS.get(code, ("status", "a known status code"))
+        value: object = "what rank " + str(first) + " was given" if sent == NOT_SENT else sent
+        if code == DTYPE_REFUSAL and 0 <= sent < len(DTYPES):
+            value = DTYPES[sent]
+        raise ConfigError(field, value, f"{expected}; refused on rank {first}")
     step = int(column["step"][rank])
     for name in AGREED_FIELDS:
         values = column[name]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ConfigError, MoELayer, PlanMismatch, aux_loss, ignore_experts_for_ddp
 from moe_overlap.functional import moe_forward
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.schedule.builders import window
 from moe_overlap.transport.local import LocalTransport
 from tests import oracle
 from tests.ranks import virtual_world
@@ -88,6 +92,29 @@ def test_autocast_computes_in_bfloat16_and_routes_in_float32(schedule):
         close(g, w, torch.bfloat16)
 
 
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+def test_autocast_leaves_float64_alone(schedule):
+    layer = make(schedule=schedule)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(tokens(9))
+    same_bits(y, layer(tokens(9)))
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+def test_one_rank_refuses_a_recompute_that_routes_otherwise(schedule):
+    class Drifting(LinearRouter):
+        calls = 0
+
+        def forward(self, x_TD, **kwargs):
+            self.calls += 1
+            return super().forward(x_TD * (-1) ** self.calls, **kwargs)
+
+    layer = make(schedule=schedule, router=Drifting(D, E, K, dtype=torch.float64))
+    y = checkpoint(layer, tokens(20).requires_grad_(), use_reentrant=False)
+    with pytest.raises(ConfigError, match="recompute"):
+        y.sum().backward()
+
+
 def test_compile_fullgraph_forward_and_backward():
     layer = make(dtype=torch.float32, shared_expert_size=F)
     compiled = torch.compile(layer, fullgraph=True)
@@ -141,6 +168,19 @@ def test_stats_and_explain():
         ("bad_logits", {"bad_logits": "ignore"}),
         ("capacity_factor", {"capacity_factor": -1.0}),
         ("score", {"router": "argmax"}),
+        ("schedule", {"schedule": 3}),
+        ("schedule", {"schedule": window(2, 1)}),
+        ("num_experts", {"num_experts": 8.0}),
+        ("num_experts", {"num_experts": 0}),
+        ("top_k", {"top_k": 1.5}),
+        ("top_k", {"top_k": True}),
+        ("top_k", {"top_k": 9, "router": LinearRouter(D, E, K)}),
+        ("top_k", {"top_k": 1, "router": LinearRouter(D, E, K)}),
+        ("num_experts", {"router": LinearRouter(D, 2 * E, K)}),
+        ("shared_expert_size", {"shared_expert_size": 0}),
+        ("capacity_factor", {"capacity_factor": "1"}),
+        ("aux_loss_coef", {"aux_loss_coef": "x"}),
+        ("dtype", {"dtype": torch.int32}),
     ],
 )
 def test_bad_construction_names_the_field(field, options):
@@ -148,6 +188,34 @@ def test_bad_construction_names_the_field(field, options):
     with pytest.raises(ConfigError) as caught:
         MoELayer(**arguments)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("topk_ids", lambda r: replace(r, topk_ids_TK=r.topk_ids_TK.long())),
+        ("topk_ids", lambda r: replace(r, topk_ids_TK=r.topk_ids_TK[1:])),
+        ("topk_ids", lambda r: replace(r, topk_ids_TK=r.topk_ids_TK + E)),
+        ("topk_weights", lambda r: replace(r, topk_weights_TK=r.topk_weights_TK[:, 1:])),
+        ("topk_weights", lambda r: replace(r, topk_weights_TK=r.topk_weights_TK.bfloat16())),
+        ("topk_weights", lambda r: replace(r, topk_weights_TK=r.topk_weights_TK.to("meta"))),
+    ],
+)
+def test_a_router_whose_choice_does_not_fit_is_refused_before_anything_is_sent(field, change):
+    class Odd(LinearRouter):
+        def forward(self, x_TD, **kwargs):
+            decision = super().forward(x_TD, **kwargs)
+            return change(decision) if x_TD.shape[0] == 5 else decision
+
+    def rank(me):
+        layer = make(me.transport(), router=Odd(D, E, K, dtype=torch.float64))
+        with pytest.raises(ConfigError) as caught:
+            layer(tokens(5 if me.rank == 1 else 4))
+        assert caught.value.field == field
+        assert layer.transport.stats.exchanges == 0
+        layer(tokens(4))
+
+    virtual_world(2).run(rank)
 
 
 def test_auto_names_the_planner():
@@ -178,12 +246,13 @@ def bad_calls():
         "hidden": ("x.shape[-1]", torch.randn(5, D + 1, dtype=torch.float64)),
         "dtype": ("x.dtype", good.float()),
         "device": ("x.device", good.to("meta")),
+        "list": ("x", good.tolist()),
         "nan": ("logits", nan),
     }
 
 
 @pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
-@pytest.mark.parametrize("kind", ["hidden", "dtype", "device", "nan"])
+@pytest.mark.parametrize("kind", ["hidden", "dtype", "device", "list", "nan"])
 def test_a_refusal_of_one_rank_is_raised_by_all_and_the_layer_stays_usable(kind, schedule):
     field, bad = bad_calls()[kind]
 
@@ -202,7 +271,7 @@ def test_a_refusal_of_one_rank_is_raised_by_all_and_the_layer_stays_usable(kind,
         assert after == 2 * refused, "the refused step sent nothing"
 
 
-@pytest.mark.parametrize("kind", ["hidden", "dtype", "device", "nan"])
+@pytest.mark.parametrize("kind", ["hidden", "dtype", "device", "list", "nan"])
 def test_a_refusal_on_one_rank_alone(kind):
     field, bad = bad_calls()[kind]
     for layer in (make(), make(schedule="chunked(2)")):
@@ -244,14 +313,18 @@ def test_a_failing_router_is_a_refusal_too():
         ("chunk_by", {"schedule": "chunked(4,experts)"}),
         ("header", {"activation": "relu"}),
         ("config_digest", {"bad_logits": "drop"}),
+        ("schedule_digest", {"schedule": "shared_expert(0)", "shared_expert_size": F}),
+        ("dtype", {"dtype": torch.float32}),
     ],
 )
 def test_ranks_that_differ_raise_plan_mismatch_before_any_payload(name, change):
     def rank(me):
-        options = {"schedule": "chunked(4)"} | (change if me.rank == 1 else {})
-        layer = make(me.transport(), **options)
-        with pytest.raises(PlanMismatch):
-            layer(tokens(5))
+        options = {"schedule": "chunked(4)"}
+        if name == "schedule_digest":
+            options = {"schedule": "shared_expert(1)", "shared_expert_size": F}
+        layer = make(me.transport(), **options | (change if me.rank == 1 else {}))
+        with pytest.raises(PlanMismatch, match="another configuration" if name in ("header", "dtype") else name):
+            layer(tokens(5, dtype=layer.down_proj.dtype))
         return layer.transport.stats.payload_bytes
 
     assert virtual_world(2).run(rank) == [0, 0]
@@ -492,7 +565,14 @@ def test_moe_forward_is_the_oracle(world, kind):
     [
         ("topk_ids", {"ids": torch.full((4, K), E)}),
         ("topk_ids", {"ids": torch.full((4, K), -2)}),
+        ("topk_ids", {"ids": torch.full((4, K), 2**32)}),
         ("topk_ids", {"ids": torch.zeros(4, K)}),
+        ("topk_ids", {"ids": torch.zeros(4, dtype=torch.int64)}),
+        ("topk_ids", {"ids": torch.zeros(4, K, dtype=torch.int64, device="meta")}),
+        ("topk_weights", {"weights": torch.ones(4, K, device="meta")}),
+        ("topk_weights", {"weights": None}),
+        ("x", {"x": torch.zeros((), dtype=torch.float64)}),
+        ("down_proj", {"w_out": torch.zeros(E // 2, D, F)}),
         ("topk_weights", {"weights": torch.ones(4, K + 1)}),
         ("x.shape[-1]", {"x": torch.zeros(4, D + 1, dtype=torch.float64)}),
         ("x.dtype", {"x": torch.zeros(4, D)}),
@@ -509,13 +589,14 @@ def test_moe_forward_refuses_on_all_ranks(field, change):
             "w_in": torch.zeros(local, 2 * F, D, dtype=torch.float64),
             "w_out": torch.zeros(local, D, F, dtype=torch.float64),
         }
-        transport = me.transport()
+        good, transport = dict(arguments), me.transport()
         if me.rank == 1:
             bad = {k: v[:local] if k == "w_in" else v for k, v in change.items()}
             arguments |= bad
         with pytest.raises(ConfigError) as caught:
             moe_forward(*arguments.values(), transport=transport)
-        if me.rank == 1:
-            assert caught.value.field == field
+        assert caught.value.field == field
+        assert transport.stats.exchanges == 0
+        moe_forward(*good.values(), transport=transport)
 
     virtual_world(2).run(rank)

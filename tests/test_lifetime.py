@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import ConfigError, MoELayer, ShortcutBlock
+from moe_overlap import ConfigError, MoELayer, RemoteAbort, ShortcutBlock
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.local import LocalTransport
+from tests.ranks import virtual_world
+from tests.tolerances import same_bits
 
 D, F, E, K = 16, 24, 8, 2
 
@@ -124,3 +127,66 @@ def test_buffers_of_an_unfinished_backward_are_not_taken_for_those_of_the_next()
     for weight in layer.expert_weights:
         assert not weight.grad.any(), "the auxiliary loss does not depend on the experts"
     del y
+
+
+# ---------------------------------------------------------------- after errors
+
+
+def test_steps_are_counted_from_the_opening():
+    """Rank 0 fails after a step, when rank 1 is in the next one already: reopened, both begin anew."""
+
+    def rank(me):
+        layer = make(me.transport())
+        before = layer(tokens())
+        me.barrier()
+        if me.rank == 0:
+            layer.transport.close("an error after the step")
+        else:
+            with pytest.raises(RemoteAbort, match="after the step"):
+                layer(tokens())
+        layer.transport.reopen()
+        same_bits(layer(tokens()), before)
+
+    virtual_world(2).run(rank)
+
+
+def test_a_failed_or_lost_ticket_does_not_block_the_layer():
+    def rank(me, lost):
+        layer = make(me.transport())
+        ticket = layer.begin(tokens())
+        me.barrier()
+        if lost:
+            layer.transport.close("an error of the caller between the stages")
+            del ticket
+        else:
+            layer.transport.close("an error elsewhere")
+            with pytest.raises(RuntimeError, match="error"):
+                layer.run_experts(ticket)
+            with pytest.raises(RuntimeError, match="this ticket is failed"):
+                layer.finish(ticket)
+        layer.transport.reopen()
+        again = layer.begin(tokens())
+        layer.run_experts(again)
+        same_bits(layer.finish(again), layer(tokens()))
+
+    for lost in (False, True):
+        virtual_world(2).run(lambda me, lost=lost: rank(me, lost))
+
+
+# ---------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+def test_a_layer_can_be_copied_after_a_call(schedule):
+    def rank(me):
+        layer = make(me.transport(), schedule=schedule, aux_loss_coef=0.1)
+        y = layer(tokens().requires_grad_())
+        twin = copy.deepcopy(layer)
+        assert twin.transport is layer.transport and twin.take_aux_loss() is None
+        assert all(a is not b for a, b in zip(twin.parameters(), layer.parameters(), strict=True))
+        same_bits(twin(tokens()), y)
+        y.sum().backward()
+        assert twin.down_proj.grad is None and layer.down_proj.grad is not None
+
+    virtual_world(2).run(rank)
+    copy.deepcopy(make(schedule=schedule))(tokens())

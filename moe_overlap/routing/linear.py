@@ -60,7 +60,7 @@ class LinearRouter(nn.Module):
         _check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
         _check_choices(score, bad_logits)
         _check_numbers(scale=scale, aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
-        if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
+        if capacity_factor is not None and not (_is_finite(capacity_factor) and capacity_factor > 0):
             raise ConfigError("capacity_factor", capacity_factor, "None or a finite number above 0")
         self.hidden_size = hidden_size
         self.num_experts = num_experts
@@ -176,9 +176,12 @@ class LinearRouter(nn.Module):
 
 
 def _check_sizes(hidden_size: int, num_experts: int, top_k: int, n_group: int, topk_group: int) -> None:
-    for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts)):
-        if value < 1:
+    sizes = {"hidden_size": hidden_size, "num_experts": num_experts, "n_group": n_group, "topk_group": topk_group}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(name, value, "an integer of at least 1")
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
     if not 1 <= top_k <= num_experts:
         raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
     if n_group < 1 or num_experts % n_group:
@@ -197,8 +200,12 @@ def _check_choices(score: str, bad_logits: str) -> None:
 
 
 def _check_numbers(*, scale: float, aux_loss_coef: float, z_loss_coef: float) -> None:
-    if not math.isfinite(scale):
+    if not _is_finite(scale):
         raise ConfigError("scale", scale, "a finite number")
     for name, value in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
-        if not (math.isfinite(value) and value >= 0):
+        if not (_is_finite(value) and value >= 0):
             raise ConfigError(name, value, "a finite number of at least 0")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, Schedule, dependencies
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.builders import SchedulePair, parse_choice
 from moe_overlap.schedule.simulate import simulate
 
 LANES = ("comp", "wire")
@@ -97,6 +97,22 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
     mirrored = [a.text.replace("t", "") for a in pair.backward if a.verb in ("Bt", "St")]
     if ops != mirrored[::-1]:
         raise ConfigError("schedule.backward", pair.backward.text, f"the backward of {ops} in reverse order")
+
+
+def layer_schedule(schedule: str | SchedulePair, *, shared: bool) -> SchedulePair:
+    """The checked pair that a layer without backbone ops runs; `shared`: whether it has a shared expert.
+
+    Raises ConfigError where the word or the pair names something else.
+    """
+    pair = parse_choice(schedule, shared=shared) if isinstance(schedule, str) else schedule
+    if not isinstance(pair, SchedulePair):
+        raise ConfigError("schedule", schedule, "a word such as 'chunked(2)', or a SchedulePair")
+    check(pair)
+    if pair.num_ops:
+        raise ConfigError("schedule", pair.forward.text, "no backbone ops: those belong to a ShortcutBlock")
+    if pair.has_shared != shared:
+        raise ConfigError("schedule", pair.forward.text, f"{'one' if shared else 'no'} shared expert (S)")
+    return pair
 
 
 def _mark(schedule: Schedule, problem: Problem) -> str:

@@ -11,14 +11,22 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.checkpoint import _StopRecomputationError
 
-from moe_overlap.autograd import Fork, Marker, Stage, reserve_sequence_numbers
-from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
+from moe_overlap.autograd import (
+    Fork,
+    Marker,
+    Stage,
+    autocast_off,
+    check_same_routing,
+    closing_on_error,
+    reserve_sequence_numbers,
+    routing_digest,
+)
+from moe_overlap.errors import ConfigError
 from moe_overlap.plan import ChunkPlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import SchedulePair
@@ -124,7 +132,7 @@ class Step:
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
         self._before_op()
         start_s = time.perf_counter()
-        with self._closing_on_error(action.text):
+        with closing_on_error(self.transport, action.text):
             result = op(self.hidden)
         self.note(action.text, "comp", start_s, time.perf_counter())
         if self.grad and result.requires_grad:
@@ -223,7 +231,7 @@ class Step:
         text, body = self._FORWARD[node.action.verb, node.half]
         if node.action.index is not None:
             text += str(node.action.index)
-        with self._closing_on_error(text), _autocast_off(self._empty.device.type):
+        with closing_on_error(self.transport, text), autocast_off(self._empty.device.type):
             start_s = time.perf_counter()
             result = body(self, ctx, node.action.index, *tensors)
             if not node.half and node.action.verb != "Ew":
@@ -253,7 +261,7 @@ class Step:
         if self.grad:
             # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
             # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
-            ctx.routing_digest = _routing_digest(self._rows.slot_to_row)
+            ctx.routing_digest = routing_digest(self._rows.slot_to_row)
             ctx.save_for_backward(ctx.routing_digest, *self._rows.saved(weights_TK).tensors())
         del self._rows
         return y_TD
@@ -266,7 +274,7 @@ class Step:
     def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> Tensors:
         """The backward body of `node`; returns the gradients of its tensors, empty ones for its tokens."""
         self._close_op()
-        with self._closing_on_error(node.action.text):
+        with closing_on_error(self.transport, node.action.text):
             start_s = time.perf_counter()
             result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
             if not node.half:
@@ -275,14 +283,7 @@ class Step:
 
     def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
         digest, *saved = ctx.saved_tensors
-        recomputed = digest.data_ptr() != ctx.routing_digest.data_ptr()
-        if recomputed and not torch.equal(digest, ctx.routing_digest):
-            raise ConfigError(
-                "routing",
-                "another choice of experts in the recompute",
-                "a router that repeats its choice under activation checkpointing (save it with sac_policy(), and keep "
-                "noise out of the router)",
-            )
+        check_same_routing(digest, ctx.routing_digest)
         self._grads = BackwardRows(
             self.plan,
             # Detached: the router's weights lead to the nodes, which hold this step.
@@ -414,25 +415,6 @@ class Step:
         self.events.append(event)
         emit(event)
 
-    @contextmanager
-    def _closing_on_error(self, action: str) -> Iterator[None]:
-        """A rank that fails on its own closes its transport first, so that its peers learn at once."""
-        try:
-            yield
-        except _StopRecomputationError:
-            raise
-        except TransportTimeout as error:
-            if not action.startswith("Ct"):
-                raise
-            hint = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
-            where = {name: getattr(error, name) for name in ("rank", "peer", "step", "chunk", "action", "seconds")}
-            raise TransportTimeout(f"{error.message}; {hint}", **where) from error
-        except MoeTransportError:
-            raise
-        except Exception as error:
-            self.transport.close(f"rank {self.transport.rank}, {action}: {type(error).__name__}: {error}")
-            raise
-
     # (verb, half) of the node -> what it does; in forward also the verb of its action.
     _FORWARD: ClassVar[dict[tuple[str, str], tuple[str, Callable[..., torch.Tensor | None]]]] = {
         ("Pt", ""): ("P", _permute),
@@ -465,16 +447,3 @@ class _Detached:
         self.saved_tensors = output_node.saved_tensors
         self.routing_digest = output_node.routing_digest
         self.needs_input_grad = (False, False, False)
-
-
-def _autocast_off(device_type: str) -> AbstractContextManager[object]:
-    """The dtype of the rows was chosen at the entry; the bodies compute in it, whatever autocast says."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _routing_digest(slot_to_row: torch.Tensor) -> torch.Tensor:
-    """A number that changes when the choice of experts does: int64 scalar, on the device, read by nobody's host."""
-    flat = slot_to_row.reshape(-1).to(torch.int64)
-    return ((flat + 1) * (torch.arange(flat.numel(), device=flat.device) * 2654435761 + 1)).sum()

@@ -1,0 +1,54 @@
+"""The arguments of a layer: what its constructor accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.plan import DTYPES
+from moe_overlap.routing.linear import LinearRouter
+
+
+def check_sizes(
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_experts: int,
+    top_k: int,
+    shared_expert_size: int | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Raises ConfigError for a size that is no integer in its range, or a dtype that rows cannot have."""
+    sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
+    if shared_expert_size is not None:
+        sizes["shared_expert_size"] = shared_expert_size
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(name, value, "an integer of at least 1")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError("dtype", dtype, f"None or one of {DTYPES}")
+
+
+def make_router(
+    router: str | nn.Module | None,
+    hidden_size: int,
+    num_experts: int,
+    top_k: int,
+    options: dict[str, Any],
+    factory: dict[str, Any],
+) -> nn.Module:
+    """The module given, checked against the layer, or a LinearRouter with the score given and the options."""
+    if isinstance(router, nn.Module):
+        defaults = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
+        for name, default in defaults.items():
+            if options[name] != default:
+                raise ConfigError(name, options[name], f"{default!r} beside a router module, which has its own")
+        for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts), ("top_k", top_k)):
+            if getattr(router, name, value) != value:
+                raise ConfigError(name, value, f"the {name} of the router module, {getattr(router, name)}")
+        return router
+    return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
