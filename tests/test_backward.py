@@ -220,6 +220,21 @@ def test_a_layer_in_a_block_reports_the_schedule_it_ran():
         assert "comp | P B0 E0 B1 B2 U" in text and "not measured" not in text
 
 
+@pytest.mark.parametrize("tap", [0, 4])
+def test_backward_does_not_write_into_the_gradient_it_is_given(tap):
+    """With nothing after the tap, the gradient of the backbone's output is the caller's own tensor."""
+
+    def rank(me):
+        x = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+        y = make_block(me, tap=tap, slot=0)(x)
+        dy = torch.randn_like(y)
+        before = dy.clone()
+        y.backward(dy)
+        same_bits(dy, before)
+
+    virtual_world(2).run(rank)
+
+
 def test_parameter_hooks_see_complete_gradients():
     def rank(me):
         block = make_block(me, tap=1, slot=1, chunks=2)
