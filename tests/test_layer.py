@@ -394,6 +394,16 @@ def test_a_rank_whose_input_needs_no_gradient_still_takes_part(schedule):
                 same_bits(got, want)
 
 
+@pytest.mark.parametrize(("wanted_by", "exchanges"), [((), 3), ((1,), 4), ((0, 1), 4)])
+def test_input_gradients_are_exchanged_only_where_some_rank_wants_them(wanted_by, exchanges):
+    def rank(me):
+        layer = make(me.transport(), schedule="chunked(2)")
+        layer(tokens(6, me.rank).requires_grad_(me.rank in wanted_by)).sum().backward()
+        return layer.transport.stats.exchanges
+
+    assert virtual_world(2).run(rank) == [2 * exchanges] * 2
+
+
 def test_frozen_experts_still_pass_the_input_gradient():
     def rank(me, frozen):
         layer = make(me.transport(), schedule="chunked(2)")
