@@ -394,6 +394,32 @@ def test_a_rank_whose_input_needs_no_gradient_still_takes_part(schedule):
                 same_bits(got, want)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_overlap_off_waits_for_every_exchange_before_anything_else(overlap):
+    """The baseline of every speed-up: were it overlapped by mistake, no result would tell."""
+
+    def rank(me):
+        layer = make(me.transport(), schedule="chunked(2)", overlap=overlap)
+        log, start = [], layer.transport.start
+
+        def logged_start(*args, action, **kwargs):
+            log.append(f"start {action}")
+            work = start(*args, action=action, **kwargs)
+            wait = work.wait
+            work.wait = lambda: (log.append(f"wait {action}"), wait())[1]
+            return work
+
+        layer.transport.start = logged_start
+        layer(tokens(6, me.rank).requires_grad_()).sum().backward()
+        return log
+
+    for log in virtual_world(2).run(rank):
+        started = [i for i, entry in enumerate(log) if entry.startswith("start")]
+        assert len(started) == 8
+        joined = [log[i + 1] == log[i].replace("start", "wait") for i in started]
+        assert all(joined) if not overlap else not any(joined[:1]), log
+
+
 @pytest.mark.parametrize(("wanted_by", "exchanges"), [((), 3), ((1,), 4), ((0, 1), 4)])
 def test_input_gradients_are_exchanged_only_where_some_rank_wants_them(wanted_by, exchanges):
     def rank(me):
