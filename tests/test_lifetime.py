@@ -190,3 +190,22 @@ def test_a_layer_can_be_copied_after_a_call(schedule):
 
     virtual_world(2).run(rank)
     copy.deepcopy(make(schedule=schedule))(tokens())
+
+
+def test_an_error_of_a_users_op_reaches_the_peers_at_once_and_reopen_mends():
+    def rank(me):
+        block = ShortcutBlock(
+            [nn.Identity(), nn.Linear(D, D, dtype=torch.float64)], make(me.transport()), tap=0, slot=1
+        )
+        before = block(tokens())
+        forward = block.backbone[1].forward
+        block.backbone[1].forward = None if me.rank == 0 else forward
+        with pytest.raises(TypeError if me.rank == 0 else RemoteAbort) as caught:
+            block(tokens())
+        assert me.rank == 0 or "B1: TypeError" in str(caught.value)
+        block.backbone[1].forward = forward
+        block.moe.transport.reopen()
+        same_bits(block(tokens()), before)
+
+    for seed in range(3):
+        virtual_world(2, seed=seed).run(rank)
