@@ -154,13 +154,12 @@ class Dispatcher:
         """Open the transport, unless it is; steps count from there. When a step fails, one rank may have begun the next
         one already, so that the ranks' counts differ; only an opening, which all ranks do together, makes them equal.
         """
-        before_bytes = self.transport.stats.meta_bytes
         try:
-            self.transport.open(self.header)
+            opened = self.transport.open(self.header)
         except ConfigError as error:
             self.transport.close(str(error))  # open for another configuration: the peers wait in their step's record
             raise
-        if self.transport.stats.meta_bytes != before_bytes:
+        if opened:
             self.steps = 0
 
     def _agree(self, record: StepRecord, pair: SchedulePair) -> ChunkPlan:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from moe_overlap.autograd import Tap
+from moe_overlap.autograd import Tap, closing_on_error
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer import MoELayer
 from moe_overlap.plan import ChunkBy
@@ -94,11 +94,12 @@ class ShortcutBlock(nn.Module):
     @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
-        for op in self.backbone[: self.tap]:
-            h = op(h)
-        hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
-        if self.pre_norm is not None:
-            tapped = self.pre_norm(tapped)
+        with closing_on_error(self.moe.transport, "the backbone before the tap"):
+            for op in self.backbone[: self.tap]:
+                h = op(h)
+            hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
+            if self.pre_norm is not None:
+                tapped = self.pre_norm(tapped)
         step, routing, _ = self.moe._begin(tapped, self.schedule)
         step.hidden = hidden
         y_TD = step.run(backbone=list(self.backbone[self.tap :]))

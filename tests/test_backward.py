@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
-from moe_overlap import ConfigError, MoELayer, ShortcutBlock, sac_policy
+from moe_overlap import ConfigError, MoELayer, RemoteAbort, ShortcutBlock, sac_policy
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.schedule.actions import Schedule
+from moe_overlap.schedule.builders import chunked
 from moe_overlap.schedule.recorder import record
 from tests.ranks import virtual_world
 from tests.tolerances import same_bits
@@ -231,6 +234,41 @@ def test_backward_does_not_write_into_the_gradient_it_is_given(tap):
         before = dy.clone()
         y.backward(dy)
         same_bits(dy, before)
+
+    virtual_world(2).run(rank)
+
+
+def test_weight_gradients_by_groups_of_experts_anywhere_after_their_rows():
+    """A hand-written backward: Ew1 before the exchanges are waited for, Ew0 and an empty group last."""
+
+    def rank(me, backward):
+        torch.manual_seed(1)
+        pair = chunked(2)
+        if backward:
+            pair = replace(pair, name="by hand", backward=Schedule.parse(backward))
+        layer = MoELayer(D, F, E, 2, transport=me.transport(), schedule=pair, dtype=torch.float64)
+        x = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(me.rank)).requires_grad_()
+        with record() as events:
+            layer(x).square().sum().backward()
+        order = [event.action for event in events if event.phase == "backward" and event.lane == "comp"]
+        return order, [x.grad, *(p.grad for p in layer.parameters())]
+
+    by_hand = "Ut Ct0 Ct1 Ed0 Dt0 Ed1 Dt1 Ew1 Ew2 Pt Ew0"
+    want = virtual_world(2).run(lambda me: rank(me, None))
+    for (order, got), (_, plain) in zip(virtual_world(2).run(lambda me: rank(me, by_hand)), want, strict=True):
+        assert order == ["Ut", "Ed0", "Ed1", "Ew1", "Ew2", "Pt", "Ew0"]
+        for g, w in zip(got, plain, strict=True):
+            same_bits(g, w)
+
+
+def test_an_error_before_the_tap_reaches_the_peers_at_once():
+    def rank(me):
+        block = make_block(me, tap=1, slot=1)
+        if me.rank == 1:
+            block.backbone[0].body = lambda h: h @ torch.zeros(1)
+        x = torch.randn(5, D, dtype=torch.float64)
+        with pytest.raises(RuntimeError if me.rank == 1 else RemoteAbort):
+            block(x)
 
     virtual_world(2).run(rank)
 

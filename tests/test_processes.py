@@ -20,6 +20,7 @@ from moe_overlap import (
     PeerFailed,
     PlanMismatch,
     ShortcutBlock,
+    TransportClosed,
     TransportTimeout,
     ignore_experts_for_ddp,
 )
@@ -146,6 +147,30 @@ def disagreeing():
 
 def test_ranks_that_disagree_raise_alike_and_go_on():
     assert gloo_pool(2).run(disagreeing) == [torch.Size([7, D])] * 2
+
+
+def fails_and_reopens():
+    """Rank 1 fails in the middle of a step that rank 0 finishes; after reopen both go on, from the same step."""
+    rank = dist.get_rank()
+    torch.manual_seed(1)
+    block = ShortcutBlock([Op(), Op()], MoELayer(D, F, E, 1, group=dist.group.WORLD, dtype=torch.float64), tap=0, slot=1)
+    before = block(tokens(rank)).detach()
+    body = block.backbone[1].forward
+    if rank == 1:
+        block.backbone[1].forward = lambda h: h @ torch.zeros(1)
+    with pytest.raises(RuntimeError):
+        for _ in range(3):
+            block(tokens(rank))
+    with pytest.raises(TransportClosed):
+        block(tokens(rank))
+    block.backbone[1].forward = body
+    block.moe.transport.reopen()
+    same_bits(block(tokens(rank)).detach(), before)
+    return block.moe.dispatcher.steps
+
+
+def test_a_failed_layer_goes_on_after_reopen():
+    assert gloo_pool(2).run(fails_and_reopens) == [1, 1]
 
 
 def dies_in_the_middle(victim, phase):

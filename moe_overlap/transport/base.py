@@ -77,10 +77,10 @@ class Transport(Protocol):
     def stats(self) -> TransportStats:
         """Counted by the transport that moves the bytes: one that wraps another has that one's."""
 
-    def open(self, header: Header) -> None:
-        """Compare `header` on all ranks; called once by the layer before its first step, again after `reopen`.
+    def open(self, header: Header) -> bool:
+        """Compare `header` on all ranks; called by the layer before its first step, and again after `reopen`.
 
-        Idempotent for an equal header. Raises PlanMismatch alike on all ranks where headers differ, ConfigError when
+        Returns whether it was opened now; False where it is open for an equal header already. Raises PlanMismatch alike on all ranks where headers differ, ConfigError when
         the transport is already open for another configuration.
         """
 

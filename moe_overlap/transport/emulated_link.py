@@ -162,10 +162,11 @@ class EmulatedLinkTransport:
     def stats(self) -> TransportStats:
         return self.inner.stats
 
-    def open(self, header: Header) -> None:
-        self.inner.open(header)
+    def open(self, header: Header) -> bool:
+        opened = self.inner.open(header)
         if self._board is None:
             self._board = _share_board(self.inner)
+        return opened
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         if self._board is None:

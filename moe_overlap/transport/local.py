@@ -33,9 +33,10 @@ class LocalTransport(Lifecycle):
     def __init__(self, *, timeout_s: float | None = None) -> None:
         super().__init__(rank=0, world_size=1, timeout_s=timeout_s)
 
-    def open(self, header: Header) -> None:
-        if not self._is_open_for(header):
-            self._header = header
+    def open(self, header: Header) -> bool:
+        opened = not self._is_open_for(header)
+        self._header = header
+        return opened
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         words = self._require_record(record)

@@ -47,8 +47,8 @@ class NoCommTransport:
     def stats(self) -> TransportStats:
         return self.inner.stats
 
-    def open(self, header: Header) -> None:
-        self.inner.open(header)
+    def open(self, header: Header) -> bool:
+        return self.inner.open(header)
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         return self.inner.agree(record)

@@ -136,9 +136,9 @@ class ProcessGroupTransport(Lifecycle):
         if hasattr(self._options, "asyncOp"):
             self._options.asyncOp = True
 
-    def open(self, header: Header) -> None:
+    def open(self, header: Header) -> bool:
         if self._is_open_for(header):
-            return
+            return False
         words = header.to_tensor(world_size=self.world_size)
         table = self.gather(words, Where(action="open"))
         different = (table != table[0]).any(dim=1).nonzero()
@@ -153,6 +153,7 @@ class ProcessGroupTransport(Lifecycle):
                 )
             )
         self._header = header
+        return True
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         words = self._require_record(record)

@@ -67,9 +67,9 @@ class VirtualTransport(Lifecycle):
         super().__init__(rank=rank, world_size=channel.world.world_size, timeout_s=timeout_s)
         self._channel = channel
 
-    def open(self, header: Header) -> None:
+    def open(self, header: Header) -> bool:
         if self._is_open_for(header):
-            return
+            return False
         mine = header.to_tensor(world_size=self.world_size)
         where = Where(action="open")
         meeting = self._meet("control", mine, where)
@@ -86,6 +86,7 @@ class VirtualTransport(Lifecycle):
                     )
                 )
         self._header = header
+        return True
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         words = self._require_record(record)
