@@ -34,8 +34,10 @@ help:
 
 setup: $(STAMP)
 
+# Two test files at a time, where pytest-xdist is there; one thread each, as the tests start ranks of their own.
 test: $(STAMP)
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=12 \
+	  $$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null || true)
 
 # The main job and the main benchmark.
 TRAIN_ARGS = --ranks 2 --kind scmoe_pos2 --steps $(if $(QUICK),10,60) --compare-overlap --save-routing $(OUT)/routing.safetensors
