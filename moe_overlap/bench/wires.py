@@ -25,7 +25,6 @@ from moe_overlap.transport.nocomm import NoCommTransport
 from moe_overlap.transport.process_group import ProcessGroupTransport
 
 SHARE_TOLERANCE = 0.02
-SHARE_ROUNDS = 3
 PROBE_REPEATS = 4
 ISOLATED_REPEATS = 3
 
@@ -173,12 +172,12 @@ def link_bytes(world: World, plan: ChunkPlan, layout: RowLayout, ranks_per_node:
 
 
 def solve_link(
-    runner: Runner, model: BlockPair, wires: Wires, *, share: float, latency_s: float, ranks_per_node: int
+    runner: Runner, model: BlockPair, wires: Wires, *, share: float, latency_s: float, ranks_per_node: int, rounds: int
 ) -> LinkSpec:
     """The rate at which communication is `share` of the serial step of `model`, found by measuring. Collective.
 
-    The first guess is the time of the bytes; each round corrects it by what the step really took. Raises ConfigError
-    where no rate gives that share: the latency alone, or what the core itself takes, is too much.
+    The first guess is the time of the bytes; each further round corrects it by what the step really took. Raises
+    ConfigError where no rate gives that share: the latency alone, or what the core itself takes, is too much.
     """
     world, pair = runner.world, serial()
     layout = RowLayout(width=model.sizes.hidden, dtype=model.dtype)
@@ -187,23 +186,28 @@ def solve_link(
     if payload == 0:
         raise ConfigError("--comm-share", share, "routing that sends rows to another node")
     nocomm = Variant(name="nocomm", model=model, pair=pair, transport=wires.nocomm)
-    bare_s = runner.interleave([nocomm], [PROBE_REPEATS])[0].time_s
+    bare_s = runner.interleave([nocomm], [PROBE_REPEATS], warmup=2)[0].time_s
     nocomm_s = median(bare_s)
-    fixed_s = (4 if runner.phase == "train" else 2) * latency_s
+    transfer_s = nocomm_s * share / (1 - share) - (4 if runner.phase == "train" else 2) * latency_s
+    if transfer_s <= 0:
+        raise ConfigError(
+            "--comm-share", share, f"a larger share: latencies alone take more of {nocomm_s * 1e3:.3g} ms"
+        )
     link = None
-    for _ in range(SHARE_ROUNDS):
-        transfer_s = nocomm_s * share / (1 - share) - fixed_s
-        if transfer_s <= 0:
-            raise ConfigError("--comm-share", share, "a larger share: latency and the core already take more")
+    for round_ in range(rounds):
         # Four digits: the rate stands in the rows, and whoever gives it to --link gets the same link.
         link = LinkSpec(bytes_per_s=125e3 * float(f"{payload / transfer_s / 125e3:.4g}"), latency_s=latency_s)
         wires.emulate(link, ranks_per_node)
+        if round_ == rounds - 1:
+            break
         slow = Variant(name="serial", model=model, pair=pair, transport=wires.link)
-        times = runner.interleave([slow, nocomm], [PROBE_REPEATS] * 2, warmup=0)
+        times = runner.interleave([slow, nocomm], [PROBE_REPEATS] * 2)
         bare_s += times[1].time_s
         serial_s, nocomm_s = median(times[0].time_s), median(bare_s)
         if abs(comm_share(serial_s, nocomm_s) - share) <= SHARE_TOLERANCE:
             break
-        fixed_s = serial_s - nocomm_s - transfer_s
+        missing_s = nocomm_s * share / (1 - share) - (serial_s - nocomm_s)
+        # Bounded, so that one disturbed measurement cannot throw the rate away.
+        transfer_s = min(max(transfer_s + missing_s, transfer_s / 3), transfer_s * 3)
     assert link is not None
     return link
