@@ -42,7 +42,7 @@ test: $(STAMP)
 # The main job and the main benchmark.
 TRAIN_ARGS = --ranks 2 --kind scmoe_pos2 --steps $(if $(QUICK),10,60) --compare-overlap --save-routing $(OUT)/routing.safetensors
 # Half the default tokens: both jobs are to fit into five minutes on two cores.
-BENCH_ARGS = --comm-share 0.6 --routing real --tokens 512 --out $(OUT) $(if $(QUICK),--repeats 3)
+BENCH_ARGS = --comm-share 0.6 --routing real --tokens $(if $(QUICK),256,512) --out $(OUT) $(if $(QUICK),--repeats 3)
 
 bench: $(STAMP)
 	@mkdir -p $(OUT)
