@@ -34,7 +34,8 @@ BANNED = {
     "shell": re.compile(r"shell\s*=\s*True|os\.system\("),
     "left for later": re.compile(r"\b(TODO|FIXME|XXX|HACK)\b"),
 }
-PRIVATE = re.compile(r"https?://[^ ]*/simple|index-url|/root/|/tmp/bash_jobs")
+# A package registry's address, or a folder of one person's machine.
+PRIVATE = re.compile(r"https?://\S+/(?:simple|pypi)/|index[-_]url|/(?:root|home|Users)/\w|/tmp/\w+_jobs")
 
 
 def package_files():
