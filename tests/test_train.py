@@ -135,7 +135,7 @@ def test_differences_compares_bits_of_losses():
 
 
 def test_the_committed_run_learned_and_was_bit_equal():
-    files = sorted(ROOT.glob("benchmarks/results/*/*-train.jsonl"))
+    files = sorted(ROOT.glob("benchmarks/results/*/????-??-??-train.jsonl"))
     assert files
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
