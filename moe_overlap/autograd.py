@@ -1,15 +1,15 @@
 """The autograd nodes of one layer call: thin shells around the bodies in `schedule/run.py`.
 
-Every action of a schedule is a node of its own in the user's graph, so that the engine can run the actions of the
-backward schedule in the planned order, between the backwards of the user's own modules. The nodes pass empty tensors
-("tokens") to each other: they carry the dependencies; the rows themselves lie in the buffers of the step.
+Every action of the backward schedule is a node of its own in the user's graph, so that the engine can run them in the
+planned order, between the backwards of the user's own modules. The nodes pass empty tensors ("tokens") to each other:
+they carry the dependencies; the rows themselves lie in the buffers of the step. Written as the graph is built, so that
+backward runs it from right to left:
 
-    Fork -> [router] -> P -> D.start -> D.wait -> E -> C.start -> C.wait -> U -> y        (a chunk c at each of D..C)
-      \\______ Ew (weight gradient gates) ________/
+    Fork -> [router] -> Pt -> Dt.wait -> Dt.start -> Ed -> Ct.wait -> Ct.start -> Ut -> y     (per chunk from Dt to Ct)
+      \\______ Ew (weight gradients) _______________/
 
-Run backwards, D.wait starts the adjoint exchange and D.start waits for it. Fork is the last node of the layer's
-backward: it is the one consumer of x and of the expert weights, adds the gradients of x in a fixed order, and hands
-the weight gradients over when all of them are complete.
+Fork is the last node of the layer's backward: it is the one consumer of x and of the expert weights, adds the gradients
+of x in a fixed order, and hands the weight gradients over when all of them are complete.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Fork(torch.autograd.Function):
 
 
 class Stage(torch.autograd.Function):
-    """One action. Forward and backward are the bodies that the step keeps for `node`."""
+    """One action of the backward schedule, or half of an exchange. Its forward computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, node: Node, *tensors: torch.Tensor) -> torch.Tensor:
         ctx.step, ctx.node, ctx.num_tensors = step, node, len(tensors)
         ctx.set_materialize_grads(False)
-        return step.run_forward(node, ctx, tensors)
+        return step.node_output(node, ctx)
 
     @staticmethod
     @once_differentiable

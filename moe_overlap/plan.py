@@ -162,14 +162,19 @@ class ChunkPlan:
     """One step's exchange in C chunks. `matrix` is int64 [C, W, P]: rows of chunk c that rank w sends to slot p.
 
     Send order of a rank: chunk, slot, token, k. Receive order of a chunk: source rank, slot, token, k. The experts'
-    buffer holds all chunks, expert by expert: slot, chunk, source rank, token, k, so that the rows of one expert are
-    one contiguous range (its weight gradient is one matmul) and those of one chunk within it are one too.
+    buffer holds all chunks: slot, token block, source rank, token, k. The rows of one expert are one contiguous range
+    in it (its weight gradient is one matmul), those of one chunk within them too, and the order is the same for every
+    way of cutting the exchange: forward and backward may be cut differently.
     """
 
     exchange: ExchangePlan
     chunks: int
     by: ChunkBy
     matrix: np.ndarray
+
+    def cut(self, chunks: int, by: ChunkBy) -> ChunkPlan:
+        """The same exchange cut in another way."""
+        return self if (chunks, by) == (self.chunks, self.by) else self.exchange.chunked(chunks, by)
 
     @property
     def rank(self) -> int:
@@ -221,11 +226,19 @@ class ChunkPlan:
         return self.matrix[:, :, first : first + self.local_slots]
 
     @cached_property
-    def _segment_starts(self) -> np.ndarray:
-        """int64 [C, W, e]: where each segment of `_received` starts in the experts' buffer (slot, chunk, rank)."""
-        by_slot = self._received.transpose(2, 0, 1)
-        ends = np.cumsum(by_slot.reshape(-1)).reshape(by_slot.shape)
-        return (ends - by_slot).transpose(1, 2, 0)
+    def _segments(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [e, BLOCKS, W] twice: rows of each block of each rank for this rank's slots; where each begins in the
+        experts' buffer."""
+        first = self.rank * self.local_slots
+        counts = self.exchange.counts[:, :, first : first + self.local_slots].transpose(2, 1, 0)
+        ends = np.cumsum(counts.reshape(-1)).reshape(counts.shape)
+        return counts, ends - counts
+
+    def _part_of(self, chunk: int) -> tuple[slice, slice]:
+        """(slots, blocks) of a chunk."""
+        size = self.local_slots if self.by == "experts" else BLOCKS
+        part = slice(size * chunk // self.chunks, size * (chunk + 1) // self.chunks)
+        return (part, slice(None)) if self.by == "experts" else (slice(None), part)
 
     @cached_property
     def expert_offs(self) -> torch.Tensor:
@@ -234,18 +247,22 @@ class ChunkPlan:
 
     def expert_rows(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of `chunk` of each local expert in the experts' buffer."""
-        starts = self._segment_starts[chunk, 0]
-        ends = starts + self._received[chunk].sum(axis=0)
-        return torch.from_numpy(starts.astype(np.int32)), torch.from_numpy(ends.astype(np.int32))
+        slots, blocks = self._part_of(chunk)
+        _, begins = self._segments
+        starts = begins[:, 0, 0].astype(np.int32)
+        starts[slots] = begins[slots, blocks][:, 0, 0]
+        ends = starts + self._received[chunk].sum(axis=0).astype(np.int32)
+        return torch.from_numpy(starts), torch.from_numpy(ends)
 
     def buffer_order(self, chunk: int) -> torch.Tensor:
         """int64 [recv_rows[chunk]]: position in the experts' buffer of each received row.
 
-        Example: two ranks, two local slots, one chunk, rank 0 sends (2, 1) rows and rank 1 sends (1, 1): rows arrive
-        as 0a 0a 0b 1a 1b and go to a: 0, 1, 2 and b: 3, 4, so the order is [0, 1, 3, 2, 4].
+        Example: two ranks, two local slots, one chunk, rank 0 sends (2, 1) rows and rank 1 sends (1, 1), all of them
+        from their first block: rows arrive as 0a 0a 0b 1a 1b and go to a: 0, 1, 2 and b: 3, 4: [0, 1, 3, 2, 4].
         """
-        counts = self._received[chunk].reshape(-1)
-        starts = self._segment_starts[chunk].reshape(-1)
+        slots, blocks = self._part_of(chunk)
+        # Arrival: source rank, slot, block.
+        counts, starts = (part[slots, blocks].transpose(2, 0, 1).reshape(-1) for part in self._segments)
         arrival = np.cumsum(counts) - counts
         order = np.repeat(starts - arrival, counts) + np.arange(int(counts.sum()), dtype=np.int64)
         return torch.from_numpy(order)

@@ -47,8 +47,8 @@ class ShortcutBlock(nn.Module):
     before the point that feeds the experts (Pos-1, 2, 3 of a block pair: 2, 1, 0; see `tap_of_position`).
     shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
-    backward_slot: the same number for backward, where the best one differs. pre_norm, post_norm: on the experts'
-    input and on their output. chunks, by: chunk the exchanges as well. overlap=False: every exchange joined.
+    chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
+    ones differ. pre_norm, post_norm: on the experts' input and on their output. overlap=False: every exchange joined.
 
     y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
     """
@@ -66,6 +66,7 @@ class ShortcutBlock(nn.Module):
         pre_norm: Op | None = None,
         post_norm: Op | None = None,
         chunks: int = 1,
+        backward_chunks: int | None = None,
         by: ChunkBy = "tokens",
         overlap: bool = True,
     ) -> None:
@@ -87,7 +88,14 @@ class ShortcutBlock(nn.Module):
         self.backbone = nn.ModuleList(op if isinstance(op, nn.Module) else _Callable(op) for op in ops)
         self.pre_norm = pre_norm
         self.post_norm = post_norm
-        pair = window(len(ops) - tap, slot, chunks=chunks, by=by, backward_slot=backward_slot)
+        pair = window(
+            len(ops) - tap,
+            slot,
+            chunks=chunks,
+            by=by,
+            backward_slot=backward_slot,
+            backward_chunks=backward_chunks,
+        )
         check(pair)
         self.schedule = pair if overlap else pair.join()
 

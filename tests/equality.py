@@ -25,7 +25,7 @@ from tests.tolerances import close, same_bits
 
 D, F, E, K = 16, 24, 8, 2
 WORLDS = (1, 2, 4)
-SCHEDULES = ("serial", "chunked-tokens", "chunked-experts", "shared_expert-0", "shared_expert-1",
+SCHEDULES = ("serial", "chunked-tokens", "chunked-experts", "chunked-apart", "shared_expert-0", "shared_expert-1",
              "shortcut-pos1", "shortcut-pos2", "shortcut-pos3")  # fmt: skip
 CHUNKS = (1, 2, 3, 4, 7, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -140,7 +140,9 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     name, _, variant = case.schedule.partition("-")
     schedule, shared = "serial", None
     if name == "chunked":
-        schedule = chunked(case.chunks, variant)
+        schedule = chunked(case.chunks, "tokens" if variant == "apart" else variant)
+        if variant == "apart":  # backward in other chunks, cut in another way
+            schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "experts"))
     elif name == "shared_expert":
         schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
     elif name == "serial":
@@ -152,7 +154,7 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)
         model = ShortcutBlock([Op(case.dtype) for _ in range(3)], model, tap=tap_of_position(position), slot=1,
                               backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
-                              overlap=overlap)  # fmt: skip
+                              backward_chunks=case.chunks % 5 + 1, overlap=overlap)  # fmt: skip
     full = weights(case)
     local = E // transport.world_size
     with torch.no_grad():

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective
 from moe_overlap import ConfigError, MoELayer, RemoteAbort, ShortcutBlock, sac_policy
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.actions import Schedule
-from moe_overlap.schedule.builders import chunked
+from moe_overlap.schedule.builders import chunked, window
+from moe_overlap.schedule.check import check
 from moe_overlap.schedule.recorder import record
 from tests.ranks import virtual_world
 from tests.tolerances import same_bits
@@ -38,7 +39,8 @@ class Op(nn.Module):
         return checkpoint(self.body, h, use_reentrant=False) if self.checkpointed else self.body(h)
 
 
-def make_block(me, *, tap=0, slot=1, backward_slot=None, chunks=1, overlap=True, checkpointed=False, router=None):
+def make_block(me, *, tap=0, slot=1, backward_slot=None, chunks=1, backward_chunks=None, overlap=True,
+               checkpointed=False, router=None):  # fmt: skip
     torch.manual_seed(2)
     moe = MoELayer(D, F, E, 1, transport=me.transport(), dtype=torch.float64, router=router)
     return ShortcutBlock(
@@ -48,6 +50,7 @@ def make_block(me, *, tap=0, slot=1, backward_slot=None, chunks=1, overlap=True,
         slot=slot,
         backward_slot=backward_slot,
         chunks=chunks,
+        backward_chunks=backward_chunks,
         overlap=overlap,
         shared_expert=nn.Linear(D, D, bias=False, dtype=torch.float64),
     )
@@ -72,15 +75,74 @@ def executed_as_planned(executed, block):
 
 
 @pytest.mark.parametrize("mode", ["none", "op", "block"])
-@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize(("chunks", "backward_chunks"), [(1, 1), (3, 3), (1, 4)])
 @pytest.mark.parametrize("tap", [0, 1, 2])
-def test_the_engine_executes_the_backward_schedule(tap, chunks, mode):
+def test_the_engine_executes_the_backward_schedule(tap, chunks, backward_chunks, mode):
     for slot in range(5 - tap):
         for backward_slot in {None, 0, 4 - tap}:
             for executed, _, _, block in virtual_world(2).run(
-                lambda me, s=slot, b=backward_slot: run(me, mode, tap=tap, slot=s, backward_slot=b, chunks=chunks)
+                lambda me, s=slot, b=backward_slot: run(
+                    me, mode, tap=tap, slot=s, backward_slot=b, chunks=chunks, backward_chunks=backward_chunks
+                )
             ):
                 assert executed_as_planned(executed, block), (executed, block.schedule.backward.text)
+
+
+WRITTEN_BY_HAND = (
+    "Ut Ct0 Ct1 Ct2 Bt3 Ed0 Dt0 Bt2 Ed1 Dt1 Bt1 Ed2 Dt2 Ew0 Bt0 Ew1 Pt",
+    "Ut Ct0 Ct1 Ct2 Ed0 Ed1 Ed2 Ew1 Dt0 Ew0 Dt1 Dt2 Pt Bt3 Bt2 Bt1 Bt0",
+    "Bt3 Ut Bt2 Ct0 Ct2 Bt1 Ct1 Ed2 Ed1 Dt1 Ed0 Dt2 Dt0 Ew0 Bt0 Pt",
+)
+
+
+@pytest.mark.parametrize("mode", ["none", "op", "block"])
+@pytest.mark.parametrize("text", WRITTEN_BY_HAND)
+def test_any_valid_backward_program_is_executed_as_written(text, mode):
+    """Ops between the chunks, weight gradients in groups and early, exchanges in another order."""
+    pair = window(4, 1, chunks=2)
+    planned = replace(pair, backward=Schedule.parse(text), backward_chunks=3)
+    check(planned)
+
+    def rank(me, schedule):
+        block = make_block(me, checkpointed=mode == "op")
+        block.schedule = schedule
+        x = torch.randn(9 + me.rank, D, dtype=torch.float64, generator=torch.Generator().manual_seed(me.rank))
+        x.requires_grad_()
+        with record() as events:
+            y = checkpoint(block, x, use_reentrant=False) if mode == "block" else block(x)
+            (y * y).sum().backward()
+        executed = [event.action for event in events if event.phase == "backward" and event.lane == "comp"]
+        return executed, [y.detach(), x.grad, *(p.grad for p in block.parameters())], block
+
+    on = virtual_world(2).run(lambda me: rank(me, planned))
+    off = virtual_world(2).run(lambda me: rank(me, planned.join()))
+    mirrored = virtual_world(2).run(lambda me: rank(me, pair))
+    for (executed, grads, block), (_, joined, _), (_, usual, _) in zip(on, off, mirrored, strict=True):
+        assert executed_as_planned(executed, block)
+        for got, same, near in zip(grads, joined, usual, strict=True):
+            same_bits(got, same)
+            torch.testing.assert_close(got, near, rtol=1e-12, atol=1e-12)
+
+
+def test_weight_gradients_beside_the_last_exchange_or_before_it_are_the_same():
+    def rank(me, schedule):
+        torch.manual_seed(2)
+        moe = MoELayer(D, F, E, 2, transport=me.transport(), schedule=schedule)
+        x = torch.randn(11, D, generator=torch.Generator().manual_seed(me.rank)).requires_grad_()
+        moe(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in moe.parameters())]
+
+    for chunks in (1, 3):
+        beside, before = (chunked(chunks, defer_weight_grads=defer) for defer in (True, False))
+        assert beside.backward.text.endswith("Ew0 Pt") and f"Ew0 Dt{chunks - 1} Pt" in before.backward.text
+        check(before)
+        for got, want in zip(
+            virtual_world(2).run(lambda me, s=beside: rank(me, s)),
+            virtual_world(2).run(lambda me, s=before: rank(me, s)),
+            strict=True,
+        ):
+            for a, b in zip(got, want, strict=True):
+                same_bits(a, b)
 
 
 def test_exchanges_run_between_the_backwards_of_the_ops():

@@ -102,10 +102,14 @@ def test_a_whole_exchange_from_its_definition(
             starts, ends = plan.expert_rows(chunk)
             for slot in range(local):
                 mine = [at for at, row in zip(positions, arrived, strict=True) if row[3] % local == slot]
-                assert mine == sorted(mine)
                 assert sorted(mine) == list(range(int(starts[slot]), int(ends[slot])))
         assert sorted(buffer) == list(range(sum(plan.recv_rows)))
         assert plan.exchange.rows_per_rank[rank] == len(buffer)
+        # Whatever the chunks: slot, block, source rank, token, k.
+        block = {rank: [b for b in range(BLOCKS) for _ in range(t * b // BLOCKS, t * (b + 1) // BLOCKS)]
+                 for rank, t in enumerate(tokens[:world])}  # fmt: skip
+        whole = [buffer[at] for at in sorted(buffer)]
+        assert whole == sorted(whole, key=lambda row: (row[3], block[row[0]][row[1]], *row[:3]))
         in_slot_order = [buffer[at][3] for at in sorted(buffer)]
         assert in_slot_order == sorted(in_slot_order)
         offs = np.cumsum([in_slot_order.count(rank * local + slot) for slot in range(local)])

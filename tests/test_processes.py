@@ -153,7 +153,9 @@ def fails_and_reopens():
     """Rank 1 fails in the middle of a step that rank 0 finishes; after reopen both go on, from the same step."""
     rank = dist.get_rank()
     torch.manual_seed(1)
-    block = ShortcutBlock([Op(), Op()], MoELayer(D, F, E, 1, group=dist.group.WORLD, dtype=torch.float64), tap=0, slot=1)
+    block = ShortcutBlock(
+        [Op(), Op()], MoELayer(D, F, E, 1, group=dist.group.WORLD, dtype=torch.float64), tap=0, slot=1
+    )
     before = block(tokens(rank)).detach()
     body = block.backbone[1].forward
     if rank == 1:

@@ -21,20 +21,26 @@ from moe_overlap.schedule.actions import Action, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulePair:
-    """The forward and the backward schedule of one layer call, and what they were built from."""
+    """The forward and the backward schedule of one layer call, and what they were built from.
+
+    `chunks` and `by` say how the exchanges of forward are cut, `backward_chunks` and `backward_by` those of backward.
+    """
 
     name: str
     forward: Schedule
     backward: Schedule
     chunks: int
     by: ChunkBy
+    backward_chunks: int
+    backward_by: ChunkBy
     slot: int | None = None
     joined: bool = False
 
     @property
     def digest(self) -> int:
         """Equal on all ranks that will issue the same exchanges in the same order."""
-        return digest(self.forward.text, self.backward.text, self.chunks, self.by)
+        cuts = (self.chunks, self.by, self.backward_chunks, self.backward_by)
+        return digest(self.forward.text, self.backward.text, *cuts)
 
     @property
     def num_ops(self) -> int:
@@ -44,6 +50,12 @@ class SchedulePair:
     @property
     def has_shared(self) -> bool:
         return self.forward.count("S") > 0
+
+    def with_backward(self, other: SchedulePair) -> SchedulePair:
+        """This pair's forward schedule with the backward schedule of `other`."""
+        return replace(
+            self, backward=other.backward, backward_chunks=other.backward_chunks, backward_by=other.backward_by
+        )
 
     def join(self, joined: bool = True) -> SchedulePair:
         """The same schedules with every exchange joined right after its start (overlap off), or not."""
@@ -58,9 +70,9 @@ def _interleave(first: str, second: str, count: int) -> list[Action]:
     return [Action(verb, index) for index in range(count) for verb in (first, second)]
 
 
-def _check_chunks(chunks: int, by: str) -> None:
+def _check_chunks(chunks: int, by: str, field: str = "chunks") -> None:
     if not isinstance(chunks, int) or isinstance(chunks, bool) or not 1 <= chunks <= BLOCKS:
-        raise ConfigError("chunks", chunks, f"an integer from 1 to {BLOCKS}")
+        raise ConfigError(field, chunks, f"an integer from 1 to {BLOCKS}")
     if by not in CHUNK_BY:
         raise ConfigError("chunk_by", by, f"one of {CHUNK_BY}")
 
@@ -71,10 +83,14 @@ def _forward(before: list[Action], after: list[Action], chunks: int) -> Schedule
     return Schedule(tuple(parts))
 
 
-def _backward(before: list[Action], after: list[Action], chunks: int) -> Schedule:
-    """`before`: ops between the first exchanges and the experts; `after`: ops under the second exchanges."""
-    parts = [Action("Ut"), *_actions("Ct", range(chunks)), *before, *_interleave("Ed", "Dt", chunks)]
-    return Schedule((*parts, Action("Ew", 0), *after, Action("Pt")))
+def _backward(before: list[Action], after: list[Action], chunks: int, *, defer: bool = True) -> Schedule:
+    """`before`: ops between the first exchanges and the experts; `after`: ops under the second exchanges.
+
+    `defer`: the weight gradients after the start of the last exchange, so that they run beside it; else before.
+    """
+    *parts, last = [Action("Ut"), *_actions("Ct", range(chunks)), *before, *_interleave("Ed", "Dt", chunks)]
+    grads = [last, Action("Ew", 0)] if defer else [Action("Ew", 0), last]
+    return Schedule((*parts, *grads, *after, Action("Pt")))
 
 
 def serial(*, shared: bool = False) -> SchedulePair:
@@ -88,19 +104,36 @@ def serial(*, shared: bool = False) -> SchedulePair:
         backward=Schedule((*head, *backward)),
         chunks=1,
         by="tokens",
+        backward_chunks=1,
+        backward_by="tokens",
         joined=True,
     )
 
 
-def chunked(chunks: int, by: ChunkBy = "tokens", *, shared: bool = False) -> SchedulePair:
-    """All dispatches, then expert and combine of each chunk in turn: T(r) = max{2ra, 2a + re, (r+1)a + e}."""
+def chunked(
+    chunks: int,
+    by: ChunkBy = "tokens",
+    *,
+    shared: bool = False,
+    backward_chunks: int | None = None,
+    defer_weight_grads: bool = True,
+) -> SchedulePair:
+    """All dispatches, then expert and combine of each chunk in turn: T(r) = max{2ra, 2a + re, (r+1)a + e}.
+
+    `backward_chunks`: chunks of the backward schedule, the same by default. `defer_weight_grads=False`: the weight
+    gradients before the last exchange of backward instead of beside it (what most frameworks do).
+    """
+    back = chunks if backward_chunks is None else backward_chunks
     _check_chunks(chunks, by)
+    _check_chunks(back, by, "backward_chunks")
     return SchedulePair(
         name="chunked",
         forward=_forward([Action("S")] if shared else [], [], chunks),
-        backward=_backward([Action("St")] if shared else [], [], chunks),
+        backward=_backward([Action("St")] if shared else [], [], back, defer=defer_weight_grads),
         chunks=chunks,
         by=by,
+        backward_chunks=back,
+        backward_by=by,
     )
 
 
@@ -116,19 +149,30 @@ def shared_expert(slot: int = 1, *, chunks: int = 1, by: ChunkBy = "tokens") -> 
         backward=_backward([], st, chunks) if slot else _backward(st, [], chunks),
         chunks=chunks,
         by=by,
+        backward_chunks=chunks,
+        backward_by=by,
         slot=slot,
     )
 
 
 def window(
-    num_ops: int, slot: int, *, chunks: int = 1, by: ChunkBy = "tokens", backward_slot: int | None = None
+    num_ops: int,
+    slot: int,
+    *,
+    chunks: int = 1,
+    by: ChunkBy = "tokens",
+    backward_slot: int | None = None,
+    backward_chunks: int | None = None,
 ) -> SchedulePair:
     """`num_ops` backbone ops beside the exchanges, `slot` (the paper's K - 1) of them issued before the experts.
 
     `backward_slot` is the same number for the backward schedule, counted in forward order: of the ops' backwards,
     those of ops `backward_slot`.. run before the experts' and the rest after. It defaults to `slot`: the mirror.
+    `backward_chunks` defaults to `chunks`.
     """
+    chunks_back = chunks if backward_chunks is None else backward_chunks
     _check_chunks(chunks, by)
+    _check_chunks(chunks_back, by, "backward_chunks")
     back = slot if backward_slot is None else backward_slot
     for name, value in (("slot", slot), ("backward_slot", back)):
         if not isinstance(value, int) or not 0 <= value <= num_ops:
@@ -137,10 +181,12 @@ def window(
         name="shortcut",
         forward=_forward(_actions("B", range(slot)), _actions("B", range(slot, num_ops)), chunks),
         backward=_backward(
-            _actions("Bt", range(num_ops - 1, back - 1, -1)), _actions("Bt", range(back - 1, -1, -1)), chunks
+            _actions("Bt", range(num_ops - 1, back - 1, -1)), _actions("Bt", range(back - 1, -1, -1)), chunks_back
         ),
         chunks=chunks,
         by=by,
+        backward_chunks=chunks_back,
+        backward_by=by,
         slot=slot,
     )
 
@@ -163,11 +209,12 @@ def shortcut(
     chunks: int = 1,
     by: ChunkBy = "tokens",
     backward_slot: int | None = None,
+    backward_chunks: int | None = None,
     num_backbone: int = 4,
 ) -> SchedulePair:
     """ScMoE's Pos-1/2/3 over a block pair of `num_backbone` ops, `slot` of the ops after the tap before the experts."""
     num_ops = num_backbone - tap_of_position(position, num_backbone)
-    return window(num_ops, slot, chunks=chunks, by=by, backward_slot=backward_slot)
+    return window(num_ops, slot, chunks=chunks, by=by, backward_slot=backward_slot, backward_chunks=backward_chunks)
 
 
 _CHOICE = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")

@@ -88,8 +88,9 @@ def _too_many_in_flight(schedule: Schedule, limit: int) -> list[Problem]:
 
 def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
     """Raises ConfigError with the drawing and the offending action marked where `pair` cannot run."""
-    for name, schedule in (("forward", pair.forward), ("backward", pair.backward)):
-        found = problems(schedule, chunks=pair.chunks, max_in_flight=max_in_flight)
+    halves = (("forward", pair.forward, pair.chunks), ("backward", pair.backward, pair.backward_chunks))
+    for name, schedule, chunks in halves:
+        found = problems(schedule, chunks=chunks, max_in_flight=max_in_flight)
         if found:
             marks = "\n".join(_mark(schedule, problem) for problem in found)
             raise ConfigError(f"schedule.{name}", schedule.text, f"a schedule that can run:\n{marks}")

@@ -20,13 +20,6 @@ class Node:
         return f"{self.action}{'.' + self.half if self.half else ''}"
 
 
-def node_of_forward(action: Action, half: str = "") -> Node:
-    """The node that a forward action creates. The adjoint of waiting is starting: D0's wait is Dt0's start."""
-    if action.lane == "wire":
-        return Node(Action(action.verb + "t", action.index), {"start": "wait", "wait": "start"}[half])
-    return Node(Action({"P": "Pt", "U": "Ut", "E": "Ed"}[action.verb], action.index))
-
-
 @lru_cache(maxsize=512)
 def backward_groups(pair: SchedulePair) -> tuple[list[Node], ...]:
     """The step's nodes in the order of the backward schedule, cut at the backwards of the user's ops.

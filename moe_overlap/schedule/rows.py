@@ -30,10 +30,14 @@ class ExpertWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What backward needs of a forward call: [R, D], int32 [T, K], [T, K], [Re, D], [Re, F'] and the weights."""
+    """What backward needs of a forward call: [R, D], int32 [T, K] twice, [T, K], [Re, D], [Re, F'] and the weights.
+
+    `back` is in the send order of forward, as `slot_to_row` says; `slot_to_dback` is the send order of backward.
+    """
 
     back: torch.Tensor
     slot_to_row: torch.Tensor
+    slot_to_dback: torch.Tensor
     weights_TK: torch.Tensor
     x: torch.Tensor
     h: torch.Tensor
@@ -41,7 +45,14 @@ class Saved:
     w_out: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.back, self.slot_to_row, self.weights_TK, self.x, self.h, self.w_in, self.w_out
+        return self.back, self.slot_to_row, self.slot_to_dback, self.weights_TK, self.x, self.h, self.w_in, self.w_out
+
+
+def send_order(plan: ChunkPlan, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slot_to_row, offs): the row of each (token, k) in the send buffer of `plan`, and the ends of its groups."""
+    keys_TK, num_keys = plan.send_keys(slots_TK)
+    _, offs, slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
+    return slot_to_row, offs
 
 
 class _Chunks:
@@ -69,8 +80,8 @@ class ForwardRows(_Chunks):
     def __init__(self, plan: ChunkPlan, weights: ExpertWeights, x_TD: torch.Tensor, slots_TK: torch.Tensor) -> None:
         super().__init__(plan, x_TD.device)
         self.weights = weights
-        keys_TK, num_keys = plan.send_keys(slots_TK)
-        _, offs, self.slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
+        self._slots_TK = slots_TK
+        self.slot_to_row, offs = send_order(plan, slots_TK)
         self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
         self.x = x_TD.new_empty(sum(plan.recv_rows), x_TD.shape[1])
         self.y = torch.empty_like(self.x)
@@ -89,10 +100,12 @@ class ForwardRows(_Chunks):
         """U: y[t] = sum over k, in order, of weights[t, k] * returned row of (t, k)."""
         return ops.combine(self.back, self.slot_to_row, weights_TK)
 
-    def saved(self, weights_TK: torch.Tensor) -> Saved:
+    def saved(self, weights_TK: torch.Tensor, backward_plan: ChunkPlan) -> Saved:
         w = self.weights
-        return Saved(back=self.back, slot_to_row=self.slot_to_row, weights_TK=weights_TK, x=self.x, h=self.h,
-                     w_in=w.w_in, w_out=w.w_out)  # fmt: skip
+        alike = backward_plan is self.plan
+        slot_to_dback = self.slot_to_row if alike else send_order(backward_plan, self._slots_TK)[0]
+        return Saved(back=self.back, slot_to_row=self.slot_to_row, slot_to_dback=slot_to_dback, weights_TK=weights_TK,
+                     x=self.x, h=self.h, w_in=w.w_in, w_out=w.w_out)  # fmt: skip
 
 
 class BackwardRows(_Chunks):
@@ -108,7 +121,7 @@ class BackwardRows(_Chunks):
             dy_TD = saved.back.new_zeros(saved.slot_to_row.shape[0], saved.back.shape[1])
         # Gradients may arrive with stride 0 (from an expand or a sum).
         self.dback, self.dweights_TK = ops.combine_backward(
-            dy_TD.contiguous(), saved.back, saved.slot_to_row, saved.weights_TK
+            dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
         )
         x, h = saved.x, saved.h
         self.dsend = torch.empty_like(self.dback) if need_dx else None
@@ -116,6 +129,16 @@ class BackwardRows(_Chunks):
         self.a = x.new_empty(x.shape[0], saved.w_out.shape[2])
         self.dw_in = torch.empty_like(saved.w_in) if need_dw else None
         self.dw_out = torch.empty_like(saved.w_out) if need_dw else None
+
+    def _back_in_order(self) -> torch.Tensor:
+        """The returned rows of forward in the send order of backward."""
+        s = self.saved
+        if s.slot_to_dback.data_ptr() == s.slot_to_row.data_ptr():
+            return s.back
+        used = s.slot_to_row >= 0
+        order = torch.empty(s.back.shape[0], dtype=torch.int64, device=s.back.device)
+        order[s.slot_to_dback[used].long()] = s.slot_to_row[used].long()
+        return ops.pack(s.back, order)
 
     def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
         """Ed of chunk c: the gradients of the experts' outputs into those of their inputs, in the order they came.
@@ -140,4 +163,4 @@ class BackwardRows(_Chunks):
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over k, in order, of the gradient of the row of (t, k)."""
         assert self.dsend is not None
-        return ops.combine(self.dsend, self.saved.slot_to_row)
+        return ops.combine(self.dsend, self.saved.slot_to_dback)

@@ -1,9 +1,10 @@
 """The executor: one call of one layer, forward and backward. The only file that sees ops and transport together.
 
 `Step` walks the forward schedule: compute actions run inline, exchanges are started where they stand and waited for
-just before the first action that reads their result (or at once, where the schedule pair is `joined`). The backward
-schedule becomes a total order of the step's autograd nodes (`order.py`), written into their sequence numbers, so that
-the engine itself executes it between the backwards of the user's modules. The arithmetic is in `rows.py`.
+just before the first action that reads their result (or at once, where the schedule pair is `joined`). At its end it
+makes one autograd node for every action of the backward schedule, which may be cut into other chunks than forward. The
+total order of these nodes (`order.py`) is written into their sequence numbers, so that the engine itself executes it
+between the backwards of the user's modules. The arithmetic is in `rows.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.plan import ChunkPlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import SchedulePair
-from moe_overlap.schedule.order import Node, backward_groups, node_of_forward, split_tail
+from moe_overlap.schedule.order import Node, backward_groups, split_tail
 from moe_overlap.schedule.recorder import TimelineEvent, emit
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved
 from moe_overlap.transport.base import Transport, Work
@@ -58,7 +59,6 @@ class Step:
         self._ops_done = 0
         self._needs = dependencies(pair.forward)
         self._waited: set[int] = set()
-        self._tokens: dict[Action, torch.Tensor] = {}
         # Backward: the order to come, and the run under way.
         self._groups = list(backward_groups(pair))
         self._nodes: dict[Node, Any] = {}
@@ -85,6 +85,7 @@ class Step:
     def bind(self, plan: ChunkPlan, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """The agreed plan and this rank's tokens: after this, the schedule can run."""
         self.plan = plan
+        self._backward_plan = plan.cut(self.pair.backward_chunks, self.pair.backward_by)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=x_TD.dtype)
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
 
@@ -124,9 +125,23 @@ class Step:
         for need in self._needs[position]:
             if actions[need].lane == "wire" and need not in self._waited:
                 self._waited.add(need)
-                self._apply(actions[need], "wait")
-        self._apply(action, "start" if action.lane == "wire" else "")
+                self._forward(actions[need], "wait")
+        self._forward(action, "start" if action.lane == "wire" else "")
         self._position += 1
+
+    def _forward(self, action: Action, half: str) -> None:
+        """Run the body of one forward action, or of half of an exchange."""
+        with self._acting(action.text, timed=not half), torch.no_grad():
+            self._FORWARD[action.verb, half](self, action.index)
+
+    @contextmanager
+    def _acting(self, action: str, *, timed: bool) -> Iterator[None]:
+        """Around every body: peers learn of an error, autocast changes nothing, the time is noted."""
+        with closing_on_error(self.transport, action), autocast_off(self._empty.device.type):
+            start_s = time.perf_counter()
+            yield
+            if timed:
+                self.note(action, "comp", start_s, time.perf_counter())
 
     def _run_op(self, action: Action, op: Callable[[Any], torch.Tensor]) -> None:
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
@@ -150,8 +165,9 @@ class Step:
 
     def _finish(self) -> torch.Tensor:
         """Fix the backward order and return the routed output."""
-        y_TD = self._tokens.pop(Action("U"))
+        y_TD = self._y_TD
         if self.grad:
+            y_TD = self._make_nodes()
             self._reserve(self._groups[0])
             for node, number in self._numbers.items():
                 self._nodes[node]._set_sequence_nr(number)
@@ -174,8 +190,7 @@ class Step:
     def _release(self) -> None:
         """Drop what only the walk needs: nodes hold their step, so a step that held them would never be freed."""
         self._nodes.clear()
-        self._tokens.clear()
-        for name in ("_x_TD", "_slots_TK", "_weights_TK", "_anchor", "_weight_token", "_rows", "_weights"):
+        for name in ("_x_TD", "_slots_TK", "_weights_TK", "_anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
             self.__dict__.pop(name, None)
 
     @contextmanager
@@ -193,81 +208,60 @@ class Step:
             numbers = reserve_sequence_numbers(self._anchor, len(nodes))
             self._numbers.update(zip(nodes, reversed(numbers), strict=True))
 
-    def _apply(self, action: Action, half: str = "") -> None:
-        """Run one action (or half of an exchange) as an autograd node of its own."""
-        node = node_of_forward(action, half)
-        output = Stage.apply(self, node, *self._inputs(action, half))
-        self._tokens[action] = output
-        self._nodes[node] = output.grad_fn
-
-    def _inputs(self, action: Action, half: str) -> list[torch.Tensor]:
-        """What the node reads: its tensors, and the tokens of the actions before it."""
-        if half == "wait":
-            return [self._tokens[action]]
-        match action.verb:
-            case "P":
-                return [self._x_TD, self._weight_token]
-            case "D":
-                return [self._tokens[Action("P")]]
-            case "E":
-                return [self._tokens[Action("D", action.index)], *self._weight_gates()]
-            case "C":
-                return [self._tokens[Action("E", action.index)]]
-        return [self._weights_TK, *(self._tokens[Action("C", c)] for c in range(self.pair.chunks))]
-
-    def _weight_gates(self) -> list[torch.Tensor]:
-        """One token per group of weight gradients, made once: every chunk's experts run, in backward, before them."""
-        gates = [action for action in self.pair.backward if action.verb == "Ew"]
-        for gate in gates:
-            if gate not in self._tokens:
-                self._tokens[gate] = Stage.apply(self, Node(gate), self._weight_token)
-                self._nodes[Node(gate)] = self._tokens[gate].grad_fn
-        return [self._tokens[gate] for gate in gates]
-
     # ---------------------------------------------------------------- forward: the bodies
 
-    def run_forward(self, node: Node, ctx: Any, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The forward body of `node`; called by its autograd Function."""
-        text, body = self._FORWARD[node.action.verb, node.half]
-        if node.action.index is not None:
-            text += str(node.action.index)
-        with closing_on_error(self.transport, text), autocast_off(self._empty.device.type):
-            start_s = time.perf_counter()
-            result = body(self, ctx, node.action.index, *tensors)
-            if not node.half and node.action.verb != "Ew":
-                self.note(text, "comp", start_s, time.perf_counter())
-        return self._empty.new_empty(0) if result is None else result
+    def _permute(self, _: int | None) -> None:
+        self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK)
 
-    def _permute(self, ctx: Any, _: int | None, x_TD: torch.Tensor, _token: torch.Tensor) -> None:
-        self._rows = ForwardRows(self.plan, self._weights, x_TD, self._slots_TK)
-
-    def _start_dispatch(self, ctx: Any, c: int, *_tokens: torch.Tensor) -> None:
+    def _start_dispatch(self, c: int) -> None:
         self._start(Action("D", c), self._rows.of(self._rows.send, c))
 
-    def _wait_dispatch(self, ctx: Any, c: int, *_tokens: torch.Tensor) -> None:
+    def _wait_dispatch(self, c: int) -> None:
         self._received[c] = self._wait(Action("D", c))
 
-    def _experts(self, ctx: Any, c: int, *_tokens: torch.Tensor) -> None:
+    def _experts(self, c: int) -> None:
         self._received[c] = self._rows.experts(c, self._received.pop(c))
 
-    def _start_combine(self, ctx: Any, c: int, *_tokens: torch.Tensor) -> None:
+    def _start_combine(self, c: int) -> None:
         self._start(Action("C", c), self._received.pop(c), out=self._rows.of(self._rows.back, c))
 
-    def _wait_combine(self, ctx: Any, c: int, *_tokens: torch.Tensor) -> None:
+    def _wait_combine(self, c: int) -> None:
         self._wait(Action("C", c))
 
-    def _unpermute(self, ctx: Any, _: int | None, weights_TK: torch.Tensor, *_tokens: torch.Tensor) -> torch.Tensor:
-        y_TD = self._rows.combine(weights_TK)
-        if self.grad:
-            # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
-            # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
-            ctx.routing_digest = routing_digest(self._rows.slot_to_row)
-            ctx.save_for_backward(ctx.routing_digest, *self._rows.saved(weights_TK).tensors())
-        del self._rows
-        return y_TD
+    def _unpermute(self, _: int | None) -> None:
+        self._y_TD = self._rows.combine(self._weights_TK)
 
-    def _pass(self, ctx: Any, _: int | None, *_tokens: torch.Tensor) -> None:
-        """The forward of a weight-gradient gate: nothing."""
+    # ---------------------------------------------------------------- forward: the nodes
+
+    def _node(self, node: Node, *tensors: torch.Tensor) -> torch.Tensor:
+        """Make the autograd node of a backward action (or half of an exchange): what it feeds comes first."""
+        output: torch.Tensor = Stage.apply(self, node, *tensors)
+        self._nodes[node] = output.grad_fn
+        return output
+
+    def _make_nodes(self) -> torch.Tensor:
+        """All nodes of the backward schedule, from Pt to Ut, whose forward gives y_TD."""
+        pt = self._node(Node(Action("Pt")), self._x_TD, self._weight_token)
+        gates = [self._node(Node(a), self._weight_token) for a in self.pair.backward if a.verb == "Ew"]
+        starts = []
+        for c in range(self.pair.backward_chunks):
+            dt, ed, ct = Action("Dt", c), Action("Ed", c), Action("Ct", c)
+            rows = self._node(Node(dt, "start"), self._node(Node(dt, "wait"), pt))
+            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *gates))
+            starts.append(self._node(Node(ct, "start"), rows))
+        return self._node(Node(Action("Ut")), self._weights_TK, *starts)
+
+    def node_output(self, node: Node, ctx: Any) -> torch.Tensor:
+        """The forward of a node: y_TD for Ut, an empty token for all others."""
+        if node.action.verb != "Ut":
+            return self._empty.new_empty(0)
+        # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
+        # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
+        saved = self._rows.saved(self._weights_TK, self._backward_plan)
+        ctx.routing_digest = routing_digest(saved.slot_to_row)
+        ctx.save_for_backward(ctx.routing_digest, *saved.tensors())
+        del self._rows
+        return self._y_TD
 
     # ---------------------------------------------------------------- backward: the bodies
 
@@ -285,7 +279,7 @@ class Step:
         digest, *saved = ctx.saved_tensors
         check_same_routing(digest, ctx.routing_digest)
         self._grads = BackwardRows(
-            self.plan,
+            self._backward_plan,
             # Detached: the router's weights lead to the nodes, which hold this step.
             Saved(**{n: t.detach() for n, t in zip(Saved.__dataclass_fields__, saved, strict=True)}),
             self._kind,
@@ -375,7 +369,8 @@ class Step:
     def _start(self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None) -> None:
         """Start an exchange. C and Dt carry rows back to where they came from."""
         assert action.index is not None
-        work = self.transport.start(rows, self.plan, self.layout, action.index, reverse=action.verb in ("C", "Dt"),
+        plan = self.plan if action.spec.phase == "forward" else self._backward_plan
+        work = self.transport.start(rows, plan, self.layout, action.index, reverse=action.verb in ("C", "Dt"),
                                     out=out, action=action.text)  # fmt: skip
         self._works[action] = work
         if self.pair.joined:
@@ -415,16 +410,15 @@ class Step:
         self.events.append(event)
         emit(event)
 
-    # (verb, half) of the node -> what it does; in forward also the verb of its action.
-    _FORWARD: ClassVar[dict[tuple[str, str], tuple[str, Callable[..., torch.Tensor | None]]]] = {
-        ("Pt", ""): ("P", _permute),
-        ("Dt", "wait"): ("D", _start_dispatch),
-        ("Dt", "start"): ("D", _wait_dispatch),
-        ("Ed", ""): ("E", _experts),
-        ("Ct", "wait"): ("C", _start_combine),
-        ("Ct", "start"): ("C", _wait_combine),
-        ("Ut", ""): ("U", _unpermute),
-        ("Ew", ""): ("Ew", _pass),
+    # (verb, half) -> what it does.
+    _FORWARD: ClassVar[dict[tuple[str, str], Callable[..., None]]] = {
+        ("P", ""): _permute,
+        ("D", "start"): _start_dispatch,
+        ("D", "wait"): _wait_dispatch,
+        ("E", ""): _experts,
+        ("C", "start"): _start_combine,
+        ("C", "wait"): _wait_combine,
+        ("U", ""): _unpermute,
     }
     _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., Tensors]]] = {
         ("Ut", ""): _ut,

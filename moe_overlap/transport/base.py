@@ -80,8 +80,8 @@ class Transport(Protocol):
     def open(self, header: Header) -> bool:
         """Compare `header` on all ranks; called by the layer before its first step, and again after `reopen`.
 
-        Returns whether it was opened now; False where it is open for an equal header already. Raises PlanMismatch alike on all ranks where headers differ, ConfigError when
-        the transport is already open for another configuration.
+        Returns whether it was opened now; False where it is open for an equal header already. Raises PlanMismatch alike
+        on all ranks where headers differ, ConfigError when the transport is already open for another configuration.
         """
 
     def agree(self, record: StepRecord) -> ExchangePlan:
