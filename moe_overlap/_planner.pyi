@@ -6,3 +6,15 @@ def simulate(
     deps: Sequence[Sequence[int]],
     slowdown: Mapping[int, float] = ...,
 ) -> list[tuple[float, float]]: ...
+def search(
+    head_s: float,
+    tail_s: float,
+    issue_s: float,
+    compute_slowdown: float,
+    wire_slowdown: float,
+    ops_s: Sequence[float],
+    first_s: Sequence[float],
+    experts_s: Sequence[float],
+    second_s: Sequence[float],
+    deferred_s: Sequence[float],
+) -> list[tuple[float, bool, list[int], list[int]]]: ...
