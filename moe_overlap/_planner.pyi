@@ -1,5 +1,20 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 def simulate(
-    lane_of_action: Sequence[int], duration_s: Sequence[float], deps: Sequence[Sequence[int]]
+    lane_of_action: Sequence[int],
+    duration_s: Sequence[float],
+    deps: Sequence[Sequence[int]],
+    slowdown: Mapping[int, float] = ...,
 ) -> list[tuple[float, float]]: ...
+def search(
+    head_s: float,
+    tail_s: float,
+    issue_s: float,
+    compute_slowdown: float,
+    wire_slowdown: float,
+    ops_s: Sequence[float],
+    first_s: Sequence[float],
+    experts_s: Sequence[float],
+    second_s: Sequence[float],
+    deferred_s: Sequence[float],
+) -> list[tuple[float, bool, list[int], list[int]]]: ...

@@ -2,25 +2,55 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+#include <tuple>
 #include <utility>
+#include <vector>
 
+#include "core/search.h"
 #include "core/simulate.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_planner, module) {
-  module.doc() = "Exact event simulation of schedules (C++17, no torch).";
+  module.doc() = "Exact event simulation of schedules and the search over them (C++17, no torch).";
   module.def(
       "simulate",
       [](const std::vector<int64_t>& lane_of_action, const std::vector<double>& duration_s,
-         const std::vector<std::vector<int64_t>>& deps) {
+         const std::vector<std::vector<int64_t>>& deps, const std::map<int64_t, double>& slowdown) {
         std::vector<std::pair<double, double>> times;
         times.reserve(lane_of_action.size());
-        for (const auto& t : moe_overlap::simulate(lane_of_action, duration_s, deps)) {
+        for (const auto& t : moe_overlap::simulate(lane_of_action, duration_s, deps, slowdown)) {
           times.emplace_back(t.start_s, t.end_s);
         }
         return times;
       },
       py::arg("lane_of_action"), py::arg("duration_s"), py::arg("deps"),
+      py::arg("slowdown") = std::map<int64_t, double>{},
       "(start_s, end_s) of every action; ValueError names the first action of a deadlock.");
+  module.def(
+      "search",
+      [](double head_s, double tail_s, double issue_s, double compute_slowdown, double wire_slowdown,
+         std::vector<double> ops_s, std::vector<double> first_s, std::vector<double> experts_s,
+         std::vector<double> second_s, std::vector<double> deferred_s) {
+        const moe_overlap::Cut cut{head_s,
+                                   tail_s,
+                                   issue_s,
+                                   compute_slowdown,
+                                   wire_slowdown,
+                                   std::move(ops_s),
+                                   std::move(first_s),
+                                   std::move(experts_s),
+                                   std::move(second_s),
+                                   std::move(deferred_s)};
+        std::vector<std::tuple<double, bool, std::vector<int64_t>, std::vector<int64_t>>> found;
+        for (auto& placement : moe_overlap::search(cut)) {
+          found.emplace_back(placement.predicted_s, placement.joined, std::move(placement.order.chunk_order),
+                             std::move(placement.order.ops_before));
+        }
+        return found;
+      },
+      py::arg("head_s"), py::arg("tail_s"), py::arg("issue_s"), py::arg("compute_slowdown"), py::arg("wire_slowdown"),
+      py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"), py::arg("deferred_s"),
+      "(predicted_s, joined, chunk_order, ops_before) of every candidate for one way of cutting the exchange.");
 }

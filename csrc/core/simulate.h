@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <vector>
 
 namespace moe_overlap {
@@ -17,9 +18,14 @@ struct Interval {
 //   duration_s[i].
 // Dependencies may point forward in issue order (an exchange issued early on another lane).
 //
+// With `slowdown` (lane -> factor >= 1) the actions of a lane take so many times longer while any other lane is busy.
+// Time then advances from event to event; where every factor is 1 the formula above gives the result.
+//
 // Throws std::invalid_argument for lists of different lengths, a duration that is negative or not finite, a dependency
-// that is no action, and for a deadlock: the message names the first action in issue order that can never start.
+// that is no action, a factor below 1, and for a deadlock: the message names the first action in issue order that can
+// never start.
 std::vector<Interval> simulate(const std::vector<int64_t>& lane_of_action, const std::vector<double>& duration_s,
-                               const std::vector<std::vector<int64_t>>& deps);
+                               const std::vector<std::vector<int64_t>>& deps,
+                               const std::map<int64_t, double>& slowdown = {});
 
 }  // namespace moe_overlap

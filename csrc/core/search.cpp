@@ -1,0 +1,256 @@
+#include "search.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "simulate.h"
+
+namespace moe_overlap {
+namespace {
+
+constexpr int64_t kComp = 0;
+constexpr int64_t kWire = 1;
+constexpr size_t kSimulated = 4;  // how many of the best interleavings are simulated
+constexpr size_t kAllOrders = 4;  // up to so many chunks every order of them is tried
+
+using Indices = std::vector<int64_t>;
+// Compute-lane time, wire time, runs of ops so far, ops_before of the chunks done.
+using Label = std::tuple<double, double, int64_t, Indices>;
+// Predicted seconds between head and tail, chunks out of turn, runs of ops, chunk_order, ops_before.
+using End = std::tuple<double, bool, int64_t, Indices, Indices>;
+
+void check_cut(const Cut& cut) {
+  const size_t chunks = cut.first_s.size();
+  if (chunks == 0 || cut.experts_s.size() != chunks || cut.second_s.size() != chunks) {
+    throw std::invalid_argument("first_s, experts_s and second_s must have one entry per chunk, got " +
+                                std::to_string(chunks) + ", " + std::to_string(cut.experts_s.size()) + " and " +
+                                std::to_string(cut.second_s.size()));
+  }
+}
+
+// The actions of a schedule for `simulate`, in issue order. Compute actions need no dependencies on one another: their
+// lane runs them in this order.
+class Program {
+ public:
+  explicit Program(const Cut& cut, bool joined) : issue_s_(cut.issue_s), joined_(joined) {}
+
+  void compute(double seconds) { add(kComp, seconds, {}); }
+
+  // An exchange: its start on the compute lane and its transfer. Returns the transfer, for `wait`.
+  int64_t exchange(double seconds) {
+    const int64_t start = add(kComp, issue_s_, {});
+    const int64_t transfer = add(kWire, seconds, {start});
+    if (joined_) add(kComp, issue_s_, {transfer});
+    return transfer;
+  }
+
+  void wait(int64_t transfer) {
+    if (!joined_) add(kComp, issue_s_, {transfer});
+  }
+
+  double makespan_s(const Cut& cut) const {
+    double end_s = 0;
+    for (const Interval& times :
+         simulate(lanes_, durations_s_, deps_, {{kComp, cut.compute_slowdown}, {kWire, cut.wire_slowdown}})) {
+      end_s = std::max(end_s, times.end_s);
+    }
+    return end_s;
+  }
+
+ private:
+  int64_t add(int64_t lane, double seconds, std::vector<int64_t> needs) {
+    lanes_.push_back(lane);
+    durations_s_.push_back(seconds);
+    deps_.push_back(std::move(needs));
+    return static_cast<int64_t>(lanes_.size()) - 1;
+  }
+
+  double issue_s_;
+  bool joined_;
+  std::vector<int64_t> lanes_;
+  std::vector<double> durations_s_;
+  std::vector<std::vector<int64_t>> deps_;
+};
+
+// Those labels for which no other is as early or earlier on both lanes.
+std::vector<Label> unbeaten(std::vector<Label> labels) {
+  std::sort(labels.begin(), labels.end());
+  std::vector<Label> kept;
+  for (Label& label : labels) {
+    if (kept.empty() || std::get<1>(label) < std::get<1>(kept.back())) kept.push_back(std::move(label));
+  }
+  return kept;
+}
+
+// The labels after the experts of chunk c and the start of its second exchange, from those before, by ops done.
+std::vector<Label> with_experts(const std::vector<Label>& labels, int64_t done, double arrival_s, double issue_s,
+                                double experts_s, double second_s) {
+  std::vector<Label> after;
+  for (const auto& [comp_s, wire_s, switches, before] : labels) {
+    const double end_s = std::max(comp_s, arrival_s) + issue_s + experts_s + issue_s;
+    const bool switched = done > (before.empty() ? 0 : before.back());
+    Indices extended = before;
+    extended.push_back(done);
+    after.emplace_back(end_s, std::max(wire_s, end_s) + second_s, switches + switched, std::move(extended));
+  }
+  return unbeaten(std::move(after));
+}
+
+Indices in_turn(size_t chunks) {
+  Indices order(chunks);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  return order;
+}
+
+// Johnson's rule for jobs with two stages: those with the shorter first stage, shortest first stage first, then the
+// others, longest second stage first.
+Indices johnson(const std::vector<std::pair<double, double>>& stages_s) {
+  const auto rank = [&](int64_t job) {
+    const auto [before_s, after_s] = stages_s[static_cast<size_t>(job)];
+    return before_s < after_s ? std::make_tuple(false, before_s, job) : std::make_tuple(true, -after_s, job);
+  };
+  Indices order = in_turn(stages_s.size());
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rank(a) < rank(b); });
+  return order;
+}
+
+// The orders of the chunks worth trying, their own first.
+std::vector<Indices> chunk_orders(const Cut& cut) {
+  const size_t chunks = cut.first_s.size();
+  std::vector<Indices> orders{in_turn(chunks)};
+  std::vector<std::pair<double, double>> outward(chunks), homeward(chunks), both(chunks);
+  bool equal = true;
+  for (size_t c = 0; c < chunks; ++c) {
+    const double first_s = cut.first_s[c], experts_s = cut.experts_s[c], second_s = cut.second_s[c];
+    equal = equal && first_s == cut.first_s[0] && experts_s == cut.experts_s[0] && second_s == cut.second_s[0];
+    outward[c] = {first_s, experts_s};
+    homeward[c] = {experts_s, second_s};
+    both[c] = {first_s + experts_s, experts_s + second_s};
+  }
+  if (equal) return orders;
+  if (chunks <= kAllOrders) {
+    Indices next = orders[0];
+    while (std::next_permutation(next.begin(), next.end())) orders.push_back(next);
+    return orders;
+  }
+  for (const auto& stages_s : {outward, homeward, both}) {
+    Indices order = johnson(stages_s);
+    if (std::find(orders.begin(), orders.end(), order) == orders.end()) orders.push_back(std::move(order));
+  }
+  return orders;
+}
+
+// When each first exchange has arrived, by place in the order, and the lanes after all of them are started.
+std::vector<double> arrivals(const Cut& cut, const Indices& order, double issue_s, double wire, double& comp_s,
+                             double& wire_s) {
+  std::vector<double> arrived_s;
+  for (const int64_t chunk : order) {
+    comp_s += issue_s;
+    wire_s = std::max(wire_s, comp_s) + cut.first_s[static_cast<size_t>(chunk)] * wire;
+    arrived_s.push_back(wire_s);
+  }
+  return arrived_s;
+}
+
+// What the dynamic programme finds for one order of the chunks when every duration of a lane is multiplied by its
+// factor.
+void add_ends(const Cut& cut, double compute, double wire, const Indices& order, std::vector<End>& ends) {
+  const double issue_s = cut.issue_s * compute;
+  const size_t num_ops = cut.ops_s.size();
+  double comp_s = 0;
+  double wire_s = 0;
+  const std::vector<double> arrived_s = arrivals(cut, order, issue_s, wire, comp_s, wire_s);
+  std::vector<std::vector<Label>> labels(num_ops + 1);  // by ops done
+  labels[0].emplace_back(comp_s, wire_s, 0, Indices{});
+  for (size_t place = 0; place < order.size(); ++place) {
+    for (size_t op = 0; op < num_ops; ++op) {
+      for (Label later : labels[op]) {
+        std::get<0>(later) += cut.ops_s[op] * compute;
+        labels[op + 1].push_back(std::move(later));
+      }
+      labels[op + 1] = unbeaten(std::move(labels[op + 1]));
+    }
+    const auto chunk = static_cast<size_t>(order[place]);
+    for (size_t done = 0; done <= num_ops; ++done) {
+      labels[done] = with_experts(labels[done], static_cast<int64_t>(done), arrived_s[place], issue_s,
+                                  cut.experts_s[chunk] * compute, cut.second_s[chunk] * wire);
+    }
+  }
+  const bool out_of_turn = !std::is_sorted(order.begin(), order.end());
+  for (size_t done = 0; done <= num_ops; ++done) {
+    for (auto& [label_comp_s, label_wire_s, switches, before] : labels[done]) {
+      double end_s = label_comp_s;
+      for (size_t op = done; op < num_ops; ++op) end_s += cut.ops_s[op] * compute;
+      for (const double deferred_s : cut.deferred_s) end_s += deferred_s * compute;
+      // Then a wait for each second exchange, all but the last of them mostly while that one is under way.
+      end_s = std::max(end_s + static_cast<double>(order.size()) * issue_s, label_wire_s + issue_s);
+      ends.emplace_back(end_s, out_of_turn, switches + (done < num_ops), order, std::move(before));
+    }
+  }
+}
+
+std::vector<Order> best_interleavings(const Cut& cut, double compute, double wire) {
+  std::vector<End> ends;
+  for (const Indices& order : chunk_orders(cut)) add_ends(cut, compute, wire, order, ends);
+  std::sort(ends.begin(), ends.end());
+  std::vector<Order> best;
+  for (size_t i = 0; i < std::min(kSimulated, ends.size()); ++i) {
+    best.push_back({std::move(std::get<3>(ends[i])), std::move(std::get<4>(ends[i]))});
+  }
+  return best;
+}
+
+}  // namespace
+
+double makespan_s(const Cut& cut, const Order& order, bool joined) {
+  Program program(cut, joined);
+  program.compute(cut.head_s);
+  std::vector<int64_t> first;
+  std::vector<int64_t> second;
+  for (const int64_t chunk : order.chunk_order) {
+    first.push_back(program.exchange(cut.first_s[static_cast<size_t>(chunk)]));
+  }
+  size_t op = 0;
+  for (size_t place = 0; place < order.chunk_order.size(); ++place) {
+    const auto chunk = static_cast<size_t>(order.chunk_order[place]);
+    while (op < static_cast<size_t>(order.ops_before[place])) program.compute(cut.ops_s[op++]);
+    program.wait(first[place]);
+    program.compute(cut.experts_s[chunk]);
+    second.push_back(program.exchange(cut.second_s[chunk]));
+  }
+  for (const double seconds : cut.deferred_s) program.compute(seconds);
+  while (op < cut.ops_s.size()) program.compute(cut.ops_s[op++]);
+  for (const int64_t transfer : second) program.wait(transfer);
+  program.compute(cut.tail_s);
+  return program.makespan_s(cut);
+}
+
+std::vector<Placement> search(const Cut& cut) {
+  check_cut(cut);
+  const Indices chunk_order = in_turn(cut.first_s.size());
+  std::vector<Order> orders;
+  for (size_t slot = 0; slot <= cut.ops_s.size(); ++slot) {
+    orders.push_back({chunk_order, Indices(chunk_order.size(), static_cast<int64_t>(slot))});
+  }
+  const auto add_new = [&orders](std::vector<Order> more) {
+    for (Order& order : more) {
+      const auto same = [&](const Order& other) {
+        return other.chunk_order == order.chunk_order && other.ops_before == order.ops_before;
+      };
+      if (std::none_of(orders.begin(), orders.end(), same)) orders.push_back(std::move(order));
+    }
+  };
+  add_new(best_interleavings(cut, 1, 1));
+  if (cut.compute_slowdown != 1 || cut.wire_slowdown != 1) {
+    add_new(best_interleavings(cut, cut.compute_slowdown, cut.wire_slowdown));
+  }
+  std::vector<Placement> found{{makespan_s(cut, orders[0], true), true, orders[0]}};
+  for (const Order& order : orders) found.push_back({makespan_s(cut, order, false), false, order});
+  return found;
+}
+
+}  // namespace moe_overlap

@@ -1,0 +1,48 @@
+// The search for the fastest order of a window's actions, for one way of cutting its exchange. The Python reference
+// with the same doubles, and the reasons why this space is enough, are in moe_overlap/planning/search.py.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace moe_overlap {
+
+// Durations in seconds: head, then per chunk a first exchange, experts and a second exchange, then the tail; ops stand
+// anywhere between head and tail, deferred work after the last experts. issue_s is the compute lane's time of starting
+// an exchange, and again of waiting for it. The slowdowns (>= 1) stretch a lane while the other one is busy.
+struct Cut {
+  double head_s;
+  double tail_s;
+  double issue_s;
+  double compute_slowdown;
+  double wire_slowdown;
+  std::vector<double> ops_s;
+  std::vector<double> first_s;
+  std::vector<double> experts_s;
+  std::vector<double> second_s;
+  std::vector<double> deferred_s;
+};
+
+// The chunks as they are taken, and where the ops stand: ops_before[i] of them before the experts of the i-th chunk
+// taken, the rest after the last.
+struct Order {
+  std::vector<int64_t> chunk_order;
+  std::vector<int64_t> ops_before;
+};
+
+// `joined`: every exchange is waited for where it starts.
+struct Placement {
+  double predicted_s;
+  bool joined;
+  Order order;
+};
+
+// The exact event simulation of one order: seconds from the start of the head to the end of the tail.
+double makespan_s(const Cut& cut, const Order& order, bool joined);
+
+// The joined placement, all of the first K ops before the experts for every K, and the best interleavings of a dynamic
+// programme over (chunks done, ops done), each simulated. Among the last the first is optimal where both slowdowns
+// are 1. Throws std::invalid_argument where the per-chunk lists are empty or differ in length, and as simulate does.
+std::vector<Placement> search(const Cut& cut);
+
+}  // namespace moe_overlap

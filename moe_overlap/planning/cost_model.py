@@ -1,0 +1,302 @@
+"""Seconds from integers: the models of one layer's exchanges and compute, and the window that the search gets.
+
+Every part of a step has an alpha-beta model, seconds = alpha + beta * n (Hockney 1994; for exchanges and experts of a
+MoE layer: FSMoE, ASPLOS'25, eq. 1). `measure/calibrate.py` fits them to measured times; `moe-overlap plan` makes them
+from the figures of a machine. All times are those of the slowest rank, since a step ends with it.
+
+    >>> AlphaBeta(alpha_s=1e-5, beta_s=1e-9)(1000)      # 10 us, and 1 ns for each of 1000 bytes
+    1.1000000000000001e-05
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy
+from moe_overlap.planning.window import Chunking, OpVerb, Slowdown, Window
+from moe_overlap.schedule.actions import Phase
+
+# The two kinds of wire: between ranks of different nodes, and of the same one.
+WIRES = ("inter", "intra")
+
+
+def _check_seconds(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(field, value, "a finite number of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaBeta:
+    """seconds(n) = alpha_s + beta_s * n, and 0 for n = 0; the unit of n stands at the field that holds the model."""
+
+    alpha_s: float
+    beta_s: float
+
+    def __post_init__(self) -> None:
+        _check_seconds("alpha_s", self.alpha_s)
+        _check_seconds("beta_s", self.beta_s)
+
+    def __call__(self, n: float) -> float:
+        return self.alpha_s + self.beta_s * n if n else 0.0
+
+    @classmethod
+    def fit(cls, points: Iterable[tuple[float, float]]) -> AlphaBeta:
+        """The model of measured (n, seconds): least sum of |predicted - measured| / measured, alpha and beta >= 0.
+
+        Relative errors, so that small sizes count as much as large ones; absolute values, so that one disturbed sample
+        does not move the line. Such an optimum lies on a vertex: a line through two of the points, or through one with
+        alpha or beta zero. All are tried. Raises ConfigError unless two different n > 0 have seconds > 0.
+        """
+        found = sorted((float(n), float(seconds)) for n, seconds in points)
+        usable = all(0 < n < math.inf and 0 < seconds < math.inf for n, seconds in found)
+        if not usable or len({n for n, _ in found}) < 2:
+            raise ConfigError("points", found, "(n, seconds) above 0, with at least two different n")
+        lines = [line for n, seconds in found for line in ((0.0, seconds / n), (seconds, 0.0))]
+        for position, (n, seconds) in enumerate(found):
+            for other_n, other_s in found[position + 1 :]:
+                if other_n > n:
+                    beta_s = (other_s - seconds) / (other_n - n)
+                    lines.append((seconds - beta_s * n, beta_s))
+        possible = [line for line in lines if min(line) >= 0]
+        best = min(possible, key=lambda line: (sum(abs(line[0] + line[1] * n - s) / s for n, s in found), line))
+        return cls(alpha_s=best[0], beta_s=best[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """What each part of a step costs on the slowest rank, in seconds.
+
+    `exchange`: by wire ("inter", "intra"), over the bytes that leave or enter the busiest rank on it in one exchange;
+    an exchange ends with its slowest wire. `experts`, `experts_dgrad`, `experts_wgrad`: over the rows of the busiest
+    rank in one chunk (wgrad: in one group). `permute` .. `permute_backward`: over rows, T * K of a rank.
+    `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order. `shared_s`: the shared
+    expert of a layer. `outside_s`: everything of the timed unit that is in no window (router, agreement, ops before the
+    tap, the combination of the branches). `issue_s`: compute-lane time of starting an exchange, and again of waiting
+    for it. `slowdown`: of each lane while the other is busy. `source`: where the figures come from, in words.
+    """
+
+    exchange: Mapping[str, AlphaBeta]
+    experts: AlphaBeta
+    experts_dgrad: AlphaBeta
+    experts_wgrad: AlphaBeta
+    permute: AlphaBeta
+    unpermute: AlphaBeta
+    unpermute_backward: AlphaBeta
+    permute_backward: AlphaBeta
+    backbone_s: tuple[float, ...] = ()
+    backbone_backward_s: tuple[float, ...] = ()
+    shared_s: float = 0.0
+    shared_backward_s: float = 0.0
+    outside_s: float = 0.0
+    outside_backward_s: float = 0.0
+    issue_s: float = 0.0
+    slowdown: Slowdown = Slowdown()
+    source: str
+
+    def __post_init__(self) -> None:
+        if not set(self.exchange) <= set(WIRES):
+            raise ConfigError("exchange", sorted(self.exchange), f"models of wires among {', '.join(WIRES)}")
+        for name in _SECONDS:
+            _check_seconds(name, getattr(self, name))
+        for name in _OPS:
+            for seconds in getattr(self, name):
+                _check_seconds(name, seconds)
+        if len(self.backbone_s) != len(self.backbone_backward_s):
+            raise ConfigError("backbone_backward_s", self.backbone_backward_s, f"{len(self.backbone_s)} times")
+
+    def exchange_s(self, bytes_by_lane: Mapping[str, int]) -> float:
+        """Seconds of one exchange of so many bytes on each wire. ConfigError for a wire without a model."""
+        unknown = set(bytes_by_lane) - set(self.exchange)
+        if unknown:
+            raise ConfigError("bytes_by_lane", sorted(unknown), f"wires of the model: {sorted(self.exchange)}")
+        return max((self.exchange[lane](count) for lane, count in bytes_by_lane.items()), default=0.0)
+
+    def outside(self, phase: Phase, num_ops: int | None = None) -> float:
+        """Seconds of the timed unit in no window, when the last `num_ops` backbone ops (None: all) are in it."""
+        ops_s, rest_s = (
+            (self.backbone_s, self.outside_s)
+            if phase == "forward"
+            else (self.backbone_backward_s, self.outside_backward_s)
+        )
+        return rest_s + sum(ops_s[: len(ops_s) - _op_count(self, num_ops)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, lists, dicts and the one text `source`: what `from_json` takes."""
+        found: dict[str, Any] = {name: _plain(getattr(self, name)) for name in _AFFINE}
+        found |= {name: getattr(self, name) for name in (*_SECONDS, "source")}
+        found |= {name: list(getattr(self, name)) for name in _OPS}
+        found["exchange"] = {lane: _plain(line) for lane, line in self.exchange.items()}
+        found["slowdown"] = {"compute": self.slowdown.compute, "wire": self.slowdown.wire}
+        return {field.name: found[field.name] for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: object) -> CostModel:
+        """The model of `to_json`. ConfigError names a key that is missing, unknown, or holds something else."""
+        given = _object("cost model", data, [field.name for field in fields(cls)])
+        values: dict[str, Any] = {name: given[name] for name in _SECONDS}
+        values |= {name: AlphaBeta(**_object(name, given[name], _LINE)) for name in _AFFINE}
+        for name in _OPS:
+            if not isinstance(given[name], list):
+                raise ConfigError(name, given[name], "a list of seconds")
+            values[name] = tuple(given[name])
+        if not isinstance(given["exchange"], Mapping):
+            raise ConfigError("exchange", given["exchange"], "an object of wires")
+        values["exchange"] = {
+            lane: AlphaBeta(**_object(f"exchange.{lane}", line, _LINE)) for lane, line in given["exchange"].items()
+        }
+        values["slowdown"] = Slowdown(**_object("slowdown", given["slowdown"], ["compute", "wire"]))
+        if not isinstance(given["source"], str):
+            raise ConfigError("source", given["source"], "a text")
+        return cls(source=given["source"], **values)
+
+
+_LINE = ["alpha_s", "beta_s"]
+_AFFINE = tuple(field.name for field in fields(CostModel) if field.type == "AlphaBeta")
+_SECONDS = tuple(field.name for field in fields(CostModel) if field.type == "float")
+_OPS = tuple(field.name for field in fields(CostModel) if field.type == "tuple[float, ...]")
+
+
+def _plain(line: AlphaBeta) -> dict[str, float]:
+    return {"alpha_s": line.alpha_s, "beta_s": line.beta_s}
+
+
+def _object(name: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:
+    """`value` where it is an object of exactly these keys."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(name, value, "an object with the keys " + " ".join(keys))
+    wrong = [f"no {key}" for key in keys if key not in value] + [f"{key} unknown" for key in value if key not in keys]
+    if wrong:
+        raise ConfigError(name, ", ".join(wrong), "the keys " + " ".join(keys))
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The integers of one step under one chunking, which all ranks derive from the same agreed counts.
+
+    `rows`: rows that the busiest rank's experts have in each chunk. `bytes_by_lane`: by wire, the bytes that leave or
+    enter the busiest rank in one exchange of each chunk; the way back moves the same. `slots_rows`: T * K of the rank
+    with most tokens. `row_bytes`: of one row, for the bytes that an exchange holds in buffers.
+    """
+
+    chunks: int
+    by: ChunkBy
+    rows: tuple[int, ...]
+    bytes_by_lane: Mapping[str, tuple[int, ...]]
+    slots_rows: int
+    row_bytes: int
+
+    def __post_init__(self) -> None:
+        for name, per_chunk in (("rows", self.rows), *self.bytes_by_lane.items()):
+            if len(per_chunk) != self.chunks:
+                raise ConfigError(name, per_chunk, f"one number for each of {self.chunks} chunks")
+
+
+def balanced_shape(
+    *,
+    tokens: int,
+    top_k: int,
+    hidden: int,
+    dtype_bytes: int,
+    ranks: int,
+    ranks_per_node: int,
+    local_experts: int,
+    chunks: int,
+    by: ChunkBy,
+) -> StepShape:
+    """The shape of a step in which every rank has `tokens` tokens and every expert gets the same number of rows.
+
+    Chunks are cut as `plan.ChunkPlan` cuts them: blocks [16c//r, 16(c+1)//r) of the tokens, or the experts
+    [e*c//r, e*(c+1)//r) of every rank. Of a rank's rows, (W - L) / W go to other nodes and (L - 1) / W to the other
+    ranks of its node (W ranks, L of them on a node).
+    """
+    if by not in CHUNK_BY:
+        raise ConfigError("by", by, f"one of {CHUNK_BY}")
+    most = BLOCKS if by == "tokens" else local_experts
+    if not 1 <= chunks <= most:
+        raise ConfigError("chunks", chunks, f"from 1 to {most}, by {by}")
+    if by == "tokens":
+        cuts = [tokens * (BLOCKS * c // chunks) // BLOCKS * top_k for c in range(chunks + 1)]
+    else:
+        cuts = [tokens * top_k * (local_experts * c // chunks) // local_experts for c in range(chunks + 1)]
+    rows = tuple(after - before for before, after in zip(cuts, cuts[1:], strict=False))
+    row_bytes = hidden * dtype_bytes
+    peers = {"inter": ranks - ranks_per_node, "intra": ranks_per_node - 1}
+    return StepShape(
+        chunks=chunks,
+        by=by,
+        rows=rows,
+        bytes_by_lane={
+            lane: tuple(-(-n * row_bytes * count // ranks) for n in rows) for lane, count in peers.items() if count
+        },  # fmt: skip
+        slots_rows=tokens * top_k,
+        row_bytes=row_bytes,
+    )
+
+
+def window(
+    model: CostModel,
+    shapes: Sequence[StepShape],
+    phase: Phase,
+    *,
+    op_verb: OpVerb = "B",
+    num_ops: int | None = None,
+    weight_groups: int = 1,
+) -> Window:
+    """The search's problem for one phase of one layer call: a duration for every action, for every chunking.
+
+    `shapes`: one of each chunking to consider, all of one step. op_verb "B": the model's last `num_ops` backbone ops
+    (None: all) run beside the exchanges; "S": the shared expert does. `weight_groups`: into how many equal groups the
+    weight gradient is cut in backward.
+    """
+    if not shapes or len({shape.slots_rows for shape in shapes}) != 1:
+        raise ConfigError("shapes", [shape.slots_rows for shape in shapes], "at least one, all of the same step")
+    forward = phase == "forward"
+    if op_verb == "S":
+        ops_s: tuple[float, ...] = (model.shared_s if forward else model.shared_backward_s,)
+    else:
+        ops_s = model.backbone_s if forward else model.backbone_backward_s
+        ops_s = ops_s[len(ops_s) - _op_count(model, num_ops) :]
+    slots_rows = shapes[0].slots_rows
+    return Window(
+        phase=phase,
+        op_verb=op_verb,
+        head_s=(model.permute if forward else model.unpermute_backward)(slots_rows),
+        tail_s=(model.unpermute if forward else model.permute_backward)(slots_rows),
+        ops_s=ops_s if forward else ops_s[::-1],
+        issue_s=model.issue_s,
+        slowdown=model.slowdown,
+        chunkings=tuple(_chunking(model, shape, phase, weight_groups) for shape in shapes),
+    )
+
+
+def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: int) -> Chunking:
+    forward = phase == "forward"
+    exchange_s = tuple(
+        model.exchange_s({lane: per_chunk[c] for lane, per_chunk in shape.bytes_by_lane.items()})
+        for c in range(shape.chunks)
+    )
+    # The busiest rank may be another one in each chunk; the sum over chunks is then an upper bound of any rank's rows.
+    group_s = model.experts_wgrad(sum(shape.rows) / weight_groups)
+    return Chunking(
+        chunks=shape.chunks,
+        by=shape.by,
+        first_s=exchange_s,
+        experts_s=tuple(map(model.experts if forward else model.experts_dgrad, shape.rows)),
+        second_s=exchange_s,
+        deferred_s=() if forward else (group_s,) * weight_groups,
+        chunk_bytes=tuple(rows * shape.row_bytes for rows in shape.rows),
+    )
+
+
+def _op_count(model: CostModel, num_ops: int | None) -> int:
+    known = len(model.backbone_s)
+    if num_ops is None:
+        return known
+    if not 0 <= num_ops <= known:
+        raise ConfigError("num_ops", num_ops, f"from 0 to {known}, the backbone ops of the cost model")
+    return num_ops

@@ -1,0 +1,376 @@
+"""Which order of a window's actions is fastest: how the exchange is cut, in which order the chunks are taken, and where
+the ops stand among their experts.
+
+A schedule of a window has a head, for every chunk a first exchange, experts and a second exchange, a tail, and ops
+(and, in backward, deferred weight gradients) that only have to lie between head and tail. What is left to choose is
+small, for these reasons, each by moving or swapping actions so that nothing that counts gets later:
+
+1. Starting every first exchange right after the head is best. They are all available then, experts wait for them, and
+   a second exchange that is overtaken delays nothing but the tail, which waits for the whole wire anyway. The proof
+   takes `issue_s` = 0; with it, some other order may be better by at most 2 * (chunks - 1) * issue_s.
+2. One order of the chunks serves first exchanges, experts and second exchanges alike: two neighbours of the wire that
+   the experts take the other way round can be swapped (as in a permutation flow shop).
+3. A second exchange is best started right after its experts: whatever stands between only delays it.
+4. Deferred work reads what the last experts write, so after these it and the remaining ops run in any order.
+
+So a schedule is a cut, an order of its chunks (`chunk_order`) and, for each of them, how many ops stand before its
+experts (`ops_before`). For one chunk order a dynamic programme over (chunks done, ops done) keeps every pair (compute
+time, wire time) that no other beats in both, which is exact: both times only grow with what they started from. Chunk
+orders matter where chunks differ. Up to 4 chunks all are tried; beyond that, Johnson's rule for two machines ("Optimal
+two- and three-stage production schedules", 1954) on three pairs of durations gives a few, which is a heuristic. With a
+slowdown the programme is approximate too (it runs at full and at slowed speed). Every figure that leaves this module is
+an exact simulation of the very schedule it stands beside.
+
+Bytes in flight: an exchange holds its buffers from its start to the first action that reads it. The tail alone reads
+the second exchanges, so at the end of any schedule all of them are held: no order needs less than the sum over the
+chunks, and rule 1 needs no more. Only joining (waiting for every exchange where it starts) makes do with one chunk's.
+
+The compiled search (csrc/core/search.cpp) and the reference here give the same doubles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+
+from moe_overlap import _native
+from moe_overlap.errors import ConfigError
+from moe_overlap.plan import ChunkBy
+from moe_overlap.planning.window import Chunking, Slowdown, Window
+from moe_overlap.schedule.actions import Schedule, dependencies
+from moe_overlap.schedule.check import LANES, problems
+from moe_overlap.schedule.simulate import simulate
+
+__all__ = ["Candidate", "Chunking", "Slowdown", "Window", "evaluate", "search", "search_reference", "timeline"]
+
+# Verbs of head, first exchange, experts, second exchange and tail.
+STAGES = {"forward": ("P", "D", "E", "C", "U"), "backward": ("Ut", "Ct", "Ed", "Dt", "Pt")}
+# How many of the best interleavings of the dynamic programme are simulated.
+SIMULATED = 4
+# Up to so many chunks every order of them is tried.
+ALL_ORDERS = 4
+# Predictions that differ by less, relative to the best, count as equal: rounding must not choose a schedule.
+TIE = 1e-9
+
+Order = tuple[int, ...]
+OpsBefore = tuple[int, ...]
+# Predicted seconds, joined, chunk_order, ops_before.
+Placement = tuple[float, bool, Order, OpsBefore]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A schedule of a window and what it is predicted to take.
+
+    `joined`: every exchange is waited for where it starts (overlap off). `chunk_order`: the chunks as they are taken.
+    `ops_before[i]`: how many ops stand before the experts of the i-th chunk taken, never decreasing; the rest stands
+    after the last. `order`: the schedule's text, for `Schedule.parse`. `in_flight_bytes`: the most that exchanges under
+    way hold at once (0 where the window has no bytes).
+    """
+
+    chunks: int
+    by: ChunkBy
+    joined: bool
+    chunk_order: Order
+    ops_before: OpsBefore
+    order: str
+    predicted_s: float
+    in_flight_bytes: int
+
+
+def search(
+    window: Window, *, max_in_flight_bytes: int | None = None, limit: int | None = None
+) -> tuple[Candidate, ...]:
+    """The schedules of `window` worth knowing, best first; at most `limit` of them.
+
+    For every cut: joined (for one chunk that is "serial"), all of the first K ops before the experts for every K, and
+    the best interleavings of the dynamic programme, of which the best is optimal where nothing slows down, `issue_s` is
+    0 and chunks are equal or at most 4. Where predictions tie, joined serial comes first, then fewer chunks, chunks in
+    their own order, and fewer runs of ops.
+
+    ConfigError where no schedule keeps within `max_in_flight_bytes`, or where the window has no bytes to compare.
+    """
+    planner = _native.planner()
+    if planner is None:
+        return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
+    found = [(chunking, planner.search(*_arguments(window, chunking))) for chunking in window.chunkings]
+    return _ranked(window, found, max_in_flight_bytes, limit)
+
+
+def search_reference(
+    window: Window, *, max_in_flight_bytes: int | None = None, limit: int | None = None
+) -> tuple[Candidate, ...]:
+    """`search` in plain Python: the definition the compiled one is tested against."""
+    found = [(chunking, _placements(window, chunking)) for chunking in window.chunkings]
+    return _ranked(window, found, max_in_flight_bytes, limit)
+
+
+def evaluate(window: Window, schedule: Schedule, *, chunks: int, by: ChunkBy, joined: bool = False) -> float:
+    """Predicted seconds of any schedule of this window, from the start of its head to the end of its tail.
+
+    An exchange is three actions: its start (compute lane, `issue_s`), its transfer (wire, not before the start has
+    ended) and the wait for it (compute lane, `issue_s`, right before the first action that reads it, or right after
+    the start where `joined`). Otherwise a lane runs its actions one at a time, in the order of the schedule.
+
+    ConfigError where the schedule cannot run, or has other ops or weight-gradient groups than the window.
+    """
+    return max(end_s for _, end_s in timeline(window, schedule, chunks=chunks, by=by, joined=joined))
+
+
+def timeline(
+    window: Window, schedule: Schedule, *, chunks: int, by: ChunkBy, joined: bool = False
+) -> list[tuple[float, float]]:
+    """(start_s, end_s) of every action of `schedule`, in its order: what `evaluate` takes the maximum of.
+
+    An exchange's interval is its transfer; the time of starting it and of waiting for it is no action's. ConfigError as
+    for `evaluate`.
+    """
+    chunking = window.chunking(chunks, by)
+    found = problems(schedule, chunks=chunks)
+    if found:
+        raise ConfigError("schedule", schedule.text, f"one that can run: {found[0].message}")
+    known, given = (
+        set(_order(window, chunking, tuple(range(chunks)), (0,) * chunks).split()),
+        {action.text for action in schedule},
+    )
+    if known != given:
+        expected = f"the actions of the window: {' '.join(sorted(known ^ given))} not in both"
+        raise ConfigError("schedule", schedule.text, expected)
+    return _timeline(window, chunking, schedule, joined)
+
+
+def _timeline(window: Window, chunking: Chunking, schedule: Schedule, joined: bool) -> list[tuple[float, float]]:
+    seconds = _seconds(window, chunking)
+    lanes: list[int] = []
+    durations_s: list[float] = []
+    deps: list[list[int]] = []
+
+    def add(lane: str, duration_s: float, *needs: int) -> int:
+        lanes.append(LANES.index(lane))
+        durations_s.append(duration_s)
+        deps.append(list(needs))
+        return len(lanes) - 1
+
+    own: list[int] = []  # the number of each position's own action
+    ready: list[int] = []  # and of what its readers need: of an exchange, the wait for it
+    pending: set[int] = set()  # positions of exchanges that are not waited for yet
+    for position, (action, needs) in enumerate(zip(schedule, dependencies(schedule), strict=True)):
+        for need in needs:
+            if need in pending and action.lane == "comp":
+                pending.remove(need)
+                ready[need] = add("comp", window.issue_s, own[need])
+        needed = [ready[need] for need in needs]
+        if action.lane == "comp":
+            own.append(add("comp", seconds[action.text], *needed))
+            ready.append(own[-1])
+            continue
+        own.append(add(action.lane, seconds[action.text], add("comp", window.issue_s), *needed))
+        ready.append(add("comp", window.issue_s, own[-1]) if joined else own[-1])
+        if not joined:
+            pending.add(position)
+    slowdown = {LANES.index("comp"): window.slowdown.compute, LANES.index("wire"): window.slowdown.wire}
+    times = simulate(lanes, durations_s, deps, slowdown)
+    return [times[number] for number in own]
+
+
+# ---------------------------------------------------------------- schedules of a window, as text
+
+
+def _op_words(window: Window) -> list[str]:
+    if window.op_verb == "S":
+        return ["S" if window.phase == "forward" else "St"] * len(window.ops_s)
+    names = [f"B{op}" if window.phase == "forward" else f"Bt{op}" for op in range(len(window.ops_s))]
+    return names if window.phase == "forward" else names[::-1]
+
+
+def _order(window: Window, chunking: Chunking, chunk_order: Order, ops_before: OpsBefore) -> str:
+    head, first, experts, second, tail = STAGES[window.phase]
+    ops = _op_words(window)
+    words = [head, *(f"{first}{chunk}" for chunk in chunk_order)]
+    done = 0
+    for chunk, before in zip(chunk_order, ops_before, strict=True):
+        words += [*ops[done:before], f"{experts}{chunk}", f"{second}{chunk}"]
+        done = before
+    return " ".join([*words, *(f"Ew{group}" for group in range(len(chunking.deferred_s))), *ops[done:], tail])
+
+
+def _seconds(window: Window, chunking: Chunking) -> dict[str, float]:
+    """Action text -> duration."""
+    head, first, experts, second, tail = STAGES[window.phase]
+    seconds = {head: window.head_s, tail: window.tail_s}
+    for verb, durations_s in (
+        (first, chunking.first_s),
+        (experts, chunking.experts_s),
+        (second, chunking.second_s),
+        ("Ew", chunking.deferred_s),
+    ):
+        seconds |= {f"{verb}{index}": duration_s for index, duration_s in enumerate(durations_s)}
+    return seconds | dict(zip(_op_words(window), window.ops_s, strict=True))
+
+
+# ---------------------------------------------------------------- the search
+
+
+def _arguments(window: Window, chunking: Chunking) -> tuple[object, ...]:
+    """The numbers of one cut, in the order in which the compiled search takes them."""
+    slowdown = window.slowdown
+    return (window.head_s, window.tail_s, window.issue_s, slowdown.compute, slowdown.wire, window.ops_s,
+            chunking.first_s, chunking.experts_s, chunking.second_s, chunking.deferred_s)  # fmt: skip
+
+
+def _placements(window: Window, chunking: Chunking) -> list[Placement]:
+    """The candidates of one cut, simulated."""
+    num_ops, chunks, slowdown = len(window.ops_s), chunking.chunks, window.slowdown
+    in_turn = tuple(range(chunks))
+    choices = [(in_turn, (slot,) * chunks) for slot in range(num_ops + 1)]
+    choices += _best_interleavings(window, chunking, Slowdown())
+    if slowdown != Slowdown():
+        choices += _best_interleavings(window, chunking, slowdown)
+    found = []
+    for joined, (chunk_order, ops_before) in (
+        (True, choices[0]),
+        *((False, choice) for choice in dict.fromkeys(choices)),
+    ):
+        schedule = Schedule.parse(_order(window, chunking, chunk_order, ops_before))
+        times = _timeline(window, chunking, schedule, joined)
+        found.append((max(end_s for _, end_s in times), joined, chunk_order, ops_before))
+    return found
+
+
+def _chunk_orders(chunking: Chunking) -> list[Order]:
+    """The orders of the chunks worth trying, their own first."""
+    in_turn = tuple(range(chunking.chunks))
+    durations_s = list(zip(chunking.first_s, chunking.experts_s, chunking.second_s, strict=True))
+    if all(chunk == durations_s[0] for chunk in durations_s):
+        return [in_turn]
+    if chunking.chunks <= ALL_ORDERS:
+        return list(permutations(in_turn))
+    orders = [
+        in_turn,
+        _johnson([(first_s, experts_s) for first_s, experts_s, _ in durations_s]),
+        _johnson([(experts_s, second_s) for _, experts_s, second_s in durations_s]),
+        _johnson([(first_s + experts_s, experts_s + second_s) for first_s, experts_s, second_s in durations_s]),
+    ]
+    return list(dict.fromkeys(orders))
+
+
+def _johnson(pairs: list[tuple[float, float]]) -> Order:
+    """Johnson's rule for jobs with two stages: those with the shorter first stage, shortest first stage first, then the
+    others, longest second stage first."""
+
+    def rank(job: int) -> tuple[bool, float, int]:
+        before_s, after_s = pairs[job]
+        return (False, before_s, job) if before_s < after_s else (True, -after_s, job)
+
+    return tuple(sorted(range(len(pairs)), key=rank))
+
+
+# Compute-lane time, wire time, runs of ops so far, ops_before of the chunks done.
+Label = tuple[float, float, int, OpsBefore]
+# Predicted seconds between head and tail, chunks out of turn, runs of ops, chunk_order, ops_before.
+End = tuple[float, bool, int, Order, OpsBefore]
+
+
+def _best_interleavings(window: Window, chunking: Chunking, factor: Slowdown) -> list[tuple[Order, OpsBefore]]:
+    """The best (chunk_order, ops_before) when every duration of a lane is multiplied by its factor."""
+    ends = [end for order in _chunk_orders(chunking) for end in _ends(window, chunking, factor, order)]
+    return [(chunk_order, ops_before) for _, _, _, chunk_order, ops_before in sorted(ends)[:SIMULATED]]
+
+
+def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Order) -> list[End]:
+    """What the dynamic programme finds for one order of the chunks."""
+    issue_s, num_ops = window.issue_s * factor.compute, len(window.ops_s)
+    comp_s = wire_s = 0.0
+    arrived_s = []
+    for chunk in chunk_order:
+        comp_s += issue_s
+        wire_s = max(wire_s, comp_s) + chunking.first_s[chunk] * factor.wire
+        arrived_s.append(wire_s)
+    labels: list[list[Label]] = [[] for _ in range(num_ops + 1)]  # by ops done
+    labels[0] = [(comp_s, wire_s, 0, ())]
+    for chunk, arrival_s in zip(chunk_order, arrived_s, strict=True):
+        for op, op_s in enumerate(window.ops_s):
+            later = [(at_s + op_s * factor.compute, *rest) for at_s, *rest in labels[op]]
+            labels[op + 1] = _unbeaten([*labels[op + 1], *later])  # type: ignore[list-item]
+        experts_s, second_s = chunking.experts_s[chunk] * factor.compute, chunking.second_s[chunk] * factor.wire
+        for done in range(num_ops + 1):
+            after: list[Label] = []
+            for comp_s, wire_s, switches, before in labels[done]:
+                end_s = max(comp_s, arrival_s) + issue_s + experts_s + issue_s
+                switched = switches + (done > (before[-1] if before else 0))
+                after.append((end_s, max(wire_s, end_s) + second_s, switched, (*before, done)))
+            labels[done] = _unbeaten(after)
+    out_of_turn = list(chunk_order) != sorted(chunk_order)
+    ends: list[End] = []
+    for done in range(num_ops + 1):
+        for comp_s, wire_s, switches, before in labels[done]:
+            for left_s in (*window.ops_s[done:], *chunking.deferred_s):
+                comp_s += left_s * factor.compute
+            # Then a wait for each second exchange, all but the last of them mostly while that one is under way.
+            end_s = max(comp_s + chunking.chunks * issue_s, wire_s + issue_s)
+            ends.append((end_s, out_of_turn, switches + (done < num_ops), chunk_order, before))
+    return ends
+
+
+def _unbeaten(labels: list[Label]) -> list[Label]:
+    """Those for which no other is as early or earlier on both lanes."""
+    kept: list[Label] = []
+    for label in sorted(labels):
+        if not kept or label[1] < kept[-1][1]:
+            kept.append(label)
+    return kept
+
+
+def _switches(ops_before: OpsBefore, num_ops: int) -> int:
+    """How many runs of ops there are: between experts, and after the last."""
+    return sum(after > before for before, after in pairwise((0, *ops_before, num_ops)))
+
+
+def _ranked(
+    window: Window,
+    found: Iterable[tuple[Chunking, list[Placement]]],
+    max_in_flight_bytes: int | None,
+    limit: int | None,
+) -> tuple[Candidate, ...]:
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", limit, "at least 1")
+    entries = [
+        (chunking, placement, _in_flight_bytes(chunking, placement[1]))
+        for chunking, placements in found
+        for placement in placements
+    ]
+    if max_in_flight_bytes is not None:
+        if not all(chunking.chunk_bytes for chunking in window.chunkings):
+            raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None: a chunking has no chunk_bytes")
+        least = min(held for _, _, held in entries)
+        entries = [entry for entry in entries if entry[2] <= max_in_flight_bytes]
+        if not entries:
+            expected = f"at least {least}, what the smallest cut holds when every exchange is joined"
+            raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
+    best_s = min(placement[0] for _, placement, _ in entries)
+
+    def rank(entry: tuple[Chunking, Placement, int]) -> tuple[object, ...]:
+        chunking, (predicted_s, joined, chunk_order, ops_before), _ = entry
+        distance = round((predicted_s - best_s) / best_s / TIE) if best_s > 0 else predicted_s
+        simplest = (not (joined and chunking.chunks == 1), chunking.chunks, list(chunk_order) != sorted(chunk_order))
+        return distance, *simplest, _switches(ops_before, len(window.ops_s)), chunking.by, joined, ops_before
+
+    return tuple(
+        Candidate(
+            chunks=chunking.chunks,
+            by=chunking.by,
+            joined=joined,
+            chunk_order=tuple(chunk_order),
+            ops_before=tuple(ops_before),
+            order=_order(window, chunking, chunk_order, ops_before),
+            predicted_s=predicted_s,
+            in_flight_bytes=held,
+        )
+        for chunking, (predicted_s, joined, chunk_order, ops_before), held in sorted(entries, key=rank)[:limit]
+    )
+
+
+def _in_flight_bytes(chunking: Chunking, joined: bool) -> int:
+    """One chunk's where every exchange is joined; else all, as the module says."""
+    return max(chunking.chunk_bytes, default=0) if joined else sum(chunking.chunk_bytes)

@@ -1,0 +1,117 @@
+"""The problem that the planner solves: one window, which is one phase of one layer call.
+
+Two lanes, compute and wire. Both phases have the same structure:
+
+    forward    P    D_c    E_c    C_c    U     beside B_i, or S
+    backward   Ut   Ct_c   Ed_c   Dt_c   Pt    beside Bt_i, or St, and Ew_g after the last Ed
+               head first  experts second tail
+
+Every duration is in seconds, finite and >= 0. Everything here raises ConfigError for what is not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy
+from moe_overlap.schedule.actions import Phase
+
+OpVerb = Literal["B", "S"]
+
+
+def _check_seconds(field: str, *values: float) -> None:
+    for value in values:
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(field, value, "a finite number of seconds >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slowdown:
+    """By what factor (>= 1) work on a lane takes longer while the other lane is busy too."""
+
+    compute: float = 1.0
+    wire: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("compute", "wire"):
+            factor = getattr(self, name)
+            if not math.isfinite(factor) or factor < 1:
+                raise ConfigError(f"slowdown.{name}", factor, "a finite factor >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunking:
+    """The durations for one way of cutting the exchange, in seconds, one per chunk.
+
+    `deferred_s`: one per weight-gradient group (backward only). `chunk_bytes`: what one exchange of each chunk holds
+    in buffers; empty where nobody asks.
+    """
+
+    chunks: int
+    by: ChunkBy
+    first_s: tuple[float, ...]
+    experts_s: tuple[float, ...]
+    second_s: tuple[float, ...]
+    deferred_s: tuple[float, ...] = ()
+    chunk_bytes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunks <= BLOCKS:
+            raise ConfigError("chunking.chunks", self.chunks, f"an integer from 1 to {BLOCKS}")
+        if self.by not in CHUNK_BY:
+            raise ConfigError("chunking.by", self.by, f"one of {CHUNK_BY}")
+        for name in ("first_s", "experts_s", "second_s", "chunk_bytes"):
+            values = getattr(self, name)
+            if len(values) != self.chunks and (values or name != "chunk_bytes"):
+                raise ConfigError(f"chunking.{name}", values, f"{self.chunks} values, one per chunk")
+        for name in ("first_s", "experts_s", "second_s", "deferred_s"):
+            _check_seconds(f"chunking.{name}", *getattr(self, name))
+        if any(held < 0 for held in self.chunk_bytes):
+            raise ConfigError("chunking.chunk_bytes", self.chunk_bytes, "bytes >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A phase with the ways in which its exchange can be cut.
+
+    `op_verb`: whether `ops_s` are backbone ops (B, backward Bt) or the shared expert (S, St), in execution order.
+    `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
+    """
+
+    phase: Phase
+    op_verb: OpVerb = "B"
+    head_s: float
+    tail_s: float
+    ops_s: tuple[float, ...] = ()
+    issue_s: float = 0.0
+    slowdown: Slowdown = Slowdown()
+    chunkings: tuple[Chunking, ...]
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("forward", "backward"):
+            raise ConfigError("window.phase", self.phase, "forward or backward")
+        if self.op_verb not in ("B", "S"):
+            raise ConfigError("window.op_verb", self.op_verb, "B (backbone ops) or S (the shared expert)")
+        if self.op_verb == "S" and len(self.ops_s) > 1:
+            raise ConfigError("window.ops_s", self.ops_s, "at most one duration: there is one shared expert")
+        for name in ("head_s", "tail_s", "issue_s"):
+            _check_seconds(f"window.{name}", getattr(self, name))
+        _check_seconds("window.ops_s", *self.ops_s)
+        cuts = [(chunking.chunks, chunking.by) for chunking in self.chunkings]
+        if not cuts or len(set(cuts)) != len(cuts):
+            raise ConfigError("window.chunkings", cuts, "at least one, each (chunks, by) once")
+        for chunking in self.chunkings:
+            if (self.phase == "backward") != bool(chunking.deferred_s):
+                expected = "one duration per weight-gradient group, at least one, in backward; none in forward"
+                raise ConfigError("chunking.deferred_s", chunking.deferred_s, expected)
+
+    def chunking(self, chunks: int, by: ChunkBy) -> Chunking:
+        """The durations of this cut. ConfigError where the window does not have it."""
+        for chunking in self.chunkings:
+            if (chunking.chunks, chunking.by) == (chunks, by):
+                return chunking
+        cuts = [(chunking.chunks, chunking.by) for chunking in self.chunkings]
+        raise ConfigError("chunks, by", (chunks, by), f"a cut of this window: {cuts}")
