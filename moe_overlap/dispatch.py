@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -15,7 +15,8 @@ from moe_overlap.plan import (
     DTYPES,
     NOT_SENT,
     REFUSALS,
-    ChunkPlan,
+    ChunkBy,
+    ExchangePlan,
     StepRecord,
     block_counts,
     digest,
@@ -59,6 +60,24 @@ def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Te
         raise ConfigError("topk_weights", given, expected)
 
 
+class Schedules(Protocol):
+    """Which schedules a layer runs: one pair for all steps (`SchedulePair`), or one chosen from the agreed counts."""
+
+    @property
+    def digest(self) -> int:
+        """Equal on all ranks that will run the same."""
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the forward schedule; 0 where they are chosen from the counts."""
+
+    @property
+    def by(self) -> ChunkBy: ...
+
+    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+        """The pair of one step: a pure function of what the ranks agreed on."""
+
+
 @dataclass
 class Dispatcher:
     """Agrees on one layer's steps. `steps` counts its forward calls since the transport was opened, the only thing here
@@ -87,9 +106,9 @@ class Dispatcher:
         )
 
     def plan(
-        self, slots_TK: torch.Tensor, x_TD: torch.Tensor, pair: SchedulePair, *, status: torch.Tensor | None = None
-    ) -> ChunkPlan:
-        """The agreed plan of one step: one control collective.
+        self, slots_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
+    ) -> ExchangePlan:
+        """The agreed counts of one step: one control collective.
 
         slots_TK: int32 [T, K] physical slots, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
         status: int32 [1] flag word of the router. Raises ConfigError or PlanMismatch alike on all ranks.
@@ -97,12 +116,14 @@ class Dispatcher:
         try:
             counts = block_counts(slots_TK, self.placement.num_slots)
         except ConfigError as error:
-            self.refuse(error, pair)
+            self.refuse(error, schedule)
         flags = 0 if status is None else int(status)
-        record = self._record(pair, dtype_code(x_TD.dtype), x_TD.requires_grad, counts, (1, flags) if flags else (0, 0))
-        return self._agree(record, pair)
+        record = self._record(
+            schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, counts, (1, flags) if flags else (0, 0)
+        )
+        return self.transport.agree(record)
 
-    def refuse(self, error: Exception, pair: SchedulePair) -> NoReturn:
+    def refuse(self, error: Exception, schedule: Schedules) -> NoReturn:
         """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like."""
         fields = {field: code for code, (field, _) in REFUSALS.items()}
         code, value = fields["x"], NOT_SENT
@@ -114,7 +135,7 @@ class Dispatcher:
                 value = DTYPES.index(error.value)
         counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
         try:
-            self._agree(self._record(pair, 0, False, counts, (code, value)), pair)
+            self.transport.agree(self._record(schedule, 0, False, counts, (code, value)))
         except ConfigError:
             # All ranks raise; this one knows more about the cause than the record could carry.
             raise error from None
@@ -122,7 +143,7 @@ class Dispatcher:
 
     def _record(
         self,
-        pair: SchedulePair,
+        schedule: Schedules,
         dtype: int,
         x_requires_grad: bool,
         counts: torch.Tensor,
@@ -139,14 +160,14 @@ class Dispatcher:
             status_value=status[1],
             grad_enabled=int(grad),
             x_requires_grad=int(grad and x_requires_grad),
-            chunks=pair.chunks,
-            chunk_by=CHUNK_BY.index(pair.by),
+            chunks=schedule.chunks,
+            chunk_by=CHUNK_BY.index(schedule.by),
             dtype=dtype,
             hidden=self.hidden,
             top_k=self.top_k,
             placement_epoch=self.placement.epoch,
             config_digest=digest(self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert),
-            schedule_digest=pair.digest,
+            schedule_digest=schedule.digest,
             counts=counts,
         )
 
@@ -161,6 +182,3 @@ class Dispatcher:
             raise
         if opened:
             self.steps = 0
-
-    def _agree(self, record: StepRecord, pair: SchedulePair) -> ChunkPlan:
-        return self.transport.agree(record).chunked(pair.chunks, pair.by)

@@ -60,14 +60,14 @@ def moe_forward(
     try:
         _check(hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, activation)
         weights = ExpertWeights(w_in=gate_up_proj.detach(), w_out=down_proj.detach(), kind=activation)
-        step = Step(pair, transport, weights, phase=PHASES[current_phase()])
+        step = Step(transport, weights, phase=PHASES[current_phase()])
         (x_TD,) = step.enter(hidden_TD, gate_up_proj, down_proj, copies=1)
     except Exception as error:
         dispatcher.refuse(error, pair)
-    plan = dispatcher.plan(topk_ids_TK, x_TD, pair)  # the ids as given: a cast could bring one back into the range
+    exchange = dispatcher.plan(topk_ids_TK, x_TD, pair)  # the ids as given: a cast could bring one back into the range
     slots_TK = topk_ids_TK.to(torch.int32)
     accumulate = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-    step.bind(plan, x_TD, slots_TK, topk_weights_TK.to(accumulate))
+    step.bind(pair, exchange, x_TD, slots_TK, topk_weights_TK.to(accumulate))
     return step.run()
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from moe_overlap import ops
 from moe_overlap.arguments import check_sizes, make_router
 from moe_overlap.autograd import Attach, SameRouting
-from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
+from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, Schedules, check_routing, current_phase
 from moe_overlap.errors import ConfigError
 from moe_overlap.explain import explain
 from moe_overlap.placement.placement import Placement
@@ -174,13 +174,12 @@ class MoELayer(nn.Module):
         shared_TD = step.take_shared()
         return (y_TD if shared_TD is None else y_TD + shared_TD).reshape(x.shape)
 
-    def _begin(self, x: torch.Tensor, pair: SchedulePair) -> tuple[Step, RoutingDecision, torch.Tensor]:
+    def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
         try:
             x_TD, dtype = self._checked(x)
             w_in, w_out = (w.to(dtype) for w in self.expert_weights)
             step = Step(
-                pair,
                 self.transport,
                 ExpertWeights(
                     w_in=w_in.detach(),
@@ -196,10 +195,10 @@ class MoELayer(nn.Module):
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(dtype)
         except Exception as error:
-            self.dispatcher.refuse(error, pair)
+            self.dispatcher.refuse(error, schedule)
         start_s = time.perf_counter()
-        plan = self.dispatcher.plan(slots_TK, rows_TD, pair, status=routing.status)
-        step.bind(plan, rows_TD, slots_TK, routing.topk_weights_TK)
+        exchange = self.dispatcher.plan(slots_TK, rows_TD, schedule, status=routing.status)
+        step.bind(schedule.pair_for(exchange), exchange, rows_TD, slots_TK, routing.topk_weights_TK)
         step.note("N", "wire", start_s, time.perf_counter())
         return step, routing, x_shared
 

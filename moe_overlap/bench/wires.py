@@ -83,7 +83,8 @@ def plan_of(model: BlockPair, pair: SchedulePair, transport: Transport) -> Chunk
     model.use(pair, transport)
     router = model.moe.router
     rows_TD = torch.empty(model.sizes.tokens, model.sizes.hidden, dtype=model.dtype)
-    return model.moe.dispatcher.plan(router.ids_TK, rows_TD, pair)  # type: ignore[arg-type]
+    exchange = model.moe.dispatcher.plan(router.ids_TK, rows_TD, pair)  # type: ignore[arg-type]
+    return exchange.chunked(pair.chunks, pair.by)
 
 
 def isolated(world: World, model: BlockPair, pair: SchedulePair, wires: Wires, phase: str) -> Exchanges:

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, replace
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy, digest
+from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy, ExchangePlan, digest
 from moe_overlap.schedule.actions import Action, Schedule
 
 
@@ -50,6 +50,10 @@ class SchedulePair:
     @property
     def has_shared(self) -> bool:
         return self.forward.count("S") > 0
+
+    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+        """The pair of one step: this one, whatever the counts."""
+        return self
 
     def with_backward(self, other: SchedulePair) -> SchedulePair:
         """This pair's forward schedule with the backward schedule of `other`."""

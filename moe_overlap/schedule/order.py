@@ -43,9 +43,13 @@ def backward_groups(pair: SchedulePair) -> tuple[list[Node], ...]:
     return tuple(groups)
 
 
-def split_tail(group: list[Node]) -> tuple[list[Node], list[Node]]:
-    """(head, tail) of the last group: the tail begins at the first wait for a Dt and can let the router go first."""
+def split_tail(group: list[Node], most: int) -> tuple[list[Node], list[Node]]:
+    """(head, tail) of the last group: the tail begins at the first wait for a Dt and can let the router go first.
+
+    It has at most the last `most` nodes.
+    """
     for position, node in enumerate(group):
         if node.action.verb == "Dt" and node.half == "wait":
-            return group[:position], group[position:]
+            cut = max(position, len(group) - most)
+            return group[:cut], group[cut:]
     return group, []

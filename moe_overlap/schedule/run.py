@@ -28,7 +28,7 @@ from moe_overlap.autograd import (
     routing_digest,
 )
 from moe_overlap.errors import ConfigError
-from moe_overlap.plan import ChunkPlan, RowLayout
+from moe_overlap.plan import BLOCKS, ExchangePlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
@@ -37,13 +37,14 @@ from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, 
 from moe_overlap.transport.base import Transport, Work
 
 Tensors = tuple[torch.Tensor | None, ...]
+# How many nodes can run after the router's backward: the waits for the last exchanges (one a chunk), then Pt.
+LAST_NODES = BLOCKS + 1
 
 
 class Step:
     """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer."""
 
-    def __init__(self, pair: SchedulePair, transport: Transport, weights: ExpertWeights, *, phase: str) -> None:
-        self.pair = pair
+    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str) -> None:
         self.transport = transport
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
@@ -57,10 +58,8 @@ class Step:
         # Forward: where the walk stands.
         self._position = 0
         self._ops_done = 0
-        self._needs = dependencies(pair.forward)
         self._waited: set[int] = set()
         # Backward: the order to come, and the run under way.
-        self._groups = list(backward_groups(pair))
         self._nodes: dict[Node, Any] = {}
         self._numbers: dict[Node, int] = {}
         self._output_node: weakref.ref[Any] | None = None
@@ -77,15 +76,26 @@ class Step:
         self._need_dw = self.grad and (w_in.requires_grad or w_out.requires_grad)
         self._need_dx = self.grad and x_TD.requires_grad
         *copied, self._weight_token = Fork.apply(self, copies, self._anchor, x_TD, w_in, w_out)
-        head, tail = split_tail(self._groups[-1])
-        self._groups[-1] = head
-        self._reserve(tail)
+        # Before the router makes its nodes: numbers for what runs, in backward, after the router's.
+        self._last_numbers = reserve_sequence_numbers(self._anchor, LAST_NODES) if self.grad else []
         return copied if self._need_dx else [x_TD] * copies
 
-    def bind(self, plan: ChunkPlan, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """The agreed plan and this rank's tokens: after this, the schedule can run."""
-        self.plan = plan
-        self._backward_plan = plan.cut(self.pair.backward_chunks, self.pair.backward_by)
+    def bind(
+        self,
+        pair: SchedulePair,
+        exchange: ExchangePlan,
+        x_TD: torch.Tensor,
+        slots_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> None:
+        """The schedules, the agreed counts and this rank's tokens: after this, the schedule can run."""
+        self.pair = pair
+        self.plan = exchange.chunked(pair.chunks, pair.by)
+        self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
+        self._needs = dependencies(pair.forward)
+        self._groups = list(backward_groups(pair))
+        self._groups[-1], tail = split_tail(self._groups[-1], LAST_NODES)
+        self._number(tail, self._last_numbers)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=x_TD.dtype)
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
 
@@ -205,8 +215,11 @@ class Step:
 
     def _reserve(self, nodes: list[Node]) -> None:
         if self.grad and nodes:
-            numbers = reserve_sequence_numbers(self._anchor, len(nodes))
-            self._numbers.update(zip(nodes, reversed(numbers), strict=True))
+            self._number(nodes, reserve_sequence_numbers(self._anchor, len(nodes)))
+
+    def _number(self, nodes: list[Node], numbers: list[int]) -> None:
+        """The first of `nodes` gets the highest of the ascending `numbers`: the engine runs it first."""
+        self._numbers.update(zip(nodes, reversed(numbers), strict=False))
 
     # ---------------------------------------------------------------- forward: the bodies
 
