@@ -10,7 +10,8 @@ from moe_overlap.errors import (
     TransportClosed,
     TransportTimeout,
 )
-from moe_overlap.layer import MoELayer, aux_loss, ignore_experts_for_ddp
+from moe_overlap.layer import MoELayer
+from moe_overlap.model import aux_loss, ignore_experts_for_ddp
 from moe_overlap.selective import sac_policy
 from moe_overlap.shortcut import ShortcutBlock
 from moe_overlap.stats import LayerStats

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_overlap.errors import ConfigError
 
@@ -52,3 +53,13 @@ SLOW_PEER_S = EnvVariable(
     high=3600.0,
 )
 VARIABLES = (TIMEOUT_S, SLOW_PEER_S)
+CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
+
+
+def cache_dir() -> Path:
+    """Where calibrations are kept: MOE_OVERLAP_CACHE_DIR, else moe_overlap in the user's cache directory."""
+    text = os.environ.get(CACHE_DIR, "")
+    if text:
+        return Path(text)
+    base = os.environ.get("XDG_CACHE_HOME", "")  # the desktop standard for caches
+    return (Path(base) if base else Path.home() / ".cache") / "moe_overlap"

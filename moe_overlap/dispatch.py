@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import torch
 
@@ -15,14 +15,13 @@ from moe_overlap.plan import (
     DTYPES,
     NOT_SENT,
     REFUSALS,
-    ChunkBy,
     ExchangePlan,
     StepRecord,
     block_counts,
     digest,
     dtype_code,
 )
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.builders import Schedules
 from moe_overlap.transport.base import Header, Transport
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
@@ -58,24 +57,6 @@ def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Te
         given = f"{weights_TK.dtype} {tuple(weights_TK.shape)} on {weights_TK.device}"
         expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {x_TD.device}"
         raise ConfigError("topk_weights", given, expected)
-
-
-class Schedules(Protocol):
-    """Which schedules a layer runs: one pair for all steps (`SchedulePair`), or one chosen from the agreed counts."""
-
-    @property
-    def digest(self) -> int:
-        """Equal on all ranks that will run the same."""
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of the forward schedule; 0 where they are chosen from the counts."""
-
-    @property
-    def by(self) -> ChunkBy: ...
-
-    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
-        """The pair of one step: a pure function of what the ranks agreed on."""
 
 
 @dataclass

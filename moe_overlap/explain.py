@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from moe_overlap.ops import registry
+from moe_overlap.planned import Planned, PlannedSchedule
+from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import draw, makespan_s
 from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.stats import LastStep
 from moe_overlap.transport.base import Transport
 
 
@@ -22,9 +26,9 @@ def measured_durations(events: Sequence[TimelineEvent], phase: str) -> dict[str,
 
 
 def explain(
-    pair: SchedulePair, events: Sequence[TimelineEvent], transport: Transport, implementations: Sequence[str]
+    pair: SchedulePair, events: Sequence[TimelineEvent], transport: Transport, *, last: LastStep | None = None
 ) -> str:
-    """A page of text; see `MoELayer.explain`."""
+    """A page of text; see `MoELayer.explain`. `last`: the step that ran `pair`."""
     lines = [
         f"schedule {pair.name}: {pair.chunks} chunk(s) by {pair.by}"
         + ("" if pair.slot is None else f", slot {pair.slot}")
@@ -34,7 +38,17 @@ def explain(
     for name, schedule in (("forward", pair.forward), ("backward", pair.backward)):
         lines += ["", f"{name}: {schedule.text}", draw(schedule, joined=pair.joined)]
         lines.append(_times(schedule, measured_durations(events, name), joined=pair.joined))
-    return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in implementations)])
+    if last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule):
+        lines += _planned(last.schedule, last.schedule.planned(last.plan.exchange))
+    return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in registry.explain())])
+
+
+def _planned(schedule: PlannedSchedule, planned: Planned) -> list[str]:
+    """Why the planner chose this: one section a phase."""
+    lines = ["", f"chosen by the planner from a cost model {schedule.model.source}"]
+    for phase, window in planned.windows.items():
+        lines += ["", f"-- {phase} --", explain_window(window, planned.candidates[phase])]
+    return lines
 
 
 def _times(schedule: Schedule, durations_s: dict[str, float], *, joined: bool) -> str:

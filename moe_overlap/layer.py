@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +18,24 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.arguments import check_sizes, make_router
-from moe_overlap.autograd import Attach, SameRouting
-from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, Schedules, check_routing, current_phase
+from moe_overlap.auto import AutoSchedule, Op, ProbeInputs
+from moe_overlap.autograd import Attach, SameRouting, closing_on_error
+from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
 from moe_overlap.explain import explain
 from moe_overlap.placement.placement import Placement
-from moe_overlap.plan import PHASES, ChunkPlan
+from moe_overlap.plan import PHASES
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import SchedulePair, window
+from moe_overlap.schedule.builders import SchedulePair, Schedules, serial, window
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
-from moe_overlap.stats import LayerStats, layer_stats
+from moe_overlap.stats import LastStep, LayerStats, layer_stats
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
+
+UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
 
 @dataclass
@@ -74,7 +77,8 @@ class MoELayer(nn.Module):
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
-    schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", or a SchedulePair.
+    schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
+    "auto": the first forward call measures (at most 20 s; kept in a cache), then the fastest one found runs.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu", "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
@@ -132,11 +136,16 @@ class MoELayer(nn.Module):
         self.shared_expert: nn.Module | None = None
         if shared_expert_size is not None:
             self.shared_expert = SharedExpert(hidden_size, shared_expert_size, activation, **factory)
-        pair = layer_schedule(schedule, shared=shared_expert_size is not None)
-        self.schedule = pair if overlap else pair.join()
         if transport is None:
             transport = open_transport(group, timeout_s=timeout_s)
         self.transport = transport
+        shared = shared_expert_size is not None
+        self.schedule: SchedulePair | AutoSchedule
+        if schedule == "auto" and transport.world_size > 1:
+            self.schedule = AutoSchedule(op_verb="S" if shared else "B", num_ops=0, overlap=overlap)
+        else:  # one rank has no exchange to hide: "auto" is serial
+            pair = layer_schedule("serial" if schedule == "auto" else schedule, shared=shared)
+            self.schedule = pair if overlap else pair.join()
         self.dispatcher = Dispatcher(
             transport=transport,
             placement=Placement.identity(num_experts, transport.world_size),
@@ -149,9 +158,7 @@ class MoELayer(nn.Module):
         )
         self.expert_grad_scale = 1.0
         self._make_experts(factory)
-        self._last_stats: tuple[RoutingDecision, ChunkPlan | None, int] | None = None
-        self._last_events: list[TimelineEvent] = []
-        self._last_schedule = self.schedule
+        self._last_step: LastStep | None = None
         self._aux_loss: torch.Tensor | None = None
         self._tail: torch.Tensor | None = None
         self._ticket: weakref.ref[Ticket] | None = None
@@ -168,11 +175,41 @@ class MoELayer(nn.Module):
     @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
     def _forward_scheduled(self, x: torch.Tensor) -> torch.Tensor:
         """The sentence: route and agree, run the schedule, add the shared expert."""
-        step, routing, x_shared = self._begin(x, self.schedule)
+        step, routing, x_shared = self._begin(x, self._schedules(self.schedule, x))
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         self._end(step, routing, y_TD)
         shared_TD = step.take_shared()
         return (y_TD if shared_TD is None else y_TD + shared_TD).reshape(x.shape)
+
+    def _schedules(
+        self,
+        schedule: SchedulePair | AutoSchedule,
+        x: torch.Tensor,
+        backbone: Sequence[Op] = (),
+        h: torch.Tensor | None = None,
+    ) -> Schedules:
+        """What the coming step runs. The first step of "auto" calibrates, on its own tokens and with its own ops."""
+        if not isinstance(schedule, AutoSchedule):
+            return schedule
+        try:
+            x_TD, dtype = self._checked(x)
+            found = schedule.get(dtype)
+            if found is not None:
+                return found
+            with torch.no_grad():
+                routing = self.router(x_TD)
+            check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
+            slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
+            w_in, w_out = (w.detach().to(dtype) for w in self.expert_weights)
+        except Exception as error:
+            self.dispatcher.refuse(error, UNPLANNED)
+        # Agree first: a rank that cannot take part says so here, and no probe waits for it.
+        self.dispatcher.plan(slots_TK, x_TD.detach().to(dtype), UNPLANNED, status=routing.status)
+        inputs = ProbeInputs(dispatcher=self.dispatcher, x_TD=x_TD.detach().to(dtype), slots_TK=slots_TK,
+                             weights_TK=routing.topk_weights_TK.detach(), w_in=w_in, w_out=w_out, backbone=backbone,
+                             h=None if h is None else h.detach(), shared=self.shared_expert)  # fmt: skip
+        with closing_on_error(self.transport, "calibrate"):
+            return schedule.prepare(inputs)
 
     def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
@@ -198,7 +235,7 @@ class MoELayer(nn.Module):
             self.dispatcher.refuse(error, schedule)
         start_s = time.perf_counter()
         exchange = self.dispatcher.plan(slots_TK, rows_TD, schedule, status=routing.status)
-        step.bind(schedule.pair_for(exchange), exchange, rows_TD, slots_TK, routing.topk_weights_TK)
+        step.bind(schedule, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
         step.note("N", "wire", start_s, time.perf_counter())
         return step, routing, x_shared
 
@@ -219,19 +256,25 @@ class MoELayer(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         if not torch.compiler.is_compiling() and current_phase() == 0:
-            self._remember(routing, None, 0)
+            assert isinstance(self.schedule, SchedulePair)
+            self._remember(LastStep(routing=routing, plan=None, payload_bytes=0, schedule=self.schedule,
+                                    pair=self.schedule, events=[]))  # fmt: skip
         return y_TD.reshape(x.shape)
 
     # ---------------------------------------------------------------- tickets
 
     def begin(self, x: torch.Tensor) -> Ticket:
-        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`."""
+        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`.
+
+        The layer's schedule says into how many chunks ("auto": one, as what stands between the stages is unknown).
+        """
         if self.shared_expert is not None:
             raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
         last = self._ticket() if self._ticket is not None else None
         if last is not None and last.stage in ("begun", "computed"):
             raise RuntimeError(f"this layer's last ticket is {last.stage}: finish it before the next begin")
-        pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
+        chosen = UNPLANNED if isinstance(self.schedule, AutoSchedule) else self.schedule
+        pair = window(2, 1, chunks=chosen.chunks, by=chosen.by).join(chosen.joined)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)
@@ -255,14 +298,23 @@ class MoELayer(nn.Module):
 
     def stats(self) -> LayerStats:
         """The last forward call. Raises RuntimeError before the first one."""
-        if self._last_stats is None:
+        if self._last_step is None:
             raise RuntimeError("no forward call yet")
-        routing, plan, payload_bytes = self._last_stats
-        return layer_stats(routing, plan, payload_bytes, self.dispatcher.placement, self._last_schedule)
+        return layer_stats(self._last_step, self.dispatcher.placement)
 
     def explain(self) -> str:
         """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
-        return explain(self._last_schedule, self._last_events, self.transport, ops.registry.explain())
+        last = self._last_step
+        if last is not None:
+            return explain(last.pair, last.events, self.transport, last=last)
+        if isinstance(self.schedule, AutoSchedule):
+            return 'schedule "auto": the first forward call calibrates, then chooses'
+        return explain(self.schedule, [], self.transport)
+
+    @property
+    def last_events(self) -> list[TimelineEvent]:
+        """The executed actions of the last forward call, and of its backward once that has run."""
+        return [] if self._last_step is None else self._last_step.events
 
     def attach(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, made to reach this layer's last call with a zero gradient.
@@ -296,8 +348,7 @@ class MoELayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The layer without what its last call left behind."""
         forgotten: dict[str, Any] = {
-            "_last_stats": None,
-            "_last_events": [],
+            "_last_step": None,
             "_aux_loss": None,
             "_tail": None,
             "_ticket": None,
@@ -315,7 +366,7 @@ class MoELayer(nn.Module):
 
     @property
     def _runs_inline(self) -> bool:
-        return self.transport.name == "local" and self.schedule.chunks == 1
+        return self.transport.name == "local" and isinstance(self.schedule, SchedulePair) and self.schedule.chunks == 1
 
     def _make_experts(self, factory: dict[str, Any]) -> None:
         """Draws every expert of the layer in turn and keeps this rank's, so that any number of ranks starts alike."""
@@ -360,14 +411,15 @@ class MoELayer(nn.Module):
             return
         sent = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.send_counts)
         returned = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.recv_counts)
-        self._remember(routing, step.plan, (sent + returned) * step.layout.row_bytes)
-        self._last_events, self._last_schedule = step.events, step.pair
+        payload_bytes = (sent + returned) * step.layout.row_bytes
+        self._remember(LastStep(routing=routing, plan=step.plan, payload_bytes=payload_bytes, schedule=step.schedule,
+                                pair=step.pair, events=step.events))  # fmt: skip
         if step.grad and self.transport.world_size > 1:
             self._tail = y_TD.reshape(-1)[:0]
 
-    def _remember(self, routing: RoutingDecision, plan: ChunkPlan | None, payload_bytes: int) -> None:
-        self._last_stats = (routing, plan, payload_bytes)
-        self._aux_loss = routing.aux_loss
+    def _remember(self, last: LastStep) -> None:
+        self._last_step = last
+        self._aux_loss = last.routing.aux_loss
 
 
 def open_transport(group: Any, *, timeout_s: float | None = None) -> Transport:
@@ -387,35 +439,3 @@ def _raise_bad_logits(status: torch.Tensor) -> None:
         raise ConfigError(
             "logits", int(status), "no row with NaN or +inf, none that is all -inf (or bad_logits='drop')"
         )
-
-
-def aux_loss(model: nn.Module) -> torch.Tensor:
-    """The sum of the auxiliary losses of all MoE layers of `model` since the last call; reading clears them.
-
-    A float32 scalar, zero where no layer has one.
-    """
-    total = torch.zeros((), dtype=torch.float32, device=next((p.device for p in model.parameters()), None))
-    for module in model.modules():
-        if isinstance(module, MoELayer):
-            loss = module.take_aux_loss()
-            if loss is not None:
-                total = total + loss
-    return total
-
-
-def ignore_experts_for_ddp(model: nn.Module) -> list[str]:
-    """Tell DistributedDataParallel to leave the expert weights of `model` alone; call it before wrapping.
-
-    Their gradients are already sums over all ranks; they are divided by the number of ranks, as DDP does with all
-    other gradients. Returns the names of the parameters.
-    """
-    names: list[str] = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            module.expert_grad_scale = 1.0 / module.transport.world_size
-            gated = module.dispatcher.activation == "swiglu"
-            for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
-                names.append(f"{prefix}.{name}" if prefix else name)
-    already = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*already, *names])
-    return names

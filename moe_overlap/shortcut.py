@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from moe_overlap.auto import AutoSchedule
 from moe_overlap.autograd import Tap, closing_on_error
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer import MoELayer
 from moe_overlap.plan import ChunkBy
-from moe_overlap.schedule.builders import window
+from moe_overlap.schedule.builders import SchedulePair, window
 from moe_overlap.schedule.check import check
 
 Op = Callable[[torch.Tensor], torch.Tensor]
@@ -48,7 +49,8 @@ class ShortcutBlock(nn.Module):
     shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
-    ones differ. pre_norm, post_norm: on the experts' input and on their output. overlap=False: every exchange joined.
+    ones differ. schedule="auto" instead of all these: measured at the first forward call, then the fastest one found.
+    pre_norm, post_norm: on the experts' input and on their output. overlap=False: every exchange joined.
 
     y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
     """
@@ -59,7 +61,7 @@ class ShortcutBlock(nn.Module):
         moe: MoELayer,
         *,
         tap: int,
-        slot: int,
+        slot: int | None = None,
         shared_expert: Op | None = None,
         combine: str = "add",
         backward_slot: int | None = None,
@@ -68,6 +70,7 @@ class ShortcutBlock(nn.Module):
         chunks: int = 1,
         backward_chunks: int | None = None,
         by: ChunkBy = "tokens",
+        schedule: str | None = None,
         overlap: bool = True,
     ) -> None:
         super().__init__()
@@ -88,16 +91,17 @@ class ShortcutBlock(nn.Module):
         self.backbone = nn.ModuleList(op if isinstance(op, nn.Module) else _Callable(op) for op in ops)
         self.pre_norm = pre_norm
         self.post_norm = post_norm
-        pair = window(
-            len(ops) - tap,
-            slot,
-            chunks=chunks,
-            by=by,
-            backward_slot=backward_slot,
-            backward_chunks=backward_chunks,
-        )
-        check(pair)
-        self.schedule = pair if overlap else pair.join()
+        num_ops = len(ops) - tap
+        if schedule not in (None, "auto") or (schedule is None) != (slot is not None):
+            raise ConfigError("schedule", schedule, "None beside a slot, or 'auto' without one")
+        self.schedule: SchedulePair | AutoSchedule
+        if slot is None and moe.transport.world_size > 1:
+            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap)
+        else:  # one rank has no exchange to hide: any order is as good
+            pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
+                          backward_chunks=backward_chunks)  # fmt: skip
+            check(pair)
+            self.schedule = pair if overlap else pair.join()
 
     @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
     def forward(self, h: torch.Tensor) -> torch.Tensor:
@@ -108,9 +112,10 @@ class ShortcutBlock(nn.Module):
             hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
             if self.pre_norm is not None:
                 tapped = self.pre_norm(tapped)
-        step, routing, _ = self.moe._begin(tapped, self.schedule)
+        beside = list(self.backbone[self.tap :])
+        step, routing, _ = self.moe._begin(tapped, self.moe._schedules(self.schedule, tapped, beside, hidden))
         step.hidden = hidden
-        y_TD = step.run(backbone=list(self.backbone[self.tap :]))
+        y_TD = step.run(backbone=beside)
         self.moe._end(step, routing, y_TD)
         routed = y_TD.reshape(tapped.shape)
         return step.take_hidden() + (routed if self.post_norm is None else self.post_norm(routed))

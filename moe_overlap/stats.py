@@ -10,7 +10,8 @@ from moe_overlap import ops
 from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import ChunkPlan
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.builders import SchedulePair, Schedules
+from moe_overlap.schedule.recorder import TimelineEvent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,25 +32,35 @@ class LayerStats:
     implementation: tuple[str, ...]
 
 
-def layer_stats(
-    routing: RoutingDecision, plan: ChunkPlan | None, payload_bytes: int, placement: Placement, schedule: SchedulePair
-) -> LayerStats:
-    """The statistics of one call; `plan` is None where one rank ran its ops in a row."""
-    if plan is None:
-        ids = routing.topk_ids_TK.reshape(-1).cpu()
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastStep:
+    """What a layer remembers of its last forward call. `plan` is None where one rank ran its ops in a row."""
+
+    routing: RoutingDecision
+    plan: ChunkPlan | None
+    payload_bytes: int
+    schedule: Schedules
+    pair: SchedulePair
+    events: list[TimelineEvent]
+
+
+def layer_stats(last: LastStep, placement: Placement) -> LayerStats:
+    """The statistics of one call."""
+    if last.plan is None:
+        ids = last.routing.topk_ids_TK.reshape(-1).cpu()
         counts_E = torch.bincount(ids[ids >= 0].long(), minlength=placement.num_experts)
         overload = 1.0
     else:
         counts_E = torch.zeros(placement.num_experts, dtype=torch.int64)
-        per_slot = torch.from_numpy(plan.exchange.counts.sum(axis=(0, 1)))
+        per_slot = torch.from_numpy(last.plan.exchange.counts.sum(axis=(0, 1)))
         counts_E.index_add_(0, torch.tensor(placement.slot_to_expert), per_slot)
-        rows = plan.exchange.rows_per_rank
+        rows = last.plan.exchange.rows_per_rank
         overload = max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0
     return LayerStats(
         tokens_per_expert=counts_E,
-        dropped_tokens=int(routing.dropped_tokens),
-        payload_bytes=payload_bytes,
+        dropped_tokens=int(last.routing.dropped_tokens),
+        payload_bytes=last.payload_bytes,
         overload=overload,
-        schedule=schedule.forward.text,
+        schedule=last.pair.forward.text,
         implementation=tuple(ops.registry.explain()),
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_overlap.bench.cases import BlockPair
 from moe_overlap.bench.check import reference
-from moe_overlap.bench.machine import constants, cores_here, ranks_here
 from moe_overlap.bench.options import LayerOptions
 from moe_overlap.bench.slept import Calibration, calibrate
 from moe_overlap.bench.wires import Wires
 from moe_overlap.launch import World
+from moe_overlap.measure.machine import commit, cores_here, hardware, ranks_here
 
 SEED = 1234
 
@@ -79,3 +82,17 @@ class Setting:
             with torch.no_grad():
                 self._right[case] = double(self.x_TD.double())
         return self._right[case]
+
+
+def constants(options: LayerOptions) -> dict[str, Any]:
+    """The keys of a row that are the same in a whole run, except phase and link."""
+    routing = options.routing
+    names = "ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute".split()
+    return {
+        **{name: getattr(options, name) for name in names},
+        "routing": Path(routing).name if os.sep in routing else routing,
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

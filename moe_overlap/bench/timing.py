@@ -68,7 +68,7 @@ class Runner:
         if samples is not None:
             samples.forward_s.append(forward_s)
             samples.own_s.append(end_s - start_s)
-            samples.events.append(list(model.moe._last_events))
+            samples.events.append(list(model.moe.last_events))
 
     def interleave(
         self,

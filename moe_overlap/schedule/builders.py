@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy, ExchangePlan, digest
@@ -64,6 +65,24 @@ class SchedulePair:
     def join(self, joined: bool = True) -> SchedulePair:
         """The same schedules with every exchange joined right after its start (overlap off), or not."""
         return replace(self, joined=joined)
+
+
+class Schedules(Protocol):
+    """Which schedules a layer runs: one pair for all steps (`SchedulePair`), or one chosen from the agreed counts."""
+
+    @property
+    def digest(self) -> int:
+        """Equal on all ranks that will run the same."""
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the forward schedule; 0 where they are chosen from the counts."""
+
+    @property
+    def by(self) -> ChunkBy: ...
+
+    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+        """The pair of one step: a pure function of what the ranks agreed on."""
 
 
 def _actions(verb: str, indices: range) -> list[Action]:

@@ -30,7 +30,7 @@ from moe_overlap.autograd import (
 from moe_overlap.errors import ConfigError
 from moe_overlap.plan import BLOCKS, ExchangePlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
 from moe_overlap.schedule.recorder import TimelineEvent, emit
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved
@@ -82,14 +82,15 @@ class Step:
 
     def bind(
         self,
-        pair: SchedulePair,
+        schedule: Schedules,
         exchange: ExchangePlan,
         x_TD: torch.Tensor,
         slots_TK: torch.Tensor,
         weights_TK: torch.Tensor,
     ) -> None:
         """The schedules, the agreed counts and this rank's tokens: after this, the schedule can run."""
-        self.pair = pair
+        self.schedule = schedule
+        self.pair = pair = schedule.pair_for(exchange)
         self.plan = exchange.chunked(pair.chunks, pair.by)
         self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         self._needs = dependencies(pair.forward)

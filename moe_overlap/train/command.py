@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_overlap.bench.machine import commit, hardware
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch import World, join_torchrun, spawn, torchrun_world_size
+from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.train.checkpoint import find_checkpoint, identity
 from moe_overlap.train.loop import Trained, evaluate, train
 from moe_overlap.train.model import split_parameters

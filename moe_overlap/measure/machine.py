@@ -1,17 +1,11 @@
-"""What a row says about where it was measured."""
+"""What a measurement says about where it was made."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import torch
-
-from moe_overlap.bench.options import LayerOptions
 
 
 def cores_here() -> int:
@@ -59,17 +53,3 @@ def commit() -> str | None:
         return None
     head, changed, tracked = run
     return None if not tracked else head + ("+" if changed else "")
-
-
-def constants(options: LayerOptions) -> dict[str, Any]:
-    """The keys of a row that are the same in a whole run, except phase and link."""
-    routing = options.routing
-    names = "ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute".split()
-    return {
-        **{name: getattr(options, name) for name in names},
-        "routing": Path(routing).name if os.sep in routing else routing,
-        "hardware": hardware(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }

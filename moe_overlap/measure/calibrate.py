@@ -1,0 +1,292 @@
+"""Calibration: what the exchanges, the experts and the ops beside them cost here, fitted to a `CostModel`.
+
+A probe is one real step of a layer, forward and backward, under a known schedule. In three probes (1, 4 and 16 chunks)
+every exchange is joined where it starts, so that each action is measured with nothing beside it; a fourth, overlapped,
+shows by how much compute is slower while the wire is busy. All ranks run the same probes, gather what they measured and
+fit the same model from it: planners that disagree would deadlock.
+
+Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
+waited for the transfer alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
+
+import numpy as np
+import torch
+
+from moe_overlap.measure.timeline import TimelineEvent, overlap
+from moe_overlap.plan import BLOCKS, ChunkPlan, ExchangePlan
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape
+from moe_overlap.planning.window import Slowdown
+from moe_overlap.schedule.actions import Action
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.transport.base import Transport
+
+BUDGET_S = 15.0  # seconds that the timed rounds may take; the limit of the whole is 20 s
+ROUNDS = (3, 9)  # fewest and most timed rounds
+CHUNKS = (1, 4, BLOCKS)
+OVERLAPPED = 4
+MAX_SLOWDOWN = 3.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepTimes:
+    """One probe on this rank: its events, its seconds from start to end, and the counts that were agreed on."""
+
+    events: Sequence[TimelineEvent]
+    forward_s: float
+    backward_s: float
+    exchange: ExchangePlan
+
+
+RunStep = Callable[[SchedulePair], StepTimes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The medians of one probe over all ranks, in seconds: of each action by its text, and of what is no action.
+
+    `host_s`, by phase: time of the step with neither compute nor a wait, which is what starting exchanges and making
+    autograd nodes takes. `hidden_s`: exchanges with compute under them. `shape`: the rows and bytes of its chunks.
+    """
+
+    chunks: int
+    seconds: Mapping[str, float]
+    host_s: Mapping[str, float]
+    hidden_s: float
+    compute_s: float
+    shape: StepShape
+
+
+NodeOf = Callable[[int], int]
+
+
+def step_shape(plan: ChunkPlan, *, row_bytes: int, node_of: NodeOf | None = None) -> StepShape:
+    """The integers of one step that durations depend on. `node_of`: the node of a rank (None: each has its own)."""
+    world, chunks = plan.world_size, plan.chunks
+    pairs = plan.matrix.reshape(chunks, world, world, plan.local_slots).sum(axis=3)  # [C, from, to]
+    lanes: dict[str, tuple[int, ...]] = {}
+    for lane, moves in _moves(world, node_of).items():
+        moved = pairs * moves
+        busiest = np.maximum(moved.sum(axis=2).max(axis=1), moved.sum(axis=1).max(axis=1))
+        lanes[lane] = tuple(int(rows) * row_bytes for rows in busiest)
+    return StepShape(
+        chunks=chunks,
+        by=plan.by,
+        rows=tuple(int(part.sum(axis=0).max()) for part in pairs),
+        bytes_by_lane=lanes,
+        slots_rows=int(plan.exchange.counts.sum(axis=(1, 2)).max()),
+        row_bytes=row_bytes,
+    )
+
+
+@lru_cache(maxsize=64)
+def _moves(world: int, node_of: NodeOf | None) -> dict[str, np.ndarray]:
+    """By wire, bool [W, W]: whether rows from one rank to another take it. Only wires that some pair of ranks takes."""
+    ranks = np.arange(world)
+    node = ranks if node_of is None else np.array([node_of(rank) for rank in range(world)])
+    same = node[:, None] == node[None, :]
+    found = {"inter": ~same, "intra": same & (ranks[:, None] != ranks[None, :])}
+    return {lane: moves for lane, moves in found.items() if moves.any()}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def calibrate(
+    run: RunStep,
+    pair_of: Callable[[int], SchedulePair],
+    transport: Transport,
+    *,
+    row_bytes: int,
+    device: torch.device,
+    source: str,
+    node_of: NodeOf | None = None,
+    budget_s: float = BUDGET_S,
+) -> CostModel:
+    """The cost model of the step that `run` executes. Collective: all ranks call it alike and get the same model.
+
+    pair_of(chunks): the schedules of the step in so many chunks. row_bytes: bytes of one exchanged row. source: where
+    it was measured, in words. Takes about `budget_s` seconds, and at least four rounds of four steps.
+    """
+    pairs = [pair_of(chunks).join() for chunks in CHUNKS] + [pair_of(OVERLAPPED)]
+    runs: list[list[StepTimes]] = [[] for _ in pairs]
+    start_s = time.perf_counter()
+    for pair in pairs:
+        run(pair)  # warm: first calls make buffers, connections and caches
+    warm_s = time.perf_counter()
+    rounds = ROUNDS[0]
+    done = 0
+    while done < rounds:
+        for pair, found in zip(pairs, runs, strict=True):
+            found.append(run(pair))
+        done += 1
+        if done == 1:
+            now_s = time.perf_counter()
+            slowest = gathered(
+                transport, torch.tensor([now_s - warm_s, now_s - start_s], dtype=torch.float64, device=device)
+            )
+            round_s, used_s = (float(value) for value in slowest.amax(dim=0))
+            rounds = min(max(1 + int((budget_s - used_s) / round_s), ROUNDS[0]), ROUNDS[1])
+    probes = [
+        _probe(pair, found, transport, row_bytes=row_bytes, device=device, node_of=node_of)
+        for pair, found in zip(pairs, runs, strict=True)
+    ]
+    return fit(probes[:-1], probes[-1], source=source)
+
+
+def gathered(transport: Transport, values: torch.Tensor) -> torch.Tensor:
+    """[W, n]: the numbers `values` [n] of every rank. Collective."""
+    table = values.new_zeros(transport.world_size, values.numel())
+    table[transport.rank] = values
+    return transport.all_reduce(table, action="calibrate").wait().cpu()
+
+
+def _probe(
+    pair: SchedulePair,
+    runs: Sequence[StepTimes],
+    transport: Transport,
+    *,
+    row_bytes: int,
+    device: torch.device,
+    node_of: NodeOf | None,
+) -> Probe:
+    """Gather one probe's runs. Collective."""
+    backward = runs[0].backward_s > 0
+    actions = [*pair.forward, *(pair.backward if backward else ())]
+    own = torch.tensor([[*_seconds(run, actions), *_rest(run)] for run in runs], dtype=torch.float64, device=device)
+    table = gathered(transport, own.reshape(-1)).reshape(transport.world_size, len(runs), -1)
+    most, least = table.amax(dim=0).median(dim=0).values, table.amin(dim=0).median(dim=0).values
+    chosen = [float((least if action.lane == "wire" else most)[i]) for i, action in enumerate(actions)]
+    forward_host, backward_host, hidden, compute = (float(value) for value in most[len(actions) :])
+    plan = runs[0].exchange.chunked(pair.chunks, pair.by)
+    return Probe(
+        chunks=pair.chunks,
+        seconds={action.text: seconds for action, seconds in zip(actions, chosen, strict=True)},
+        host_s={"forward": forward_host} | ({"backward": backward_host} if backward else {}),
+        hidden_s=hidden,
+        compute_s=compute,
+        shape=step_shape(plan, row_bytes=row_bytes, node_of=node_of),
+    )
+
+
+def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
+    """Seconds of each action of one run: compute, or the time its bytes were under way (else that of the wait)."""
+    lanes: dict[tuple[str, str], float] = {}
+    for event in run.events:
+        key = (event.action, event.lane)
+        lanes[key] = lanes.get(key, 0.0) + event.end_s - event.start_s
+    return [
+        lanes.get((action.text, "wire"), 0.0) or lanes.get((action.text, "wait"), 0.0)
+        if action.lane == "wire"
+        else lanes.get((action.text, "comp"), 0.0)
+        for action in actions
+    ]
+
+
+def _rest(run: StepTimes) -> list[float]:
+    """[host seconds of forward, of backward, exchange time hidden under compute, compute]."""
+    busy = {"forward": 0.0, "backward": 0.0}
+    for event in run.events:
+        if event.lane in ("comp", "wait") and event.phase in busy:
+            busy[event.phase] += event.end_s - event.start_s
+    found = overlap([event for event in run.events if event.action != "N"])
+    return [run.forward_s - busy["forward"], run.backward_s - busy["backward"], found.hidden_s, found.compute_s]
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def fit(joined: Sequence[Probe], overlapped: Probe, *, source: str) -> CostModel:
+    """The model of the probes: `joined` with different numbers of chunks, `overlapped` with that of one of them."""
+    backward = "backward" in joined[0].host_s
+    issue = {phase: _slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in joined[0].host_s}
+    issue_s = sum(issue.values()) / len(issue)
+    outside = {
+        phase: max(0.0, median(p.host_s[phase] - 4 * issue_s * p.chunks for p in joined)) for phase in joined[0].host_s
+    }
+
+    def median_of(word: str) -> float:
+        return median(p.seconds.get(word, 0.0) for p in joined)
+
+    def chain(verb: str) -> tuple[float, ...]:
+        words = [word for word in joined[0].seconds if word.rstrip("0123456789") == verb]
+        return tuple(median_of(word) for word in sorted(words, key=lambda word: int(word[len(verb) :] or 0)))
+
+    def once(verb: str) -> AlphaBeta:
+        return AlphaBeta(alpha_s=0.0, beta_s=median_of(verb) / max(1, joined[0].shape.slots_rows))
+
+    forward_ops, backward_ops = chain("B"), chain("Bt")
+    return CostModel(
+        exchange=_exchange(joined, ("D", "C", "Ct", "Dt") if backward else ("D", "C")),
+        experts=_by_rows(joined, "E"),
+        experts_dgrad=_by_rows(joined, "Ed"),
+        experts_wgrad=AlphaBeta(alpha_s=0.0, beta_s=median_of("Ew0") / max(1, sum(joined[0].shape.rows))),
+        permute=once("P"),
+        unpermute=once("U"),
+        unpermute_backward=once("Ut"),
+        permute_backward=once("Pt"),
+        backbone_s=forward_ops,
+        backbone_backward_s=backward_ops if backward else (0.0,) * len(forward_ops),
+        shared_s=median_of("S"),
+        shared_backward_s=median_of("St"),
+        outside_s=outside["forward"],
+        outside_backward_s=outside.get("backward", 0.0),
+        issue_s=issue_s,
+        slowdown=Slowdown(compute=_slowdown(joined, overlapped)),
+        source=source,
+    )
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    """Seconds per chunk, from the fewest chunks to the most; never negative."""
+    (few, first), (many, last) = points[0], points[-1]
+    return max(0.0, (last - first) / (many - few))
+
+
+def _line(points: Sequence[tuple[float, float]]) -> AlphaBeta:
+    """The line through measured (n, seconds); nothing was measured where nothing moved."""
+    used = [(n, seconds) for n, seconds in points if n > 0 and seconds > 0]
+    if len({n for n, _ in used}) < 2:
+        return AlphaBeta(alpha_s=0.0, beta_s=median(s / n for n, s in used) if used else 0.0)
+    return AlphaBeta.fit(used)
+
+
+def _by_rows(probes: Sequence[Probe], verb: str) -> AlphaBeta:
+    return _line([
+        (p.shape.rows[c], p.seconds[f"{verb}{c}"]) for p in probes for c in range(p.chunks) if f"{verb}{c}" in p.seconds
+    ])  # fmt: skip
+
+
+def _exchange(probes: Sequence[Probe], verbs: Sequence[str]) -> dict[str, AlphaBeta]:
+    """The line of the wire between nodes, or of the only one there is. Beside it, the wire within a node is free: what
+    was measured is the slower of both."""
+    lanes = list(probes[0].shape.bytes_by_lane)
+    if not lanes:
+        return {}
+    points = [
+        (p.shape.bytes_by_lane[lanes[0]][c], p.seconds[f"{verb}{c}"])
+        for p in probes
+        for verb in verbs
+        for c in range(p.chunks)
+    ]
+    return {lane: _line(points) if lane == lanes[0] else AlphaBeta(alpha_s=0.0, beta_s=0.0) for lane in lanes}
+
+
+def _slowdown(joined: Sequence[Probe], overlapped: Probe) -> float:
+    """By what factor compute takes longer while an exchange is under way.
+
+    Of h seconds of compute beside an exchange, h / factor would have been enough alone; the rest is what the overlapped
+    probe computed longer.
+    """
+    alone = next(p for p in joined if p.chunks == overlapped.chunks)
+    if overlapped.hidden_s <= 0:
+        return 1.0
+    lost = (overlapped.compute_s - alone.compute_s) / overlapped.hidden_s
+    return 1 / (1 - min(max(0.0, lost), 1 - 1 / MAX_SLOWDOWN))
