@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.forecast.machine import OP_NAMES, WINDOW_OPS, agreement_s, weights_read_s
 from moe_overlap.forecast.options import PlanOptions, parse
-from moe_overlap.forecast.picture import gbit, write_png
+from moe_overlap.forecast.picture import rate_text, write_png
 from moe_overlap.forecast.sweep import Prediction, Sweep, asked, bandwidths, sweep
-from moe_overlap.planning.explain import Change, explain
+from moe_overlap.planning.explain import Change, explain, in_ms
 
 OUTPUTS = ("plan.png", "plan.json")
 WORTH = 1.05  # a speed-up that is worth a line
@@ -22,6 +23,7 @@ TEXT_COLUMNS = 7
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status. ConfigError for bad input."""
     options = parse(argv)
+    out = _folder(options)
     points = {kind: asked(options, kind) for kind in options.kinds}
     point = points[options.kinds[0]]
     sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
@@ -29,26 +31,35 @@ def main(argv: Sequence[str]) -> int:
     found = sweep(options) if bandwidths(options) else None
     if found is not None:
         sections.append(_map(found, point))
-    print("\n\n".join("\n".join(lines) for lines in sections))
-    out = Path(options.out)
     _write_json(out / "plan.json", _record(options, points, found))
     if found is not None:
         write_png(out / "plan.png", options, point, found)
+    print("\n\n".join("\n".join(lines) for lines in sections))
     written = OUTPUTS if found is not None else OUTPUTS[1:]
     print(f"\nwrote {', '.join(str(out / name) for name in written)}")
     return 0
 
 
+def _folder(options: PlanOptions) -> Path:
+    """Made before the work, so that a name that cannot be a folder is said at once."""
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", options.out, f"a folder that can be made ({error.strerror})") from None
+    return out
+
+
 def _heading(options: PlanOptions, point: Prediction) -> list[str]:
     """The answer in two lines."""
     at = point.at
-    rate = "" if at.bytes_per_s is None or "inter" not in at.peers else f", {gbit(at.bytes_per_s)} Gbit/s between nodes"
+    rate = "" if at.bytes_per_s is None or "inter" not in at.peers else f", {rate_text(at.bytes_per_s)} between nodes"
     groups = f" in groups of {at.group} that exchange" if at.group < point.ranks else ""
     lines = [
         f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
-        f"predicted {_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
-        f"serial {_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication; "
-        f"compute alone {_ms(point.compute_s)}; bound of any order {_ms(point.bound_s)}",
+        f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
+        f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication; "
+        f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
     ]
     return lines
 
@@ -56,8 +67,9 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
 def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     one = point.phases[0].window.chunking(1, "tokens")
     lines = [
-        "Nothing was measured. Assumed, beside the figures asked for:",
-        "  every expert gets equally many rows; no rank is late; memory is not checked",
+        "Nothing was run. Assumed, beside the figures asked for:",
+        "  every expert gets equally many rows, so that chunks by expert groups take as long as chunks by tokens",
+        "  no rank is late; memory is not checked",
         "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
     ]
     if options.cost_model is not None:
@@ -81,8 +93,8 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     read_s, chunks = weights_read_s(options, point.at), max(phase.best.chunks for phase in point.phases)
     if read_s > one.experts_s[0] / chunks:
         lines.append(
-            f"  WARNING: reading a rank's expert weights takes {_ms(read_s)}, its matmuls of one of {chunks} chunks "
-            f"{_ms(one.experts_s[0] / chunks)}: they are bound by memory, which this model leaves out"
+            f"  WARNING: reading a rank's expert weights takes {in_ms(read_s)}, its matmuls of one of {chunks} chunks "
+            f"{in_ms(one.experts_s[0] / chunks)}: they are bound by memory, which this model leaves out"
         )
     return lines
 
@@ -125,9 +137,9 @@ def _map(found: Sweep, point: Prediction) -> list[str]:
     """The sweep as text: some of its rank counts, all of its bandwidths, and where overlap is worth something."""
     step = -(-len(found.ranks) // TEXT_COLUMNS)
     shown = [y for y in range(len(found.ranks)) if y % step == 0 or found.ranks[y] == point.ranks]
-    rows = [("Gbit/s", *(f"{found.ranks[y]} ranks" for y in shown))]
+    rows = [("to other nodes", *(f"{found.ranks[y]} ranks" for y in shown))]
     for x, rate in enumerate(found.bandwidths):
-        rows.append((gbit(rate), *(f"{found.grid[y][x].speedup:.2f}x {found.grid[y][x].code}" for y in shown)))
+        rows.append((rate_text(rate), *(f"{found.grid[y][x].speedup:.2f}x {found.grid[y][x].code}" for y in shown)))
     lines = [f"{point.kind}, times faster than serial and the schedule that wins (s serial, r chunks, k ops first):"]
     lines += _aligned(rows)
     line = found.lines[point.kind]
@@ -141,7 +153,7 @@ def _map(found: Sweep, point: Prediction) -> list[str]:
 
 def _rate(one: Prediction) -> str:
     assert one.at.bytes_per_s is not None
-    return f"{gbit(one.at.bytes_per_s)} Gbit/s"
+    return rate_text(one.at.bytes_per_s)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -167,17 +179,12 @@ def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
     """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
 
 
 def _us(seconds: float) -> str:

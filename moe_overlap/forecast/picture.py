@@ -28,10 +28,18 @@ TALLEST = 3.5  # of compute alone: slower steps leave the upper left plot at its
 CODES = "s serial   r4 four chunks   k1 one op before the experts   k* ops between the chunks"
 
 
-def gbit(bytes_per_s: float) -> str:
-    """A rate as people say it: 50e9 bytes per second is 400 Gbit/s."""
-    rate = 8e-9 * bytes_per_s
-    return f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
+def rate_text(bytes_per_s: float) -> str:
+    """A rate as people say it: 50e9 bytes per second is "400 Gbit/s"."""
+    bits, unit = _unit(bytes_per_s)
+    return f"{_number(bits * bytes_per_s)} {unit}"
+
+
+def _unit(bytes_per_s: float) -> tuple[float, str]:
+    return (8e-9, "Gbit/s") if bytes_per_s >= 1.25e8 else (8e-6, "Mbit/s")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def events_of(plan: PhasePlan) -> list[TimelineEvent]:
@@ -73,27 +81,37 @@ def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep)
         axes.set_yticks([0, 1], ["compute", "wire"], fontsize=9)
     axes.set_xlabel("ms")
     figure.suptitle(_title(options, point), fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def _title(options: PlanOptions, point: Prediction) -> str:
-    how = "from numbers alone" if options.cost_model is None else f"from a cost model {options.cost_model.source}"
-    sizes = f"{options.tokens} tokens per rank, D {options.hidden}, F {options.ffn}, {options.experts} experts"
-    routed = f"top-{options.top_k}, {options.dtype}, {options.ranks_per_node} ranks per node"
-    return f"Predicted {how}, not measured: {options.phase}, one block pair {point.kind}\n{sizes}, {routed}"
+    sizes = f"{options.tokens} tokens per rank, D {options.hidden}, {options.experts} experts, top-{options.top_k}"
+    if options.cost_model is None:
+        how, sizes = "from numbers alone, nothing measured", f"{sizes}, F {options.ffn}"
+    else:
+        how = f"from a cost model ({options.cost_model.source})"
+    nodes = f"{options.dtype}, {options.ranks_per_node} rank(s) per node"
+    return f"Predicted {how}: {options.phase}, one block pair {point.kind}\n{sizes}, {nodes}"
+
+
+def _scale(found: Sweep) -> tuple[float, str, list[str]]:
+    """(bits of that unit per byte, label, ticks) of the bandwidth axis, by the rate in its middle."""
+    bits, unit = _unit(found.bandwidths[len(found.bandwidths) // 2])
+    ticks = [_number(bits * rate) for rate in found.bandwidths]
+    return bits, f"bandwidth of one rank to other nodes, {unit}", ticks
 
 
 def _axis(axes: Any, found: Sweep, point: Prediction) -> list[float]:
-    """The bandwidth axis; its values in Gbit/s."""
-    xs = [8e-9 * rate for rate in found.bandwidths]
+    """The bandwidth axis; its values."""
+    bits, label, texts = _scale(found)
+    xs = [bits * rate for rate in found.bandwidths]
     axes.set_xscale("log")
-    axes.set_xticks(xs, [gbit(rate) for rate in found.bandwidths], fontsize=8)
+    axes.set_xticks(xs, texts, fontsize=8)
     axes.minorticks_off()
-    axes.set_xlabel("bandwidth of one rank to other nodes, Gbit/s")
+    axes.set_xlabel(label)
     axes.set_xlim(xs[0], xs[-1])
     if point.at.bytes_per_s is not None:
-        axes.axvline(8e-9 * point.at.bytes_per_s, color="black", linewidth=0.8, linestyle=":")
+        axes.axvline(bits * point.at.bytes_per_s, color="black", linewidth=0.8, linestyle=":")
     axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -147,9 +165,10 @@ def _winners(figure: Any, axes: Any, options: PlanOptions, point: Prediction, fo
             dark = (one.speedup - 1) / (top - 1) > 0.55
             axes.text(x, y, f"{one.speedup:.2f}x\n{one.code}", ha="center", va="center", fontsize=7.5, linespacing=1.15,
                       color="white" if dark else "black")  # fmt: skip
-    axes.set_xticks(range(len(found.bandwidths)), [gbit(rate) for rate in found.bandwidths], fontsize=8)
+    _, label, texts = _scale(found)
+    axes.set_xticks(range(len(texts)), texts, fontsize=8)
     axes.set_yticks(range(len(found.ranks)), [str(ranks) for ranks in found.ranks], fontsize=8)
-    axes.set_xlabel("bandwidth of one rank to other nodes, Gbit/s")
+    axes.set_xlabel(label)
     axes.set_ylabel("ranks")
     _regions(axes, options, found)
     if point.at.bytes_per_s in found.bandwidths:

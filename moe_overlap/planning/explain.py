@@ -81,6 +81,12 @@ def name_of(candidate: Candidate, window: Window) -> str:
     return ", ".join(words) or "one chunk, not joined"
 
 
+def in_ms(seconds: float) -> str:
+    """Three digits: "0.0123 ms", "12.3 ms", "1234 ms"; rounding errors are zero."""
+    ms = 1e3 * seconds
+    return "0 ms" if ms < 1e-6 else f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms"
+
+
 def _cut(candidate: Candidate) -> str:
     return f"chunked({candidate.chunks}{',experts' if candidate.by == 'experts' else ''})"
 
@@ -142,12 +148,12 @@ def _spans(window: Window, candidate: Candidate) -> list[tuple[float, float]]:
 
 
 def _drawn(window: Window, chosen: Candidate, outside_s: float) -> list[str]:
-    outside = f", {_ms(outside_s)} outside its window included" if outside_s else ""
+    outside = f", {in_ms(outside_s)} outside its window included" if outside_s else ""
     return [
-        f"{window.phase}: {name_of(chosen, window)}, predicted {_ms(outside_s + chosen.predicted_s)}{outside}",
+        f"{window.phase}: {name_of(chosen, window)}, predicted {in_ms(outside_s + chosen.predicted_s)}{outside}",
         f"  order: {chosen.order}",
         *("  " + line for line in draw(Schedule.parse(chosen.order), joined=chosen.joined).splitlines()),
-        f"to scale, one column is {_ms(chosen.predicted_s / COLUMNS)}:",
+        f"to scale, one column is {in_ms(chosen.predicted_s / COLUMNS)}:",
         *("  " + line for line in draw_to_scale(window, chosen).splitlines()),
     ]
 
@@ -174,7 +180,8 @@ def _table(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -
             add(one)
         if rest:
             fastest, slowest = (1e3 * one.predicted_s for one in (rest[0], rest[-1]))
-            rows.append((f"  {len(rest)} more like it", f"{fastest:.3f}", f"to {slowest:.3f}", ""))
+            upto = f"to {slowest:.3f}" if slowest > fastest else ""
+            rows.append((f"  {len(rest)} more like it", f"{fastest:.3f}", upto, ""))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
         "  " + f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows
@@ -199,20 +206,20 @@ def _why(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -> 
         "the shared expert" if window.op_verb == "S" else "backbone ops": sum(window.ops_s),
         "weight gradients": sum(chunking.deferred_s),
     }
-    beside = ", ".join(f"{_ms(seconds)} of {name}" for name, seconds in parts.items() if seconds) or "nothing"
-    said = [f"The exchanges take {_ms(wire_s)}; to put beside them there is {beside}."]
+    beside = ", ".join(f"{in_ms(seconds)} of {name}" for name, seconds in parts.items() if seconds) or "nothing"
+    said = [f"The exchanges take {in_ms(wire_s)}; to put beside them there is {beside}."]
     if chosen.joined:
         return said + _why_not(window, candidates, chosen)
     waits = _waits(window, chosen)
     waited_s = sum(seconds for seconds, _ in waits)
     hidden = min(1.0, max(0.0, 1 - waited_s / wire_s))
     notable_s = NOTABLE * chosen.predicted_s
-    longest = [f"{_ms(seconds)} {words}" for seconds, words in sorted(waits, reverse=True)[:3] if seconds > notable_s]
-    said.append(f"{100 * hidden:.0f} % of that is hidden: compute stands still for {_ms(waited_s)}"
+    longest = [f"{in_ms(seconds)} {words}" for seconds, words in sorted(waits, reverse=True)[:3] if seconds > notable_s]
+    said.append(f"{100 * hidden:.0f} % of that is hidden: compute stands still for {in_ms(waited_s)}"
                 f"{', of that ' + ', '.join(longest) if longest else ''}.")  # fmt: skip
     slower_s = chosen.predicted_s - window.head_s - window.tail_s - sum(parts.values()) - waited_s
     if slower_s > notable_s:
-        said.append(f"Compute itself takes {_ms(slower_s)} longer: starting, waiting, working beside an exchange.")
+        said.append(f"Compute itself takes {in_ms(slower_s)} longer: starting, waiting, working beside an exchange.")
     if wire_s + window.head_s + window.tail_s >= chosen.predicted_s - notable_s:
         said.append("The wire is busy all the time: only fewer bytes or a faster link can help.")
     elif waited_s <= notable_s:
@@ -226,7 +233,7 @@ def _why_not(window: Window, candidates: Sequence[Candidate], chosen: Candidate)
     if not overlapped:
         return ["Overlap is not used: no order that overlaps anything was there to choose from."]
     best = min(overlapped, key=lambda one: one.predicted_s)
-    words = f"{name_of(best, window)}: {_ms(best.predicted_s)}, {_percent(best.predicted_s, chosen.predicted_s)}"
+    words = f"{name_of(best, window)}: {in_ms(best.predicted_s)}, {_percent(best.predicted_s, chosen.predicted_s)}"
     said = [f"Overlap is not used. The best that overlaps is {words}."]
     one, cut = window.chunking(chosen.chunks, chosen.by), window.chunking(best.chunks, best.by)
     costs = []
@@ -236,7 +243,7 @@ def _why_not(window: Window, candidates: Sequence[Candidate], chosen: Candidate)
         ("starting and waiting", 2 * 2 * one.chunks * window.issue_s, 2 * 2 * cut.chunks * window.issue_s),
     ):
         if after_s > before_s:
-            costs.append(f"{name} {_ms(after_s)} instead of {_ms(before_s)}")
+            costs.append(f"{name} {in_ms(after_s)} instead of {in_ms(before_s)}")
     if costs:
         said.append(f"Cutting into {best.chunks} has its price: {', '.join(costs)}.")
     return said
@@ -270,10 +277,10 @@ def _bounds(window: Window, chosen: Candidate) -> list[str]:
     least = min(window.chunkings, key=lambda one: bound_s(window, one))
     least_s = bound_s(window, least)
     above = chosen.predicted_s / own_s - 1 if own_s else 0.0
-    said = f"Bound of the window: no order with {_count(chosen.chunks)} takes less than {_ms(own_s)}; this one "
+    said = f"Bound of the window: no order with {_count(chosen.chunks)} takes less than {in_ms(own_s)}; this one "
     said += f"is {100 * above:.1f} % above." if above > 5e-4 else "reaches it."
     if least_s < own_s * (1 - NOTABLE / 4):
-        said += f" With {_count(least.chunks)} the bound is {_ms(least_s)}, the smallest of any cut."
+        said += f" With {_count(least.chunks)} the bound is {in_ms(least_s)}, the smallest of any cut."
     return [said]
 
 
@@ -310,20 +317,16 @@ def _help(
         return []
     rows.sort(key=lambda row: row[1])
     width = max(len(label) for label, _ in rows)
-    lines = [f"  {label:<{width}}  {_ms(seconds)}  {_percent(seconds, total_s)}" for label, seconds in rows]
-    return [f"What would change the {_ms(total_s)}, each searched anew:", *lines]
+    lines = [f"  {label:<{width}}  {in_ms(seconds)}  {_percent(seconds, total_s)}" for label, seconds in rows]
+    return [f"What would change the {in_ms(total_s)}, each searched anew:", *lines]
 
 
 def _measured(predicted_s: float, measured_s: float | None) -> list[str]:
     if measured_s is None:
         return []
     error = predicted_s / measured_s - 1 if measured_s > 0 else float("inf")
-    return [f"Measured {_ms(measured_s)}, predicted {_ms(predicted_s)}: the prediction is {100 * abs(error):.1f} % "
+    return [f"Measured {in_ms(measured_s)}, predicted {in_ms(predicted_s)}: the prediction is {100 * abs(error):.1f} % "
             f"{'high' if error > 0 else 'low'}."]  # fmt: skip
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{1e3 * seconds:.0f} ms"
 
 
 def _percent(seconds: float, reference_s: float) -> str:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from moe_overlap.cli import main
-from moe_overlap.forecast.machine import CHUNKS, cost_model, place, routed, shapes
+from moe_overlap.forecast.machine import cost_model, place, routed, shapes
 from moe_overlap.forecast.options import KINDS, PlanOptions, parse
-from moe_overlap.forecast.picture import events_of, gbit
+from moe_overlap.forecast.picture import events_of, rate_text
 from moe_overlap.forecast.sweep import asked, bandwidths, predict, rank_counts, sweep
 
 OPTIONS = PlanOptions()
@@ -146,7 +146,7 @@ def test_the_command_says_and_writes_the_plan(kind, phase, capsys, tmp_path):
     point = asked(parse(words), kind)
     assert f"predicted {1e3 * point.time_s:.3g} ms" in said.out.splitlines()[0]
     assert ("backward: " in said.out) == (phase == "train")
-    for part in ("Nothing was measured", "--flops", "--message", "comp | P", "What would change", "4096 ranks", *KINDS):
+    for part in ("Nothing was run", "--flops", "--message", "comp | P", "What would change", "4096 ranks", *KINDS):
         assert part in said.out, part
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "plan.json").read_text())
@@ -208,6 +208,12 @@ def test_memory_bound_experts_are_warned_about(capsys, tmp_path):
     assert "WARNING" not in run(["--out", str(tmp_path)], capsys)[1].out
 
 
+def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, said = run(["--out", str(tmp_path / "file")], capsys)
+    assert status == 2 and "--out" in said.err and not said.out
+
+
 def test_the_lanes_of_the_picture_are_the_simulated_schedule():
     for phase in asked(replace(OPTIONS, kind="scmoe_pos2"), "scmoe_pos2").phases:
         events = events_of(phase)
@@ -218,5 +224,6 @@ def test_the_lanes_of_the_picture_are_the_simulated_schedule():
 
 
 def test_rates_as_people_say_them():
-    assert [gbit(rate) for rate in (50e9, 1.25e8, 8e11)] == ["400", "1", "6400"]
-    assert CHUNKS[0] == 1
+    assert [rate_text(rate) for rate in (50e9, 1.25e8, 8e11, 4.6e6)] == [
+        "400 Gbit/s", "1 Gbit/s", "6400 Gbit/s", "36.8 Mbit/s"
+    ]  # fmt: skip
