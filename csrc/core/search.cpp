@@ -14,8 +14,9 @@ namespace {
 
 constexpr int64_t kComp = 0;
 constexpr int64_t kWire = 1;
-constexpr size_t kSimulated = 4;  // how many of the best interleavings are simulated
-constexpr size_t kAllOrders = 4;  // up to so many chunks every order of them is tried
+constexpr size_t kKept = 4;       // how many interleavings are simulated
+constexpr size_t kAllOrders = 4;  // up to so many chunks every order of them is tried; beyond,
+constexpr size_t kSwaps = 320;    // so many swaps, divided by the number of chunks
 
 using Indices = std::vector<int64_t>;
 // Compute-lane time, wire time, runs of ops so far, ops_before of the chunks done.
@@ -118,24 +119,28 @@ Indices johnson(const std::vector<std::pair<double, double>>& stages_s) {
   return order;
 }
 
-// The orders of the chunks worth trying, their own first.
+bool equal_chunks(const Cut& cut) {
+  const auto all_same = [](const std::vector<double>& values) {
+    return std::all_of(values.begin(), values.end(), [&](double value) { return value == values[0]; });
+  };
+  return all_same(cut.first_s) && all_same(cut.experts_s) && all_same(cut.second_s);
+}
+
+// The orders of the chunks to begin with, their own first.
 std::vector<Indices> chunk_orders(const Cut& cut) {
   const size_t chunks = cut.first_s.size();
   std::vector<Indices> orders{in_turn(chunks)};
-  std::vector<std::pair<double, double>> outward(chunks), homeward(chunks), both(chunks);
-  bool equal = true;
-  for (size_t c = 0; c < chunks; ++c) {
-    const double first_s = cut.first_s[c], experts_s = cut.experts_s[c], second_s = cut.second_s[c];
-    equal = equal && first_s == cut.first_s[0] && experts_s == cut.experts_s[0] && second_s == cut.second_s[0];
-    outward[c] = {first_s, experts_s};
-    homeward[c] = {experts_s, second_s};
-    both[c] = {first_s + experts_s, experts_s + second_s};
-  }
-  if (equal) return orders;
+  if (equal_chunks(cut)) return orders;
   if (chunks <= kAllOrders) {
     Indices next = orders[0];
     while (std::next_permutation(next.begin(), next.end())) orders.push_back(next);
     return orders;
+  }
+  std::vector<std::pair<double, double>> outward, homeward, both;
+  for (size_t c = 0; c < chunks; ++c) {
+    outward.emplace_back(cut.first_s[c], cut.experts_s[c]);
+    homeward.emplace_back(cut.experts_s[c], cut.second_s[c]);
+    both.emplace_back(cut.first_s[c] + cut.experts_s[c], cut.experts_s[c] + cut.second_s[c]);
   }
   for (const auto& stages_s : {outward, homeward, both}) {
     Indices order = johnson(stages_s);
@@ -193,12 +198,40 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
   }
 }
 
+// What is met on the way from the best order by swaps of two chunks, near ones first, each kept if it helps.
+void add_ends_after_swaps(const Cut& cut, double compute, double wire, std::vector<End>& ends) {
+  const End& best = *std::min_element(ends.begin(), ends.end());
+  double best_s = std::get<0>(best);
+  Indices order = std::get<3>(best);
+  size_t left = kSwaps / order.size();
+  for (bool improved = true; improved;) {
+    improved = false;
+    for (size_t distance = 1; distance < order.size(); ++distance) {
+      for (size_t i = 0; i + distance < order.size(); ++i) {
+        if (left-- == 0) return;
+        std::swap(order[i], order[i + distance]);
+        const size_t known = ends.size();
+        add_ends(cut, compute, wire, order, ends);
+        double swapped_s = std::get<0>(ends[known]);
+        for (size_t end = known; end < ends.size(); ++end) swapped_s = std::min(swapped_s, std::get<0>(ends[end]));
+        if (swapped_s < best_s) {
+          best_s = swapped_s;
+          improved = true;
+        } else {
+          std::swap(order[i], order[i + distance]);
+        }
+      }
+    }
+  }
+}
+
 std::vector<Order> best_interleavings(const Cut& cut, double compute, double wire) {
   std::vector<End> ends;
   for (const Indices& order : chunk_orders(cut)) add_ends(cut, compute, wire, order, ends);
+  if (cut.first_s.size() > kAllOrders && !equal_chunks(cut)) add_ends_after_swaps(cut, compute, wire, ends);
   std::sort(ends.begin(), ends.end());
   std::vector<Order> best;
-  for (size_t i = 0; i < std::min(kSimulated, ends.size()); ++i) {
+  for (size_t i = 0; i < std::min(kKept, ends.size()); ++i) {
     best.push_back({std::move(std::get<3>(ends[i])), std::move(std::get<4>(ends[i]))});
   }
   return best;

@@ -109,7 +109,7 @@ def write_png(path: Path, panels: Sequence[Panel], *, title: str) -> None:
             if r >= len(stack):
                 axes.set_axis_off()
                 continue
-            used |= _draw(axes, stack[r], limit_ms)
+            used |= draw_panel(axes, stack[r], limit_ms)
             if r == len(stack) - 1:
                 axes.set_xlabel(f"{column + ': ' if column else ''}ms since the common barrier")
     handles = [Patch(color=color, label=text) for kind, (color, text) in KINDS.items() if kind in used]
@@ -122,8 +122,8 @@ def write_png(path: Path, panels: Sequence[Panel], *, title: str) -> None:
     figure.savefig(path)
 
 
-def _draw(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
-    """One panel; returns the kinds that appear in it."""
+def draw_panel(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
+    """One panel on matplotlib axes of `limit_ms`; returns the kinds that appear in it."""
     ranks = sorted({event.rank for event in panel.events})
     lanes = [(rank, lane) for rank in ranks for lane in LANES]
     used: set[str] = set()
@@ -145,7 +145,8 @@ def _draw(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
                       color="white" if dark else "black", clip_on=True)  # fmt: skip
     total_ms = 1e3 * (panel.end_s - panel.start_s)
     axes.axvline(total_ms, color="black", linewidth=1, linestyle=":")
-    axes.text(total_ms, -0.62, f"{total_ms:.0f} ms", ha="right", va="bottom", fontsize=9, fontweight="bold")
+    total = f"{total_ms:.0f} ms" if total_ms >= 100 else f"{total_ms:.3g} ms"
+    axes.text(total_ms, -0.62, total, ha="right", va="bottom", fontsize=9, fontweight="bold")
     axes.set_yticks(range(len(lanes)), [f"rank {rank} {'compute' if lane == 'comp' else 'wire'}"
                                         for rank, lane in lanes], fontsize=8)  # fmt: skip
     axes.set_ylim(len(lanes) - 0.5, -0.55)

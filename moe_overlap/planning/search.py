@@ -14,12 +14,9 @@ small, for these reasons, each by moving or swapping actions so that nothing tha
 4. Deferred work reads what the last experts write, so after these it and the remaining ops run in any order.
 
 So a schedule is a cut, an order of its chunks (`chunk_order`) and, for each of them, how many ops stand before its
-experts (`ops_before`). For one chunk order a dynamic programme over (chunks done, ops done) keeps every pair (compute
-time, wire time) that no other beats in both, which is exact: both times only grow with what they started from. Chunk
-orders matter where chunks differ. Up to 4 chunks all are tried; beyond that, Johnson's rule for two machines ("Optimal
-two- and three-stage production schedules", 1954) on three pairs of durations gives a few, which is a heuristic. With a
-slowdown the programme is approximate too (it runs at full and at slowed speed). Every figure that leaves this module is
-an exact simulation of the very schedule it stands beside.
+experts (`ops_before`). `interleavings.py` finds the best of these: exactly for equal chunks and for up to 4, by a
+heuristic over the chunk orders beyond, and approximately where lanes slow each other down. Every figure that leaves
+this module is an exact simulation of the very schedule it stands beside.
 
 Bytes in flight: an exchange holds its buffers from its start to the first action that reads it. The tail alone reads
 the second exchanges, so at the end of any schedule all of them are held: no order needs less than the sum over the
@@ -32,11 +29,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise, permutations
+from itertools import pairwise
 
 from moe_overlap import _native
 from moe_overlap.errors import ConfigError
 from moe_overlap.plan import ChunkBy
+from moe_overlap.planning.interleavings import OpsBefore, Order, best_interleavings
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 from moe_overlap.schedule.actions import Schedule, dependencies
 from moe_overlap.schedule.check import LANES, problems
@@ -46,15 +44,9 @@ __all__ = ["Candidate", "Chunking", "Slowdown", "Window", "evaluate", "search", 
 
 # Verbs of head, first exchange, experts, second exchange and tail.
 STAGES = {"forward": ("P", "D", "E", "C", "U"), "backward": ("Ut", "Ct", "Ed", "Dt", "Pt")}
-# How many of the best interleavings of the dynamic programme are simulated.
-SIMULATED = 4
-# Up to so many chunks every order of them is tried.
-ALL_ORDERS = 4
 # Predictions that differ by less, relative to the best, count as equal: rounding must not choose a schedule.
 TIE = 1e-9
 
-Order = tuple[int, ...]
-OpsBefore = tuple[int, ...]
 # Predicted seconds, joined, chunk_order, ops_before.
 Placement = tuple[float, bool, Order, OpsBefore]
 
@@ -224,9 +216,9 @@ def _placements(window: Window, chunking: Chunking) -> list[Placement]:
     num_ops, chunks, slowdown = len(window.ops_s), chunking.chunks, window.slowdown
     in_turn = tuple(range(chunks))
     choices = [(in_turn, (slot,) * chunks) for slot in range(num_ops + 1)]
-    choices += _best_interleavings(window, chunking, Slowdown())
+    choices += best_interleavings(window, chunking, Slowdown())
     if slowdown != Slowdown():
-        choices += _best_interleavings(window, chunking, slowdown)
+        choices += best_interleavings(window, chunking, slowdown)
     found = []
     for joined, (chunk_order, ops_before) in (
         (True, choices[0]),
@@ -236,90 +228,6 @@ def _placements(window: Window, chunking: Chunking) -> list[Placement]:
         times = _timeline(window, chunking, schedule, joined)
         found.append((max(end_s for _, end_s in times), joined, chunk_order, ops_before))
     return found
-
-
-def _chunk_orders(chunking: Chunking) -> list[Order]:
-    """The orders of the chunks worth trying, their own first."""
-    in_turn = tuple(range(chunking.chunks))
-    durations_s = list(zip(chunking.first_s, chunking.experts_s, chunking.second_s, strict=True))
-    if all(chunk == durations_s[0] for chunk in durations_s):
-        return [in_turn]
-    if chunking.chunks <= ALL_ORDERS:
-        return list(permutations(in_turn))
-    orders = [
-        in_turn,
-        _johnson([(first_s, experts_s) for first_s, experts_s, _ in durations_s]),
-        _johnson([(experts_s, second_s) for _, experts_s, second_s in durations_s]),
-        _johnson([(first_s + experts_s, experts_s + second_s) for first_s, experts_s, second_s in durations_s]),
-    ]
-    return list(dict.fromkeys(orders))
-
-
-def _johnson(pairs: list[tuple[float, float]]) -> Order:
-    """Johnson's rule for jobs with two stages: those with the shorter first stage, shortest first stage first, then the
-    others, longest second stage first."""
-
-    def rank(job: int) -> tuple[bool, float, int]:
-        before_s, after_s = pairs[job]
-        return (False, before_s, job) if before_s < after_s else (True, -after_s, job)
-
-    return tuple(sorted(range(len(pairs)), key=rank))
-
-
-# Compute-lane time, wire time, runs of ops so far, ops_before of the chunks done.
-Label = tuple[float, float, int, OpsBefore]
-# Predicted seconds between head and tail, chunks out of turn, runs of ops, chunk_order, ops_before.
-End = tuple[float, bool, int, Order, OpsBefore]
-
-
-def _best_interleavings(window: Window, chunking: Chunking, factor: Slowdown) -> list[tuple[Order, OpsBefore]]:
-    """The best (chunk_order, ops_before) when every duration of a lane is multiplied by its factor."""
-    ends = [end for order in _chunk_orders(chunking) for end in _ends(window, chunking, factor, order)]
-    return [(chunk_order, ops_before) for _, _, _, chunk_order, ops_before in sorted(ends)[:SIMULATED]]
-
-
-def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Order) -> list[End]:
-    """What the dynamic programme finds for one order of the chunks."""
-    issue_s, num_ops = window.issue_s * factor.compute, len(window.ops_s)
-    comp_s = wire_s = 0.0
-    arrived_s = []
-    for chunk in chunk_order:
-        comp_s += issue_s
-        wire_s = max(wire_s, comp_s) + chunking.first_s[chunk] * factor.wire
-        arrived_s.append(wire_s)
-    labels: list[list[Label]] = [[] for _ in range(num_ops + 1)]  # by ops done
-    labels[0] = [(comp_s, wire_s, 0, ())]
-    for chunk, arrival_s in zip(chunk_order, arrived_s, strict=True):
-        for op, op_s in enumerate(window.ops_s):
-            later = [(at_s + op_s * factor.compute, *rest) for at_s, *rest in labels[op]]
-            labels[op + 1] = _unbeaten([*labels[op + 1], *later])  # type: ignore[list-item]
-        experts_s, second_s = chunking.experts_s[chunk] * factor.compute, chunking.second_s[chunk] * factor.wire
-        for done in range(num_ops + 1):
-            after: list[Label] = []
-            for comp_s, wire_s, switches, before in labels[done]:
-                end_s = max(comp_s, arrival_s) + issue_s + experts_s + issue_s
-                switched = switches + (done > (before[-1] if before else 0))
-                after.append((end_s, max(wire_s, end_s) + second_s, switched, (*before, done)))
-            labels[done] = _unbeaten(after)
-    out_of_turn = list(chunk_order) != sorted(chunk_order)
-    ends: list[End] = []
-    for done in range(num_ops + 1):
-        for comp_s, wire_s, switches, before in labels[done]:
-            for left_s in (*window.ops_s[done:], *chunking.deferred_s):
-                comp_s += left_s * factor.compute
-            # Then a wait for each second exchange, all but the last of them mostly while that one is under way.
-            end_s = max(comp_s + chunking.chunks * issue_s, wire_s + issue_s)
-            ends.append((end_s, out_of_turn, switches + (done < num_ops), chunk_order, before))
-    return ends
-
-
-def _unbeaten(labels: list[Label]) -> list[Label]:
-    """Those for which no other is as early or earlier on both lanes."""
-    kept: list[Label] = []
-    for label in sorted(labels):
-        if not kept or label[1] < kept[-1][1]:
-            kept.append(label)
-    return kept
 
 
 def _switches(ops_before: OpsBefore, num_ops: int) -> int:
