@@ -1,6 +1,6 @@
 """schedule="auto" in a layer: calibrate at the first step, then choose by `planned.py`.
 
-The first forward call of a layer (for training, for inference, and for each dtype of the rows) looks for a cost model in
+The first forward call of a layer (for training, for inference, for each dtype of the rows) looks for a cost model in
 the cache and measures one where there is none: real steps on this call's tokens and routing, on the same transport.
 Parameters, their gradients, buffers and random numbers are as they were before.
 """
@@ -27,7 +27,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.measure.calibrate import StepTimes, calibrate, gathered
 from moe_overlap.measure.machine import hardware
 from moe_overlap.plan import PHASES
-from moe_overlap.planned import Planned, PlannedSchedule
+from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
@@ -109,7 +109,7 @@ class AutoSchedule:
     num_ops: int
     overlap: bool = True
     found: dict[tuple[bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
-    last: Planned | None = None
+    name = "auto"
 
     def get(self, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
@@ -143,8 +143,8 @@ def topology(transport: Transport) -> Callable[[int], int] | None:
 
 @contextmanager
 def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Random numbers and the buffers of `modules` are afterwards what they were, and a checkpoint around the caller does
-    not see the tensors that probes save."""
+    """Random numbers and the buffers of `modules` are restored at the end. A checkpoint around the caller does not
+    see the tensors that probes save."""
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     devices = [device] if device.type == "cuda" else []
     # The innermost hooks win: a probe's backward must not make an activation checkpoint recompute the caller.

@@ -104,6 +104,9 @@ class Transport(Protocol):
         `reverse=True` is the adjoint and swaps the two lists. `action` (e.g. "D0") appears in errors. Returns at once.
         """
 
+    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
+        """The sum of `tensor` over the ranks, in place. Equal shape and dtype on all ranks are the caller's duty."""
+
     def close(self, reason: str) -> None:
         """Poison the transport and tell the peers, whose waits then raise RemoteAbort with `reason`. Never raises."""
 

@@ -74,6 +74,9 @@ class NoCommTransport:
         self.stats.exchanges += 1
         return CopiedWork(out, start_s)
 
+    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
+        return self.inner.all_reduce(tensor, action=action)
+
     def close(self, reason: str) -> None:
         self.inner.close(reason)
 
