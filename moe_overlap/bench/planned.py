@@ -1,0 +1,106 @@
+"""The planner in a benchmark: a cost model of a case, the rows it asks for, and what it predicts for every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_overlap.bench.cases import BlockPair
+from moe_overlap.bench.rows import RowPlan
+from moe_overlap.bench.timing import Runner, Samples, Variant
+from moe_overlap.measure.calibrate import StepTimes, calibrate, step_shape
+from moe_overlap.measure.machine import hardware
+from moe_overlap.plan import ExchangePlan
+from moe_overlap.planned import Planned, PlannedSchedule
+from moe_overlap.planning.cost_model import window
+from moe_overlap.planning.search import evaluate
+from moe_overlap.planning.window import OpVerb
+from moe_overlap.schedule.actions import Phase
+from moe_overlap.schedule.builders import SchedulePair, chunked
+from moe_overlap.transport.base import Transport
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CasePlan:
+    """The planner's knowledge of one case: its model and the counts of its step."""
+
+    schedule: PlannedSchedule
+    exchange: ExchangePlan
+
+    @property
+    def planned(self) -> Planned:
+        return self.schedule.planned(self.exchange)
+
+    def predicted_s(self, pair: SchedulePair) -> float:
+        """Seconds of the whole timed unit under `pair`: its windows, exactly simulated, and what lies outside."""
+        model, s = self.schedule.model, self.schedule
+        halves: list[tuple[Phase, SchedulePair]] = [("forward", pair)]
+        if self.exchange.grad_enabled:
+            halves.append(("backward", pair))
+        total = 0.0
+        for phase, _ in halves:
+            forward = phase == "forward"
+            chunks, by = (pair.chunks, pair.by) if forward else (pair.backward_chunks, pair.backward_by)
+            shape = step_shape(self.exchange.chunked(chunks, by), row_bytes=s.row_bytes, node_of=s.node_of)
+            num_ops = 0 if s.op_verb == "S" else s.num_ops
+            problem = window(model, [shape], phase, op_verb=s.op_verb, num_ops=num_ops)
+            order = pair.forward if forward else pair.backward
+            total += model.outside(phase, s.num_ops if s.op_verb == "B" else 0)
+            total += evaluate(problem, order, chunks=chunks, by=by, joined=pair.joined)
+        return total
+
+
+def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePlan:
+    """Calibrate one case on one transport. Collective."""
+    num_ops = len(model.op_names) if model.position else 0
+    op_verb: OpVerb = "S" if model.case == "shared1" else "B"
+    row_bytes = model.sizes.hidden * model.dtype.itemsize
+    topology = getattr(transport, "topology", None)
+    node_of = None if topology is None else topology.node_of
+
+    def pair_of(chunks: int) -> SchedulePair:
+        if model.position:
+            return model.window_pair(num_ops // 2, chunks=chunks)
+        return chunked(chunks, shared=op_verb == "S")
+
+    def run(pair: SchedulePair) -> StepTimes:
+        samples = Samples()
+        runner.once(Variant(name="probe", model=model, pair=pair, transport=transport), samples)
+        forward_s, whole_s = samples.forward_s[0], samples.own_s[0]
+        backward_s = whole_s - forward_s if runner.phase == "train" else 0.0
+        return StepTimes(events=samples.events[0], forward_s=forward_s, backward_s=backward_s,
+                         exchange=model.moe.last_exchange)  # fmt: skip
+
+    found = calibrate(run, pair_of, transport, row_bytes=row_bytes, node_of=node_of, device=torch.device("cpu"),
+                      source=f"measured on {hardware()}")  # fmt: skip
+    schedule = PlannedSchedule(model=found, num_ops=num_ops, op_verb=op_verb, row_bytes=row_bytes, node_of=node_of)
+    return CasePlan(schedule=schedule, exchange=model.moe.last_exchange)
+
+
+def auto_rows(model: BlockPair, plan: CasePlan, phase: str) -> list[RowPlan]:
+    """The planner's choice, and in training the same forward schedule with its mirror as backward."""
+    pair = plan.planned.pair
+    rows = [RowPlan(model=model, schedule="auto", pair=pair)]
+    if phase == "train" and not pair.joined:
+        mirror = mirrored(model, plan)
+        if mirror.backward != pair.backward:
+            rows.append(RowPlan(model=model, schedule="mirrored", pair=mirror))
+    return rows
+
+
+def mirrored(model: BlockPair, plan: CasePlan) -> SchedulePair:
+    """The planner's forward schedule with the backward that follows from it: as many chunks, the ops the other way
+    round (where ops stand between the chunks, all of those before the middle one before all)."""
+    forward = plan.planned.candidates["forward"][0]
+    pair = plan.planned.pair
+    if model.position:
+        slot = forward.ops_before[len(forward.ops_before) // 2]
+        return pair.with_backward(model.window_pair(slot, chunks=pair.chunks))
+    return pair.with_backward(chunked(pair.chunks, pair.by, shared=model.case == "shared1"))
+
+
+def predictions(plans: Sequence[RowPlan], cases: dict[str, CasePlan]) -> list[float | None]:
+    """Predicted seconds of every row whose case was calibrated."""
+    return [cases[plan.case].predicted_s(plan.pair) if plan.case in cases else None for plan in plans]
