@@ -87,8 +87,8 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         f"exchange, and waiting for it, {_us(options.issue)} (--issue)",
         f"  compute is {options.compute_slowdown:g}x as slow beside an exchange (--compute-slowdown), an exchange "
         f"{options.wire_slowdown:g}x beside compute (--wire-slowdown)",
-        f"  agreement on counts {_us(agreement_s(options, point.at))} a step; attention over {options.sequence} tokens "
-        "(--sequence), backward twice the FLOPs of forward",
+        f"  agreement on counts {_us(agreement_s(options, point.at))} a step; backward has twice the FLOPs of forward"
+        + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
     read_s, chunks = weights_read_s(options, point.at), max(phase.best.chunks for phase in point.phases)
     if read_s > one.experts_s[0] / chunks:

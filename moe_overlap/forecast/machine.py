@@ -129,11 +129,11 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
 
 
 def backbone_s(options: PlanOptions) -> tuple[float, ...]:
-    """Forward seconds of attention, MLP, attention, shared expert."""
+    """Forward seconds of attention, MLP, attention, shared expert; the first three may have been given."""
     t, d = options.tokens, options.hidden
     mlp_s = 6 * t * d * options.ffn / options.flops
     if options.backbone is not None:
-        return (*options.backbone, options.backbone[1])
+        return (*options.backbone, mlp_s)
     seen = min(options.sequence, t)
     attention_s = (8 * t * d * d + 2 * t * seen * d) / options.flops
     return attention_s, mlp_s, attention_s, mlp_s

@@ -89,7 +89,7 @@ def test_a_cost_model_from_numbers_by_hand():
     pos2 = cost_model(options, "scmoe_pos2", at)
     assert pos2.backbone_s == pytest.approx((mlp_s, attention_s, mlp_s))
     assert pos2.outside_s == pytest.approx(attention_s + router_s + agreement_s)
-    assert cost_model(replace(options, backbone=(1.0, 2.0, 3.0)), "scmoe_pos1", at).backbone_s == (3.0, 2.0)
+    assert cost_model(replace(options, backbone=(1.0, 2.0, 3.0)), "scmoe_pos1", at).backbone_s == (3.0, mlp_s)
 
 
 def test_the_serial_step_by_hand():
