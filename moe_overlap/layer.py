@@ -24,7 +24,7 @@ from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current
 from moe_overlap.errors import ConfigError
 from moe_overlap.explain import explain
 from moe_overlap.placement.placement import Placement
-from moe_overlap.plan import PHASES
+from moe_overlap.plan import PHASES, ExchangePlan
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules, serial, window
 from moe_overlap.schedule.check import layer_schedule
@@ -315,6 +315,13 @@ class MoELayer(nn.Module):
     def last_events(self) -> list[TimelineEvent]:
         """The executed actions of the last forward call, and of its backward once that has run."""
         return [] if self._last_step is None else self._last_step.events
+
+    @property
+    def last_exchange(self) -> ExchangePlan:
+        """The counts that the ranks agreed on in the last forward call. Raises RuntimeError where there are none."""
+        if self._last_step is None or self._last_step.plan is None:
+            raise RuntimeError("no forward call yet that exchanged rows")
+        return self._last_step.plan.exchange
 
     def attach(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, made to reach this layer's last call with a zero gradient.

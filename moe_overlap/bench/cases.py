@@ -205,9 +205,9 @@ class BlockPair(nn.Module):
         """How many places the experts can have among the ops beside the exchanges."""
         return self.position + 2 if self.position else 2
 
-    def window_pair(self, slot: int, backward_slot: int | None = None) -> SchedulePair:
+    def window_pair(self, slot: int, backward_slot: int | None = None, *, chunks: int = 1) -> SchedulePair:
         """The shortcut schedule of this case."""
-        return shortcut(self.position, slot, backward_slot=backward_slot)
+        return shortcut(self.position, slot, backward_slot=backward_slot, chunks=chunks)
 
     def use(self, pair: SchedulePair, transport: Transport) -> None:
         """Run the coming calls by `pair` over `transport`. The same on all ranks."""

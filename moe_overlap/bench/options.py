@@ -15,7 +15,8 @@ from moe_overlap.cli import OneLineParser
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport.link import LinkSpec
 
-SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut")
+SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut", "auto")
+DEFAULT_SCHEDULES = SCHEDULES[:-1]  # "auto" calibrates every case first
 PHASES = ("infer", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 COMPUTE = ("real", "slept")
@@ -38,7 +39,7 @@ class LayerOptions:
     dtype: str = "bf16"
     link: str = "none"
     comm_share: float | None = None
-    schedules: tuple[str, ...] = SCHEDULES
+    schedules: tuple[str, ...] = DEFAULT_SCHEDULES
     cases: tuple[str, ...] = DEFAULT_CASES
     phases: tuple[str, ...] = PHASES
     routing: str = "balanced"
@@ -56,6 +57,8 @@ class LayerOptions:
             raise ConfigError("--top-k", self.top_k, expected)
         if self.hidden % HEAD:
             raise ConfigError("--hidden", self.hidden, f"a multiple of {HEAD}, the size of an attention head")
+        if "auto" in self.schedules and self.ranks == 1:
+            raise ConfigError("--schedules", ",".join(self.schedules), "no auto with one rank: nothing is exchanged")
         if self.experts % self.ranks:
             raise ConfigError("--experts", self.experts, f"a multiple of --ranks ({self.ranks})")
         if self.ranks_per_node > self.ranks or self.ranks % self.ranks_per_node:
@@ -110,7 +113,9 @@ HELP = {
     "dtype": "fp32, bf16 or fp64",
     "link": "none, or RATE[:LATENCY] of an emulated link, e.g. 400mbit:50us or 1.5GB",
     "comm_share": "solve for the link rate at which communication is this share of serial top2, per phase",
-    "schedules": "rows to measure, comma-separated: " + ", ".join(SCHEDULES),
+    "schedules": "rows to measure, comma-separated: "
+    + ", ".join(SCHEDULES)
+    + " (calibrates, predicts every row first)",
     "cases": "block pairs to measure, comma-separated: " + ", ".join(CASES),
     "phases": "comma-separated: " + ", ".join(PHASES),
     "routing": ", ".join(KINDS) + " (OUT/routing.safetensors) or a file of train --save-routing",

@@ -12,6 +12,7 @@ from typing import Any
 from moe_overlap.bench.cases import BlockPair
 from moe_overlap.bench.check import MAX_REL_ERR, max_rel_err, peak_memory, run, same_bits, worst
 from moe_overlap.bench.options import LATENCY_S
+from moe_overlap.bench.planned import CasePlan, auto_rows, plan_case, predictions
 from moe_overlap.bench.rows import (
     Baselines,
     RowPlan,
@@ -61,12 +62,16 @@ def measure_phase(setting: Setting, phase: str) -> PhaseResult:
     with slept_experts(setting.sleep):
         # Only now: as shortly before the timing as can be, and warm.
         link = open_link(setting, runner, timed["top2"], rounds=SHARE_ROUNDS)
+        known = plan_cases(setting, runner, timed) if "auto" in setting.options.schedules else {}
+    chosen = [row for case, plan in known.items() for row in auto_rows(timed[case], plan, phase)]
+    plans, verdicts = plans + chosen, verdicts + [verify(setting, runner, plan) for plan in chosen]
+    predicted = predictions(plans, known)
     setting.say(f"{phase}: measuring the exchanges alone")
     exchanges = measure_exchanges(setting, plans, phase)
     with slept_experts(setting.sleep):
         samples = time_rows(setting, runner, plans)
         panels = [panel for plan in shown(plans, samples) for panel in [take_panel(setting, runner, plan, samples)]]
-    rows = make_rows(setting, phase, link, plans, samples, exchanges, verdicts)
+    rows = make_rows(setting, phase, link, plans, samples, exchanges, verdicts, predicted)
     return PhaseResult(rows=rows, panels=panels)
 
 
@@ -170,23 +175,40 @@ def verify(setting: Setting, runner: Runner, plan: RowPlan) -> Verdict:
     return Verdict(bit_equal=equal, max_rel_err=error, peak_mem_mb=worst(world, peak[0]) if peak else None)
 
 
-def measure_exchanges(setting: Setting, plans: Sequence[RowPlan], phase: str) -> list[Exchanges]:
-    """For each row; rows of one case with the same chunks have the same exchanges. Collective."""
-    found: dict[tuple[str, int], Exchanges] = {}
+def plan_cases(setting: Setting, runner: Runner, models: dict[str, BlockPair]) -> dict[str, CasePlan]:
+    """What the planner knows of each case, from a calibration on the link. Collective."""
+    found = {}
+    for case in setting.options.cases:
+        setting.say(f"{runner.phase}: calibrating {case}")
+        found[case] = plan_case(runner, models[case], setting.wires[case].link)
+        predicted_ms = 1e3 * found[case].predicted_s(found[case].planned.pair)
+        pair = found[case].planned.pair
+        backward = f" | {pair.backward}" if runner.phase == "train" else ""
+        setting.say(f"{runner.phase}: auto for {case}: {pair.forward}{backward}, predicted {predicted_ms:.1f} ms")
+    return found
+
+
+ExchangesOf = dict[tuple[str, int], Exchanges]
+
+
+def measure_exchanges(setting: Setting, plans: Sequence[RowPlan], phase: str) -> ExchangesOf:
+    """By case and number of chunks. Collective."""
+    found: ExchangesOf = {}
     for plan in plans:
-        key = (plan.case, plan.pair.chunks)
-        if key not in found:
-            found[key] = isolated(setting.world, plan.model, plan.pair, setting.wires[plan.case], phase)
-    return [found[plan.case, plan.pair.chunks] for plan in plans]
+        for chunks in dict.fromkeys((plan.pair.chunks, plan.pair.backward_chunks)):
+            if (plan.case, chunks) not in found:
+                wires = setting.wires[plan.case]
+                found[plan.case, chunks] = isolated(setting.world, plan.model, chunked(chunks), wires, phase)
+    return found
 
 
 @dataclass(kw_only=True)
 class Timed:
-    """Samples of each row, of each case without communication, and of each chunked row without communication."""
+    """Samples of each row, of each case without communication, and of each pipelined cut without communication."""
 
     rows: list[Samples]
     nocomm: dict[str, Samples]
-    chunks: dict[int, Samples]
+    cuts: dict[tuple[str, int, int], Samples]
 
 
 def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Timed:
@@ -194,7 +216,7 @@ def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Tim
     repeats = setting.options.repeats
     over_link = [variant_of(setting, plan) for plan in plans]
     bare = {plan.case: variant_of(setting, plan, bare=True) for plan in plans if plan.schedule == "serial"}
-    terms = {plan.pair.chunks: variant_of(setting, plan, bare=True) for plan in plans if plan.schedule == "chunked"}
+    terms = {plan.cut: variant_of(setting, plan, bare=True) for plan in plans if plan.pipelined}
     variants = [*over_link, *bare.values(), *terms.values()]
     counts = [repeats] * (len(over_link) + len(bare)) + [max(min(3, repeats), repeats // 4)] * len(terms)
     setting.say(f"{runner.phase}: timing {len(variants)} variants, {repeats} rounds")
@@ -215,7 +237,7 @@ def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Tim
     return Timed(
         rows=[next(found) for _ in over_link],
         nocomm={case: next(found) for case in bare},
-        chunks={chunks: next(found) for chunks in terms},
+        cuts={cut: next(found) for cut in terms},
     )
 
 
@@ -235,26 +257,28 @@ def make_rows(
     link: str,
     plans: Sequence[RowPlan],
     timed: Timed,
-    exchanges: Sequence[Exchanges],
+    exchanges: ExchangesOf,
     verdicts: Sequence[Verdict],
+    predicted: Sequence[float | None],
 ) -> list[dict[str, Any]]:
     """The rows that were asked for. Collective."""
     communicates = setting.world.size > 1
     serial_s: dict[str, float] = {}
     nocomm_s: dict[str, float] = {}
     inflated: dict[str, bool] = {}
-    for plan, one, exchange in zip(plans, timed.rows, exchanges, strict=True):
+    for plan, one in zip(plans, timed.rows, strict=True):
         if plan.schedule == "serial":
+            exchange = exchanges[plan.case, plan.pair.chunks]
             serial_s[plan.case] = median(one.time_s)
             nocomm_s[plan.case] = median(timed.nocomm[plan.case].time_s)
             inflated[plan.case] = communicates and is_inflated(
                 serial_s[plan.case], nocomm_s[plan.case], exchange.total_s
             )
     rows = []
-    for plan, one, exchange, verdict in zip(plans, timed.rows, exchanges, verdicts, strict=True):
-        chunked_row = plan.schedule == "chunked"
-        terms = terms_of(timed.chunks[plan.pair.chunks] if chunked_row else timed.nocomm[plan.case])
-        bound = bound_s(setting.world, plan, phase, terms, exchange)
+    for plan, one, verdict, predicted_s in zip(plans, timed.rows, verdicts, predicted, strict=True):
+        terms = terms_of(timed.cuts[plan.cut] if plan.pipelined else timed.nocomm[plan.case])
+        exchange, back = (exchanges[plan.case, r] for r in (plan.pair.chunks, plan.pair.backward_chunks))
+        bound = bound_s(setting.world, plan, phase, terms, exchange, back)
         exposed = exposed_and_overlap(setting.world, one)
         flagged = flag_of(
             oversubscribed=setting.oversubscribed, inflated=inflated[plan.case], noisy=is_noisy(one.time_s)
@@ -266,9 +290,11 @@ def make_rows(
             comm_share=comm_share(serial_s["top2"], nocomm_s["top2"]) if communicates else None,
         )
         constant = {**setting.constant, "phase": phase, "link": link}
-        row = row_of(plan, one, baselines, exchange, verdict, bound=bound, exposed=exposed, flagged=flagged,
-                     constant=constant)  # fmt: skip
-        if plan.schedule in setting.options.schedules and plan.case in setting.options.cases:
+        both = exchange.with_backward(back) if phase == "train" else exchange
+        row = row_of(plan, one, baselines, both, verdict, bound=bound, predicted=predicted_s, exposed=exposed,
+                     flagged=flagged, constant=constant)  # fmt: skip
+        asked = "auto" if plan.schedule == "mirrored" else plan.schedule
+        if asked in setting.options.schedules and plan.case in setting.options.cases:
             rows.append(row)
     return rows
 

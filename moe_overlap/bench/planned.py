@@ -36,11 +36,9 @@ class CasePlan:
     def predicted_s(self, pair: SchedulePair) -> float:
         """Seconds of the whole timed unit under `pair`: its windows, exactly simulated, and what lies outside."""
         model, s = self.schedule.model, self.schedule
-        halves: list[tuple[Phase, SchedulePair]] = [("forward", pair)]
-        if self.exchange.grad_enabled:
-            halves.append(("backward", pair))
+        phases: tuple[Phase, ...] = ("forward", "backward") if self.exchange.grad_enabled else ("forward",)
         total = 0.0
-        for phase, _ in halves:
+        for phase in phases:
             forward = phase == "forward"
             chunks, by = (pair.chunks, pair.by) if forward else (pair.backward_chunks, pair.backward_by)
             shape = step_shape(self.exchange.chunked(chunks, by), row_bytes=s.row_bytes, node_of=s.node_of)

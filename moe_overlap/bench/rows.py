@@ -19,10 +19,11 @@ from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.recorder import TimelineEvent
 
 KEYS = (
-    "case schedule phase routing chunks slot backward_slot time_ms_median time_ms_p10 time_ms_p90 serial_ms nocomm_ms "
-    "bound_ms comm_share exposed_ms overlap_eff timeline_overlap headroom speedup_vs_serial speedup_vs_top2 "
-    "exchange_ms comm_cpu_ms payload_bytes meta_bytes peak_mem_mb bit_equal max_rel_err ranks ranks_per_node threads "
-    "tokens hidden ffn experts top_k dtype repeats compute flagged hardware link torch commit date"
+    "case schedule phase routing chunks backward_chunks slot backward_slot predicted_ms time_ms_median time_ms_p10 "
+    "time_ms_p90 serial_ms nocomm_ms bound_ms comm_share exposed_ms overlap_eff timeline_overlap headroom "
+    "speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes meta_bytes peak_mem_mb bit_equal "
+    "max_rel_err ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute flagged hardware "
+    "link torch commit date"
 ).split()
 
 
@@ -40,10 +41,21 @@ class RowPlan:
         return self.model.case
 
     @property
+    def cut(self) -> tuple[str, int, int]:
+        """Rows of equal cut have the same exchanges and the same chunks of compute."""
+        return self.case, self.pair.chunks, self.pair.backward_chunks
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether nothing but the chunks' own compute lies beside the exchanges."""
+        return self.case == "top2" and self.schedule != "serial"
+
+    @property
     def name(self) -> str:
         text = f"{self.case} {self.schedule}"
-        if self.schedule == "chunked":
-            text += f"({self.pair.chunks})"
+        if self.schedule != "serial" and self.pair.slot is None:
+            cuts = dict.fromkeys((self.pair.chunks, self.pair.backward_chunks))
+            text += f"({','.join(map(str, cuts))})"
         if self.pair.slot is not None:
             text += f" slot {self.pair.slot}"
             if self.backward_slot is not None:
@@ -102,20 +114,26 @@ def _total(events: Sequence[TimelineEvent], verbs: Sequence[str]) -> float:
     )
 
 
-def bound_s(world: World, plan: RowPlan, phase: str, terms: Terms, exchanges: Exchanges) -> float | None:
-    """The bound of DESIGN section 8, the largest over ranks; None for serial rows. Collective."""
+def bound_s(
+    world: World, plan: RowPlan, phase: str, terms: Terms, exchanges: Exchanges, backward: Exchanges
+) -> float | None:
+    """The bound of DESIGN section 8, the largest over ranks; None for serial rows. Collective.
+
+    `backward`: the exchanges in as many chunks as the backward schedule has.
+    """
     if plan.schedule == "serial":
         return None
-    chunks, a = plan.pair.chunks, exchanges.exchange_s
-    backward = phase == "train"
-    if plan.schedule == "chunked":
-        total = formulas.chunked_forward(chunks, a, terms.experts / chunks)
-        if backward:
-            total += formulas.chunked_backward(chunks, a, terms.dgrad / chunks, terms.wgrad / chunks)
+    chunks, chunks_back, train = plan.pair.chunks, plan.pair.backward_chunks, phase == "train"
+    if plan.pipelined:
+        total = formulas.chunked_forward(chunks, exchanges.exchange_s, terms.experts / chunks)
+        if train:
+            dgrad, wgrad = terms.dgrad / chunks_back, terms.wgrad / chunks_back
+            total += formulas.chunked_backward(chunks_back, backward.exchange_s, dgrad, wgrad)
     else:
         dispatch, combine = chunks * exchanges.dispatch_s, chunks * exchanges.combine_s
         total = formulas.shortcut_bound(terms.experts, terms.window, dispatch, combine)
-        if backward:
+        if train:
+            dispatch, combine = chunks_back * backward.dispatch_s, chunks_back * backward.combine_s
             window = terms.window_backward + terms.wgrad
             total += formulas.shortcut_bound(terms.dgrad, window, dispatch, combine)
     own = torch.tensor([terms.outside + total], dtype=torch.float64)
@@ -159,6 +177,7 @@ def row_of(
     verdict: Verdict,
     *,
     bound: float | None,
+    predicted: float | None,
     exposed: tuple[float | None, float | None],
     flagged: str | None,
     constant: Mapping[str, Any],
@@ -175,8 +194,10 @@ def row_of(
         "case": plan.case,
         "schedule": plan.schedule,
         "chunks": plan.pair.chunks,
+        "backward_chunks": plan.pair.backward_chunks if constant["phase"] == "train" else None,
         "slot": plan.pair.slot,
         "backward_slot": plan.backward_slot,
+        "predicted_ms": _ms(predicted),
         "time_ms_median": _ms(time_s),
         "time_ms_p10": _ms(percentile(samples.time_s, 0.1)),
         "time_ms_p90": _ms(percentile(samples.time_s, 0.9)),

@@ -77,6 +77,15 @@ class Exchanges:
         """One exchange of one chunk."""
         return (self.dispatch_s + self.combine_s) / 2
 
+    def with_backward(self, other: Exchanges) -> Exchanges:
+        """The sums of a training step whose backward is cut as `other`: half of the exchanges are of either kind."""
+        return replace(
+            self,
+            total_s=(self.total_s + other.total_s) / 2,
+            cpu_s=(self.cpu_s + other.cpu_s) / 2,
+            payload_bytes=(self.payload_bytes + other.payload_bytes) // 2,
+        )
+
 
 def plan_of(model: BlockPair, pair: SchedulePair, transport: Transport) -> ChunkPlan:
     """Agree on a step by hand. Collective."""

@@ -6,7 +6,8 @@ shows by how much compute is slower while the wire is busy. All ranks run the sa
 fit the same model from it: planners that disagree would deadlock.
 
 Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
-waited for the transfer alone.
+waited for the transfer alone. The quicker half of the rounds counts, since what disturbs a round only slows it; and a
+sum of medians is less than the median of a sum, so compute is scaled to what the whole step took.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from moe_overlap.measure.timeline import TimelineEvent, overlap
 from moe_overlap.plan import BLOCKS, ChunkPlan, ExchangePlan
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape
 from moe_overlap.planning.window import Slowdown
-from moe_overlap.schedule.actions import Action
+from moe_overlap.schedule.actions import VERBS, Action
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.transport.base import Transport
 
@@ -33,6 +34,7 @@ ROUNDS = (3, 9)  # fewest and most timed rounds
 CHUNKS = (1, 4, BLOCKS)
 OVERLAPPED = 4
 MAX_SLOWDOWN = 3.0
+MAX_SCALE = 1.5
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,12 +55,14 @@ class Probe:
     """The medians of one probe over all ranks, in seconds: of each action by its text, and of what is no action.
 
     `host_s`, by phase: time of the step with neither compute nor a wait, which is what starting exchanges and making
-    autograd nodes takes. `hidden_s`: exchanges with compute under them. `shape`: the rows and bytes of its chunks.
+    autograd nodes takes. `whole_s`, by phase: from start to end. `hidden_s`: exchanges with compute under them, of
+    `compute_s`. `shape`: the rows and bytes of its chunks.
     """
 
     chunks: int
     seconds: Mapping[str, float]
     host_s: Mapping[str, float]
+    whole_s: Mapping[str, float]
     hidden_s: float
     compute_s: float
     shape: StepShape
@@ -162,14 +166,18 @@ def _probe(
     actions = [*pair.forward, *(pair.backward if backward else ())]
     own = torch.tensor([[*_seconds(run, actions), *_rest(run)] for run in runs], dtype=torch.float64, device=device)
     table = gathered(transport, own.reshape(-1)).reshape(transport.world_size, len(runs), -1)
+    whole = table[:, :, -2:].sum(dim=2).amax(dim=0)
+    table = table[:, whole.argsort(stable=True)[: -(-len(runs) // 2)]]
     most, least = table.amax(dim=0).median(dim=0).values, table.amin(dim=0).median(dim=0).values
     chosen = [float((least if action.lane == "wire" else most)[i]) for i, action in enumerate(actions)]
-    forward_host, backward_host, hidden, compute = (float(value) for value in most[len(actions) :])
+    *host, hidden, compute, forward_s, backward_s = (float(value) for value in most[len(actions) :])
+    phases = ("forward", "backward") if backward else ("forward",)
     plan = runs[0].exchange.chunked(pair.chunks, pair.by)
     return Probe(
         chunks=pair.chunks,
         seconds={action.text: seconds for action, seconds in zip(actions, chosen, strict=True)},
-        host_s={"forward": forward_host} | ({"backward": backward_host} if backward else {}),
+        host_s=dict(zip(phases, host, strict=False)),
+        whole_s=dict(zip(phases, (forward_s, backward_s), strict=False)),
         hidden_s=hidden,
         compute_s=compute,
         shape=step_shape(plan, row_bytes=row_bytes, node_of=node_of),
@@ -191,13 +199,14 @@ def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
 
 
 def _rest(run: StepTimes) -> list[float]:
-    """[host seconds of forward, of backward, exchange time hidden under compute, compute]."""
+    """[host seconds of forward, of backward, exchanges hidden under compute, compute, all of forward, of backward]."""
     busy = {"forward": 0.0, "backward": 0.0}
     for event in run.events:
         if event.lane in ("comp", "wait") and event.phase in busy:
             busy[event.phase] += event.end_s - event.start_s
     found = overlap([event for event in run.events if event.action != "N"])
-    return [run.forward_s - busy["forward"], run.backward_s - busy["backward"], found.hidden_s, found.compute_s]
+    host_s = [run.forward_s - busy["forward"], run.backward_s - busy["backward"]]
+    return [*host_s, found.hidden_s, found.compute_s, run.forward_s, run.backward_s]
 
 
 # ---------------------------------------------------------------- fitting
@@ -205,43 +214,65 @@ def _rest(run: StepTimes) -> list[float]:
 
 def fit(joined: Sequence[Probe], overlapped: Probe, *, source: str) -> CostModel:
     """The model of the probes: `joined` with different numbers of chunks, `overlapped` with that of one of them."""
-    backward = "backward" in joined[0].host_s
-    issue = {phase: _slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in joined[0].host_s}
-    issue_s = sum(issue.values()) / len(issue)
-    outside = {
-        phase: max(0.0, median(p.host_s[phase] - 4 * issue_s * p.chunks for p in joined)) for phase in joined[0].host_s
-    }
+    phases = list(joined[0].host_s)
+    issue_s = sum(_slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in phases) / len(phases)
+    scale = {phase: median(_scale(p, phase, issue_s) for p in joined) for phase in ("forward", "backward")}
 
     def median_of(word: str) -> float:
-        return median(p.seconds.get(word, 0.0) for p in joined)
+        return median(p.seconds.get(word, 0.0) for p in joined) * scale[_phase(word)]
 
     def chain(verb: str) -> tuple[float, ...]:
-        words = [word for word in joined[0].seconds if word.rstrip("0123456789") == verb]
-        return tuple(median_of(word) for word in sorted(words, key=lambda word: int(word[len(verb) :] or 0)))
+        words = [word for word in joined[0].seconds if _verb(word) == verb]
+        return tuple(median_of(word) for word in sorted(words, key=lambda word: int(word[len(verb) :])))
 
-    def once(verb: str) -> AlphaBeta:
-        return AlphaBeta(alpha_s=0.0, beta_s=median_of(verb) / max(1, joined[0].shape.slots_rows))
+    def per_row(word: str, rows: int) -> AlphaBeta:
+        return AlphaBeta(alpha_s=0.0, beta_s=median_of(word) / max(1, rows))
 
-    forward_ops, backward_ops = chain("B"), chain("Bt")
+    def outside(phase: str) -> float:
+        if phase not in phases:
+            return 0.0
+        rest = median(p.host_s[phase] - 4 * issue_s * p.chunks for p in joined)
+        return max(0.0, rest) * scale[phase]
+
+    ops, slots_rows = chain("B"), joined[0].shape.slots_rows
     return CostModel(
-        exchange=_exchange(joined, ("D", "C", "Ct", "Dt") if backward else ("D", "C")),
-        experts=_by_rows(joined, "E"),
-        experts_dgrad=_by_rows(joined, "Ed"),
-        experts_wgrad=AlphaBeta(alpha_s=0.0, beta_s=median_of("Ew0") / max(1, sum(joined[0].shape.rows))),
-        permute=once("P"),
-        unpermute=once("U"),
-        unpermute_backward=once("Ut"),
-        permute_backward=once("Pt"),
-        backbone_s=forward_ops,
-        backbone_backward_s=backward_ops if backward else (0.0,) * len(forward_ops),
+        exchange=_exchange(joined),
+        experts=_by_rows(joined, "E", scale["forward"]),
+        experts_dgrad=_by_rows(joined, "Ed", scale["backward"]),
+        experts_wgrad=per_row("Ew0", sum(joined[0].shape.rows)),
+        permute=per_row("P", slots_rows),
+        unpermute=per_row("U", slots_rows),
+        unpermute_backward=per_row("Ut", slots_rows),
+        permute_backward=per_row("Pt", slots_rows),
+        backbone_s=ops,
+        backbone_backward_s=chain("Bt") or (0.0,) * len(ops),
         shared_s=median_of("S"),
         shared_backward_s=median_of("St"),
-        outside_s=outside["forward"],
-        outside_backward_s=outside.get("backward", 0.0),
+        outside_s=outside("forward"),
+        outside_backward_s=outside("backward"),
         issue_s=issue_s,
         slowdown=Slowdown(compute=_slowdown(joined, overlapped)),
         source=source,
     )
+
+
+def _verb(word: str) -> str:
+    return word.rstrip("0123456789")
+
+
+def _phase(word: str) -> str:
+    return VERBS[_verb(word)].phase
+
+
+def _scale(probe: Probe, phase: str, issue_s: float) -> float:
+    """What the compute of one phase has to be multiplied by for the parts of the joined step to make up the whole."""
+    if phase not in probe.whole_s:
+        return 1.0
+    parts = [(word, seconds) for word, seconds in probe.seconds.items() if _phase(word) == phase]
+    wire_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane == "wire") + 4 * issue_s * probe.chunks
+    compute_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane != "wire")
+    compute_s += max(0.0, probe.host_s[phase] - 4 * issue_s * probe.chunks)
+    return min(max((probe.whole_s[phase] - wire_s) / compute_s, 1.0), MAX_SCALE) if compute_s > 0 else 1.0
 
 
 def _slope(points: Sequence[tuple[int, float]]) -> float:
@@ -258,22 +289,21 @@ def _line(points: Sequence[tuple[float, float]]) -> AlphaBeta:
     return AlphaBeta.fit(used)
 
 
-def _by_rows(probes: Sequence[Probe], verb: str) -> AlphaBeta:
-    return _line([
-        (p.shape.rows[c], p.seconds[f"{verb}{c}"]) for p in probes for c in range(p.chunks) if f"{verb}{c}" in p.seconds
-    ])  # fmt: skip
+def _by_rows(probes: Sequence[Probe], verb: str, scale: float) -> AlphaBeta:
+    points = [(p.shape.rows[c], p.seconds.get(f"{verb}{c}", 0.0) * scale) for p in probes for c in range(p.chunks)]
+    return _line(points)
 
 
-def _exchange(probes: Sequence[Probe], verbs: Sequence[str]) -> dict[str, AlphaBeta]:
+def _exchange(probes: Sequence[Probe]) -> dict[str, AlphaBeta]:
     """The line of the wire between nodes, or of the only one there is. Beside it, the wire within a node is free: what
     was measured is the slower of both."""
     lanes = list(probes[0].shape.bytes_by_lane)
     if not lanes:
         return {}
     points = [
-        (p.shape.bytes_by_lane[lanes[0]][c], p.seconds[f"{verb}{c}"])
+        (p.shape.bytes_by_lane[lanes[0]][c], p.seconds.get(f"{verb}{c}", 0.0))
         for p in probes
-        for verb in verbs
+        for verb in ("D", "C", "Ct", "Dt")
         for c in range(p.chunks)
     ]
     return {lane: _line(points) if lane == lanes[0] else AlphaBeta(alpha_s=0.0, beta_s=0.0) for lane in lanes}
