@@ -1,0 +1,229 @@
+"""A small model with both kinds of layers, the ways to checkpoint it, and what one backward of it must do.
+
+    entry -> Shell(Dense op, then h + moe(h)) -> Shell(ShortcutBlock) -> exit
+
+`train` runs it on one rank and `Seen.check` compares what happened with what the schedules say: forward calls of the
+dense ops, exchanges by phase, and the order of the actions in backward, exchanges at their starts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from moe_overlap import MoELayer, ShortcutBlock, ignore_experts_for_ddp, sac_policy
+from moe_overlap.measure.timeline import TimelineEvent, record
+
+D, F, E = 16, 24, 8
+EXPERTS = ("gate_up_proj", "down_proj")
+
+# The checkpoint modes that are allowed: how often a dense op is called in forward and backward together.
+CALLS = {"none": 1, "block": 2, "op": 2, "selective": 2}
+MODES = tuple(CALLS)
+
+
+class Op(nn.Module):
+    """h + tanh(linear(h)), a probe: it counts its calls."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D, dtype=torch.float64)
+        self.checkpointed = mode == "op"
+        self.calls = 0
+
+    def body(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        return h + torch.tanh(self.linear(h))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return checkpoint(self.body, h, use_reentrant=False) if self.checkpointed else self.body(h)
+
+
+class Shell(nn.Module):
+    """A block and the way in which it is checkpointed as a whole."""
+
+    def __init__(self, block: nn.Module, mode: str) -> None:
+        super().__init__()
+        self.block = block
+        self.mode = mode
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.mode in ("none", "op"):
+            return self.block(h)
+        context: dict[str, Any] = {}
+        if self.mode == "selective":
+            context["context_fn"] = partial(create_selective_checkpoint_contexts, sac_policy())
+        return checkpoint(self.block, h, use_reentrant=self.mode == "reentrant", **context)
+
+
+class DenseAndMoE(nn.Module):
+    """h + moe(h) after a dense op; the layer has a shared expert."""
+
+    def __init__(self, mode: str, moe: MoELayer) -> None:
+        super().__init__()
+        self.op = Op(mode)
+        self.moe = moe
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.op(h)
+        return h + self.moe(h)
+
+
+class Model(nn.Module):
+    """The model above; `times`: how often both blocks run in one forward, with the same weights."""
+
+    def __init__(self, group: Any, mode: str = "none", *, times: int = 1, overlap: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        factory: dict[str, Any] = {"dtype": torch.float64, "group": group, "overlap": overlap}
+        moe = MoELayer(D, F, E, 2, schedule="chunked(2)", shared_expert_size=F, **factory)
+        shortcut = ShortcutBlock(
+            [Op(mode) for _ in range(3)],
+            MoELayer(D, F, E, 1, **factory),
+            tap=1,
+            slot=1,
+            backward_slot=2,
+            chunks=2,
+            shared_expert=nn.Linear(D, D, bias=False, dtype=torch.float64),
+            combine="gated",
+            overlap=overlap,
+        )
+        self.times = times
+        self.entry = nn.Linear(D, D, dtype=torch.float64)
+        self.shells = nn.ModuleList([Shell(DenseAndMoE(mode, moe), mode), Shell(shortcut, mode)])
+        self.exit = nn.Linear(D, D, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.entry(x)
+        for _ in range(self.times):
+            for shell in self.shells:
+                h = shell(h)
+        return self.exit(h)
+
+    @property
+    def moe(self) -> MoELayer:
+        return self.shells[0].block.moe
+
+    @property
+    def shortcut(self) -> ShortcutBlock:
+        return self.shells[1].block
+
+    @property
+    def ops(self) -> list[Op]:
+        return [module for module in self.modules() if isinstance(module, Op)]
+
+    @property
+    def layers(self) -> list[MoELayer]:
+        return [self.moe, self.shortcut.moe]
+
+    def expert_parameters(self) -> set[nn.Parameter]:
+        return {weight for layer in self.layers for weight in layer.expert_weights}
+
+
+def tokens(rank: int, batch: int = 0) -> Tensor:
+    """The tokens of one rank's micro-batch; every rank has another number of them."""
+    generator = torch.Generator().manual_seed(10 * batch + rank)
+    return torch.randn(7 + 2 * rank + batch, D, dtype=torch.float64, generator=generator)
+
+
+def loss_of(model: Callable[[Tensor], Tensor], rank: int, batch: int = 0) -> Tensor:
+    return model(tokens(rank, batch)).square().mean()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one call of `watch` saw of a model on one rank."""
+
+    model: Model
+    events: list[TimelineEvent]
+
+    def check(self, batches: int = 1) -> None:
+        """Assert that `batches` forward and backward passes did what the schedules say, and nothing twice."""
+        model, mode = self.model, self.model.shells[0].mode
+        assert [op.calls for op in model.ops] == [CALLS[mode] * model.times * batches] * len(model.ops)
+        pairs = [model.moe.schedule, model.shortcut.schedule]
+        passes = model.times * batches
+        want: Counter[tuple[str, str]] = Counter()
+        for pair in pairs:
+            sent = ["N", *(action.text for action in pair.forward if action.lane == "wire")]
+            returned = [action.text for action in pair.backward if action.lane == "wire"]
+            for phase, actions in (("forward", sent), ("recompute", sent), ("backward", returned)):
+                if phase != "recompute" or mode in ("block", "selective"):
+                    want.update((phase, action) for action in actions * passes)
+        got = Counter((event.phase, event.action) for event in self.events if event.lane == "wire")
+        assert got == want, (got - want, want - got)
+        exchanges = sum(layer.transport.stats.exchanges for layer in model.layers)
+        assert exchanges == sum(count for (_, action), count in want.items() if action != "N")
+        assert sum(layer.transport.stats.agreements for layer in model.layers) == sum(
+            count for (_, action), count in want.items() if action == "N"
+        )
+        order = [event.action for event in self.events if event.phase == "backward" and event.lane in ("comp", "start")]
+        planned = " ".join(pair.backward.text for pair in reversed(pairs))
+        assert " ".join(order) == " ".join([planned] * passes)
+
+
+@contextmanager
+def watch(model: Model) -> Iterator[Seen]:
+    """The recorder's events, and one of lane "start" where an exchange of backward was handed to the transport."""
+    starts = [layer.transport.start for layer in model.layers]
+    with record() as events:
+        for layer, start in zip(model.layers, starts, strict=True):
+
+            def noted(*args: Any, action: str, start: Any = start, **keywords: Any) -> Any:
+                if action.startswith(("Ct", "Dt")):
+                    events.append(TimelineEvent(-1, -1, "backward", action, "start", 0.0, 0.0))
+                return start(*args, action=action, **keywords)
+
+            layer.transport.start = noted
+        try:
+            yield Seen(model, events)
+        finally:
+            for layer in model.layers:
+                del layer.transport.start
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """name -> gradient, whole where it is sharded over data-parallel ranks; experts: this rank's."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, f"{name} has no gradient"
+        found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return found
+
+
+def train(
+    model: Model,
+    rank: int,
+    *,
+    call: Callable[[Tensor], Tensor] | None = None,
+    batches: int = 1,
+    unsynchronised: Callable[[], Any] = nullcontext,
+) -> dict[str, Tensor]:
+    """Gradients of the sum of the micro-batches' losses; `call` is the wrapped model.
+
+    `unsynchronised` is the context of every micro-batch but the last.
+    """
+    with watch(model) as seen:
+        for batch in range(batches):
+            with unsynchronised() if batch < batches - 1 else nullcontext():
+                loss_of(call or model, rank, batch).backward()
+    seen.check(batches)
+    return gradients(model)
+
+
+def bare(mode: str, times: int, batches: int, overlap: bool) -> dict[str, Tensor]:
+    """`train` on a gloo rank with no wrapper around the model: dense gradients are this rank's own."""
+    import torch.distributed as dist
+
+    model = Model(dist.group.WORLD, mode, times=times, overlap=overlap)
+    ignore_experts_for_ddp(model)
+    return train(model, dist.get_rank(), batches=batches)
