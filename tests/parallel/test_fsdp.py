@@ -1,0 +1,140 @@
+"""FSDP2 (`fully_shard`) around both kinds of layers, in every checkpoint mode.
+
+Expert weights are spread over the ranks already. Sharding them again over the ranks of the layer's group would take
+slices of different experts for slices of one tensor. What is right, always after `ignore_experts_for_ddp(model)`, which
+scales their gradients like the mean that FSDP makes of all others:
+
+- "ignored": `fully_shard(unit, ignored_params=expert weights)`. They stay plain tensors, whatever the unit.
+- "own_unit": the layer as a unit on a mesh of this rank alone, after its router and its shared expert went to the
+  data-parallel mesh. All parameters are DTensors then, which optimizers and checkpoints like better.
+- "own_mesh": the same by `shard_placement_fn`, which can give the parameters of one unit different meshes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from moe_overlap import ConfigError, MoELayer, ignore_experts_for_ddp
+from tests.parallel.expected import WORLD, check_averaged
+from tests.parallel.model import MODES, Model, loss_of, train
+from tests.ranks import gloo_pool
+
+UNITS = ("layer", "block", "checkpointed_block", "root")
+CASES = [*((unit, experts) for unit in UNITS for experts in ("ignored", "own_mesh")), ("layer", "own_unit")]
+
+
+def units_of(model: Model, unit: str) -> list[nn.Module]:
+    """The modules that become units, from the inside out. A checkpoint lies inside a shell and outside its block."""
+    inner = {
+        "layer": [model.moe],
+        "block": [shell.block for shell in model.shells],
+        "checkpointed_block": list(model.shells),
+        "root": [],
+    }
+    return [*inner[unit], model]
+
+
+def make_unit_of_its_own(layer: MoELayer, mesh: DeviceMesh) -> None:
+    """The layer's experts on a mesh of this rank alone, the rest of it on the data-parallel mesh."""
+    for child in layer.children():
+        fully_shard(child, mesh=mesh["data"])
+    fully_shard(layer, mesh=mesh["own"])
+
+
+def shard(model: Model, unit: str, experts: str) -> None:
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("own", "data"))
+    weights = model.expert_parameters()
+    if experts == "own_unit":
+        make_unit_of_its_own(model.moe, mesh)
+        fully_shard(model, mesh=mesh["data"], ignored_params=set(model.shortcut.moe.expert_weights))
+        return
+    options = {"ignored_params": weights}
+    if experts == "own_mesh":
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+
+        own = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh["own"], shard_mesh_dim=0))
+        options = {"shard_placement_fn": lambda parameter: own if parameter in weights else None}
+    for module in units_of(model, unit):
+        fully_shard(module, mesh=mesh["data"], **options)
+
+
+def run(mode, times, batches, unit, experts):
+    model = Model(dist.group.WORLD, mode, times=times)
+    ignore_experts_for_ddp(model)
+    shard(model, unit, experts)
+
+    @contextmanager
+    def unsynchronised() -> Iterator[None]:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    return train(model, dist.get_rank(), batches=batches, unsynchronised=unsynchronised)
+
+
+def has_own_meshes() -> bool:
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("times", "batches"), [(1, 1), (2, 1), (1, 2)], ids=["once", "twice", "accumulated"])
+@pytest.mark.parametrize(("unit", "experts"), CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_averaged_gradients(mode, unit, experts, times, batches):
+    """Also where the blocks are used twice in one forward, and where a micro-batch without synchronisation comes first.
+
+    Both at once are left out: FSDP reduces the first micro-batch when the second use ends, another order of sums.
+    """
+    if experts == "own_mesh" and not has_own_meshes():
+        pytest.skip("this torch has one mesh per unit")
+    check_averaged(gloo_pool(WORLD).run(run, mode, times, batches, unit, experts), times, batches)
+
+
+def reentrant():
+    model = Model(dist.group.WORLD, "reentrant")
+    shard(model, "block", "ignored")
+    loss = loss_of(model, dist.get_rank())
+    with pytest.raises(ConfigError, match="use_reentrant=False"):
+        loss.backward()
+
+
+def test_a_reentrant_checkpoint_is_refused():
+    gloo_pool(WORLD).run(reentrant)
+
+
+def layer_of_a_shortcut_block():
+    """The layer inside a ShortcutBlock as a unit of its own."""
+    model = Model(dist.group.WORLD)
+    ignore_experts_for_ddp(model)
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("own", "data"))
+    make_unit_of_its_own(model.shortcut.moe, mesh)
+    fully_shard(model, mesh=mesh["data"], ignored_params=set(model.moe.expert_weights))
+    return train(model, dist.get_rank())
+
+
+def test_the_layer_of_a_shortcut_block_as_its_own_unit():
+    check_averaged(gloo_pool(WORLD).run(layer_of_a_shortcut_block))
+
+
+def experts_over_their_own_ranks():
+    model = Model(dist.group.WORLD)
+    with pytest.raises(ConfigError, match="ignored_params"):
+        for module in units_of(model, "block"):
+            fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+        loss_of(model, dist.get_rank())
+
+
+def test_experts_sharded_over_the_ranks_they_are_spread_over_are_refused():
+    """Each rank would compute with slices of both ranks' experts, and nothing would tell."""
+    gloo_pool(WORLD).run(experts_over_their_own_ranks)
