@@ -80,11 +80,13 @@ class DenseAndMoE(nn.Module):
 class Model(nn.Module):
     """The model above; `times`: how often both blocks run in one forward, with the same weights."""
 
-    def __init__(self, group: Any, mode: str = "none", *, times: int = 1, overlap: bool = True) -> None:
+    def __init__(
+        self, group: Any, mode: str = "none", *, times: int = 1, overlap: bool = True, aux_loss_coef: float = 0.0
+    ) -> None:
         super().__init__()
         torch.manual_seed(11)
         factory: dict[str, Any] = {"dtype": torch.float64, "group": group, "overlap": overlap}
-        moe = MoELayer(D, F, E, 2, schedule="chunked(2)", shared_expert_size=F, **factory)
+        moe = MoELayer(D, F, E, 2, schedule="chunked(2)", shared_expert_size=F, aux_loss_coef=aux_loss_coef, **factory)
         shortcut = ShortcutBlock(
             [Op(mode) for _ in range(3)],
             MoELayer(D, F, E, 1, **factory),

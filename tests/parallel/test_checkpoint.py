@@ -1,4 +1,4 @@
-"""The checkpoint modes on a model without a wrapper: same bits, one recompute, nothing sent twice, the planned order."""
+"""The checkpoint modes without a wrapper: same bits, one recompute, nothing sent twice, the planned order."""
 
 from __future__ import annotations
 
