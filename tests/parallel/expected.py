@@ -15,10 +15,10 @@ WORLD = 2
 Gradients = dict[str, Tensor]
 
 
-@lru_cache(maxsize=8)
-def unwrapped(times: int = 1, batches: int = 1) -> list[Gradients]:
+@lru_cache(maxsize=16)
+def unwrapped(times: int = 1, batches: int = 1, plan: str = "by_hand") -> list[Gradients]:
     """Each rank's own gradients, with every exchange joined and no checkpoint."""
-    return gloo_pool(WORLD).run(bare, "none", times, batches, False)
+    return gloo_pool(WORLD).run(bare, "none", plan, times, batches, False)
 
 
 @lru_cache(maxsize=8)

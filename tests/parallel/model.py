@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_overlap import MoELayer, ShortcutBlock, ignore_experts_for_ddp, sac_policy
 from moe_overlap.measure.timeline import TimelineEvent, record
+from moe_overlap.schedule.actions import Schedule
+from moe_overlap.schedule.builders import SchedulePair, chunked, window
 
 D, F, E = 16, 24, 8
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -28,6 +31,26 @@ EXPERTS = ("gate_up_proj", "down_proj")
 # The checkpoint modes that are allowed: how often a dense op is called in forward and backward together.
 CALLS = {"none": 1, "block": 2, "op": 2, "selective": 2}
 MODES = tuple(CALLS)
+
+# Backward schedules of the two layers: the mirror of forward, other chunks than forward, and programs written by hand
+# with chunks out of order, ops of the user between them, and weight gradients by groups, before and beside exchanges.
+BY_HAND = (
+    "Ut Ct0 Ct2 Ct1 Ed0 Dt0 St Ed2 Dt2 Ed1 Ew1 Dt1 Ew0 Pt",
+    "Ut Ct0 Ct1 Bt2 Ed0 Dt0 Bt1 Ed1 Dt1 Ew0 Bt0 Ew1 Pt",
+)
+PLANS = ("mirrored", "own_chunks", "by_hand")
+
+
+def schedules(plan: str) -> tuple[SchedulePair, SchedulePair]:
+    """The schedules of the layer with a shared expert and of the shortcut block, three ops after its tap."""
+    first, second = chunked(2, shared=True), window(3, 1, chunks=2, backward_slot=2)
+    if plan == "own_chunks":
+        first = first.with_backward(chunked(4, "experts", shared=True))
+        second = second.with_backward(window(3, 1, chunks=1))
+    if plan == "by_hand":
+        first = replace(first, backward=Schedule.parse(BY_HAND[0]), backward_chunks=3)
+        second = replace(window(3, 1), backward=Schedule.parse(BY_HAND[1]), backward_chunks=2)
+    return first, second
 
 
 class Op(nn.Module):
@@ -81,23 +104,29 @@ class Model(nn.Module):
     """The model above; `times`: how often both blocks run in one forward, with the same weights."""
 
     def __init__(
-        self, group: Any, mode: str = "none", *, times: int = 1, overlap: bool = True, aux_loss_coef: float = 0.0
+        self,
+        group: Any,
+        mode: str = "none",
+        *,
+        times: int = 1,
+        plan: str = "by_hand",
+        overlap: bool = True,
+        aux_loss_coef: float = 0.0,
     ) -> None:
         super().__init__()
         torch.manual_seed(11)
         factory: dict[str, Any] = {"dtype": torch.float64, "group": group, "overlap": overlap}
-        moe = MoELayer(D, F, E, 2, schedule="chunked(2)", shared_expert_size=F, aux_loss_coef=aux_loss_coef, **factory)
+        first, second = schedules(plan)
+        moe = MoELayer(D, F, E, 2, schedule=first, shared_expert_size=F, aux_loss_coef=aux_loss_coef, **factory)
         shortcut = ShortcutBlock(
             [Op(mode) for _ in range(3)],
             MoELayer(D, F, E, 1, **factory),
             tap=1,
             slot=1,
-            backward_slot=2,
-            chunks=2,
             shared_expert=nn.Linear(D, D, bias=False, dtype=torch.float64),
             combine="gated",
-            overlap=overlap,
         )
+        shortcut.schedule = second if overlap else second.join()
         self.times = times
         self.entry = nn.Linear(D, D, dtype=torch.float64)
         self.shells = nn.ModuleList([Shell(DenseAndMoE(mode, moe), mode), Shell(shortcut, mode)])
@@ -237,10 +266,8 @@ def train(
     return gradients(model)
 
 
-def bare(mode: str, times: int, batches: int, overlap: bool) -> dict[str, Tensor]:
+def bare(mode: str, plan: str, times: int, batches: int, overlap: bool) -> dict[str, Tensor]:
     """`train` on a gloo rank with no wrapper around the model: dense gradients are this rank's own."""
-    import torch.distributed as dist
-
-    model = Model(dist.group.WORLD, mode, times=times, overlap=overlap)
+    model = Model(dist.group.WORLD, mode, plan=plan, times=times, overlap=overlap)
     ignore_experts_for_ddp(model)
     return train(model, dist.get_rank(), batches=batches)

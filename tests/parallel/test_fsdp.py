@@ -113,9 +113,9 @@ def test_a_reentrant_checkpoint_is_refused():
     gloo_pool(WORLD).run(reentrant)
 
 
-def layer_of_a_shortcut_block():
+def layer_of_a_shortcut_block(mode):
     """The layer inside a ShortcutBlock as a unit of its own."""
-    model = Model(dist.group.WORLD)
+    model = Model(dist.group.WORLD, mode)
     ignore_experts_for_ddp(model)
     mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("own", "data"))
     make_unit_of_its_own(model.shortcut.moe, mesh)
@@ -123,8 +123,9 @@ def layer_of_a_shortcut_block():
     return train(model, dist.get_rank())
 
 
-def test_the_layer_of_a_shortcut_block_as_its_own_unit():
-    check_averaged(gloo_pool(WORLD).run(layer_of_a_shortcut_block))
+@pytest.mark.parametrize("mode", MODES)
+def test_the_layer_of_a_shortcut_block_as_its_own_unit(mode):
+    check_averaged(gloo_pool(WORLD).run(layer_of_a_shortcut_block, mode))
 
 
 def experts_over_their_own_ranks():
