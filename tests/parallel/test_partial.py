@@ -15,7 +15,7 @@ from tests.parallel.model import EXPERTS, MODES, Model, loss_of, tokens
 from tests.ranks import gloo_pool
 from tests.tolerances import same_bits
 
-WRAPPERS = ("bare", "ddp", "fsdp_layer", "fsdp_block")
+WRAPPERS = ("bare", "ddp", "fsdp")
 
 
 def wrap(model, wrapper):
@@ -23,10 +23,9 @@ def wrap(model, wrapper):
     ignore_experts_for_ddp(model)
     if wrapper == "ddp":
         return DistributedDataParallel(model)
-    if wrapper.startswith("fsdp"):
+    if wrapper == "fsdp":
         mesh = init_device_mesh("cpu", (WORLD,))
-        inner = [model.moe] if wrapper == "fsdp_layer" else [shell.block for shell in model.shells]
-        for unit in [*inner, model]:
+        for unit in (model.moe, model.shells[0].block, model.shells[1].block, model):
             fully_shard(unit, mesh=mesh, ignored_params=model.expert_parameters())
     return model
 
