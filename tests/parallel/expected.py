@@ -18,7 +18,7 @@ Gradients = dict[str, Tensor]
 @lru_cache(maxsize=16)
 def unwrapped(times: int = 1, batches: int = 1, plan: str = "by_hand") -> list[Gradients]:
     """Each rank's own gradients, with every exchange joined and no checkpoint."""
-    return gloo_pool(WORLD).run(bare, "none", plan, times, batches, False)
+    return gloo_pool(WORLD).run(bare, "none", times, batches, {"plan": plan, "overlap": False})
 
 
 @lru_cache(maxsize=8)

@@ -29,8 +29,8 @@ D, F, E = 16, 24, 8
 EXPERTS = ("gate_up_proj", "down_proj")
 
 # The checkpoint modes that are allowed: how often a dense op is called in forward and backward together.
-CALLS = {"none": 1, "block": 2, "op": 2, "selective": 2}
-MODES = tuple(CALLS)
+CALLS = {"none": 1, "block": 2, "op": 2, "selective": 2, "nested": 3}
+MODES = ("none", "block", "op", "selective")  # "nested" is "op" inside "block"
 
 # Backward schedules of the two layers: the mirror of forward, other chunks than forward, and programs written by hand
 # with chunks out of order, ops of the user between them, and weight gradients by groups, before and beside exchanges.
@@ -59,7 +59,7 @@ class Op(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.linear = nn.Linear(D, D, dtype=torch.float64)
-        self.checkpointed = mode == "op"
+        self.checkpointed = mode in ("op", "nested")
         self.calls = 0
 
     def body(self, h: Tensor) -> Tensor:
@@ -101,7 +101,11 @@ class DenseAndMoE(nn.Module):
 
 
 class Model(nn.Module):
-    """The model above; `times`: how often both blocks run in one forward, with the same weights."""
+    """The model above.
+
+    `times`: how often both blocks run in one forward, with the same weights, one after the other; `branches`: each runs
+    twice side by side instead, and the sum goes on.
+    """
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class Model(nn.Module):
         mode: str = "none",
         *,
         times: int = 1,
+        branches: bool = False,
         plan: str = "by_hand",
         overlap: bool = True,
         aux_loss_coef: float = 0.0,
@@ -127,7 +132,7 @@ class Model(nn.Module):
             combine="gated",
         )
         shortcut.schedule = second if overlap else second.join()
-        self.times = times
+        self.times, self.branches = times, branches
         self.entry = nn.Linear(D, D, dtype=torch.float64)
         self.shells = nn.ModuleList([Shell(DenseAndMoE(mode, moe), mode), Shell(shortcut, mode)])
         self.exit = nn.Linear(D, D, dtype=torch.float64)
@@ -136,8 +141,14 @@ class Model(nn.Module):
         h = self.entry(x)
         for _ in range(self.times):
             for shell in self.shells:
-                h = shell(h)
+                h = shell(h) + shell(0.5 * h) if self.branches else shell(h)
         return self.exit(h)
+
+    @property
+    def calls(self) -> list[SchedulePair]:
+        """The schedules of the layer calls of one forward, in order."""
+        both = [self.moe.schedule, self.shortcut.schedule]
+        return [pair for pair in both for _ in range(2)] if self.branches else both * self.times
 
     @property
     def moe(self) -> MoELayer:
@@ -180,27 +191,26 @@ class Seen:
     def check(self, batches: int = 1) -> None:
         """Assert that `batches` forward and backward passes did what the schedules say, and nothing twice."""
         model, mode = self.model, self.model.shells[0].mode
-        pairs = [model.moe.schedule, model.shortcut.schedule]
-        passes = model.times * batches
+        calls = model.calls * batches
         want: Counter[tuple[str, str]] = Counter()
-        for pair in pairs:
+        for pair in calls:
             sent = ["N", *(action.text for action in pair.forward if action.lane == "wire")]
             returned = [action.text for action in pair.backward if action.lane == "wire"]
             for phase, actions in (("forward", sent), ("recompute", sent), ("backward", returned)):
-                if phase != "recompute" or mode in ("block", "selective"):
-                    want.update((phase, action) for action in actions * passes)
+                if phase != "recompute" or mode in ("block", "selective", "nested"):
+                    want.update((phase, action) for action in actions)
         got = Counter((event.phase, event.action) for event in self.events if event.lane == "wire")
         assert got == want, (got - want, want - got)
         counts = {name: count - self.before[name] for name, count in counts_of(model).items()}
         agreements = sum(count for (_, action), count in want.items() if action == "N")
         assert counts == {
-            "op_calls": CALLS[mode] * passes * len(model.ops),
+            "op_calls": CALLS[mode] * len(calls) // 2 * len(model.ops),
             "agreements": agreements,
             "exchanges": want.total() - agreements,
         }
         order = [event.action for event in self.events if event.phase == "backward" and event.lane in ("comp", "start")]
-        planned = " ".join(pair.backward.text for pair in reversed(pairs))
-        assert " ".join(order) == " ".join([planned] * passes)
+        planned = [pair.backward.text for pair in reversed(model.calls)] * batches
+        assert " ".join(order) == " ".join(planned)
 
 
 def counts_of(model: Model) -> dict[str, int]:
@@ -266,8 +276,8 @@ def train(
     return gradients(model)
 
 
-def bare(mode: str, plan: str, times: int, batches: int, overlap: bool) -> dict[str, Tensor]:
+def bare(mode: str, times: int, batches: int, options: dict[str, Any]) -> dict[str, Tensor]:
     """`train` on a gloo rank with no wrapper around the model: dense gradients are this rank's own."""
-    model = Model(dist.group.WORLD, mode, plan=plan, times=times, overlap=overlap)
+    model = Model(dist.group.WORLD, mode, times=times, **options)
     ignore_experts_for_ddp(model)
     return train(model, dist.get_rank(), batches=batches)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -49,19 +50,21 @@ def make_unit_of_its_own(layer: MoELayer, mesh: DeviceMesh) -> None:
     fully_shard(layer, mesh=mesh["own"])
 
 
-def shard(model: Model, unit: str, experts: str) -> None:
+def shard(model: Model, unit: str, experts: str, **options: Any) -> None:
+    """`options` go to every call of fully_shard."""
     mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("own", "data"))
     weights = model.expert_parameters()
     if experts == "own_unit":
         make_unit_of_its_own(model.moe, mesh)
         fully_shard(model, mesh=mesh["data"], ignored_params=set(model.shortcut.moe.expert_weights))
         return
-    options = {"ignored_params": weights}
-    if experts == "own_mesh":
+    if experts == "ignored":
+        options["ignored_params"] = weights
+    else:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 
         own = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh["own"], shard_mesh_dim=0))
-        options = {"shard_placement_fn": lambda parameter: own if parameter in weights else None}
+        options["shard_placement_fn"] = lambda parameter: own if parameter in weights else None
     for module in units_of(model, unit):
         fully_shard(module, mesh=mesh["data"], **options)
 
