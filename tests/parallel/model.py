@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_overlap import MoELayer, ShortcutBlock, ignore_experts_for_ddp, sac_policy
@@ -243,6 +244,11 @@ def watch(model: Model) -> Iterator[Seen]:
                 del layer.transport.start
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what a DTensor is a shard of."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """name -> gradient, whole where it is sharded over data-parallel ranks; experts: this rank's."""
     found = {}
@@ -252,7 +258,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
             assert grad is None or not grad.any()
             continue
         assert grad is not None, f"{name} has no gradient"
-        found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        found[name] = whole(grad)
     return found
 
 

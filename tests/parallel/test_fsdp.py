@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,8 +26,9 @@ from torch.distributed.tensor import Shard
 
 from moe_overlap import ConfigError, MoELayer, ignore_experts_for_ddp
 from tests.parallel.expected import WORLD, check_averaged
-from tests.parallel.model import MODES, Model, loss_of, train
+from tests.parallel.model import EXPERTS, MODES, Model, loss_of, train, whole
 from tests.ranks import gloo_pool
+from tests.tolerances import close
 
 UNITS = ("layer", "block", "checkpointed_block", "root")
 WAYS = [(unit, experts) for unit in UNITS for experts in ("ignored", "own_mesh")] + [("layer", "own_unit")]
@@ -106,6 +108,44 @@ def test_blocks_used_twice_and_accumulation(mode, unit, experts, times, batches)
     """The first micro-batch is not synchronised. Not both at once: FSDP then reduces the first micro-batch in the
     middle of the second, which is another order of sums."""
     check_averaged(gloo_pool(WORLD).run(run, mode, times, batches, unit, experts), times, batches)
+
+
+def clip_and_step(experts):
+    """(norm of all gradients, weights after one clipped step), as docs/parallel.md says."""
+    model = Model(dist.group.WORLD)
+    ignore_experts_for_ddp(model)
+    shard(model, "block", experts)
+    expert = [weight for layer in model.layers for weight in layer.expert_weights]
+    dense = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in expert)]
+    optimizer = torch.optim.SGD([{"params": dense}, {"params": expert}], lr=0.1, momentum=0.9, foreach=True)
+    loss_of(model, dist.get_rank()).backward()
+    squared = sum(whole(weight.grad).square().sum() for weight in expert)
+    dist.all_reduce(squared)
+    squared = squared + torch.nn.utils.get_total_norm([parameter.grad for parameter in dense]).full_tensor() ** 2
+    for group in (dense, expert):
+        torch.nn.utils.clip_grads_with_norm_(group, 0.5, squared.sqrt(), foreach=True)
+    optimizer.step()
+    return squared.sqrt(), {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("experts", ["ignored", "own_mesh"])
+def test_a_clipped_step_is_that_of_a_single_process(experts):
+    if experts == "own_mesh" and not has_own_meshes():
+        pytest.skip("this torch has one mesh per unit")
+    model = Model(None)
+    (sum(loss_of(model, rank) for rank in range(WORLD)) / WORLD).backward()
+    want = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).step()
+    results = gloo_pool(WORLD).run(clip_and_step, experts)
+    for norm, weights in results:
+        close(norm, want)
+        assert norm > 1, "clipped"
+        for name, parameter in model.named_parameters():
+            if not name.endswith(EXPERTS):
+                close(weights[name], parameter.detach())
+    for name, parameter in model.named_parameters():
+        if name.endswith(EXPERTS):
+            close(torch.cat([weights[name] for _, weights in results]), parameter.detach())
 
 
 def reentrant():

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_overlap import ignore_experts_for_ddp
 from tests.parallel.expected import WORLD, unwrapped
-from tests.parallel.model import EXPERTS, MODES, Model, loss_of, tokens
+from tests.parallel.model import EXPERTS, MODES, Model, loss_of, tokens, whole
 from tests.ranks import gloo_pool
 from tests.tolerances import same_bits
 
@@ -30,12 +30,8 @@ def wrap(model, wrapper):
     return model
 
 
-def whole(grad):
-    return grad if grad is None or not hasattr(grad, "full_tensor") else grad.full_tensor()
-
-
 def all_gradients(model):
-    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return {name: p.grad if p.grad is None else whole(p.grad) for name, p in model.named_parameters()}
 
 
 def frozen(wrapper, mode, which):
@@ -70,6 +66,26 @@ def test_frozen_parts(wrapper, mode, which):
             if grad is not None:
                 averaged = not is_expert and wrapper != "bare"
                 same_bits(grad, (own[0][name] + own[1][name]) / WORLD if averaged else own[rank][name])
+
+
+def without_tokens(wrapper, mode):
+    """Rank 1 has no tokens: its experts serve rank 0."""
+    model = Model(dist.group.WORLD, mode)
+    call = wrap(model, wrapper)
+    rank = dist.get_rank()
+    call(tokens(rank)[: 0 if rank else None]).square().sum().backward()
+    return all_gradients(model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_rank_without_tokens(wrapper, mode):
+    plain = gloo_pool(WORLD).run(without_tokens, "bare", "none")
+    assert plain[1]["shells.0.block.moe.down_proj"].any() and not plain[1]["entry.weight"].any()
+    for rank, got in enumerate(gloo_pool(WORLD).run(without_tokens, wrapper, mode)):
+        for name, grad in got.items():
+            averaged = not name.endswith(EXPERTS) and wrapper != "bare"
+            same_bits(grad, (plain[0][name] + plain[1][name]) / WORLD if averaged else plain[rank][name])
 
 
 def twice_through_one_graph(mode):
