@@ -175,6 +175,28 @@ def test_the_layer_of_a_shortcut_block_as_its_own_unit(mode):
     check_averaged(gloo_pool(WORLD).run(layer_of_a_shortcut_block, mode))
 
 
+def added_in_place(batched):
+    model = Model(dist.group.WORLD)
+    ignore_experts_for_ddp(model)
+    block = model.shells[0].block
+
+    def forward(h):
+        h = block.op(h)
+        y = block.moe(h[None] if batched else h)
+        y += h
+        return y[0] if batched else y
+
+    block.forward = forward
+    shard(model, "layer", "ignored")
+    return train(model, dist.get_rank())
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_output_of_a_unit_may_be_changed_in_place(batched):
+    """Were it a view, FSDP's hook on it would be lost, and backward would find the weights gone."""
+    check_averaged(gloo_pool(WORLD).run(added_in_place, batched))
+
+
 def experts_over_their_own_ranks():
     model = Model(dist.group.WORLD)
     with pytest.raises(ConfigError, match="ignored_params"):
