@@ -1,0 +1,48 @@
+"""What the gradients must be: those of a run with no checkpoint, no overlap and no wrapper; and of a single process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tests.parallel.model import EXPERTS, Model, bare, loss_of
+from tests.ranks import gloo_pool
+from tests.tolerances import close, same_bits
+
+WORLD = 2
+Gradients = dict[str, Tensor]
+
+
+@lru_cache(maxsize=16)
+def unwrapped(times: int = 1, batches: int = 1, plan: str = "by_hand") -> list[Gradients]:
+    """Each rank's own gradients, with every exchange joined and no checkpoint."""
+    return gloo_pool(WORLD).run(bare, "none", times, batches, {"plan": plan, "overlap": False})
+
+
+@lru_cache(maxsize=8)
+def single_process(times: int = 1, batches: int = 1) -> Gradients:
+    """One process with all experts: the gradient of the mean over the ranks of the ranks' losses."""
+    model = Model(None, times=times)
+    for batch in range(batches):
+        (sum(loss_of(model, rank, batch) for rank in range(WORLD)) / WORLD).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def check_averaged(results: list[Gradients], times: int = 1, batches: int = 1) -> None:
+    """Assert that each rank has the averaged dense gradients and its own experts', bit for bit.
+
+    With two ranks the sum does not depend on an order, and halving is exact; so bucketing may change no bit.
+    """
+    own = unwrapped(times, batches)
+    whole = single_process(times, batches)
+    for name in whole:
+        if name.endswith(EXPERTS):
+            for got, want in zip(results, own, strict=True):
+                same_bits(got[name], want[name])
+            close(torch.cat([got[name] for got in results]), whole[name])
+        else:
+            for got in results:
+                same_bits(got[name], (own[0][name] + own[1][name]) / WORLD)
+                close(got[name], whole[name])
