@@ -86,7 +86,7 @@ def search(
     planner = _native.planner()
     if planner is None:
         return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
-    found = [(chunking, planner.search(*_arguments(window, chunking))) for chunking in window.chunkings]
+    found = [(chunking, planner.search(*cut_arguments(window, chunking))) for chunking in window.chunkings]
     return _ranked(window, found, max_in_flight_bytes, limit)
 
 
@@ -204,7 +204,7 @@ def _seconds(window: Window, chunking: Chunking) -> dict[str, float]:
 # ---------------------------------------------------------------- the search
 
 
-def _arguments(window: Window, chunking: Chunking) -> tuple[object, ...]:
+def cut_arguments(window: Window, chunking: Chunking) -> tuple[object, ...]:
     """The numbers of one cut, in the order in which the compiled search takes them."""
     slowdown = window.slowdown
     return (window.head_s, window.tail_s, window.issue_s, slowdown.compute, slowdown.wire, window.ops_s,
