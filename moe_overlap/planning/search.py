@@ -40,7 +40,8 @@ from moe_overlap.schedule.actions import Schedule, dependencies
 from moe_overlap.schedule.check import LANES, problems
 from moe_overlap.schedule.simulate import simulate
 
-__all__ = ["Candidate", "Chunking", "Slowdown", "Window", "evaluate", "search", "search_reference", "timeline"]
+__all__ = ["Candidate", "Chunking", "Slowdown", "Window", "cut_arguments", "evaluate", "search", "search_reference",
+           "timeline"]  # fmt: skip
 
 # Verbs of head, first exchange, experts, second exchange and tail.
 STAGES = {"forward": ("P", "D", "E", "C", "U"), "backward": ("Ut", "Ct", "Ed", "Dt", "Pt")}
@@ -122,10 +123,8 @@ def timeline(
     found = problems(schedule, chunks=chunks)
     if found:
         raise ConfigError("schedule", schedule.text, f"one that can run: {found[0].message}")
-    known, given = (
-        set(_order(window, chunking, tuple(range(chunks)), (0,) * chunks).split()),
-        {action.text for action in schedule},
-    )
+    known = set(_order(window, chunking, tuple(range(chunks)), (0,) * chunks).split())
+    given = {action.text for action in schedule}
     if known != given:
         expected = f"the actions of the window: {' '.join(sorted(known ^ given))} not in both"
         raise ConfigError("schedule", schedule.text, expected)
@@ -220,10 +219,7 @@ def _placements(window: Window, chunking: Chunking) -> list[Placement]:
     if slowdown != Slowdown():
         choices += best_interleavings(window, chunking, slowdown)
     found = []
-    for joined, (chunk_order, ops_before) in (
-        (True, choices[0]),
-        *((False, choice) for choice in dict.fromkeys(choices)),
-    ):
+    for joined, (chunk_order, ops_before) in [(True, choices[0]), *((False, c) for c in dict.fromkeys(choices))]:
         schedule = Schedule.parse(_order(window, chunking, chunk_order, ops_before))
         times = _timeline(window, chunking, schedule, joined)
         found.append((max(end_s for _, end_s in times), joined, chunk_order, ops_before))
