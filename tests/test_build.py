@@ -134,13 +134,16 @@ def test_a_mode_that_cannot_be_had_fails(tmp_path, mode, environment, reason):
 # ---- native code ----
 
 
-def test_native_unit_tests_under_sanitizers(setup_py, tmp_path):
+@pytest.mark.parametrize(
+    "kind", [["-DMOE_OVERLAP_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"], []], ids=["sanitized", "release"]
+)
+def test_native_unit_tests(setup_py, tmp_path, kind):
     cmake, ctest, ninja = (setup_py.find_tool(name) for name in ("cmake", "ctest", "ninja"))
     if missing := setup_py.missing_toolchain():
         pytest.skip(missing)
     if not ctest:
         pytest.skip("ctest not found")
-    configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-DMOE_OVERLAP_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"]
+    configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), *kind]
     configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     for command in (
         configure,

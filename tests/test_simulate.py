@@ -10,7 +10,7 @@ import pytest
 from moe_overlap import _native
 from moe_overlap.schedule.simulate import implementation, simulate, simulate_reference
 
-Case = tuple[list[int], list[float], list[list[int]]]
+Case = tuple[list[int], list[float], list[list[int]], dict[int, float]]
 EXACT_CASES = 4000
 
 
@@ -28,7 +28,8 @@ def random_case(seed: int) -> Case:
         ]
         for i in range(count)
     ]
-    return lanes, seconds, deps
+    slowdown = {lane: source.choice([1.0, 1.25, 1.0 + source.random()]) for lane in range(3) if seed % 2}
+    return lanes, seconds, deps, slowdown
 
 
 def outcome(run: object, case: Case) -> object:
@@ -58,8 +59,8 @@ def test_compiled_equals_reference(planner):
 
 def test_starts_are_as_early_as_allowed():
     for seed in range(500):
-        lanes, seconds, deps = case = random_case(seed)
-        times = outcome(simulate, case)
+        lanes, seconds, deps, _ = random_case(seed)
+        times = outcome(simulate, (lanes, seconds, deps, {}))
         if isinstance(times, str):
             assert times.startswith("deadlock: action ")
             continue
@@ -67,6 +68,43 @@ def test_starts_are_as_early_as_allowed():
             before = [times[j][1] for j in range(i) if lanes[j] == lanes[i]]
             assert start_s == max([0.0, *before, *(times[d][1] for d in deps[i])])
             assert end_s == start_s + seconds[i]
+
+
+def test_factors_of_one_change_no_double():
+    for seed in range(500):
+        lanes, seconds, deps, _ = random_case(seed)
+        ones = dict.fromkeys(range(4), 1.0)
+        for run in (simulate, simulate_reference):
+            assert outcome(run, (lanes, seconds, deps, ones)) == outcome(run, (lanes, seconds, deps, {}))
+
+
+@pytest.mark.parametrize(
+    "slowdown, times",
+    [
+        # Lane 0 runs 1.5 s, lane 1 runs 2 s and then what needs both runs 1 s on lane 0.
+        ({1: 2.0}, [(0.0, 2.75), (0.0, 1.5), (2.75, 3.75)]),  # 0.75 s of lane 1's work while lane 0 is busy
+        ({0: 2.0}, [(0.0, 2.0), (0.0, 2.5), (2.5, 3.5)]),  # 1 s of lane 0's work in 2 s, the rest alone
+        ({0: 2.0, 1: 4.0}, [(0.0, 4.25), (0.0, 3.0), (4.25, 5.25)]),
+        ({0: 1.5, 1: 1.5, 7: 9.0}, [(0.0, 2.75), (0.0, 2.25), (2.75, 3.75)]),
+    ],
+)
+def test_a_lane_is_slower_while_another_is_busy(slowdown, times):
+    for run in (simulate, simulate_reference):
+        assert run([1, 0, 0], [2.0, 1.5, 1.0], [[], [], [0]], slowdown) == times
+
+
+def test_slowed_work_is_conserved():
+    """Each action takes between its duration and its duration times the factor; lanes stay in order."""
+    for seed in range(1, 500, 2):
+        lanes, seconds, deps, slowdown = case = random_case(seed)
+        times = outcome(simulate, case)
+        if isinstance(times, str):
+            continue
+        for i, (start_s, end_s) in enumerate(times):
+            factor = slowdown.get(lanes[i], 1.0)
+            assert seconds[i] - 1e-12 <= end_s - start_s <= factor * seconds[i] + 1e-12
+            before = [times[j][1] for j in range(i) if lanes[j] == lanes[i]]
+            assert start_s == max([0.0, *before, *(times[d][1] for d in deps[i])])
 
 
 @pytest.mark.parametrize("exchange_s, expert_s", [(1.0, 0.25), (1.0, 1.0), (1.0, 3.0), (0.5, 0.125)])
@@ -95,6 +133,9 @@ def test_equal_chunks_follow_the_closed_form(chunks, exchange_s, expert_s):
         (([0], [math.nan], [[]]), "duration_s of action 0: expected a finite number of seconds >= 0"),
         (([0], [-0.5], [[]]), "duration_s of action 0: expected a finite number of seconds >= 0"),
         (([0, 1], [1.0, 1.0], [[], [2]]), "action 1 depends on action 2: expected 0 to 1"),
+        (([0], [1.0], [[]], {3: 0.5}), "slowdown of lane 3: expected a finite factor >= 1"),
+        (([0], [1.0], [[]], {0: math.inf}), "slowdown of lane 0: expected a finite factor >= 1"),
+        (([0, 0], [1.0, 1.0], [[1], []], {0: 2.0}), "deadlock: action 0 (lane 0) never starts, it waits for action 1"),
     ],
 )
 def test_refusals_name_the_action(case, text):

@@ -91,12 +91,12 @@ std::vector<Label> unbeaten(std::vector<Label> labels) {
 std::vector<Label> with_experts(const std::vector<Label>& labels, int64_t done, double arrival_s, double issue_s,
                                 double experts_s, double second_s) {
   std::vector<Label> after;
-  for (const auto& [comp_s, wire_s, switches, before] : labels) {
+  for (const auto& [comp_s, wire_s, runs, before] : labels) {
     const double end_s = std::max(comp_s, arrival_s) + issue_s + experts_s + issue_s;
-    const bool switched = done > (before.empty() ? 0 : before.back());
+    const bool started = done > (before.empty() ? 0 : before.back());
     Indices extended = before;
     extended.push_back(done);
-    after.emplace_back(end_s, std::max(wire_s, end_s) + second_s, switches + switched, std::move(extended));
+    after.emplace_back(end_s, std::max(wire_s, end_s) + second_s, runs + started, std::move(extended));
   }
   return unbeaten(std::move(after));
 }
@@ -187,13 +187,13 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
   }
   const bool out_of_turn = !std::is_sorted(order.begin(), order.end());
   for (size_t done = 0; done <= num_ops; ++done) {
-    for (auto& [label_comp_s, label_wire_s, switches, before] : labels[done]) {
+    for (auto& [label_comp_s, label_wire_s, runs, before] : labels[done]) {
       double end_s = label_comp_s;
       for (size_t op = done; op < num_ops; ++op) end_s += cut.ops_s[op] * compute;
       for (const double deferred_s : cut.deferred_s) end_s += deferred_s * compute;
       // Then a wait for each second exchange, all but the last of them mostly while that one is under way.
       end_s = std::max(end_s + static_cast<double>(order.size()) * issue_s, label_wire_s + issue_s);
-      ends.emplace_back(end_s, out_of_turn, switches + (done < num_ops), order, std::move(before));
+      ends.emplace_back(end_s, out_of_turn, runs + (done < num_ops), order, std::move(before));
     }
   }
 }
@@ -277,11 +277,12 @@ std::vector<Placement> search(const Cut& cut) {
       if (std::none_of(orders.begin(), orders.end(), same)) orders.push_back(std::move(order));
     }
   };
+  // The simulation also refuses durations that could not be compared below.
+  std::vector<Placement> found{{makespan_s(cut, orders[0], true), true, orders[0]}};
   add_new(best_interleavings(cut, 1, 1));
   if (cut.compute_slowdown != 1 || cut.wire_slowdown != 1) {
     add_new(best_interleavings(cut, cut.compute_slowdown, cut.wire_slowdown));
   }
-  std::vector<Placement> found{{makespan_s(cut, orders[0], true), true, orders[0]}};
   for (const Order& order : orders) found.push_back({makespan_s(cut, order, false), false, order});
   return found;
 }

@@ -1,5 +1,6 @@
 // The search for the fastest order of a window's actions, for one way of cutting its exchange. The Python reference
-// with the same doubles, and the reasons why this space is enough, are in moe_overlap/planning/search.py.
+// with the same doubles, and the reasons why this space is enough, are in moe_overlap/planning/search.py and
+// moe_overlap/planning/interleavings.py.
 #pragma once
 
 #include <cstdint>
@@ -37,12 +38,12 @@ struct Placement {
   Order order;
 };
 
-// The exact event simulation of one order: seconds from the start of the head to the end of the tail.
+// The exact event simulation of one order of this cut: seconds from the start of the head to the end of the tail.
 double makespan_s(const Cut& cut, const Order& order, bool joined);
 
 // The joined placement, all of the first K ops before the experts for every K, and the best interleavings of a dynamic
-// programme over (chunks done, ops done), each simulated. Among the last the first is optimal where both slowdowns
-// are 1. Throws std::invalid_argument where the per-chunk lists are empty or differ in length, and as simulate does.
+// programme over (chunks done, ops done) for several orders of the chunks, each simulated.
+// Throws std::invalid_argument where the per-chunk lists are empty or differ in length, and as simulate does.
 std::vector<Placement> search(const Cut& cut);
 
 }  // namespace moe_overlap

@@ -40,7 +40,8 @@ from moe_overlap.schedule.actions import Schedule, dependencies
 from moe_overlap.schedule.check import LANES, problems
 from moe_overlap.schedule.simulate import simulate
 
-__all__ = ["Candidate", "Chunking", "Slowdown", "Window", "evaluate", "search", "search_reference", "timeline"]
+__all__ = ["Candidate", "Chunking", "Slowdown", "Window", "cut_arguments", "evaluate", "search", "search_reference",
+           "timeline"]  # fmt: skip
 
 # Verbs of head, first exchange, experts, second exchange and tail.
 STAGES = {"forward": ("P", "D", "E", "C", "U"), "backward": ("Ut", "Ct", "Ed", "Dt", "Pt")}
@@ -86,7 +87,7 @@ def search(
     planner = _native.planner()
     if planner is None:
         return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
-    found = [(chunking, planner.search(*_arguments(window, chunking))) for chunking in window.chunkings]
+    found = [(chunking, planner.search(*cut_arguments(window, chunking))) for chunking in window.chunkings]
     return _ranked(window, found, max_in_flight_bytes, limit)
 
 
@@ -122,10 +123,8 @@ def timeline(
     found = problems(schedule, chunks=chunks)
     if found:
         raise ConfigError("schedule", schedule.text, f"one that can run: {found[0].message}")
-    known, given = (
-        set(_order(window, chunking, tuple(range(chunks)), (0,) * chunks).split()),
-        {action.text for action in schedule},
-    )
+    known = set(_order(window, chunking, tuple(range(chunks)), (0,) * chunks).split())
+    given = {action.text for action in schedule}
     if known != given:
         expected = f"the actions of the window: {' '.join(sorted(known ^ given))} not in both"
         raise ConfigError("schedule", schedule.text, expected)
@@ -204,7 +203,7 @@ def _seconds(window: Window, chunking: Chunking) -> dict[str, float]:
 # ---------------------------------------------------------------- the search
 
 
-def _arguments(window: Window, chunking: Chunking) -> tuple[object, ...]:
+def cut_arguments(window: Window, chunking: Chunking) -> tuple[object, ...]:
     """The numbers of one cut, in the order in which the compiled search takes them."""
     slowdown = window.slowdown
     return (window.head_s, window.tail_s, window.issue_s, slowdown.compute, slowdown.wire, window.ops_s,
@@ -220,10 +219,7 @@ def _placements(window: Window, chunking: Chunking) -> list[Placement]:
     if slowdown != Slowdown():
         choices += best_interleavings(window, chunking, slowdown)
     found = []
-    for joined, (chunk_order, ops_before) in (
-        (True, choices[0]),
-        *((False, choice) for choice in dict.fromkeys(choices)),
-    ):
+    for joined, (chunk_order, ops_before) in [(True, choices[0]), *((False, c) for c in dict.fromkeys(choices))]:
         schedule = Schedule.parse(_order(window, chunking, chunk_order, ops_before))
         times = _timeline(window, chunking, schedule, joined)
         found.append((max(end_s for _, end_s in times), joined, chunk_order, ops_before))
