@@ -109,6 +109,7 @@ class AutoSchedule:
     num_ops: int
     overlap: bool = True
     found: dict[tuple[bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
+    files: dict[tuple[bool, torch.dtype], Path] = field(default_factory=dict)  # where rank 0 keeps the cost models
     name = "auto"
 
     def get(self, dtype: torch.dtype) -> PlannedSchedule | None:
@@ -132,6 +133,7 @@ class AutoSchedule:
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,
                                    node_of=node_of, overlap=self.overlap)  # fmt: skip
         self.found[torch.is_grad_enabled(), dtype] = schedule
+        self.files[torch.is_grad_enabled(), dtype] = cache_file(key)
         return schedule
 
 

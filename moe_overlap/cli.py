@@ -19,6 +19,7 @@ COMMANDS = {
     "info": ("moe_overlap.info", "versions, what is compiled, the chosen implementations and why"),
     "plan": ("moe_overlap.forecast", "predict from numbers alone which schedule wins on a cluster"),
     "train": ("moe_overlap.train", "train a small MoE language model on real text, overlap on or off"),
+    "calibrate": ("moe_overlap.calibrate", 'measure the cost model of a layer, for schedule="auto"'),
     "bench": ("moe_overlap.bench", "measure schedules against each other: moe-overlap bench layer"),
 }
 EXIT_BAD_INPUT = 2

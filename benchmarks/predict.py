@@ -1,0 +1,69 @@
+"""Predicted against measured, over links, shapes and phases: is the planner right, and does its choice win?
+
+    python benchmarks/predict.py --out out/predict [-- --tokens 512 ...]
+
+Runs `moe-overlap bench layer --schedules ...,auto` for every setting below (options after `--` go to each run) and
+gathers the rows in OUT/predict.jsonl. `predicted_ms` of every row was computed before the row was timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_overlap.bench.layer import main as bench_layer
+
+SCHEDULES = "serial,chunked,shared_expert,shortcut,auto"
+SETTINGS = tuple(
+    ["--comm-share", share, "--tokens", tokens, "--ffn", ffn]
+    for share, tokens, ffn in (("0.6", "512", "2048"), ("0.4", "512", "2048"), ("0.2", "512", "4096"))
+)
+CLOSE, BEST = 0.10, 0.05
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the rows say: predictions within 10 %, and the planner's rows against the best of their group."""
+    clean = [row for row in rows if row["flagged"] is None and row["predicted_ms"] is not None]
+    errors = [abs(row["predicted_ms"] / row["time_ms_median"] - 1) for row in clean]
+    near = sum(error <= CLOSE for error in errors)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in clean:
+        groups[tuple(row[key] for key in ("case", "phase", "link", "tokens", "ffn"))].append(row)
+    won = all_auto = 0
+    for group in groups.values():
+        best = min(group, key=lambda row: row["time_ms_median"])
+        for row in (row for row in group if row["schedule"] == "auto"):
+            all_auto += 1
+            within = row["time_ms_median"] <= (1 + BEST) * best["time_ms_median"]
+            won += within or row["time_ms_p10"] <= best["time_ms_p90"]
+    return [
+        f"{len(clean)} unflagged rows of {len(rows)}; predicted within {CLOSE:.0%} of the measured median: {near} of "
+        f"{len(clean)} ({near / max(1, len(clean)):.0%}), largest error {max(errors, default=0.0):.1%}",
+        f"auto within {BEST:.0%} of the best of its case, or not to be told from it: {won} of {all_auto}",
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/predict", help="folder for predict.jsonl and one folder per setting")
+    known, rest = parser.parse_known_args([word for word in argv if word != "--"])
+    out = Path(known.out)
+    rows: list[dict[str, Any]] = []
+    for number, setting in enumerate(SETTINGS):
+        folder = out / str(number)
+        status = bench_layer(["--schedules", SCHEDULES, *setting, *rest, "--out", str(folder)])
+        if status:
+            return status
+        rows += [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    (out / "predict.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(*summary(rows), f"wrote {out / 'predict.jsonl'}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
