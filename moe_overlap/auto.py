@@ -24,9 +24,9 @@ from torch import nn
 
 from moe_overlap.config import cache_dir
 from moe_overlap.errors import ConfigError
-from moe_overlap.measure.calibrate import StepTimes, calibrate, gathered
+from moe_overlap.measure.calibrate import MAX_GROUPS, StepTimes, calibrate, gathered
 from moe_overlap.measure.machine import hardware
-from moe_overlap.plan import PHASES
+from moe_overlap.plan import PHASES, ChunkBy
 from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
@@ -65,10 +65,10 @@ class ProbeInputs:
         transport: Transport = self.dispatcher.transport
         return transport
 
-    def pair(self, chunks: int) -> SchedulePair:
+    def pair(self, chunks: int, by: ChunkBy) -> SchedulePair:
         if self.backbone:
-            return window(len(self.backbone), len(self.backbone) // 2, chunks=chunks)
-        return chunked(chunks, shared=self.shared is not None)
+            return window(len(self.backbone), len(self.backbone) // 2, chunks=chunks, by=by)
+        return chunked(chunks, by, shared=self.shared is not None)
 
     def run(self, pair: SchedulePair) -> StepTimes:
         """One step, forward and (where gradients are enabled) backward."""
@@ -126,8 +126,16 @@ class AutoSchedule:
         if model is None:
             source = f"measured on {hardware()}, {date.today()}"
             with undisturbed(inputs.modules, inputs.x_TD.device):
-                model = calibrate(inputs.run, inputs.pair, inputs.transport, row_bytes=row_bytes, node_of=node_of,
-                                  device=inputs.x_TD.device, source=source)  # fmt: skip
+                model = calibrate(
+                    inputs.run,
+                    inputs.pair,
+                    inputs.transport,
+                    groups=min(MAX_GROUPS, inputs.w_in.shape[0]),
+                    row_bytes=row_bytes,
+                    node_of=node_of,
+                    device=inputs.x_TD.device,
+                    source=source,
+                )
             if inputs.transport.rank == 0:
                 store(key, model)
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,

@@ -138,11 +138,12 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float]:
     """(a layer after its first step under "auto", seconds of that step). Collective."""
     assert world.group is not None
-    transport: Transport = ProcessGroupTransport(world.group, timeout_s=options.timeout_s)
+    core = ProcessGroupTransport(world.group, timeout_s=options.timeout_s)
+    transport: Transport = core
     link = LinkSpec.parse(options.link)
     if link is not None:
         topology = NodeTopology(world_size=world.size, ranks_per_node=options.ranks_per_node)
-        transport = EmulatedLinkTransport(transport, link, topology)
+        transport = EmulatedLinkTransport(core, link, topology)
     torch.manual_seed(0)
     layer = MoELayer(options.hidden, options.ffn, options.experts, options.top_k, transport=transport, schedule="auto",
                      shared_expert_size=options.shared or None, dtype=DTYPES[options.dtype])  # fmt: skip

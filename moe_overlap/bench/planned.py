@@ -10,9 +10,9 @@ import torch
 from moe_overlap.bench.cases import BlockPair
 from moe_overlap.bench.rows import RowPlan
 from moe_overlap.bench.timing import Runner, Samples, Variant
-from moe_overlap.measure.calibrate import StepTimes, calibrate, step_shape
+from moe_overlap.measure.calibrate import MAX_GROUPS, StepTimes, calibrate, step_shape
 from moe_overlap.measure.machine import hardware
-from moe_overlap.plan import ExchangePlan
+from moe_overlap.plan import ChunkBy, ExchangePlan
 from moe_overlap.planned import Planned, PlannedSchedule
 from moe_overlap.planning.cost_model import window
 from moe_overlap.planning.search import evaluate
@@ -58,10 +58,10 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
     topology = getattr(transport, "topology", None)
     node_of = None if topology is None else topology.node_of
 
-    def pair_of(chunks: int) -> SchedulePair:
+    def pair_of(chunks: int, by: ChunkBy) -> SchedulePair:
         if model.position:
-            return model.window_pair(num_ops // 2, chunks=chunks)
-        return chunked(chunks, shared=op_verb == "S")
+            return model.window_pair(num_ops // 2, chunks=chunks, by=by)
+        return chunked(chunks, by, shared=op_verb == "S")
 
     def run(pair: SchedulePair) -> StepTimes:
         samples = Samples()
@@ -71,8 +71,16 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
         return StepTimes(events=samples.events[0], forward_s=forward_s, backward_s=backward_s,
                          exchange=model.moe.last_exchange)  # fmt: skip
 
-    found = calibrate(run, pair_of, transport, row_bytes=row_bytes, node_of=node_of, device=torch.device("cpu"),
-                      source=f"measured on {hardware()}")  # fmt: skip
+    found = calibrate(
+        run,
+        pair_of,
+        transport,
+        groups=min(MAX_GROUPS, model.moe.down_proj.shape[0]),
+        row_bytes=row_bytes,
+        node_of=node_of,
+        device=torch.device("cpu"),
+        source=f"measured on {hardware()}",
+    )
     schedule = PlannedSchedule(model=found, num_ops=num_ops, op_verb=op_verb, row_bytes=row_bytes, node_of=node_of)
     return CasePlan(schedule=schedule, exchange=model.moe.last_exchange)
 
@@ -95,7 +103,7 @@ def mirrored(model: BlockPair, plan: CasePlan) -> SchedulePair:
     pair = plan.planned.pair
     if model.position:
         slot = forward.ops_before[len(forward.ops_before) // 2]
-        return pair.with_backward(model.window_pair(slot, chunks=pair.chunks))
+        return pair.with_backward(model.window_pair(slot, chunks=pair.chunks, by=pair.by))
     return pair.with_backward(chunked(pair.chunks, pair.by, shared=model.case == "shared1"))
 
 
