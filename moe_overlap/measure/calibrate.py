@@ -73,19 +73,32 @@ class Probe:
 NodeOf = Callable[[int], int]
 
 
-def step_shape(plan: ChunkPlan, *, row_bytes: int, node_of: NodeOf | None = None) -> StepShape:
-    """The integers of one step that durations depend on. `node_of`: the node of a rank (None: each has its own)."""
+def step_shape(plan: ChunkPlan, *, row_bytes: int, node_of: NodeOf | None = None, joined: bool = False) -> StepShape:
+    """The integers of one step that durations depend on. `node_of`: the node of a rank (None: each has its own).
+
+    `joined`: the ranks meet after every exchange, so each chunk has the rows of its own busiest rank. Otherwise a rank
+    with much in one chunk has less in others, and the busiest rank of the whole step counts, its rows spread over the
+    chunks as all ranks' are.
+    """
     world, chunks = plan.world_size, plan.chunks
     pairs = plan.matrix.reshape(chunks, world, world, plan.local_slots).sum(axis=3)  # [C, from, to]
+
+    def busiest(*of_ranks: np.ndarray) -> tuple[int, ...]:
+        """Per chunk, from int64 [C, W] of rows out and rows in."""
+        if joined:
+            return tuple(int(n) for n in np.maximum.reduce(of_ranks).max(axis=1))
+        most, all_ranks = max(int(part.sum(axis=0).max()) for part in of_ranks), of_ranks[0].sum(axis=1)
+        ends = most * np.cumsum(all_ranks) // max(1, int(all_ranks.sum()))
+        return tuple(int(n) for n in np.diff(ends, prepend=0))
+
     lanes: dict[str, tuple[int, ...]] = {}
     for lane, moves in _moves(world, node_of).items():
         moved = pairs * moves
-        busiest = np.maximum(moved.sum(axis=2).max(axis=1), moved.sum(axis=1).max(axis=1))
-        lanes[lane] = tuple(int(rows) * row_bytes for rows in busiest)
+        lanes[lane] = tuple(rows * row_bytes for rows in busiest(moved.sum(axis=2), moved.sum(axis=1)))
     return StepShape(
         chunks=chunks,
         by=plan.by,
-        rows=tuple(int(part.sum(axis=0).max()) for part in pairs),
+        rows=busiest(pairs.sum(axis=1)),
         experts=experts_per_chunk(plan.local_slots, chunks, plan.by),
         bytes_by_lane=lanes,
         slots_rows=int(plan.exchange.counts.sum(axis=(1, 2)).max()),
@@ -187,7 +200,7 @@ def _probe(
         whole_s=dict(zip(phases, (forward_s, backward_s), strict=False)),
         hidden_s=hidden,
         compute_s=compute,
-        shape=step_shape(plan, row_bytes=row_bytes, node_of=node_of),
+        shape=step_shape(plan, row_bytes=row_bytes, node_of=node_of, joined=True),
     )
 
 
