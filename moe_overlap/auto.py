@@ -30,13 +30,14 @@ from moe_overlap.plan import PHASES, ChunkBy
 from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.builders import SchedulePair, chunked, window
+from moe_overlap.schedule.builders import SchedulePair, chunked, serial, window
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 CACHE_VERSION = 1
+UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from torch import nn
 
 from moe_overlap import ops
-from moe_overlap.arguments import check_sizes, make_router
-from moe_overlap.auto import AutoSchedule, Op, ProbeInputs
+from moe_overlap.arguments import check_sizes, make_router, refuse_sharded, shaped
+from moe_overlap.auto import UNPLANNED, AutoSchedule, Op, ProbeInputs
 from moe_overlap.autograd import Attach, SameRouting, closing_on_error
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
@@ -26,36 +25,24 @@ from moe_overlap.explain import explain
 from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import PHASES, ExchangePlan
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import SchedulePair, Schedules, serial, window
+from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.stats import LastStep, LayerStats, layer_stats
+from moe_overlap.tickets import Ticket, Tickets
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 
-UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Beside:
+    """Backbone ops that run beside a layer's exchanges, their input, and the schedules that order both."""
 
-@dataclass
-class Ticket:
-    """A layer call under way: made by `begin`, used by `run_experts`, ended by `finish`. Holds tensors; may cross block
-    boundaries; is good for one call of each, in this order."""
-
-    layer: MoELayer
-    step: Step
-    routing: RoutingDecision
-    shape: torch.Size
-    stage: str = "begun"
-
-    @contextmanager
-    def advance(self, before: str, after: str) -> Iterator[None]:
-        if self.stage != before:
-            raise RuntimeError(f"this ticket is {self.stage}; expected {before}: begin, run_experts, finish, once each")
-        self.stage = "failed"
-        yield
-        self.stage = after
+    hidden: torch.Tensor
+    schedule: SchedulePair | AutoSchedule
+    backbone: Sequence[Op]
 
 
 class SharedExpert(nn.Module):
@@ -72,7 +59,7 @@ class SharedExpert(nn.Module):
         return self.down(ops.activation(self.up(x_TD), kind=self.activation))
 
 
-class MoELayer(nn.Module):
+class MoELayer(Tickets, nn.Module):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -165,11 +152,14 @@ class MoELayer(nn.Module):
 
     # ---------------------------------------------------------------- the layer as a sentence
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> Any:
         """x: [..., D] of this rank's tokens (any number, zero included) -> y of the same shape.
 
+        With `beside`, which is ShortcutBlock's, backbone ops run beside the exchanges: (their result, y).
         Raises ConfigError (bad argument, bad logits; on every rank alike), MoeTransportError and its subclasses.
         """
+        if beside is not None:
+            return self._forward_beside(x, beside)
         return self._forward_one_rank(x) if self._runs_inline else self._forward_scheduled(x)
 
     @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
@@ -179,7 +169,16 @@ class MoELayer(nn.Module):
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         self._end(step, routing, y_TD)
         shared_TD = step.take_shared()
-        return (y_TD if shared_TD is None else y_TD + shared_TD).reshape(x.shape)
+        return shaped(y_TD if shared_TD is None else y_TD + shared_TD, x.shape)
+
+    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
+    def _forward_beside(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with backbone ops: part of the layer's own call, so that hooks and wrappers of the layer see it."""
+        step, routing, _ = self._begin(x, self._schedules(beside.schedule, x, beside.backbone, beside.hidden))
+        step.hidden = beside.hidden
+        y_TD = step.run(backbone=beside.backbone)
+        self._end(step, routing, y_TD)
+        return step.take_hidden(), shaped(y_TD, x.shape)
 
     def _schedules(
         self,
@@ -236,7 +235,7 @@ class MoELayer(nn.Module):
         start_s = time.perf_counter()
         exchange = self.dispatcher.plan(slots_TK, rows_TD, schedule, status=routing.status)
         step.bind(schedule, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
-        step.note("N", "wire", start_s, time.perf_counter())
+        step.lanes.note("N", "wire", start_s, time.perf_counter())
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
@@ -260,39 +259,6 @@ class MoELayer(nn.Module):
             self._remember(LastStep(routing=routing, plan=None, payload_bytes=0, schedule=self.schedule,
                                     pair=self.schedule, events=[]))  # fmt: skip
         return y_TD.reshape(x.shape)
-
-    # ---------------------------------------------------------------- tickets
-
-    def begin(self, x: torch.Tensor) -> Ticket:
-        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`.
-
-        The layer's schedule says into how many chunks ("auto": one, as what stands between the stages is unknown).
-        """
-        if self.shared_expert is not None:
-            raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
-        last = self._ticket() if self._ticket is not None else None
-        if last is not None and last.stage in ("begun", "computed"):
-            raise RuntimeError(f"this layer's last ticket is {last.stage}: finish it before the next begin")
-        chosen = UNPLANNED if isinstance(self.schedule, AutoSchedule) else self.schedule
-        pair = window(2, 1, chunks=chosen.chunks, by=chosen.by).join(chosen.joined)
-        step, routing, _ = self._begin(x, pair)
-        step.run_until_op()
-        ticket = Ticket(self, step, routing, x.shape)
-        # Weak: a ticket that was lost to an error between the stages must not block the layer for ever.
-        self._ticket = weakref.ref(ticket) if current_phase() == 0 else None
-        return ticket
-
-    def run_experts(self, ticket: Ticket) -> None:
-        """Wait for the rows of each chunk, compute the experts and start the combine."""
-        with ticket.advance("begun", "computed"):
-            ticket.step.run_until_op()
-
-    def finish(self, ticket: Ticket) -> torch.Tensor:
-        """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
-        with ticket.advance("computed", "finished"):
-            y_TD = ticket.step.run()
-        self._end(ticket.step, ticket.routing, y_TD)
-        return y_TD.reshape(ticket.shape)
 
     # ---------------------------------------------------------------- what it says about itself
 
@@ -370,6 +336,11 @@ class MoELayer(nn.Module):
         return copied
 
     # ---------------------------------------------------------------- details
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("gate_up_proj", "up_proj", "down_proj"):
+            refuse_sharded(name, value, self.transport)
+        super().__setattr__(name, value)
 
     @property
     def _runs_inline(self) -> bool:

@@ -76,8 +76,8 @@ class CostModel:
     chunks of tokens pass all experts, chunks by expert groups a few. `permute` .. `permute_backward`: over rows, T * K
     of a rank. `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order. `shared_s`: the
     shared expert of a layer. `outside_s`: everything of the timed unit that is in no window (router, agreement, ops
-    before the tap, the combination of the branches). `issue_s`: compute-lane time of starting an exchange, and again of waiting
-    for it. `slowdown`: of each lane while the other is busy. `source`: where the figures come from, in words.
+    before the tap, the combination of the branches). `issue_s`: compute-lane time of starting an exchange, and again of
+    waiting for it. `slowdown`: of each lane while the other is busy. `source`: where the figures come from, in words.
     """
 
     exchange: Mapping[str, AlphaBeta]
