@@ -18,15 +18,15 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.arguments import check_sizes, make_router
-from moe_overlap.auto import AutoSchedule, Op, ProbeInputs
-from moe_overlap.autograd import Attach, SameRouting, closing_on_error
+from moe_overlap.auto import UNPLANNED, AutoSchedule, Op
+from moe_overlap.autograd import Attach, SameRouting
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
 from moe_overlap.explain import explain
 from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import PHASES, ExchangePlan
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import SchedulePair, Schedules, serial, window
+from moe_overlap.schedule.builders import SchedulePair, Schedules, window
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import ExpertWeights
@@ -34,8 +34,6 @@ from moe_overlap.schedule.run import Step
 from moe_overlap.stats import LastStep, LayerStats, layer_stats
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
-
-UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
 
 @dataclass
@@ -191,25 +189,14 @@ class MoELayer(nn.Module):
         """What the coming step runs. The first step of "auto" calibrates, on its own tokens and with its own ops."""
         if not isinstance(schedule, AutoSchedule):
             return schedule
+        self.dispatcher.open()
         try:
+            current_phase()  # refuses a checkpoint that would calibrate in backward
             x_TD, dtype = self._checked(x)
-            found = schedule.get(dtype)
-            if found is not None:
-                return found
-            with torch.no_grad():
-                routing = self.router(x_TD)
-            check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
-            slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
-            w_in, w_out = (w.detach().to(dtype) for w in self.expert_weights)
         except Exception as error:
             self.dispatcher.refuse(error, UNPLANNED)
-        # Agree first: a rank that cannot take part says so here, and no probe waits for it.
-        self.dispatcher.plan(slots_TK, x_TD.detach().to(dtype), UNPLANNED, status=routing.status)
-        inputs = ProbeInputs(dispatcher=self.dispatcher, x_TD=x_TD.detach().to(dtype), slots_TK=slots_TK,
-                             weights_TK=routing.topk_weights_TK.detach(), w_in=w_in, w_out=w_out, backbone=backbone,
-                             h=None if h is None else h.detach(), shared=self.shared_expert)  # fmt: skip
-        with closing_on_error(self.transport, "calibrate"):
-            return schedule.prepare(inputs)
+        found = schedule.get(self.dispatcher.openings, dtype)
+        return found or schedule.calibrate(self, x_TD, dtype, backbone, h)
 
     def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
@@ -273,8 +260,10 @@ class MoELayer(nn.Module):
         last = self._ticket() if self._ticket is not None else None
         if last is not None and last.stage in ("begun", "computed"):
             raise RuntimeError(f"this layer's last ticket is {last.stage}: finish it before the next begin")
-        chosen = UNPLANNED if isinstance(self.schedule, AutoSchedule) else self.schedule
-        pair = window(2, 1, chunks=chosen.chunks, by=chosen.by).join(chosen.joined)
+        if isinstance(self.schedule, AutoSchedule):
+            pair = window(2, 1).join(not self.schedule.overlap)
+        else:
+            pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)
