@@ -125,9 +125,10 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
         return _complain(world, f"error: rank {world.rank}: {error}", 1, only_first=False)
     if world.rank == 0:
         assert isinstance(layer.schedule, AutoSchedule)
-        ((key, schedule),) = layer.schedule.found.items()
+        (schedule,) = layer.schedule.found.values()
+        kept_in = layer.schedule.kept_in
         print(layer.explain())
-        print(f"\nready after {seconds:.1f} s; kept in {layer.schedule.files[key]}")
+        print(f"\nready after {seconds:.1f} s; {'not kept' if kept_in is None else f'kept in {kept_in}'}")
         if options.out:
             Path(options.out).parent.mkdir(parents=True, exist_ok=True)
             Path(options.out).write_text(json.dumps(schedule.model.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -17,8 +17,8 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.arguments import check_sizes, make_router, refuse_sharded, shaped
-from moe_overlap.auto import UNPLANNED, AutoSchedule, Op, ProbeInputs
-from moe_overlap.autograd import Attach, SameRouting, closing_on_error
+from moe_overlap.auto import UNPLANNED, AutoSchedule, Op
+from moe_overlap.autograd import Attach, SameRouting
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
 from moe_overlap.explain import explain
@@ -190,25 +190,14 @@ class MoELayer(Tickets, nn.Module):
         """What the coming step runs. The first step of "auto" calibrates, on its own tokens and with its own ops."""
         if not isinstance(schedule, AutoSchedule):
             return schedule
+        self.dispatcher.open()
         try:
+            current_phase()  # refuses a checkpoint that would calibrate in backward
             x_TD, dtype = self._checked(x)
-            found = schedule.get(dtype)
-            if found is not None:
-                return found
-            with torch.no_grad():
-                routing = self.router(x_TD)
-            check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
-            slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
-            w_in, w_out = (w.detach().to(dtype) for w in self.expert_weights)
         except Exception as error:
             self.dispatcher.refuse(error, UNPLANNED)
-        # Agree first: a rank that cannot take part says so here, and no probe waits for it.
-        self.dispatcher.plan(slots_TK, x_TD.detach().to(dtype), UNPLANNED, status=routing.status)
-        inputs = ProbeInputs(dispatcher=self.dispatcher, x_TD=x_TD.detach().to(dtype), slots_TK=slots_TK,
-                             weights_TK=routing.topk_weights_TK.detach(), w_in=w_in, w_out=w_out, backbone=backbone,
-                             h=None if h is None else h.detach(), shared=self.shared_expert)  # fmt: skip
-        with closing_on_error(self.transport, "calibrate"):
-            return schedule.prepare(inputs)
+        found = schedule.get(self.dispatcher.openings, dtype)
+        return found or schedule.calibrate(self, x_TD, dtype, backbone, h)
 
     def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moe_overlap.arguments import shaped
-from moe_overlap.auto import UNPLANNED, AutoSchedule
+from moe_overlap.auto import AutoSchedule
 from moe_overlap.dispatch import current_phase
 from moe_overlap.errors import ConfigError
 from moe_overlap.routing.decision import RoutingDecision
@@ -62,8 +62,10 @@ class Tickets:
         last = self._ticket() if self._ticket is not None else None
         if last is not None and last.stage in ("begun", "computed"):
             raise RuntimeError(f"this layer's last ticket is {last.stage}: finish it before the next begin")
-        chosen = UNPLANNED if isinstance(self.schedule, AutoSchedule) else self.schedule
-        pair = window(2, 1, chunks=chosen.chunks, by=chosen.by).join(chosen.joined)
+        if isinstance(self.schedule, AutoSchedule):
+            pair = window(2, 1).join(not self.schedule.overlap)
+        else:
+            pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)
