@@ -114,8 +114,9 @@ def test_never_predicted_worse_than_serial(seed, num_ops, op_verb):
         return line(float(10 ** draw.uniform(low, high)), float(draw.choice([0.0, 1e-6, 1e-4])))
 
     names = ("experts", "experts_dgrad", "experts_wgrad", "permute", "unpermute")
-    model = cost_model(num_ops, exchange={"inter": some(-10, -7)}, issue_s=float(draw.choice([0.0, 1e-6, 1e-4])),
-                       slowdown=Slowdown(compute=float(draw.uniform(1, 3))), **{name: some() for name in names})  # fmt: skip
+    given = {name: some() for name in names} | {"exchange": {"inter": some(-10, -7)}}
+    issue_s, slowdown = float(draw.choice([0.0, 1e-6, 1e-4])), Slowdown(compute=float(draw.uniform(1, 3)))
+    model = cost_model(num_ops, issue_s=issue_s, slowdown=slowdown, **given)
     schedule = planned(model, num_ops=num_ops, op_verb=op_verb)
     for counts in (None, draw.integers(0, 50, (2, 16, 8)), np.zeros((2, 16, 8))):
         found = schedule.planned(exchange(counts))

@@ -80,11 +80,6 @@ def test_a_router_whose_choice_does_not_fit_is_refused_before_anything_is_sent(f
     virtual_world(2).run(rank)
 
 
-def test_auto_names_the_planner():
-    with pytest.raises(NotImplementedError, match="planner"):
-        make(schedule="auto")
-
-
 def test_the_static_mode_says_what_is_missing():
     with pytest.raises(NotImplementedError, match="fixed capacity"):
         make(mode="static")

@@ -247,7 +247,7 @@ def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
     """The pair that a user's word names: serial, chunked(4), chunked(4,experts), shared_expert, shared_expert(0).
 
     `shared` says whether the layer has a shared expert. Raises ConfigError for any other text, NotImplementedError
-    for "auto", which needs the planner.
+    for "auto", which names no pair: the layers plan it.
     """
     expected = "serial, chunked(r) or chunked(r,experts) with r from 1 to 16, shared_expert or shared_expert(slot)"
     match = _CHOICE.fullmatch(text) if isinstance(text, str) else None
@@ -256,7 +256,7 @@ def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
     name, inside = match.groups()
     words = [word.strip() for word in inside.split(",")] if inside else []
     if name == "auto":
-        raise NotImplementedError('schedule="auto" needs the planner, which this version does not have; ' + expected)
+        raise NotImplementedError('"auto" is the planner\'s choice, which a layer makes at its first step; ' + expected)
     if name == "serial" and not words:
         return serial(shared=shared)
     if name == "chunked" and words and words[0].isdecimal() and len(words) <= 2:

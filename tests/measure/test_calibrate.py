@@ -201,8 +201,9 @@ def test_what_a_whole_step_took_longer_than_its_parts_is_compute():
 
 
 @pytest.mark.parametrize(
-    ("hidden_s", "compute_s", "factor"), [(0.0, 9.0, 1.0), (1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.5, 2.0), (1.0, 9.0, MAX_SLOWDOWN)]
-)  # fmt: skip
+    ("hidden_s", "compute_s", "factor"),
+    [(0.0, 9.0, 1.0), (1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.5, 2.0), (1.0, 9.0, MAX_SLOWDOWN)],
+)
 def test_the_slowdown_is_what_the_overlapped_probe_computed_longer(hidden_s, compute_s, factor):
     joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
     overlapped = probe(TRUE, OVERLAPPED, hidden_s=hidden_s, compute_s=compute_s)
@@ -213,7 +214,7 @@ def test_the_slowdown_is_what_the_overlapped_probe_computed_longer(hidden_s, com
 
 
 def gathered_probe(times_of_rank):
-    """`_probe` of a joined chunked(1) step on virtual ranks; times_of_rank(rank) -> [(seconds by action, forward_s)]."""
+    """`_probe` of a joined serial step on two ranks; times_of_rank(rank) -> [(seconds by action, forward_s)]."""
     pair = chunked(1).join()
 
     def rank(me):
