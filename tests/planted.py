@@ -8,11 +8,15 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 
-from moe_overlap import auto
+from moe_overlap import ShortcutBlock, auto
 from moe_overlap.measure import calibrate as measuring
 from moe_overlap.plan import BLOCKS, ExchangePlan
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
+from tests.layers import F, make, tokens
+from tests.parallel.model import Op
+from tests.tolerances import same_bits
 
 FREE = AlphaBeta(alpha_s=0.0, beta_s=0.0)
 FORWARD = ("experts",)
@@ -63,3 +67,36 @@ def measured_as(model: CostModel) -> Iterator[None]:
     """The probes run, one round of them, and the fit of what they measured is `model`."""
     with patch.object(measuring, "ROUNDS", (1, 1)), patch.object(measuring, "fit", lambda *_, **__: model):
         yield
+
+
+SHAPES = ("layer", "shared", "block")
+OPS = 3
+SOME = (12, 9)  # tokens of each rank
+
+
+def build(shape, transport, schedule="auto", *, overlap=True, mode="none"):
+    """A layer, one with a shared expert, or a block with three ops beside the exchanges; always the same weights."""
+    torch.manual_seed(3)
+    if shape != "block":
+        return make(transport, schedule=schedule, overlap=overlap, shared_expert_size=F if shape == "shared" else None)
+    moe = make(transport, overlap=overlap)
+    choice = {"schedule": "auto"} if schedule == "auto" else {"slot": 1}
+    return ShortcutBlock([Op(mode) for _ in range(OPS + 1)], moe, tap=1, overlap=overlap, **choice)
+
+
+def layer_of(model):
+    return model.moe if isinstance(model, ShortcutBlock) else model
+
+
+def step(model, rank, counts=SOME, call=None):
+    """Output, input gradient and every parameter's."""
+    x = tokens(counts[rank], rank).requires_grad_()
+    y = (call or model)(x)
+    y.square().sum().backward()
+    return {"y": y.detach(), "dx": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def same(got, want, check=same_bits):
+    assert got.keys() == want.keys()
+    for name in want:
+        check(got[name], want[name])

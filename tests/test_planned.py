@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_overlap.planned import CUTS, PlannedSchedule, even_shape, pair_of, rounded
-from moe_overlap.planning.cost_model import CostModel, window
+from moe_overlap.planning.cost_model import CostModel, StepShape, window
 from moe_overlap.planning.search import evaluate, search
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.builders import serial
@@ -28,7 +28,9 @@ def candidates(phase, num_ops=0, op_verb="B"):
     found = {}
     for beta_s in (1e-10, 1e-9, 1e-8):
         model = cost_model(num_ops, exchange={"inter": line(beta_s, 1e-6)}, shared_s=3e-5, shared_backward_s=6e-5)
-        shapes = [even_shape(chunks, 768, (("inter", 49152),), 384, ROW_BYTES) for chunks in CUTS]
+        whole = StepShape(chunks=1, by="tokens", rows=(768,), experts=(4,), bytes_by_lane={"inter": (49152,)},
+                          slots_rows=384, row_bytes=ROW_BYTES)  # fmt: skip
+        shapes = [even_shape(whole, chunks) for chunks in CUTS]
         problem = window(model, shapes, phase, op_verb=op_verb, num_ops=num_ops)
         found |= {(one.order, one.joined): one for one in search(problem)}
     return list(found.values())
@@ -84,11 +86,11 @@ def test_the_same_counts_give_the_same_schedules_whoever_asks():
 
 
 def test_only_sums_that_all_ranks_know_count():
-    """Which experts and which blocks the busiest rank's rows come from changes nothing."""
-    counts = np.random.default_rng(4).integers(0, 40, (2, 16, 8))
+    """Which blocks the rows come from changes nothing, nor what rounding takes away."""
+    counts = np.random.default_rng(4).integers(10, 40, (2, 16, 8)) * 64
     schedule = planned(cost_model())
-    moved = counts.copy()
-    moved[:, :, :4] = moved[:, :, 3::-1]
+    moved = counts[:, ::-1].copy()
+    moved[0, 0, 0] += 1
     assert schedule.planned(exchange(counts)) is schedule.planned(exchange(moved))
 
 
@@ -114,8 +116,9 @@ def test_never_predicted_worse_than_serial(seed, num_ops, op_verb):
         return line(float(10 ** draw.uniform(low, high)), float(draw.choice([0.0, 1e-6, 1e-4])))
 
     names = ("experts", "experts_dgrad", "experts_wgrad", "permute", "unpermute")
-    model = cost_model(num_ops, exchange={"inter": some(-10, -7)}, issue_s=float(draw.choice([0.0, 1e-6, 1e-4])),
-                       slowdown=Slowdown(compute=float(draw.uniform(1, 3))), **{name: some() for name in names})  # fmt: skip
+    given = {name: some() for name in names} | {"exchange": {"inter": some(-10, -7)}}
+    issue_s, slowdown = float(draw.choice([0.0, 1e-6, 1e-4])), Slowdown(compute=float(draw.uniform(1, 3)))
+    model = cost_model(num_ops, issue_s=issue_s, slowdown=slowdown, **given)
     schedule = planned(model, num_ops=num_ops, op_verb=op_verb)
     for counts in (None, draw.integers(0, 50, (2, 16, 8)), np.zeros((2, 16, 8))):
         found = schedule.planned(exchange(counts))

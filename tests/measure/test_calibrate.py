@@ -53,10 +53,24 @@ def test_one_chunk_by_hand():
 
 
 def test_two_chunks_by_hand():
-    shape = step_shape(uneven().chunked(2), row_bytes=ROW_BYTES)
-    assert shape.rows == (5, 7)
+    shape = step_shape(uneven().chunked(2), row_bytes=ROW_BYTES, joined=True)
+    assert shape.rows == (5, 7) and shape.experts == (1, 1)
     assert shape.bytes_by_lane == {"inter": (600, 1100)}
     assert shape.slots_rows == 11
+
+
+def test_unjoined_chunks_share_the_busiest_ranks_rows_as_all_ranks_do():
+    shape = step_shape(uneven().chunked(2), row_bytes=ROW_BYTES)
+    assert shape.rows == (6, 6), "rank 0's expert has 12 rows; of all 22 rows half are in either chunk"
+    assert shape.bytes_by_lane == {"inter": (300, 800)}, "rank 1 sends 11 rows away; of all 17, 6 and then 11"
+
+
+def test_groups_of_experts_by_hand():
+    counts = np.zeros((2, BLOCKS, 4), dtype=np.int64)
+    counts[0, 0] = (4, 1, 2, 3)
+    shape = step_shape(exchange(counts).chunked(2, "experts"), row_bytes=ROW_BYTES)
+    assert (shape.by, shape.experts) == ("experts", (1, 1))
+    assert shape.rows == (3, 2), "both ranks have 5 rows; of all 10, 6 in the first expert of either"
 
 
 def test_two_nodes_by_hand():
@@ -66,7 +80,7 @@ def test_two_nodes_by_hand():
 
 
 def test_one_node_has_no_wire_to_others():
-    shape = step_shape(uneven().chunked(4), row_bytes=ROW_BYTES, node_of=lambda rank: 0)
+    shape = step_shape(uneven().chunked(4), row_bytes=ROW_BYTES, node_of=lambda rank: 0, joined=True)
     assert set(shape.bytes_by_lane) == {"intra"} and shape.bytes_by_lane["intra"] == (600, 0, 0, 1100)
 
 
@@ -83,14 +97,15 @@ def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
         model.exchange_s({lane: sizes[c] for lane, sizes in shape.bytes_by_lane.items()}) for c in range(shape.chunks)
     ]
     fixed = {"P": model.permute, "U": model.unpermute, "Ut": model.unpermute_backward, "Pt": model.permute_backward}
-    rows = {"E": model.experts, "Ed": model.experts_dgrad}
+    rows = {"E": (model.experts, model.expert_s), "Ed": (model.experts_dgrad, model.expert_dgrad_s)}
     found = {}
     for action in [*pair.forward, *pair.backward]:
         verb, index = action.verb, action.index or 0
         if verb in fixed:
             found[action.text] = fixed[verb](shape.slots_rows)
         elif verb in rows:
-            found[action.text] = rows[verb](shape.rows[index])
+            line_of_rows, expert_s = rows[verb]
+            found[action.text] = line_of_rows(shape.rows[index]) + expert_s * shape.experts[index]
         elif verb == "Ew":
             found[action.text] = model.experts_wgrad(sum(shape.rows))
         elif action.lane == "wire":
@@ -102,8 +117,9 @@ def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
     return found
 
 
-def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None):
-    shape = step_shape((plan or exchange()).chunked(chunks), row_bytes=ROW_BYTES)
+def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None,
+          by="tokens"):  # fmt: skip
+    shape = step_shape((plan or exchange()).chunked(chunks, by), row_bytes=ROW_BYTES, joined=True)
     pair = (pair_of or (lambda chunks: window(2, 1, chunks=chunks)))(chunks)
     seconds = {text: noise(s) for text, s in seconds_of(model, pair, shape).items()}
     host_s = {"forward": model.outside_s, "backward": model.outside_backward_s}
@@ -116,10 +132,23 @@ def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hid
 
 
 TRUE = cost_model(
-    2, alpha_s=3e-5, experts=line(2e-7, 4e-6), experts_dgrad=line(3e-7, 5e-6), permute=line(1e-8), unpermute=line(2e-8),
-    unpermute_backward=line(3e-8), permute_backward=line(4e-8), backbone_s=(1e-4, 2e-4), outside_s=5e-5,
-    outside_backward_s=7e-5, issue_s=2e-6, backbone_backward_s=(3e-4, 5e-4), slowdown=Slowdown(compute=1.25),
-)  # fmt: skip
+    2,
+    alpha_s=3e-5,
+    experts=line(2e-7, 4e-6),
+    expert_s=1.5e-5,
+    experts_dgrad=line(3e-7, 5e-6),
+    expert_dgrad_s=2.5e-5,
+    permute=line(1e-8),
+    unpermute=line(2e-8),
+    unpermute_backward=line(3e-8),
+    permute_backward=line(4e-8),
+    backbone_s=(1e-4, 2e-4),
+    backbone_backward_s=(3e-4, 5e-4),
+    outside_s=5e-5,
+    outside_backward_s=7e-5,
+    issue_s=2e-6,
+    slowdown=Slowdown(compute=1.25),
+)
 
 
 def flat(model):
@@ -138,7 +167,8 @@ def flat(model):
 def test_the_model_behind_the_probes_is_found():
     joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
     # 1 s of compute beside the wire: 1 / 1.25 of it would have been enough alone.
-    found = fit(joined, probe(TRUE, OVERLAPPED, hidden_s=1.0, compute_s=1.2), source="synthetic")
+    overlapped, grouped = probe(TRUE, OVERLAPPED, hidden_s=1.0, compute_s=1.2), probe(TRUE, 4, by="experts")
+    found = fit(joined, overlapped, grouped, source="synthetic")
     assert found.source == "synthetic"
     assert flat(found) == pytest.approx(flat(TRUE), rel=1e-6, abs=1e-12)
 
@@ -146,7 +176,7 @@ def test_the_model_behind_the_probes_is_found():
 def test_a_shared_expert_is_found():
     true = cost_model(shared_s=1e-4, shared_backward_s=3e-4)
     joined = [probe(true, chunks, pair_of=lambda c: chunked(c, shared=True)) for chunks in CHUNKS]
-    found = fit(joined, joined[1], source="planted")
+    found = fit(joined, joined[1], None, source="planted")
     assert found.backbone_s == () and flat(found) == pytest.approx(flat(true), rel=1e-6, abs=1e-12)
 
 
@@ -157,13 +187,20 @@ def test_noise_moves_the_model_little():
         return seconds * (1 + abs(draw.gauss(0, 0.02))) * (3.0 if draw.random() < 0.03 else 1.0)
 
     joined = [probe(TRUE, chunks, noise=noise, compute_s=1.0) for chunks in CHUNKS]
-    found = fit(joined, joined[1], source="noisy")
+    found = fit(joined, joined[1], probe(TRUE, 4, by="experts", noise=noise), source="noisy")
     shape = joined[1].shape
     for c in range(4):
         sizes = {lane: each[c] for lane, each in shape.bytes_by_lane.items()}
         assert found.exchange_s(sizes) == pytest.approx(TRUE.exchange_s(sizes), rel=0.15)
-        assert found.experts(shape.rows[c]) == pytest.approx(TRUE.experts(shape.rows[c]), rel=0.15)
+        known, true = (m.experts(shape.rows[c]) + m.expert_s * shape.experts[c] for m in (found, TRUE))
+        assert known == pytest.approx(true, rel=0.15)
     assert found.backbone_s == pytest.approx(TRUE.backbone_s, rel=0.15)
+
+
+def test_without_a_probe_by_groups_all_overhead_is_the_chunks():
+    joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
+    found = fit(joined, joined[1], None, source="tokens")
+    assert found.expert_s == 0 and found.experts(100) == pytest.approx(TRUE.experts(100) + 4 * TRUE.expert_s)
 
 
 def test_forward_alone():
@@ -175,7 +212,7 @@ def test_forward_alone():
                      whole_s={"forward": one.whole_s["forward"]}, compute_s=1.0, shape=one.shape)  # fmt: skip
 
     joined = [only_forward(probe(TRUE, chunks)) for chunks in CHUNKS]
-    found = fit(joined, joined[1], source="forward")
+    found = fit(joined, joined[1], None, source="forward")
     assert found.outside_backward_s == 0 and found.backbone_backward_s == (0.0, 0.0)
     assert found.backbone_s == pytest.approx(TRUE.backbone_s) and found.issue_s == pytest.approx(TRUE.issue_s)
 
@@ -183,7 +220,7 @@ def test_forward_alone():
 def test_a_step_without_rows_costs_nothing_and_is_no_error():
     empty = exchange(rows=0)
     joined = [probe(cost_model(2), chunks, plan=empty) for chunks in CHUNKS]
-    found = fit(joined, joined[1], source="empty")
+    found = fit(joined, joined[1], None, source="empty")
     assert found.exchange["inter"](1000) == 0 and found.experts(1000) == 0
 
 
@@ -201,8 +238,9 @@ def test_what_a_whole_step_took_longer_than_its_parts_is_compute():
 
 
 @pytest.mark.parametrize(
-    ("hidden_s", "compute_s", "factor"), [(0.0, 9.0, 1.0), (1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.5, 2.0), (1.0, 9.0, MAX_SLOWDOWN)]
-)  # fmt: skip
+    ("hidden_s", "compute_s", "factor"),
+    [(0.0, 9.0, 1.0), (1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.5, 2.0), (1.0, 9.0, MAX_SLOWDOWN)],
+)
 def test_the_slowdown_is_what_the_overlapped_probe_computed_longer(hidden_s, compute_s, factor):
     joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
     overlapped = probe(TRUE, OVERLAPPED, hidden_s=hidden_s, compute_s=compute_s)
@@ -213,7 +251,7 @@ def test_the_slowdown_is_what_the_overlapped_probe_computed_longer(hidden_s, com
 
 
 def gathered_probe(times_of_rank):
-    """`_probe` of a joined chunked(1) step on virtual ranks; times_of_rank(rank) -> [(seconds by action, forward_s)]."""
+    """`_probe` of a joined serial step on two ranks; times_of_rank(rank) -> [(seconds by action, forward_s)]."""
     pair = chunked(1).join()
 
     def rank(me):
