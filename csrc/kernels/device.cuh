@@ -91,9 +91,18 @@ __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits)
 
 // Accurate (1 ulp), not the fast approximation: the reference of every operator uses the accurate one too.
 __device__ inline float exp_f32(float x) { return expf(x); }
+__device__ inline float erf_f32(float x) { return erff(x); }
+// 2 ulp; 0 where b passes 2^126.
+__device__ inline float divide_fast(float a, float b) { return __fdividef(a, b); }
 // Rounded separately, never contracted into a fused multiply-add: where a sum must equal the reference's bit for bit.
 __device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float add_rn(float a, float b) { return __fadd_rn(a, b); }
+// NaN if one of them is: fmaxf would hide it.
+__device__ inline float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
 
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }

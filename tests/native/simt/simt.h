@@ -160,8 +160,11 @@ inline float bits_float(uint32_t bits) {
   return value;
 }
 inline float exp_f32(float x) { return std::exp(x); }
+inline float erf_f32(float x) { return std::erf(x); }
+inline float divide_fast(float a, float b) { return std::fabs(b) > 0x1p126f ? 0.0f : a / b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float add_rn(float a, float b) { return a + b; }
+inline float max_nan(float a, float b) { return a > b || std::isnan(a) ? a : b; }
 
 float to_float(bf16 value);
 float to_float(fp16 value);
