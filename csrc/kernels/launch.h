@@ -41,6 +41,19 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, cudaStrea
 #endif
 }
 
+// Sets `bytes` bytes to zero, in the order of the stream.
+inline void clear(void* address, int64_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;
+#ifdef __CUDACC__
+  if (const cudaError_t error = cudaMemsetAsync(address, 0, static_cast<size_t>(bytes), stream); error != cudaSuccess) {
+    throw std::runtime_error(std::string("cudaMemsetAsync refused: ") + cudaGetErrorString(error));
+  }
+#else
+  (void)stream;
+  std::memset(address, 0, static_cast<size_t>(bytes));
+#endif
+}
+
 // Calls run(T{}) with the element type of `dtype`.
 template <typename Run>
 void with_dtype(DType dtype, const Run& run) {
