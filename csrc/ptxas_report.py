@@ -54,13 +54,14 @@ def block_sizes(ptx: str) -> dict[str, int]:
 def parse(text: str, threads: dict[str, int], source: str) -> list[dict[str, object]]:
     """The rows of one `-Xptxas -v` report."""
     rows: list[dict[str, object]] = []
-    names = readable(sorted(set(name for name, _ in _COMPILING.findall(text))))
+    names = readable(sorted({name for name, _ in _COMPILING.findall(text)}))
     for line in text.splitlines():
         if begin := _COMPILING.search(line):
             row: dict[str, object] = {"source": source, "kernel": names[begin[1]], "arch": f"sm_{begin[2]}"}
             rows.append(row | {"threads": threads.get(begin[1])})
         elif found := _STACK.search(line):
-            rows[-1] |= dict(zip(("stack_bytes", "spill_store_bytes", "spill_load_bytes"), map(int, found.groups())))
+            stack, stores, loads = map(int, found.groups())
+            rows[-1] |= {"stack_bytes": stack, "spill_store_bytes": stores, "spill_load_bytes": loads}
         elif found := _USED.search(line):
             shared = _SHARED.search(line)
             rows[-1] |= {"registers": int(found[1]), "shared_bytes": int(shared[1]) if shared else 0}

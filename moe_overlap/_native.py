@@ -56,6 +56,11 @@ def parts() -> tuple[NativePart, ...]:
     return tuple(part(name) for name in STEMS)
 
 
+def why_no_cuda_kernels() -> str:
+    """Why the loaded `_C` is one without CUDA kernels."""
+    return build_info.why_not_built("cuda")
+
+
 @cache
 def _load_planner() -> tuple[ModuleType | None, NativePart]:
     path = _find("planner")

@@ -1,4 +1,4 @@
-"""The command `moe-overlap`: `info`, `train` and `bench`.
+"""The command `moe-overlap`: `info`, `kernels`, `train` and `bench`.
 
 Exit status: 0 done, 1 a correctness check failed, 2 bad input, said in one line that names the option, the value and
 what was expected.
@@ -17,6 +17,7 @@ from moe_overlap.errors import ConfigError
 
 COMMANDS = {
     "info": ("moe_overlap.info", "versions, what is compiled, the chosen implementations and why"),
+    "kernels": ("moe_overlap.kernels", "registers, spills, shared memory and occupancy of the CUDA kernels"),
     "train": ("moe_overlap.train", "train a small MoE language model on real text, overlap on or off"),
     "bench": ("moe_overlap.bench", "measure schedules against each other: moe-overlap bench layer"),
 }
