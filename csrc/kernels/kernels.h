@@ -121,13 +121,13 @@ void gate_topk_backward(const GateBackwardArgs& args, cudaStream_t stream);
 
 // ---- row_map.cu: the counting sort of csrc/core/row_map.h, with the same arguments and the same integers ----
 
-constexpr int64_t kMostRowMapExperts = 3072;  // last - first
+constexpr int64_t kMostRowMapExperts = 3000;  // last - first
 
 struct RowMapPlan {
   LaunchConfig count;  // grid 0 where one block holds all slots
   LaunchConfig place;
   int64_t slots_per_block = 0;
-  int64_t workspace_bytes = 0;  // int32 [blocks, experts]
+  int64_t workspace_bytes = 0;  // int32 [blocks, experts], from an address that is a multiple of 16
 };
 
 RowMapPlan row_map_plan(int64_t slots, int64_t experts);
