@@ -14,6 +14,7 @@ CUDA kernel. torch is located but never imported, and no GPU is ever asked for.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -90,6 +91,16 @@ def nvcc_version() -> str:
     """As in `nvcc --version`: "13.0.88"."""
     found = re.search(r"\bV(\d+(?:\.\d+)+)", nvcc_output("--version"))
     return found[1] if found else "unknown"
+
+
+def kernel_sources() -> str:
+    """A digest of what the kernels are made from: a check on a GPU holds for these sources only."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*(ROOT / "csrc/kernels").iterdir(), *(ROOT / "csrc/core").glob("*.h"), *(ROOT / "csrc/bindings").iterdir()]
+    ):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def find_tool(*names: str) -> str | None:
@@ -196,7 +207,7 @@ def write_info(package: Path, built: dict[str, str], left_out: dict[str, str]) -
     versions = {name: version for name in ("torch", "pybind11", "setuptools") if (version := package_version(name))}
     versions |= {"python": platform.python_version(), "compiler": compiler_version()}
     if "cuda" in built:
-        versions["nvcc"] = nvcc_version()
+        versions |= {"nvcc": nvcc_version(), "kernels": kernel_sources()}
     info = {"mode": MODE, "built": built, "left_out": left_out, "versions": versions}
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ OPS = (
 """The operators that have a CUDA kernel."""
 
 MOST_GATE_EXPERTS, MOST_GATE_K = 1024, 16
-MOST_ROW_MAP_EXPERTS = 3072
+MOST_ROW_MAP_EXPERTS = 3000
 """Limits of the kernels, as in csrc/kernels/kernels.h."""
 
 OLDEST = (8, 0)
@@ -87,9 +87,12 @@ def _obstacle(op: str) -> registry.Obstacle:
 def _reservation(op: str) -> registry.Obstacle:
     def reservation(device: torch.device, dtype: torch.dtype) -> str | None:
         kind, name = architecture(device), _name(dtypes(op)[0] if op == "row_map" else dtype)
-        if verified.find(op, "cuda", kind, name):
-            return None
-        return f"not verified on {kind} for {name} (make gpu does that)"
+        record = verified.find(op, "cuda", kind, name)
+        if record is None:
+            return f"not verified on {kind} for {name} (make gpu does that)"
+        if record.sources != _native.kernel_sources():
+            return f"verified on {kind} for {name} at commit {record.commit}, but the sources have changed (make gpu)"
+        return None
 
     return reservation
 

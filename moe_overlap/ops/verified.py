@@ -1,7 +1,7 @@
 """Which implementations have been checked on which hardware: the committed record `verified.json`.
 
-Only `make gpu` writes it, after the tests of tests/gpu passed on the GPU it names: compiled is not verified, nor is what
-ran under the harness on the CPU.
+Only `make gpu` writes it, after the tests of tests/gpu passed on the GPU it names. Compiled is not verified, nor what ran
+under the harness on the CPU, and a record says nothing about kernels whose sources have changed since.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ FILE = Path(__file__).resolve().parent / "verified.json"
 @dataclass(frozen=True, order=True)
 class Record:
     """One check that passed. architecture: such as sm_90. dtype: of the operator's first argument, such as bfloat16.
-    commit: of the sources. date: year-month-day."""
+    sources: digest of the kernels' sources, as the build wrote it down. commit, date (year-month-day): of the check."""
 
     op: str
     implementation: str
     architecture: str
     dtype: str
+    sources: str
     commit: str
     date: str
 

@@ -89,6 +89,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(cuda_kernels, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(verified, "FILE", tmp_path / "verified.json")
+    monkeypatch.setattr(_native, "kernel_sources", lambda: "5c")
     verified.find.cache_clear()
     registry._chosen.clear()
     yield tmp_path / "verified.json"
@@ -107,7 +108,7 @@ def test_compiled_is_not_verified(hopper: Path) -> None:
 def test_verified_is_the_default_for_that_dtype_and_architecture(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verified.write(
         [
-            verified.Record(op, "cuda", "sm_90", dtype, "abc", "2026-01-01")
+            verified.Record(op, "cuda", "sm_90", dtype, "5c", "abc", "2026-01-01")
             for op, dtype in (("combine", "bfloat16"), ("row_map", "int32"))
         ]
     )
@@ -116,6 +117,9 @@ def test_verified_is_the_default_for_that_dtype_and_architecture(hopper: Path, m
     assert registry.choose("combine", device=CUDA, dtype=F32).impl == "reference"
     assert registry.choose("row_map", device=CUDA, dtype=I32).impl == "cuda"
     assert registry.choose("row_map", device=CUDA, dtype=F32).impl == "cuda", "asked without a call at hand"
+    registry._chosen.clear()
+    monkeypatch.setattr(_native, "kernel_sources", lambda: "another")
+    assert "at commit abc, but the sources have changed" in registry.choose("combine", device=CUDA, dtype=BF16).reason
     registry._chosen.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "not verified on sm_100" in registry.choose("combine", device=CUDA, dtype=BF16).reason
@@ -146,7 +150,7 @@ def test_sizes_beyond_a_kernel_go_to_the_next_one_with_the_reason(hopper: Path, 
         return values
 
     dtype = cuda_kernels.dtypes(op)[0] if "gate" in op else BF16
-    verified.write([verified.Record(op, "cuda", "sm_90", str(dtype)[6:], "abc", "2026-01-01")])
+    verified.write([verified.Record(op, "cuda", "sm_90", str(dtype)[6:], "5c", "abc", "2026-01-01")])
     registry._chosen.clear()
     assert registry.choose(op, device=CUDA, dtype=dtype, arguments=arguments(False)).impl == "cuda"
     choice = registry.choose(op, device=CUDA, dtype=dtype, arguments=arguments(True))
@@ -167,7 +171,7 @@ def test_limits_are_those_of_the_kernels() -> None:
 
 
 def test_record_is_read_back_sorted(tmp_path: Path) -> None:
-    rows = [verified.Record(op, "cuda", "sm_90", "float32", "abc", "2026-01-01") for op in ("pack", "combine")]
+    rows = [verified.Record(op, "cuda", "sm_90", "float32", "5c", "abc", "2026-01-01") for op in ("pack", "combine")]
     verified.write(rows, tmp_path / "record.json")
     assert verified.read(tmp_path / "record.json") == (rows[1], rows[0])
     assert verified.read(tmp_path / "none.json") == ()
