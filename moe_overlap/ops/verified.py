@@ -1,7 +1,7 @@
 """Which implementations have been checked on which hardware: the committed record `verified.json`.
 
-Only `make gpu` writes it, after the tests of tests/gpu passed on the GPU it names. Compiled is not verified, nor what ran
-under the harness on the CPU, and a record says nothing about kernels whose sources have changed since.
+Only `make gpu` writes it, after the tests of tests/gpu passed on the GPU it names. Compiled is not verified, nor is
+what ran under the harness on the CPU. A record says nothing about kernels whose sources have changed since.
 """
 
 from __future__ import annotations
