@@ -4,9 +4,9 @@
 
 Correctness comes first: a failing test ends the run before anything is timed, and nothing is recorded as verified. When
 the tests pass, the pairs of operator and dtype that they cover go into moe_overlap/ops/verified.json (this is the only
-writer) with architecture and sources, and from there into docs/status.md. compute-sanitizer runs on small cases; a tool that cannot start there is recorded
-as `not run` with its reason, only findings are failures. Results are JSON lines in benchmarks/results/<gpu>/, one file
-for a run; every row has the date, commit, torch and device.
+writer) with architecture and sources, and from there into docs/status.md. compute-sanitizer runs on small cases; a tool
+that cannot start there is recorded as `not run` with its reason, only findings are failures. Results are JSON lines in
+benchmarks/results/<gpu>/, one file for a run; every row has the date, commit, torch and device.
 
 Exit status: 0 all is well, 1 a test or a sanitizer found something, 2 there is no GPU or no build.
 """

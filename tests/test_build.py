@@ -152,6 +152,7 @@ def test_digest_of_the_kernels_changes_with_them(setup_py, monkeypatch, tmp_path
 # ---- native code ----
 
 
+@pytest.mark.time_limit(900)  # compiles the core, the harness and every kernel: a minute where nothing else runs
 def test_native_unit_tests_under_sanitizers(setup_py, tmp_path):
     cmake, ctest, ninja = (setup_py.find_tool(name) for name in ("cmake", "ctest", "ninja"))
     if missing := setup_py.missing_toolchain():
@@ -163,9 +164,9 @@ def test_native_unit_tests_under_sanitizers(setup_py, tmp_path):
     for command in (
         configure,
         [cmake, "--build", str(tmp_path), "-j", str(setup_py.max_jobs())],
-        [ctest, "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
+        [ctest, "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error", "-j", "2"],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
