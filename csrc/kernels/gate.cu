@@ -1,12 +1,14 @@
-// gate_topk: scores, the k best experts, their weights and the counts of every expert in one launch, and the backward
-// in another. A row of logits lies in the registers of 4 to 32 lanes, so that a warp takes up to 8 rows; see
-// gate_select.cuh for how the best are found.
+// gate_topk: scores, the k best experts, their weights and the counts of every expert in one pass, and the backward in
+// another. A row of logits lies in the registers of 4 to 32 lanes, so that a warp takes up to 8 rows; gate_select.cuh
+// says how the best are found. (A launch of one block before it sets the counts and the status to zero, as the blocks
+// add to them.)
 //
 // Bytes: logits once, weights and ids once; at [16384, 128] and k = 8 10.5 MB, 2.4 us at 4.3 TB/s. All the rest has to
-// fit beside it, so instructions are what counts. For each score: 8 for an accurate exp, on the FMA and special units,
-// and about 9 at the half rate of the integer unit (two maxima, a count, a listed key, conversions). For each row on 8
-// lanes: about 50 more (sums over lanes 4, limit 12, places 20, weights 12). That is 32 + 50 half-rate instructions of
-// a warp for a row of 128: 2.9 us on 132 multiprocessors at 1.755 GHz, where the k-fold maximum needs 240, 8.5 us.
+// fit beside it, so instructions are what counts: 660 for the four rows of a warp on sm_90 (in the SASS of nvcc 13.0),
+// 165 for a row: load 15, limit 25, sum of exponentials 18, count and list 42, places 35, weights and stores 30. At
+// four in a cycle on 132 multiprocessors at 1.755 GHz that is 2.9 us for 16384 rows; about half of them are for the
+// integer unit, which takes two in a cycle: 2.8 us. 32 warps are resident with 64 registers, all 16384 rows at once.
+// Taking the maximum k times needs some 240 instructions of the integer unit for a row: 8.5 us.
 #include <algorithm>
 
 #include "kernels/gate_select.cuh"
@@ -195,6 +197,11 @@ __device__ inline void store_winners(const GateArgs& args, int64_t token, bool g
   }
 }
 
+__global__ void clear_kernel(int32_t* counts, int experts, int32_t* status) {
+  for (int i = static_cast<int>(threadIdx.x); i < experts; i += static_cast<int>(blockDim.x)) counts[i] = 0;
+  if (threadIdx.x == 0) *status = 0;
+}
+
 template <typename Row, int kMost>
 __global__ void __launch_bounds__(Row::kThreads, kMost == 8 ? 2 : 1) gate_kernel(GateArgs args, bool vector) {
   constexpr int kBoard = kBoardBytes<Row, kMost> / 16;
@@ -375,8 +382,7 @@ LaunchConfig gate_config(const GateBackwardArgs& args) { return config_of(args.t
 void gate_topk(const GateArgs& args, cudaStream_t stream) {
   check_sizes(args);
   const bool vector = args.experts % 4 == 0 && aligned(args.logits, 16) && aligned(args.bias, 16);
-  clear(args.counts, args.experts * int64_t{sizeof(int32_t)}, stream);
-  clear(args.status, sizeof(int32_t), stream);
+  launch(clear_kernel, LaunchConfig{1, 256, 0}, stream, args.counts, args.experts, args.status);
   with_layout(args.experts, [&](auto layout) {
     using Row = decltype(layout);
     const auto kernel = args.k <= 8 ? gate_kernel<Row, 8> : gate_kernel<Row, 16>;

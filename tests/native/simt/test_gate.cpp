@@ -148,7 +148,7 @@ void run(const Case& c, const Buffer<float>& logits, const Buffer<float>& bias, 
 }
 
 TEST(gate_chooses_like_a_stable_sort) {
-  cases::for_seeds("gate_topk", 2000, [](Random& random) {
+  cases::for_seeds("gate_topk", 1500, [](Random& random) {
     const Case c = random_case(random);
     Buffer<float> logits(c.tokens * c.experts, c.skew), bias(c.experts, c.skew);
     fill_logits(logits, c.experts, random);
@@ -222,7 +222,7 @@ std::vector<double> gradient_of(const Case& c, const float* row, const int32_t* 
 }
 
 TEST(gate_backward_is_the_gradient) {
-  cases::for_seeds("gate_topk_backward", 1000, [](Random& random) {
+  cases::for_seeds("gate_topk_backward", 800, [](Random& random) {
     Case c = random_case(random);
     c.biased = false;
     Buffer<float> logits(c.tokens * c.experts, c.skew), dweights(c.tokens * c.k), bias(0);
