@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -71,16 +72,18 @@ class Run:
         limit_s = max(1.0, min(most_s, self.left_s()))
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+        # A session of its own: what the command started ends with it, also when its time is over.
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        status: int | None = None
         try:
-            done = subprocess.run(
-                words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                timeout=limit_s, check=False,
-            )  # fmt: skip
-            status, text = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            said = error.stdout or b""
-            status, text = None, said.decode(errors="replace") if isinstance(said, bytes) else said
-            text += f"\nstopped after {limit_s:.0f} s"
+            text = process.communicate(timeout=limit_s)[0]
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text = process.communicate()[0] + f"\nstopped after {limit_s:.0f} s"
         print(text[-4000:], flush=True)
         return Done(status, text, time.monotonic() - begin_s)
 
@@ -94,16 +97,26 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device found"
 
 
+def commit() -> str:
+    """Of the sources, with "+changes" where they differ; "unknown" where they travelled without their history."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    words = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    head, changed = (
+        subprocess.run([git, *more], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
+        for more in words
+    )
+    return head + ("+changes" if changed else "") if head else "unknown"
+
+
 def about() -> dict[str, str]:
-    """What every row carries. The folder's commit, or that there is none (the sources travel without it)."""
+    """What every row carries."""
     import torch
 
-    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
-    commit = found.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit or os.environ.get("MOE_OVERLAP_COMMIT", "unknown"),
+        "commit": commit(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(0),
         "clocks": clocks(),

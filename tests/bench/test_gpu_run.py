@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_run, gpu_timing
+from benchmarks import gpu_probe_symmetric, gpu_run, gpu_timing
 from moe_overlap import _native
 from moe_overlap.ops import cuda_kernels, verified
 
@@ -125,3 +127,23 @@ def test_times_are_medians_with_their_spread() -> None:
     assert (found.median_s, found.p10_s, found.p90_s) == (3.0, 1.0, 9.0)
     assert gpu_timing.sets_needed(4 * gpu_timing.CACHE_BYTES) == 1
     assert gpu_timing.sets_needed(gpu_timing.CACHE_BYTES) == 4
+
+
+def answer_and_hang(rank: int, world: int, port: int, out) -> None:
+    if rank == 0:
+        out.put({"world": world})
+    time.sleep(60)
+
+
+def die(rank: int, world: int, port: int, out) -> None:
+    sys.exit(5)
+
+
+def test_processes_of_a_probe_are_ended_whatever_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_probe_symmetric, "WORLD_LIMIT_S", 30.0)
+    monkeypatch.setattr(gpu_probe_symmetric, "JOIN_LIMIT_S", 0.5)
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "")
+    assert gpu_probe_symmetric.world(answer_and_hang, 2) == {"world": 2}
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr(gpu_probe_symmetric, "WORLD_LIMIT_S", 1.0)
+    assert "not run: no answer in 1 s" in gpu_probe_symmetric.world(die, 1)["result"]
