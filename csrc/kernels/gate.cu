@@ -3,7 +3,7 @@
 // says how the best are found. (A launch of one block before it sets the counts and the status to zero, as the blocks
 // add to them.)
 //
-// Bytes: logits once, weights and ids once; at [16384, 128] and k = 8 10.5 MB, 2.4 us at 4.3 TB/s. All the rest has to
+// Bytes: logits once, weights and ids once; at [16384, 128] and k = 8 9.4 MB, 2.2 us at 4.3 TB/s. All the rest has to
 // fit beside it, so instructions are what counts: 660 for the four rows of a warp on sm_90 (in the SASS of nvcc 13.0),
 // 165 for a row: load 15, limit 25, sum of exponentials 18, count and list 42, places 35, weights and stores 30. At
 // four in a cycle on 132 multiprocessors at 1.755 GHz that is 2.9 us for 16384 rows; about half of them are for the
