@@ -55,6 +55,16 @@ def make_router(
     return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
 
 
+def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
+    """Raises ConfigError for a budget that is no integer above 0, or that nobody would keep."""
+    if max_in_flight_bytes is None:
+        return
+    if isinstance(max_in_flight_bytes, bool) or not isinstance(max_in_flight_bytes, int) or max_in_flight_bytes < 1:
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None or an integer of at least 1")
+    if schedule != "auto":
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, 'None, or schedule="auto", which plans within it')
+
+
 def refuse_sharded(name: str, value: object, transport: Transport) -> None:
     """Raises ConfigError for an expert weight that is sharded over ranks which hold other experts.
 

@@ -126,6 +126,7 @@ class AutoSchedule:
     op_verb: OpVerb
     num_ops: int
     overlap: bool = True
+    max_in_flight_bytes: int | None = None
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
     name = "auto"
@@ -182,7 +183,8 @@ class AutoSchedule:
             assert model is not None
             self.kept_in = store(key, model) if first else None
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,
-                                   node_of=node_of, overlap=self.overlap)  # fmt: skip
+                                   node_of=node_of, overlap=self.overlap,
+                                   max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
         self.found[inputs.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

@@ -39,16 +39,25 @@ def explain(
         lines += ["", f"{name}: {schedule.text}", draw(schedule, joined=pair.joined)]
         lines.append(_times(schedule, measured_durations(events, name), joined=pair.joined))
     if last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule):
-        lines += _planned(last.schedule, last.schedule.planned(last.plan.exchange))
+        lines += _planned(last.schedule, last.schedule.planned(last.plan.exchange), events)
     return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in registry.explain())])
 
 
-def _planned(schedule: PlannedSchedule, planned: Planned) -> list[str]:
-    """Why the planner chose this: one section a phase."""
+def _planned(schedule: PlannedSchedule, planned: Planned, events: Sequence[TimelineEvent]) -> list[str]:
+    """Why the planner chose this: one section a phase, with what the last step took on this rank."""
     lines = ["", f"chosen by the planner from a cost model {schedule.model.source}"]
     for phase, window in planned.windows.items():
-        lines += ["", f"-- {phase} --", explain_window(window, planned.candidates[phase])]
+        text = explain_window(window, planned.candidates[phase], measured_s=window_s(events, phase))
+        lines += ["", f"-- {phase} --", text]
     return lines
+
+
+def window_s(events: Sequence[TimelineEvent], phase: str) -> float | None:
+    """Seconds from the start of the first action of a phase to the end of the last; None where none ran."""
+    found = [event for event in events if event.phase == phase and event.action != "N"]
+    if not found:
+        return None
+    return max(event.end_s for event in found) - min(event.start_s for event in found)
 
 
 def _times(schedule: Schedule, durations_s: dict[str, float], *, joined: bool) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moe_overlap import ops
-from moe_overlap.arguments import check_sizes, make_router, refuse_sharded, shaped
+from moe_overlap.arguments import check_budget, check_sizes, make_router, refuse_sharded, shaped
 from moe_overlap.auto import UNPLANNED, AutoSchedule, Op
 from moe_overlap.autograd import Attach, SameRouting
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
@@ -65,7 +65,8 @@ class MoELayer(Tickets, nn.Module):
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
     schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
-    "auto": the first forward call measures (at most 20 s; kept in a cache), then the fastest one found runs.
+    "auto": the first forward call measures (at most 20 s; kept in a cache), then the fastest one found runs, of those
+    whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu", "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
@@ -89,6 +90,7 @@ class MoELayer(Tickets, nn.Module):
         group: Any = None,
         schedule: str | SchedulePair = "serial",
         overlap: bool = True,
+        max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         activation: str = "swiglu",
         shared_expert_size: int | None = None,
@@ -110,6 +112,7 @@ class MoELayer(Tickets, nn.Module):
             raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
         if mode != "host":
             raise ConfigError("mode", mode, "'host' (or 'static', once it exists)")
+        check_budget(max_in_flight_bytes, schedule)
         if group is not None and transport is not None:
             raise ConfigError("transport", transport, "None beside a group: give one of the two")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -129,7 +132,8 @@ class MoELayer(Tickets, nn.Module):
         shared = shared_expert_size is not None
         self.schedule: SchedulePair | AutoSchedule
         if schedule == "auto" and transport.world_size > 1:
-            self.schedule = AutoSchedule(op_verb="S" if shared else "B", num_ops=0, overlap=overlap)
+            self.schedule = AutoSchedule(op_verb="S" if shared else "B", num_ops=0, overlap=overlap,
+                                         max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
         else:  # one rank has no exchange to hide: "auto" is serial
             pair = layer_schedule("serial" if schedule == "auto" else schedule, shared=shared)
             self.schedule = pair if overlap else pair.join()

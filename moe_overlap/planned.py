@@ -47,7 +47,8 @@ class PlannedSchedule:
     """The fastest schedules by `model`, for each step (the `Schedules` of `dispatch.py`).
 
     op_verb "B": `num_ops` backbone ops beside the exchanges; "S": the shared expert; num_ops 0: nothing.
-    `overlap=False` joins every exchange of what was chosen.
+    `overlap=False` joins every exchange of what was chosen. max_in_flight_bytes: the most that exchanges under way may
+    hold in buffers on one rank; ConfigError in a step of which no schedule keeps within it.
     """
 
     model: CostModel
@@ -56,13 +57,15 @@ class PlannedSchedule:
     row_bytes: int
     node_of: NodeOf | None = None
     overlap: bool = True
+    max_in_flight_bytes: int | None = None
     _found: dict[tuple[object, ...], Planned] = field(default_factory=dict, init=False, repr=False)
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
     @cached_property
     def digest(self) -> int:
-        return digest("auto", self.model.to_json(), self.num_ops, self.op_verb, self.row_bytes, self.overlap)
+        settings = (self.num_ops, self.op_verb, self.row_bytes, self.overlap, self.max_in_flight_bytes)
+        return digest("auto", self.model.to_json(), *settings)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The schedules of one step: a pure function of the agreed counts."""
@@ -124,7 +127,8 @@ def _plan(schedule: PlannedSchedule, shapes: Sequence[StepShape], grad: bool) ->
     for phase in phases:
         ops = 0 if schedule.op_verb == "S" else schedule.num_ops
         windows[phase] = window(schedule.model, shapes, phase, op_verb=schedule.op_verb, num_ops=ops)
-    candidates = {phase: search(found) for phase, found in windows.items()}
+    budget = schedule.max_in_flight_bytes
+    candidates = {phase: search(found, max_in_flight_bytes=budget) for phase, found in windows.items()}
     pair = pair_of(
         candidates["forward"][0],
         candidates["backward"][0] if grad else None,

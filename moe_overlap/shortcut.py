@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from moe_overlap.arguments import check_budget
 from moe_overlap.auto import AutoSchedule
 from moe_overlap.autograd import Tap, closing_on_error
 from moe_overlap.errors import ConfigError
@@ -50,7 +51,8 @@ class ShortcutBlock(nn.Module):
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
     ones differ. schedule="auto" instead of all these: measured at the first forward call, then the fastest one found.
-    pre_norm, post_norm: on the experts' input and on their output. overlap=False: every exchange joined.
+    max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on the experts' input and on their output. overlap=False:
+    every exchange joined.
 
     y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
     """
@@ -72,6 +74,7 @@ class ShortcutBlock(nn.Module):
         by: ChunkBy = "tokens",
         schedule: str | None = None,
         overlap: bool = True,
+        max_in_flight_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if combine not in COMBINE:
@@ -91,12 +94,14 @@ class ShortcutBlock(nn.Module):
         self.backbone = nn.ModuleList(op if isinstance(op, nn.Module) else _Callable(op) for op in ops)
         self.pre_norm = pre_norm
         self.post_norm = post_norm
+        check_budget(max_in_flight_bytes, schedule)
         num_ops = len(ops) - tap
         if schedule not in (None, "auto") or (schedule is None) != (slot is not None):
             raise ConfigError("schedule", schedule, "None beside a slot, or 'auto' without one")
         self.schedule: SchedulePair | AutoSchedule
         if slot is None and moe.transport.world_size > 1:
-            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap)
+            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,
+                                         max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
         else:  # one rank has no exchange to hide: any order is as good
             pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
                           backward_chunks=backward_chunks)  # fmt: skip

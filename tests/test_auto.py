@@ -327,6 +327,28 @@ def test_explain_before_and_after(shape):
     with planted(cost_model(OPS if shape == "block" else 0)):
         for text in virtual_world(2).run(rank):
             assert "-- backward --" in text and "schedule auto: " in text
+            assert text.count("Measured ") == 2, "predicted against measured, for both phases"
+
+
+def test_a_budget_of_bytes_in_flight_is_kept_or_refused_on_every_rank():
+    """Without one the exchanges are chunked; half of all bytes leaves the joined schedules, a byte leaves none."""
+
+    def rank(me):
+        def run(budget):
+            torch.manual_seed(0)
+            layer = MoELayer(8, 12, 4, 2, transport=me.transport(), schedule="auto", max_in_flight_bytes=budget)
+            y = layer(torch.randn(64, 8, generator=torch.Generator().manual_seed(me.rank))).detach()
+            return y, layer.stats().schedule, layer._last_step.pair.joined
+
+        free, tight = run(None), run(64 * 2 * 8 * 4 // 2)
+        with pytest.raises(ConfigError, match="max_in_flight_bytes"):
+            run(1)
+        return free, tight
+
+    with planted(cost_model()):
+        for (y, text, joined), (y_tight, _, joined_tight) in virtual_world(2).run(rank):
+            assert "D1" in text and not joined and joined_tight
+            torch.testing.assert_close(y, y_tight)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
