@@ -143,7 +143,8 @@ def test_processes_of_a_probe_are_ended_whatever_they_do(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_probe_symmetric, "WORLD_LIMIT_S", 30.0)
     monkeypatch.setattr(gpu_probe_symmetric, "JOIN_LIMIT_S", 0.5)
     monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "")
+    others = set(multiprocessing.active_children())  # ranks that other tests keep
     assert gpu_probe_symmetric.world(answer_and_hang, 2) == {"world": 2}
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
     monkeypatch.setattr(gpu_probe_symmetric, "WORLD_LIMIT_S", 1.0)
     assert "not run: no answer in 1 s" in gpu_probe_symmetric.world(die, 1)["result"]
