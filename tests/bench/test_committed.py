@@ -67,3 +67,34 @@ def test_deferred_weight_gradients_help_and_change_no_bit(chunks):
     if chunks == 1:
         assert rows[True]["flagged"] is None and rows[False]["flagged"] is None and rows[True]["speedup"] >= 1.10
     assert rows[True]["time_ms_p10"] <= rows[False]["time_ms_p90"], "never slower beyond noise"
+
+
+def test_a_backward_of_its_own_beats_its_mirror_somewhere_and_loses_nowhere_beyond_noise():
+    groups = defaultdict(dict)
+    for row in [*rows_of("**/*-predict.jsonl"), *rows_of("**/*-bench-auto-*.jsonl")]:
+        if row["phase"] == "train" and row["flagged"] is None:
+            key = tuple(row[name] for name in ("case", "link", "tokens", "ffn", "date"))
+            groups[key][row["schedule"]] = row
+    pairs = [(group["auto"], group["mirrored"]) for group in groups.values() if {"auto", "mirrored"} <= set(group)]
+    assert any(own["time_ms_p90"] < mirror["time_ms_p10"] for own, mirror in pairs)
+    assert all(own["time_ms_p10"] <= mirror["time_ms_p90"] for own, mirror in pairs)
+
+
+@pytest.mark.parametrize(("share", "least"), [("60-infer", 1.95), ("60-train", 1.90)])
+def test_scmoe_over_serial_top2_at_60_percent(share, least):
+    """And faster than pipelined top-2 and the overlapped shared expert in the same table."""
+    rows = [row for row in rows_of(f"**/*-bench-layer-share{share}.jsonl") if row["flagged"] is None]
+    assert all(0.54 <= row["comm_share"] <= 0.66 for row in rows)
+    scmoe = max(row["speedup_vs_top2"] for row in rows if row["schedule"] == "shortcut")
+    others = [row["speedup_vs_top2"] for row in rows if row["schedule"] in ("chunked", "shared_expert")]
+    assert scmoe >= least and len(others) == 4 and scmoe > max(others)
+
+
+@pytest.mark.parametrize(("name", "least"), [("bench-layer-share15-train", 0.93), ("bench-auto-share15-infer", 0.95)])
+def test_scmoe_reaches_what_a_15_percent_share_allows(name, least):
+    rows = [row for row in rows_of(f"**/*-{name}.jsonl") if row["flagged"] is None]
+    assert all(0.12 <= row["comm_share"] <= 0.20 for row in rows)
+    (serial_ms,) = (r["time_ms_median"] for r in rows if (r["case"], r["schedule"]) == ("top2", "serial"))
+    for row in rows:
+        if row["schedule"] in ("shortcut", "auto") and row["case"].startswith("scmoe"):
+            assert row["speedup_vs_top2"] * row["nocomm_ms"] / serial_ms >= least
