@@ -189,8 +189,8 @@ class AutoSchedule:
 
 
 def refuse_units(ops: Sequence[Op | None]) -> None:
-    """Raises ConfigError for an FSDP2 unit among `ops`: at the end of a probe's backward FSDP would shard the weights of
-    every unit again, those of the step under way too."""
+    """Raises ConfigError for an FSDP2 unit among `ops`: at the end of a probe's backward FSDP would shard the weights
+    of every unit again, those of the step under way too."""
     from torch.distributed.fsdp import FSDPModule
 
     modules = [module for op in ops if isinstance(op, nn.Module) for module in op.modules()]

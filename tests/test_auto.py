@@ -337,7 +337,7 @@ def test_a_reentrant_checkpoint_is_refused_before_anything_is_measured():
             y.sum().backward()
         assert layer.transport.stats.exchanges == exchanges
 
-    with planted(cost_model()):
+    with measured_as(cost_model()):
         virtual_world(2).run(rank)
 
 
