@@ -143,6 +143,7 @@ class AutoSchedule:
         modules = [op for op in (layer.router, *backbone, shared) if isinstance(op, nn.Module)]
         with undisturbed(modules, x_TD.device):
             try:
+                refuse_units([*backbone, shared])
                 routing = layer.router(x_TD.detach())
                 check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
                 slots_TK = dispatcher.placement.to_physical(routing.topk_ids_TK)
@@ -187,6 +188,19 @@ class AutoSchedule:
                                    max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
         self.found[inputs.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
+
+
+def refuse_units(ops: Sequence[Op | None]) -> None:
+    """Raises ConfigError for an FSDP2 unit among `ops`: at the end of a probe's backward FSDP would shard the weights
+    of every unit again, those of the step under way too."""
+    from torch.distributed.fsdp import FSDPModule
+
+    modules = [module for op in ops if isinstance(op, nn.Module) for module in op.modules()]
+    if torch.is_grad_enabled() and any(isinstance(module, FSDPModule) for module in modules):
+        expected = (
+            "a fixed schedule, where ops beside the exchanges are FSDP2 units of their own (or fully_shard the block"
+        )
+        raise ConfigError("schedule", "auto", f"{expected} around them)")
 
 
 def topology(transport: Transport) -> Callable[[int], int] | None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +24,7 @@ from moe_overlap.planned import pair_of
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.layers import D, E, F, K, make, tokens
-from tests.parallel.model import Shell
+from tests.parallel.model import Shell, whole
 from tests.planted import (
     BACKWARD,
     FORWARD,
@@ -276,6 +278,38 @@ def test_modes(mode, cache):
     gloo_pool(2).run(in_mode, mode, str(cache))
 
 
+def sharded(folder, mode, units):
+    """FSDP2 around the block, and around each of its ops."""
+    os.environ["MOE_OVERLAP_CACHE_DIR"] = folder
+    results = []
+    for schedule in ("serial", "auto"):
+        block = build("block", ProcessGroupTransport(timeout_s=20.0), schedule, mode=mode)
+        ignore_experts_for_ddp(block)
+        model = Shell(block, mode)
+        mesh = init_device_mesh("cpu", (2,))
+        for unit in [*(block.backbone if units == "ops" else ()), model]:
+            fully_shard(unit, mesh=mesh, ignored_params=set(block.moe.expert_weights))
+        x = tokens(8, dist.get_rank()).requires_grad_()
+        with measured_as(cost_model(OPS)):
+            if (schedule, units) == ("auto", "ops"):
+                with pytest.raises(ConfigError, match="FSDP2 units of their own"):
+                    model(x)
+                with torch.no_grad():
+                    close(model(x), results[0]["y"])
+                return
+            y = model(x)
+        y.square().sum().backward()
+        grads = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+        results.append({"y": y.detach(), "dx": x.grad, **grads})
+    same(*results, close)
+
+
+@pytest.mark.parametrize("units", ["block", "ops"])
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_fsdp(mode, units, cache):
+    gloo_pool(2).run(sharded, str(cache), mode, units)
+
+
 def recompute_takes_the_same(folder):
     os.environ["MOE_OVERLAP_CACHE_DIR"] = folder
     block = build("block", ProcessGroupTransport(timeout_s=20.0))
@@ -303,7 +337,7 @@ def test_a_reentrant_checkpoint_is_refused_before_anything_is_measured():
             y.sum().backward()
         assert layer.transport.stats.exchanges == exchanges
 
-    with planted(cost_model()):
+    with measured_as(cost_model()):
         virtual_world(2).run(rank)
 
 
