@@ -139,6 +139,11 @@ class AutoSchedule:
         self, layer: MoELayer, x_TD: torch.Tensor, dtype: torch.dtype, backbone: Sequence[Op], h: torch.Tensor | None
     ) -> PlannedSchedule:
         """The schedules of the coming steps, from probes on the tokens of this one. Collective. Errors as in a step."""
+        if x_TD.is_cuda:
+            # On every rank alike, before anyone waits: what would be measured is how long launches take.
+            raise NotImplementedError(
+                'schedule="auto" on CUDA: calibration times actions on the host (missing: CUDA events)'
+            )
         dispatcher, shared = layer.dispatcher, layer.shared_expert
         modules = [op for op in (layer.router, *backbone, shared) if isinstance(op, nn.Module)]
         with undisturbed(modules, x_TD.device):
