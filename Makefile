@@ -62,7 +62,7 @@ gpu:
 	@echo "make gpu: there are no CUDA kernels in this version; the target comes with them" >&2; exit 1
 
 clean:
-	rm -rf $(SETUP)-* build dist out *.egg-info moe_overlap/*.so moe_overlap/_build_info.json
+	rm -rf $(SETUP)-* build dist out *.egg-info moe_overlap/*.so moe_overlap/_build_info.json moe_overlap/_kernels.json
 
 ifeq ($(strip $(VENV)),)
 $(STAMP): $(NATIVE)

@@ -3,21 +3,25 @@
 Environment:
     MOE_OVERLAP_BUILD     auto (default): build what can be built, never fail. cpu: the compiled CPU parts or an error.
                           cuda: the CUDA kernels as well or an error. none: pure Python.
-    TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels, as for torch extensions (default "8.0;9.0+PTX")
+    TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels, as for torch extensions (default "8.0;9.0+PTX", and "10.0"
+                          where nvcc knows it)
     MAX_JOBS              parallel compiler jobs (default: the cores this process may use)
 
 What was built, and what was left out for which reason, is written into the package as `_build_info.json`, because pip
-hides the output of a build that succeeds. torch is located but never imported, and no GPU is ever asked for.
+hides the output of a build that succeeds. `_kernels.json` beside it has the registers, spills and shared memory of each
+CUDA kernel. torch is located but never imported, and no GPU is ever asked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -32,6 +36,7 @@ from setuptools.errors import BaseError, CompileError
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 PARTS = ("_planner", "_C", "cuda")
+KERNEL_REPORT = "_kernels.json"
 TORCH_FLOOR = (2, 10)
 # Only symbols that torch 2.10 already exports may be used; tests/test_build.py checks what the binding asks for.
 TORCH_TARGET_VERSION = "0x020a000000000000ULL"
@@ -55,7 +60,7 @@ def max_jobs() -> int:
 
 def cuda_architectures() -> str:
     """TORCH_CUDA_ARCH_LIST in CMake's words: "8.0;9.0+PTX" -> "80-real;90-real;90-virtual"."""
-    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "") or "8.0;9.0+PTX"
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "") or default_architectures(nvcc_output("--list-gpu-arch"))
     result = []
     for item in text.replace(" ", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
@@ -64,6 +69,38 @@ def cuda_architectures() -> str:
         number = match[1] + match[2]
         result += [f"{number}-real"] + ([f"{number}-virtual"] if match[3] else [])
     return ";".join(result)
+
+
+def default_architectures(known: str) -> str:
+    """known: what `nvcc --list-gpu-arch` prints. 10.0 came with nvcc 12.8."""
+    return "8.0;9.0+PTX;10.0" if "compute_100" in known.split() else "8.0;9.0+PTX"
+
+
+def find_nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or find_tool("nvcc")
+
+
+def nvcc_output(option: str) -> str:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return ""
+    return subprocess.run([nvcc, option], stdout=subprocess.PIPE, text=True, check=False).stdout
+
+
+def nvcc_version() -> str:
+    """As in `nvcc --version`: "13.0.88"."""
+    found = re.search(r"\bV(\d+(?:\.\d+)+)", nvcc_output("--version"))
+    return found[1] if found else "unknown"
+
+
+def kernel_sources() -> str:
+    """A digest of what the kernels are made from: a check on a GPU holds for these sources only."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*(ROOT / "csrc/kernels").iterdir(), *(ROOT / "csrc/core").glob("*.h"), *(ROOT / "csrc/bindings").iterdir()]
+    ):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def find_tool(*names: str) -> str | None:
@@ -122,9 +159,7 @@ def missing_for_torch() -> str | None:
 
 
 def missing_for_cuda() -> str | None:
-    if not list((ROOT / "csrc/kernels").glob("*.cu")):
-        return "this version has no CUDA kernels"
-    return None if find_tool("nvcc") or os.environ.get("CUDACXX") else "nvcc not found"
+    return None if find_nvcc() else "nvcc not found"
 
 
 def reasons_against(mode: str) -> dict[str, str]:
@@ -135,7 +170,7 @@ def reasons_against(mode: str) -> dict[str, str]:
     found = {
         "_planner": toolchain or missing_for_planner(),
         "_C": toolchain or missing_for_torch(),
-        "cuda": "MOE_OVERLAP_BUILD=cpu" if mode == "cpu" else toolchain or missing_for_cuda(),
+        "cuda": "MOE_OVERLAP_BUILD=cpu" if mode == "cpu" else toolchain or missing_for_cuda() or missing_for_torch(),
     }
     return {part: reason for part, reason in found.items() if reason}
 
@@ -163,14 +198,16 @@ def extensions(parts: list[str]) -> list[Extension]:
 
 def remove_compiled(package: Path) -> None:
     """A part that an earlier build left behind would be loaded although this build leaves it out."""
-    for stem in ("_planner", "_C"):
-        for path in package.glob(f"{stem}.*so"):
+    for pattern in ("_planner.*so", "_C.*so", KERNEL_REPORT):
+        for path in package.glob(pattern):
             path.unlink()
 
 
 def write_info(package: Path, built: dict[str, str], left_out: dict[str, str]) -> None:
     versions = {name: version for name in ("torch", "pybind11", "setuptools") if (version := package_version(name))}
     versions |= {"python": platform.python_version(), "compiler": compiler_version()}
+    if "cuda" in built:
+        versions |= {"nvcc": nvcc_version(), "kernels": kernel_sources()}
     info = {"mode": MODE, "built": built, "left_out": left_out, "versions": versions}
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -206,6 +243,9 @@ class BuildNative(build_ext):
         super().run()
         package = ROOT / "moe_overlap" if self.inplace else Path(self.build_lib, "moe_overlap")
         built = {ext.name.rpartition(".")[2]: Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
+        if "_C" in built and "cuda" not in self.left_out:
+            built["cuda"] = built["_C"]  # the kernels are in the same file
+            self.write_kernel_report(package)
         write_info(package, built, self.left_out)
 
     def build_extensions(self) -> None:
@@ -214,7 +254,7 @@ class BuildNative(build_ext):
             if part in self.left_out:
                 raise CompileError(f"MOE_OVERLAP_BUILD={MODE}: cannot build {part}: {self.left_out[part]}")
         try:
-            self.run_cmake()
+            self.run_cmake_with_or_without_cuda()
         except CompileError as error:
             self.give_up(list(self.extensions), error)
         for ext in list(self.extensions):
@@ -228,7 +268,9 @@ class BuildNative(build_ext):
         if MODE != "auto":
             raise error
         for ext in failed:
-            self.left_out[ext.name.rpartition(".")[2]] = " ".join(str(error).split())[:500]
+            self.left_out[ext.name.rpartition(".")[2]] = one_line(error)
+            if ext.name == "moe_overlap._C":
+                self.left_out.setdefault("cuda", "it is part of _C, which was left out")
         self.extensions = [ext for ext in self.extensions if ext not in failed]
 
     def build_extension(self, ext: Extension) -> None:
@@ -238,7 +280,12 @@ class BuildNative(build_ext):
             (made,) = self.cmake_dir.glob("_planner.*so")
             shutil.copy2(made, target)
             return
-        ext.extra_objects = [str(self.cmake_dir / "libmoe_overlap_core.a")]
+        if "cuda" not in self.left_out:
+            ext.sources.append("csrc/bindings/torch_cuda_ops.cpp")
+            runtime = (self.cmake_dir / "cudart_static.path").read_text(encoding="utf-8")
+            ext.extra_objects += [str(self.cmake_dir / "libmoe_overlap_kernels.a"), runtime]
+            ext.libraries += ["dl", "pthread", "rt"]  # what the CUDA runtime needs
+        ext.extra_objects.append(str(self.cmake_dir / "libmoe_overlap_core.a"))
         ext.depends = [*ext.extra_objects, *map(str, (ROOT / "csrc").rglob("*.h"))]
         super().build_extension(ext)
 
@@ -246,23 +293,45 @@ class BuildNative(build_ext):
     def cmake_dir(self) -> Path:
         return Path(self.build_temp).resolve() / "cmake"
 
+    def write_kernel_report(self, package: Path) -> None:
+        collect = runpy.run_path(str(ROOT / "csrc/ptxas_report.py"))["collect"]
+        rows = collect(self.cmake_dir / "CMakeFiles/moe_overlap_kernels.dir")
+        text = json.dumps({"nvcc": nvcc_version(), "kernels": rows}, indent=1)
+        (package / KERNEL_REPORT).write_text(text + "\n", encoding="utf-8")
+
+    def run_cmake_with_or_without_cuda(self) -> None:
+        """In auto mode kernels that do not compile are left out, and the rest is built without them."""
+        if "cuda" not in self.left_out:
+            try:
+                return self.run_cmake()
+            except CompileError as error:
+                if MODE != "auto":
+                    raise
+                self.left_out["cuda"] = one_line(error)
+        self.run_cmake()
+
     def run_cmake(self) -> None:
         cmake = find_tool("cmake") or "cmake"
         # --fresh: the cache of an earlier build may name tools of an environment that is gone. Objects are kept.
         configure = [cmake, "--fresh", "-S", str(ROOT), "-B", str(self.cmake_dir), "-DMOE_OVERLAP_TESTS=OFF"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}"]
         if ninja := find_tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         if any(ext.name == "moe_overlap._planner" for ext in self.extensions):
             pybind11 = package_root("pybind11") or Path("pybind11")
             configure += [
                 "-DMOE_OVERLAP_PLANNER=ON",
-                f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11 / 'share/cmake/pybind11'}",
             ]
-        if MODE in ("auto", "cuda") and "cuda" not in self.left_out:
+        if "cuda" not in self.left_out:
             configure += ["-DMOE_OVERLAP_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures()}"]
+            configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
         run_logged(configure)
         run_logged([cmake, "--build", str(self.cmake_dir), "-j", str(max_jobs())])
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def run_logged(command: list[str]) -> None:

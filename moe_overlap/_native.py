@@ -56,6 +56,16 @@ def parts() -> tuple[NativePart, ...]:
     return tuple(part(name) for name in STEMS)
 
 
+def why_no_cuda_kernels() -> str:
+    """Why the loaded `_C` is one without CUDA kernels."""
+    return build_info.why_not_built("cuda")
+
+
+def kernel_sources() -> str:
+    """The digest of the sources from which the CUDA kernels of this install were built ("" without kernels)."""
+    return build_info.read().versions.get("kernels", "")
+
+
 @cache
 def _load_planner() -> tuple[ModuleType | None, NativePart]:
     path = _find("planner")

@@ -1,4 +1,4 @@
-"""The command `moe-overlap`: `info`, `plan`, `train` and `bench`.
+"""The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate` and `bench`.
 
 Exit status: 0 done, 1 a correctness check failed, 2 bad input, said in one line that names the option, the value and
 what was expected.
@@ -17,6 +17,7 @@ from moe_overlap.errors import ConfigError
 
 COMMANDS = {
     "info": ("moe_overlap.info", "versions, what is compiled, the chosen implementations and why"),
+    "kernels": ("moe_overlap.kernels", "registers, spills, shared memory and occupancy of the CUDA kernels"),
     "plan": ("moe_overlap.forecast", "predict from numbers alone which schedule wins on a cluster"),
     "train": ("moe_overlap.train", "train a small MoE language model on real text, overlap on or off"),
     "calibrate": ("moe_overlap.calibrate", 'measure the cost model of a layer, for schedule="auto"'),

@@ -30,6 +30,7 @@ NOT_SOURCE = (
     "*.egg-info",
     "*.so",
     "_build_info.json",
+    "_kernels.json",
     ".*_cache",
     "__pycache__",
 )
@@ -123,7 +124,7 @@ def installs(tmp_path_factory) -> dict[str, Future[Installed]]:
 
     with ThreadPoolExecutor(2) as pool:
         yield {
-            "tree": pool.submit(lambda: install(source("tree"), folder / "tree", "auto")),
+            "tree": pool.submit(lambda: install(source("tree"), folder / "tree", "cpu")),
             "sdist": pool.submit(from_sdist),
             "none": pool.submit(lambda: install(source("none"), folder / "none", "none")),
         }
@@ -153,8 +154,8 @@ def test_compiled_install_loads_its_own_parts(installs, compiled, variant):
         installed.assert_inside(path)
     assert found["simulator"][0] == "cpp"
     assert any(line.startswith("row_map: cpp") for line in found["explain"])
-    assert found["mode"] == {"tree": "auto", "sdist": "cpu"}[variant]
-    assert set(found["built"]) == {"_planner", "_C"} and set(found["left_out"]) == {"cuda"}
+    assert found["mode"] == "cpu"  # the CUDA kernels take a minute, and are the same file
+    assert set(found["built"]) == {"_planner", "_C"} and found["left_out"] == {"cuda": "MOE_OVERLAP_BUILD=cpu"}
 
 
 def test_pure_python_install_has_every_op_and_says_why(installs):

@@ -6,6 +6,12 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef __CUDACC__
+#define MOE_OVERLAP_DEVICE __host__ __device__
+#else
+#define MOE_OVERLAP_DEVICE
+#endif
+
 namespace moe_overlap {
 
 [[noreturn]] inline void throw_overflow(const char* operation, int64_t a, int64_t b) {
@@ -32,6 +38,12 @@ inline int64_t checked_round_up(int64_t value, int64_t align) {
 // The offset of (row, column) in a row-major buffer: row * stride + column.
 inline int64_t checked_offset(int64_t row, int64_t stride, int64_t column) {
   return checked_add(checked_mul(row, stride), column);
+}
+
+// The same offset inside a kernel, where nothing can throw: the host has checked the largest one (checked_mul of rows
+// and stride) before the launch. 64 bits whatever the types of the arguments.
+MOE_OVERLAP_DEVICE inline int64_t element_offset(int64_t row, int64_t stride, int64_t column = 0) {
+  return row * stride + column;
 }
 
 }  // namespace moe_overlap

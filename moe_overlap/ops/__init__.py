@@ -15,10 +15,13 @@ from moe_overlap.ops.pack import pack, unpack
 from moe_overlap.ops.permute import permute
 from moe_overlap.ops.row_map import row_map
 
+from moe_overlap.ops import cuda_kernels  # isort: skip  (needs the operators)
+
 __all__ = [
     "activation",
     "combine",
     "combine_backward",
+    "cuda_kernels",
     "expert_mlp",
     "expert_mlp_dgrad",
     "expert_mlp_forward",

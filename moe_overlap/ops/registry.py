@@ -2,13 +2,14 @@
 
 Each operator has implementations in order of preference. `choose` takes the first one that can run here and says why;
 `force` fixes one for tests and benchmarks; `explain` lists the state. Nothing falls back silently: asking for an
-implementation that cannot run raises ConfigError with the reason.
+implementation that cannot run raises ConfigError with the reason. An implementation that was compiled but never checked
+on the hardware at hand has a reservation: it runs when forced, and by default only where nothing else can.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,24 @@ import torch
 from moe_overlap.errors import ConfigError
 
 Obstacle = Callable[[torch.device, torch.dtype], "str | None"]
+Limit = Callable[..., "str | None"]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operator. `obstacle(device, dtype)` is None where it can run, else the reason why not."""
+    """One way to run an operator.
+
+    Each of these is None where all is well, else the reason: `obstacle(device, dtype)` why it cannot run there,
+    `reservation(device, dtype)` why it is not to be the default where it can run, `limit(*arguments)` why it does not
+    take them.
+    """
 
     name: str
     call: Callable[..., Any]
-    obstacle: Obstacle
     merit: str
+    obstacle: Obstacle
+    reservation: Obstacle
+    limit: Limit | None
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,12 @@ class Choice:
     reason: str
 
 
+# In order of preference, each with why it comes next.
+Candidates = tuple[tuple[Implementation, Choice], ...]
+
 _implementations: dict[str, list[Implementation]] = {}
 _forced: dict[str, str] = {}
-_chosen: dict[tuple[str, str, torch.dtype], tuple[Implementation, Choice]] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype], Candidates] = {}
 _lock = threading.RLock()
 
 
@@ -49,32 +61,41 @@ def add(
     name: str,
     call: Callable[..., Any],
     *,
-    obstacle: Obstacle | None = None,
     merit: str,
+    obstacle: Obstacle | None = None,
+    reservation: Obstacle | None = None,
+    limit: Limit | None = None,
     preferred: bool = False,
 ) -> None:
     """Make an implementation known. `merit` says why one would take it; `preferred` puts it before the others."""
     with _lock:
         known = _implementations.setdefault(op, [])
-        entry = Implementation(name, call, obstacle or (lambda device, dtype: None), merit)
+        entry = Implementation(name, call, merit, obstacle or _nothing, reservation or _nothing, limit)
         known.insert(0 if preferred else len(known), entry)
         _chosen.clear()
 
 
-def choose(op: str, *, device: torch.device | str, dtype: torch.dtype, **shape: int) -> Choice:
-    """The implementation of `op` that runs for these arguments, with the reason.
+def choose(
+    op: str, *, device: torch.device | str, dtype: torch.dtype, arguments: Sequence[Any] | None = None
+) -> Choice:
+    """The implementation of `op` that runs for a first argument of this device and dtype, with the reason.
 
-    `shape` is there for implementations whose worth depends on sizes; none of today's does. Raises ConfigError for an
-    operator that does not exist and for a forced implementation that cannot run.
+    `arguments` are those of one call, for implementations that take only some sizes; None: any that fit. Raises
+    ConfigError for an operator that does not exist and for a forced implementation that cannot run.
     """
-    return _choose(op, torch.device(device), dtype)[1]
+    candidates = _candidates(op, torch.device(device), dtype)
+    return candidates[0][1] if arguments is None else _first_within_limits(op, candidates, arguments)[1]
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    """The function registered with the dispatcher: looks up the choice for its first argument and calls it."""
+    """The function registered with the dispatcher: looks up the choice for its arguments and calls it."""
 
     def run(first: torch.Tensor, *args: Any) -> Any:
-        return _choose(op, first.device, first.dtype)[0].call(first, *args)
+        candidates = _candidates(op, first.device, first.dtype)
+        entry = candidates[0][0]
+        if entry.limit is not None:
+            entry = _first_within_limits(op, candidates, (first, *args))[0]
+        return entry.call(first, *args)
 
     return run
 
@@ -112,10 +133,14 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         choice = choose(op, device=at, dtype=dtype)
         lines.append(f"{op}: {choice.impl} ({choice.reason})")
         for entry in _implementations[op]:
-            why = entry.obstacle(at, dtype)
+            why = entry.obstacle(at, dtype) or entry.reservation(at, dtype)
             if entry.name != choice.impl and why is not None:
                 lines.append(f"{op}: not {entry.name} ({why})")
     return lines
+
+
+def _nothing(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
 
 
 def _known(op: str) -> list[Implementation]:
@@ -124,8 +149,8 @@ def _known(op: str) -> list[Implementation]:
     return _implementations[op]
 
 
-def _choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, Choice]:
-    key = (op, device.type, dtype)
+def _candidates(op: str, device: torch.device, dtype: torch.dtype) -> Candidates:
+    key = (op, device, dtype)
     found = _chosen.get(key)
     if found is None:
         with _lock:
@@ -133,18 +158,36 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Implemen
     return found
 
 
-def _decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, Choice]:
-    known = _known(op)
-    wanted = _forced.get(op)
-    passed_over: list[str] = []
-    for entry in known:
-        if wanted is not None and entry.name != wanted:
-            continue
-        why_not = entry.obstacle(device, dtype)
+def _first_within_limits(op: str, candidates: Candidates, arguments: Sequence[Any]) -> tuple[Implementation, Choice]:
+    refused: list[str] = []
+    for entry, choice in candidates:
+        why_not = entry.limit(*arguments) if entry.limit is not None else None
         if why_not is None:
-            reason = "forced" if wanted is not None else "; ".join([entry.merit, *passed_over])
-            return entry, Choice(entry.name, reason)
-        if wanted is not None:
+            return entry, Choice(choice.impl, "; ".join([choice.reason, *refused]))
+        refused.append(f"{entry.name} does not take these arguments: {why_not}")
+    raise ConfigError("impl", candidates[0][0].name, f"an implementation of {op} for these arguments: {refused[0]}")
+
+
+def _decide(op: str, device: torch.device, dtype: torch.dtype) -> Candidates:
+    wanted = _forced.get(op)
+    if wanted is not None:
+        (entry,) = (entry for entry in _known(op) if entry.name == wanted)
+        why_not = entry.obstacle(device, dtype)
+        if why_not is not None:
             raise ConfigError("impl", wanted, f"an implementation of {op} that can run on {device}: {why_not}")
-        passed_over.append(f"{entry.name} cannot run: {why_not}")
-    raise ConfigError("device", str(device), f"a device on which {op} can run: {'; '.join(passed_over)}")
+        return ((entry, Choice(wanted, "forced")),)
+    passed_over: list[str] = []
+    able: list[tuple[Implementation, Choice]] = []
+    reserved: list[Implementation] = []
+    for entry in _known(op):
+        if (why_not := entry.obstacle(device, dtype)) is not None:
+            passed_over.append(f"{entry.name} cannot run: {why_not}")
+        elif (doubt := entry.reservation(device, dtype)) is not None:
+            passed_over.append(f"{entry.name} is not the default: {doubt}")
+            reserved.append(entry)
+        else:
+            able.append((entry, Choice(entry.name, "; ".join([entry.merit, *passed_over]))))
+    able += [(entry, Choice(entry.name, "; ".join(["nothing else can run", *passed_over]))) for entry in reserved]
+    if not able:
+        raise ConfigError("device", str(device), f"a device on which {op} can run: {'; '.join(passed_over)}")
+    return tuple(able)

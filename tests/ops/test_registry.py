@@ -32,7 +32,7 @@ def toy(monkeypatch: pytest.MonkeyPatch):
 
 def test_takes_the_best_that_can_run_and_says_why(toy) -> None:
     assert registry.choose(toy, device="cpu", dtype=torch.float32) == registry.Choice("fast", "faster")
-    choice = registry.choose(toy, device=CPU, dtype=torch.float64, rows=7)
+    choice = registry.choose(toy, device=CPU, dtype=torch.float64)
     assert choice.impl == "reference"
     assert "fast cannot run: no float64" in choice.reason and "broken cannot run: no compiler" in choice.reason
     run = registry.kernel(toy)
