@@ -53,6 +53,7 @@ SLOW_PEER_S = EnvVariable(
     high=3600.0,
 )
 VARIABLES = (TIMEOUT_S, SLOW_PEER_S)
+TRITON_INTERPRET = "TRITON_INTERPRET"
 CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
 
 
@@ -63,3 +64,8 @@ def cache_dir() -> Path:
         return Path(text)
     base = os.environ.get("XDG_CACHE_HOME", "")  # the desktop standard for caches
     return (Path(base) if base else Path.home() / ".cache") / "moe_overlap"
+
+
+def triton_interpreter() -> bool:
+    """Whether Triton runs kernels in its interpreter: its own variable TRITON_INTERPRET, as Triton reads it."""
+    return os.environ.get(TRITON_INTERPRET, "").lower() in ("1", "true", "yes", "on", "y")
