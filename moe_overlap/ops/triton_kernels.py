@@ -59,6 +59,7 @@ def _row_map_limit(ids_TK: torch.Tensor, num_experts: int, first: int, last: int
 
 
 _ROUTER = (torch.float32, torch.float64)
+_MATRICES = (torch.float32, torch.bfloat16, torch.float16)
 
 KERNELS = {
     "gate_topk": Kernel("gate_triton", _ROUTER, limit=_gate_limit),
@@ -69,6 +70,11 @@ KERNELS = {
     "combine_backward": Kernel("combine_triton"),
     "activation": Kernel("swiglu_triton"),
     "activation_backward": Kernel("swiglu_triton"),
+    "expert_mlp": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_backward": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_forward": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_dgrad": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_wgrad": Kernel("expert_mlp_triton", _MATRICES),
 }
 """The operators that have a Triton kernel."""
 
