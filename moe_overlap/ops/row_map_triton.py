@@ -17,7 +17,7 @@ from moe_overlap.ops.row_map import max_rows
 
 _NO_LIMIT = 2**31 - 1
 _BLOCK_SLOTS = 512
-_BLOCK_COMPARED = 32
+_BLOCK_COMPARED = 16
 
 
 @triton.jit
@@ -120,6 +120,6 @@ def row_map(
         place_kernel, (num_blocks,),
         ids_TK, counts, totals, tokens_per_expert, offs, slot_to_row, row_to_slot,
         slots, first, last, align, _NO_LIMIT if capacity is None else min(capacity, _NO_LIMIT), num_rows,
-        E_PAD=padded, BLOCK_S=_BLOCK_SLOTS, BLOCK_C=_BLOCK_COMPARED,
+        E_PAD=padded, BLOCK_S=_BLOCK_SLOTS, BLOCK_C=_BLOCK_COMPARED, num_warps=8,
     )  # fmt: skip
     return tokens_per_expert, offs, slot_to_row, row_to_slot
