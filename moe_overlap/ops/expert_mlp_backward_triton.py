@@ -46,8 +46,6 @@ def hidden_gradient_kernel(
     """
     num_row_tiles = tl.load(tiles + 3 * capacity)
     num_columns = tl.cdiv(ffn, BLOCK_N)
-    first_up = ffn if KIND == SWIGLU else 0
-    h_width = first_up + ffn
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_columns, tl.num_programs(0)):
         row_tile, column_tile = place(tile, num_row_tiles, num_columns, GROUP)
         expert, begin, row_M, live_M, used_M = tile_rows(tiles, capacity, row_tile, BLOCK_M)
@@ -60,31 +58,67 @@ def hidden_gradient_kernel(
                 BLOCK_N, BLOCK_K, B_TMA, False, EVEN_K,
             )  # fmt: skip
             da_MN = tl.dot(dy_MK, w_KN, da_MN, input_precision="ieee")
-        column_N = column + tl.arange(0, BLOCK_N)
-        exists_N = column_N < ffn
-        read_MN = used_M[:, None] & exists_N[None, :]
-        stored_MN = live_M[:, None] & exists_N[None, :]
-        h_at_MN = h + row_M[:, None] * h_width + column_N[None, :]
-        up_MN = tl.load(h_at_MN + first_up, mask=read_MN, other=0.0).to(tl.float32)
-        gate_MN = up_MN
-        if KIND == SWIGLU:
-            gate_MN = tl.load(h_at_MN, mask=read_MN, other=0.0).to(tl.float32)
-        a_MN = activate(gate_MN, up_MN, KIND)
-        # Columns beyond F and rows of other experts may hold anything, NaN too.
-        da_MN = tl.where(read_MN, da_MN, 0.0)
+        # A quarter of the columns at a time: da, h, dh and a of all of them do not fit into registers.
+        left_MN, right_MN = halves(da_MN, BLOCK_M, BLOCK_N)
+        part_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for half in tl.static_range(2):
+            quarters = halves(left_MN if half == 0 else right_MN, BLOCK_M, BLOCK_N // 2)
+            for quarter in tl.static_range(2):
+                part_M += through_activation(
+                    quarters[quarter], h, row_scale, dh, a, row_M, live_M, used_M,
+                    column + (2 * half + quarter) * (BLOCK_N // 4), ffn, KIND, SCALED, BLOCK_N // 4,
+                )  # fmt: skip
         if WANTS_DSCALE:
-            part_M = tl.sum(da_MN * a_MN, axis=1)
             tl.store(dscale_parts + column_tile.to(tl.int64) * num_rows + row_M, part_M, mask=live_M)
-        if SCALED:
-            scale_M = tl.load(row_scale + row_M, mask=used_M, other=0.0)
-            a_MN *= scale_M[:, None]
-            da_MN *= scale_M[:, None]
-        tl.store(a + row_M[:, None] * ffn + column_N[None, :], a_MN.to(a.dtype.element_ty), mask=stored_MN)
-        dgate_MN, dup_MN = differentiate(da_MN, gate_MN, up_MN, KIND)
-        dh_at_MN = dh + row_M[:, None] * h_width + column_N[None, :]
-        tl.store(dh_at_MN + first_up, dup_MN.to(dh.dtype.element_ty), mask=stored_MN)
-        if KIND == SWIGLU:
-            tl.store(dh_at_MN, dgate_MN.to(dh.dtype.element_ty), mask=stored_MN)
+
+
+@triton.jit
+def halves(values_MN, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(values_MN, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def through_activation(
+    da_MN,
+    h,
+    row_scale,
+    dh,
+    a,
+    row_M,
+    live_M,
+    used_M,
+    column,
+    ffn,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Writes dh and a of the columns from `column` on; returns the sum of da * a over them, for dscale."""
+    column_N = column + tl.arange(0, BLOCK_N)
+    exists_N = column_N < ffn
+    read_MN = used_M[:, None] & exists_N[None, :]
+    stored_MN = live_M[:, None] & exists_N[None, :]
+    first_up = ffn if KIND == SWIGLU else 0
+    place_MN = row_M[:, None] * (first_up + ffn) + column_N[None, :]
+    up_MN = tl.load(h + place_MN + first_up, mask=read_MN, other=0.0).to(tl.float32)
+    gate_MN = up_MN
+    if KIND == SWIGLU:
+        gate_MN = tl.load(h + place_MN, mask=read_MN, other=0.0).to(tl.float32)
+    a_MN = activate(gate_MN, up_MN, KIND)
+    # Columns beyond F and rows of other experts may hold anything, NaN too.
+    da_MN = tl.where(read_MN, da_MN, 0.0)
+    part_M = tl.sum(da_MN * a_MN, axis=1)
+    if SCALED:
+        scale_M = tl.load(row_scale + row_M, mask=used_M, other=0.0)
+        a_MN *= scale_M[:, None]
+        da_MN *= scale_M[:, None]
+    tl.store(a + row_M[:, None] * ffn + column_N[None, :], a_MN.to(a.dtype.element_ty), mask=stored_MN)
+    dgate_MN, dup_MN = differentiate(da_MN, gate_MN, up_MN, KIND)
+    tl.store(dh + place_MN + first_up, dup_MN.to(dh.dtype.element_ty), mask=stored_MN)
+    if KIND == SWIGLU:
+        tl.store(dh + place_MN, dgate_MN.to(dh.dtype.element_ty), mask=stored_MN)
+    return part_M
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_expert", "last_expert"])

@@ -12,6 +12,7 @@ is not needed for it; the parts of each column tile are added in their order, wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -167,18 +168,18 @@ class _Call:
     ) -> None:
         experts, self.num_rows, self.like, self.kind = w_in.shape[0], num_rows, like, kind
         total = num_rows
-        if not (isinstance(ends, torch.Tensor) and ends.is_cuda):
+        if not isinstance(ends, torch.Tensor) or ends.device.type == "cpu":
             total = sum(end - begin for begin, end in expert_loop.row_ranges(ends, starts, num_rows, experts))
         self.ends, self.starts = _on_device(ends, like.device), _on_device(starts, like.device)
-        self.with_tail, self.num_experts = with_tail, experts
+        self.with_tail, self.num_experts, self.num_sms = with_tail, experts, num_sms
+        self.target = target(like.device)
         self.problem = Problem(
-            arch=_architecture(like.device),
+            arch=self.target.arch,
             item_bytes=like.element_size(),
             hidden=w_out.shape[1],
             ffn=w_out.shape[2],
             rows=total // max(experts, 1),
         )
-        self.num_sms = num_sms
         self._tiles: dict[int, tuple[torch.Tensor, int]] = {}
 
     def buffer(self, field: str, given: torch.Tensor | None, columns: int) -> torch.Tensor:
@@ -266,6 +267,9 @@ class _Call:
             raise ConfigError("dw_in, dw_out", f"strides {out.stride()}", "contiguous buffers for the Triton kernels")
         first, last = (0, self.num_experts) if experts is None else experts
         shape = block_shape("weights", self.problem)
+        if row_to_token is not None:
+            # The map is read ahead of the rows: it takes two of the stages.
+            shape = replace(shape, stages=shape.stages + 2)
         left_RM, right_RN = _unit_stride(left_RM), _unit_stride(right_RN)
         _, left_width, right_width = out.shape
         tiles = (last - first) * blocks(left_width, shape.m) * blocks(right_width, shape.n)
@@ -298,7 +302,7 @@ class _Call:
 
     def _launch(self, kernel: Any, shape: Blocks, most_tiles: int, *args: Any, **constants: Any) -> None:
         # Two programs may lie on two multiprocessors, so a budget counts programs.
-        programs = _multiprocessors(self.like.device) * shape.per_sm if self.num_sms is None else self.num_sms
+        programs = self.target.multiprocessors * shape.per_sm if self.num_sms is None else self.num_sms
         launch(
             kernel, (min(programs, most_tiles),), *args, **constants, BLOCK_M=shape.m, BLOCK_N=shape.n,
             BLOCK_K=shape.k, GROUP=shape.group, num_warps=shape.warps, num_stages=shape.stages,
@@ -320,16 +324,21 @@ def _operand(tensor: torch.Tensor, problem: Problem, block: tuple[int, ...]) -> 
     return (TensorDescriptor.from_tensor(tensor, list(block)), True) if allowed else (tensor, False)
 
 
-@cache
-def _architecture(device: torch.device) -> str:
-    return "interpreter" if device.type == "cpu" else architecture_class(triton_kernels.architecture(device))
+@dataclass(frozen=True)
+class Target:
+    """What a device is to the table of blocks and to the size of a grid."""
+
+    arch: str
+    multiprocessors: int
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def target(device: torch.device) -> Target:
+    """The target of tensors on this device."""
     if device.type == "cpu":
-        return INTERPRETED_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return Target("interpreter", INTERPRETED_SMS)
+    arch = architecture_class(triton_kernels.architecture(device))
+    return Target(arch, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _on_device(bounds: Bounds | None, device: torch.device) -> torch.Tensor | None:

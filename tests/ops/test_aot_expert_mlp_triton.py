@@ -1,0 +1,104 @@
+"""The Triton kernels of the expert MLP in every committed block shape, compiled for cuda:80, 90 and 100 without a GPU.
+
+Read from the machine code: matrix instructions are used in 16 bits, nothing spills, shared memory and registers fit as
+many programs on a multiprocessor as the table says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_overlap import config
+from moe_overlap.ops import triton_kernels
+
+if triton_kernels.missing():
+    pytest.skip(str(triton_kernels.missing()), allow_module_level=True)
+if config.triton_interpreter():
+    pytest.skip("ahead-of-time compilation needs TRITON_INTERPRET unset", allow_module_level=True)
+
+from moe_overlap.ops import expert_mlp_triton as mlp  # noqa: E402
+from moe_overlap.ops.expert_mlp_blocks_triton import SHARED_BYTES, TABLE, Problem, Row  # noqa: E402
+from tests.ops import aot  # noqa: E402
+from tests.ops.aot import meta  # noqa: E402
+
+BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "portable": 80}
+REGISTERS = 64 << 10
+KERNELS = {"up_kernel": "up", "rows_kernel": "rows", "hidden_gradient_kernel": "hidden", "weights_kernel": "weights"}
+EXPERTS = 8
+
+
+def launches(problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd: bool = False) -> list[aot.Launch]:
+    """Forward and backward of a layer of these sizes on this architecture; `odd` sizes divide by nothing."""
+    dtype = BF16 if problem.item_bytes == 2 else F32
+    hidden, ffn = problem.hidden + 3 * odd, problem.ffn + odd
+    rows = max(1, problem.rows) * EXPERTS
+    width = 2 * ffn if kind == "swiglu" else ffn
+    w_in, w_out = meta(EXPERTS, width, hidden, dtype=dtype), meta(EXPERTS, hidden, ffn, dtype=dtype)
+    offs, scale = meta(EXPERTS, dtype=I32), meta(rows, dtype=F32)
+    x = meta(rows // 2 + 8 if mapped else rows, hidden, dtype=dtype)
+    row_to_token = meta(rows, dtype=I32) if mapped else None
+    h, dy = meta(rows, width, dtype=dtype), meta(rows, hidden, dtype=dtype)
+    operands = (w_in, w_out, offs, kind, row_to_token, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp, "target", lambda device: mlp.Target(problem.arch, 132))
+        forward = aot.recorded(mlp.expert_mlp, x, *operands, None, True)
+        backward = aot.recorded(mlp.expert_mlp_backward, dy, x, h, *operands, [True] * 4)
+    return [*forward, *backward]
+
+
+def problem_of(row: Row) -> Problem:
+    """Sizes that lead to this row of the table: as large as it takes."""
+    return Problem(
+        arch=row.arch,
+        item_bytes=row.item_bytes,
+        hidden=row.most_hidden or 2048,
+        ffn=row.most_ffn or 2048,
+        rows=row.most_rows if row.most_rows is not None else 512,
+    )
+
+
+CASES = {
+    f"{stage} {row.arch} {8 * row.item_bytes} bit {row.blocks.m}x{row.blocks.n}x{row.blocks.k}": (stage, row)
+    for stage, rows in TABLE.items()
+    for row in rows
+    if row.arch != "interpreter"
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is taken from an earlier run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def check(launch: aot.Launch, row: Row, folder: Path) -> None:
+    capability = CAPABILITY[row.arch]
+    kernel = aot.compiled(launch, capability)
+    used, ptx, shape = aot.resources(kernel, folder), kernel.asm["ptx"], row.blocks
+    if os.environ.get("SHOW_RESOURCES"):
+        print(launch.name, row.arch, shape, used, {key: ptx.count(key) for key in ("cp.async.bulk.tensor", "cp.async")})
+    assert (launch.keywords["BLOCK_M"], launch.keywords["BLOCK_N"]) == (shape.m, shape.n)
+    assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)
+    assert used.shared_bytes * shape.per_sm <= SHARED_BYTES[row.arch], (launch.name, used)
+    assert used.registers * 32 * kernel.metadata.num_warps * shape.per_sm <= REGISTERS, (launch.name, used)
+    if row.item_bytes == 2:
+        assert aot.MATRIX_INSTRUCTION[capability] in ptx
+    if launch.keywords.get("B_TMA"):
+        assert "cp.async.bulk.tensor" in ptx
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_block_shape_of_the_table(name: str, tmp_path: Path) -> None:
+    stage, row = CASES[name]
+    found = [launch for launch in launches(problem_of(row)) if KERNELS.get(launch.name) == stage]
+    assert found
+    for launch in found:
+        check(launch, row, tmp_path)
