@@ -1,4 +1,4 @@
-"""activation (swiglu, gelu, relu) and its backward in Triton. Computed in float32 (float64 for float64), rounded once."""
+"""activation (swiglu, gelu, relu) and its backward in Triton: float32 inside (float64 for float64), rounded once."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def activation(
     h_RF: torch.Tensor, kind: str, row_scale: torch.Tensor | None, offs: torch.Tensor | None
 ) -> torch.Tensor:
     """a_RF: see ops/activation.py. Reads h, writes a."""
-    num_rows, width = h_RF.shape[0], width_of(h_RF.shape[1], kind)
+    num_rows, width, groups = h_RF.shape[0], width_of(h_RF.shape[1], kind), 0 if offs is None else offs.numel()
     a_RF = torch.empty((num_rows, width), dtype=h_RF.dtype, device=h_RF.device)
     if offs is not None and offs.numel() == 0:
         return a_RF.zero_()
@@ -93,7 +93,7 @@ def activation(
     launch(
         activation_kernel,
         (blocks(num_rows, block_R), blocks(width, block_F)),
-        h_RF.contiguous(), contiguous(row_scale), contiguous(offs), a_RF, num_rows, width, 0 if offs is None else offs.numel(),
+        h_RF.contiguous(), contiguous(row_scale), contiguous(offs), a_RF, num_rows, width, groups,
         KIND=KIND_NUMBERS[kind], ACC=accumulator(h_RF.dtype), BLOCK_R=block_R, BLOCK_F=block_F,
     )  # fmt: skip
     return a_RF
@@ -103,7 +103,7 @@ def activation_backward(
     da_RF: torch.Tensor, h_RF: torch.Tensor, kind: str, row_scale: torch.Tensor | None, offs: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dh, dscale): see ops/activation.py. Reads da and h, writes dh."""
-    num_rows, width = da_RF.shape
+    (num_rows, width), groups = da_RF.shape, 0 if offs is None else offs.numel()
     dh_RF = torch.empty(h_RF.shape, dtype=h_RF.dtype, device=h_RF.device)
     dscale = (
         da_RF.new_empty((0,))
@@ -117,7 +117,7 @@ def activation_backward(
         activation_backward_kernel,
         (blocks(num_rows, block_R), blocks(width, block_F) if row_scale is None else 1),
         da_RF.contiguous(), h_RF.contiguous(), contiguous(row_scale), contiguous(offs), dh_RF, dscale,
-        num_rows, width, 0 if offs is None else offs.numel(),
+        num_rows, width, groups,
         KIND=KIND_NUMBERS[kind], ACC=accumulator(h_RF.dtype), BLOCK_R=block_R, BLOCK_F=block_F,
     )  # fmt: skip
     return dh_RF, dscale

@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_overlap import config
 from moe_overlap.ops import triton_kernels
+from tests.ops.interpreted import needs_triton
 
-if triton_kernels.missing():
-    pytest.skip(str(triton_kernels.missing()), allow_module_level=True)
-if config.triton_interpreter():
-    pytest.skip("ahead-of-time compilation needs TRITON_INTERPRET unset", allow_module_level=True)
+needs_triton(interpreter=False)
 
 from moe_overlap.ops import combine_triton, gate_triton, permute_triton, row_map_triton, swiglu_triton  # noqa: E402
 from tests.ops import aot  # noqa: E402
