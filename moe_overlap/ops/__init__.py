@@ -16,6 +16,7 @@ from moe_overlap.ops.permute import permute
 from moe_overlap.ops.row_map import row_map
 
 # These need the operators. The last one is preferred.
+from moe_overlap.ops import expert_mlp_grouped  # noqa: F401  # isort: skip
 from moe_overlap.ops import triton_kernels  # isort: skip
 from moe_overlap.ops import cuda_kernels  # isort: skip
 

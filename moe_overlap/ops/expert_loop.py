@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import checks, registry, workspace
+from moe_overlap.ops import checks, expert_mlp_choice, registry, workspace
 from moe_overlap.ops.activation import backward_into, forward_into, width
 
 Bounds = torch.Tensor | Sequence[int]
@@ -271,7 +271,13 @@ def _check_weights(rows: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, 
 
 
 for _op, _piece in (("expert_mlp_forward", _forward), ("expert_mlp_dgrad", _dgrad), ("expert_mlp_wgrad", _wgrad)):
-    registry.add(_op, "reference", _piece, merit="a loop of matmuls over experts, runs everywhere")
+    registry.add(
+        _op,
+        "reference",
+        _piece,
+        merit="a loop of matmuls over experts, runs everywhere",
+        misfit=expert_mlp_choice.misfit(_op, "reference"),
+    )
 _run_forward, _run_dgrad, _run_wgrad = map(
     registry.kernel, ("expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad")
 )

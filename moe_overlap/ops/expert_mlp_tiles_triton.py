@@ -82,7 +82,7 @@ def place(tile, num_rows, num_columns, GROUP: tl.constexpr):
 
 @triton.jit
 def tile_rows(tiles, capacity, row_tile, BLOCK_M: tl.constexpr):
-    """(expert int64, first row int32, rows int64 [BLOCK_M], which of them exist, which have an expert) of a row tile."""
+    """(expert int64, first row int32, rows int64 [BLOCK_M], which exist, which have an expert) of a row tile."""
     expert = tl.load(tiles + row_tile).to(tl.int64)
     begin = tl.load(tiles + capacity + row_tile)
     end = tl.load(tiles + 2 * capacity + row_tile)

@@ -96,7 +96,10 @@ def choose(
     ConfigError for an operator that does not exist and for a forced implementation that cannot run.
     """
     candidates = _candidates(op, torch.device(device), dtype)
-    return candidates[0].choice if arguments is None else _best(op, candidates, arguments)[1]
+    if arguments is None:
+        return candidates[0].choice
+    best, passed_over = _best(op, candidates, arguments)
+    return Choice(best.choice.impl, "; ".join([best.choice.reason, *passed_over]))
 
 
 def kernel(op: str) -> Callable[..., Any]:
@@ -106,7 +109,7 @@ def kernel(op: str) -> Callable[..., Any]:
         candidates = _candidates(op, first.device, first.dtype)
         entry = candidates[0].entry
         if entry.limit is not None or entry.misfit is not None:
-            entry = _best(op, candidates, (first, *args))[0]
+            entry = _best(op, candidates, (first, *args))[0].entry
         return entry.call(first, *args)
 
     return run
@@ -170,8 +173,8 @@ def _candidates(op: str, device: torch.device, dtype: torch.dtype) -> Candidates
     return found
 
 
-def _best(op: str, candidates: Candidates, arguments: Sequence[Any]) -> tuple[Implementation, Choice]:
-    """The first that takes the arguments and suits them; where none suits them, the first that takes them."""
+def _best(op: str, candidates: Candidates, arguments: Sequence[Any]) -> tuple[Candidate, list[str]]:
+    """The first that takes the arguments and suits them, else the first that takes them; and why not the others."""
     passed_over: list[str] = []
     able: Candidate | None = None
     for candidate in candidates:
@@ -189,7 +192,7 @@ def _best(op: str, candidates: Candidates, arguments: Sequence[Any]) -> tuple[Im
     if able is None:
         expected = f"an implementation of {op} for these arguments: {passed_over[0]}"
         raise ConfigError("impl", candidates[0].entry.name, expected)
-    return able.entry, Choice(able.choice.impl, "; ".join([able.choice.reason, *passed_over]))
+    return able, passed_over
 
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype) -> Candidates:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from moe_overlap import config
-from moe_overlap.ops import checks, registry, verified
+from moe_overlap.ops import checks, expert_mlp_choice, registry, verified
 
 OLDEST_TRITON = (3, 6)
 OLDEST_NVIDIA = (8, 0)
 MOST_GATE_EXPERTS = 4096
-MOST_ROW_MAP_EXPERTS = 8192
+MOST_ROW_MAP_EXPERTS = 4095
 """One program holds the scores of a token, or a count for each expert, in registers."""
 
 
@@ -120,7 +120,7 @@ def _obstacle(op: str) -> registry.Obstacle:
         if device.type not in ("cpu", "cuda"):
             return f"a kernel for GPUs, not {device.type}"
         if device.type == "cpu" and not config.triton_interpreter():
-            return "a kernel for GPUs; CPU tensors need Triton's interpreter, TRITON_INTERPRET=1, meant for tests"
+            return "a kernel for GPUs (for tests on CPU tensors: TRITON_INTERPRET=1)"
         # The ids of row_map have one dtype; whoever asks without a call at hand asks for float ones.
         if dtype not in KERNELS[op].dtypes and op != "row_map":
             return f"no kernel for {_name(dtype)}"
@@ -168,5 +168,6 @@ for _op, _kernel in KERNELS.items():
         obstacle=_obstacle(_op),
         reservation=_reservation(_op),
         limit=_kernel.limit,
+        misfit=expert_mlp_choice.misfit(_op, "triton") if _op in expert_mlp_choice.OPS else None,
         preferred=True,
     )

@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_overlap import config
-from moe_overlap.ops import triton_kernels
+from tests.ops.interpreted import needs_triton
 
-if triton_kernels.missing():
-    pytest.skip(str(triton_kernels.missing()), allow_module_level=True)
-if config.triton_interpreter():
-    pytest.skip("ahead-of-time compilation needs TRITON_INTERPRET unset", allow_module_level=True)
+needs_triton(interpreter=False)
 
 from moe_overlap.ops import expert_mlp_triton as mlp  # noqa: E402
-from moe_overlap.ops.expert_mlp_blocks_triton import SHARED_BYTES, TABLE, Problem, Row  # noqa: E402
+from moe_overlap.ops.expert_mlp_blocks_triton import (  # noqa: E402
+    ARCHITECTURES,
+    SHARED_BYTES,
+    TABLE,
+    Problem,
+    Row,
+    block_shape,
+)
 from tests.ops import aot  # noqa: E402
 from tests.ops.aot import meta  # noqa: E402
 
@@ -102,3 +105,41 @@ def test_every_block_shape_of_the_table(name: str, tmp_path: Path) -> None:
     assert found
     for launch in found:
         check(launch, row, tmp_path)
+
+
+MAIN = Problem(arch="sm_90", item_bytes=2, hidden=2048, ffn=768, rows=512)  # Qwen3-30B-A3B, 8192 tokens
+VARIANTS = {
+    "rows as they lie": {"mapped": False},
+    "gelu": {"kind": "gelu"},
+    "relu, rows as they lie": {"kind": "relu", "mapped": False},
+    "odd sizes": {"odd": True},
+    "odd sizes, rows as they lie, gelu": {"odd": True, "mapped": False, "kind": "gelu"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_the_main_block_shapes(name: str, tmp_path: Path) -> None:
+    """As above, and TMA reads weights always, rows where they are not gathered, and nothing of odd sizes."""
+    variant = VARIANTS[name]
+    for launch in launches(MAIN, **variant):
+        if launch.name in KERNELS:
+            stage = KERNELS[launch.name]
+            check(launch, next(row for row in TABLE[stage] if MAIN.fits(row)), tmp_path)
+        if launch.name in ("up_kernel", "rows_kernel", "hidden_gradient_kernel"):
+            gathered = launch.name == "up_kernel" and variant.get("mapped", True)
+            odd = variant.get("odd", False)
+            assert (launch.keywords["A_TMA"], launch.keywords["B_TMA"]) == (not odd and not gathered, not odd)
+
+
+def test_the_table_covers_everything_and_every_row_is_reached() -> None:
+    for stage, rows in TABLE.items():
+        for arch in ARCHITECTURES:
+            for item_bytes in (2, 4):
+                some = [row for row in rows if (row.arch, row.item_bytes) == (arch, item_bytes)]
+                assert some and (some[-1].most_rows, some[-1].most_ffn, some[-1].most_hidden) == (None,) * 3, (
+                    stage,
+                    arch,
+                )
+                assert len({row.blocks.k for row in some}) == 1, "sums in the same order whatever the height"
+        for row in rows:
+            assert block_shape(stage, problem_of(row)) is row.blocks
