@@ -152,6 +152,7 @@ def test_digest_of_the_kernels_changes_with_them(setup_py, monkeypatch, tmp_path
 # ---- native code ----
 
 
+@pytest.mark.time_limit(900)  # compiles the core, the harness and every kernel: a minute where nothing else runs
 @pytest.mark.parametrize(
     "kind", [["-DMOE_OVERLAP_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"], []], ids=["sanitized", "release"]
 )
@@ -166,9 +167,9 @@ def test_native_unit_tests(setup_py, tmp_path, kind):
     for command in (
         configure,
         [cmake, "--build", str(tmp_path), "-j", str(setup_py.max_jobs())],
-        [ctest, "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
+        [ctest, "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error", "-j", "2"],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -6,7 +6,7 @@
 // 16 bytes; at 24 warps for each multiprocessor that is 96 KB in flight, four times what 4.3 TB/s at 700 ns of latency
 // need. Arithmetic: about 24 instructions for 8 elements, against some 100 issue slots in the time of one 512-byte
 // access of a warp. The backward is permute with a weight, and a dot product for each slot, summed in a fixed tree.
-#include "kernels/rows.cuh"
+#include "kernels/unused_rows.cuh"
 
 namespace moe_overlap {
 namespace {

@@ -1,12 +1,14 @@
-// gate_topk: scores, the k best experts, their weights and the counts of every expert in one launch, and the backward
-// in another. A row of logits lies in the registers of 4 to 32 lanes, so that a warp takes up to 8 rows; see
-// gate_select.cuh for how the best are found.
+// gate_topk: scores, the k best experts, their weights and the counts of every expert in one pass, and the backward in
+// another. A row of logits lies in the registers of 4 to 32 lanes, so that a warp takes up to 8 rows; gate_select.cuh
+// says how the best are found. (A launch of one block before it sets the counts and the status to zero, as the blocks
+// add to them.)
 //
-// Bytes: logits once, weights and ids once; at [16384, 128] and k = 8 10.5 MB, 2.4 us at 4.3 TB/s. All the rest has to
-// fit beside it, so instructions are what counts. For each score: 8 for an accurate exp, on the FMA and special units,
-// and about 9 at the half rate of the integer unit (two maxima, a count, a listed key, conversions). For each row on 8
-// lanes: about 50 more (sums over lanes 4, limit 12, places 20, weights 12). That is 32 + 50 half-rate instructions of
-// a warp for a row of 128: 2.9 us on 132 multiprocessors at 1.755 GHz, where the k-fold maximum needs 240, 8.5 us.
+// Bytes: logits once, weights and ids once; at [16384, 128] and k = 8 9.4 MB, 2.2 us at 4.3 TB/s. All the rest has to
+// fit beside it, so instructions are what counts: 660 for the four rows of a warp on sm_90 (in the SASS of nvcc 13.0),
+// 165 for a row: load 15, limit 25, sum of exponentials 18, count and list 42, places 35, weights and stores 30. At
+// four in a cycle on 132 multiprocessors at 1.755 GHz that is 2.9 us for 16384 rows; about half of them are for the
+// integer unit, which takes two in a cycle: 2.8 us. 32 warps are resident with 64 registers, all 16384 rows at once.
+// Taking the maximum k times needs some 240 instructions of the integer unit for a row: 8.5 us.
 #include <algorithm>
 
 #include "kernels/gate_select.cuh"
@@ -16,11 +18,10 @@ namespace moe_overlap {
 namespace {
 
 constexpr float kTiny = 1e-20f;  // as in the reference
+constexpr float kLog2E = 1.44269504f;
 constexpr int kBadLogits = 1;
 // A block counts in its own memory first and then adds to the counts of all: fewer blocks, fewer additions there.
 constexpr int64_t kMostGateBlocks = 132 * 8;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The shared memory of one row: its scores, or the list of select(). 16 bytes more, to lie in other banks than the
 // next.
@@ -28,12 +29,15 @@ template <typename Row, int kMost>
 constexpr int kBoardBytes =
     16 + (4 * Row::kWidth > 8 * kListed<Row, kMost> ? 4 * Row::kWidth : 8 * kListed<Row, kMost>);
 
-// Four neighbours of a row, -inf past its end.
-__device__ inline Vec<float, 4> load_chunk(const float* row, int first, int experts, bool vector) {
+// Four neighbours, from the i-th value of a lane on; -inf past the end of the row. `own` is where the lane's first
+// value stands.
+template <typename Row>
+__device__ inline Vec<float, 4> load_chunk(const float* own, int i, int experts, bool vector) {
   Vec<float, 4> chunk;
-  if (vector && first < experts) return load_vec<4>(row + first);
+  const float* const from = own + i * Row::kLanes;
+  if (vector && Row::expert(i) < experts) return load_vec<4>(from);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) chunk.v[i] = !vector && first + i < experts ? row[first + i] : -kInfinity;
+  for (int j = 0; j < 4; ++j) chunk.v[j] = !vector && Row::expert(i) + j < experts ? from[j] : -kInfinity;
   return chunk;
 }
 
@@ -41,7 +45,7 @@ template <typename Row>
 __device__ inline void load_row(const float* row, int experts, bool vector, float (&x)[Row::kPerLane]) {
 #pragma unroll
   for (int i = 0; i < Row::kPerLane; i += 4) {
-    const auto chunk = load_chunk(row, Row::expert(i), experts, vector);
+    const auto chunk = load_chunk<Row>(row + Row::expert(0), i, experts, vector);
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[i + j] = chunk.v[j];
   }
@@ -58,31 +62,38 @@ __device__ inline float row_max(const float (&x)[Row::kPerLane]) {
   return most;
 }
 
-// x becomes exp(x - most); returns the sum over the row.
 template <typename Row>
-__device__ inline float exponentials(float most, float (&x)[Row::kPerLane]) {
+__device__ inline float row_sum(const float (&x)[Row::kPerLane]) {
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < Row::kPerLane; ++i) {
-    x[i] = exp_f32(x[i] - most);
-    sum += x[i];
-  }
+  for (int i = 0; i < Row::kPerLane; ++i) sum += x[i];
   return warp_sum(sum, Row::kLanes);
 }
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
-
-// The score of one chosen expert; `most` is the largest logit of the row, or of the chosen ones for kTopkSoftmax, whose
-// result still has to be divided by the sum over those.
-__device__ inline float chosen_score(Score score, float logit, float most, float sum) {
-  if (score == Score::kSigmoid) return sigmoid(logit);
-  const float e = exp_f32(logit - most);
-  return score == Score::kSoftmax ? e / sum : e;
+// The sum over the row of exp(x - most). Errors of single terms (2^-22 of each) stay that small in the sum, so the fast
+// exponential will do: 4 instructions for a term, 10 with the accurate one.
+template <typename Row>
+__device__ inline float sum_exp(float most, const float (&x)[Row::kPerLane]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Row::kPerLane; ++i) sum += exp2_fast((x[i] - most) * kLog2E);
+  return warp_sum(sum, Row::kLanes);
 }
 
-// -inf for the experts outside the topk_group best groups. A group is worth its best choice, with a bias the sum of its
-// two best. One lane for a group: it reads the group's places on the board, starting at another bank than its
-// neighbours, leaves the worth in the first of them, counts the better groups, and then marks all places.
+__device__ inline float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp_f32(-x)); }
+
+// The score of one expert; `most` is the largest logit of the row, or of the chosen ones for kTopkSoftmax, whose result
+// still has to be divided by the sum over those.
+__device__ inline float score_of(Score score, float logit, float most, float sum) {
+  if (score == Score::kSigmoid) return sigmoid(logit);
+  const float e = exp_f32(logit - most);
+  return score == Score::kSoftmax ? divide_fast(e, sum) : e;
+}
+
+// -inf for the experts outside the topk_group best groups, while an expert inside is worth more, be it ever so little.
+// A group is worth its best choice, with a bias the sum of its two best. One lane for a group: it reads the group's
+// places on the board, starting at another bank than its neighbours, leaves the worth in the first of them, counts the
+// better groups, and then marks all places.
 template <typename Row>
 __device__ inline void drop_groups(const GateArgs& args, float* board, float (&choice)[Row::kPerLane]) {
 #pragma unroll
@@ -121,48 +132,30 @@ __device__ inline void drop_groups(const GateArgs& args, float* board, float (&c
   for (int i = 0; i < Row::kPerLane; i += 4) {
     const auto mark = load_vec<4>(board + Row::expert(i));
 #pragma unroll
-    for (int j = 0; j < 4; ++j) choice[i + j] = mark.v[j] < 0.0f ? -kInfinity : choice[i + j];
+    for (int j = 0; j < 4; ++j) {  // past the end of the row the board still holds -inf
+      choice[i + j] = mark.v[j] > 0.0f ? fmaxf(choice[i + j], kLowest) : -kInfinity;
+    }
   }
   sync_warp();  // the board becomes the list
 }
 
-// Logits in x become what the experts are chosen by: the score plus the bias. Without a bias the softmax is left
-// undivided, e = exp(x - most): the order is the same, and a division for each expert is saved. Returns the sum of e.
+// Logits in x become what the experts are chosen by where there is a bias: the score plus the bias. Without one the
+// score is a rising function of the logit, and the logits decide: no rounding can tie or swap two experts.
 template <typename Row>
-__device__ inline float choices(const GateArgs& args, bool vector, float most, float (&x)[Row::kPerLane]) {
-  float sum = 1.0f;
-  if (args.score == Score::kSoftmax) {
-    sum = exponentials<Row>(most, x);
-  } else if (args.score == Score::kSigmoid) {
+__device__ inline void add_bias(const GateArgs& args, bool vector, float most, float sum, float (&x)[Row::kPerLane]) {
+  if (args.score != Score::kTopkSoftmax) {
 #pragma unroll
-    for (int i = 0; i < Row::kPerLane; ++i) x[i] = sigmoid(x[i]);
+    for (int i = 0; i < Row::kPerLane; ++i) x[i] = score_of(args.score, x[i], most, sum);
   }
-  if (args.bias != nullptr) {
-    const float factor = 1.0f / sum;
 #pragma unroll
-    for (int i = 0; i < Row::kPerLane; i += 4) {
-      const auto bias = load_chunk(args.bias, Row::expert(i), args.experts, vector);
+  for (int i = 0; i < Row::kPerLane; i += 4) {
+    const auto bias = load_chunk<Row>(args.bias + Row::expert(0), i, args.experts, vector);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) x[i + j] = x[i + j] * factor + bias.v[j];
+    for (int j = 0; j < 4; ++j) {
+      const float choice = x[i + j] + bias.v[j];
+      x[i + j] = choice == choice ? choice : kInfinity;  // a NaN of the bias comes first, as it does in a sort
     }
   }
-  return sum;
-}
-
-template <typename Row>
-__device__ inline void keys_of(const GateArgs& args, const float (&choice)[Row::kPerLane],
-                               int32_t (&key)[Row::kPerLane]) {
-  if (args.score == Score::kSoftmax && args.bias == nullptr) {
-    // Not negative (-inf in a dropped group apart): the bits are in order as they are.
-#pragma unroll
-    for (int i = 0; i < Row::kPerLane; ++i) key[i] = static_cast<int32_t>(float_bits(choice[i]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < Row::kPerLane; ++i) key[i] = ordered(choice[i] + 0.0f);
-  }
-  if (args.experts == Row::kWidth) return;
-#pragma unroll
-  for (int i = 0; i < Row::kPerLane; ++i) key[i] = Row::expert(i) < args.experts ? key[i] : kAbsent;
 }
 
 // Weights, ids and counts of a token from its winners. Lane l takes the places l, l + kLanes, ...
@@ -176,8 +169,8 @@ __device__ inline void store_winners(const GateArgs& args, int64_t token, bool g
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int place = Row::lane() + i * Row::kLanes;
-    expert[i] = place < args.k ? winners[place] : -1;
-    score[i] = place < args.k ? logits[expert[i]] : -kInfinity;
+    expert[i] = good && place < args.k ? winners[place] : -1;
+    score[i] = expert[i] >= 0 ? logits[expert[i]] : -kInfinity;
     chosen_most = fmaxf(chosen_most, score[i]);
   }
   if (args.score == Score::kTopkSoftmax) {
@@ -188,23 +181,29 @@ __device__ inline void store_winners(const GateArgs& args, int64_t token, bool g
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
-    score[i] = expert[i] >= 0 ? chosen_score(args.score, score[i], most, sum) : 0.0f;
+    score[i] = expert[i] >= 0 ? score_of(args.score, score[i], most, sum) : 0.0f;
     total += score[i];
   }
   total = warp_sum(total, Row::kLanes);
   if (args.score != Score::kTopkSoftmax) total = args.renormalize ? total + kTiny : 1.0f;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
-    if (expert[i] < 0 || token >= args.tokens) continue;
-    const int64_t slot = element_offset(token, args.k, Row::lane() + i * Row::kLanes);
-    args.weights[slot] = good ? score[i] / total * args.scale : 0.0f;
-    args.ids[slot] = good ? expert[i] : -1;
+    const int place = Row::lane() + i * Row::kLanes;
+    if (place >= args.k || token >= args.tokens) continue;
+    const int64_t slot = element_offset(token, args.k, place);
+    args.weights[slot] = good ? divide_fast(score[i], total) * args.scale : 0.0f;
+    args.ids[slot] = expert[i];
     if (good) atomic_add(&histogram[expert[i]], 1);
   }
 }
 
+__global__ void clear_kernel(int32_t* counts, int experts, int32_t* status) {
+  for (int i = static_cast<int>(threadIdx.x); i < experts; i += static_cast<int>(blockDim.x)) counts[i] = 0;
+  if (threadIdx.x == 0) *status = 0;
+}
+
 template <typename Row, int kMost>
-__global__ void __launch_bounds__(Row::kThreads, 2) gate_kernel(GateArgs args, bool vector) {
+__global__ void __launch_bounds__(Row::kThreads, kMost == 8 ? 2 : 1) gate_kernel(GateArgs args, bool vector) {
   constexpr int kBoard = kBoardBytes<Row, kMost> / 16;
   SHARED_ARRAY(Bytes16, boards, Row::kRows * kBoard);
   SHARED_ARRAY(int, all_winners, Row::kRows* kMost);
@@ -222,13 +221,21 @@ __global__ void __launch_bounds__(Row::kThreads, 2) gate_kernel(GateArgs args, b
         args.logits + element_offset(token < args.tokens ? token : args.tokens - 1, args.experts);
     float x[Row::kPerLane];
     load_row<Row>(logits, args.experts, vector, x);
-    const float most = row_max<Row>(x);
+    const bool grouped = args.topk_group < args.n_group, plain = args.bias == nullptr && !grouped;
+    float most = 0.0f, sum = 1.0f;
+    if (!plain) {
+      most = row_max<Row>(x);
+      if (args.score == Score::kSoftmax) sum = sum_exp<Row>(most, x);
+      if (args.bias != nullptr) add_bias<Row>(args, vector, most, sum, x);
+      if (grouped) drop_groups<Row>(args, reinterpret_cast<float*>(board), x);
+    }
+    const Peaks peaks = find_peaks<Row, kMost>(x);
+    if (plain) {
+      most = peaks.most;
+      if (args.score == Score::kSoftmax) sum = sum_exp<Row>(most, x);
+    }
     const bool good = most > -kInfinity && most < kInfinity;
-    const float sum = choices<Row>(args, vector, most, x);
-    if (args.topk_group < args.n_group) drop_groups<Row>(args, reinterpret_cast<float*>(board), x);
-    int32_t key[Row::kPerLane];
-    keys_of<Row>(args, x, key);
-    select<Row, kMost>(key, args.k, reinterpret_cast<uint64_t*>(board), winners);
+    find_winners<Row, kMost>(x, peaks.limit, good, args.k, reinterpret_cast<uint64_t*>(board), winners);
     store_winners<Row, kMost>(args, token, good, logits, most, sum, winners, histogram);
     if (!good && token < args.tokens && Row::lane() == 0) atomic_or(args.status, kBadLogits);
   }
@@ -266,7 +273,7 @@ __device__ inline float spread_gradients(const GateBackwardArgs& args, int64_t t
   float total = 0.0f, dot = 0.0f;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
-    score[i] = expert[i] >= 0 ? chosen_score(args.score, score[i], most, sum) : 0.0f;
+    score[i] = expert[i] >= 0 ? score_of(args.score, score[i], most, sum) : 0.0f;
     total += score[i];
     dot += gradient[i] * score[i];
   }
@@ -278,7 +285,7 @@ __device__ inline float spread_gradients(const GateBackwardArgs& args, int64_t t
     float rest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      gradient[i] = expert[i] >= 0 ? (gradient[i] - dot / total) / total : 0.0f;
+      gradient[i] = expert[i] >= 0 ? divide_fast(gradient[i] - divide_fast(dot, total), total) : 0.0f;
       rest += gradient[i] * score[i];
     }
     dot = warp_sum(rest, Row::kLanes);
@@ -293,7 +300,7 @@ __device__ inline float spread_gradients(const GateBackwardArgs& args, int64_t t
 }
 
 template <typename Row>
-__global__ void __launch_bounds__(Row::kThreads, 2) gate_backward_kernel(GateBackwardArgs args, bool vector) {
+__global__ void __launch_bounds__(Row::kThreads) gate_backward_kernel(GateBackwardArgs args, bool vector) {
   constexpr int kBoard = (Row::kWidth + 4) / 4;
   SHARED_ARRAY(Bytes16, boards, Row::kRows * kBoard);
   const int rows = static_cast<int>(blockDim.x) / Row::kLanes, row = static_cast<int>(threadIdx.x) / Row::kLanes;
@@ -308,7 +315,9 @@ __global__ void __launch_bounds__(Row::kThreads, 2) gate_backward_kernel(GateBac
     if (dense) {
       load_row<Row>(logits, args.experts, vector, x);
       most = row_max<Row>(x);
-      sum = exponentials<Row>(most, x);
+#pragma unroll
+      for (int i = 0; i < Row::kPerLane; ++i) x[i] = exp_f32(x[i] - most);
+      sum = row_sum<Row>(x);
     }
 #pragma unroll
     for (int i = 0; i < Row::kPerLane; i += 4) store_vec(board + Row::expert(i), Vec<float, 4>{});
@@ -316,13 +325,14 @@ __global__ void __launch_bounds__(Row::kThreads, 2) gate_backward_kernel(GateBac
     const float dot = spread_gradients<Row>(args, token, logits, most, sum, board);
     sync_warp();
     const bool good = args.ids[element_offset(token, args.k)] >= 0;
+    const float share = divide_fast(1.0f, sum);
     float* const out = args.dlogits + element_offset(token, args.experts);
 #pragma unroll
     for (int i = 0; i < Row::kPerLane; i += 4) {
       auto chunk = load_vec<4>(board + Row::expert(i));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (dense) chunk.v[j] = x[i + j] / sum * (chunk.v[j] - dot);
+        if (dense) chunk.v[j] = x[i + j] * share * (chunk.v[j] - dot);
         if (!good) chunk.v[j] = 0.0f;
         if (inside && !vector && Row::expert(i + j) < args.experts) out[Row::expert(i + j)] = chunk.v[j];
       }
@@ -372,8 +382,7 @@ LaunchConfig gate_config(const GateBackwardArgs& args) { return config_of(args.t
 void gate_topk(const GateArgs& args, cudaStream_t stream) {
   check_sizes(args);
   const bool vector = args.experts % 4 == 0 && aligned(args.logits, 16) && aligned(args.bias, 16);
-  clear(args.counts, args.experts * int64_t{sizeof(int32_t)}, stream);
-  clear(args.status, sizeof(int32_t), stream);
+  launch(clear_kernel, LaunchConfig{1, 256, 0}, stream, args.counts, args.experts, args.status);
   with_layout(args.experts, [&](auto layout) {
     using Row = decltype(layout);
     const auto kernel = args.k <= 8 ? gate_kernel<Row, 8> : gate_kernel<Row, 16>;

@@ -27,6 +27,13 @@ struct LaunchConfig {
   }
 };
 
+// Blocks laid over rows: threads_per_row threads take one row, or one of `splits` interleaved parts of it.
+struct RowTiling {
+  LaunchConfig launch;
+  int threads_per_row = 0;
+  int splits = 0;
+};
+
 // ---- pack.cu: out[i] = rows[order[i]] and out[order[i]] = rows[i] ----
 
 struct PackArgs {
@@ -37,12 +44,12 @@ struct PackArgs {
   int64_t num_rows;
   int64_t num_order;
   int64_t width;
-  int element_bytes;  // 2 or 4
+  int element_bytes;  // 2, 4 or 8
   // out
   void* out;  // pack: [num_order, width]; unpack: [num_rows, width]
 };
 
-LaunchConfig pack_config(const PackArgs& args);
+RowTiling pack_tiling(const PackArgs& args);
 // An entry of `order` out of range is not followed: pack writes zeros there, unpack skips the row.
 void pack(const PackArgs& args, cudaStream_t stream);
 void unpack(const PackArgs& args, cudaStream_t stream);
@@ -134,13 +141,6 @@ RowMapPlan row_map_plan(int64_t slots, int64_t experts);
 void row_map(const RowMapArgs& args, void* workspace, cudaStream_t stream);
 
 // ---- permute.cu: out[slot_to_row[t, k]] = x[t], zero in every other row ----
-
-// Blocks laid over rows: threads_per_row threads take one row, or one of `splits` interleaved parts of it.
-struct RowTiling {
-  LaunchConfig launch;
-  int threads_per_row = 0;
-  int splits = 0;
-};
 
 struct PermuteArgs {
   // in

@@ -1,84 +1,69 @@
-// pack and unpack: rows copied through an order. One warp takes one row at a time, in the widest accesses that the
-// addresses and the row allow; bytes are moved as they are, so every dtype is the same kernel.
-#include <algorithm>
-
-#include "kernels/launch.h"
+// pack and unpack: rows copied through an order. Bytes are moved as they are, so every dtype is the same kernel: whole
+// rows in the widest accesses that the addresses allow, several of them in flight for each thread.
+#include "kernels/rows.cuh"
 
 namespace moe_overlap {
 namespace {
 
-constexpr int kWarpsPerBlock = 8;
-// Enough blocks to fill any chip several times over; more rows than that are taken in turns.
-constexpr int64_t kMostBlocks = 132 * 16;
+constexpr int kWordsAtOnce = 4;
 
-struct RowCopy {
-  const unsigned char* rows;
-  const void* order;
-  bool order_is_int64;
-  int64_t num_rows;
-  int64_t num_order;
-  int64_t row_bytes;
-  unsigned char* out;
-};
-
+// to[i] = from[i] for this thread's words. All loads of a round come before its stores: the compiler may not move a
+// load over a store that could be to the same place.
 template <typename Word>
-__device__ inline void copy_row(const unsigned char* from, unsigned char* to, int64_t row_bytes) {
-  const auto* const source = reinterpret_cast<const Word*>(from);
-  auto* const target = reinterpret_cast<Word*>(to);
-  const int64_t words = row_bytes / int64_t{sizeof(Word)};
-  for (int64_t word = lane_id(); word < words; word += kWarp) target[word] = source[word];
-}
-
-template <typename Word>
-__device__ inline void clear_row(unsigned char* to, int64_t row_bytes) {
-  auto* const target = reinterpret_cast<Word*>(to);
-  for (int64_t word = lane_id(); word < row_bytes / int64_t{sizeof(Word)}; word += kWarp) target[word] = Word{};
-}
-
-template <typename Word, bool kUnpack>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp) copy_rows_kernel(RowCopy args) {
-  const int64_t step = int64_t{gridDim.x} * kWarpsPerBlock;
-  for (int64_t i = int64_t{blockIdx.x} * kWarpsPerBlock + warp_id(); i < args.num_order; i += step) {
-    const int64_t entry =
-        args.order_is_int64 ? static_cast<const int64_t*>(args.order)[i] : static_cast<const int32_t*>(args.order)[i];
-    if (entry >= 0 && entry < args.num_rows) {
-      copy_row<Word>(args.rows + element_offset(kUnpack ? i : entry, args.row_bytes),
-                     args.out + element_offset(kUnpack ? entry : i, args.row_bytes), args.row_bytes);
-    } else if (!kUnpack) {
-      clear_row<Word>(args.out + element_offset(i, args.row_bytes), args.row_bytes);
+__device__ inline void copy_words(const Word* from, Word* to, int words, const RowPlace& place) {
+  for (int64_t first = place.first; first < words; first += int64_t{kWordsAtOnce} * place.step) {
+    Word value[kWordsAtOnce];
+#pragma unroll
+    for (int j = 0; j < kWordsAtOnce; ++j) {
+      const int64_t word = first + int64_t{j} * place.step;
+      value[j] = word < words ? from[word] : Word{};
+    }
+#pragma unroll
+    for (int j = 0; j < kWordsAtOnce; ++j) {
+      const int64_t word = first + int64_t{j} * place.step;
+      if (word < words) to[word] = value[j];
     }
   }
 }
 
+template <typename Word, bool kUnpack>
+__global__ void __launch_bounds__(kRowThreads)
+    copy_rows_kernel(PackArgs args, int words, int threads_per_row, int splits) {
+  const RowPlace place = row_place(threads_per_row, splits);
+  if (place.row >= args.num_order) return;
+  const int64_t entry = args.order_is_int64 ? static_cast<const int64_t*>(args.order)[place.row]
+                                            : static_cast<const int32_t*>(args.order)[place.row];
+  const bool valid = entry >= 0 && entry < args.num_rows;
+  if (kUnpack && !valid) return;
+  const int64_t read = kUnpack ? place.row : entry, written = kUnpack ? entry : place.row;
+  Word* const to = static_cast<Word*>(args.out) + element_offset(written, words);
+  if (valid) {
+    copy_words(static_cast<const Word*>(args.rows) + element_offset(read, words), to, words, place);
+  } else {
+    for (int64_t word = place.first; word < words; word += place.step) to[word] = Word{};
+  }
+}
+
+int word_bytes(const PackArgs& args) {
+  return access_bytes(checked_mul(args.width, args.element_bytes), args.rows, args.out);
+}
+
 template <bool kUnpack>
 void copy_rows(const PackArgs& args, cudaStream_t stream) {
-  const LaunchConfig config = pack_config(args);
   const int64_t row_bytes = checked_mul(args.width, args.element_bytes);
   checked_mul(std::max(args.num_rows, args.num_order), row_bytes);
-  const RowCopy copy{static_cast<const unsigned char*>(args.rows),
-                     args.order,
-                     args.order_is_int64,
-                     args.num_rows,
-                     args.num_order,
-                     row_bytes,
-                     static_cast<unsigned char*>(args.out)};
-  const auto fits = [&](int64_t bytes) {
-    return row_bytes % bytes == 0 && aligned(args.rows, bytes) && aligned(args.out, bytes);
-  };
-  if (fits(16)) {
-    launch(copy_rows_kernel<Bytes16, kUnpack>, config, stream, copy);
-  } else if (fits(4)) {
-    launch(copy_rows_kernel<uint32_t, kUnpack>, config, stream, copy);
-  } else {
-    launch(copy_rows_kernel<uint16_t, kUnpack>, config, stream, copy);
-  }
+  const RowTiling tiling = pack_tiling(args);
+  with_word(word_bytes(args), [&](auto word) {
+    using Word = decltype(word);
+    const int words = row_length(row_bytes / int64_t{sizeof(Word)});
+    launch(copy_rows_kernel<Word, kUnpack>, tiling.launch, stream, args, words, tiling.threads_per_row, tiling.splits);
+  });
 }
 
 }  // namespace
 
-LaunchConfig pack_config(const PackArgs& args) {
-  if (args.num_order == 0 || args.width == 0) return {};
-  return {std::min(ceil_div(args.num_order, kWarpsPerBlock), kMostBlocks), kWarpsPerBlock * kWarp, 0};
+RowTiling pack_tiling(const PackArgs& args) {
+  return row_tiling(args.num_order, args.width * args.element_bytes / word_bytes(args), true);
 }
 
 void pack(const PackArgs& args, cudaStream_t stream) { copy_rows<false>(args, stream); }

@@ -3,8 +3,8 @@
 //
 // Bytes: T * (1 + K) * width, the least there is; a gather by output row would read T * K rows. The writes are streamed
 // (no reuse before the GEMM), which leaves the caches to x and the map. For each 16-byte word a thread has one load and
-// up to 8 stores under way. A launch sets T * K bytes of marks, clear_unused (rows.cuh) reads R of them.
-#include "kernels/rows.cuh"
+// up to 8 stores under way. A launch sets T * K bytes of marks, clear_unused (unused_rows.cuh) reads R of them.
+#include "kernels/unused_rows.cuh"
 
 namespace moe_overlap {
 namespace {

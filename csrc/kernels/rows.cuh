@@ -1,6 +1,6 @@
-// What permute and combine share: how threads are laid over rows, and the rows that no slot points to.
+// What permute, combine and pack share: how threads are laid over rows.
 //
-// Both are bound by memory, so the layout has one aim: every access of a row is 16 bytes wide and coalesced, and there
+// All are bound by memory, so the layout has one aim: every access of a row is 16 bytes wide and coalesced, and there
 // are enough of them in flight. A block of 256 threads takes 256 / threads_per_row rows; a thread takes every
 // threads_per_row-th word of its row. Where rows are few (decoding), several blocks share a row in interleaved parts.
 #pragma once
@@ -70,34 +70,6 @@ __device__ inline void load_rows(const int32_t* slot_to_row, int64_t first, int6
   }
 }
 
-// The rows of an output that some slot points to are marked by the thread that holds the row's first word, ...
-__device__ inline void mark_used(uint8_t* used, const int32_t (&row)[kSlotsAtOnce]) {
-#pragma unroll
-  for (int j = 0; j < kSlotsAtOnce; ++j) {
-    if (row[j] >= 0) used[row[j]] = 1;
-  }
-}
-
-// ... and a second, short launch zeroes the others: it reads one byte for each row where all are used. Neither the map
-// by row nor the ends of the experts are known to these operators, and clearing the whole output first would add a
-// write of all of it, near a half of the time.
-constexpr int kClearRowsPerWarp = 8;
-
-template <typename Word>
-__global__ void __launch_bounds__(kRowThreads)
-    clear_unused_kernel(const uint8_t* used, int64_t num_rows, int words, Word* out) {
-  const int64_t first = (int64_t{blockIdx.x} * (kRowThreads / kWarp) + warp_id()) * kClearRowsPerWarp;
-  const int64_t mine = first + lane_id();
-  const bool clear_mine = lane_id() < kClearRowsPerWarp && mine < num_rows && used[mine] == 0;
-  const uint32_t unused = ballot(clear_mine);
-#pragma unroll 1
-  for (int j = 0; j < kClearRowsPerWarp; ++j) {
-    if (((unused >> j) & 1) == 0) continue;
-    Word* const row = out + element_offset(first + j, words);
-    for (int64_t word = lane_id(); word < words; word += kWarp) row[word] = Word{};
-  }
-}
-
 // The widest access (16, 4 or 2 bytes) that rows of `row_bytes` at these addresses allow.
 inline int access_bytes(int64_t row_bytes, const void* one, const void* other) {
   for (const int bytes : {16, 4}) {
@@ -117,15 +89,6 @@ void with_word(int bytes, const Run& run) {
     default:
       return run(uint16_t{});
   }
-}
-
-inline void clear_unused(const uint8_t* used, int64_t num_rows, int64_t row_bytes, void* out, cudaStream_t stream) {
-  const LaunchConfig config{ceil_div(num_rows, kClearRowsPerWarp * (kRowThreads / kWarp)), kRowThreads, 0};
-  with_word(access_bytes(row_bytes, out, out), [&](auto word) {
-    using Word = decltype(word);
-    const int words = row_length(row_bytes / int64_t{sizeof(Word)});
-    launch(clear_unused_kernel<Word>, config, stream, used, num_rows, words, static_cast<Word*>(out));
-  });
 }
 
 }  // namespace moe_overlap

@@ -4,15 +4,12 @@
 // A row is taken by one warp, or by a whole block where rows are wide; which one follows from the width alone, so that
 // the order in which the gradient of a row's factor is summed never depends on how many rows there are. Arithmetic is
 // in float32, rounded once at the end. Rows past offs are not read: a matmul may have left anything there.
-#include <algorithm>
-
 #include "kernels/launch.h"
 
 namespace moe_overlap {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
-constexpr int64_t kMostBlocks = 132 * 16;
 // From here on a block has work for all its warps in one row: 256 threads with 8 elements each.
 constexpr int64_t kWideRow = 2048;
 
@@ -47,53 +44,46 @@ __device__ inline float gelu_slope(float x) {
 // Not max(x, 0): a NaN has to stay one.
 __device__ inline float relu(float x) { return x <= 0.0f ? 0.0f : x; }
 
-// The part of a row that this thread has: elements of the row in steps of all threads that share it.
+// The part of a row that this thread has: in vectors, every `step`-th from `begin` on.
 struct Share {
-  int64_t first_row, row_step;
-  int64_t begin, step;  // in vectors
+  int64_t row;
+  int64_t begin, step;
   __device__ explicit Share(int warps_per_row) {
-    const int rows_per_block = kWarpsPerBlock / warps_per_row;
-    first_row = int64_t{blockIdx.x} * rows_per_block + warp_id() / warps_per_row;
-    row_step = int64_t{gridDim.x} * rows_per_block;
+    row = int64_t{blockIdx.x} * (kWarpsPerBlock / warps_per_row) + warp_id() / warps_per_row;
     step = warps_per_row * kWarp;
     begin = static_cast<int>(threadIdx.x) % step;
   }
 };
 
 template <typename T, int N>
-__device__ inline void clear(T* row, int64_t width, int64_t begin, int64_t step) {
-  for (int64_t i = begin; i < width / N; i += step) store_vec(row + i * N, Vec<T, N>{});
+__device__ inline void clear(T* row, int64_t width, const Share& share) {
+  for (int64_t i = share.begin; i < width / N; i += share.step) store_vec(row + i * N, Vec<T, N>{});
 }
 
 template <typename T, int N, Activation kKind>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) activation_forward_kernel(Rows args) {
   constexpr int kHalves = kKind == Activation::kSwiglu ? 2 : 1;
   const Share share(args.warps_per_row);
-  const int64_t live = live_rows(args), width = args.width;
-  for (int64_t row = share.first_row; row < args.rows; row += share.row_step) {
-    T* const a = static_cast<T*>(args.a) + element_offset(row, width);
-    if (row >= live) {
-      clear<T, N>(a, width, share.begin, share.step);
-      continue;
-    }
-    const T* const h = static_cast<const T*>(args.h) + element_offset(row, kHalves * width);
-    const float scale = args.row_scale ? args.row_scale[row] : 1.0f;
-#pragma unroll 2
-    for (int64_t i = share.begin * N; i < width; i += share.step * N) {
-      const Vec<T, N> first = load_vec<N>(h + i);
-      const Vec<T, N> up = load_vec<N>(h + i + (kHalves - 1) * width);
-      Vec<T, N> out;
+  const int64_t row = share.row, width = args.width;
+  if (row >= args.rows) return;
+  T* const a = static_cast<T*>(args.a) + element_offset(row, width);
+  if (row >= live_rows(args)) return clear<T, N>(a, width, share);
+  const T* const h = static_cast<const T*>(args.h) + element_offset(row, kHalves * width);
+  const float scale = args.row_scale ? args.row_scale[row] : 1.0f;
+  for (int64_t i = share.begin * N; i < width; i += share.step * N) {
+    const Vec<T, N> first = load_vec<N>(h + i);
+    const Vec<T, N> up = load_vec<N>(h + i + (kHalves - 1) * width);
+    Vec<T, N> out;
 #pragma unroll
-      for (int e = 0; e < N; ++e) {
-        const float x = to_float(first.v[e]);
-        float value = 0.0f;
-        if (kKind == Activation::kSwiglu) value = x * sigmoid(x) * to_float(up.v[e]);
-        if (kKind == Activation::kGelu) value = gelu(x);
-        if (kKind == Activation::kRelu) value = relu(x);
-        out.v[e] = from_float<T>(value * scale);
-      }
-      store_vec(a + i, out);
+    for (int e = 0; e < N; ++e) {
+      const float x = to_float(first.v[e]);
+      float value = 0.0f;
+      if (kKind == Activation::kSwiglu) value = x * sigmoid(x) * to_float(up.v[e]);
+      if (kKind == Activation::kGelu) value = gelu(x);
+      if (kKind == Activation::kRelu) value = relu(x);
+      out.v[e] = from_float<T>(value * scale);
     }
+    store_vec(a + i, out);
   }
 }
 
@@ -102,7 +92,6 @@ __device__ inline float row_sum(float value, int warps_per_row) {
   value = warp_sum(value);
   if (warps_per_row > 1) {  // then it is the whole block, and all of it is here
     SHARED_ARRAY(float, part, kWarpsPerBlock);
-    sync_block();  // the parts of the row before may still be read
     if (lane_id() == 0) part[warp_id()] = value;
     sync_block();
     value = 0.0f;
@@ -115,48 +104,46 @@ template <typename T, int N, Activation kKind>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) activation_backward_kernel(Rows args) {
   constexpr int kHalves = kKind == Activation::kSwiglu ? 2 : 1;
   const Share share(args.warps_per_row);
-  const int64_t live = live_rows(args), width = args.width;
-  for (int64_t row = share.first_row; row < args.rows; row += share.row_step) {
-    T* const dh = static_cast<T*>(args.dh) + element_offset(row, kHalves * width);
-    if (row >= live) {
-      clear<T, N>(dh, kHalves * width, share.begin, share.step);
-      if (args.dscale && share.begin == 0) args.dscale[row] = 0.0f;
-      continue;
-    }
-    const T* const h = static_cast<const T*>(args.h) + element_offset(row, kHalves * width);
-    const T* const da = static_cast<const T*>(args.da) + element_offset(row, width);
-    const float scale = args.row_scale ? args.row_scale[row] : 1.0f;
-    float dscale = 0.0f;
-    for (int64_t i = share.begin * N; i < width; i += share.step * N) {
-      const Vec<T, N> first = load_vec<N>(h + i);
-      const Vec<T, N> second = load_vec<N>(h + i + (kHalves - 1) * width);
-      const Vec<T, N> given = load_vec<N>(da + i);
-      Vec<T, N> dfirst, dsecond;
+  const int64_t row = share.row, width = args.width;
+  if (row >= args.rows) return;
+  T* const dh = static_cast<T*>(args.dh) + element_offset(row, kHalves * width);
+  if (row >= live_rows(args)) {
+    if (args.dscale && share.begin == 0) args.dscale[row] = 0.0f;
+    return clear<T, N>(dh, kHalves * width, share);
+  }
+  const T* const h = static_cast<const T*>(args.h) + element_offset(row, kHalves * width);
+  const T* const da = static_cast<const T*>(args.da) + element_offset(row, width);
+  const float scale = args.row_scale ? args.row_scale[row] : 1.0f;
+  float dscale = 0.0f;
+  for (int64_t i = share.begin * N; i < width; i += share.step * N) {
+    const Vec<T, N> first = load_vec<N>(h + i);
+    const Vec<T, N> second = load_vec<N>(h + i + (kHalves - 1) * width);
+    const Vec<T, N> given = load_vec<N>(da + i);
+    Vec<T, N> dfirst, dsecond;
 #pragma unroll
-      for (int e = 0; e < N; ++e) {
-        const float x = to_float(first.v[e]), d = to_float(given.v[e]), scaled = d * scale;
-        float value = 0.0f;
-        if (kKind == Activation::kSwiglu) {
-          const float up = to_float(second.v[e]), s = sigmoid(x), silu = x * s;
-          value = silu * up;
-          dfirst.v[e] = from_float<T>(scaled * up * (s + silu * (1.0f - s)));
-          dsecond.v[e] = from_float<T>(scaled * silu);
-        } else if (kKind == Activation::kGelu) {
-          value = gelu(x);
-          dfirst.v[e] = from_float<T>(scaled * gelu_slope(x));
-        } else {
-          value = relu(x);
-          dfirst.v[e] = from_float<T>(x <= 0.0f ? 0.0f : scaled);
-        }
-        dscale += d * value;
+    for (int e = 0; e < N; ++e) {
+      const float x = to_float(first.v[e]), d = to_float(given.v[e]), scaled = d * scale;
+      float value = 0.0f;
+      if (kKind == Activation::kSwiglu) {
+        const float up = to_float(second.v[e]), s = sigmoid(x), silu = x * s;
+        value = silu * up;
+        dfirst.v[e] = from_float<T>(scaled * up * (s + silu * (1.0f - s)));
+        dsecond.v[e] = from_float<T>(scaled * silu);
+      } else if (kKind == Activation::kGelu) {
+        value = gelu(x);
+        dfirst.v[e] = from_float<T>(scaled * gelu_slope(x));
+      } else {
+        value = relu(x);
+        dfirst.v[e] = from_float<T>(x <= 0.0f ? 0.0f : scaled);
       }
-      store_vec(dh + i, dfirst);
-      if (kHalves == 2) store_vec(dh + i + width, dsecond);
+      dscale += d * value;
     }
-    if (args.dscale) {
-      dscale = row_sum(dscale, args.warps_per_row);
-      if (share.begin == 0) args.dscale[row] = dscale;
-    }
+    store_vec(dh + i, dfirst);
+    if (kHalves == 2) store_vec(dh + i + width, dsecond);
+  }
+  if (args.dscale) {
+    dscale = row_sum(dscale, args.warps_per_row);
+    if (share.begin == 0) args.dscale[row] = dscale;
   }
 }
 
@@ -201,8 +188,7 @@ void run(const ActivationArgs& args, bool backward, cudaStream_t stream) {
 
 LaunchConfig activation_config(const ActivationArgs& args) {
   if (args.rows == 0) return {};
-  return {std::min(ceil_div(args.rows, kWarpsPerBlock / warps_per_row(args.width)), kMostBlocks),
-          kWarpsPerBlock * kWarp, 0};
+  return {ceil_div(args.rows, kWarpsPerBlock / warps_per_row(args.width)), kWarpsPerBlock * kWarp, 0};
 }
 
 void activation_forward(const ActivationArgs& args, cudaStream_t stream) { run(args, false, stream); }

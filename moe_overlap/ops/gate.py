@@ -2,8 +2,10 @@
 
 Scores: "softmax" (softmax over all experts, then top-k), "topk_softmax" (top-k, then softmax over the winners) and
 "sigmoid" (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). A bias changes the selection only, never the weights
-(arXiv 2408.15664). With groups, whole groups of experts are ranked first (by the sum of their two best scores when
-there is a bias, else by their best) and only the `topk_group` best stay. Ties go to the lower id.
+(arXiv 2408.15664). Without one the choice is made on the logits, of which every score is a rising function: rounding
+of the scores cannot tie or swap two experts, and all implementations choose alike. With groups, whole groups of experts
+are ranked first (by the sum of their two best scores when there is a bias, else by their best) and only the
+`topk_group` best stay. Ties go to the lower id.
 """
 
 from __future__ import annotations
@@ -78,13 +80,17 @@ def _scores(logits_TE: torch.Tensor, score: str) -> torch.Tensor:
 
 
 def _keep_best_groups(choice_TE: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
-    """-inf for every expert outside the topk_group best groups; a group counts the sum of its `best` best experts."""
+    """-inf for every expert outside the topk_group best groups, more for all others, even if it was -inf.
+
+    A group counts the sum of its `best` best experts.
+    """
     tokens, num_experts = choice_TE.shape
     grouped = choice_TE.view(tokens, n_group, num_experts // n_group)
     worth = grouped.topk(min(best, num_experts // n_group), dim=-1).values.sum(dim=-1)
     kept = worth.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
     dropped = torch.ones(tokens, n_group, dtype=torch.bool, device=choice_TE.device).scatter_(1, kept, False)
-    return grouped.masked_fill(dropped[:, :, None], -torch.inf).view(tokens, num_experts)
+    above = grouped.clamp(min=torch.finfo(choice_TE.dtype).min)
+    return above.masked_fill(dropped[:, :, None], -torch.inf).view(tokens, num_experts)
 
 
 def _bad_rows(logits_TE: torch.Tensor) -> torch.Tensor:
@@ -104,7 +110,7 @@ def _gate_topk(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     bad_T = _bad_rows(logits_TE)
     scores_TE = _scores(logits_TE, score)
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    choice_TE = logits_TE if bias_E is None else scores_TE + bias_E
     if topk_group < n_group:
         choice_TE = _keep_best_groups(choice_TE, n_group, topk_group, 1 if bias_E is None else 2)
     # A stable sort, since torch.topk promises no order among equals.

@@ -115,6 +115,14 @@ def kernel(op: str) -> Callable[..., Any]:
     return run
 
 
+def function(op: str, impl: str) -> Callable[..., Any]:
+    """What an implementation calls, without the dispatcher: for benchmarks. Raises ConfigError where there is none."""
+    for entry in _known(op):
+        if entry.name == impl:
+            return entry.call
+    raise ConfigError("impl", impl, f"an implementation of {op}: {', '.join(entry.name for entry in _known(op))}")
+
+
 @contextmanager
 def force(op: str, impl: str) -> Iterator[None]:
     """Run `op` by `impl` inside the block, in the whole process (backward may run in other threads).
@@ -122,9 +130,7 @@ def force(op: str, impl: str) -> Iterator[None]:
     Raises ConfigError at once when the implementation does not exist; one that exists but cannot run for the
     arguments at hand raises when it is called.
     """
-    names = [entry.name for entry in _known(op)]
-    if impl not in names:
-        raise ConfigError("impl", impl, f"an implementation of {op}: {', '.join(names)}")
+    function(op, impl)
     with _lock:
         before = _forced.get(op)
         _forced[op] = impl

@@ -29,13 +29,15 @@ def gate_case(seed: int, score: str) -> tuple:
     topk_group = randint(1, n_group, g)
     k = randint(1, min(16, experts // n_group * topk_group), g)
     tokens = randint(0, 40, g)
-    logits_TE = torch.randint(-64, 65, (tokens, experts), generator=g).to(F32) / 16
+    biased = seed % 2 == 1
+    reach = 16 if biased else 64
+    logits_TE = torch.randint(-reach, reach + 1, (tokens, experts), generator=g).to(F32) / 16
     if seed % 4 == 1 and tokens:
         bad = (float("nan"), float("inf"), float("-inf"))[seed % 3]
         logits_TE[randint(0, tokens - 1, g), randint(0, experts - 1, g)] = bad
         logits_TE[randint(0, tokens - 1, g)] = float("-inf")
-    # Multiples of 8: no score, which is below 1, can bring two of them together.
-    bias_E = torch.randint(-4, 5, (experts,), generator=g).to(F32) * 8 if seed % 2 else None
+    # Scores are then apart by more than a sum with such a bias rounds off.
+    bias_E = torch.randint(-4, 5, (experts,), generator=g).to(F32) * 2 if biased else None
     return logits_TE, bias_E, k, n_group, topk_group, score, seed % 5 < 2, 1.0 if seed % 7 else 2.5
 
 

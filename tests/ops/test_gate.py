@@ -18,7 +18,7 @@ def python_gate(
     rows, chosen = [], []
     for row in logits:
         scores = row.softmax(0) if score == "softmax" else row.sigmoid() if score == "sigmoid" else row
-        choice = (scores if bias is None else scores + bias).tolist()
+        choice = (row if bias is None else scores + bias).tolist()
         size = len(choice) // n_group
         groups = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(n_group)]
         worth = [sum(group[: 1 if bias is None else 2]) for group in groups]
@@ -57,6 +57,19 @@ def test_ties_go_to_the_lower_id() -> None:
     for score in ("softmax", "topk_softmax", "sigmoid"):
         ids = ops.gate_topk(torch.zeros(5, 64), k=6, score=score)[1]
         assert ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 5
+
+
+def test_without_a_bias_the_logits_decide() -> None:
+    logits = torch.tensor([[0.0, -200.0, -150.0]])  # softmax in float32: 1, 0, 0
+    assert ops.gate_topk(logits, k=2)[1].tolist() == [[0, 2]]
+    logits = torch.tensor([[20.0, 30.0, 1.0]])  # sigmoid in float32: 1, 1, 0.73
+    assert ops.gate_topk(logits, k=2, score="sigmoid")[1].tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("score", ["softmax", "topk_softmax", "sigmoid"])
+def test_an_expert_outside_the_groups_is_never_chosen(score: str) -> None:
+    logits = torch.tensor([[1.0, 1.0, 9.0, -torch.inf]])
+    assert ops.gate_topk(logits, k=2, n_group=2, topk_group=1, score=score)[1].tolist() == [[2, 3]]
 
 
 def test_float32_weights_are_near_the_exact_ones() -> None:

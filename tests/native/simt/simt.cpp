@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <exception>
 #include <memory>
+#include <new>
 #include <random>
 #include <unordered_map>
 #include <vector>
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMostResident = 4;
+constexpr size_t kSharedAlignment = 16;
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
@@ -34,7 +36,10 @@ struct Fiber {
   int source = 0;
 };
 
-using Memory = std::unique_ptr<unsigned char, decltype(&std::free)>;
+struct Free {
+  void operator()(unsigned char* memory) const { ::operator delete(memory, std::align_val_t{kSharedAlignment}); }
+};
+using Memory = std::unique_ptr<unsigned char, Free>;
 
 struct Block {
   int64_t index = 0;
@@ -44,7 +49,7 @@ struct Block {
   int done = 0;
   const Fiber* first_at_barrier = nullptr;
   const Fiber* first_done = nullptr;
-  Memory dynamic{nullptr, &std::free};
+  Memory dynamic;
   std::unordered_map<const void*, Memory> arrays;
 };
 
@@ -144,11 +149,12 @@ class Launch {
 
 Launch* current = nullptr;
 
+// Exactly so many bytes, so that AddressSanitizer knows the end.
 Memory poisoned(int64_t bytes, unsigned char with) {
-  void* const memory = std::aligned_alloc(16, static_cast<size_t>((std::max<int64_t>(bytes, 1) + 15) / 16 * 16));
-  if (memory == nullptr) throw std::bad_alloc();
-  std::memset(memory, with, static_cast<size_t>(bytes));
-  return Memory(static_cast<unsigned char*>(memory), &std::free);
+  Memory memory(
+      static_cast<unsigned char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{kSharedAlignment})));
+  std::memset(memory.get(), with, static_cast<size_t>(bytes));
+  return memory;
 }
 
 void Launch::start_block() {

@@ -164,7 +164,9 @@ inline float erf_f32(float x) { return std::erf(x); }
 inline float divide_fast(float a, float b) { return std::fabs(b) > 0x1p126f ? 0.0f : a / b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float add_rn(float a, float b) { return a + b; }
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float max_nan(float a, float b) { return a > b || std::isnan(a) ? a : b; }
+inline float min_nan(float a, float b) { return a < b || std::isnan(a) ? a : b; }
 
 float to_float(bf16 value);
 float to_float(fp16 value);

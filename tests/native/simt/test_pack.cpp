@@ -23,7 +23,7 @@ Case random_case(Random& random) {
   c.num_rows = random.range(1, 40);
   c.num_order = random.chance(0.05) ? 0 : random.range(1, 60);
   c.width = random.pick(widths);
-  c.element_bytes = random.chance(0.7) ? 2 : 4;
+  c.element_bytes = random.pick(std::vector<int>{2, 2, 2, 4, 8});
   c.order_is_int64 = random.chance(0.5);
   c.skew = random.pick(std::vector<int64_t>{0, 0, 4, 8}) + (c.element_bytes == 2 && random.chance(0.2) ? 2 : 0);
   return c;
@@ -83,15 +83,19 @@ TEST(unpack_is_the_inverse) {
   });
 }
 
-TEST(pack_config_covers_the_rows) {
+TEST(pack_tiling_covers_the_rows) {
+  alignas(16) static unsigned char memory[16];
   PackArgs args{};
-  args.width = 8;
+  args.rows = args.out = memory;
+  args.width = 2048;
   args.element_bytes = 2;
-  CHECK(moe_overlap::pack_config(args).grid == 0);
-  args.num_order = 9;
-  CHECK(moe_overlap::pack_config(args).text() == "grid 2 block 256 shared 0 B");
-  args.num_order = int64_t{1} << 40;
-  CHECK(moe_overlap::pack_config(args).grid == moe_overlap::kMostBlocks);
+  CHECK(moe_overlap::pack_tiling(args).launch.grid == 0);
+  args.num_order = 1000;
+  CHECK(moe_overlap::pack_tiling(args).launch.text() == "grid 1000 block 256 shared 0 B");
+  args.num_order = 16;  // 256 words in one round: nothing to split
+  CHECK(moe_overlap::pack_tiling(args).splits == 1);
+  args.width = 64;  // 8 words: a warp takes a row, 8 rows a block
+  CHECK(moe_overlap::pack_tiling(args).launch.text() == "grid 2 block 256 shared 0 B");
 }
 
 TEST(pack_refuses_sizes_that_overflow) {

@@ -1,0 +1,262 @@
+"""`make gpu`: build in this environment, test on the GPU, sanitize, measure. Everything within nine minutes.
+
+    python benchmarks/gpu_run.py [--skip sanitize,probe,kernels] [--out FOLDER]
+
+Correctness comes first: a failing test ends the run before anything is timed, and nothing is recorded as verified. When
+the tests pass, the pairs of operator and dtype that they cover go into moe_overlap/ops/verified.json (this is the only
+writer) with architecture and sources, and from there into docs/status.md. compute-sanitizer runs on small cases; a tool
+that cannot start there is recorded as `not run` with its reason, only findings are failures. Results are JSON lines in
+benchmarks/results/<gpu>/, one file for a run; every row has the date, commit, torch and device.
+
+Exit status: 0 all is well, 1 a test or a sanitizer found something, 2 there is no GPU or no build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+STATUS = ROOT / "docs/status.md"
+TABLE_BEGIN, TABLE_END = "<!-- from moe_overlap/ops/verified.json -->", "<!-- end -->"
+LIMIT_S = 540.0
+PARTS = ("sanitize", "probe", "kernels")
+TOOLS = ("memcheck", "racecheck", "initcheck")
+FOUND_STATUS = 86
+"""What compute-sanitizer exits with when it found something: no status of pytest."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """One command: its status (None: it ran past its limit), what it said and how long it took."""
+
+    status: int | None
+    text: str
+    seconds: float
+
+
+class Run:
+    """The clock and the results of one run."""
+
+    def __init__(self, folder: Path, about: dict[str, str]) -> None:
+        self.begin_s = time.monotonic()
+        self.about = about
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / f"{about['date']}-gpu.jsonl"
+        self.file.write_text("", encoding="utf-8")
+
+    def left_s(self) -> float:
+        return LIMIT_S - (time.monotonic() - self.begin_s)
+
+    def record(self, **row: object) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.about | row) + "\n")
+
+    def command(self, *words: str, most_s: float, **environment: str) -> Done:
+        """Run one command for at most `most_s` seconds and what is left, and show what it says."""
+        print(f"\n== {' '.join(words)}", flush=True)
+        begin_s = time.monotonic()
+        limit_s = max(1.0, min(most_s, self.left_s()))
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+        # A session of its own: what the command started ends with it, also when its time is over.
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        status: int | None = None
+        try:
+            text = process.communicate(timeout=limit_s)[0]
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text = process.communicate()[0] + f"\nstopped after {limit_s:.0f} s"
+        print(text[-4000:], flush=True)
+        return Done(status, text, time.monotonic() - begin_s)
+
+
+def no_gpu() -> str | None:
+    """Why nothing can be run here, or None."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"no CUDA device: torch {torch.__version__} is a build without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA device found"
+
+
+def commit() -> str:
+    """Of the sources, with "+changes" where they differ; "unknown" where they travelled without their history."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    words = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    head, changed = (
+        subprocess.run([git, *more], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
+        for more in words
+    )
+    return head + ("+changes" if changed else "") if head else "unknown"
+
+
+def about() -> dict[str, str]:
+    """What every row carries."""
+    import torch
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(0),
+        "clocks": clocks(),
+    }
+
+
+def clocks() -> str:
+    """SM and memory clock, power and temperature at this moment, as nvidia-smi says."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown: no nvidia-smi"
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    done = subprocess.run([tool, f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"],
+                          capture_output=True, text=True, timeout=30, check=False)  # fmt: skip
+    return done.stdout.strip() or f"unknown: {done.stderr.strip()[:200]}"
+
+
+def slug(device: str) -> str:
+    """The folder of a device's results: "NVIDIA H200" -> "h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia ")).strip("-")
+
+
+def sanitizer_result(tool: str, done: Done) -> dict[str, object]:
+    """The row of one sanitizer run: clean, found (with the first finding), or not run with the reason."""
+    summary = re.search(r"ERROR SUMMARY: (\d+) error", done.text) or re.search(
+        r"RACECHECK SUMMARY: (\d+) hazard", done.text
+    )
+    row: dict[str, object] = {"kind": "sanitizer", "tool": tool, "seconds": round(done.seconds, 1)}
+    if done.status == FOUND_STATUS or (summary and int(summary[1]) > 0):
+        first = next((line for line in done.text.splitlines() if line.startswith("=========") and "at " in line), "")
+        return row | {"result": "found", "first": first.strip("= ")[:300]}
+    if done.status == 0 and summary:
+        return row | {"result": "clean"}
+    last = [line for line in done.text.splitlines() if line.strip()][-1:] or ["it said nothing"]
+    return row | {"result": f"not run: {last[0].strip('= ')[:300]}"}
+
+
+def sanitize(run: Run) -> bool:
+    """The three tools on small cases; True unless one found something."""
+    program = shutil.which("compute-sanitizer")
+    clean = True
+    for tool in TOOLS:
+        if program is None:
+            row: dict[str, object] = {
+                "kind": "sanitizer",
+                "tool": tool,
+                "result": "not run: compute-sanitizer not found",
+            }
+        else:
+            # Without the caching allocator each tensor is an allocation of its own, so that its end is known.
+            done = run.command(
+                program, "--tool", tool, "--error-exitcode", str(FOUND_STATUS), sys.executable, "-m", "pytest", "-q",
+                "-m", "gpu", "tests/gpu/test_gpu_small.py", most_s=60, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )  # fmt: skip
+            row = sanitizer_result(tool, done)
+        print(f"{tool}: {row['result']}")
+        run.record(**row)
+        clean = clean and row["result"] != "found"
+    return clean
+
+
+def status_table() -> list[str]:
+    """The table of docs/status.md: each CUDA kernel, and on which hardware it has been checked."""
+    from moe_overlap.ops import cuda_kernels, verified
+
+    lines = ["| CUDA kernel | dtypes | verified on a GPU |", "|---|---|---|"]
+    for op in cuda_kernels.OPS:
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in cuda_kernels.dtypes(op)]
+        found = [r for r in verified.read() if r.op == op]
+        checks = [f"{r.architecture} {r.dtype} ({r.commit}, {r.date})" for r in found]
+        lines.append(f"| `{op}` | {', '.join(dtypes)} | {'; '.join(checks) or '**no**'} |")
+    return lines
+
+
+def with_table(text: str) -> str:
+    """docs/status.md with the table of today between its two marks."""
+    before, rest = text.split(TABLE_BEGIN)
+    _, after = rest.split(TABLE_END)
+    return "\n".join([before + TABLE_BEGIN, *status_table(), TABLE_END + after])
+
+
+def verify(run: Run, record: Path) -> bool:
+    """Read what the tests covered; if all passed, write verified.json and the table of docs/status.md."""
+    import torch
+
+    from moe_overlap import _native
+    from moe_overlap.ops import cuda_kernels, verified
+
+    told = (
+        json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"covered": [], "failed": ["no record"]}
+    )
+    run.record(kind="tests", covered=told["covered"], failed=told["failed"])
+    if told["failed"] or not told["covered"]:
+        return False
+    here = cuda_kernels.architecture(torch.device("cuda", 0))
+    new = [
+        verified.Record(op, "cuda", here, dtype, _native.kernel_sources(), run.about["commit"], run.about["date"])
+        for op, dtype in told["covered"]
+    ]
+    replaced = {(record.op, record.dtype) for record in new}
+    kept = [r for r in verified.read() if r.architecture != here or (r.op, r.dtype) not in replaced]
+    verified.write([*kept, *new])
+    STATUS.write_text(with_table(STATUS.read_text(encoding="utf-8")), encoding="utf-8")
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--skip", default="", help=f"parts to leave out: {', '.join(PARTS)}")
+    parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/<gpu>)")
+    options = parser.parse_args(argv)
+    skipped = [word for word in options.skip.split(",") if word]
+    if not set(skipped) <= set(PARTS):
+        parser.error(f"--skip = {options.skip!r}: expected some of {', '.join(PARTS)}")
+    if reason := no_gpu():
+        print(f"make gpu: {reason}", file=sys.stderr)
+        return 2
+    told = about()
+    run = Run(options.out or ROOT / "benchmarks/results" / slug(told["device"]), told)
+    build = run.command(sys.executable, "setup.py", "build_ext", "--inplace", most_s=180, MOE_OVERLAP_BUILD="cuda")
+    run.record(kind="build", seconds=round(build.seconds, 1), status=build.status)
+    if build.status != 0:
+        return 2
+    record = run.file.with_suffix(".tests.json")
+    tests = run.command(
+        sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--gpu-record={record}", most_s=200
+    )
+    passed = verify(run, record) and tests.status == 0
+    record.unlink(missing_ok=True)
+    if not passed:
+        print("make gpu: the tests did not pass: nothing is timed", file=sys.stderr)
+        return 1
+    clean = sanitize(run) if "sanitize" not in skipped else True
+    for part in ("probe", "kernels"):
+        if part not in skipped and clean:
+            done = run.command(sys.executable, f"benchmarks/gpu_{part}.py", f"--out={run.file}", most_s=200)
+            run.record(kind=part, seconds=round(done.seconds, 1), status=done.status)
+    print(f"\n{run.file}: {LIMIT_S - run.left_s():.0f} s in all")
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""How the GPU benchmarks measure: CUDA graphs, input sets that do not fit into the cache, medians; JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CACHE_BYTES = 64 << 20
+"""More than the L2 cache of the chips in question (60 MB on the H200)."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one call: median, and the 10th and 90th percentile over the repeats."""
+
+    median_s: float
+    p10_s: float
+    p90_s: float
+
+    @staticmethod
+    def of(samples_s: Sequence[float]) -> Time:
+        ordered = sorted(samples_s)
+        place = [round(share * (len(ordered) - 1)) for share in (0.1, 0.9)]
+        return Time(statistics.median(ordered), ordered[place[0]], ordered[place[1]])
+
+
+def sets_needed(bytes_moved: int) -> int:
+    """How many copies of the inputs, used in turn, keep a call from finding its data in the cache."""
+    return min(64, -(-4 * CACHE_BYTES // max(1, bytes_moved)))
+
+
+def graph_of(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """All calls, one after the other, as a graph: launches cost next to nothing in a replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what is set up at a first call stays out of the graph
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def interleaved(contenders: dict[str, Sequence[Callable[[], Any]]], *, repeats: int = 30) -> dict[str, Time]:
+    """The time of one call of each contender: graphs of all its calls, replayed in turns with the others'."""
+    graphs = {name: graph_of(calls) for name, calls in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 3):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if repeat >= 3:
+                samples[name].append(begin.elapsed_time(end) * 1e-3 / len(contenders[name]))
+    return {name: Time.of(values) for name, values in samples.items()}
+
+
+def once(call: Callable[[], Any], *, repeats: int = 10) -> Time:
+    """The time of a call that is long enough to be timed by itself."""
+    call()
+    samples = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1e-3)
+    return Time.of(samples)
+
+
+def copy_bytes_per_s(size_bytes: int = 4 << 30) -> float:
+    """What a large copy on the device reads and writes in a second."""
+    source = torch.randint(-128, 127, (size_bytes,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size_bytes / once(lambda: target.copy_(source)).median_s
+
+
+class Results:
+    """Rows on the terminal and, where a file is given, at its end."""
+
+    def __init__(self, file: Path | None) -> None:
+        from benchmarks.gpu_run import about
+
+        self.file = file
+        self.about = about()
+
+    def row(self, **values: object) -> None:
+        line = json.dumps(self.about | {"time": datetime.datetime.now().strftime("%H:%M:%S")} | values)
+        print(line, flush=True)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def options(description: str, argv: Sequence[str] | None, **more: float) -> argparse.Namespace:
+    """The options that every GPU benchmark has, and its own numbers: name=default."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, default in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
+    parser.add_argument("--out", type=Path, help="append the rows to this file too")
+    parser.add_argument("--most-s", type=float, default=180.0, help="begin nothing new after this many seconds")
+    found = parser.parse_args(argv)
+    found.end_s = time.monotonic() + found.most_s
+    return found
