@@ -11,7 +11,7 @@ from moe_overlap.ops.launch_triton import accumulator, blocks, contiguous, launc
 from moe_overlap.ops.rows_triton import clear_unused, marks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_rows"])
 def combine_kernel(
     y_ptr, slot_to_row_ptr, weights_ptr, residual_ptr, out_ptr, tokens, num_rows, width,
     ACC: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -38,7 +38,7 @@ def combine_kernel(
     tl.store(out_ptr + place_TD, sum_TD.to(out_ptr.dtype.element_ty), mask=here_TD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_rows"])
 def combine_backward_kernel(
     dy_ptr, y_ptr, slot_to_row_ptr, weights_ptr, dy_rows_ptr, dweights_ptr, used_ptr, tokens, num_rows, width,
     ACC: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

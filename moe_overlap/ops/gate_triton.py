@@ -39,7 +39,7 @@ def _order(x):
 
 @triton.jit
 def _lowest(order):
-    """A block like `order` that is smaller than the order of -inf."""
+    """A block like `order`, smaller than the order of -inf by more than one: for experts taken or not there."""
     if order.dtype == tl.int64:
         lowest = tl.full(order.shape, _LOWEST_64, tl.int64)
     else:
@@ -99,7 +99,7 @@ def _weights(chosen_TK, real_K, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, 
     return weights_TK * SCALE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gate_topk_kernel(
     logits_ptr, bias_ptr, weights_ptr, ids_ptr, counts_ptr, status_ptr, tokens,
     E: tl.constexpr, K: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, SCORE: tl.constexpr,
@@ -117,15 +117,15 @@ def gate_topk_kernel(
     x_TE = tl.where(bad_T[:, None] & inside_E[None, :], 0.0, x_TE)
 
     scores_TE = _scores(x_TE, inside_E, SCORE)
-    choice_TE = scores_TE
+    choice_TE = x_TE
     if bias_ptr is not None:
-        choice_TE += tl.load(bias_ptr + expert_E, mask=inside_E, other=0.0)[None, :]
+        choice_TE = scores_TE + tl.load(bias_ptr + expert_E, mask=inside_E, other=0.0)[None, :]
+    order_TE = _order(choice_TE)
     if TOPK_GROUP < N_GROUP:
         SIZE: tl.constexpr = E // N_GROUP
         PAIRS: tl.constexpr = bias_ptr is not None and SIZE > 1
         kept_TE = _in_best_groups(choice_TE, expert_E // SIZE, N_GROUP, TOPK_GROUP, GROUP_PAD, PAIRS)
-        choice_TE = tl.where(kept_TE, choice_TE, -_INF)
-    order_TE = _order(choice_TE)
+        order_TE = tl.where(kept_TE, order_TE, _lowest(order_TE) + 1)  # below -inf in a group that is kept
     order_TE = tl.where(inside_E[None, :], order_TE, _lowest(order_TE))
 
     ids_TK = tl.full((BLOCK_T, K_PAD), -1, tl.int32)
@@ -150,7 +150,7 @@ def gate_topk_kernel(
     tl.store(status_ptr, _BAD_LOGITS, mask=any_bad > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gate_topk_backward_kernel(
     dweights_ptr, logits_ptr, ids_ptr, dlogits_ptr, tokens,
     E: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, SCALE: tl.constexpr,

@@ -16,7 +16,8 @@ def launch(
 ) -> None:
     """Run `kernel` on the device of its first tensor, in the current stream; an empty grid is nothing to do.
 
-    Contraction of a * b + c is asked for by name, as the default of Triton changes with its versions.
+    Contraction of a * b + c is asked for by name, as the default of Triton changes with its versions. Kernels name the
+    sizes that change from step to step in `do_not_specialize`, so that no step but the first compiles.
     """
     if 0 in grid:
         return

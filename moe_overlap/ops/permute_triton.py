@@ -11,7 +11,7 @@ from moe_overlap.ops.launch_triton import blocks, launch, tile
 from moe_overlap.ops.rows_triton import clear_unused, marks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_rows"])
 def permute_kernel(
     x_ptr, slot_to_row_ptr, out_ptr, used_ptr, tokens, num_rows, width,
     K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

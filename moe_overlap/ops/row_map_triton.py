@@ -27,7 +27,7 @@ def _expert_index(ids_ptr, slot_S, slots, first, last):
     return tl.where((id_S >= first) & (id_S < last), id_S - first, last - first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "num_rows", "rows_each"])
 def count_kernel(
     ids_ptr, counts_ptr, row_to_slot_ptr, slots, first, last, num_rows, rows_each,
     E_PAD: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -45,7 +45,7 @@ def count_kernel(
         tl.store(row_to_slot_ptr + row_S, tl.full((BLOCK_S,), -1, tl.int32), mask=row_S < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def earlier_kernel(counts_ptr, totals_ptr, num_blocks, experts, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
     """counts[b, e] becomes the sum of counts[:b, e], totals[e] that of all."""
     expert_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -61,7 +61,7 @@ def earlier_kernel(counts_ptr, totals_ptr, num_blocks, experts, BLOCK_B: tl.cons
     tl.store(totals_ptr + expert_E, total_E, mask=here_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "num_rows"])
 def place_kernel(
     ids_ptr, earlier_ptr, totals_ptr, tokens_per_expert_ptr, offs_ptr, slot_to_row_ptr, row_to_slot_ptr,
     slots, first, last, align, capacity, num_rows,

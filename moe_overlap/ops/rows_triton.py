@@ -13,7 +13,7 @@ import triton.language as tl
 from moe_overlap.ops.launch_triton import blocks, launch, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def clear_rows_kernel(out_ptr, used_ptr, num_rows, width, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     unused_R = tl.load(used_ptr + row_R, mask=row_R < num_rows, other=1) == 0

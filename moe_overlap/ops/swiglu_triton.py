@@ -20,7 +20,7 @@ def _live_rows(offs_ptr, num_rows, num_groups):
     return live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def activation_kernel(
     h_ptr, scale_ptr, offs_ptr, a_ptr, num_rows, width, num_groups,
     KIND: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -45,7 +45,7 @@ def activation_kernel(
     tl.store(a_ptr + place_RF, a_RF.to(a_ptr.dtype.element_ty), mask=here_RF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def activation_backward_kernel(
     da_ptr, h_ptr, scale_ptr, offs_ptr, dh_ptr, dscale_ptr, num_rows, width, num_groups,
     KIND: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
