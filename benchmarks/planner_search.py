@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_overlap import _native
-from moe_overlap.bench.machine import hardware
+from moe_overlap.measure.machine import hardware
 from moe_overlap.planning.search import cut_arguments, search, search_reference
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 

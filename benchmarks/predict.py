@@ -20,8 +20,13 @@ from moe_overlap.bench.layer import main as bench_layer
 
 SCHEDULES = "serial,chunked,shared_expert,shortcut,auto"
 SETTINGS = tuple(
-    ["--comm-share", share, "--tokens", tokens, "--ffn", ffn]
-    for share, tokens, ffn in (("0.6", "512", "2048"), ("0.4", "512", "2048"), ("0.2", "512", "4096"))
+    ["--link", f"{rate}:50us", "--tokens", tokens, "--ffn", ffn]
+    for rate, tokens, ffn in (
+        ("60mbit", "512", "2048"),
+        ("120mbit", "512", "2048"),
+        ("80mbit", "512", "4096"),
+        ("200mbit", "1024", "2048"),
+    )
 )
 CLOSE, BEST = 0.10, 0.05
 

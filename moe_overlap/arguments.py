@@ -1,4 +1,4 @@
-"""The arguments of a layer: what its constructor accepts."""
+"""The arguments of a layer and the shape of its result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from moe_overlap.errors import ConfigError
 from moe_overlap.plan import DTYPES
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.transport.base import Transport
 
 
 def check_sizes(
@@ -52,3 +53,28 @@ def make_router(
                 raise ConfigError(name, value, f"the {name} of the router module, {getattr(router, name)}")
         return router
     return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
+
+
+def refuse_sharded(name: str, value: object, transport: Transport) -> None:
+    """Raises ConfigError for an expert weight that is sharded over ranks which hold other experts.
+
+    Every rank of the layer's group has its own experts; FSDP over these ranks would mix them, and silently.
+    """
+    mesh = getattr(value, "device_mesh", None)
+    if mesh is None or transport.world_size == 1:
+        return
+    others = set(mesh.mesh.reshape(-1).tolist()) & set(transport.global_ranks) - {
+        transport.global_ranks[transport.rank]
+    }
+    if others:
+        raise ConfigError(
+            name,
+            f"sharded over rank(s) {sorted(others)}, which hold other experts of this layer",
+            "fully_shard(..., ignored_params=set(layer.expert_weights)), or a mesh of ranks that hold the same experts",
+        )
+
+
+def shaped(y_TD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """y in the shape of x, and no view: a view that is changed in place loses the backward hooks of wrappers."""
+    y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TD, shape)
+    return y

@@ -2,41 +2,54 @@
 
 The first forward call of a layer (for training, for inference, for each dtype of the rows) looks for a cost model in
 the cache and measures one where there is none: real steps on this call's tokens and routing, on the same transport.
-Parameters, their gradients, buffers and random numbers are as they were before.
+Parameters, their gradients, buffers, torch's random numbers and recorders are as they were before. The ops beside the
+exchanges are called some 20 to 40 times, forward and backward, so hooks on these modules run, and what an op keeps
+elsewhere changes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from moe_overlap.autograd import closing_on_error
 from moe_overlap.config import cache_dir
+from moe_overlap.dispatch import Dispatcher, check_routing
 from moe_overlap.errors import ConfigError
-from moe_overlap.measure.calibrate import StepTimes, calibrate, gathered
+from moe_overlap.measure.calibrate import MAX_GROUPS, StepTimes, calibrate, gathered
 from moe_overlap.measure.machine import hardware
-from moe_overlap.plan import PHASES
+from moe_overlap.ops import registry
+from moe_overlap.plan import PHASES, ChunkBy
 from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.builders import SchedulePair, chunked, window
+from moe_overlap.schedule.builders import SchedulePair, chunked, serial, window
+from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 
+if TYPE_CHECKING:
+    from moe_overlap.layer import MoELayer
+
+logger = logging.getLogger(__name__)
+
 Op = Callable[[torch.Tensor], torch.Tensor]
 CACHE_VERSION = 1
+UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,7 +59,7 @@ class ProbeInputs:
     dispatcher: the layer's. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
     """
 
-    dispatcher: Any
+    dispatcher: Dispatcher
     x_TD: torch.Tensor
     slots_TK: torch.Tensor
     weights_TK: torch.Tensor
@@ -62,13 +75,12 @@ class ProbeInputs:
 
     @property
     def transport(self) -> Transport:
-        transport: Transport = self.dispatcher.transport
-        return transport
+        return self.dispatcher.transport
 
-    def pair(self, chunks: int) -> SchedulePair:
+    def pair(self, chunks: int, by: ChunkBy) -> SchedulePair:
         if self.backbone:
-            return window(len(self.backbone), len(self.backbone) // 2, chunks=chunks)
-        return chunked(chunks, shared=self.shared is not None)
+            return window(len(self.backbone), len(self.backbone) // 2, chunks=chunks, by=by)
+        return chunked(chunks, by, shared=self.shared is not None)
 
     def run(self, pair: SchedulePair) -> StepTimes:
         """One step, forward and (where gradients are enabled) backward."""
@@ -78,13 +90,13 @@ class ProbeInputs:
             return tensor.detach().requires_grad_(grad and tensor.is_floating_point())
 
         x_TD, w_in, w_out, weights_TK = map(leaf, (self.x_TD, self.w_in, self.w_out, self.weights_TK))
+        h = None if self.h is None else leaf(self.h.clone())  # in inference an op may change it in place
         start_s = time.perf_counter()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
         step = Step(self.transport, weights, phase=PHASES[0])
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
         exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)
         step.bind(pair, exchange, x_rows, self.slots_TK, weights_TK)
-        h = None if self.h is None else leaf(self.h)
         step.hidden = h
         shared = self.shared
         y_TD = step.run(self.backbone, None if shared is None else lambda: shared(x_shared))
@@ -92,7 +104,9 @@ class ProbeInputs:
         outputs += [one for one in [step.take_shared()] if one is not None]
         forward_s = time.perf_counter() - start_s
         if grad:
-            parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+            # Tensor hooks would run on these gradients, which are no one's.
+            parameters = [p for module in self.modules for p in module.parameters()
+                          if p.requires_grad and not p._backward_hooks]  # fmt: skip
             leaves = [one for one in (x_TD, w_in, w_out, weights_TK, h, *parameters) if one is not None]
             reached = [one for one in outputs if one.requires_grad]
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
@@ -103,37 +117,73 @@ class ProbeInputs:
 
 @dataclass(eq=False, kw_only=True)
 class AutoSchedule:
-    """The word "auto" of one layer or block: its planned schedules, by (gradients enabled, dtype of the rows)."""
+    """The word "auto" of one layer or block: its planned schedules, by (opening, gradients enabled, dtype of the rows).
+
+    What was found before the transport was opened again does not count: the failure between may have come when only
+    some of the ranks had it.
+    """
 
     op_verb: OpVerb
     num_ops: int
     overlap: bool = True
-    found: dict[tuple[bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
-    files: dict[tuple[bool, torch.dtype], Path] = field(default_factory=dict)  # where rank 0 keeps the cost models
+    found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
+    kept_in: Path | None = None  # the file of the last cost model, on rank 0
     name = "auto"
 
-    def get(self, dtype: torch.dtype) -> PlannedSchedule | None:
+    def get(self, opening: int, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
-        return self.found.get((torch.is_grad_enabled(), dtype))
+        return self.found.get((opening, torch.is_grad_enabled(), dtype))
+
+    def calibrate(
+        self, layer: MoELayer, x_TD: torch.Tensor, dtype: torch.dtype, backbone: Sequence[Op], h: torch.Tensor | None
+    ) -> PlannedSchedule:
+        """The schedules of the coming steps, from probes on the tokens of this one. Collective. Errors as in a step."""
+        dispatcher, shared = layer.dispatcher, layer.shared_expert
+        modules = [op for op in (layer.router, *backbone, shared) if isinstance(op, nn.Module)]
+        with undisturbed(modules, x_TD.device):
+            try:
+                routing = layer.router(x_TD.detach())
+                check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
+                slots_TK = dispatcher.placement.to_physical(routing.topk_ids_TK)
+                rows_TD, w_in, w_out = (one.detach().to(dtype) for one in (x_TD, *layer.expert_weights))
+            except Exception as error:
+                dispatcher.refuse(error, UNPLANNED)
+            # Agree first: a rank that cannot take part says so here, and no probe waits for it.
+            dispatcher.plan(slots_TK, rows_TD, UNPLANNED, status=routing.status)
+            with closing_on_error(dispatcher.transport, "calibrate"):
+                weights_TK, hidden = routing.topk_weights_TK.detach(), None if h is None else h.detach()
+                return self.prepare(ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK, shared=shared,
+                                                weights_TK=weights_TK, w_in=w_in, w_out=w_out, h=hidden,
+                                                backbone=backbone))  # fmt: skip
 
     def prepare(self, inputs: ProbeInputs) -> PlannedSchedule:
-        """Load or measure the cost model of the coming steps. Collective: every rank comes here in its first step."""
+        """Load or measure the cost model of the coming steps. Collective."""
         dtype = inputs.x_TD.dtype
         row_bytes = inputs.x_TD.shape[1] * dtype.itemsize
         node_of = topology(inputs.transport)
         key = cache_key(inputs)
-        model = shared_model(inputs.transport, load(key), inputs.x_TD.device)
+        first = inputs.transport.rank == 0
+        model = shared_model(inputs.transport, load(key) if first else None, inputs.x_TD.device)
+        self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
             source = f"measured on {hardware()}, {date.today()}"
-            with undisturbed(inputs.modules, inputs.x_TD.device):
-                model = calibrate(inputs.run, inputs.pair, inputs.transport, row_bytes=row_bytes, node_of=node_of,
-                                  device=inputs.x_TD.device, source=source)  # fmt: skip
-            if inputs.transport.rank == 0:
-                store(key, model)
+            model = calibrate(
+                inputs.run,
+                inputs.pair,
+                inputs.transport,
+                groups=min(MAX_GROUPS, inputs.w_in.shape[0]),
+                row_bytes=row_bytes,
+                node_of=node_of,
+                device=inputs.x_TD.device,
+                source=source,
+            )
+            # All ranks have fitted the same figures, but `source` is another text on another machine.
+            model = shared_model(inputs.transport, model, inputs.x_TD.device)
+            assert model is not None
+            self.kept_in = store(key, model) if first else None
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,
                                    node_of=node_of, overlap=self.overlap)  # fmt: skip
-        self.found[torch.is_grad_enabled(), dtype] = schedule
-        self.files[torch.is_grad_enabled(), dtype] = cache_file(key)
+        self.found[inputs.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 
 
@@ -145,16 +195,22 @@ def topology(transport: Transport) -> Callable[[int], int] | None:
 
 @contextmanager
 def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Random numbers and the buffers of `modules` are restored at the end. A checkpoint around the caller does not
-    see the tensors that probes save."""
-    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    """Random numbers and the buffers of `modules` are restored at the end. Neither recorders nor a checkpoint around
+    the caller, selective ones included, see what is computed and saved inside."""
+    owners = [owner for module in modules for owner in module.modules()]
+    buffers = [(o, name, b, b.clone()) for o in owners for name, b in o._buffers.items() if b is not None]
     devices = [device] if device.type == "cuda" else []
     # The innermost hooks win: a probe's backward must not make an activation checkpoint recompute the caller.
-    with torch.random.fork_rng(devices=devices), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    try:
+        with torch.random.fork_rng(devices=devices), hooks, _disable_current_modes(), record():
+            yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, before in buffers:
+                owner._buffers[name] = buffer
+                if not torch.equal(buffer, before):  # writing would tell autograd that it changed
+                    buffer.copy_(before)
 
 
 # ---------------------------------------------------------------- the cache
@@ -164,18 +220,20 @@ def cache_key(inputs: ProbeInputs) -> dict[str, Any]:
     """What a measurement depends on."""
     from moe_overlap import __version__
 
-    d = inputs.dispatcher
-    link = getattr(inputs.transport, "link", None)
+    d, device = inputs.dispatcher, inputs.x_TD.device
+    link, node_of = getattr(inputs.transport, "link", None), topology(inputs.transport)
     return {
         "cache": CACHE_VERSION,
         "moe_overlap": __version__,
         "torch": torch.__version__,
         "hardware": hardware(),
-        "device": torch.cuda.get_device_name(inputs.x_TD.device) if inputs.x_TD.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernels": registry.explain(device, inputs.x_TD.dtype),
         "threads": torch.get_num_threads(),
         "world_size": inputs.transport.world_size,
         "transport": inputs.transport.name,
         "link": None if link is None else str(link),
+        "nodes": None if node_of is None else [node_of(rank) for rank in range(inputs.transport.world_size)],
         "tokens": inputs.x_TD.shape[0],
         "hidden": d.hidden,
         "ffn_hidden": d.ffn_hidden,
@@ -193,25 +251,40 @@ def cache_file(key: dict[str, Any]) -> Path:
     return cache_dir() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
+# What could not be written, for the other layers of this process.
+_unwritten: dict[Path, CostModel] = {}
+
+
 def load(key: dict[str, Any]) -> CostModel | None:
     """The cached model of exactly this key; None where there is none or the file cannot be read as one."""
-    try:
-        entry = json.loads(cache_file(key).read_text(encoding="utf-8"))
-        return CostModel.from_json(entry["model"]) if entry["key"] == key else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # it is measured again, and the model says when
-
-
-def store(key: dict[str, Any], model: CostModel) -> None:
-    """Keep a model. A directory that cannot be written costs the next process a calibration, nothing else."""
     path = cache_file(key)
+    if path in _unwritten:
+        return _unwritten[path]
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return CostModel.from_json(entry["model"]) if entry["key"] == key else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        logger.warning("measuring again: %s cannot be read: %s: %s", path, type(error).__name__, str(error)[:200])
+        return None
+
+
+def store(key: dict[str, Any], model: CostModel) -> Path | None:
+    """Keep a model; where, or None. A directory that cannot be written costs the next process a calibration."""
+    path = cache_file(key)
+    part = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            json.dump({"key": key, "model": model.to_json()}, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        return
+        part.write_text(json.dumps({"key": key, "model": model.to_json()}, indent=1), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        logger.warning("the cost model is kept for this process only: %s cannot be written: %s", path, error)
+        _unwritten[path] = model
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        return None
+    return path
 
 
 TEXT_LIMIT = 1 << 16

@@ -102,7 +102,7 @@ class Marker(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, torch.Tensor]:
-        ctx.step.note_op_backward(ctx.action)
+        ctx.step.lanes.open_op(ctx.action)
         return None, None, grad
 
 

@@ -125,9 +125,10 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
         return _complain(world, f"error: rank {world.rank}: {error}", 1, only_first=False)
     if world.rank == 0:
         assert isinstance(layer.schedule, AutoSchedule)
-        ((key, schedule),) = layer.schedule.found.items()
+        (schedule,) = layer.schedule.found.values()
+        kept_in = layer.schedule.kept_in
         print(layer.explain())
-        print(f"\nready after {seconds:.1f} s; kept in {layer.schedule.files[key]}")
+        print(f"\nready after {seconds:.1f} s; {'not kept' if kept_in is None else f'kept in {kept_in}'}")
         if options.out:
             Path(options.out).parent.mkdir(parents=True, exist_ok=True)
             Path(options.out).write_text(json.dumps(schedule.model.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -138,11 +139,12 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float]:
     """(a layer after its first step under "auto", seconds of that step). Collective."""
     assert world.group is not None
-    transport: Transport = ProcessGroupTransport(world.group, timeout_s=options.timeout_s)
+    core = ProcessGroupTransport(world.group, timeout_s=options.timeout_s)
+    transport: Transport = core
     link = LinkSpec.parse(options.link)
     if link is not None:
         topology = NodeTopology(world_size=world.size, ranks_per_node=options.ranks_per_node)
-        transport = EmulatedLinkTransport(transport, link, topology)
+        transport = EmulatedLinkTransport(core, link, topology)
     torch.manual_seed(0)
     layer = MoELayer(options.hidden, options.ffn, options.experts, options.top_k, transport=transport, schedule="auto",
                      shared_expert_size=options.shared or None, dtype=DTYPES[options.dtype])  # fmt: skip

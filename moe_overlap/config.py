@@ -63,7 +63,10 @@ def cache_dir() -> Path:
     if text:
         return Path(text)
     base = os.environ.get("XDG_CACHE_HOME", "")  # the desktop standard for caches
-    return (Path(base) if base else Path.home() / ".cache") / "moe_overlap"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "moe_overlap"
+    except RuntimeError:  # a user without a home, as in many containers
+        return Path(os.devnull) / "moe_overlap"  # where nothing can be kept
 
 
 def triton_interpreter() -> bool:

@@ -61,8 +61,8 @@ def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Te
 
 @dataclass
 class Dispatcher:
-    """Agrees on one layer's steps. `steps` counts its forward calls since the transport was opened, the only thing here
-    that changes."""
+    """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
+    opened, `openings` how often that was."""
 
     transport: Transport
     placement: Placement
@@ -73,6 +73,7 @@ class Dispatcher:
     dtype: torch.dtype
     bad_logits: str = "raise"
     steps: int = 0
+    openings: int = 0
 
     @property
     def header(self) -> Header:
@@ -131,7 +132,7 @@ class Dispatcher:
         status: tuple[int, int],
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
-        self._open()
+        self.open()
         self.steps += phase == 0
         grad = torch.is_grad_enabled()
         return StepRecord(
@@ -152,7 +153,7 @@ class Dispatcher:
             counts=counts,
         )
 
-    def _open(self) -> None:
+    def open(self) -> None:
         """Open the transport, unless it is; steps count from there. When a step fails, one rank may have begun the next
         one already, so that the ranks' counts differ; only an opening, which all ranks do together, makes them equal.
         """
@@ -163,3 +164,4 @@ class Dispatcher:
             raise
         if opened:
             self.steps = 0
+            self.openings += 1

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,45 +16,33 @@ import torch
 from torch import nn
 
 from moe_overlap import ops
-from moe_overlap.arguments import check_sizes, make_router
-from moe_overlap.auto import AutoSchedule, Op, ProbeInputs
-from moe_overlap.autograd import Attach, SameRouting, closing_on_error
+from moe_overlap.arguments import check_sizes, make_router, refuse_sharded, shaped
+from moe_overlap.auto import UNPLANNED, AutoSchedule, Op
+from moe_overlap.autograd import Attach, SameRouting
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
 from moe_overlap.explain import explain
 from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import PHASES, ExchangePlan
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import SchedulePair, Schedules, serial, window
+from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.stats import LastStep, LayerStats, layer_stats
+from moe_overlap.tickets import Ticket, Tickets
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 
-UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Beside:
+    """Backbone ops that run beside a layer's exchanges, their input, and the schedules that order both."""
 
-@dataclass
-class Ticket:
-    """A layer call under way: made by `begin`, used by `run_experts`, ended by `finish`. Holds tensors; may cross block
-    boundaries; is good for one call of each, in this order."""
-
-    layer: MoELayer
-    step: Step
-    routing: RoutingDecision
-    shape: torch.Size
-    stage: str = "begun"
-
-    @contextmanager
-    def advance(self, before: str, after: str) -> Iterator[None]:
-        if self.stage != before:
-            raise RuntimeError(f"this ticket is {self.stage}; expected {before}: begin, run_experts, finish, once each")
-        self.stage = "failed"
-        yield
-        self.stage = after
+    hidden: torch.Tensor
+    schedule: SchedulePair | AutoSchedule
+    backbone: Sequence[Op]
 
 
 class SharedExpert(nn.Module):
@@ -72,7 +59,7 @@ class SharedExpert(nn.Module):
         return self.down(ops.activation(self.up(x_TD), kind=self.activation))
 
 
-class MoELayer(nn.Module):
+class MoELayer(Tickets, nn.Module):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -165,11 +152,14 @@ class MoELayer(nn.Module):
 
     # ---------------------------------------------------------------- the layer as a sentence
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> Any:
         """x: [..., D] of this rank's tokens (any number, zero included) -> y of the same shape.
 
+        With `beside`, which is ShortcutBlock's, backbone ops run beside the exchanges: (their result, y).
         Raises ConfigError (bad argument, bad logits; on every rank alike), MoeTransportError and its subclasses.
         """
+        if beside is not None:
+            return self._forward_beside(x, beside)
         return self._forward_one_rank(x) if self._runs_inline else self._forward_scheduled(x)
 
     @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
@@ -179,7 +169,16 @@ class MoELayer(nn.Module):
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         self._end(step, routing, y_TD)
         shared_TD = step.take_shared()
-        return (y_TD if shared_TD is None else y_TD + shared_TD).reshape(x.shape)
+        return shaped(y_TD if shared_TD is None else y_TD + shared_TD, x.shape)
+
+    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
+    def _forward_beside(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with backbone ops: part of the layer's own call, so that hooks and wrappers of the layer see it."""
+        step, routing, _ = self._begin(x, self._schedules(beside.schedule, x, beside.backbone, beside.hidden))
+        step.hidden = beside.hidden
+        y_TD = step.run(backbone=beside.backbone)
+        self._end(step, routing, y_TD)
+        return step.take_hidden(), shaped(y_TD, x.shape)
 
     def _schedules(
         self,
@@ -191,25 +190,14 @@ class MoELayer(nn.Module):
         """What the coming step runs. The first step of "auto" calibrates, on its own tokens and with its own ops."""
         if not isinstance(schedule, AutoSchedule):
             return schedule
+        self.dispatcher.open()
         try:
+            current_phase()  # refuses a checkpoint that would calibrate in backward
             x_TD, dtype = self._checked(x)
-            found = schedule.get(dtype)
-            if found is not None:
-                return found
-            with torch.no_grad():
-                routing = self.router(x_TD)
-            check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
-            slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
-            w_in, w_out = (w.detach().to(dtype) for w in self.expert_weights)
         except Exception as error:
             self.dispatcher.refuse(error, UNPLANNED)
-        # Agree first: a rank that cannot take part says so here, and no probe waits for it.
-        self.dispatcher.plan(slots_TK, x_TD.detach().to(dtype), UNPLANNED, status=routing.status)
-        inputs = ProbeInputs(dispatcher=self.dispatcher, x_TD=x_TD.detach().to(dtype), slots_TK=slots_TK,
-                             weights_TK=routing.topk_weights_TK.detach(), w_in=w_in, w_out=w_out, backbone=backbone,
-                             h=None if h is None else h.detach(), shared=self.shared_expert)  # fmt: skip
-        with closing_on_error(self.transport, "calibrate"):
-            return schedule.prepare(inputs)
+        found = schedule.get(self.dispatcher.openings, dtype)
+        return found or schedule.calibrate(self, x_TD, dtype, backbone, h)
 
     def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
@@ -236,7 +224,7 @@ class MoELayer(nn.Module):
         start_s = time.perf_counter()
         exchange = self.dispatcher.plan(slots_TK, rows_TD, schedule, status=routing.status)
         step.bind(schedule, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
-        step.note("N", "wire", start_s, time.perf_counter())
+        step.lanes.note("N", "wire", start_s, time.perf_counter())
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
@@ -260,39 +248,6 @@ class MoELayer(nn.Module):
             self._remember(LastStep(routing=routing, plan=None, payload_bytes=0, schedule=self.schedule,
                                     pair=self.schedule, events=[]))  # fmt: skip
         return y_TD.reshape(x.shape)
-
-    # ---------------------------------------------------------------- tickets
-
-    def begin(self, x: torch.Tensor) -> Ticket:
-        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`.
-
-        The layer's schedule says into how many chunks ("auto": one, as what stands between the stages is unknown).
-        """
-        if self.shared_expert is not None:
-            raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
-        last = self._ticket() if self._ticket is not None else None
-        if last is not None and last.stage in ("begun", "computed"):
-            raise RuntimeError(f"this layer's last ticket is {last.stage}: finish it before the next begin")
-        chosen = UNPLANNED if isinstance(self.schedule, AutoSchedule) else self.schedule
-        pair = window(2, 1, chunks=chosen.chunks, by=chosen.by).join(chosen.joined)
-        step, routing, _ = self._begin(x, pair)
-        step.run_until_op()
-        ticket = Ticket(self, step, routing, x.shape)
-        # Weak: a ticket that was lost to an error between the stages must not block the layer for ever.
-        self._ticket = weakref.ref(ticket) if current_phase() == 0 else None
-        return ticket
-
-    def run_experts(self, ticket: Ticket) -> None:
-        """Wait for the rows of each chunk, compute the experts and start the combine."""
-        with ticket.advance("begun", "computed"):
-            ticket.step.run_until_op()
-
-    def finish(self, ticket: Ticket) -> torch.Tensor:
-        """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
-        with ticket.advance("computed", "finished"):
-            y_TD = ticket.step.run()
-        self._end(ticket.step, ticket.routing, y_TD)
-        return y_TD.reshape(ticket.shape)
 
     # ---------------------------------------------------------------- what it says about itself
 
@@ -370,6 +325,11 @@ class MoELayer(nn.Module):
         return copied
 
     # ---------------------------------------------------------------- details
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("gate_up_proj", "up_proj", "down_proj"):
+            refuse_sharded(name, value, self.transport)
+        super().__setattr__(name, value)
 
     @property
     def _runs_inline(self) -> bool:

@@ -2,13 +2,15 @@
 
 `PlannedSchedule` is a pure function of data that all ranks have alike: the model (fitted to gathered measurements) and
 the agreed counts. To keep it one, and cheap, a step is reduced to a few rounded integers first: the rows and bytes of
-the busiest rank, in equal chunks. The same integers give the same schedules, in a recompute too.
+the busiest rank, in equal chunks of tokens, and in each expert group. The same integers give the same schedules, in a
+recompute too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from moe_overlap.measure.calibrate import NodeOf, step_shape
 from moe_overlap.plan import BLOCKS, ChunkBy, ExchangePlan, digest
@@ -21,6 +23,8 @@ from moe_overlap.schedule.builders import window as shortcut_window
 from moe_overlap.schedule.check import check
 
 CUTS = (1, 2, 4, 8, BLOCKS)
+GROUPS = (2, 4, 8)
+REMEMBERED = 256  # kinds of steps whose schedules are kept
 DIGITS = 5  # leading binary digits that rounding keeps: 3 % at most
 
 
@@ -52,6 +56,7 @@ class PlannedSchedule:
     row_bytes: int
     node_of: NodeOf | None = None
     overlap: bool = True
+    _found: dict[tuple[object, ...], Planned] = field(default_factory=dict, init=False, repr=False)
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
@@ -65,9 +70,27 @@ class PlannedSchedule:
 
     def planned(self, exchange: ExchangePlan) -> Planned:
         """The schedules of one step, and what they were chosen from."""
-        whole = step_shape(exchange.chunked(1), row_bytes=self.row_bytes, node_of=self.node_of)
-        lanes = tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items())
-        return _plan(self, rounded(whole.rows[0]), lanes, rounded(whole.slots_rows), exchange.grad_enabled)
+
+        def reduced(chunks: int, by: ChunkBy) -> StepShape:
+            shape = step_shape(exchange.chunked(chunks, by), row_bytes=self.row_bytes, node_of=self.node_of)
+            return replace(
+                shape,
+                rows=tuple(map(rounded, shape.rows)),
+                bytes_by_lane={lane: tuple(map(rounded, counts)) for lane, counts in shape.bytes_by_lane.items()},
+                slots_rows=rounded(shape.slots_rows),
+            )
+
+        local = exchange.num_slots // exchange.world_size
+        whole = reduced(1, "tokens")
+        shapes = [even_shape(whole, chunks) for chunks in CUTS]
+        shapes += [reduced(groups, "experts") for groups in GROUPS if groups <= local]
+        key = tuple((s.rows, s.slots_rows, *s.bytes_by_lane.values()) for s in shapes[len(CUTS) - 1 :])
+        found = self._found.get((exchange.grad_enabled, key))
+        if found is None:
+            if len(self._found) >= REMEMBERED:
+                self._found.pop(next(iter(self._found)))
+            found = self._found[exchange.grad_enabled, key] = _plan(self, shapes, exchange.grad_enabled)
+        return found
 
 
 def rounded(count: int) -> int:
@@ -80,17 +103,14 @@ def rounded(count: int) -> int:
     return (count + unit // 2) // unit * unit
 
 
-def even_shape(
-    chunks: int, rows: int, lanes: tuple[tuple[str, int], ...], slots_rows: int, row_bytes: int
-) -> StepShape:
-    """A step of so many rows and bytes on the busiest rank, in equal chunks of tokens."""
-    return StepShape(
+def even_shape(whole: StepShape, chunks: int) -> StepShape:
+    """The step of one chunk, cut into equal chunks of tokens."""
+    return replace(
+        whole,
         chunks=chunks,
-        by="tokens",
-        rows=_even(rows, chunks),
-        bytes_by_lane={lane: _even(count, chunks) for lane, count in lanes},
-        slots_rows=slots_rows,
-        row_bytes=row_bytes,
+        rows=_even(whole.rows[0], chunks),
+        experts=whole.experts * chunks,
+        bytes_by_lane={lane: _even(counts[0], chunks) for lane, counts in whole.bytes_by_lane.items()},
     )
 
 
@@ -98,11 +118,7 @@ def _even(count: int, chunks: int) -> tuple[int, ...]:
     return tuple(count * (c + 1) // chunks - count * c // chunks for c in range(chunks))
 
 
-@lru_cache(maxsize=256)
-def _plan(
-    schedule: PlannedSchedule, rows: int, lanes: tuple[tuple[str, int], ...], slots_rows: int, grad: bool
-) -> Planned:
-    shapes = [even_shape(chunks, rows, lanes, slots_rows, schedule.row_bytes) for chunks in CUTS]
+def _plan(schedule: PlannedSchedule, shapes: Sequence[StepShape], grad: bool) -> Planned:
     phases: tuple[Phase, ...] = ("forward", "backward") if grad else ("forward",)
     windows: dict[Phase, Window] = {}
     for phase in phases:

@@ -14,7 +14,7 @@ from torch import nn
 from moe_overlap.auto import AutoSchedule
 from moe_overlap.autograd import Tap, closing_on_error
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer import MoELayer
+from moe_overlap.layer import Beside, MoELayer
 from moe_overlap.plan import ChunkBy
 from moe_overlap.schedule.builders import SchedulePair, window
 from moe_overlap.schedule.check import check
@@ -112,13 +112,9 @@ class ShortcutBlock(nn.Module):
             hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
             if self.pre_norm is not None:
                 tapped = self.pre_norm(tapped)
-        beside = list(self.backbone[self.tap :])
-        step, routing, _ = self.moe._begin(tapped, self.moe._schedules(self.schedule, tapped, beside, hidden))
-        step.hidden = hidden
-        y_TD = step.run(backbone=beside)
-        self.moe._end(step, routing, y_TD)
-        routed = y_TD.reshape(tapped.shape)
-        return step.take_hidden() + (routed if self.post_norm is None else self.post_norm(routed))
+        beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
+        h, routed = self.moe(tapped, beside)
+        return h + (routed if self.post_norm is None else self.post_norm(routed))
 
 
 class _Callable(nn.Module):

@@ -1,10 +1,13 @@
-"""What every test has: a time limit, and poisoned memory for those who ask."""
+"""What every test has: a time limit, a cache of its own, and poisoned memory for those who ask."""
 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +19,31 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `from tests import ...`, however pytest was started
 
 TIME_LIMIT_S = 180.0
+CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
 _terminal: int | None = None
+_caches = ""
+_numbers = itertools.count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global _terminal
+    global _terminal, _caches
+    # For the processes that tests start as well: none of them finds or writes the user's calibrations.
+    _caches = os.environ[CACHE_DIR] = tempfile.mkdtemp(prefix="moe_overlap-cache-")
     config.addinivalue_line("markers", f"time_limit(seconds): instead of the {TIME_LIMIT_S:.0f} s every test has")
     # Output is not captured yet: what is written here later reaches the terminal even when the process is ended.
     _terminal = os.dup(sys.__stderr__.fileno())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(_caches, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of this test's calibrations; made by the first that is kept."""
+    folder = Path(_caches, str(next(_numbers)))
+    monkeypatch.setenv(CACHE_DIR, str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

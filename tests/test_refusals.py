@@ -80,9 +80,8 @@ def test_a_router_whose_choice_does_not_fit_is_refused_before_anything_is_sent(f
     virtual_world(2).run(rank)
 
 
-def test_auto_names_the_planner():
-    with pytest.raises(NotImplementedError, match="planner"):
-        make(schedule="auto")
+def test_on_one_rank_auto_is_serial():
+    assert make(schedule="auto").schedule == make(schedule="serial").schedule
 
 
 def test_the_static_mode_says_what_is_missing():

@@ -22,7 +22,8 @@ ROOMS = {
     "planning": {"schedule", "plan", "_native"},
 }
 # The executor alone brings ops (through rows.py) and transport together, and the autograd nodes it drives.
-EXTRA = {"schedule/run.py": {"transport", "autograd"}, "schedule/rows.py": {"ops"}}
+RUNS = {"transport", "autograd"}
+EXTRA = {"schedule/run.py": RUNS, "schedule/lanes.py": RUNS, "schedule/rows.py": {"ops"}}
 NO_DISTRIBUTED = ("routing", "placement", "ops", "schedule", "planning")
 ALWAYS = {"errors", "config"}
 
@@ -74,9 +75,9 @@ def test_rooms_import_only_what_they_may(room):
 
 
 def test_planning_and_schedules_are_data():
-    """Only the executor of the schedule room (run.py, rows.py) knows tensors; planning knows none."""
+    """Only the executor of the schedule room (run.py, lanes.py, rows.py) knows tensors; planning knows none."""
     for path in (*(PACKAGE / "schedule").glob("*.py"), *(PACKAGE / "planning").glob("*.py")):
-        if path.name not in ("run.py", "rows.py"):
+        if path.name not in ("run.py", "lanes.py", "rows.py"):
             assert all(not name.split(".")[0] == "torch" for _, name in imports(path)), path
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from moe_overlap.bench.routing import ForcedRouter
 from moe_overlap.layer import MoELayer, SharedExpert
+from moe_overlap.plan import ChunkBy
 from moe_overlap.schedule.builders import SchedulePair, serial, shortcut, tap_of_position
 from moe_overlap.schedule.recorder import TimelineEvent, emit
 from moe_overlap.shortcut import ShortcutBlock
@@ -205,9 +206,11 @@ class BlockPair(nn.Module):
         """How many places the experts can have among the ops beside the exchanges."""
         return self.position + 2 if self.position else 2
 
-    def window_pair(self, slot: int, backward_slot: int | None = None, *, chunks: int = 1) -> SchedulePair:
+    def window_pair(
+        self, slot: int, backward_slot: int | None = None, *, chunks: int = 1, by: ChunkBy = "tokens"
+    ) -> SchedulePair:
         """The shortcut schedule of this case."""
-        return shortcut(self.position, slot, backward_slot=backward_slot, chunks=chunks)
+        return shortcut(self.position, slot, backward_slot=backward_slot, chunks=chunks, by=by)
 
     def use(self, pair: SchedulePair, transport: Transport) -> None:
         """Run the coming calls by `pair` over `transport`. The same on all ranks."""

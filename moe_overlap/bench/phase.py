@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -71,7 +71,7 @@ def measure_phase(setting: Setting, phase: str) -> PhaseResult:
     with slept_experts(setting.sleep):
         samples = time_rows(setting, runner, plans)
         panels = [panel for plan in shown(plans, samples) for panel in [take_panel(setting, runner, plan, samples)]]
-    rows = make_rows(setting, phase, link, plans, samples, exchanges, verdicts, predicted)
+    rows = make_rows(setting, phase, link, plans, samples, exchanges, verdicts, predicted, known)
     return PhaseResult(rows=rows, panels=panels)
 
 
@@ -260,17 +260,21 @@ def make_rows(
     exchanges: ExchangesOf,
     verdicts: Sequence[Verdict],
     predicted: Sequence[float | None],
+    known: Mapping[str, CasePlan],
 ) -> list[dict[str, Any]]:
     """The rows that were asked for. Collective."""
     communicates = setting.world.size > 1
     serial_s: dict[str, float] = {}
     nocomm_s: dict[str, float] = {}
     inflated: dict[str, bool] = {}
+    drifted: set[str] = set()
     for plan, one in zip(plans, timed.rows, strict=True):
         if plan.schedule == "serial":
             exchange = exchanges[plan.case, plan.pair.chunks]
             serial_s[plan.case] = median(one.time_s)
             nocomm_s[plan.case] = median(timed.nocomm[plan.case].time_s)
+            if plan.case in known and known[plan.case].drifted(serial_s[plan.case]):
+                drifted.add(plan.case)
             inflated[plan.case] = communicates and is_inflated(
                 serial_s[plan.case], nocomm_s[plan.case], exchange.total_s
             )
@@ -280,9 +284,8 @@ def make_rows(
         exchange, back = (exchanges[plan.case, r] for r in (plan.pair.chunks, plan.pair.backward_chunks))
         bound = bound_s(setting.world, plan, phase, terms, exchange, back)
         exposed = exposed_and_overlap(setting.world, one)
-        flagged = flag_of(
-            oversubscribed=setting.oversubscribed, inflated=inflated[plan.case], noisy=is_noisy(one.time_s)
-        )
+        noisy = is_noisy(one.time_s) or plan.case in drifted
+        flagged = flag_of(oversubscribed=setting.oversubscribed, inflated=inflated[plan.case], noisy=noisy)
         baselines = Baselines(
             serial=serial_s[plan.case],
             nocomm=nocomm_s[plan.case],

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from moe_overlap.bench.cases import BlockPair
 from moe_overlap.bench.rows import RowPlan
 from moe_overlap.bench.timing import Runner, Samples, Variant
-from moe_overlap.measure.calibrate import StepTimes, calibrate, step_shape
+from moe_overlap.measure.calibrate import MAX_GROUPS, StepTimes, calibrate, step_shape
 from moe_overlap.measure.machine import hardware
-from moe_overlap.plan import ExchangePlan
+from moe_overlap.plan import ChunkBy, ExchangePlan
 from moe_overlap.planned import Planned, PlannedSchedule
 from moe_overlap.planning.cost_model import window
 from moe_overlap.planning.search import evaluate
@@ -21,17 +22,24 @@ from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.builders import SchedulePair, chunked
 from moe_overlap.transport.base import Transport
 
+DRIFT = 0.1
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CasePlan:
-    """The planner's knowledge of one case: its model and the counts of its step."""
+    """The planner's knowledge of one case: its model, the counts of its step, and what the serial step took then."""
 
     schedule: PlannedSchedule
     exchange: ExchangePlan
+    serial_s: float
 
     @property
     def planned(self) -> Planned:
         return self.schedule.planned(self.exchange)
+
+    def drifted(self, serial_s: float) -> bool:
+        """Whether the machine has another speed than in the calibration: the same serial step took other seconds."""
+        return abs(serial_s / self.serial_s - 1) > DRIFT
 
     def predicted_s(self, pair: SchedulePair) -> float:
         """Seconds of the whole timed unit under `pair`: its windows, exactly simulated, and what lies outside."""
@@ -58,23 +66,37 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
     topology = getattr(transport, "topology", None)
     node_of = None if topology is None else topology.node_of
 
-    def pair_of(chunks: int) -> SchedulePair:
+    def pair_of(chunks: int, by: ChunkBy) -> SchedulePair:
         if model.position:
-            return model.window_pair(num_ops // 2, chunks=chunks)
-        return chunked(chunks, shared=op_verb == "S")
+            return model.window_pair(num_ops // 2, chunks=chunks, by=by)
+        return chunked(chunks, by, shared=op_verb == "S")
+
+    serial_s: list[float] = []
 
     def run(pair: SchedulePair) -> StepTimes:
         samples = Samples()
         runner.once(Variant(name="probe", model=model, pair=pair, transport=transport), samples)
         forward_s, whole_s = samples.forward_s[0], samples.own_s[0]
+        if pair.joined and (pair.chunks, pair.by) == (1, "tokens"):
+            serial_s.append(whole_s)
         backward_s = whole_s - forward_s if runner.phase == "train" else 0.0
         return StepTimes(events=samples.events[0], forward_s=forward_s, backward_s=backward_s,
                          exchange=model.moe.last_exchange)  # fmt: skip
 
-    found = calibrate(run, pair_of, transport, row_bytes=row_bytes, node_of=node_of, device=torch.device("cpu"),
-                      source=f"measured on {hardware()}")  # fmt: skip
+    found = calibrate(
+        run,
+        pair_of,
+        transport,
+        groups=min(MAX_GROUPS, model.moe.down_proj.shape[0]),
+        row_bytes=row_bytes,
+        node_of=node_of,
+        device=torch.device("cpu"),
+        source=f"measured on {hardware()}",
+    )
     schedule = PlannedSchedule(model=found, num_ops=num_ops, op_verb=op_verb, row_bytes=row_bytes, node_of=node_of)
-    return CasePlan(schedule=schedule, exchange=model.moe.last_exchange)
+    timed_s = sorted(runner.maximum(serial_s)[1:])  # the first run was to warm up
+    quicker = timed_s[: -(-len(timed_s) // 2)]
+    return CasePlan(schedule=schedule, exchange=model.moe.last_exchange, serial_s=median(quicker))
 
 
 def auto_rows(model: BlockPair, plan: CasePlan, phase: str) -> list[RowPlan]:
@@ -95,7 +117,7 @@ def mirrored(model: BlockPair, plan: CasePlan) -> SchedulePair:
     pair = plan.planned.pair
     if model.position:
         slot = forward.ops_before[len(forward.ops_before) // 2]
-        return pair.with_backward(model.window_pair(slot, chunks=pair.chunks))
+        return pair.with_backward(model.window_pair(slot, chunks=pair.chunks, by=pair.by))
     return pair.with_backward(chunked(pair.chunks, pair.by, shared=model.case == "shared1"))
 
 

@@ -1,8 +1,9 @@
 """Calibration: what the exchanges, the experts and the ops beside them cost here, fitted to a `CostModel`.
 
 A probe is one real step of a layer, forward and backward, under a known schedule. In three probes (1, 4 and 16 chunks)
-every exchange is joined where it starts, so that each action is measured with nothing beside it; a fourth, overlapped,
-shows by how much compute is slower while the wire is busy. All ranks run the same probes, gather what they measured and
+every exchange is joined where it starts, so that each action is measured with nothing beside it; a fourth, in chunks by
+expert groups, tells what each expert costs from what each row costs; a fifth, overlapped, shows by how much compute is
+slower while the wire is busy. All ranks run the same probes, gather what they measured and
 fit the same model from it: planners that disagree would deadlock.
 
 Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 
 from moe_overlap.measure.timeline import TimelineEvent, overlap
-from moe_overlap.plan import BLOCKS, ChunkPlan, ExchangePlan
-from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape
+from moe_overlap.plan import BLOCKS, ChunkBy, ChunkPlan, ExchangePlan
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape, experts_per_chunk
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.actions import VERBS, Action
 from moe_overlap.schedule.builders import SchedulePair
@@ -33,6 +34,7 @@ BUDGET_S = 15.0  # seconds that the timed rounds may take; the limit of the whol
 ROUNDS = (3, 9)  # fewest and most timed rounds
 CHUNKS = (1, 4, BLOCKS)
 OVERLAPPED = 4
+MAX_GROUPS = 4
 MAX_SLOWDOWN = 3.0
 MAX_SCALE = 1.5
 
@@ -71,19 +73,33 @@ class Probe:
 NodeOf = Callable[[int], int]
 
 
-def step_shape(plan: ChunkPlan, *, row_bytes: int, node_of: NodeOf | None = None) -> StepShape:
-    """The integers of one step that durations depend on. `node_of`: the node of a rank (None: each has its own)."""
+def step_shape(plan: ChunkPlan, *, row_bytes: int, node_of: NodeOf | None = None, joined: bool = False) -> StepShape:
+    """The integers of one step that durations depend on. `node_of`: the node of a rank (None: each has its own).
+
+    `joined`: the ranks meet after every exchange, so each chunk has the rows of its own busiest rank. Otherwise a rank
+    with much in one chunk has less in others, and the busiest rank of the whole step counts, its rows spread over the
+    chunks as all ranks' are.
+    """
     world, chunks = plan.world_size, plan.chunks
     pairs = plan.matrix.reshape(chunks, world, world, plan.local_slots).sum(axis=3)  # [C, from, to]
+
+    def busiest(*of_ranks: np.ndarray) -> tuple[int, ...]:
+        """Per chunk, from int64 [C, W] of rows out and rows in."""
+        if joined:
+            return tuple(int(n) for n in np.maximum.reduce(of_ranks).max(axis=1))
+        most, all_ranks = max(int(part.sum(axis=0).max()) for part in of_ranks), of_ranks[0].sum(axis=1)
+        ends = most * np.cumsum(all_ranks) // max(1, int(all_ranks.sum()))
+        return tuple(int(n) for n in np.diff(ends, prepend=0))
+
     lanes: dict[str, tuple[int, ...]] = {}
     for lane, moves in _moves(world, node_of).items():
         moved = pairs * moves
-        busiest = np.maximum(moved.sum(axis=2).max(axis=1), moved.sum(axis=1).max(axis=1))
-        lanes[lane] = tuple(int(rows) * row_bytes for rows in busiest)
+        lanes[lane] = tuple(rows * row_bytes for rows in busiest(moved.sum(axis=2), moved.sum(axis=1)))
     return StepShape(
         chunks=chunks,
         by=plan.by,
-        rows=tuple(int(part.sum(axis=0).max()) for part in pairs),
+        rows=busiest(pairs.sum(axis=1)),
+        experts=experts_per_chunk(plan.local_slots, chunks, plan.by),
         bytes_by_lane=lanes,
         slots_rows=int(plan.exchange.counts.sum(axis=(1, 2)).max()),
         row_bytes=row_bytes,
@@ -105,9 +121,10 @@ def _moves(world: int, node_of: NodeOf | None) -> dict[str, np.ndarray]:
 
 def calibrate(
     run: RunStep,
-    pair_of: Callable[[int], SchedulePair],
+    pair_of: Callable[[int, ChunkBy], SchedulePair],
     transport: Transport,
     *,
+    groups: int,
     row_bytes: int,
     device: torch.device,
     source: str,
@@ -116,10 +133,12 @@ def calibrate(
 ) -> CostModel:
     """The cost model of the step that `run` executes. Collective: all ranks call it alike and get the same model.
 
-    pair_of(chunks): the schedules of the step in so many chunks. row_bytes: bytes of one exchanged row. source: where
-    it was measured, in words. Takes about `budget_s` seconds, and at least four rounds of four steps.
+    pair_of(chunks, by): the schedules of the step in so many chunks. groups: into how many groups a rank's experts are
+    cut for the probe of that (1: no such probe). row_bytes: bytes of one exchanged row. source: where it was measured,
+    in words. Takes about `budget_s` seconds, and at least four rounds of all probes.
     """
-    pairs = [pair_of(chunks).join() for chunks in CHUNKS] + [pair_of(OVERLAPPED)]
+    pairs = [pair_of(chunks, "tokens").join() for chunks in CHUNKS] + [pair_of(OVERLAPPED, "tokens")]
+    pairs += [pair_of(groups, "experts").join()] if groups > 1 else []
     runs: list[list[StepTimes]] = [[] for _ in pairs]
     start_s = time.perf_counter()
     for pair in pairs:
@@ -142,7 +161,8 @@ def calibrate(
         _probe(pair, found, transport, row_bytes=row_bytes, device=device, node_of=node_of)
         for pair, found in zip(pairs, runs, strict=True)
     ]
-    return fit(probes[:-1], probes[-1], source=source)
+    joined, (overlapped, *grouped) = probes[: len(CHUNKS)], probes[len(CHUNKS) :]
+    return fit(joined, overlapped, grouped[0] if grouped else None, source=source)
 
 
 def gathered(transport: Transport, values: torch.Tensor) -> torch.Tensor:
@@ -180,7 +200,7 @@ def _probe(
         whole_s=dict(zip(phases, (forward_s, backward_s), strict=False)),
         hidden_s=hidden,
         compute_s=compute,
-        shape=step_shape(plan, row_bytes=row_bytes, node_of=node_of),
+        shape=step_shape(plan, row_bytes=row_bytes, node_of=node_of, joined=True),
     )
 
 
@@ -212,8 +232,9 @@ def _rest(run: StepTimes) -> list[float]:
 # ---------------------------------------------------------------- fitting
 
 
-def fit(joined: Sequence[Probe], overlapped: Probe, *, source: str) -> CostModel:
-    """The model of the probes: `joined` with different numbers of chunks, `overlapped` with that of one of them."""
+def fit(joined: Sequence[Probe], overlapped: Probe, grouped: Probe | None, *, source: str) -> CostModel:
+    """The model of the probes: `joined` with different numbers of chunks, `overlapped` with that of one of them,
+    `grouped` by expert groups."""
     phases = list(joined[0].host_s)
     issue_s = sum(_slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in phases) / len(phases)
     scale = {phase: median(_scale(p, phase, issue_s) for p in joined) for phase in ("forward", "backward")}
@@ -235,10 +256,14 @@ def fit(joined: Sequence[Probe], overlapped: Probe, *, source: str) -> CostModel
         return max(0.0, rest) * scale[phase]
 
     ops, slots_rows = chain("B"), joined[0].shape.slots_rows
+    experts, expert_s = _experts(joined, grouped, "E", scale["forward"])
+    experts_dgrad, expert_dgrad_s = _experts(joined, grouped, "Ed", scale["backward"])
     return CostModel(
         exchange=_exchange(joined),
-        experts=_by_rows(joined, "E", scale["forward"]),
-        experts_dgrad=_by_rows(joined, "Ed", scale["backward"]),
+        experts=experts,
+        expert_s=expert_s,
+        experts_dgrad=experts_dgrad,
+        expert_dgrad_s=expert_dgrad_s,
         experts_wgrad=per_row("Ew0", sum(joined[0].shape.rows)),
         permute=per_row("P", slots_rows),
         unpermute=per_row("U", slots_rows),
@@ -289,9 +314,20 @@ def _line(points: Sequence[tuple[float, float]]) -> AlphaBeta:
     return AlphaBeta.fit(used)
 
 
-def _by_rows(probes: Sequence[Probe], verb: str, scale: float) -> AlphaBeta:
-    points = [(p.shape.rows[c], p.seconds.get(f"{verb}{c}", 0.0) * scale) for p in probes for c in range(p.chunks)]
-    return _line(points)
+def _experts(joined: Sequence[Probe], grouped: Probe | None, verb: str, scale: float) -> tuple[AlphaBeta, float]:
+    """(seconds of a chunk and per row, seconds per expert). Chunks of tokens, which all pass all experts, give the
+    seconds per row and the sum of the rest; those by groups, which pass fewer, part the rest."""
+    points = [(p.shape.rows[c], p.seconds.get(f"{verb}{c}", 0.0) * scale) for p in joined for c in range(p.chunks)]
+    line = _line(points)
+    if grouped is None or not line.alpha_s:
+        return line, 0.0
+    rest = median(
+        grouped.seconds.get(f"{verb}{c}", 0.0) * scale - line.beta_s * grouped.shape.rows[c]
+        for c in range(grouped.chunks)
+    )
+    all_experts, few = joined[0].shape.experts[0], grouped.shape.experts[0]
+    expert_s = min(max(0.0, line.alpha_s - rest) / (all_experts - few), line.alpha_s / all_experts)
+    return AlphaBeta(alpha_s=line.alpha_s - expert_s * all_experts, beta_s=line.beta_s), expert_s
 
 
 def _exchange(probes: Sequence[Probe]) -> dict[str, AlphaBeta]:

@@ -72,11 +72,12 @@ class CostModel:
 
     `exchange`: by wire ("inter", "intra"), over the bytes that leave or enter the busiest rank on it in one exchange;
     an exchange ends with its slowest wire. `experts`, `experts_dgrad`, `experts_wgrad`: over the rows of the busiest
-    rank in one chunk (wgrad: in one group). `permute` .. `permute_backward`: over rows, T * K of a rank.
-    `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order. `shared_s`: the shared
-    expert of a layer. `outside_s`: everything of the timed unit that is in no window (router, agreement, ops before the
-    tap, the combination of the branches). `issue_s`: compute-lane time of starting an exchange, and again of waiting
-    for it. `slowdown`: of each lane while the other is busy. `source`: where the figures come from, in words.
+    rank in one chunk (wgrad: in one group), plus `expert_s` (`expert_dgrad_s`) for each expert that computes in it:
+    chunks of tokens pass all experts, chunks by expert groups a few. `permute` .. `permute_backward`: over rows, T * K
+    of a rank. `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order. `shared_s`: the
+    shared expert of a layer. `outside_s`: everything of the timed unit that is in no window (router, agreement, ops
+    before the tap, the combination of the branches). `issue_s`: compute-lane time of starting an exchange, and again of
+    waiting for it. `slowdown`: of each lane while the other is busy. `source`: where the figures come from, in words.
     """
 
     exchange: Mapping[str, AlphaBeta]
@@ -89,6 +90,8 @@ class CostModel:
     permute_backward: AlphaBeta
     backbone_s: tuple[float, ...] = ()
     backbone_backward_s: tuple[float, ...] = ()
+    expert_s: float = 0.0
+    expert_dgrad_s: float = 0.0
     shared_s: float = 0.0
     shared_backward_s: float = 0.0
     outside_s: float = 0.0
@@ -178,7 +181,8 @@ def _object(name: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:
 class StepShape:
     """The integers of one step under one chunking, which all ranks derive from the same agreed counts.
 
-    `rows`: rows that the busiest rank's experts have in each chunk. `bytes_by_lane`: by wire, the bytes that leave or
+    `rows`: rows that the busiest rank's experts have in each chunk. `experts`: experts of a rank that compute in each
+    chunk. `bytes_by_lane`: by wire, the bytes that leave or
     enter the busiest rank in one exchange of each chunk; the way back moves the same. `slots_rows`: T * K of the rank
     with most tokens. `row_bytes`: of one row, for the bytes that an exchange holds in buffers.
     """
@@ -186,12 +190,13 @@ class StepShape:
     chunks: int
     by: ChunkBy
     rows: tuple[int, ...]
+    experts: tuple[int, ...]
     bytes_by_lane: Mapping[str, tuple[int, ...]]
     slots_rows: int
     row_bytes: int
 
     def __post_init__(self) -> None:
-        for name, per_chunk in (("rows", self.rows), *self.bytes_by_lane.items()):
+        for name, per_chunk in (("rows", self.rows), ("experts", self.experts), *self.bytes_by_lane.items()):
             if len(per_chunk) != self.chunks:
                 raise ConfigError(name, per_chunk, f"one number for each of {self.chunks} chunks")
 
@@ -230,12 +235,20 @@ def balanced_shape(
         chunks=chunks,
         by=by,
         rows=rows,
+        experts=experts_per_chunk(local_experts, chunks, by),
         bytes_by_lane={
             lane: tuple(-(-n * row_bytes * count // ranks) for n in rows) for lane, count in peers.items() if count
         },  # fmt: skip
         slots_rows=tokens * top_k,
         row_bytes=row_bytes,
     )
+
+
+def experts_per_chunk(local_experts: int, chunks: int, by: ChunkBy) -> tuple[int, ...]:
+    """How many of a rank's experts compute in each chunk: all of them, or the group [e*c//r, e*(c+1)//r)."""
+    if by == "tokens":
+        return (local_experts,) * chunks
+    return tuple(local_experts * (c + 1) // chunks - local_experts * c // chunks for c in range(chunks))
 
 
 def window(
@@ -282,11 +295,15 @@ def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: i
     )
     # The busiest rank may be another one in each chunk; the sum over chunks is then an upper bound of any rank's rows.
     group_s = model.experts_wgrad(sum(shape.rows) / weight_groups)
+    line, expert_s = (model.experts, model.expert_s) if forward else (model.experts_dgrad, model.expert_dgrad_s)
     return Chunking(
         chunks=shape.chunks,
         by=shape.by,
         first_s=exchange_s,
-        experts_s=tuple(map(model.experts if forward else model.experts_dgrad, shape.rows)),
+        experts_s=tuple(
+            line(rows) + expert_s * count if rows else 0.0
+            for rows, count in zip(shape.rows, shape.experts, strict=True)
+        ),
         second_s=exchange_s,
         deferred_s=() if forward else (group_s,) * weight_groups,
         chunk_bytes=tuple(rows * shape.row_bytes for rows in shape.rows),

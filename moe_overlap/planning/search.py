@@ -47,6 +47,7 @@ __all__ = ["Candidate", "Chunking", "Slowdown", "Window", "cut_arguments", "eval
 STAGES = {"forward": ("P", "D", "E", "C", "U"), "backward": ("Ut", "Ct", "Ed", "Dt", "Pt")}
 # Predictions that differ by less, relative to the best, count as equal: rounding must not choose a schedule.
 TIE = 1e-9
+FAR = 1e18  # in units of TIE; keeps the quotient of tiny times an integer
 
 # Predicted seconds, joined, chunk_order, ops_before.
 Placement = tuple[float, bool, Order, OpsBefore]
@@ -256,7 +257,7 @@ def _ranked(
 
     def rank(entry: tuple[Chunking, Placement, int]) -> tuple[object, ...]:
         chunking, (predicted_s, joined, chunk_order, ops_before), _ = entry
-        distance = round((predicted_s - best_s) / best_s / TIE) if best_s > 0 else predicted_s
+        distance = round(min((predicted_s - best_s) / best_s / TIE, FAR)) if best_s > 0 else predicted_s
         simplest = (not (joined and chunking.chunks == 1), chunking.chunks, list(chunk_order) != sorted(chunk_order))
         return distance, *simplest, _switches(ops_before, len(window.ops_s)), chunking.by, joined, ops_before
 

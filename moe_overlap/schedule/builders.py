@@ -246,8 +246,8 @@ _CHOICE = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")
 def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
     """The pair that a user's word names: serial, chunked(4), chunked(4,experts), shared_expert, shared_expert(0).
 
-    `shared` says whether the layer has a shared expert. Raises ConfigError for any other text, NotImplementedError
-    for "auto", which needs the planner.
+    `shared` says whether the layer has a shared expert. Raises ConfigError for any other text; "auto" is no pair but a
+    choice that MoELayer and ShortcutBlock make at every step.
     """
     expected = "serial, chunked(r) or chunked(r,experts) with r from 1 to 16, shared_expert or shared_expert(slot)"
     match = _CHOICE.fullmatch(text) if isinstance(text, str) else None
@@ -256,7 +256,8 @@ def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
     name, inside = match.groups()
     words = [word.strip() for word in inside.split(",")] if inside else []
     if name == "auto":
-        raise NotImplementedError('schedule="auto" needs the planner, which this version does not have; ' + expected)
+        expected += "; auto is for MoELayer and ShortcutBlock, which keep a cost model"
+        raise ConfigError("schedule", text, expected)
     if name == "serial" and not words:
         return serial(shared=shared)
     if name == "chunked" and words and words[0].isdecimal() and len(words) <= 2:

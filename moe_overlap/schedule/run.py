@@ -21,7 +21,6 @@ from moe_overlap.autograd import (
     Fork,
     Marker,
     Stage,
-    autocast_off,
     check_same_routing,
     closing_on_error,
     reserve_sequence_numbers,
@@ -31,10 +30,11 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.plan import BLOCKS, ExchangePlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
+from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
-from moe_overlap.schedule.recorder import TimelineEvent, emit
+from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved
-from moe_overlap.transport.base import Transport, Work
+from moe_overlap.transport.base import Transport
 
 Tensors = tuple[torch.Tensor | None, ...]
 # How many nodes can run after the router's backward: the waits for the last exchanges (one a chunk), then Pt.
@@ -49,11 +49,10 @@ class Step:
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
         self.phase = phase
+        self.lanes = Lanes(transport, phase)
         self.grad = torch.is_grad_enabled()
-        self.events: list[TimelineEvent] = []
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
-        self._works: dict[Action, Work] = {}
         self._received: dict[int, torch.Tensor] = {}
         # Forward: where the walk stands.
         self._position = 0
@@ -65,7 +64,11 @@ class Step:
         self._output_node: weakref.ref[Any] | None = None
         self._grads: BackwardRows | None = None
         self._grads_of = -1  # the run of the engine that they belong to
-        self._open_op: tuple[str, float] | None = None
+
+    @property
+    def events(self) -> list[TimelineEvent]:
+        """What was executed so far."""
+        return self.lanes.events
 
     # ---------------------------------------------------------------- entry
 
@@ -98,6 +101,7 @@ class Step:
         self._groups[-1], tail = split_tail(self._groups[-1], LAST_NODES)
         self._number(tail, self._last_numbers)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=x_TD.dtype)
+        self.lanes.bind(self.plan, self._backward_plan, self.layout, joined=pair.joined)
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
 
     # ---------------------------------------------------------------- forward: the walk
@@ -142,17 +146,8 @@ class Step:
 
     def _forward(self, action: Action, half: str) -> None:
         """Run the body of one forward action, or of half of an exchange."""
-        with self._acting(action.text, timed=not half), torch.no_grad():
+        with self.lanes.acting(action.text, self._empty.device.type, timed=not half), torch.no_grad():
             self._FORWARD[action.verb, half](self, action.index)
-
-    @contextmanager
-    def _acting(self, action: str, *, timed: bool) -> Iterator[None]:
-        """Around every body: peers learn of an error, autocast changes nothing, the time is noted."""
-        with closing_on_error(self.transport, action), autocast_off(self._empty.device.type):
-            start_s = time.perf_counter()
-            yield
-            if timed:
-                self.note(action, "comp", start_s, time.perf_counter())
 
     def _run_op(self, action: Action, op: Callable[[Any], torch.Tensor]) -> None:
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
@@ -160,7 +155,7 @@ class Step:
         start_s = time.perf_counter()
         with closing_on_error(self.transport, action.text):
             result = op(self.hidden)
-        self.note(action.text, "comp", start_s, time.perf_counter())
+        self.lanes.note(action.text, "comp", start_s, time.perf_counter())
         if self.grad and result.requires_grad:
             result = Marker.apply(self, f"{action.verb}t{'' if action.index is None else action.index}", result)
         if action.verb == "B":
@@ -228,19 +223,19 @@ class Step:
         self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK)
 
     def _start_dispatch(self, c: int) -> None:
-        self._start(Action("D", c), self._rows.of(self._rows.send, c))
+        self.lanes.start(Action("D", c), self._rows.of(self._rows.send, c))
 
     def _wait_dispatch(self, c: int) -> None:
-        self._received[c] = self._wait(Action("D", c))
+        self._received[c] = self.lanes.wait(Action("D", c))
 
     def _experts(self, c: int) -> None:
         self._received[c] = self._rows.experts(c, self._received.pop(c))
 
     def _start_combine(self, c: int) -> None:
-        self._start(Action("C", c), self._received.pop(c), out=self._rows.of(self._rows.back, c))
+        self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.of(self._rows.back, c))
 
     def _wait_combine(self, c: int) -> None:
-        self._wait(Action("C", c))
+        self.lanes.wait(Action("C", c))
 
     def _unpermute(self, _: int | None) -> None:
         self._y_TD = self._rows.combine(self._weights_TK)
@@ -281,12 +276,13 @@ class Step:
 
     def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> Tensors:
         """The backward body of `node`; returns the gradients of its tensors, empty ones for its tokens."""
-        self._close_op()
-        with closing_on_error(self.transport, node.action.text):
-            start_s = time.perf_counter()
+        if self.phase == "recompute":
+            # A recompute is for its tensors alone; only a reentrant checkpoint runs its backward too.
+            raise ConfigError("checkpoint", "use_reentrant=True", "torch.utils.checkpoint.checkpoint(..., "
+                              "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
+        self.lanes.close_op()
+        with self.lanes.acting(node.action.text, self._empty.device.type, timed=not node.half):
             result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
-            if not node.half:
-                self.note(node.action.text, "comp", start_s, time.perf_counter())
         return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
 
     def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
@@ -305,11 +301,11 @@ class Step:
         return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
 
     def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self._start(Action("Ct", c), self._rows_of_backward.of(self._rows_of_backward.dback, c))
+        self.lanes.start(Action("Ct", c), self._rows_of_backward.of(self._rows_of_backward.dback, c))
         return ()
 
     def _wait_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self._received[c] = self._wait(Action("Ct", c))
+        self._received[c] = self.lanes.wait(Action("Ct", c))
         return ()
 
     def _ed(self, ctx: Any, c: int, _: Any) -> Tensors:
@@ -321,12 +317,12 @@ class Step:
     def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
         g = self._rows_of_backward
         if g.dsend is not None:
-            self._start(Action("Dt", c), self._received.pop(c), out=g.of(g.dsend, c))
+            self.lanes.start(Action("Dt", c), self._received.pop(c), out=g.of(g.dsend, c))
         return ()
 
     def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
         if self._rows_of_backward.dsend is not None:
-            self._wait(Action("Dt", c))
+            self.lanes.wait(Action("Dt", c))
         return ()
 
     def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
@@ -363,13 +359,15 @@ class Step:
                 "a loss that depends on the layer's output on every rank, or layer.attach(loss)",
             )
         results: Tensors = ()
+        with closing_on_error(self.transport, "Ut"):
+            detached = _Detached(node)  # once: what a checkpoint saved can be unpacked once
         for member in (member for group in backward_groups(self.pair) for member in group):
-            results = self.run_backward(member, _Detached(node), None)
+            results = self.run_backward(member, detached, None)
         return results[0]
 
     def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""
-        self._close_op()
+        self.lanes.close_op()
         g, self._grads = self._grads, None
         if g is None:
             return None, None
@@ -377,52 +375,6 @@ class Step:
             g.dw_in.mul_(self._grad_scale)
             g.dw_out.mul_(self._grad_scale)
         return g.dw_in, g.dw_out
-
-    # ---------------------------------------------------------------- exchanges
-
-    def _start(self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None) -> None:
-        """Start an exchange. C and Dt carry rows back to where they came from."""
-        assert action.index is not None
-        plan = self.plan if action.spec.phase == "forward" else self._backward_plan
-        work = self.transport.start(rows, plan, self.layout, action.index, reverse=action.verb in ("C", "Dt"),
-                                    out=out, action=action.text)  # fmt: skip
-        self._works[action] = work
-        if self.pair.joined:
-            start_s = time.perf_counter()
-            work.wait()
-            self.note(action.text, "wait", start_s, time.perf_counter())
-
-    def _wait(self, action: Action) -> torch.Tensor:
-        work = self._works.pop(action)
-        start_s = time.perf_counter()
-        rows = work.wait()
-        done_s = time.perf_counter()
-        if not self.pair.joined:
-            self.note(action.text, "wait", start_s, done_s)
-        # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
-        self.note(action.text, "wire", *(work.interval() or (done_s, done_s)))
-        return rows
-
-    # ---------------------------------------------------------------- notes and failures
-
-    def note_op_backward(self, action: str) -> None:
-        """The backward of a user's op begins now; it ends when the next node of this step runs."""
-        self._close_op()
-        self._open_op = (action, time.perf_counter())
-
-    def _close_op(self) -> None:
-        if self._open_op is not None:
-            action, start_s = self._open_op
-            self._open_op = None
-            self.note(action, "comp", start_s, time.perf_counter())
-
-    def note(self, action: str, lane: str, start_s: float, end_s: float) -> None:
-        """Record one executed action, on the clock time.perf_counter."""
-        in_backward = torch._C._current_graph_task_id() >= 0 and self.phase == "forward"
-        phase = "backward" if in_backward else self.phase
-        event = TimelineEvent(self.transport.rank, self.plan.exchange.step, phase, action, lane, start_s, end_s)
-        self.events.append(event)
-        emit(event)
 
     # (verb, half) -> what it does.
     _FORWARD: ClassVar[dict[tuple[str, str], Callable[..., None]]] = {

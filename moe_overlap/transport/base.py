@@ -66,11 +66,12 @@ class Work(Protocol):
 
 @runtime_checkable
 class Transport(Protocol):
-    """Bytes between ranks. No routing, no arithmetic."""
+    """Bytes between ranks. No routing, no arithmetic. `global_ranks`: the process's rank of each rank, in order."""
 
     name: str
     rank: int
     world_size: int
+    global_ranks: tuple[int, ...]
     timeout_s: float
 
     @property

@@ -152,6 +152,7 @@ class EmulatedLinkTransport:
         self.name = f"emulated {link}"
         self.rank = inner.rank
         self.world_size = inner.world_size
+        self.global_ranks = inner.global_ranks
         self.timeout_s = inner.timeout_s
         self._off_node = topology.off_node(inner.rank)
         self._board: _Board | None = None

@@ -35,6 +35,7 @@ class Lifecycle:
     def __init__(self, *, rank: int, world_size: int, timeout_s: float | None) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.global_ranks = tuple(range(world_size))
         self.timeout_s = checked_timeout(timeout_s)
         self.stats = TransportStats()
         self._header: Header | None = None

@@ -41,6 +41,7 @@ class NoCommTransport:
         self.inner = inner
         self.rank = inner.rank
         self.world_size = inner.world_size
+        self.global_ranks = inner.global_ranks
         self.timeout_s = inner.timeout_s
 
     @property

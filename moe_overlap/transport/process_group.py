@@ -118,6 +118,7 @@ class ProcessGroupTransport(Lifecycle):
     ) -> None:
         resolved, ranks = resolve_group(group)
         super().__init__(rank=ranks.index(dist.get_rank()), world_size=len(ranks), timeout_s=timeout_s)
+        self.global_ranks = tuple(ranks)
         self.device = device_of(resolved, device)
         self.backend = "gloo" if self.device.type == "cpu" else "nccl"
         self.name = f"process_group({self.backend})"

@@ -91,6 +91,27 @@ def test_two_ranks_over_a_link(tmp_path):
     assert "scmoe_pos2" in out and "solving" not in err and "round 2 of 2" in err
 
 
+def test_the_planner_predicts_every_row_and_adds_its_own(tmp_path):
+    words = "--schedules serial,chunked,shortcut,auto --cases top2,scmoe_pos2 --link 20mbit:100us".split()
+    status, _, err = finish(start([*SMALL, *words, "--out", str(tmp_path)]))
+    assert status == 0, err
+    rows = read_jsonl(tmp_path / "results.jsonl")
+    for phase_name in ("infer", "train"):
+        for case in ("top2", "scmoe_pos2"):
+            mine = {r["schedule"]: r for r in rows if (r["phase"], r["case"]) == (phase_name, case)}
+            assert {"serial", "auto"} <= set(mine) <= {"serial", "chunked", "shortcut", "auto", "mirrored"}
+            assert "mirrored" not in mine or phase_name == "train"
+            for row in mine.values():
+                assert list(row) == KEYS and row["bit_equal"] is True
+                assert row["predicted_ms"] > 0 and (row["backward_chunks"] is None) == (phase_name == "infer")
+            # Predicted before timing, by one model: nothing it knows is faster than what it chose.
+            best = min(row["predicted_ms"] for row in mine.values())
+            assert mine["auto"]["predicted_ms"] <= 1.05 * best
+            # 10 or 20 ms of wire against far less compute: to overlap is better than not to.
+            assert mine["auto"]["predicted_ms"] < mine["serial"]["predicted_ms"]
+    assert "calibrating scmoe_pos2" in err and "auto for top2: P D0" in err
+
+
 def test_a_share_is_solved_for(tmp_path):
     words = "--phases infer --cases top2 --schedules serial --comm-share 0.6".split()
     status, _, err = finish(start([*SMALL, *words, "--out", str(tmp_path)]))

@@ -126,3 +126,8 @@ def test_the_forced_router_says_what_it_was_told():
     decision = ForcedRouter(ids, weights, 4)(torch.randn(8, 16))
     assert torch.equal(decision.topk_ids_TK, ids) and torch.equal(decision.topk_weights_TK, weights)
     assert decision.topk_weights_TK.requires_grad and decision.tokens_per_expert_E.tolist() == [4, 4, 4, 4]
+
+
+def test_auto_needs_something_to_exchange():
+    with pytest.raises(ConfigError, match="nothing is exchanged"):
+        parse(["--ranks", "1", "--schedules", "serial,auto"])

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -177,6 +178,12 @@ def tokens(rank: int, batch: int = 0) -> Tensor:
     return torch.randn(7 + 2 * rank + batch, D, dtype=torch.float64, generator=generator)
 
 
+@lru_cache(maxsize=1)
+def meshes() -> DeviceMesh:
+    """Two meshes of a gloo rank, made once: "own" of this rank alone, "data" of all ranks."""
+    return init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("own", "data"))
+
+
 def loss_of(model: Callable[[Tensor], Tensor], rank: int, batch: int = 0) -> Tensor:
     return model(tokens(rank, batch)).square().mean()
 
@@ -287,3 +294,8 @@ def bare(mode: str, times: int, batches: int, options: dict[str, Any]) -> dict[s
     model = Model(dist.group.WORLD, mode, times=times, **options)
     ignore_experts_for_ddp(model)
     return train(model, dist.get_rank(), batches=batches)
+
+
+def joined(times: int, batches: int, plan: str) -> dict[str, Tensor]:
+    """`bare` with every exchange joined and no checkpoint."""
+    return bare("none", times, batches, {"plan": plan, "overlap": False})

@@ -23,7 +23,6 @@ OPTIONS = {
     "static_graph": {"static_graph": True},
     "find_unused_parameters": {"find_unused_parameters": True},
     "tiny_buckets": {"bucket_cap_mb": 0.001},
-    "bucket_views": {"gradient_as_bucket_view": True},
 }
 
 

@@ -20,13 +20,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from moe_overlap import ConfigError, MoELayer, ignore_experts_for_ddp
 from tests.parallel.expected import WORLD, check_averaged
-from tests.parallel.model import EXPERTS, MODES, Model, loss_of, train, whole
+from tests.parallel.model import EXPERTS, MODES, Model, loss_of, meshes, train, whole
 from tests.ranks import gloo_pool
 from tests.tolerances import close
 
@@ -54,7 +54,7 @@ def make_unit_of_its_own(layer: MoELayer, mesh: DeviceMesh) -> None:
 
 def shard(model: Model, unit: str, experts: str, **options: Any) -> None:
     """`options` go to every call of fully_shard."""
-    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("own", "data"))
+    mesh = meshes()
     weights = model.expert_parameters()
     if experts == "own_unit":
         make_unit_of_its_own(model.moe, mesh)
@@ -164,7 +164,7 @@ def layer_of_a_shortcut_block(mode):
     """The layer inside a ShortcutBlock as a unit of its own."""
     model = Model(dist.group.WORLD, mode)
     ignore_experts_for_ddp(model)
-    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("own", "data"))
+    mesh = meshes()
     make_unit_of_its_own(model.shortcut.moe, mesh)
     fully_shard(model, mesh=mesh["data"], ignored_params=set(model.moe.expert_weights))
     return train(model, dist.get_rank())
@@ -201,7 +201,7 @@ def experts_over_their_own_ranks():
     model = Model(dist.group.WORLD)
     with pytest.raises(ConfigError, match="ignored_params"):
         for module in units_of(model, "block"):
-            fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+            fully_shard(module, mesh=meshes()["data"])
         loss_of(model, dist.get_rank())
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap import ignore_experts_for_ddp
-from tests.parallel.expected import WORLD, unwrapped
+from tests.parallel.expected import WORLD, run_once, unwrapped
 from tests.parallel.model import MODES, Model, gradients, loss_of, train
 from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits
@@ -83,7 +83,7 @@ def descend(mode, steps, in_backward):
 def test_an_optimizer_in_backward_takes_the_same_steps(mode):
     """The weights change, and their gradients are freed, as soon as these are there: nobody reads them afterwards."""
     for got, want in zip(
-        gloo_pool(WORLD).run(descend, mode, 3, True), gloo_pool(WORLD).run(descend, "none", 3, False), strict=True
+        gloo_pool(WORLD).run(descend, mode, 3, True), run_once(descend, "none", 3, False), strict=True
     ):
         for name in want:
             same_bits(got[name], want[name])
@@ -91,7 +91,7 @@ def test_an_optimizer_in_backward_takes_the_same_steps(mode):
 
 # ---------------------------------------------------------------- modules
 
-HOOKED = ("entry", "shells.0", "shells.0.block", "shells.0.block.op", "shells.0.block.op.linear", "shells.0.block.moe",
+HOOKED = ("shells.0", "shells.0.block", "shells.0.block.op", "shells.0.block.op.linear", "shells.0.block.moe",
           "shells.0.block.moe.shared_expert", "shells.1.block", "shells.1.block.backbone.0",
           "shells.1.block.backbone.2", "shells.1.block.backbone.3", "exit")  # fmt: skip
 
@@ -125,7 +125,7 @@ def with_module_hooks(mode, times, names):
 @pytest.mark.parametrize("mode", MODES)
 def test_module_hooks_run_once_and_change_nothing(mode, times):
     """The executed order is the planned one with hooks too: `train` checks that."""
-    plain = gloo_pool(WORLD).run(with_module_hooks, "none", times, HOOKED)
+    plain = run_once(with_module_hooks, "none", times, HOOKED)
     for (calls, seen, got), (_, want_seen, _), want in zip(
         gloo_pool(WORLD).run(with_module_hooks, mode, times, HOOKED), plain, unwrapped(times), strict=True
     ):
@@ -139,7 +139,7 @@ def test_module_hooks_run_once_and_change_nothing(mode, times):
 
 
 def test_module_hooks_see_the_gradients_of_a_single_process():
-    results = gloo_pool(WORLD).run(with_module_hooks, "none", 1, HOOKED)
+    results = run_once(with_module_hooks, "none", 1, HOOKED)
     for rank, (_, seen, _) in enumerate(results):
         model = make("none", group="none")
         _, want = hook_modules(model, HOOKED)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_overlap import ignore_experts_for_ddp
-from tests.parallel.expected import WORLD, unwrapped
-from tests.parallel.model import EXPERTS, MODES, Model, loss_of, tokens, whole
+from tests.parallel.expected import WORLD, run_once, unwrapped
+from tests.parallel.model import EXPERTS, MODES, Model, loss_of, meshes, tokens, whole
 from tests.ranks import gloo_pool
 from tests.tolerances import same_bits
 
@@ -24,7 +23,7 @@ def wrap(model, wrapper):
     if wrapper == "ddp":
         return DistributedDataParallel(model)
     if wrapper == "fsdp":
-        mesh = init_device_mesh("cpu", (WORLD,))
+        mesh = meshes()["data"]
         for unit in (model.moe, model.shells[0].block, model.shells[1].block, model):
             fully_shard(unit, mesh=mesh, ignored_params=model.expert_parameters())
     return model
@@ -80,7 +79,7 @@ def without_tokens(wrapper, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_rank_without_tokens(wrapper, mode):
-    plain = gloo_pool(WORLD).run(without_tokens, "bare", "none")
+    plain = run_once(without_tokens, "bare", "none")
     assert plain[1]["shells.0.block.moe.down_proj"].any() and not plain[1]["entry.weight"].any()
     for rank, got in enumerate(gloo_pool(WORLD).run(without_tokens, wrapper, mode)):
         for name, grad in got.items():
@@ -135,7 +134,7 @@ def first_block(mode, reaches):
 def test_a_rank_whose_loss_passes_the_experts_by(mode, reaches):
     """Its peers' rows still get their gradients, and no exchange is sent that a loss through the output would not."""
     results = gloo_pool(WORLD).run(first_block, mode, reaches)
-    wanted = gloo_pool(WORLD).run(first_block, mode, "output")
+    wanted = run_once(first_block, mode, "output")
     for rank, ((got, sent), (want, want_sent)) in enumerate(zip(results, wanted, strict=True)):
         assert sent == want_sent
         for name, grad in want.items():

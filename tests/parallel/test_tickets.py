@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_overlap import MoELayer, ignore_experts_for_ddp
 from moe_overlap.measure.timeline import record
-from tests.parallel.expected import WORLD
-from tests.parallel.model import CALLS, EXPERTS, MODES, D, E, F, Op, Shell, gradients, tokens
+from tests.parallel.expected import WORLD, run_once
+from tests.parallel.model import CALLS, EXPERTS, MODES, D, E, F, Op, Shell, gradients, meshes, tokens
 from tests.ranks import gloo_pool
 from tests.tolerances import same_bits
 
@@ -45,7 +44,7 @@ def run(wrapper, mode):
         call = DistributedDataParallel(model, bucket_cap_mb=0.001)
     if wrapper == "fsdp":
         for unit in (staged, model):
-            fully_shard(unit, mesh=init_device_mesh("cpu", (WORLD,)), ignored_params=set(staged.moe.expert_weights))
+            fully_shard(unit, mesh=meshes()["data"], ignored_params=set(staged.moe.expert_weights))
     with record() as events:
         call(tokens(dist.get_rank())).square().mean().backward()
     assert [staged.first.calls, staged.second.calls] == [CALLS[mode]] * 2
@@ -56,7 +55,7 @@ def run(wrapper, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wrapper", ["bare", "ddp", "fsdp"])
 def test_tickets(wrapper, mode):
-    plain = gloo_pool(WORLD).run(run, "bare", "none")
+    plain = run_once(run, "bare", "none")
     own = [grads for grads, _, _ in plain]
     for rank, (got, order, wire) in enumerate(gloo_pool(WORLD).run(run, wrapper, mode)):
         assert order == plain[rank][1]

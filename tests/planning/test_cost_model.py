@@ -198,4 +198,4 @@ def test_windows_of_nothing_or_of_two_steps_are_refused():
     with pytest.raises(ConfigError, match="num_ops"):
         window(model(), [shape()], "forward", num_ops=4)
     with pytest.raises(ConfigError, match="rows"):
-        StepShape(chunks=2, by="tokens", rows=(1,), bytes_by_lane={}, slots_rows=1, row_bytes=1)
+        StepShape(chunks=2, by="tokens", rows=(1,), experts=(1, 1), bytes_by_lane={}, slots_rows=1, row_bytes=1)

@@ -1,0 +1,69 @@
+"""The committed results say what the documents claim of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results"
+
+
+def rows_of(pattern: str) -> list[dict]:
+    files = sorted(RESULTS.glob(pattern))
+    assert files, pattern
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def predict_module():
+    spec = importlib.util.spec_from_file_location("predict", ROOT / "benchmarks/predict.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_predictions_hold():
+    rows = [row for row in rows_of("**/*-predict.jsonl") if row["flagged"] is None]
+    assert len(rows) >= 40
+    assert len({(r["case"], r["schedule"], r["link"], r["tokens"], r["ffn"], r["phase"]) for r in rows}) >= 40
+    near = [abs(row["predicted_ms"] / row["time_ms_median"] - 1) <= 0.10 for row in rows]
+    assert sum(near) >= 0.9 * len(near)
+
+
+def test_auto_is_the_best_or_close_to_it():
+    groups = defaultdict(list)
+    for row in rows_of("**/*-predict.jsonl"):
+        if row["flagged"] is None:
+            groups[tuple(row[key] for key in ("case", "phase", "link", "tokens", "ffn"))].append(row)
+    verdicts = []
+    for group in groups.values():
+        best = min(group, key=lambda row: row["time_ms_median"])
+        for row in group:
+            if row["schedule"] == "auto":
+                close = row["time_ms_median"] <= 1.05 * best["time_ms_median"]
+                verdicts.append(close or row["time_ms_p10"] <= best["time_ms_p90"])
+    assert len(verdicts) >= 10 and sum(verdicts) >= 0.95 * len(verdicts)
+
+
+def test_the_summary_counts_what_it_says():
+    row = {"flagged": None, "case": "top2", "phase": "infer", "link": "x", "tokens": 1, "ffn": 1}
+    quick = {**row, "schedule": "chunked", "predicted_ms": 10.0, "time_ms_median": 10.0, "time_ms_p10": 9.9,
+             "time_ms_p90": 10.1}  # fmt: skip
+    slow = {**row, "schedule": "auto", "predicted_ms": 10.0, "time_ms_median": 20.0, "time_ms_p10": 19.0,
+            "time_ms_p90": 21.0}  # fmt: skip
+    first, second = predict_module().summary([quick, slow, {**quick, "flagged": "noisy"}])
+    assert "2 unflagged rows of 3" in first and "1 of 2 (50%)" in first and "50.0%" in first
+    assert second.endswith("0 of 1")
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_deferred_weight_gradients_help_and_change_no_bit(chunks):
+    rows = {r["deferred"]: r for r in rows_of("**/*-deferred.jsonl") if r["chunks"] == chunks}
+    assert rows[True]["bit_equal"] and rows[False]["bit_equal"]
+    if chunks == 1:
+        assert rows[True]["flagged"] is None and rows[False]["flagged"] is None and rows[True]["speedup"] >= 1.10
+    assert rows[True]["time_ms_p10"] <= rows[False]["time_ms_p90"], "never slower beyond noise"

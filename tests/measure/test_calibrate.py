@@ -1,0 +1,296 @@
+"""The fit: synthetic probes of a known cost model give that model back, with noise, and by hand where it matters."""
+
+from __future__ import annotations
+
+import random
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+
+from moe_overlap.measure.calibrate import (
+    CHUNKS,
+    MAX_SCALE,
+    MAX_SLOWDOWN,
+    OVERLAPPED,
+    Probe,
+    StepTimes,
+    _probe,
+    _scale,
+    _slowdown,
+    fit,
+    step_shape,
+)
+from moe_overlap.measure.timeline import TimelineEvent
+from moe_overlap.plan import BLOCKS
+from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.planning.window import Slowdown
+from moe_overlap.schedule.builders import SchedulePair, chunked, window
+from tests.planted import cost_model, exchange, line
+from tests.ranks import virtual_world
+
+ROW_BYTES = 100
+
+
+# ---------------------------------------------------------------- the integers of a step
+
+
+def uneven():
+    """Four ranks with a slot each. Only block 0 of rank 0 and block 15 of rank 1 send."""
+    counts = np.zeros((4, BLOCKS, 4), dtype=np.int64)
+    counts[0, 0] = (5, 1, 2, 3)
+    counts[1, 15] = (7, 0, 4, 0)
+    return exchange(counts)
+
+
+def test_one_chunk_by_hand():
+    shape = step_shape(uneven().chunked(1), row_bytes=ROW_BYTES)
+    assert (shape.chunks, shape.by, shape.row_bytes) == (1, "tokens", ROW_BYTES)
+    assert shape.rows == (12,), "rank 0's expert has 5 + 7"
+    assert shape.slots_rows == 11, "rank 0 has 11 slots and rank 1 as many"
+    assert shape.bytes_by_lane == {"inter": (1100,)}, "rank 1 sends 7 + 4 away; rank 0 gets 7, sends 6"
+
+
+def test_two_chunks_by_hand():
+    shape = step_shape(uneven().chunked(2), row_bytes=ROW_BYTES, joined=True)
+    assert shape.rows == (5, 7) and shape.experts == (1, 1)
+    assert shape.bytes_by_lane == {"inter": (600, 1100)}
+    assert shape.slots_rows == 11
+
+
+def test_unjoined_chunks_share_the_busiest_ranks_rows_as_all_ranks_do():
+    shape = step_shape(uneven().chunked(2), row_bytes=ROW_BYTES)
+    assert shape.rows == (6, 6), "rank 0's expert has 12 rows; of all 22 rows half are in either chunk"
+    assert shape.bytes_by_lane == {"inter": (300, 800)}, "rank 1 sends 11 rows away; of all 17, 6 and then 11"
+
+
+def test_groups_of_experts_by_hand():
+    counts = np.zeros((2, BLOCKS, 4), dtype=np.int64)
+    counts[0, 0] = (4, 1, 2, 3)
+    shape = step_shape(exchange(counts).chunked(2, "experts"), row_bytes=ROW_BYTES)
+    assert (shape.by, shape.experts) == ("experts", (1, 1))
+    assert shape.rows == (3, 2), "both ranks have 5 rows; of all 10, 6 in the first expert of either"
+
+
+def test_two_nodes_by_hand():
+    shape = step_shape(uneven().chunked(1), row_bytes=ROW_BYTES, node_of=lambda rank: rank // 2)
+    # Within a node: 0 -> 1 one row, 1 -> 0 seven. Between: 0 -> {2, 3} five, 1 -> 2 four; rank 2 gets 2 + 4.
+    assert shape.bytes_by_lane == {"intra": (700,), "inter": (600,)}
+
+
+def test_one_node_has_no_wire_to_others():
+    shape = step_shape(uneven().chunked(4), row_bytes=ROW_BYTES, node_of=lambda rank: 0, joined=True)
+    assert set(shape.bytes_by_lane) == {"intra"} and shape.bytes_by_lane["intra"] == (600, 0, 0, 1100)
+
+
+def test_one_rank_has_no_wire():
+    assert step_shape(exchange(world=1).chunked(2), row_bytes=ROW_BYTES).bytes_by_lane == {}
+
+
+# ---------------------------------------------------------------- the fit
+
+
+def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
+    """What each action of the step takes, by the model."""
+    wire_s = [
+        model.exchange_s({lane: sizes[c] for lane, sizes in shape.bytes_by_lane.items()}) for c in range(shape.chunks)
+    ]
+    fixed = {"P": model.permute, "U": model.unpermute, "Ut": model.unpermute_backward, "Pt": model.permute_backward}
+    rows = {"E": (model.experts, model.expert_s), "Ed": (model.experts_dgrad, model.expert_dgrad_s)}
+    found = {}
+    for action in [*pair.forward, *pair.backward]:
+        verb, index = action.verb, action.index or 0
+        if verb in fixed:
+            found[action.text] = fixed[verb](shape.slots_rows)
+        elif verb in rows:
+            line_of_rows, expert_s = rows[verb]
+            found[action.text] = line_of_rows(shape.rows[index]) + expert_s * shape.experts[index]
+        elif verb == "Ew":
+            found[action.text] = model.experts_wgrad(sum(shape.rows))
+        elif action.lane == "wire":
+            found[action.text] = wire_s[index]
+        elif verb in ("S", "St"):
+            found[action.text] = model.shared_s if verb == "S" else model.shared_backward_s
+        else:
+            found[action.text] = (model.backbone_s if verb == "B" else model.backbone_backward_s)[index]
+    return found
+
+
+def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None,
+          by="tokens"):  # fmt: skip
+    shape = step_shape((plan or exchange()).chunked(chunks, by), row_bytes=ROW_BYTES, joined=True)
+    pair = (pair_of or (lambda chunks: window(2, 1, chunks=chunks)))(chunks)
+    seconds = {text: noise(s) for text, s in seconds_of(model, pair, shape).items()}
+    host_s = {"forward": model.outside_s, "backward": model.outside_backward_s}
+    host_s = {phase: s + 4 * chunks * model.issue_s for phase, s in host_s.items()}
+    forward = {action.text for action in pair.forward}
+    whole_s = {"forward": sum(s for text, s in seconds.items() if text in forward) + host_s["forward"]}
+    whole_s["backward"] = sum(seconds.values()) - whole_s["forward"] + host_s["forward"] + host_s["backward"]
+    return Probe(chunks=chunks, seconds=seconds, host_s=host_s, whole_s=whole_s, hidden_s=hidden_s, compute_s=compute_s,
+                 shape=shape)  # fmt: skip
+
+
+TRUE = cost_model(
+    2,
+    alpha_s=3e-5,
+    experts=line(2e-7, 4e-6),
+    expert_s=1.5e-5,
+    experts_dgrad=line(3e-7, 5e-6),
+    expert_dgrad_s=2.5e-5,
+    permute=line(1e-8),
+    unpermute=line(2e-8),
+    unpermute_backward=line(3e-8),
+    permute_backward=line(4e-8),
+    backbone_s=(1e-4, 2e-4),
+    backbone_backward_s=(3e-4, 5e-4),
+    outside_s=5e-5,
+    outside_backward_s=7e-5,
+    issue_s=2e-6,
+    slowdown=Slowdown(compute=1.25),
+)
+
+
+def flat(model):
+    """name -> number."""
+    found = {}
+    for name, value in model.to_json().items():
+        values = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
+        )
+        for key, number in values:
+            inner = number.items() if isinstance(number, dict) else [("", number)]
+            found |= {f"{name}.{key}.{part}": one for part, one in inner if not isinstance(one, str)}
+    return found
+
+
+def test_the_model_behind_the_probes_is_found():
+    joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
+    # 1 s of compute beside the wire: 1 / 1.25 of it would have been enough alone.
+    overlapped, grouped = probe(TRUE, OVERLAPPED, hidden_s=1.0, compute_s=1.2), probe(TRUE, 4, by="experts")
+    found = fit(joined, overlapped, grouped, source="synthetic")
+    assert found.source == "synthetic"
+    assert flat(found) == pytest.approx(flat(TRUE), rel=1e-6, abs=1e-12)
+
+
+def test_a_shared_expert_is_found():
+    true = cost_model(shared_s=1e-4, shared_backward_s=3e-4)
+    joined = [probe(true, chunks, pair_of=lambda c: chunked(c, shared=True)) for chunks in CHUNKS]
+    found = fit(joined, joined[1], None, source="planted")
+    assert found.backbone_s == () and flat(found) == pytest.approx(flat(true), rel=1e-6, abs=1e-12)
+
+
+def test_noise_moves_the_model_little():
+    draw = random.Random(5)
+
+    def noise(seconds):
+        return seconds * (1 + abs(draw.gauss(0, 0.02))) * (3.0 if draw.random() < 0.03 else 1.0)
+
+    joined = [probe(TRUE, chunks, noise=noise, compute_s=1.0) for chunks in CHUNKS]
+    found = fit(joined, joined[1], probe(TRUE, 4, by="experts", noise=noise), source="noisy")
+    shape = joined[1].shape
+    for c in range(4):
+        sizes = {lane: each[c] for lane, each in shape.bytes_by_lane.items()}
+        assert found.exchange_s(sizes) == pytest.approx(TRUE.exchange_s(sizes), rel=0.15)
+        known, true = (m.experts(shape.rows[c]) + m.expert_s * shape.experts[c] for m in (found, TRUE))
+        assert known == pytest.approx(true, rel=0.15)
+    assert found.backbone_s == pytest.approx(TRUE.backbone_s, rel=0.15)
+
+
+def test_without_a_probe_by_groups_all_overhead_is_the_chunks():
+    joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
+    found = fit(joined, joined[1], None, source="tokens")
+    assert found.expert_s == 0 and found.experts(100) == pytest.approx(TRUE.experts(100) + 4 * TRUE.expert_s)
+
+
+def test_forward_alone():
+    def only_forward(one):
+        keep = {
+            text: s for text, s in one.seconds.items() if text.rstrip("0123456789") in ("P", "D", "E", "C", "U", "B")
+        }
+        return Probe(chunks=one.chunks, seconds=keep, host_s={"forward": one.host_s["forward"]}, hidden_s=0.0,
+                     whole_s={"forward": one.whole_s["forward"]}, compute_s=1.0, shape=one.shape)  # fmt: skip
+
+    joined = [only_forward(probe(TRUE, chunks)) for chunks in CHUNKS]
+    found = fit(joined, joined[1], None, source="forward")
+    assert found.outside_backward_s == 0 and found.backbone_backward_s == (0.0, 0.0)
+    assert found.backbone_s == pytest.approx(TRUE.backbone_s) and found.issue_s == pytest.approx(TRUE.issue_s)
+
+
+def test_a_step_without_rows_costs_nothing_and_is_no_error():
+    empty = exchange(rows=0)
+    joined = [probe(cost_model(2), chunks, plan=empty) for chunks in CHUNKS]
+    found = fit(joined, joined[1], None, source="empty")
+    assert found.exchange["inter"](1000) == 0 and found.experts(1000) == 0
+
+
+def test_what_a_whole_step_took_longer_than_its_parts_is_compute():
+    one = probe(TRUE, 4)
+    assert _scale(one, "forward", TRUE.issue_s) == pytest.approx(1.0)
+    compute = ("P", "U", "B0", "B1", "E0", "E1", "E2", "E3")
+    compute_s = sum(one.seconds[text] for text in compute) + TRUE.outside_s
+    slower = {"forward": one.whole_s["forward"] + 0.1 * compute_s, "backward": one.whole_s["backward"] * 9}
+    slow = Probe(**vars(one) | {"whole_s": slower})
+    assert _scale(slow, "forward", TRUE.issue_s) == pytest.approx(1.1)
+    assert _scale(slow, "backward", TRUE.issue_s) == MAX_SCALE
+    assert _scale(Probe(**vars(one) | {"whole_s": {"forward": 0.0}}), "forward", TRUE.issue_s) == 1.0
+    assert _scale(Probe(**vars(one) | {"whole_s": {}}), "backward", TRUE.issue_s) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("hidden_s", "compute_s", "factor"),
+    [(0.0, 9.0, 1.0), (1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.5, 2.0), (1.0, 9.0, MAX_SLOWDOWN)],
+)
+def test_the_slowdown_is_what_the_overlapped_probe_computed_longer(hidden_s, compute_s, factor):
+    joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
+    overlapped = probe(TRUE, OVERLAPPED, hidden_s=hidden_s, compute_s=compute_s)
+    assert _slowdown(joined, overlapped) == pytest.approx(factor)
+
+
+# ---------------------------------------------------------------- gathering a probe
+
+
+def gathered_probe(times_of_rank):
+    """`_probe` of a joined serial step on two ranks; times_of_rank(rank) -> [(seconds by action, forward_s)]."""
+    pair = chunked(1).join()
+
+    def rank(me):
+        runs = []
+        for seconds, forward_s in times_of_rank(me.rank):
+            at_s, events = 0.0, []
+            for action in pair.forward:
+                lane = "wire" if action.lane == "wire" else "comp"
+                events.append(
+                    TimelineEvent(me.rank, 1, "forward", action.text, lane, at_s, at_s + seconds[action.text])
+                )
+                at_s += seconds[action.text]
+            runs.append(StepTimes(events=events, forward_s=forward_s, backward_s=0.0, exchange=exchange(grad=False)))
+        return _probe(pair, runs, me.transport(), row_bytes=8, device=torch.device("cpu"), node_of=None)
+
+    found = virtual_world(2).run(rank)
+    assert found[0] == found[1], "ranks that fit different models deadlock"
+    return found[0]
+
+
+def test_compute_is_the_slowest_ranks_and_an_exchange_that_of_the_last_to_come():
+    def times(rank):
+        return [({"P": 1.0 + rank, "D0": 5.0 - rank, "E0": 3.0 - rank, "C0": 2.0, "U": 0.5}, 20.0)]
+
+    found = gathered_probe(times)
+    assert found.seconds == {"P": 2.0, "D0": 4.0, "E0": 3.0, "C0": 2.0, "U": 0.5}
+    assert found.whole_s == {"forward": 20.0}
+    assert set(found.host_s) == {"forward"}
+
+
+def test_the_quicker_half_of_the_rounds_counts():
+    """By the slowest rank of each round; the median of the half."""
+    rounds = [9.0, 1.0, 2.0, 8.0, 3.0]
+
+    def times(rank):
+        return [
+            ({"P": s, "D0": s, "E0": s, "C0": s, "U": s}, 100 - s if rank == 0 and s < 2 else 10 * s) for s in rounds
+        ]
+
+    # Rank 0 took 99 s for the round of 1.0: the quicker half of five is 2, 3 and 8.
+    found = gathered_probe(times)
+    assert set(found.seconds.values()) == {median([2.0, 3.0, 8.0])}

@@ -1,0 +1,254 @@
+"""schedule="auto": every input of the choice is the same on all ranks, whatever each has cached or runs into."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_overlap import ConfigError, ShortcutBlock, auto
+from moe_overlap.errors import MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort
+from moe_overlap.measure import calibrate as measuring
+from moe_overlap.transport.emulated_link import EmulatedLinkTransport
+from moe_overlap.transport.link import LinkSpec, NodeTopology
+from moe_overlap.transport.process_group import ProcessGroupTransport
+from tests.layers import F, make, tokens
+from tests.planted import (
+    FREE,
+    OPS,
+    SHAPES,
+    SOME,
+    build,
+    cost_model,
+    layer_of,
+    measured_as,
+    planted,
+    step,
+)
+from tests.ranks import Ranks, gloo_pool, mark, virtual_world
+
+FREE_WIRE = {"exchange": {"inter": FREE}}
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def used(calls, **options):
+    """How many calibrations a fresh layer needs on each of two ranks."""
+    before = len(calls)
+    tokens_of = options.pop("tokens", 8)
+
+    def rank(me):
+        layer = make(me.transport(), schedule="auto", **options)
+        layer(tokens(tokens_of, dtype=options.get("dtype", torch.float64)))
+        return layer.schedule.kept_in
+
+    kept = virtual_world(2).run(rank)
+    assert kept[1] is None
+    return (len(calls) - before) / 2, kept[0]
+
+
+def test_an_equal_key_is_not_measured_again_and_another_is(cache):
+    with planted(cost_model()) as calls:
+        assert used(calls) == (1, *cache.glob("*.json"))
+        assert used(calls)[0] == 0
+        for options in ({"tokens": 9}, {"dtype": torch.float32}, {"shared_expert_size": F}, {"activation": "relu"}):
+            assert used(calls, **options)[0] == 1, options
+        with torch.no_grad():
+            assert used(calls)[0] == 1
+        assert used(calls)[0] == 0
+    assert len(list(cache.iterdir())) == 6, "and nothing else is left in the directory"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"key": 1}', "null", "\0" * 40, "[" * 100_000, b"\xff\xfe", "other_key", "bad_model"]
+)
+def test_a_file_that_cannot_be_used_is_measured_again(text, cache, caplog):
+    with planted(cost_model()) as calls:
+        _, path = used(calls)
+        if text in ("other_key", "bad_model"):
+            entry = json.loads(path.read_text())
+            entry["key" if text == "other_key" else "model"] = {}
+            text = json.dumps(entry)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert used(calls)[0] == 1
+        assert used(calls)[0] == 0
+
+
+def test_a_directory_that_cannot_be_written_costs_one_measurement_a_process(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(auto, "_unwritten", {})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_OVERLAP_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with planted(cost_model()) as calls:
+        assert used(calls) == (1, None)
+        assert "cannot be written" in caplog.text
+        assert used(calls)[0] == 0
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(auto, "_unwritten", {})
+    for name in ("MOE_OVERLAP_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with planted(cost_model()) as calls:
+        assert used(calls) == (1, None)
+
+
+def own_caches(folder):
+    """The chunks of fresh layers. Each rank has a directory of its own and measures something else."""
+    rank, seen = dist.get_rank(), []
+    for place, model in ((rank, cost_model()), (rank, cost_model(**FREE_WIRE)), (1 - rank, cost_model(alpha_s=1.5e-6))):
+        os.environ["MOE_OVERLAP_CACHE_DIR"] = f"{folder}/{place}"
+        layer = make(ProcessGroupTransport(timeout_s=20.0), schedule="auto")
+        with planted(model if rank == 0 else cost_model(**FREE_WIRE)):
+            layer(tokens(SOME[rank], rank))
+        seen.append(layer._last_step.pair.chunks)
+    return seen
+
+
+def test_ranks_take_rank_0s_model(cache):
+    """What it measured, what its cache has though its peer has none, and not what only the peer's cache has."""
+    assert gloo_pool(2).run(own_caches, str(cache)) == [[16, 16, 2]] * 2
+
+
+def test_ranks_on_different_hardware_agree(monkeypatch):
+    """The model says where it was measured, and the digest of a step covers the model."""
+    numbers = itertools.count()
+    monkeypatch.setattr(auto, "hardware", lambda: f"machine {next(numbers)}")
+
+    def rank(me):
+        layer = make(me.transport(), schedule="auto")
+        layer(tokens(8))
+        return next(iter(layer.schedule.found.values())).digest
+
+    monkeypatch.setattr(measuring, "ROUNDS", (1, 1))
+    monkeypatch.setattr(measuring, "fit", lambda *_, source: cost_model(source=source))
+    first, second = virtual_world(2).run(rank)
+    assert first == second and next(numbers) > 2
+
+
+def other_nodes(folder):
+    os.environ["MOE_OVERLAP_CACHE_DIR"] = folder
+    with measured_as(cost_model()):
+        for per_node, lane in ((1, "inter"), (2, "intra"), (1, "inter")):
+            topology = NodeTopology(world_size=2, ranks_per_node=per_node)
+            link = LinkSpec.parse("10gbit:1us")
+            transport = EmulatedLinkTransport(ProcessGroupTransport(timeout_s=20.0), link, topology)
+            layer = make(transport, schedule="auto")
+            with planted(cost_model(exchange={lane: FREE})):
+                layer(tokens(8))
+            assert lane in layer.explain() or layer._last_step.pair.joined
+
+
+def test_other_nodes_are_another_key(cache):
+    gloo_pool(2).run(other_nodes, str(cache))
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_bad_input_on_one_rank_is_an_error_on_all_and_the_layer_lives_on(shape):
+    def rank(me):
+        model = build(shape, me.transport())
+        bad = tokens(4)[:, 1:] if shape != "block" else tokens(4).float()
+        if shape != "block":
+            with pytest.raises(ConfigError, match=r"x\.shape"):
+                model(bad if me.rank == 1 else tokens(4))
+        nan = tokens(4)
+        nan[1, 2] = float("nan") if me.rank == 0 else 0.0
+        with pytest.raises(ConfigError, match="logits"):
+            model(nan)
+        assert layer_of(model).transport.stats.exchanges == 0
+        return step(model, me.rank)["y"].shape[0]
+
+    with planted(cost_model(OPS if shape == "block" else 0)):
+        assert virtual_world(2).run(rank) == list(SOME)
+
+
+class Fails(nn.Module):
+    """An op that raises at its n-th call on rank 1."""
+
+    def __init__(self, rank, at):
+        super().__init__()
+        self.rank, self.left = rank, at
+
+    def forward(self, h):
+        self.left -= 1
+        if self.rank == 1 and self.left == 0:
+            raise MemoryError("no memory left for this op")
+        return h * 1.0
+
+
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_an_op_that_fails_in_a_probe(at):
+    """The rank that fails raises its error, the others learn of it; after reopen() the layer calibrates again."""
+
+    def rank(me):
+        block = ShortcutBlock([Fails(me.rank, at)], make(me.transport()), tap=0, schedule="auto")
+        with pytest.raises(MemoryError if me.rank == 1 else RemoteAbort, match="no memory left"):
+            block(tokens(4))
+        block.moe.transport.reopen()
+        return block(tokens(4)).shape[0]
+
+    with measured_as(cost_model(1)):
+        assert virtual_world(2).run(rank) == [4, 4]
+
+
+def test_ranks_of_which_only_one_had_finished_calibrate_again_after_reopen():
+    def rank(me):
+        layer = make(me.transport(), schedule="auto")
+        layer(tokens(4))
+        if me.rank == 1:
+            layer.schedule.found.clear()  # as if it had failed just before the end
+        with pytest.raises(PlanMismatch):
+            layer(tokens(4))
+        layer.transport.reopen()
+        return layer(tokens(4)).shape[0]
+
+    with planted(cost_model()):
+        assert virtual_world(2).run(rank) == [4, 4]
+
+
+class Dies(nn.Module):
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def forward(self, h):
+        self.left -= 1
+        if dist.get_rank() == 1 and self.left == 0:
+            mark()
+            os._exit(3)
+        return h * 1.0
+
+
+def dying(at, folder):
+    os.environ["MOE_OVERLAP_CACHE_DIR"] = folder
+    block = ShortcutBlock([Dies(at)], make(ProcessGroupTransport(timeout_s=5.0)), tap=0, schedule="auto")
+    measuring.ROUNDS = (1, 1)
+    begin = time.monotonic()
+    try:
+        block(tokens(8).requires_grad_())
+    except MoeTransportError as error:
+        return type(error).__name__, error.peer, time.monotonic() - begin
+    return "no error", None, 0.0
+
+
+def test_a_rank_that_dies_during_calibration(cache):
+    with Ranks(2) as ranks:
+        ranks.start(dying, 4, str(cache))
+        first, second = ranks.wait(limit_s=30)
+    assert second.exitcode == 3
+    name, peer, seconds = first.value
+    assert (name, peer) == (PeerFailed.__name__, 1) and seconds < 5.0
