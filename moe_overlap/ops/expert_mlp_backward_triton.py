@@ -1,6 +1,6 @@
-"""Backward kernels of the expert MLP: the gradient of the hidden rows, and the gradients of the weights.
+"""Backward kernels of the expert MLP: gradients of the hidden rows and of the weights, and sums of rows by token.
 
-The gradient of x is `rows_kernel` of the forward file, with dh and w_in.
+The gradient of the rows is `rows_kernel` of the forward file, with dh and w_in.
 """
 
 from __future__ import annotations
@@ -187,3 +187,16 @@ def weights_kernel(
         out_at_MN += left_M.to(tl.int64)[:, None] * right_width + right_N[None, :]
         stored_MN = (left_M < left_width)[:, None] & (right_N < right_width)[None, :]
         tl.store(out_at_MN, acc_MN.to(out.dtype.element_ty), mask=stored_MN)
+
+
+@triton.jit
+def sum_rows_kernel(rows, order, bounds, out, width, BLOCK_N: tl.constexpr):
+    """out[t] = sum of rows[order[i]] for i in [bounds[t], bounds[t + 1]), in that order, in float32."""
+    token = tl.program_id(0)
+    column_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists_N = column_N < width
+    sum_N = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for i in range(tl.load(bounds + token), tl.load(bounds + token + 1)):
+        row = tl.load(order + i).to(tl.int64)
+        sum_N += tl.load(rows + row * width + column_N, mask=exists_N, other=0.0).to(tl.float32)
+    tl.store(out + token.to(tl.int64) * width + column_N, sum_N.to(out.dtype.element_ty), mask=exists_N)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 STAGES = ("up", "rows", "hidden", "weights")
 """The kernels: up_kernel, rows_kernel, hidden_gradient_kernel and weights_kernel."""
@@ -120,25 +121,45 @@ TABLE: Mapping[str, tuple[Row, ...]] = {
     ),
 }
 
+Measured = Mapping[tuple[str, Problem], Blocks]
 _measured: dict[tuple[str, Problem], Blocks] = {}
+
+
+def candidates(stage: str, problem: Problem) -> tuple[Blocks, ...]:
+    """What there is to measure: the table's shapes for this architecture, with other L2 groups and fewer stages.
+
+    The inner block stays the table's, and with it the order of sums.
+    """
+    same = [row.blocks for row in TABLE[stage] if (row.arch, row.item_bytes) == (problem.arch, problem.item_bytes)]
+    wider = [replace(shape, group=group) for shape in same for group in (4, 16)]
+    fewer = [replace(shape, stages=shape.stages - 1) for shape in same if shape.stages > 2]
+    return tuple(dict.fromkeys([*same, *wider, *fewer]))
+
+
+def _rounded(problem: Problem) -> Problem:
+    """Rows up to a power of two: a measurement holds for calls of about its size."""
+    return replace(problem, rows=1 << max(0, problem.rows - 1).bit_length())
 
 
 def block_shape(stage: str, problem: Problem) -> Blocks:
     """The block shape in force: the measured one inside `use`, else the first row of the table that fits."""
-    found = _measured.get((stage, problem))
-    if found is None:
-        found = next(row.blocks for row in TABLE[stage] if problem.fits(row))
-    return found
+    found = _measured.get((stage, _rounded(problem))) if _measured else None
+    return _from_table(stage, problem) if found is None else found
+
+
+@lru_cache(maxsize=4096)
+def _from_table(stage: str, problem: Problem) -> Blocks:
+    return next(row.blocks for row in TABLE[stage] if problem.fits(row))
 
 
 @contextmanager
-def use(measured: Mapping[tuple[str, Problem], Blocks]) -> Iterator[None]:
-    """Take these instead of the table inside the block, in the whole process.
+def use(measured: Measured) -> Iterator[None]:
+    """Take these instead of the table inside the block, in the whole process, for calls of about the same rows.
 
     All ranks of a job and all steps that are to be equal bit for bit must use the same.
     """
     before = dict(_measured)
-    _measured.update(measured)
+    _measured.update({(stage, _rounded(problem)): shape for (stage, problem), shape in measured.items()})
     try:
         yield
     finally:

@@ -1,11 +1,13 @@
 """expert_mlp and its raw pieces in Triton: the same contracts as the references, on one GPU.
 
-Forward is two matmuls kernels: `up_kernel` reads the rows of x through the map and writes h and a = act(h) * row_scale,
+Forward is two kernels: `up_kernel` reads the rows of x through the map and writes h and a = act(h) * row_scale,
 `rows_kernel` makes y. Backward is `hidden_gradient_kernel` (dh, a again, the parts of dscale), `rows_kernel` (dx) and
-`weights_kernel` twice. Groups are read on the device; nothing here waits for the GPU. y is never kept.
+`weights_kernel` twice; with a map, the rows of dx are summed by token in their order. Groups are read on the device,
+nothing here waits for the GPU, and y is never kept.
 
-Bytes for backward, per row, s bytes an element: h F's and row_to_token 4 (with x in the order of tokens, saved once a
-token: D s), or x D s and h F's without a map. Forward needs a (F s) besides, backward dh and a (F's + F s).
+Saved for backward, with s bytes an element: h, F' s bytes a row (F' = 2F for swiglu), and x, D s bytes a row or, with a
+map, D s bytes a token and 4 a row. While it runs, forward needs F s bytes a row more (for a), backward (F' + F) s (dh
+and a) and with a map D s (dx of the rows).
 The method is that of SonicMoE (arXiv 2512.14080): the gradient of row_scale is the sum of da * a along the row, so y
 is not needed for it; the parts of each column tile are added in their order, without atomics.
 """
@@ -20,11 +22,11 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import expert_loop, maps, triton_kernels
+from moe_overlap.ops import expert_loop, triton_kernels
 from moe_overlap.ops.activation import width
 from moe_overlap.ops.activation_math_triton import KIND_NUMBERS
 from moe_overlap.ops.expert_loop import Bounds
-from moe_overlap.ops.expert_mlp_backward_triton import hidden_gradient_kernel, weights_kernel
+from moe_overlap.ops.expert_mlp_backward_triton import hidden_gradient_kernel, sum_rows_kernel, weights_kernel
 from moe_overlap.ops.expert_mlp_blocks_triton import Blocks, Problem, architecture_class, block_shape
 from moe_overlap.ops.expert_mlp_forward_triton import rows_kernel, up_kernel
 from moe_overlap.ops.expert_mlp_tiles_triton import SPLIT_TILES, list_tiles_kernel
@@ -37,7 +39,10 @@ INTERPRET_DESCRIPTORS = False
 """Whether the interpreter takes descriptors where a chip with TMA would; tests set it."""
 
 _TMA_CLASSES = ("sm_90", "sm_100")
-_TMA_BYTES = 16
+_WIDE_BYTES = 16
+"""The widest read of one thread, and what TMA asks of addresses and strides."""
+
+_SUM_COLUMNS = 1024
 
 
 def expert_mlp(
@@ -88,7 +93,7 @@ def expert_mlp_backward(
         dx = x.new_empty(dy_RD.shape[0], x.shape[1])
         call.rows(dh_RF, w_in, dx, transposed=False)
         if row_to_token is not None:
-            dx = maps.add_rows(dx, row_to_token, x.shape[0], torch.float32).to(x.dtype)
+            dx = _sum_by_token(dx, row_to_token, x.shape[0])
     return dx, dw_in, dw_out, x.new_empty(0) if dscale is None else dscale
 
 
@@ -173,13 +178,7 @@ class _Call:
         self.ends, self.starts = _on_device(ends, like.device), _on_device(starts, like.device)
         self.with_tail, self.num_experts, self.num_sms = with_tail, experts, num_sms
         self.target = target(like.device)
-        self.problem = Problem(
-            arch=self.target.arch,
-            item_bytes=like.element_size(),
-            hidden=w_out.shape[1],
-            ffn=w_out.shape[2],
-            rows=total // max(experts, 1),
-        )
+        self.problem = problem_of(like, w_out, total)
         self._tiles: dict[int, tuple[torch.Tensor, int]] = {}
 
     def buffer(self, field: str, given: torch.Tensor | None, columns: int) -> torch.Tensor:
@@ -282,7 +281,7 @@ class _Call:
 
     def _over_rows(self, kernel: Any, shape: Blocks, columns: int, *args: Any, **constants: Any) -> None:
         """Launch over row tiles x column tiles."""
-        if self.num_rows > 0:
+        if self.num_rows > 0 and (self.num_experts > 0 or self.with_tail):
             tiles, capacity = self._list_tiles(shape.m)
             most = capacity * blocks(columns, shape.n)
             self._launch(kernel, shape, most, tiles, capacity, *args, **constants)
@@ -291,7 +290,7 @@ class _Call:
         if block_m not in self._tiles:
             # Every expert, and the rows beyond the last, may end with a tile that is not full.
             capacity = blocks(self.num_rows, block_m) + self.num_experts + 1
-            tiles = torch.zeros(3 * capacity + 1, dtype=torch.int32, device=self.like.device)
+            tiles = torch.empty(3 * capacity + 1, dtype=torch.int32, device=self.like.device)
             launch(
                 list_tiles_kernel, (self.num_experts + self.with_tail,), self.starts, self.ends, tiles,
                 self.num_experts, self.num_rows, capacity, HAS_STARTS=self.starts is not None, BLOCK_M=block_m,
@@ -318,8 +317,8 @@ def _operand(tensor: torch.Tensor, problem: Problem, block: tuple[int, ...]) -> 
     allowed = (
         (problem.arch in _TMA_CLASSES or (problem.arch == "interpreter" and INTERPRET_DESCRIPTORS))
         and tensor.numel() > 0
-        and tensor.data_ptr() % _TMA_BYTES == 0
-        and all(stride > 0 and stride * itemsize % _TMA_BYTES == 0 for stride in tensor.stride()[:-1])
+        and tensor.data_ptr() % _WIDE_BYTES == 0
+        and all(stride > 0 and stride * itemsize % _WIDE_BYTES == 0 for stride in tensor.stride()[:-1])
     )
     return (TensorDescriptor.from_tensor(tensor, list(block)), True) if allowed else (tensor, False)
 
@@ -339,6 +338,30 @@ def target(device: torch.device) -> Target:
         return Target("interpreter", INTERPRETED_SMS)
     arch = architecture_class(triton_kernels.architecture(device))
     return Target(arch, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _sum_by_token(rows_RD: torch.Tensor, row_to_token: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """out[t] = sum of the rows of token t in the order of the rows; [T, D] in their dtype.
+
+    Example: rows of the tokens [1, -1, 0, 1]: order [1, 2, 0, 3], of which bounds [1, 2, 4] give 2 to 0 and 0, 3 to 1.
+    """
+    tokens, order = torch.sort(row_to_token, stable=True)
+    numbers = torch.arange(num_tokens + 1, dtype=tokens.dtype, device=tokens.device)
+    bounds = torch.searchsorted(tokens, numbers)
+    out_TD, block = rows_RD.new_empty(num_tokens, rows_RD.shape[1]), min(power_of_two(rows_RD.shape[1]), _SUM_COLUMNS)
+    grid = (num_tokens, blocks(rows_RD.shape[1], block))
+    launch(sum_rows_kernel, grid, rows_RD, order, bounds, out_TD, rows_RD.shape[1], BLOCK_N=block)
+    return out_TD
+
+
+def problem_of(like: torch.Tensor, w_out: torch.Tensor, num_rows: int) -> Problem:
+    """What chooses the block shapes of a call with this many rows in all."""
+    experts, hidden, ffn = w_out.shape
+    arch, item_bytes = target(like.device).arch, like.element_size()
+    # Rows that do not begin at multiples of 16 bytes are read element by element: large tiles would spill.
+    if arch != "interpreter" and (hidden * item_bytes % _WIDE_BYTES or ffn * item_bytes % _WIDE_BYTES):
+        arch = "portable"
+    return Problem(arch=arch, item_bytes=item_bytes, hidden=hidden, ffn=ffn, rows=num_rows // max(experts, 1))
 
 
 def _on_device(bounds: Bounds | None, device: torch.device) -> torch.Tensor | None:

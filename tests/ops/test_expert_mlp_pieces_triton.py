@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,11 @@ from tests.ops.interpreted import far_programs, needs_triton, on_triton
 
 needs_triton(interpreter=True)
 
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 from moe_overlap.ops import expert_mlp_triton as mlp  # noqa: E402
+from moe_overlap.ops.expert_mlp_blocks_triton import STAGES, block_shape, candidates  # noqa: E402
+from moe_overlap.ops.expert_mlp_tune_triton import tune, use  # noqa: E402
 
 F32 = torch.float32
 PIECES = ("expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad")
@@ -155,3 +161,45 @@ def test_the_pieces_have_no_use_for_the_operators_map() -> None:
         rows, _ = ops.expert_mlp_forward(x.flip(0), w_in, w_out, offs, kind="swiglu")
     tolerances.same_bits(y, rows)
     assert mlp.target(x.device).arch == "interpreter"
+
+
+def test_tuning_takes_the_fastest_of_what_can_be_launched() -> None:
+    """With a clock that knows which block shape is in force, and one that cannot be launched."""
+    x, _, w_in, w_out = inputs()
+    offs = torch.tensor([11, 30, 40], dtype=torch.int32)
+    problem, asked = mlp.problem_of(x, w_out, ROWS), []
+
+    def clock(body) -> float:
+        shapes = [block_shape(stage, problem) for stage in STAGES]
+        asked.append(shapes)
+        if shapes[0].group == 4:
+            raise OutOfResources(1, 0, "shared memory")
+        return 1.0 / sum(shape.group for shape in shapes)
+
+    before = [block_shape(stage, problem) for stage in STAGES]
+    found = tune(x, w_in, w_out, offs, kind="swiglu", seconds_of=clock)
+    assert [found[stage, problem].group for stage in STAGES] == [16] * 4 and len(asked) == 3 * 4
+    assert [block_shape(stage, problem) for stage in STAGES] == before
+    with on_triton("expert_mlp"):
+        want = ops.expert_mlp(x, w_in, w_out, offs, kind="swiglu")
+        with use(found):
+            assert block_shape("up", replace(problem, rows=problem.rows + 1)).group == 16
+            tolerances.same_bits(ops.expert_mlp(x, w_in, w_out, offs, kind="swiglu"), want)
+
+
+def test_tuning_runs_what_it_measures() -> None:
+    (w_in, w_out), x = weights(1, 4, 5, "swiglu", F32), randn(3, 4, dtype=F32)
+    offs = torch.tensor([3], dtype=torch.int32)
+
+    def once(body) -> float:
+        body()
+        return 1.0
+
+    found = tune(x, w_in, w_out, offs, kind="swiglu", row_to_token=torch.tensor([2, 0, 2]).int(), seconds_of=once)
+    assert list(found.values()) == [candidates(stage, mlp.problem_of(x, w_out, 3))[0] for stage in STAGES]
+    with pytest.raises(ConfigError, match="can be launched"):
+        tune(x, w_in, w_out, offs, kind="swiglu", seconds_of=_no_room)
+
+
+def _no_room(body) -> float:
+    raise OutOfResources(1, 0, "shared memory")
