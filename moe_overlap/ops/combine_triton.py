@@ -86,7 +86,7 @@ def combine(
     checks.check_values("slot_to_row", slot_to_row_TK, -1, y_RD.shape[0], why="-1 = no row, the rows of y are the end")
     (num_rows, width), (tokens, top_k) = y_RD.shape, slot_to_row_TK.shape
     out_TD = torch.empty((tokens, width), dtype=y_RD.dtype, device=y_RD.device)
-    block_T, block_D = tile(width, elements=2048, widest=1024)
+    block_T, block_D = tile(width, elements=1024, widest=1024)
     launch(
         combine_kernel,
         (blocks(tokens, block_T), blocks(width, block_D)),
@@ -114,7 +114,7 @@ def combine_backward(
     if weights_TK is not None and y_RD is not None:
         dweights_TK = torch.zeros((tokens, top_k), dtype=weights_TK.dtype, device=device)
     # Rows in one warp each: their sums then need no shared memory.
-    block_T, block_D = tile(width, elements=1024, widest=256)
+    block_T, block_D = tile(width, elements=2048, widest=256)
     launch(
         combine_backward_kernel,
         (blocks(tokens, block_T) if top_k else 0, 1 if y_RD is not None else blocks(width, block_D)),

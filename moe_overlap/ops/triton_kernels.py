@@ -26,6 +26,8 @@ OLDEST_NVIDIA = (8, 0)
 MOST_GATE_EXPERTS = 4096
 MOST_ROW_MAP_EXPERTS = 4095
 """One program holds the scores of a token, or a count for each expert, in registers."""
+MOST_ROWS_OF_A_TOKEN = 64
+"""The loop over the K rows of a token is unrolled."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ def _row_map_limit(ids_TK: torch.Tensor, num_experts: int, first: int, last: int
     return None
 
 
+def _rows_limit(position: int) -> registry.Limit:
+    """slot_to_row [T, K] is the argument at `position`."""
+
+    def limit(*arguments: Any) -> str | None:
+        top_k = arguments[position].shape[1]
+        return f"K = {top_k}; it takes {MOST_ROWS_OF_A_TOKEN}" if top_k > MOST_ROWS_OF_A_TOKEN else None
+
+    return limit
+
+
 _ROUTER = (torch.float32, torch.float64)
 _MATRICES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,9 +77,9 @@ KERNELS = {
     "gate_topk": Kernel("gate_triton", _ROUTER, limit=_gate_limit),
     "gate_topk_backward": Kernel("gate_triton", _ROUTER, limit=_gate_backward_limit),
     "row_map": Kernel("row_map_triton", (torch.int32,), limit=_row_map_limit),
-    "permute": Kernel("permute_triton", copies=True),
-    "combine": Kernel("combine_triton"),
-    "combine_backward": Kernel("combine_triton"),
+    "permute": Kernel("permute_triton", copies=True, limit=_rows_limit(1)),
+    "combine": Kernel("combine_triton", limit=_rows_limit(1)),
+    "combine_backward": Kernel("combine_triton", limit=_rows_limit(2)),
     "activation": Kernel("swiglu_triton"),
     "activation_backward": Kernel("swiglu_triton"),
     "expert_mlp": Kernel("expert_mlp_triton", _MATRICES),
@@ -86,10 +98,16 @@ def missing() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton is not installed ({error})"
-    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if release < OLDEST_TRITON:
+    if release() < OLDEST_TRITON:
         return f"Triton {triton.__version__}: {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or later is needed"
     return None
+
+
+def release() -> tuple[int, ...]:
+    """The first two numbers of Triton's version."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def architecture(device: torch.device) -> str:

@@ -34,7 +34,7 @@ def launches() -> Iterator[tuple[str, list[aot.Launch]]]:
             yield f"combine {how} {label}", aot.recorded(combine_triton.combine, y, slots, *given)
         for how, given in (("plain", (None, slots, None)), ("all", (y, slots, weights))):
             yield f"combine backward {how} {label}", aot.recorded(combine_triton.combine_backward, x, *given, rows)
-    for kind, ffn, dtype in (("swiglu", 768, BF16), ("swiglu", 2048, F16), ("gelu", 1001, F32), ("relu", 64, F64)):
+    for kind, ffn, dtype in (("swiglu", 768, BF16), ("swiglu", 2048, F16), ("gelu", 64, F64), ("relu", 1001, F32)):
         h, a = meta(4096, 2 * ffn if kind == "swiglu" else ffn, dtype=dtype), meta(4096, ffn, dtype=dtype)
         for how, given in (("plain", (None, None)), ("all", (meta(4096, dtype=F32), meta(128, dtype=I32)))):
             label = f"{how} {kind} {ffn} {str(dtype)[6:]}"
