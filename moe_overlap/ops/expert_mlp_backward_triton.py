@@ -14,32 +14,11 @@ from moe_overlap.ops.expert_mlp_tiles_triton import inner_length, load_rows, loa
 
 @triton.jit(do_not_specialize=["capacity", "num_rows"])
 def hidden_gradient_kernel(
-    tiles,
-    capacity,
-    dy,
-    w_out,
-    h,
-    row_scale,
-    dh,
-    a,
-    dscale_parts,
-    num_rows,
-    hidden,
-    ffn,
-    dy_stride,
-    w_stride_expert,
+    tiles, capacity, dy, w_out, h, row_scale, dh, a, dscale_parts, num_rows, hidden, ffn, dy_stride, w_stride_expert,
     w_stride_inner,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    WANTS_DSCALE: tl.constexpr,
-    A_TMA: tl.constexpr,
-    B_TMA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    KIND: tl.constexpr, SCALED: tl.constexpr, WANTS_DSCALE: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """da = dy @ w_out[expert]; from it and the saved h: dh, a = act(h) * scale, and this tile's part of dscale.
 
     dscale_parts: float32 [column tiles, R], summed over the first dimension afterwards, in that order.
@@ -80,20 +59,9 @@ def halves(values_MN, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def through_activation(
-    da_MN,
-    h,
-    row_scale,
-    dh,
-    a,
-    row_M,
-    live_M,
-    used_M,
-    column,
-    ffn,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    da_MN, h, row_scale, dh, a, row_M, live_M, used_M, column, ffn,
+    KIND: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Writes dh and a of the columns from `column` on; returns the sum of da * a over them, for dscale."""
     column_N = column + tl.arange(0, BLOCK_N)
     exists_N = column_N < ffn
@@ -123,26 +91,11 @@ def through_activation(
 
 @triton.jit(do_not_specialize=["num_rows", "first_expert", "last_expert"])
 def weights_kernel(
-    left,
-    right,
-    row_to_token,
-    out,
-    starts,
-    ends,
-    first_expert,
-    last_expert,
-    num_rows,
-    left_width,
-    right_width,
-    left_stride,
-    right_stride,
-    HAS_STARTS: tl.constexpr,
-    MAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    left, right, row_to_token, out, starts, ends, first_expert, last_expert, num_rows, left_width, right_width,
+    left_stride, right_stride,
+    HAS_STARTS: tl.constexpr, MAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-):
+):  # fmt: skip
     """out[expert] = left.T @ right over the rows of the expert: [E, left_width, right_width], zeros without rows.
 
     With MAPPED the rows of `right` are read through row_to_token, -1 giving zeros. The sum runs over the rows in their

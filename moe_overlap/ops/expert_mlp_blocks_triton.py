@@ -82,7 +82,7 @@ TABLE: Mapping[str, tuple[Row, ...]] = {
         _row("sm_100", 2, (128, 128, 64), (8, 8, 4, 1)),
         _row("sm_80", 2, (64, 64, 32), (1, 4, 4, 2), rows=_FEW),
         _row("sm_80", 2, (128, 64, 32), (8, 8, 4, 1)),
-        _row("portable", 2, (64, 64, 32), (8, 4, 3, 1)),
+        _row("portable", 2, (64, 64, 32), (8, 8, 3, 1)),
         *(_row(arch, 4, (64, 32, 32), (8, 8, 2, 1)) for arch in SHARED_BYTES),
         *(_row("interpreter", size, (16, 16, 16), (2, 1, 1, 1)) for size in (2, 4)),
     ),

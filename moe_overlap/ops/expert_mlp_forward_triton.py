@@ -14,31 +14,11 @@ from moe_overlap.ops.expert_mlp_tiles_triton import inner_length, load_rows, loa
 
 @triton.jit(do_not_specialize=["capacity"])
 def up_kernel(
-    tiles,
-    capacity,
-    x,
-    row_to_token,
-    row_scale,
-    w_in,
-    h,
-    a,
-    hidden,
-    ffn,
-    x_stride,
-    w_stride_expert,
-    w_stride_column,
-    KIND: tl.constexpr,
-    MAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    SAVE_H: tl.constexpr,
-    A_TMA: tl.constexpr,
-    B_TMA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tiles, capacity, x, row_to_token, row_scale, w_in, h, a, hidden, ffn, x_stride, w_stride_expert, w_stride_column,
+    KIND: tl.constexpr, MAPPED: tl.constexpr, SCALED: tl.constexpr, SAVE_H: tl.constexpr, A_TMA: tl.constexpr,
+    B_TMA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-):
+):  # fmt: skip
     """h = x[map] @ w_in[expert].T and a = act(h) * scale, tile by tile. h [R, F'] is written where SAVE_H.
 
     For swiglu one program makes the same columns of gate and up, which lie F apart in w_in and h.
@@ -90,26 +70,10 @@ def up_kernel(
 
 @triton.jit(do_not_specialize=["capacity"])
 def rows_kernel(
-    tiles,
-    capacity,
-    a,
-    b,
-    out,
-    columns,
-    inner,
-    a_stride,
-    b_stride_expert,
-    b_stride_column,
-    b_stride_inner,
-    A_TMA: tl.constexpr,
-    B_TMA: tl.constexpr,
-    B_IS_NK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    tiles, capacity, a, b, out, columns, inner, a_stride, b_stride_expert, b_stride_column, b_stride_inner,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, B_IS_NK: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """out[row] = a[row] @ b[expert of the row]: the down projection (B_IS_NK) and the gradient of the rows."""
     num_row_tiles = tl.load(tiles + 3 * capacity)
     num_columns = tl.cdiv(columns, BLOCK_N)

@@ -19,6 +19,7 @@ from moe_overlap.ops.activation import backward_into, forward_into
 from moe_overlap.ops.expert_loop import Bounds
 
 OLDEST_NVIDIA = (9, 0)
+CUDA_DTYPES = (torch.bfloat16,)
 STRIDE_BYTES = 16
 """What it asks of rows and weights: strides that are multiples of this."""
 
@@ -197,11 +198,16 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "no float64" if dtype == torch.float64 else None
     if device.type != "cuda":
         return f"a kernel for CUDA tensors, not {device.type}"
-    if dtype != torch.bfloat16:
+    if dtype not in CUDA_DTYPES:
         return f"bfloat16 only, not {str(dtype).removeprefix('torch.')}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_NVIDIA:
         return "its kernel needs compute capability 9.0 or later"
     return None
+
+
+def sources() -> str:
+    """What a verification holds for: the kernel is torch's."""
+    return f"torch {torch.__version__}"
 
 
 def _reservation(op: str) -> registry.Obstacle:
@@ -209,8 +215,12 @@ def _reservation(op: str) -> registry.Obstacle:
         if device.type == "cpu":
             return "on a CPU it is for tests"
         kind, name = triton_kernels.architecture(device), str(dtype).removeprefix("torch.")
-        # The kernel is torch's, so there are no sources of ours that could have changed.
-        return None if verified.find(op, "grouped_mm", kind, name) else f"not verified on {kind} for {name} (make gpu)"
+        record = verified.find(op, "grouped_mm", kind, name)
+        if record is None:
+            return f"not verified on {kind} for {name} (make gpu does that)"
+        if record.sources != sources():
+            return f"verified on {kind} for {name} with {record.sources}, this is {sources()} (make gpu)"
+        return None
 
     return reservation
 
@@ -236,6 +246,7 @@ _CALLS: dict[str, Any] = {
     "expert_mlp_dgrad": _dgrad,
     "expert_mlp_wgrad": _wgrad,
 }
+OPS = tuple(_CALLS)
 for _op, _call in _CALLS.items():
     registry.add(
         _op,

@@ -21,17 +21,9 @@ SPLIT_TILES = 64
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def list_tiles_kernel(
-    starts,
-    ends,
-    tiles,
-    num_experts,
-    num_rows,
-    capacity,
-    HAS_STARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    starts, ends, tiles, num_experts, num_rows, capacity,
+    HAS_STARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """tiles int32 [3, capacity] + [1]: expert, begin and end of each tile, then their number.
 
     One program an expert, and one more for the rows beyond the last where those are wanted. starts: int32 [E] or None
@@ -92,17 +84,9 @@ def tile_rows(tiles, capacity, row_tile, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    a,
-    row_M,
-    live_M,
-    begin,
-    stride,
-    k,
-    inner,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    a, row_M, live_M, begin, stride, k, inner,
+    BLOCK_K: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     """a[row, k .. k + BLOCK_K) as [M, K], zeros for rows not `live` and from `inner` on.
 
     a: a pointer, or with TMA a descriptor of [R, inner]: then rows `begin` and following are read, and those that are
@@ -122,21 +106,9 @@ def load_rows(
 
 @triton.jit
 def load_weights(
-    b,
-    expert,
-    column,
-    columns,
-    k,
-    inner,
-    stride_expert,
-    stride_column,
-    stride_inner,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    IS_NK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    b, expert, column, columns, k, inner, stride_expert, stride_column, stride_inner,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, IS_NK: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     """b[expert, column .. column + BLOCK_N, k .. k + BLOCK_K) as [K, N], zeros from `columns` and from `inner` on.
 
     b: a pointer with three strides, or with TMA a descriptor of [E, N, K] (IS_NK) or [E, K, N].

@@ -68,14 +68,21 @@ def right(values: list, kind: str) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, floats, push.double())]
 
 
+def ways(*operators: str) -> list:
+    """(way, dtype, hidden, ffn) for each, covering what it names."""
+    cases = [(way, dtype, *sizes) for way, *sizes in WAYS for dtype in (BF16, F16, F32)]
+    return [
+        pytest.param(*case, marks=[pytest.mark.covers(op, case[1], case[0]) for op in operators])
+        for case in cases
+        if case[:2] not in (("grouped_mm", F16), ("grouped_mm", F32))  # torch's has bfloat16 only
+    ]
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("name", ENDS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way, hidden, ffn", WAYS)
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_values_and_gradients(dtype, way, hidden, ffn, kind, name, mapped, poison) -> None:
-    if way == "grouped_mm" and dtype != BF16:
-        pytest.skip("torch's grouped matmul has bfloat16 only")
+@pytest.mark.parametrize("way, dtype, hidden, ffn", ways("expert_mlp", "expert_mlp_backward"))
+def test_values_and_gradients(way, dtype, hidden, ffn, kind, name, mapped, poison) -> None:
     values = inputs(name, kind, dtype, hidden, ffn, mapped=mapped)
     with forced(way):
         got = run(values, kind)
@@ -140,23 +147,26 @@ def _both(layer, values: list) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, floats, torch.ones_like(y))]
 
 
+def pieces(x, dy, w_in, w_out, starts, ends) -> list[Tensor]:
+    y, h = ops.expert_mlp_forward(x, w_in, w_out, ends, starts=starts, kind="swiglu")
+    dx, dh, a = ops.expert_mlp_dgrad(dy, h, w_in, w_out, ends, starts=starts, kind="swiglu")
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    ops.expert_mlp_wgrad(x, dy, dh, a, ends, starts=starts, dw_in=dw_in, dw_out=dw_out)
+    return [y, h, dx, dh, a, dw_in, dw_out]
+
+
 @pytest.mark.parametrize("on_host", [False, True])
-def test_the_pieces_with_ranges_apart(on_host) -> None:
+@pytest.mark.parametrize("way, dtype, hidden, ffn", ways("expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad"))
+def test_the_pieces(way, dtype, hidden, ffn, on_host, poison) -> None:
+    """Ranges apart; adjacent ones the host knows for torch's grouped matmul, which takes no others."""
     starts, ends = [700, 0, 300, 300], [1000, 290, 300, 650]
-    x, w_in, w_out, *_ = inputs("balanced", "swiglu", BF16, 512, 256, mapped=False)
-    dy = randn(ROWS, 512, dtype=BF16, seed=5).cuda()
+    if way == "grouped_mm":
+        starts, ends, on_host = [0, 290, 290, 650], [290, 290, 650, 1000], True
+    x, w_in, w_out, *_ = inputs("balanced", "swiglu", dtype, hidden, ffn, mapped=False)
+    dy = randn(ROWS, hidden, dtype=dtype, seed=5).cuda()
     bounds = [torch.tensor(value, dtype=torch.int32) for value in (starts, ends)]
-    bounds = bounds if on_host else [value.cuda() for value in bounds]
-
-    def pieces(x, dy, w_in, w_out, starts, ends) -> list[Tensor]:
-        y, h = ops.expert_mlp_forward(x, w_in, w_out, ends, starts=starts, kind="swiglu")
-        dx, dh, a = ops.expert_mlp_dgrad(dy, h, w_in, w_out, ends, starts=starts, kind="swiglu")
-        dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-        ops.expert_mlp_wgrad(x, dy, dh, a, ends, starts=starts, dw_in=dw_in, dw_out=dw_out)
-        return [y, h, dx, dh, a, dw_in, dw_out]
-
-    with forced("triton"):
-        got = pieces(x, dy, w_in, w_out, *bounds)
+    with forced(way):
+        got = pieces(x, dy, w_in, w_out, *(value if on_host else value.cuda() for value in bounds))
     want = pieces(*(value.cpu().double() for value in (x, dy, w_in, w_out)), starts, ends)
     for have, should in zip(got, want, strict=True):
-        tolerances.close(have.cpu(), should, BF16)
+        tolerances.close(have.cpu(), should, dtype)

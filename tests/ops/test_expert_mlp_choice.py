@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from moe_overlap.ops import expert_mlp_choice, registry
+from moe_overlap.ops import expert_mlp_choice, expert_mlp_grouped, registry, triton_kernels, verified
 from moe_overlap.ops.expert_mlp_choice import OPS, Shapes, adjacent, best, shapes_of
 from tests.ops.cases import weights
 
@@ -111,3 +111,58 @@ def test_a_misfit_lets_the_next_go_first_but_nothing_unverified(toy, n, want, wo
     with registry.force(toy, "even"):
         if n:
             assert registry.kernel(toy)(x, n) == "even"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
+    """As on sm_90 with Triton; what it yields says how much of it has been verified with which torch."""
+    monkeypatch.setattr(triton_kernels, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def verify(sources: str | None) -> None:
+        def find(op: str, implementation: str, architecture: str, dtype: str) -> verified.Record | None:
+            ours = triton_kernels.sources() if implementation == "triton" else sources
+            return (
+                None if sources is None else verified.Record(op, implementation, architecture, dtype, str(ours), "", "")
+            )
+
+        monkeypatch.setattr(verified, "find", find)
+        registry._chosen.clear()
+
+    yield verify
+    registry._chosen.clear()
+
+
+def choice(shapes: dict[str, int], rows: int, dtype: torch.dtype = BF16) -> registry.Choice:
+    """For the operator on a GPU; its tensors have no memory here."""
+    experts, hidden, ffn = shapes["experts"], shapes["hidden"], shapes["ffn"]
+    x, w_in, w_out = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((rows, hidden), (experts, 2 * ffn, hidden), (experts, hidden, ffn))
+    )
+    offs = torch.empty(experts, dtype=torch.int32, device="meta")
+    arguments = (x, w_in, w_out, offs, "swiglu", None, None, None, True)
+    return registry.choose("expert_mlp", device=torch.device("cuda", 0), dtype=dtype, arguments=arguments)
+
+
+def test_on_a_gpu_the_shapes_choose_among_what_is_verified(hopper) -> None:
+    hopper(expert_mlp_grouped.sources())
+    assert choice(QWEN3, 65536).impl == "triton"
+    large = choice(MIXTRAL, 16384)
+    assert large.impl == "grouped_mm" and "triton does not suit" in large.reason and "14336" in large.reason
+    assert choice(MIXTRAL, 16384, torch.float16).impl == "triton"
+    odd = choice({**MIXTRAL, "hidden": 4097}, 16384)
+    assert odd.impl == "triton" and "multiples of 16 bytes" in odd.reason
+    hopper("torch 1.0")
+    assert choice(MIXTRAL, 16384).impl == "triton" and choice(QWEN3, 65536).impl == "triton"
+    hopper(None)
+    unverified = choice(MIXTRAL, 16384)
+    assert unverified.impl == "reference" and "triton is not the default: not verified on sm_90" in unverified.reason
+
+
+def test_where_the_grouped_matmul_cannot_run(hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    assert expert_mlp_grouped._obstacle(device, BF16) is None
+    assert "bfloat16 only" in str(expert_mlp_grouped._obstacle(device, torch.float16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "9.0" in str(expert_mlp_grouped._obstacle(device, BF16))
