@@ -20,14 +20,14 @@ from tests.ranks import virtual_world
 
 needs_triton(interpreter=True)
 
+LIMIT_S = 150.0  # the interpreter takes its time on a busy machine
 PIECES = {"expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad"}
 CASES = (
-    Case(1, "chunked-tokens", 3, torch.float32, "uneven"),
     Case(2, "chunked-tokens", 2, torch.float32, "uneven"),
     Case(2, "chunked-experts", 2, torch.float16, "empty_expert"),
-    Case(2, "chunked-apart", 2, torch.float32, "no_tokens"),
+    Case(2, "chunked-apart", 3, torch.float32, "no_tokens"),
     Case(2, "shared_expert-1", 2, torch.float32, "one_expert"),
-    Case(2, "shortcut-pos2", 2, torch.float16, "balanced"),
+    Case(2, "shortcut-pos2", 1, torch.float16, "no_tokens"),
 )
 
 
@@ -49,7 +49,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_overlap_on_equals_off_and_the_oracle(case: Case, called: set[str]) -> None:
     world = virtual_world(case.world, seed=1)
-    results = world.run(lambda me: run_both(case, me.transport(), me.transport(), me.rank))
+    results = world.run(lambda me: run_both(case, me.transport(), me.transport(), me.rank), timeout_s=LIMIT_S)
     check_right(case, results)
     assert {"row_map", "permute", "combine", "combine_backward"} | PIECES <= called
 
