@@ -17,7 +17,10 @@ from tests.tolerances import bits, close
 pytestmark = pytest.mark.gpu
 
 F32, F64, I32 = torch.float32, torch.float64, torch.int32
-WIDTHS = (1, 7, 16, 1000, 2048, 7168)
+# Each width, K and dtype is a compilation of half a second: few of them, such as divide by everything and by nothing.
+WIDTHS = (7, 1000, 2048)
+GATES = ((0, 4, 2, (1, 1)), (333, 128, 8, (1, 1)), (77, 256, 8, (8, 4)), (50, 60, 4, (1, 1)))
+"""Tokens, experts, K, groups."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +60,7 @@ def routings() -> Iterator[Any]:
 @pytest.mark.parametrize("score", ["softmax", "topk_softmax", "sigmoid"])
 def test_gate_chooses_like_the_reference(dtype: torch.dtype, score: str, poison: None) -> None:
     for kind in LOGITS:
-        for tokens, experts, k, groups in (
-            (0, 4, 2, (1, 1)), (333, 128, 8, (1, 1)), (50, 60, 4, (1, 1)), (77, 256, 8, (8, 4)), (5, 4096, 8, (1, 1)),
-        ):  # fmt: skip
+        for tokens, experts, k, groups in GATES if dtype == F32 else GATES[-1:]:
             logits = make_logits(kind, tokens, experts, dtype=dtype, seed=experts)
             if tokens and kind == "normal":
                 logits[1, 3], logits[2], logits[3, 0] = torch.nan, -torch.inf, torch.inf
@@ -98,9 +99,9 @@ def test_combine_and_its_backward_against_float64(dtype: torch.dtype, poison: No
     for maps in routings():
         tokens, top_k = maps.ids_TK.shape
         weights = randn(tokens, top_k, dtype=F64 if dtype == F64 else F32, seed=1)
-        for width in WIDTHS:
+        for width in WIDTHS[::2] if top_k > 1 else ():
             y, x = randn(maps.num_rows, width, dtype=dtype), randn(tokens, width, dtype=dtype, seed=2)
-            for given, residual in ((None, None), (weights, None), (weights, x)):
+            for given, residual in ((None, None), (weights, x)):
                 wide = [v if v is None else v.double() for v in (given, residual)]
                 (want,) = reference("combine", y.double(), maps.slot_to_row, *wide)
                 (got,) = kernel("combine", y, maps.slot_to_row, given, residual)
@@ -115,7 +116,7 @@ def test_combine_and_its_backward_against_float64(dtype: torch.dtype, poison: No
 @pytest.mark.parametrize("dtype", every("activation", "activation_backward"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_and_their_backward_against_float64(dtype: torch.dtype, kind: str, poison: None) -> None:
-    for rows, width in ((0, 4), (3, 1), (130, 768), (77, 1025), (64, 2048)):
+    for rows, width in ((0, 4), (130, 768), (77, 1025)):
         h = randn(rows, 2 * width if kind == "swiglu" else width, dtype=dtype)
         da, scale = randn(rows, width, dtype=dtype, seed=1), randn(rows, dtype=F64 if dtype == F64 else F32, seed=2)
         offs = torch.tensor([0, rows // 2, rows - rows // 4], dtype=I32)
