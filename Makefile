@@ -34,10 +34,15 @@ help:
 
 setup: $(STAMP)
 
-# Two test files at a time, where pytest-xdist is there; one thread each, as the tests start ranks of their own.
+# Two test files at a time, where pytest-xdist is there; one thread each, as the tests start ranks of their own. Triton
+# compiles kernels or interprets them, as the environment says when they are defined: its tests need a run of each kind,
+# and skip in the other one (5: all of them did, as there is no Triton).
+TWO_AT_A_TIME = $$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null || true)
+TRITON_TESTS := $(shell find tests -name 'test_*_triton.py' | sort)
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=12 \
-	  $$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null || true)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=12 $(TWO_AT_A_TIME)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=4 $(TWO_AT_A_TIME) $(TRITON_TESTS) || [ $$? -eq 5 ]
 
 # The main job and the main benchmark.
 TRAIN_ARGS = --ranks 2 --kind scmoe_pos2 --steps $(if $(QUICK),10,60) --compare-overlap --save-routing $(OUT)/routing.safetensors
@@ -79,7 +84,8 @@ $(STAMP): constraints.txt $(NATIVE)
 	       "make VENV= uses the current environment instead." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $$(grep '^torch==' constraints.txt)
-	$(PY) -m pip install -r constraints.txt
+	$(PY) -m pip install $$(grep -E '^[a-z]' constraints.txt | grep -v '^triton==')
+	$(PY) -m pip install --no-deps $$(grep '^triton==' constraints.txt)
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
 	@$(PY) moe_overlap/build_info.py
 	@rm -f $(SETUP)-*; touch $@

@@ -179,15 +179,18 @@ def sanitize(run: Run) -> bool:
 
 
 def status_table() -> list[str]:
-    """The table of docs/status.md: each CUDA kernel, and on which hardware it has been checked."""
-    from moe_overlap.ops import cuda_kernels, verified
+    """The table of docs/status.md: each kernel, and on which hardware it has been checked."""
+    from moe_overlap.ops import cuda_kernels, expert_mlp_grouped, triton_kernels, verified
 
-    lines = ["| CUDA kernel | dtypes | verified on a GPU |", "|---|---|---|"]
-    for op in cuda_kernels.OPS:
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in cuda_kernels.dtypes(op)]
-        found = [r for r in verified.read() if r.op == op]
-        checks = [f"{r.architecture} {r.dtype} ({r.commit}, {r.date})" for r in found]
-        lines.append(f"| `{op}` | {', '.join(dtypes)} | {'; '.join(checks) or '**no**'} |")
+    kernels = [(op, "cuda", cuda_kernels.dtypes(op)) for op in cuda_kernels.OPS]
+    kernels += [(op, "triton", kernel.dtypes) for op, kernel in triton_kernels.KERNELS.items()]
+    kernels += [(op, "grouped_mm", expert_mlp_grouped.CUDA_DTYPES) for op in expert_mlp_grouped.OPS]
+    lines = ["| operator | kernel | dtypes | verified on a GPU |", "|---|---|---|---|"]
+    for op, implementation, dtypes in kernels:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = [r for r in verified.read() if (r.op, r.implementation) == (op, implementation)]
+        checks = "; ".join(f"{r.architecture} {r.dtype} ({r.commit}, {r.date})" for r in found)
+        lines.append(f"| `{op}` | {implementation} | {names} | {checks or '**no**'} |")
     return lines
 
 
@@ -203,7 +206,7 @@ def verify(run: Run, record: Path) -> bool:
     import torch
 
     from moe_overlap import _native
-    from moe_overlap.ops import cuda_kernels, verified
+    from moe_overlap.ops import cuda_kernels, expert_mlp_grouped, triton_kernels, verified
 
     told = (
         json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"covered": [], "failed": ["no record"]}
@@ -212,12 +215,18 @@ def verify(run: Run, record: Path) -> bool:
     if told["failed"] or not told["covered"]:
         return False
     here = cuda_kernels.architecture(torch.device("cuda", 0))
+    sources = {
+        "cuda": _native.kernel_sources(),
+        "triton": triton_kernels.sources(),
+        "grouped_mm": expert_mlp_grouped.sources(),
+    }
+    when = (run.about["commit"], run.about["date"])
     new = [
-        verified.Record(op, "cuda", here, dtype, _native.kernel_sources(), run.about["commit"], run.about["date"])
-        for op, dtype in told["covered"]
+        verified.Record(op, implementation, here, dtype, sources[implementation], *when)
+        for op, implementation, dtype in told["covered"]
     ]
-    replaced = {(record.op, record.dtype) for record in new}
-    kept = [r for r in verified.read() if r.architecture != here or (r.op, r.dtype) not in replaced]
+    replaced = {(r.op, r.implementation, r.dtype) for r in new}
+    kept = [r for r in verified.read() if r.architecture != here or (r.op, r.implementation, r.dtype) not in replaced]
     verified.write([*kept, *new])
     STATUS.write_text(with_table(STATUS.read_text(encoding="utf-8")), encoding="utf-8")
     return True

@@ -53,6 +53,7 @@ SLOW_PEER_S = EnvVariable(
     high=3600.0,
 )
 VARIABLES = (TIMEOUT_S, SLOW_PEER_S)
+TRITON_INTERPRET = "TRITON_INTERPRET"
 CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
 
 
@@ -66,3 +67,8 @@ def cache_dir() -> Path:
         return (Path(base) if base else Path.home() / ".cache") / "moe_overlap"
     except RuntimeError:  # a user without a home, as in many containers
         return Path(os.devnull) / "moe_overlap"  # where nothing can be kept
+
+
+def triton_interpreter() -> bool:
+    """Whether Triton runs kernels in its interpreter: its own variable TRITON_INTERPRET, as Triton reads it."""
+    return os.environ.get(TRITON_INTERPRET, "").lower() in ("1", "true", "yes", "on", "y")

@@ -15,7 +15,10 @@ from moe_overlap.ops.pack import pack, unpack
 from moe_overlap.ops.permute import permute
 from moe_overlap.ops.row_map import row_map
 
-from moe_overlap.ops import cuda_kernels  # isort: skip  (needs the operators)
+# These need the operators. The last one is preferred.
+from moe_overlap.ops import expert_mlp_grouped  # noqa: F401  # isort: skip
+from moe_overlap.ops import triton_kernels  # isort: skip
+from moe_overlap.ops import cuda_kernels  # isort: skip
 
 __all__ = [
     "activation",
@@ -32,6 +35,7 @@ __all__ = [
     "permute",
     "registry",
     "row_map",
+    "triton_kernels",
     "unpack",
     "workspace",
 ]

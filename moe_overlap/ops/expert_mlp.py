@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import checks, expert_loop, maps, registry, workspace
+from moe_overlap.ops import checks, expert_loop, expert_mlp_choice, maps, registry, workspace
 from moe_overlap.ops.activation import backward_into, forward_into, width
 from moe_overlap.ops.library import (
     LIBRARY,
@@ -248,8 +248,14 @@ define(
     f"_expert_mlp_backward(Tensor dy, Tensor x, Tensor h, {_OPERANDS}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-registry.add("expert_mlp", "reference", _expert_mlp, merit="a loop of matmuls over experts, runs everywhere")
-registry.add("expert_mlp_backward", "reference", _expert_mlp_backward, merit="a loop of matmuls, runs everywhere")
+for _op, _kernel in (("expert_mlp", _expert_mlp), ("expert_mlp_backward", _expert_mlp_backward)):
+    registry.add(
+        _op,
+        "reference",
+        _kernel,
+        merit="a loop of matmuls over experts, runs everywhere",
+        misfit=expert_mlp_choice.misfit(_op, "reference"),
+    )
 LIBRARY.impl("expert_mlp", _compose, "CompositeImplicitAutograd")
 implement("_expert_mlp", _with_checked_map("expert_mlp", 5, 0), _fake)
 implement("_expert_mlp_backward", _with_checked_map("expert_mlp_backward", 7, 1), _backward_fake)

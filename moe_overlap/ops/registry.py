@@ -3,7 +3,8 @@
 Each operator has implementations in order of preference. `choose` takes the first one that can run here and says why;
 `force` fixes one for tests and benchmarks; `explain` lists the state. Nothing falls back silently: asking for an
 implementation that cannot run raises ConfigError with the reason. An implementation that was compiled but never checked
-on the hardware at hand has a reservation: it runs when forced, and by default only where nothing else can.
+on the hardware at hand has a reservation: it runs when forced, and by default only where nothing else can. And one that
+can run may be a misfit for the arguments of a call: then the next one goes first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Implementation:
 
     Each of these is None where all is well, else the reason: `obstacle(device, dtype)` why it cannot run there,
     `reservation(device, dtype)` why it is not to be the default where it can run, `limit(*arguments)` why it does not
-    take them.
+    take them, `misfit(*arguments)` why another one is the better choice for them where it can run.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Implementation:
     obstacle: Obstacle
     reservation: Obstacle
     limit: Limit | None
+    misfit: Limit | None
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,17 @@ class Choice:
     reason: str
 
 
-# In order of preference, each with why it comes next.
-Candidates = tuple[tuple[Implementation, Choice], ...]
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation that can run, why it comes where it does, and whether that is for want of anything better."""
+
+    entry: Implementation
+    choice: Choice
+    reserved: bool = False
+
+
+# In order of preference.
+Candidates = tuple[Candidate, ...]
 
 _implementations: dict[str, list[Implementation]] = {}
 _forced: dict[str, str] = {}
@@ -65,12 +76,13 @@ def add(
     obstacle: Obstacle | None = None,
     reservation: Obstacle | None = None,
     limit: Limit | None = None,
+    misfit: Limit | None = None,
     preferred: bool = False,
 ) -> None:
     """Make an implementation known. `merit` says why one would take it; `preferred` puts it before the others."""
     with _lock:
         known = _implementations.setdefault(op, [])
-        entry = Implementation(name, call, merit, obstacle or _nothing, reservation or _nothing, limit)
+        entry = Implementation(name, call, merit, obstacle or _nothing, reservation or _nothing, limit, misfit)
         known.insert(0 if preferred else len(known), entry)
         _chosen.clear()
 
@@ -80,11 +92,14 @@ def choose(
 ) -> Choice:
     """The implementation of `op` that runs for a first argument of this device and dtype, with the reason.
 
-    `arguments` are those of one call, for implementations that take only some sizes; None: any that fit. Raises
+    `arguments` are those of one call, for implementations that take or suit only some sizes; None: any that fit. Raises
     ConfigError for an operator that does not exist and for a forced implementation that cannot run.
     """
     candidates = _candidates(op, torch.device(device), dtype)
-    return candidates[0][1] if arguments is None else _first_within_limits(op, candidates, arguments)[1]
+    if arguments is None:
+        return candidates[0].choice
+    best, passed_over = _best(op, candidates, arguments)
+    return Choice(best.choice.impl, "; ".join([best.choice.reason, *passed_over]))
 
 
 def kernel(op: str) -> Callable[..., Any]:
@@ -92,9 +107,9 @@ def kernel(op: str) -> Callable[..., Any]:
 
     def run(first: torch.Tensor, *args: Any) -> Any:
         candidates = _candidates(op, first.device, first.dtype)
-        entry = candidates[0][0]
-        if entry.limit is not None:
-            entry = _first_within_limits(op, candidates, (first, *args))[0]
+        entry = candidates[0].entry
+        if entry.limit is not None or entry.misfit is not None:
+            entry = _best(op, candidates, (first, *args))[0].entry
         return entry.call(first, *args)
 
     return run
@@ -164,14 +179,26 @@ def _candidates(op: str, device: torch.device, dtype: torch.dtype) -> Candidates
     return found
 
 
-def _first_within_limits(op: str, candidates: Candidates, arguments: Sequence[Any]) -> tuple[Implementation, Choice]:
-    refused: list[str] = []
-    for entry, choice in candidates:
-        why_not = entry.limit(*arguments) if entry.limit is not None else None
-        if why_not is None:
-            return entry, Choice(choice.impl, "; ".join([choice.reason, *refused]))
-        refused.append(f"{entry.name} does not take these arguments: {why_not}")
-    raise ConfigError("impl", candidates[0][0].name, f"an implementation of {op} for these arguments: {refused[0]}")
+def _best(op: str, candidates: Candidates, arguments: Sequence[Any]) -> tuple[Candidate, list[str]]:
+    """The first that takes the arguments and suits them, else the first that takes them; and why not the others."""
+    passed_over: list[str] = []
+    able: Candidate | None = None
+    for candidate in candidates:
+        entry = candidate.entry
+        if entry.limit is not None and (why_not := entry.limit(*arguments)) is not None:
+            passed_over.append(f"{entry.name} does not take these arguments: {why_not}")
+        elif candidate.reserved and able is not None:
+            break
+        elif entry.misfit is not None and (why_not := entry.misfit(*arguments)) is not None:
+            able = able or candidate
+            passed_over.append(f"{entry.name} does not suit these arguments: {why_not}")
+        else:
+            able = candidate
+            break
+    if able is None:
+        expected = f"an implementation of {op} for these arguments: {passed_over[0]}"
+        raise ConfigError("impl", candidates[0].entry.name, expected)
+    return able, passed_over
 
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype) -> Candidates:
@@ -181,9 +208,9 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype) -> Candidates:
         why_not = entry.obstacle(device, dtype)
         if why_not is not None:
             raise ConfigError("impl", wanted, f"an implementation of {op} that can run on {device}: {why_not}")
-        return ((entry, Choice(wanted, "forced")),)
+        return (Candidate(entry, Choice(wanted, "forced")),)
     passed_over: list[str] = []
-    able: list[tuple[Implementation, Choice]] = []
+    able: list[Candidate] = []
     reserved: list[Implementation] = []
     for entry in _known(op):
         if (why_not := entry.obstacle(device, dtype)) is not None:
@@ -192,8 +219,9 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype) -> Candidates:
             passed_over.append(f"{entry.name} is not the default: {doubt}")
             reserved.append(entry)
         else:
-            able.append((entry, Choice(entry.name, "; ".join([entry.merit, *passed_over]))))
-    able += [(entry, Choice(entry.name, "; ".join(["nothing else can run", *passed_over]))) for entry in reserved]
+            able.append(Candidate(entry, Choice(entry.name, "; ".join([entry.merit, *passed_over]))))
+    last_resort = "; ".join(["nothing else can run", *passed_over])
+    able += [Candidate(entry, Choice(entry.name, last_resort), reserved=True) for entry in reserved]
     if not able:
         raise ConfigError("device", str(device), f"a device on which {op} can run: {'; '.join(passed_over)}")
     return tuple(able)

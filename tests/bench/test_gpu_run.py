@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu_probe_symmetric, gpu_run, gpu_timing
 from moe_overlap import _native
-from moe_overlap.ops import cuda_kernels, verified
+from moe_overlap.ops import cuda_kernels, triton_kernels, verified
 
 ABOUT = {"date": "2026-01-02", "commit": "abc", "torch": "2", "device": "NVIDIA H200", "clocks": "?"}
 
@@ -81,29 +81,34 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_table_in_the_status_is_what_the_record_says() -> None:
     text = gpu_run.STATUS.read_text()
     assert gpu_run.with_table(text) == text
-    assert all(f"| `{op}` |" in text for op in cuda_kernels.OPS)
+    assert all(f"| `{op}` | cuda |" in text for op in cuda_kernels.OPS)
+    assert all(f"| `{op}` | triton |" in text for op in triton_kernels.KERNELS)
 
 
 def test_what_passed_is_written_down(run: gpu_run.Run, record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status = record.with_name("status.md")
     status.write_text(f"# Status\n{gpu_run.TABLE_BEGIN}\nold\n{gpu_run.TABLE_END}\nafter\n")
     monkeypatch.setattr(gpu_run, "STATUS", status)
-    record.write_text(json.dumps({"covered": [["pack", "float32"], ["combine", "bfloat16"]], "failed": []}))
+    record.write_text(
+        json.dumps({"covered": [["pack", "cuda", "float32"], ["combine", "triton", "bfloat16"]], "failed": []})
+    )
     assert gpu_run.verify(run, record)
-    assert [(r.op, r.architecture, r.dtype, r.sources, r.commit) for r in verified.read()] == [
-        ("combine", "sm_90", "bfloat16", "5c", "abc"),
-        ("pack", "sm_80", "float32", "01", "old"),
-        ("pack", "sm_90", "float32", "5c", "abc"),
+    assert [(r.op, r.implementation, r.architecture, r.dtype, r.sources, r.commit) for r in verified.read()] == [
+        ("combine", "triton", "sm_90", "bfloat16", triton_kernels.sources(), "abc"),
+        ("pack", "cuda", "sm_80", "float32", "01", "old"),
+        ("pack", "cuda", "sm_90", "float32", "5c", "abc"),
     ]
     table = status.read_text()
     assert "old\n" not in table and table.startswith("# Status\n") and table.endswith("\nafter\n")
-    assert "| `combine` | float32, bfloat16, float16 | sm_90 bfloat16 (abc, 2026-01-02) |" in table
-    assert "| `unpack` | float32, bfloat16, float16, float64 | **no** |" in table
+    dtypes = "float32, bfloat16, float16, float64"
+    assert f"| `combine` | triton | {dtypes} | sm_90 bfloat16 (abc, 2026-01-02) |" in table
+    assert "| `combine` | cuda | float32, bfloat16, float16 | **no** |" in table
+    assert f"| `unpack` | cuda | {dtypes} | **no** |" in table
     assert rows(run)[0]["kind"] == "tests" and rows(run)[0]["device"] == "NVIDIA H200"
 
 
 @pytest.mark.parametrize(
-    "told", [{"covered": [["pack", "float32"]], "failed": ["a test"]}, {"covered": [], "failed": []}]
+    "told", [{"covered": [["pack", "cuda", "float32"]], "failed": ["a test"]}, {"covered": [], "failed": []}]
 )
 def test_nothing_is_verified_by_a_red_or_an_empty_run(run: gpu_run.Run, record: Path, told: dict) -> None:
     before = verified.read()

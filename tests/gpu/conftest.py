@@ -1,7 +1,8 @@
 """Tests that need a GPU; `make gpu` runs them (pytest -m gpu tests/gpu).
 
-A test that checks the kernel of one operator in one dtype carries `covers(op, dtype)`. With `--gpu-record FILE` the
-session writes which pairs it covered and whether everything passed; benchmarks/gpu_run.py makes `verified.json` of it.
+A test that checks a kernel of one operator in one dtype carries `covers(op, dtype)`, or `covers(op, dtype, "triton")`
+for another implementation than "cuda". With `--gpu-record FILE` the session writes what it covered and whether
+everything passed; benchmarks/gpu_run.py makes `verified.json` of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 
 from moe_overlap.ops import cuda_kernels
 
-_covered: set[tuple[str, str]] = set()
+_covered: set[tuple[str, str, str]] = set()
+"""(op, implementation, dtype)"""
 _bad: list[str] = []
 
 
@@ -24,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "covers(op, dtype): this test checks the CUDA kernel of op in dtype")
+    config.addinivalue_line("markers", "covers(op, dtype, implementation='cuda'): checks that kernel of op in dtype")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -34,8 +36,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         _bad.append(f"{item.nodeid} ({report.when})")
     elif report.when == "call" and report.passed:
         for marker in item.iter_markers("covers"):
-            op, dtype = marker.args
-            _covered.add((op, str(dtype).removeprefix("torch.")))
+            op, dtype, *others = marker.args
+            _covered.add((op, *(others or ["cuda"]), str(dtype).removeprefix("torch.")))
     return report
 
 

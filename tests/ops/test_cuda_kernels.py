@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_overlap import _native, build_info
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import cuda_kernels, registry, verified
+from moe_overlap.ops import cuda_kernels, registry, triton_kernels, verified
 
 MOE = torch.ops.moe_overlap
 CUDA = torch.device("cuda", 0)
@@ -181,7 +181,8 @@ def test_record_is_read_back_sorted(tmp_path: Path) -> None:
 
 
 def test_committed_record_names_what_exists() -> None:
+    dtypes = {("cuda", op): cuda_kernels.dtypes(op) for op in cuda_kernels.OPS}
+    dtypes |= {("triton", op): kernel.dtypes for op, kernel in triton_kernels.KERNELS.items()}
     for record in verified.read():
-        assert record.op in cuda_kernels.OPS and record.implementation == "cuda", record
-        assert record.dtype in {str(dtype)[6:] for dtype in cuda_kernels.dtypes(record.op)}, record
+        assert record.dtype in {str(dtype)[6:] for dtype in dtypes[record.implementation, record.op]}, record
         assert all(dataclasses.astuple(record)), record

@@ -1,0 +1,191 @@
+"""The kernels of `*_triton.py` as implementations `triton` of the operators: the portable GPU path.
+
+Those modules import Triton, so they are imported at the first call of a kernel and not before: an install without
+Triton has every operator. A kernel is the default only on an architecture and for a dtype that `verified.json` has (see
+`verified`) or where nothing else can run. On CPU tensors kernels run under Triton's interpreter
+(TRITON_INTERPRET=1), for tests, when forced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_overlap import config
+from moe_overlap.ops import checks, expert_mlp_choice, registry, verified
+
+OLDEST_TRITON = (3, 6)
+OLDEST_NVIDIA = (8, 0)
+MOST_GATE_EXPERTS = 4096
+MOST_ROW_MAP_EXPERTS = 4095
+"""One program holds the scores of a token, or a count for each expert, in registers."""
+MOST_ROWS_OF_A_TOKEN = 64
+"""The loop over the K rows of a token is unrolled."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where the kernel of an operator is: the function of the operator's name in `moe_overlap.ops.<module>`.
+
+    `dtypes` are those of the first argument. `copies`: bytes are moved as they are, so that the interpreter, which
+    computes bfloat16 wrongly, may run it in bfloat16 too.
+    """
+
+    module: str
+    dtypes: tuple[torch.dtype, ...] = checks.FLOATS
+    copies: bool = False
+    limit: registry.Limit | None = None
+
+
+def _gate_limit(logits_TE: torch.Tensor, *rest: Any) -> str | None:
+    if logits_TE.shape[1] > MOST_GATE_EXPERTS:
+        return f"{logits_TE.shape[1]} experts; it takes {MOST_GATE_EXPERTS}"
+    return None
+
+
+def _gate_backward_limit(dweights_TK: torch.Tensor, logits_TE: torch.Tensor, *rest: Any) -> str | None:
+    return _gate_limit(logits_TE)
+
+
+def _row_map_limit(ids_TK: torch.Tensor, num_experts: int, first: int, last: int, *rest: Any) -> str | None:
+    if last - first > MOST_ROW_MAP_EXPERTS:
+        return f"{last - first} experts; it takes {MOST_ROW_MAP_EXPERTS}"
+    return None
+
+
+def _rows_limit(position: int) -> registry.Limit:
+    """slot_to_row [T, K] is the argument at `position`."""
+
+    def limit(*arguments: Any) -> str | None:
+        top_k = arguments[position].shape[1]
+        return f"K = {top_k}; it takes {MOST_ROWS_OF_A_TOKEN}" if top_k > MOST_ROWS_OF_A_TOKEN else None
+
+    return limit
+
+
+_ROUTER = (torch.float32, torch.float64)
+_MATRICES = (torch.float32, torch.bfloat16, torch.float16)
+
+KERNELS = {
+    "gate_topk": Kernel("gate_triton", _ROUTER, limit=_gate_limit),
+    "gate_topk_backward": Kernel("gate_triton", _ROUTER, limit=_gate_backward_limit),
+    "row_map": Kernel("row_map_triton", (torch.int32,), limit=_row_map_limit),
+    "permute": Kernel("permute_triton", copies=True, limit=_rows_limit(1)),
+    "combine": Kernel("combine_triton", limit=_rows_limit(1)),
+    "combine_backward": Kernel("combine_triton", limit=_rows_limit(2)),
+    "activation": Kernel("swiglu_triton"),
+    "activation_backward": Kernel("swiglu_triton"),
+    "expert_mlp": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_backward": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_forward": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_dgrad": Kernel("expert_mlp_triton", _MATRICES),
+    "expert_mlp_wgrad": Kernel("expert_mlp_triton", _MATRICES),
+}
+"""The operators that have a Triton kernel."""
+
+
+@cache
+def missing() -> str | None:
+    """Why this environment cannot run Triton kernels at all, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    if release() < OLDEST_TRITON:
+        return f"Triton {triton.__version__}: {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or later is needed"
+    return None
+
+
+def release() -> tuple[int, ...]:
+    """The first two numbers of Triton's version."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def architecture(device: torch.device) -> str:
+    """Such as sm_90 or, on AMD, gfx942."""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def sources() -> str:
+    """The digest of every Triton source: a verification holds for the sources it was made with."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.glob("*_triton.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _function(op: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(f"moe_overlap.ops.{KERNELS[op].module}"), op)
+    return function
+
+
+def _obstacle(op: str) -> registry.Obstacle:
+    def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type not in ("cpu", "cuda"):
+            return f"a kernel for GPUs, not {device.type}"
+        if device.type == "cpu" and not config.triton_interpreter():
+            return "a kernel for GPUs (for tests on CPU tensors: TRITON_INTERPRET=1)"
+        # The ids of row_map have one dtype; whoever asks without a call at hand asks for float ones.
+        if dtype not in KERNELS[op].dtypes and op != "row_map":
+            return f"no kernel for {_name(dtype)}"
+        if why_not := missing():
+            return why_not
+        if device.type == "cpu":
+            wrong = dtype == torch.bfloat16 and not KERNELS[op].copies
+            return "Triton's interpreter computes bfloat16 wrongly" if wrong else None
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_NVIDIA:
+            return f"Triton needs compute capability 8.0 or later, this is {architecture(device)}"
+        return None
+
+    return obstacle
+
+
+def _reservation(op: str) -> registry.Obstacle:
+    def reservation(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "cpu":
+            return "the interpreter is for tests"
+        kind, name = architecture(device), _name(KERNELS[op].dtypes[0] if op == "row_map" else dtype)
+        record = verified.find(op, "triton", kind, name)
+        if record is None:
+            return f"not verified on {kind} for {name} (make gpu does that)"
+        if record.sources != sources():
+            return f"verified on {kind} for {name} at commit {record.commit}, but the sources have changed (make gpu)"
+        return None
+
+    return reservation
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _call(op: str) -> Callable[..., Any]:
+    return lambda *args: _function(op)(*args)
+
+
+for _op, _kernel in KERNELS.items():
+    registry.add(
+        _op,
+        "triton",
+        _call(_op),
+        merit="Triton kernel, verified on this architecture",
+        obstacle=_obstacle(_op),
+        reservation=_reservation(_op),
+        limit=_kernel.limit,
+        misfit=expert_mlp_choice.misfit(_op, "triton") if _op in expert_mlp_choice.OPS else None,
+        preferred=True,
+    )

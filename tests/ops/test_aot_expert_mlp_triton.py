@@ -1,0 +1,150 @@
+"""The Triton kernels of the expert MLP in every committed block shape, compiled for cuda:80, 90 and 100 without a GPU.
+
+Read from the machine code: matrix instructions are used in 16 bits, nothing spills, shared memory and registers fit as
+many programs on a multiprocessor as the table says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.interpreted import needs_triton
+
+needs_triton(interpreter=False)
+
+from moe_overlap.ops import expert_mlp_triton as mlp  # noqa: E402
+from moe_overlap.ops.expert_mlp_blocks_triton import (  # noqa: E402
+    ARCHITECTURES,
+    SHARED_BYTES,
+    TABLE,
+    Problem,
+    Row,
+    block_shape,
+)
+from tests.ops import aot  # noqa: E402
+from tests.ops.aot import meta  # noqa: E402
+
+BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "portable": 80}
+REGISTERS = 64 << 10
+KERNELS = {"up_kernel": "up", "rows_kernel": "rows", "hidden_gradient_kernel": "hidden", "weights_kernel": "weights"}
+EXPERTS = 8
+
+
+def launches(problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd: bool = False) -> list[aot.Launch]:
+    """Forward and backward of a layer of these sizes on this architecture; `odd` sizes divide by nothing."""
+    dtype = BF16 if problem.item_bytes == 2 else F32
+    hidden, ffn = problem.hidden + 3 * odd, problem.ffn + odd
+    rows = max(1, problem.rows) * EXPERTS
+    width = 2 * ffn if kind == "swiglu" else ffn
+    w_in, w_out = meta(EXPERTS, width, hidden, dtype=dtype), meta(EXPERTS, hidden, ffn, dtype=dtype)
+    offs, scale = meta(EXPERTS, dtype=I32), meta(rows, dtype=F32)
+    x = meta(rows // 2 + 8 if mapped else rows, hidden, dtype=dtype)
+    row_to_token = meta(rows, dtype=I32) if mapped else None
+    h, dy = meta(rows, width, dtype=dtype), meta(rows, hidden, dtype=dtype)
+    operands = (w_in, w_out, offs, kind, row_to_token, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp, "target", lambda device: mlp.Target(problem.arch, 132))
+        forward = aot.recorded(mlp.expert_mlp, x, *operands, None, True)
+        backward = aot.recorded(mlp.expert_mlp_backward, dy, x, h, *operands, [True] * 4)
+    return [*forward, *backward]
+
+
+def problem_of(row: Row) -> Problem:
+    """Sizes that lead to this row of the table: as large as it takes."""
+    return Problem(
+        arch=row.arch,
+        item_bytes=row.item_bytes,
+        hidden=row.most_hidden or 2048,
+        ffn=row.most_ffn or 2048,
+        rows=row.most_rows if row.most_rows is not None else 512,
+    )
+
+
+CASES = {
+    f"{stage} {row.arch} {8 * row.item_bytes} bit {row.blocks.m}x{row.blocks.n}x{row.blocks.k}": (stage, row)
+    for stage, rows in TABLE.items()
+    for row in rows
+    if row.arch != "interpreter"
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is taken from an earlier run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def check(launch: aot.Launch, row: Row, folder: Path, capability: int) -> None:
+    kernel = aot.compiled(launch, capability)
+    used, ptx, shape = aot.resources(kernel, folder), kernel.asm["ptx"], row.blocks
+    if os.environ.get("SHOW_RESOURCES"):
+        print(launch.name, row.arch, shape, used, {key: ptx.count(key) for key in ("cp.async.bulk.tensor", "cp.async")})
+    assert (launch.keywords["BLOCK_M"], launch.keywords["BLOCK_N"]) == (shape.m, shape.n)
+    assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)
+    assert used.shared_bytes * shape.per_sm <= SHARED_BYTES[row.arch], (launch.name, used)
+    assert used.registers * 32 * kernel.metadata.num_warps * shape.per_sm <= REGISTERS, (launch.name, used)
+    if row.item_bytes == 2:
+        assert aot.MATRIX_INSTRUCTION[capability] in ptx
+    if launch.keywords.get("B_TMA"):
+        assert "cp.async.bulk.tensor" in ptx
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_block_shape_of_the_table(name: str, tmp_path: Path) -> None:
+    stage, row = CASES[name]
+    found = [launch for launch in launches(problem_of(row)) if KERNELS.get(launch.name) == stage]
+    assert found
+    for launch in found:
+        check(launch, row, tmp_path, CAPABILITY[row.arch])
+
+
+MAIN = Problem(arch="sm_90", item_bytes=2, hidden=2048, ffn=768, rows=512)  # Qwen3-30B-A3B, 8192 tokens
+VARIANTS = {
+    "rows as they lie": {"mapped": False},
+    "gelu": {"kind": "gelu"},
+    "relu, rows as they lie": {"kind": "relu", "mapped": False},
+    "odd sizes": {"odd": True},
+    "odd sizes, rows as they lie, gelu": {"odd": True, "mapped": False, "kind": "gelu"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_on_sm_90(name: str, tmp_path: Path) -> None:
+    """TMA reads weights, and rows that are not gathered. Odd sizes are read element by element, in smaller tiles."""
+    variant = VARIANTS[name]
+    odd, found = variant.get("odd", False), set()
+    problem = replace(MAIN, arch="portable") if odd else MAIN
+    for launch in launches(MAIN, **variant):
+        found.add(launch.name)
+        if stage := KERNELS.get(launch.name):
+            check(launch, next(row for row in TABLE[stage] if problem.fits(row)), tmp_path, 90)
+        else:
+            used = aot.resources(aot.compiled(launch, 90), tmp_path)
+            assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)
+        if "B_TMA" in launch.keywords:
+            gathered = launch.name == "up_kernel" and variant.get("mapped", True)
+            assert (launch.keywords["A_TMA"], launch.keywords["B_TMA"]) == (not odd and not gathered, not odd)
+    assert found == {"list_tiles_kernel", *KERNELS} | ({"sum_rows_kernel"} if variant.get("mapped", True) else set())
+
+
+def test_the_table_covers_everything_and_every_row_is_reached() -> None:
+    for stage, rows in TABLE.items():
+        for arch in ARCHITECTURES:
+            for item_bytes in (2, 4):
+                some = [row for row in rows if (row.arch, row.item_bytes) == (arch, item_bytes)]
+                assert some and (some[-1].most_rows, some[-1].most_ffn, some[-1].most_hidden) == (None,) * 3, (
+                    stage,
+                    arch,
+                )
+                assert len({row.blocks.k for row in some}) == 1, "sums in the same order whatever the height"
+        for row in rows:
+            assert block_shape(stage, problem_of(row)) is row.blocks

@@ -1,0 +1,168 @@
+"""Which implementation suits which shapes, and how the registry uses that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from moe_overlap.ops import expert_mlp_choice, expert_mlp_grouped, registry, triton_kernels, verified
+from moe_overlap.ops.expert_mlp_choice import OPS, Shapes, adjacent, best, shapes_of
+from tests.ops.cases import weights
+
+BF16 = torch.bfloat16
+QWEN3 = {"experts": 128, "hidden": 2048, "ffn": 768}
+MIXTRAL = {"experts": 8, "hidden": 4096, "ffn": 14336}
+DEEPSEEK = {"experts": 32, "hidden": 7168, "ffn": 2048}
+
+
+@pytest.mark.parametrize(
+    "shapes, rows, dtype, on_host, want",
+    [
+        (QWEN3, 65536, BF16, True, "triton"),  # 8192 tokens x 8
+        (MIXTRAL, 16384, BF16, True, "grouped_mm"),
+        (MIXTRAL, 16384, BF16, False, "grouped_mm"),
+        (MIXTRAL, 16384 // 8, BF16, True, "triton"),  # an eighth of them: a chunk
+        (MIXTRAL, 16384, torch.float16, True, "triton"),  # torch's has bfloat16 only
+        (DEEPSEEK, 32768, BF16, True, "grouped_mm"),
+        (DEEPSEEK, 4096, BF16, True, "triton"),
+        ({**MIXTRAL, "experts": 2}, 16384, BF16, True, "reference"),
+        ({**MIXTRAL, "experts": 2}, 16384, BF16, False, "grouped_mm"),  # a loop would have to wait for the counts
+        (QWEN3, 65536, torch.float32, True, "reference"),
+        (QWEN3, 65536, torch.float32, False, "triton"),
+        ({**QWEN3, "experts": 0}, 0, BF16, True, "triton"),
+    ],
+)
+def test_best(shapes, rows, dtype, on_host, want) -> None:
+    name, reason = best(Shapes(dtype=dtype, rows=rows, on_host=on_host, **shapes))
+    assert name == want and reason
+
+
+def calls() -> dict[str, tuple]:
+    """A call of each operator with 3 experts, 12 rows (8 of them in the ranges of the pieces), D 4 and F 5."""
+    (w_in, w_out), x, h, a = weights(3, 4, 5, "swiglu", BF16), *(torch.zeros(12, n, dtype=BF16) for n in (4, 10, 5))
+    offs, starts, ends = (torch.tensor(t, dtype=torch.int32) for t in ((2, 2, 12), (0, 4, 7), (4, 4, 11)))
+    row_to_token, few = torch.zeros(12, dtype=torch.int32), x[:6]
+    return {
+        "expert_mlp": (few, w_in, w_out, offs, "swiglu", row_to_token, None, None, True),
+        "expert_mlp_backward": (x, few, h, w_in, w_out, offs, "swiglu", row_to_token, None, [True] * 4),
+        "expert_mlp_forward": (x, w_in, w_out, ends, starts, "swiglu", None, None, None),
+        "expert_mlp_dgrad": (x, h, w_in, w_out, ends, starts, "swiglu", None, None, None, None),
+        "expert_mlp_wgrad": (x, x, h, a, [4, 4, 11], [0, 4, 7], w_in, w_out, (0, 3), None),
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shapes_are_read_from_the_arguments(op) -> None:
+    rows = 12 if op in ("expert_mlp", "expert_mlp_backward") else 8
+    assert shapes_of(op, calls()[op]) == Shapes(dtype=BF16, experts=3, rows=rows, hidden=4, ffn=5, on_host=True)
+    assert adjacent(op, calls()[op]) == (rows == 12)
+
+
+def test_groups_that_follow_each_other_are_seen() -> None:
+    x, w_in, w_out, _, _, *rest = calls()["expert_mlp_forward"]
+    for starts, ends, want in (
+        ([0, 4, 4], [4, 4, 9], True),
+        ([1, 4, 4], [4, 4, 9], False),
+        ([0, 4, 5], [4, 4, 9], False),
+        (None, [4, 4, 9], True),
+    ):
+        assert adjacent("expert_mlp_forward", (x, w_in, w_out, ends, starts, *rest)) is want
+    on_gpu = torch.empty(3, dtype=torch.int32, device="meta")
+    assert not adjacent("expert_mlp_forward", (x, w_in, w_out, on_gpu, on_gpu, *rest))
+    assert not shapes_of("expert_mlp_forward", (x, w_in, w_out, on_gpu, on_gpu, *rest)).on_host
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_on_a_cpu_the_loop_is_chosen_with_a_reason(op) -> None:
+    choice = registry.choose(op, device="cpu", dtype=BF16, arguments=calls()[op])
+    assert choice.impl == "reference" and "runs everywhere" in choice.reason
+    assert expert_mlp_choice.misfit(op, "triton")(*calls()[op]) is not None
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An operator whose best implementation suits even numbers only, and whose last one is unverified."""
+    monkeypatch.setattr(registry, "_implementations", dict(registry._implementations))
+    registry.add("toy", "plain", lambda x, n: "plain", merit="plain", misfit=lambda x, n: "six" if n == 6 else None)
+    registry.add("toy", "new", lambda x, n: "new", merit="-", reservation=lambda device, dtype: "not verified")
+    registry.add(
+        "toy",
+        "even",
+        lambda x, n: "even",
+        merit="fast",
+        limit=lambda x, n: "zero" if n == 0 else None,
+        misfit=lambda x, n: "odd, or six" if n % 2 or n == 6 else None,
+        preferred=True,
+    )
+    yield "toy"
+    registry._chosen.clear()
+
+
+@pytest.mark.parametrize(
+    "n, want, words",
+    [(2, "even", "fast"), (3, "plain", "even does not suit"), (0, "plain", "zero"), (6, "even", "plain does not suit")],
+)
+def test_a_misfit_lets_the_next_go_first_but_nothing_unverified(toy, n, want, words) -> None:
+    x = torch.zeros(1)
+    choice = registry.choose(toy, device="cpu", dtype=x.dtype, arguments=(x, n))
+    assert choice.impl == want == registry.kernel(toy)(x, n) and words in choice.reason
+    with registry.force(toy, "even"):
+        if n:
+            assert registry.kernel(toy)(x, n) == "even"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
+    """As on sm_90 with Triton; what it yields says how much of it has been verified with which torch."""
+    monkeypatch.setattr(triton_kernels, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def verify(sources: str | None) -> None:
+        def find(op: str, implementation: str, architecture: str, dtype: str) -> verified.Record | None:
+            ours = triton_kernels.sources() if implementation == "triton" else sources
+            return (
+                None if sources is None else verified.Record(op, implementation, architecture, dtype, str(ours), "", "")
+            )
+
+        monkeypatch.setattr(verified, "find", find)
+        registry._chosen.clear()
+
+    yield verify
+    registry._chosen.clear()
+
+
+def choice(shapes: dict[str, int], rows: int, dtype: torch.dtype = BF16) -> registry.Choice:
+    """For the operator on a GPU; its tensors have no memory here."""
+    experts, hidden, ffn = shapes["experts"], shapes["hidden"], shapes["ffn"]
+    x, w_in, w_out = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((rows, hidden), (experts, 2 * ffn, hidden), (experts, hidden, ffn))
+    )
+    offs = torch.empty(experts, dtype=torch.int32, device="meta")
+    arguments = (x, w_in, w_out, offs, "swiglu", None, None, None, True)
+    return registry.choose("expert_mlp", device=torch.device("cuda", 0), dtype=dtype, arguments=arguments)
+
+
+def test_on_a_gpu_the_shapes_choose_among_what_is_verified(hopper) -> None:
+    hopper(expert_mlp_grouped.sources())
+    assert choice(QWEN3, 65536).impl == "triton"
+    large = choice(MIXTRAL, 16384)
+    assert large.impl == "grouped_mm" and "triton does not suit" in large.reason and "14336" in large.reason
+    assert choice(MIXTRAL, 16384, torch.float16).impl == "triton"
+    odd = choice({**MIXTRAL, "hidden": 4097}, 16384)
+    assert odd.impl == "triton" and "multiples of 16 bytes" in odd.reason
+    hopper("torch 1.0")
+    assert choice(MIXTRAL, 16384).impl == "triton" and choice(QWEN3, 65536).impl == "triton"
+    hopper(None)
+    unverified = choice(MIXTRAL, 16384)
+    assert unverified.impl == "reference" and "triton is not the default: not verified on sm_90" in unverified.reason
+
+
+def test_where_the_grouped_matmul_cannot_run(hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    assert expert_mlp_grouped._obstacle(device, BF16) is None
+    assert "bfloat16 only" in str(expert_mlp_grouped._obstacle(device, torch.float16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "9.0" in str(expert_mlp_grouped._obstacle(device, BF16))
