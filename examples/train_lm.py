@@ -102,7 +102,8 @@ def main():
             print(f"step {step:4d}  loss {loss.item():.3f} nats/byte", flush=True)
     if rank == 0:
         stats = model.blocks[0].moe.stats()
-        print(f"tokens per expert, first block: {stats.tokens_per_expert.tolist()}; payload {stats.payload_bytes} bytes")
+        counts = stats.tokens_per_expert.tolist()
+        print(f"tokens per expert, first block: {counts}; payload {stats.payload_bytes} bytes")
     if group:
         dist.destroy_process_group()
 

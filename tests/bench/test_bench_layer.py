@@ -52,7 +52,7 @@ def start(words, **more) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, limit_s: float = 120.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, limit_s: float = 280.0) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=limit_s)
     finally:
