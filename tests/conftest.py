@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `from tests import ...`, however pytest was started
 
-TIME_LIMIT_S = 180.0
+TIME_LIMIT_S = 300.0
 CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
 _terminal: int | None = None
 _caches = ""
