@@ -155,7 +155,8 @@ def test_digest_of_the_kernels_changes_with_them(setup_py, monkeypatch, tmp_path
 @pytest.mark.time_limit(900)  # compiles the core, the harness and every kernel: a minute where nothing else runs
 @pytest.mark.parametrize("kind", ["sanitized", "release"])
 def test_native_unit_tests(setup_py, tmp_path, kind):
-    """All of them under sanitizers; the core's again as it is built for use, where they see every window."""
+    """All of them under sanitizers; the core's again as it is built for use, where they see every window. On one core:
+    other tests, which start ranks, run at the same time."""
     cmake, ctest, ninja = (setup_py.find_tool(name) for name in ("cmake", "ctest", "ninja"))
     if missing := setup_py.missing_toolchain():
         pytest.skip(missing)
@@ -167,8 +168,8 @@ def test_native_unit_tests(setup_py, tmp_path, kind):
     configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     for command in (
         configure,
-        [cmake, "--build", str(tmp_path), "-j", str(setup_py.max_jobs()), *([] if sanitized else ["-t", "test_core"])],
-        [ctest, "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error", "-j", "2",
+        [cmake, "--build", str(tmp_path), "-j", "1", *([] if sanitized else ["-t", "test_core"])],
+        [ctest, "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error",
          *([] if sanitized else ["-R", "^core$"])],
     ):  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
