@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 STATUS = ROOT / "docs/status.md"
 TABLE_BEGIN, TABLE_END = "<!-- from moe_overlap/ops/verified.json -->", "<!-- end -->"
 LIMIT_S = 540.0
+KILLED_S = 10.0  # that the output of a killed command may take
 PARTS = ("sanitize", "probe", "kernels")
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND_STATUS = 86
@@ -83,7 +84,11 @@ class Run:
             status = process.returncode
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            text = process.communicate()[0] + f"\nstopped after {limit_s:.0f} s"
+            try:
+                text = process.communicate(timeout=KILLED_S)[0]
+            except subprocess.TimeoutExpired:  # something that left the session still holds its output
+                text = ""
+            text += f"\nstopped after {limit_s:.0f} s"
         print(text[-4000:], flush=True)
         return Done(status, text, time.monotonic() - begin_s)
 

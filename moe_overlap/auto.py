@@ -36,7 +36,7 @@ from moe_overlap.plan import PHASES, ChunkBy
 from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.builders import SchedulePair, chunked, serial, window
+from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, serial, window
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 CACHE_VERSION = 1
+ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
 UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
 
@@ -137,8 +138,11 @@ class AutoSchedule:
 
     def calibrate(
         self, layer: MoELayer, x_TD: torch.Tensor, dtype: torch.dtype, backbone: Sequence[Op], h: torch.Tensor | None
-    ) -> PlannedSchedule:
-        """The schedules of the coming steps, from probes on the tokens of this one. Collective. Errors as in a step."""
+    ) -> Schedules:
+        """The schedules of the coming steps, from probes on the tokens of this one. Collective. Errors as in a step.
+
+        A step in which no rank has a row tells nothing: it runs joined, and the next one calibrates.
+        """
         if x_TD.is_cuda:
             # On every rank alike, before anyone waits: what would be measured is how long launches take.
             raise NotImplementedError(
@@ -156,12 +160,14 @@ class AutoSchedule:
             except Exception as error:
                 dispatcher.refuse(error, UNPLANNED)
             # Agree first: a rank that cannot take part says so here, and no probe waits for it.
-            dispatcher.plan(slots_TK, rows_TD, UNPLANNED, status=routing.status)
+            exchange = dispatcher.plan(slots_TK, rows_TD, UNPLANNED, status=routing.status)
+            weights_TK, hidden = routing.topk_weights_TK.detach(), None if h is None else h.detach()
+            inputs = ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK, weights_TK=weights_TK,
+                                 w_in=w_in, w_out=w_out, h=hidden, backbone=backbone, shared=shared)  # fmt: skip
+            if not exchange.counts.any():
+                return inputs.pair(1, "tokens").join()
             with closing_on_error(dispatcher.transport, "calibrate"):
-                weights_TK, hidden = routing.topk_weights_TK.detach(), None if h is None else h.detach()
-                return self.prepare(ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK, shared=shared,
-                                                weights_TK=weights_TK, w_in=w_in, w_out=w_out, h=hidden,
-                                                backbone=backbone))  # fmt: skip
+                return self.prepare(inputs)
 
     def prepare(self, inputs: ProbeInputs) -> PlannedSchedule:
         """Load or measure the cost model of the coming steps. Collective."""

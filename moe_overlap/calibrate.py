@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from moe_overlap.auto import AutoSchedule
 from moe_overlap.cli import OneLineParser
 from moe_overlap.errors import ConfigError, MoeTransportError
-from moe_overlap.launch import World, join_torchrun, spawn, torchrun_world_size
+from moe_overlap.launch import World, run, torchrun_world_size
 from moe_overlap.layer import MoELayer
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
@@ -102,15 +101,8 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Calibrate on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
-    torchrun = torchrun_world_size()
-    options = parse(argv, ranks=torchrun)
-    if torchrun is None:
-        return spawn(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
-    world = join_torchrun(options.timeout_s)
-    try:
-        return run_rank(world, argv)
-    finally:
-        dist.destroy_process_group()
+    options = parse(argv, ranks=torchrun_world_size())
+    return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
 
 
 def run_rank(world: World, argv: Sequence[str]) -> int:

@@ -83,6 +83,20 @@ def join_torchrun(timeout_s: float) -> World:
 RankMain = Callable[[World, Sequence[str]], int]
 
 
+def run(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str) -> int:
+    """Run `main(world, argv)` on torchrun's ranks where torchrun started this process, else here for one rank, else in
+    new processes; the exit status."""
+    if torchrun_world_size() is not None:
+        world = join_torchrun(timeout_s)
+        try:
+            return main(world, argv)
+        finally:
+            dist.destroy_process_group()
+    if ranks == 1:
+        return main(World(), argv)
+    return spawn(main, argv, ranks, timeout_s=timeout_s, program=program)
+
+
 def spawn(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str) -> int:
     """Run `main(world, argv)` in `ranks` new processes on this machine; the first non-zero exit status, else 0.
 

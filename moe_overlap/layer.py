@@ -9,7 +9,7 @@ import copy
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.arguments import check_budget, check_sizes, make_router, refuse_sharded, shaped
-from moe_overlap.auto import UNPLANNED, AutoSchedule, Op
+from moe_overlap.auto import ONE_RANK, UNPLANNED, AutoSchedule, Op
 from moe_overlap.autograd import Attach, SameRouting
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
@@ -134,8 +134,9 @@ class MoELayer(Tickets, nn.Module):
         if schedule == "auto" and transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="S" if shared else "B", num_ops=0, overlap=overlap,
                                          max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
-        else:  # one rank has no exchange to hide: "auto" is serial
+        else:
             pair = layer_schedule("serial" if schedule == "auto" else schedule, shared=shared)
+            pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
             self.schedule = pair if overlap else pair.join()
         self.dispatcher = Dispatcher(
             transport=transport,

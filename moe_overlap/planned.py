@@ -125,8 +125,7 @@ def _plan(schedule: PlannedSchedule, shapes: Sequence[StepShape], grad: bool) ->
     phases: tuple[Phase, ...] = ("forward", "backward") if grad else ("forward",)
     windows: dict[Phase, Window] = {}
     for phase in phases:
-        ops = 0 if schedule.op_verb == "S" else schedule.num_ops
-        windows[phase] = window(schedule.model, shapes, phase, op_verb=schedule.op_verb, num_ops=ops)
+        windows[phase] = window(schedule.model, shapes, phase, op_verb=schedule.op_verb, num_ops=schedule.num_ops)
     budget = schedule.max_in_flight_bytes
     candidates = {phase: search(found, max_in_flight_bytes=budget) for phase, found in windows.items()}
     pair = pair_of(

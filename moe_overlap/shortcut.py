@@ -7,12 +7,13 @@ section 3.1 (positions), equations 7 to 10 (wiring) and 14 to 17 (combining with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from moe_overlap.arguments import check_budget
-from moe_overlap.auto import AutoSchedule
+from moe_overlap.auto import ONE_RANK, AutoSchedule
 from moe_overlap.autograd import Tap, closing_on_error
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer import Beside, MoELayer
@@ -102,10 +103,11 @@ class ShortcutBlock(nn.Module):
         if slot is None and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,
                                          max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
-        else:  # one rank has no exchange to hide: any order is as good
+        else:
             pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
                           backward_chunks=backward_chunks)  # fmt: skip
             check(pair)
+            pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
             self.schedule = pair if overlap else pair.join()
 
     @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")

@@ -364,6 +364,24 @@ def test_explain_before_and_after(shape):
             assert text.count("Measured ") == 2, "predicted against measured, for both phases"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_without_rows_anywhere_leaves_the_calibration_to_the_next(shape):
+    """It runs joined; what it would have measured is nothing."""
+
+    def rank(me):
+        model = build(shape, me.transport())
+        schedule = model.schedule
+        empty = step(model, me.rank, counts=(0, 0))
+        found = dict(schedule.found)
+        joined = layer_of(model)._last_step.pair.joined
+        step(model, me.rank)
+        return empty["y"].shape[0], found, joined, len(schedule.found)
+
+    with planted(cost_model(OPS if shape == "block" else 0)) as calls:
+        assert virtual_world(2).run(rank) == [(0, {}, True, 1)] * 2
+    assert len(calls) == 2, "once on each rank"
+
+
 def test_a_budget_of_bytes_in_flight_is_kept_or_refused_on_every_rank():
     """Without one the exchanges are chunked; half of all bytes leaves the joined schedules, a byte leaves none."""
 

@@ -81,7 +81,9 @@ def test_a_router_whose_choice_does_not_fit_is_refused_before_anything_is_sent(f
 
 
 def test_on_one_rank_auto_is_serial():
-    assert make(schedule="auto").schedule == make(schedule="serial").schedule
+    layer = make(schedule="auto")
+    assert replace(layer.schedule, name="serial") == make(schedule="serial").schedule
+    assert "one rank exchanges nothing" in layer.explain()
 
 
 def test_the_static_mode_says_what_is_missing():

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from moe_overlap.bench.options import LayerOptions, parse
 from moe_overlap.bench.phase import CheckFailed, PhaseResult, measure_phase
 from moe_overlap.bench.routing import load
 from moe_overlap.bench.setting import Setting
 from moe_overlap.errors import ConfigError, MoeTransportError
-from moe_overlap.launch import World, join_torchrun, spawn, torchrun_world_size
+from moe_overlap.launch import World, run, torchrun_world_size
 from moe_overlap.measure.picture import write_png, write_trace
 from moe_overlap.measure.report import print_table, write_jsonl
 
@@ -30,18 +29,9 @@ OUTPUTS = ("results.jsonl", "timeline.png", "trace.json")
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
-    torchrun = torchrun_world_size()
-    options = parse(argv, ranks=torchrun)
+    options = parse(argv, ranks=torchrun_world_size())
     _load_routing(options, 0)
-    if torchrun is not None:
-        world = join_torchrun(options.timeout_s)
-        try:
-            return run_rank(world, argv)
-        finally:
-            dist.destroy_process_group()
-    if options.ranks == 1:
-        return run_rank(World(), argv)
-    return spawn(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
+    return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
 
 
 def run_rank(world: World, argv: Sequence[str]) -> int:

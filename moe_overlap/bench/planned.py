@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from moe_overlap.auto import topology
 from moe_overlap.bench.cases import BlockPair
 from moe_overlap.bench.rows import RowPlan
 from moe_overlap.bench.timing import Runner, Samples, Variant
@@ -50,10 +51,9 @@ class CasePlan:
             forward = phase == "forward"
             chunks, by = (pair.chunks, pair.by) if forward else (pair.backward_chunks, pair.backward_by)
             shape = step_shape(self.exchange.chunked(chunks, by), row_bytes=s.row_bytes, node_of=s.node_of)
-            num_ops = 0 if s.op_verb == "S" else s.num_ops
-            problem = window(model, [shape], phase, op_verb=s.op_verb, num_ops=num_ops)
+            problem = window(model, [shape], phase, op_verb=s.op_verb, num_ops=s.num_ops)
             order = pair.forward if forward else pair.backward
-            total += model.outside(phase, s.num_ops if s.op_verb == "B" else 0)
+            total += model.outside(phase, s.num_ops)
             total += evaluate(problem, order, chunks=chunks, by=by, joined=pair.joined)
         return total
 
@@ -63,8 +63,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
     num_ops = len(model.op_names) if model.position else 0
     op_verb: OpVerb = "S" if model.case == "shared1" else "B"
     row_bytes = model.sizes.hidden * model.dtype.itemsize
-    topology = getattr(transport, "topology", None)
-    node_of = None if topology is None else topology.node_of
+    node_of = topology(transport)
 
     def pair_of(chunks: int, by: ChunkBy) -> SchedulePair:
         if model.position:

@@ -86,13 +86,9 @@ def _obstacle(op: str) -> registry.Obstacle:
 
 def _reservation(op: str) -> registry.Obstacle:
     def reservation(device: torch.device, dtype: torch.dtype) -> str | None:
-        kind, name = architecture(device), _name(dtypes(op)[0] if op == "row_map" else dtype)
-        record = verified.find(op, "cuda", kind, name)
-        if record is None:
-            return f"not verified on {kind} for {name} (make gpu does that)"
-        if record.sources != _native.kernel_sources():
-            return f"verified on {kind} for {name} at commit {record.commit}, but the sources have changed (make gpu)"
-        return None
+        first = dtypes(op)[0] if op == "row_map" else dtype
+        sources = _native.kernel_sources()
+        return verified.doubt(op, "cuda", architecture=architecture(device), dtype=first, sources=sources)
 
     return reservation
 

@@ -158,13 +158,8 @@ def _reservation(op: str) -> registry.Obstacle:
     def reservation(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cpu":
             return "the interpreter is for tests"
-        kind, name = architecture(device), _name(KERNELS[op].dtypes[0] if op == "row_map" else dtype)
-        record = verified.find(op, "triton", kind, name)
-        if record is None:
-            return f"not verified on {kind} for {name} (make gpu does that)"
-        if record.sources != sources():
-            return f"verified on {kind} for {name} at commit {record.commit}, but the sources have changed (make gpu)"
-        return None
+        first = KERNELS[op].dtypes[0] if op == "row_map" else dtype
+        return verified.doubt(op, "triton", architecture=architecture(device), dtype=first, sources=sources())
 
     return reservation
 

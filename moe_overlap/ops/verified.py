@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 FILE = Path(__file__).resolve().parent / "verified.json"
 
 
@@ -44,6 +46,19 @@ def write(records: list[Record], path: Path | None = None) -> None:
     rows = ",\n".join(f"  {json.dumps(asdict(record))}" for record in sorted(records))
     (path or FILE).write_text(f"[\n{rows}\n]\n" if rows else "[]\n", encoding="utf-8")
     find.cache_clear()
+
+
+def doubt(op: str, implementation: str, *, architecture: str, dtype: torch.dtype, sources: str) -> str | None:
+    """Why an implementation is not to be the default there, or None: it was verified with these very sources."""
+    name = str(dtype).removeprefix("torch.")
+    record = find(op, implementation, architecture, name)
+    if record is None:
+        return f"not verified on {architecture} for {name} (make gpu does that)"
+    if record.sources != sources:
+        return (
+            f"verified on {architecture} for {name} at commit {record.commit}, but the sources have changed (make gpu)"
+        )
+    return None
 
 
 @cache

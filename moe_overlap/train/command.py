@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moe_overlap.errors import ConfigError, MoeTransportError
-from moe_overlap.launch import World, join_torchrun, spawn, torchrun_world_size
+from moe_overlap.launch import World, run, torchrun_world_size
 from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.train.checkpoint import find_checkpoint, identity
 from moe_overlap.train.loop import Trained, evaluate, train
@@ -36,18 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     torchrun = torchrun_world_size()
     options = parse(words, ranks=torchrun)
-    if torchrun is not None:
-        world = join_torchrun(options.timeout_s)
-        try:
-            return run_rank(world, words)
-        finally:
-            dist.destroy_process_group()
-    corpus = _corpus(options)
-    if options.resume is not None:
-        find_checkpoint(options.resume, identity(options, corpus))
-    if options.ranks == 1:
-        return run_rank(World(), words)
-    return spawn(run_rank, words, options.ranks, timeout_s=options.timeout_s, program="moe-overlap train")
+    if torchrun is None:  # before any rank is started
+        corpus = _corpus(options)
+        if options.resume is not None:
+            find_checkpoint(options.resume, identity(options, corpus))
+    return run(run_rank, words, options.ranks, timeout_s=options.timeout_s, program="moe-overlap train")
 
 
 def run_rank(world: World, argv: Sequence[str]) -> int:
