@@ -36,7 +36,8 @@ class Probe:
     def __init__(self, folder: Path) -> None:
         major, minor = torch.cuda.get_device_capability(0)
         target = folder / "libprobe.so"
-        command = ["nvcc", "-O2", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}", "-shared"]
+        command = [gpu_run.find_tool("nvcc") or "nvcc", "-O2"]
+        command += [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}", "-shared"]
         done = subprocess.run([*command, "-Xcompiler", "-fPIC", str(SOURCE), "-o", str(target)],
                               capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
         if done.returncode != 0:
@@ -71,11 +72,16 @@ def limits(row: Row, sustained_s: float) -> None:
     row(what="copy on the device, read + written", bytes_per_s=round(gpu_timing.copy_bytes_per_s()))
     multiply, flop = matmul(), 2 * 8192**3
     row(what="bf16 matmul 8192, short", flop_per_s=round(flop / gpu_timing.once(multiply).median_s))
-    begin_s, rates, seen = time.monotonic(), [], []
+    begin_s, rates, seen, count = time.monotonic(), [], [], 1000
     while time.monotonic() - begin_s < sustained_s:
-        batch_s = gpu_timing.once(lambda: [multiply() for _ in range(200)], repeats=2).median_s
-        rates.append(200 * flop / batch_s)
-        seen.append(gpu_run.clocks())
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            multiply()
+        end.record()
+        seen.append(gpu_run.clocks())  # while they run: a chip without work changes its clocks
+        end.synchronize()
+        rates.append(count * flop / (begin.elapsed_time(end) * 1e-3))
     if rates:
         row(what=f"bf16 matmul 8192, {sustained_s:.0f} s", flop_per_s=round(rates[-1]), first=round(rates[0]),
             least=round(min(rates)), clocks_then=seen[:: max(1, len(seen) // 6)])  # fmt: skip
@@ -162,6 +168,7 @@ def put_beside_matmul(row: Row, probe: Probe) -> None:
 def bounded_waits(row: Row, probe: Probe) -> None:
     """A kernel that waits for a flag with a limit: does the context live on when the limit is reached?"""
     flag, result = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+    flag.fill_(0)  # loads this kernel: that would have to wait for one that is running
     probe.wait(flag, 7, 0.2, result)
     torch.cuda.synchronize()
     ended = result.item()

@@ -18,6 +18,10 @@ CACHE_BYTES = 64 << 20
 """More than the L2 cache of the chips in question (60 MB on the H200)."""
 
 
+HOLD_CYCLES = 200_000
+"""Some 0.1 ms: longer than a graph needs from the host to the GPU."""
+
+
 @dataclass(frozen=True)
 class Time:
     """Seconds of one call: median, and the 10th and 90th percentile over the repeats."""
@@ -36,6 +40,13 @@ class Time:
 def sets_needed(bytes_moved: int) -> int:
     """How many copies of the inputs, used in turn, keep a call from finding its data in the cache."""
     return min(64, -(-4 * CACHE_BYTES // max(1, bytes_moved)))
+
+
+def rounds_needed(sets: int, bytes_moved: int) -> int:
+    """How many times the input sets are gone through in one timing: until some milliseconds have passed, so that the
+    begin of a graph is no part of the result."""
+    calls = min(200, max(20, -(-(4 << 30) // max(1, bytes_moved))))
+    return -(-calls // sets)
 
 
 def graph_of(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
@@ -61,6 +72,7 @@ def interleaved(contenders: dict[str, Sequence[Callable[[], Any]]], *, repeats: 
     for repeat in range(repeats + 3):
         for name, graph in graphs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HOLD_CYCLES)  # the graph is on the GPU before the clock starts
             begin.record()
             graph.replay()
             end.record()

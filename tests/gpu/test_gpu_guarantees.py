@@ -113,13 +113,50 @@ def needs_gib(amount: float) -> None:
         pytest.skip(f"needs {amount:.0f} GiB of device memory, there are {total:.0f}")
 
 
-@pytest.mark.parametrize("part", ["permute and combine", "activation", "pack"])
+def gate(logits_TE: torch.Tensor) -> list[torch.Tensor]:
+    return list(MOE.gate_topk(logits_TE, None, K, 1, 1, "softmax", True, 1.0))
+
+
+def test_gate_counts_the_same_in_every_replay_beside_itself(forced: None) -> None:
+    """Its blocks agree by flags in memory: a graph finds those of its last run, another stream has its own."""
+    logits_TE = inputs()[1].repeat(20, 1)  # more blocks than are resident at once
+    want = gate(logits_TE)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gate(logits_TE)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(200):
+        graph.replay()
+        with torch.cuda.stream(side):
+            beside = gate(logits_TE)
+        torch.cuda.synchronize()
+        assert same(captured, want) and same(beside, want)
+
+
+def test_gate_of_no_tokens_counts_none(forced: None, poison: None) -> None:
+    _, _, counts_E, status = gate(torch.empty(0, E, device="cuda"))
+    assert not counts_E.any() and not status.any()
+
+
+@pytest.mark.parametrize("part", ["gate", "permute and combine", "activation", "pack"])
 def test_past_2_to_the_31_elements(forced: None, part: str) -> None:
     """Rows near the end lie beyond what 32 bits reach: 2^31 / 7168 is row 299,593."""
     needs_gib(40)
     width, tokens, k = 7168, 40_000, 8
     picked = torch.tensor([0, 1, 299_592, 299_593, 299_594, tokens * k - 1])
-    if part == "permute and combine":
+    if part == "gate":
+        logits_TE = torch.randn((1 << 23) + 100, 256, device="cuda")
+        weights_TK, ids_TK, counts_E, status = gate(logits_TE)
+        (dlogits_TE,) = kernel("gate_topk_backward", weights_TK, logits_TE, ids_TK, "softmax", True, 1.0)
+        last = logits_TE[-200:].clone()
+        some = gate(last)
+        assert torch.equal(weights_TK[-200:], some[0]) and torch.equal(ids_TK[-200:], some[1])
+        assert torch.equal(counts_E.long(), ids_TK.view(-1).bincount(minlength=256)) and not status.any()
+        (want,) = kernel("gate_topk_backward", some[0], last, some[1], "softmax", True, 1.0)
+        assert torch.equal(dlogits_TE[-200:], want)
+    elif part == "permute and combine":
         x_TD = torch.randn(tokens, width, device="cuda", dtype=BF16)
         slot_to_row = torch.randperm(tokens * k, device="cuda").to(I32).view(tokens, k)
         (x_RD,) = kernel("permute", x_TD, slot_to_row, None, tokens * k)
