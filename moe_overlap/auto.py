@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, serial, window
+from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -92,7 +92,9 @@ class ProbeInputs:
 
         x_TD, w_in, w_out, weights_TK = map(leaf, (self.x_TD, self.w_in, self.w_out, self.weights_TK))
         h = None if self.h is None else leaf(self.h.clone())  # in inference an op may change it in place
-        start_s = time.perf_counter()
+        clock = clock_for(self.x_TD.device)
+        assert clock is not None, "probes are recorded"
+        start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
         step = Step(self.transport, weights, phase=PHASES[0])
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
@@ -103,7 +105,7 @@ class ProbeInputs:
         y_TD = step.run(self.backbone, None if shared is None else lambda: shared(x_shared))
         outputs = [y_TD] if h is None else [y_TD, step.take_hidden()]
         outputs += [one for one in [step.take_shared()] if one is not None]
-        forward_s = time.perf_counter() - start_s
+        middle = clock.now()
         if grad:
             # Tensor hooks would run on these gradients, which are no one's.
             parameters = [p for module in self.modules for p in module.parameters()
@@ -111,9 +113,9 @@ class ProbeInputs:
             leaves = [one for one in (x_TD, w_in, w_out, weights_TK, h, *parameters) if one is not None]
             reached = [one for one in outputs if one.requires_grad]
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
-        end_s = time.perf_counter()
-        backward_s = end_s - start_s - forward_s if grad else 0.0
-        return StepTimes(events=step.events, forward_s=forward_s, backward_s=backward_s, exchange=exchange)
+        start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
+        return StepTimes(events=step.events, forward_s=middle_s - start_s,
+                         backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
 
 
 @dataclass(eq=False, kw_only=True)
@@ -143,11 +145,6 @@ class AutoSchedule:
 
         A step in which no rank has a row tells nothing: it runs joined, and the next one calibrates.
         """
-        if x_TD.is_cuda:
-            # On every rank alike, before anyone waits: what would be measured is how long launches take.
-            raise NotImplementedError(
-                'schedule="auto" on CUDA: calibration times actions on the host (missing: CUDA events)'
-            )
         dispatcher, shared = layer.dispatcher, layer.shared_expert
         modules = [op for op in (layer.router, *backbone, shared) if isinstance(op, nn.Module)]
         with undisturbed(modules, x_TD.device):
