@@ -1,10 +1,10 @@
 """How near the schedules come to their bounds, at shares of communication from 10 to 70 %.
 
-    python benchmarks/limit.py --out out/limit [--shares 0.1,0.6] [-- --repeats 8 ...]
+    python benchmarks/limit.py --out out/limit [--shares 0.1,0.6] [-- --repeats 10 ...]
 
-Runs `moe-overlap bench layer --comm-share S` for every share (options after `--` go to each run) and gathers the rows in
-OUT/limit.jsonl. The experts are so wide that the CPU time of the exchanges is a small part of their time: what is left
-above the bound is not the price of emulating a link.
+Runs `moe-overlap bench layer --comm-share S` for every share (options after `--` go to each run) and gathers the rows
+in OUT/limit.jsonl. The experts are so wide that the CPU time of the exchanges is a small part of their time: what is
+left above the bound is not the price of emulating a link.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from typing import Any
 
 from moe_overlap.bench.layer import main as bench_layer
 
-FFN = {0.1: 24576, 0.2: 12288, 0.35: 8192, 0.5: 4096, 0.6: 4096, 0.7: 4096}
-"""Width of the experts by share; the rest is the same for all."""
-SETTING = ("--tokens", "512", "--repeats", "10", "--schedules", "serial,chunked,shared_expert,shortcut,auto")
+SIZES = {
+    0.1: (1024, 16384),
+    0.2: (1024, 12288),
+    0.35: (1024, 6144),
+    0.5: (512, 4096),
+    0.6: (512, 4096),
+    0.7: (512, 4096),
+}
+"""(tokens of a rank, width of the experts) by share; the rest is the same for all."""
+SETTING = ("--cases", "top2,scmoe_pos2", "--schedules", "serial,chunked,shortcut,auto")
 CPU_SHARE = 0.05
 LIMITS = {"top2": {"infer": 1.05, "train": 1.05}, "scmoe_pos2": {"infer": 1.05, "train": 1.08}}
 
@@ -51,18 +58,18 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/limit", help="folder for limit.jsonl and one folder per share")
-    parser.add_argument("--shares", default=",".join(map(str, FFN)), help="some of them (default: %(default)s)")
+    parser.add_argument("--shares", default=",".join(map(str, SIZES)), help="some of them (default: %(default)s)")
     known, rest = parser.parse_known_args([word for word in argv if word != "--"])
     try:
         shares = [float(word) for word in known.shares.split(",")]
-        widths = [FFN[share] for share in shares]
+        sizes = [SIZES[share] for share in shares]
     except (ValueError, KeyError):
-        parser.error(f"--shares = {known.shares!r}: expected some of {', '.join(map(str, FFN))}")
+        parser.error(f"--shares = {known.shares!r}: expected some of {', '.join(map(str, SIZES))}")
     out = Path(known.out)
     rows: list[dict[str, Any]] = []
-    for share, width in zip(shares, widths, strict=True):
+    for share, (tokens, ffn) in zip(shares, sizes, strict=True):
         folder = out / str(share)
-        setting = ("--comm-share", str(share), "--ffn", str(width), *SETTING)
+        setting = ("--comm-share", str(share), "--tokens", str(tokens), "--ffn", str(ffn), *SETTING)
         status = bench_layer([*setting, *rest, "--out", str(folder)])
         if status:
             return status

@@ -28,7 +28,7 @@ from moe_overlap.autograd import closing_on_error
 from moe_overlap.config import cache_dir
 from moe_overlap.dispatch import Dispatcher, check_routing
 from moe_overlap.errors import ConfigError
-from moe_overlap.measure.calibrate import MAX_GROUPS, StepTimes, calibrate, gathered
+from moe_overlap.measure.calibrate import MAX_GROUPS, Nodes, StepTimes, calibrate, gathered
 from moe_overlap.measure.machine import hardware
 from moe_overlap.ops import registry
 from moe_overlap.plan import PHASES, ChunkBy
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Op = Callable[[torch.Tensor], torch.Tensor]
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
 UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
@@ -170,7 +170,7 @@ class AutoSchedule:
         """Load or measure the cost model of the coming steps. Collective."""
         dtype = inputs.x_TD.dtype
         row_bytes = inputs.x_TD.shape[1] * dtype.itemsize
-        node_of = topology(inputs.transport)
+        nodes = topology(inputs.transport)
         key = cache_key(inputs)
         first = inputs.transport.rank == 0
         model = shared_model(inputs.transport, load(key) if first else None, inputs.x_TD.device)
@@ -183,7 +183,7 @@ class AutoSchedule:
                 inputs.transport,
                 groups=min(MAX_GROUPS, inputs.w_in.shape[0]),
                 row_bytes=row_bytes,
-                node_of=node_of,
+                nodes=nodes,
                 device=inputs.x_TD.device,
                 source=source,
             )
@@ -192,7 +192,7 @@ class AutoSchedule:
             assert model is not None
             self.kept_in = store(key, model) if first else None
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,
-                                   node_of=node_of, overlap=self.overlap,
+                                   nodes=nodes, overlap=self.overlap,
                                    max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
         self.found[inputs.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
@@ -211,10 +211,10 @@ def refuse_units(ops: Sequence[Op | None]) -> None:
         raise ConfigError("schedule", "auto", f"{expected} around them)")
 
 
-def topology(transport: Transport) -> Callable[[int], int] | None:
+def topology(transport: Transport) -> Nodes | None:
     """The node of each rank, where the transport knows."""
     known = getattr(transport, "topology", None)
-    return None if known is None else known.node_of
+    return None if known is None else tuple(known.node_of(rank) for rank in range(transport.world_size))
 
 
 @contextmanager
@@ -245,7 +245,7 @@ def cache_key(inputs: ProbeInputs) -> dict[str, Any]:
     from moe_overlap import __version__
 
     d, device = inputs.dispatcher, inputs.x_TD.device
-    link, node_of = getattr(inputs.transport, "link", None), topology(inputs.transport)
+    link, nodes = getattr(inputs.transport, "link", None), topology(inputs.transport)
     return {
         "cache": CACHE_VERSION,
         "moe_overlap": __version__,
@@ -257,7 +257,7 @@ def cache_key(inputs: ProbeInputs) -> dict[str, Any]:
         "world_size": inputs.transport.world_size,
         "transport": inputs.transport.name,
         "link": None if link is None else str(link),
-        "nodes": None if node_of is None else [node_of(rank) for rank in range(inputs.transport.world_size)],
+        "nodes": None if nodes is None else list(nodes),
         "tokens": inputs.x_TD.shape[0],
         "hidden": d.hidden,
         "ffn_hidden": d.ffn_hidden,
