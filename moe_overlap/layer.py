@@ -259,16 +259,20 @@ class MoELayer(Tickets, nn.Module):
         """The last forward call. Raises RuntimeError before the first one."""
         if self._last_step is None:
             raise RuntimeError("no forward call yet")
-        return layer_stats(self._last_step, self.dispatcher.placement)
+        return layer_stats(self._last_step, self.dispatcher.placement, self._computes())
 
     def explain(self) -> str:
         """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
         last = self._last_step
         if last is not None:
-            return explain(last.pair, last.events, self.transport, last=last)
+            return explain(last.pair, last.events, self.transport, computes=self._computes(), last=last)
         if isinstance(self.schedule, AutoSchedule):
             return 'schedule "auto": the first forward call calibrates, then chooses'
-        return explain(self.schedule, [], self.transport)
+        return explain(self.schedule, [], self.transport, computes=self._computes())
+
+    def _computes(self) -> list[str]:
+        """What runs on the device and in the dtype of the experts, one line per op, with reasons."""
+        return ops.registry.explain(self.down_proj.device, self.down_proj.dtype)
 
     @property
     def last_events(self) -> list[TimelineEvent]:
