@@ -65,5 +65,18 @@ def tune(
     return found
 
 
+def table_lines(found: Measured) -> list[str]:
+    """What `tune` found as rows for the table of expert_mlp_blocks_triton, each valid up to the sizes measured.
+
+    A person commits them: to the front of their stage, with an inner block as in the stage's other rows.
+    """
+    return [
+        f'"{stage}": _row("{problem.arch}", {problem.item_bytes}, {(shape.m, shape.n, shape.k)}, '
+        f"{(shape.group, shape.warps, shape.stages, shape.per_sm)}, "
+        f"rows={problem.rows}, ffn={problem.ffn}, hidden={problem.hidden}),"
+        for (stage, problem), shape in found.items()
+    ]
+
+
 def _median_s(body: Callable[[], object]) -> float:
     return float(do_bench(body, return_mode="median")) / 1e3

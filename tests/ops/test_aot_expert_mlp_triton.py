@@ -52,7 +52,7 @@ def launches(problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlp, "target", lambda device: mlp.Target(problem.arch, 132))
         forward = aot.recorded(mlp.expert_mlp, x, *operands, None, True)
-        backward = aot.recorded(mlp.expert_mlp_backward, dy, x, h, *operands, [True] * 4)
+        backward = aot.recorded(mlp.expert_mlp_backward, dy, x, h, *operands, [True] * 4, None)
     return [*forward, *backward]
 
 

@@ -46,7 +46,7 @@ def calls() -> dict[str, tuple]:
     row_to_token, few = torch.zeros(12, dtype=torch.int32), x[:6]
     return {
         "expert_mlp": (few, w_in, w_out, offs, "swiglu", row_to_token, None, None, True),
-        "expert_mlp_backward": (x, few, h, w_in, w_out, offs, "swiglu", row_to_token, None, [True] * 4),
+        "expert_mlp_backward": (x, few, h, w_in, w_out, offs, "swiglu", row_to_token, None, [True] * 4, None),
         "expert_mlp_forward": (x, w_in, w_out, ends, starts, "swiglu", None, None, None),
         "expert_mlp_dgrad": (x, h, w_in, w_out, ends, starts, "swiglu", None, None, None, None),
         "expert_mlp_wgrad": (x, x, h, a, [4, 4, 11], [0, 4, 7], w_in, w_out, (0, 3), None),
