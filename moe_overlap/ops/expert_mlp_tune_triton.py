@@ -16,7 +16,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.ops.expert_mlp_blocks_triton import STAGES, Blocks, Measured, Problem, candidates, use
 from moe_overlap.ops.expert_mlp_triton import expert_mlp, expert_mlp_backward, problem_of
 
-__all__ = ["tune", "use"]
+__all__ = ["table_lines", "tune", "use"]
 
 
 def tune(
@@ -47,7 +47,7 @@ def tune(
 
     def step() -> None:
         _, h_RF = expert_mlp(x, w_in, w_out, offs, kind, row_to_token, None, None, True)
-        expert_mlp_backward(dy_RD, x, h_RF, w_in, w_out, offs, kind, row_to_token, None, [True] * 4)
+        expert_mlp_backward(dy_RD, x, h_RF, w_in, w_out, offs, kind, row_to_token, None, [True] * 4, None)
 
     found: dict[tuple[str, Problem], Blocks] = {}
     with torch.no_grad():
