@@ -63,7 +63,8 @@ def window_s(events: Sequence[TimelineEvent], phase: str) -> float | None:
 def _times(schedule: Schedule, durations_s: dict[str, float], *, joined: bool) -> str:
     missing = [action.text for action in schedule if action.text not in durations_s]
     if missing:
-        return f"no times: {' '.join(missing)} not measured yet (run this phase once)"
+        how = "run this phase once; on CUDA inside moe_overlap.measure.timeline.record()"
+        return f"no times: {' '.join(missing)} not measured yet ({how})"
     known = {action.text: durations_s[action.text] for action in schedule}
     off = makespan_s(schedule, known, joined=True) * 1e3
     on = makespan_s(schedule, known) * 1e3

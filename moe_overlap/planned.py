@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from moe_overlap.measure.calibrate import NodeOf, step_shape
+from moe_overlap.measure.calibrate import Nodes, step_shape
 from moe_overlap.plan import BLOCKS, ChunkBy, ExchangePlan, digest
 from moe_overlap.planning.cost_model import CostModel, StepShape, window
 from moe_overlap.planning.search import Candidate, search
@@ -55,7 +55,7 @@ class PlannedSchedule:
     num_ops: int
     op_verb: OpVerb = "B"
     row_bytes: int
-    node_of: NodeOf | None = None
+    nodes: Nodes | None = None
     overlap: bool = True
     max_in_flight_bytes: int | None = None
     _found: dict[tuple[object, ...], Planned] = field(default_factory=dict, init=False, repr=False)
@@ -64,7 +64,7 @@ class PlannedSchedule:
 
     @cached_property
     def digest(self) -> int:
-        settings = (self.num_ops, self.op_verb, self.row_bytes, self.overlap, self.max_in_flight_bytes)
+        settings = (self.num_ops, self.op_verb, self.row_bytes, self.nodes, self.overlap, self.max_in_flight_bytes)
         return digest("auto", self.model.to_json(), *settings)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
@@ -75,7 +75,7 @@ class PlannedSchedule:
         """The schedules of one step, and what they were chosen from."""
 
         def reduced(chunks: int, by: ChunkBy) -> StepShape:
-            shape = step_shape(exchange.chunked(chunks, by), row_bytes=self.row_bytes, node_of=self.node_of)
+            shape = step_shape(exchange.chunked(chunks, by), row_bytes=self.row_bytes, nodes=self.nodes)
             return replace(
                 shape,
                 rows=tuple(map(rounded, shape.rows)),

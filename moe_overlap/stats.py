@@ -11,6 +11,7 @@ from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import ChunkPlan
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
+from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.recorder import TimelineEvent
 
 
@@ -34,14 +35,20 @@ class LayerStats:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastStep:
-    """What a layer remembers of its last forward call. `plan` is None where one rank ran its ops in a row."""
+    """What a layer remembers of its last forward call. `plan` and `lanes` are None where one rank ran its ops in a
+    row."""
 
     routing: RoutingDecision
     plan: ChunkPlan | None
     payload_bytes: int
     schedule: Schedules
     pair: SchedulePair
-    events: list[TimelineEvent]
+    lanes: Lanes | None
+
+    @property
+    def events(self) -> list[TimelineEvent]:
+        """The executed actions, those of its backward too once it has run. On CUDA this waits for them."""
+        return [] if self.lanes is None else self.lanes.events
 
 
 def layer_stats(last: LastStep, placement: Placement) -> LayerStats:

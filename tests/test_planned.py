@@ -164,3 +164,24 @@ def test_a_larger_step_may_be_cut_otherwise():
     schedule = planned(cost_model(alpha_s=2e-6))
     cuts = [schedule.pair_for(exchange(rows=rows)).chunks for rows in (0, 1, 8, 64, 512)]
     assert cuts == sorted(cuts) and len(set(cuts)) > 2
+
+
+@pytest.mark.parametrize("op_verb", ["B", "S"])
+def test_ops_beside_the_exchanges_grow_with_the_tokens(op_verb):
+    """They were measured at the first step; the exchanges of a later one may be twice as long, and so are they."""
+    step = exchange()
+    ops = 2 if op_verb == "B" else 0
+    model = cost_model(ops, shared_s=3e-6, shared_backward_s=5e-6)
+    fixed, growing = (
+        planned(one, num_ops=ops, op_verb=op_verb).planned(step).windows
+        for one in (model, replace(model, measured_rows=192.0))
+    )
+    for phase in ("forward", "backward"):
+        assert growing[phase].ops_s == tuple(2 * seconds for seconds in fixed[phase].ops_s), "384 rows, not 192"
+        assert fixed[phase].ops_s
+
+
+def test_the_digest_knows_the_nodes():
+    model = cost_model(exchange={"inter": line(1e-9), "intra": line(1e-10)})
+    digests = {planned(model, nodes=nodes).digest for nodes in (None, (0, 0), (0, 1))}
+    assert len(digests) == 3

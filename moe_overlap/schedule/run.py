@@ -9,7 +9,6 @@ between the backwards of the user's modules. The arithmetic is in `rows.py`.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.plan import BLOCKS, ExchangePlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
+from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -49,7 +49,7 @@ class Step:
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
         self.phase = phase
-        self.lanes = Lanes(transport, phase)
+        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device))
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
@@ -152,10 +152,10 @@ class Step:
     def _run_op(self, action: Action, op: Callable[[Any], torch.Tensor]) -> None:
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
         self._before_op()
-        start_s = time.perf_counter()
+        start = self.lanes.now()
         with closing_on_error(self.transport, action.text):
             result = op(self.hidden)
-        self.lanes.note(action.text, "comp", start_s, time.perf_counter())
+        self.lanes.note(action.text, "comp", start, self.lanes.now())
         if self.grad and result.requires_grad:
             result = Marker.apply(self, f"{action.verb}t{'' if action.index is None else action.index}", result)
         if action.verb == "B":
