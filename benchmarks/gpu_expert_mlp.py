@@ -13,7 +13,6 @@ the committed table. A last row sums up.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -89,8 +88,8 @@ def double_rate(size: int = 4096) -> float:
 
 
 def poison(size_bytes: int) -> None:
-    """What is allocated next holds NaN."""
-    torch.full((max(1, size_bytes // 4),), math.nan, device=DEVICE)
+    """What is allocated next holds NaN, in every dtype of floats."""
+    torch.full((size_bytes,), 255, dtype=torch.uint8, device=DEVICE)
 
 
 def check(contender: ways.Contender, inputs: Inputs, want: Right) -> Checked:
