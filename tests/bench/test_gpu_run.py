@@ -121,7 +121,7 @@ def test_nothing_is_verified_by_a_red_or_an_empty_run(run: gpu_run.Run, record: 
 def test_bad_options_and_no_gpu(capsys) -> None:
     with pytest.raises(SystemExit):
         gpu_run.main(["--skip", "tests"])
-    assert "expected some of sanitize, probe, kernels" in capsys.readouterr().err
+    assert "expected some of sanitize, probe, kernels, expert_mlp" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert gpu_run.main([]) == 2
         assert "make gpu: no CUDA device" in capsys.readouterr().err
