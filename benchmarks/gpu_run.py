@@ -1,6 +1,6 @@
 """`make gpu`: build in this environment, test on the GPU, sanitize, measure. Everything within nine minutes.
 
-    python benchmarks/gpu_run.py [--skip sanitize,probe,kernels] [--tests PATH ...] [--out FOLDER]
+    python benchmarks/gpu_run.py [--skip sanitize,probe,kernels,expert_mlp] [--tests PATH ...] [--out FOLDER]
 
 Correctness comes first: after a failing test or a finding no kernel of ours is timed (the probe, which has none, still
 runs), and after a failing test nothing is recorded as verified. When the tests pass, the pairs of operator and dtype
@@ -37,12 +37,13 @@ sys.path.insert(0, str(ROOT))
 STATUS = ROOT / "docs/status.md"
 TABLE_BEGIN, TABLE_END = "<!-- from moe_overlap/ops/verified.json -->", "<!-- end -->"
 LIMIT_S = 540.0
-BUILD_S, TESTS_S, SANITIZE_S, PROBE_S, KERNELS_S = 120.0, 190.0, 75.0, 150.0, 200.0  # the most of each
-KERNELS_LEAST_S = 100.0  # that the probe leaves to the kernels
-LAST_S = 20.0  # what a benchmark has begun when its time is over may take so long
+BUILD_S, TESTS_S, SANITIZE_S = 120.0, 190.0, 75.0  # the most of each
 KILLED_S = 10.0  # that the output of a killed command may take
 TEST_PROCESSES = 6  # on one GPU: compiling and the references take most of the time
-PARTS = ("sanitize", "probe", "kernels")
+SHARES = {"probe": 11, "kernels": 8, "expert_mlp": 14}
+"""The benchmarks, and how they share the time that is left; what one does not need goes to those after it."""
+FINISH_S = 25.0  # for what was begun before nothing new is begun
+PARTS = ("sanitize", *SHARES)
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND_STATUS = 86
 """What compute-sanitizer exits with when it found something: no status of pytest."""
@@ -278,12 +279,14 @@ def test(run: Run, paths: Sequence[str]) -> bool:
     return passed
 
 
-def benchmark(run: Run, part: str, most_s: float) -> None:
-    """gpu_<part>.py, told when to end by itself, so that it still says what it has left out."""
-    most_s = min(most_s, run.left_s())
-    words = (f"--out={run.file}", f"--most-s={max(0.0, most_s - LAST_S):.0f}")
-    done = run.command(sys.executable, f"benchmarks/gpu_{part}.py", *words, most_s=most_s)
-    run.record(kind=part, seconds=round(done.seconds, 1), status=done.status)
+def measure(run: Run, parts: Sequence[str]) -> None:
+    """These benchmarks, one after the other, each within its limit."""
+    for place, part in enumerate(parts):
+        limit_s = run.left_s() * SHARES[part] / sum(SHARES[later] for later in parts[place:])
+        new_s = max(1.0, limit_s - FINISH_S)
+        words = (f"benchmarks/gpu_{part}.py", f"--out={run.file}", f"--most-s={new_s:.0f}")
+        done = run.command(sys.executable, *words, most_s=limit_s)
+        run.record(kind=part, seconds=round(done.seconds, 1), status=done.status)
 
 
 def digest(run: Run) -> list[str]:
@@ -313,14 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     passed = test(run, options.tests)
     clean = sanitize(run) if "sanitize" not in skipped else True
-    timed = passed and clean and "kernels" not in skipped
-    if "probe" not in skipped:
-        benchmark(run, "probe", min(PROBE_S, run.left_s() - (KERNELS_LEAST_S if timed else 0.0)))
-    if timed:
-        benchmark(run, "kernels", KERNELS_S)
+    begun = [part for part in SHARES if part not in skipped and (passed and clean or part == "probe")]
+    measure(run, begun)
     print("\n".join(["", *digest(run)]))
     if not (passed and clean):
-        print("make gpu: a test or a sanitizer found something: no kernel was timed", file=sys.stderr)
+        print("make gpu: a test or a sanitizer found something: no kernel of ours was timed", file=sys.stderr)
     print(f"{run.file}: {LIMIT_S - run.left_s():.0f} s in all")
     return 0 if passed and clean else 1
 

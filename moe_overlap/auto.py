@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from moe_overlap.autograd import closing_on_error
 from moe_overlap.config import cache_dir
 from moe_overlap.dispatch import Dispatcher, check_routing
 from moe_overlap.errors import ConfigError
-from moe_overlap.measure.calibrate import MAX_GROUPS, StepTimes, calibrate, gathered
+from moe_overlap.measure.calibrate import MAX_GROUPS, Nodes, StepTimes, calibrate, gathered
 from moe_overlap.measure.machine import hardware
 from moe_overlap.ops import registry
 from moe_overlap.plan import PHASES, ChunkBy
@@ -37,6 +36,7 @@ from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, serial, window
+from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Op = Callable[[torch.Tensor], torch.Tensor]
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
 UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
 
@@ -92,7 +92,9 @@ class ProbeInputs:
 
         x_TD, w_in, w_out, weights_TK = map(leaf, (self.x_TD, self.w_in, self.w_out, self.weights_TK))
         h = None if self.h is None else leaf(self.h.clone())  # in inference an op may change it in place
-        start_s = time.perf_counter()
+        clock = clock_for(self.x_TD.device)
+        assert clock is not None, "probes are recorded"
+        start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
         step = Step(self.transport, weights, phase=PHASES[0])
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
@@ -103,7 +105,7 @@ class ProbeInputs:
         y_TD = step.run(self.backbone, None if shared is None else lambda: shared(x_shared))
         outputs = [y_TD] if h is None else [y_TD, step.take_hidden()]
         outputs += [one for one in [step.take_shared()] if one is not None]
-        forward_s = time.perf_counter() - start_s
+        middle = clock.now()
         if grad:
             # Tensor hooks would run on these gradients, which are no one's.
             parameters = [p for module in self.modules for p in module.parameters()
@@ -111,9 +113,9 @@ class ProbeInputs:
             leaves = [one for one in (x_TD, w_in, w_out, weights_TK, h, *parameters) if one is not None]
             reached = [one for one in outputs if one.requires_grad]
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
-        end_s = time.perf_counter()
-        backward_s = end_s - start_s - forward_s if grad else 0.0
-        return StepTimes(events=step.events, forward_s=forward_s, backward_s=backward_s, exchange=exchange)
+        start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
+        return StepTimes(events=step.events, forward_s=middle_s - start_s,
+                         backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
 
 
 @dataclass(eq=False, kw_only=True)
@@ -143,11 +145,6 @@ class AutoSchedule:
 
         A step in which no rank has a row tells nothing: it runs joined, and the next one calibrates.
         """
-        if x_TD.is_cuda:
-            # On every rank alike, before anyone waits: what would be measured is how long launches take.
-            raise NotImplementedError(
-                'schedule="auto" on CUDA: calibration times actions on the host (missing: CUDA events)'
-            )
         dispatcher, shared = layer.dispatcher, layer.shared_expert
         modules = [op for op in (layer.router, *backbone, shared) if isinstance(op, nn.Module)]
         with undisturbed(modules, x_TD.device):
@@ -173,7 +170,7 @@ class AutoSchedule:
         """Load or measure the cost model of the coming steps. Collective."""
         dtype = inputs.x_TD.dtype
         row_bytes = inputs.x_TD.shape[1] * dtype.itemsize
-        node_of = topology(inputs.transport)
+        nodes = topology(inputs.transport)
         key = cache_key(inputs)
         first = inputs.transport.rank == 0
         model = shared_model(inputs.transport, load(key) if first else None, inputs.x_TD.device)
@@ -186,7 +183,7 @@ class AutoSchedule:
                 inputs.transport,
                 groups=min(MAX_GROUPS, inputs.w_in.shape[0]),
                 row_bytes=row_bytes,
-                node_of=node_of,
+                nodes=nodes,
                 device=inputs.x_TD.device,
                 source=source,
             )
@@ -195,7 +192,7 @@ class AutoSchedule:
             assert model is not None
             self.kept_in = store(key, model) if first else None
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,
-                                   node_of=node_of, overlap=self.overlap,
+                                   nodes=nodes, overlap=self.overlap,
                                    max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
         self.found[inputs.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
@@ -214,10 +211,10 @@ def refuse_units(ops: Sequence[Op | None]) -> None:
         raise ConfigError("schedule", "auto", f"{expected} around them)")
 
 
-def topology(transport: Transport) -> Callable[[int], int] | None:
+def topology(transport: Transport) -> Nodes | None:
     """The node of each rank, where the transport knows."""
     known = getattr(transport, "topology", None)
-    return None if known is None else known.node_of
+    return None if known is None else tuple(known.node_of(rank) for rank in range(transport.world_size))
 
 
 @contextmanager
@@ -248,7 +245,7 @@ def cache_key(inputs: ProbeInputs) -> dict[str, Any]:
     from moe_overlap import __version__
 
     d, device = inputs.dispatcher, inputs.x_TD.device
-    link, node_of = getattr(inputs.transport, "link", None), topology(inputs.transport)
+    link, nodes = getattr(inputs.transport, "link", None), topology(inputs.transport)
     return {
         "cache": CACHE_VERSION,
         "moe_overlap": __version__,
@@ -260,7 +257,7 @@ def cache_key(inputs: ProbeInputs) -> dict[str, Any]:
         "world_size": inputs.transport.world_size,
         "transport": inputs.transport.name,
         "link": None if link is None else str(link),
-        "nodes": None if node_of is None else [node_of(rank) for rank in range(inputs.transport.world_size)],
+        "nodes": None if nodes is None else list(nodes),
         "tokens": inputs.x_TD.shape[0],
         "hidden": d.hidden,
         "ffn_hidden": d.ffn_hidden,

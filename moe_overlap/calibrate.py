@@ -45,6 +45,7 @@ class CalibrateOptions:
     shared: int = 0
     dtype: str = "bf16"
     link: str = "none"
+    device: str = "cpu"
     phase: str = "train"
     out: str = ""
     timeout_s: float = 120.0
@@ -62,9 +63,15 @@ class CalibrateOptions:
         if self.phase not in PHASES:
             raise ConfigError("--phase", self.phase, f"one of {', '.join(PHASES)}")
         try:
-            LinkSpec.parse(self.link)
+            link = LinkSpec.parse(self.link)
         except ConfigError as error:
             raise ConfigError("--link", self.link, error.expected) from None
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError("--device", self.device, "cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device", self.device, f"cpu: torch {torch.__version__} sees no CUDA device")
+        if self.device == "cuda" and link is not None:
+            raise ConfigError("--link", self.link, "none on CUDA: only CPU ranks have an emulated link")
 
 
 HELP = {
@@ -78,6 +85,7 @@ HELP = {
     "top_k": "experts per token",
     "shared": "width of a shared expert; 0: none",
     "dtype": ", ".join(DTYPES),
+    "device": "cpu (gloo) or cuda (NCCL, one device a rank)",
     "link": "none (the network that is there), or RATE[:LATENCY] of an emulated one",
     "phase": "infer: forward only; train: forward and backward",
     "out": "file for the cost model, which moe-overlap plan --cost-model reads",
@@ -102,7 +110,8 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
 def main(argv: Sequence[str]) -> int:
     """Calibrate on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
     options = parse(argv, ranks=torchrun_world_size())
-    return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
+    cuda = options.device == "cuda"
+    return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM, cuda=cuda)
 
 
 def run_rank(world: World, argv: Sequence[str]) -> int:
@@ -131,7 +140,11 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float]:
     """(a layer after its first step under "auto", seconds of that step). Collective."""
     assert world.group is not None
-    core = ProcessGroupTransport(world.group, timeout_s=options.timeout_s)
+    if options.device == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise ConfigError("--device", options.device, f"a device for every rank; {torch.cuda.device_count()} here")
+        torch.cuda.set_device(world.local_rank)
+    core = ProcessGroupTransport(world.group, timeout_s=options.timeout_s, device=options.device)
     transport: Transport = core
     link = LinkSpec.parse(options.link)
     if link is not None:
@@ -139,9 +152,11 @@ def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float
         transport = EmulatedLinkTransport(core, link, topology)
     torch.manual_seed(0)
     layer = MoELayer(options.hidden, options.ffn, options.experts, options.top_k, transport=transport, schedule="auto",
-                     shared_expert_size=options.shared or None, dtype=DTYPES[options.dtype])  # fmt: skip
+                     shared_expert_size=options.shared or None, device=options.device,
+                     dtype=DTYPES[options.dtype])  # fmt: skip
     generator = torch.Generator().manual_seed(1 + world.rank)
-    x_TD = torch.randn(options.tokens, options.hidden, generator=generator).to(DTYPES[options.dtype])
+    x_TD = torch.randn(options.tokens, options.hidden, generator=generator)
+    x_TD = x_TD.to(options.device, DTYPES[options.dtype])
     train = options.phase == "train"
     start_s = time.perf_counter()
     with torch.set_grad_enabled(train):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from moe_overlap.ops import registry
 from moe_overlap.planned import Planned, PlannedSchedule
 from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.schedule.actions import Schedule
@@ -26,9 +25,14 @@ def measured_durations(events: Sequence[TimelineEvent], phase: str) -> dict[str,
 
 
 def explain(
-    pair: SchedulePair, events: Sequence[TimelineEvent], transport: Transport, *, last: LastStep | None = None
+    pair: SchedulePair,
+    events: Sequence[TimelineEvent],
+    transport: Transport,
+    *,
+    computes: Sequence[str],
+    last: LastStep | None = None,
 ) -> str:
-    """A page of text; see `MoELayer.explain`. `last`: the step that ran `pair`."""
+    """A page of text; see `MoELayer.explain`. `computes`: the registry's lines; `last`: the step that ran `pair`."""
     lines = [
         f"schedule {pair.name}: {pair.chunks} chunk(s) by {pair.by}"
         + ("" if pair.slot is None else f", slot {pair.slot}")
@@ -40,7 +44,7 @@ def explain(
         lines.append(_times(schedule, measured_durations(events, name), joined=pair.joined))
     if last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule):
         lines += _planned(last.schedule, last.schedule.planned(last.plan.exchange), events)
-    return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in registry.explain())])
+    return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in computes)])
 
 
 def _planned(schedule: PlannedSchedule, planned: Planned, events: Sequence[TimelineEvent]) -> list[str]:
@@ -63,7 +67,8 @@ def window_s(events: Sequence[TimelineEvent], phase: str) -> float | None:
 def _times(schedule: Schedule, durations_s: dict[str, float], *, joined: bool) -> str:
     missing = [action.text for action in schedule if action.text not in durations_s]
     if missing:
-        return f"no times: {' '.join(missing)} not measured yet (run this phase once)"
+        how = "run this phase once; on CUDA inside moe_overlap.measure.timeline.record()"
+        return f"no times: {' '.join(missing)} not measured yet ({how})"
     known = {action.text: durations_s[action.text] for action in schedule}
     off = makespan_s(schedule, known, joined=True) * 1e3
     on = makespan_s(schedule, known) * 1e3

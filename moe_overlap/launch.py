@@ -69,9 +69,14 @@ def torchrun_world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"])
 
 
-def join_torchrun(timeout_s: float) -> World:
+def _backend(cuda: bool) -> str:
+    """gloo, and NCCL beside it where rows are on CUDA devices."""
+    return "cpu:gloo,cuda:nccl" if cuda else "gloo"
+
+
+def join_torchrun(timeout_s: float, *, cuda: bool = False) -> World:
     """Join the world that torchrun made. The caller destroys the process group when done."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(_backend(cuda), timeout=timedelta(seconds=timeout_s))
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -83,21 +88,23 @@ def join_torchrun(timeout_s: float) -> World:
 RankMain = Callable[[World, Sequence[str]], int]
 
 
-def run(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str) -> int:
+def run(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str, cuda: bool = False) -> int:
     """Run `main(world, argv)` on torchrun's ranks where torchrun started this process, else here for one rank, else in
-    new processes; the exit status."""
+    new processes; the exit status. `cuda`: the group has NCCL too."""
     if torchrun_world_size() is not None:
-        world = join_torchrun(timeout_s)
+        world = join_torchrun(timeout_s, cuda=cuda)
         try:
             return main(world, argv)
         finally:
             dist.destroy_process_group()
     if ranks == 1:
         return main(World(), argv)
-    return spawn(main, argv, ranks, timeout_s=timeout_s, program=program)
+    return spawn(main, argv, ranks, timeout_s=timeout_s, program=program, cuda=cuda)
 
 
-def spawn(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str) -> int:
+def spawn(
+    main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str, cuda: bool = False
+) -> int:
     """Run `main(world, argv)` in `ranks` new processes on this machine; the first non-zero exit status, else 0.
 
     When one rank ends badly the others get a few seconds to say so themselves and are then ended. No process outlives
@@ -109,7 +116,7 @@ def spawn(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, 
     children = [
         context.Process(
             target=_child,
-            args=(main, tuple(argv), rank, ranks, store.port, timeout_s),
+            args=(main, tuple(argv), rank, ranks, store.port, timeout_s, cuda),
             name=f"rank {rank}",
             daemon=True,
         )
@@ -154,12 +161,13 @@ def _end(children: Sequence[process.BaseProcess]) -> None:
             child.join(GRACE_S)
 
 
-def _child(main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int, timeout_s: float) -> None:
+def _child(main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int, timeout_s: float, cuda: bool) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # All ranks are on this machine: gloo is to listen on the loopback interface, not on the host's address.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timedelta(seconds=START_LIMIT_S))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    limit = timedelta(seconds=timeout_s)
+    dist.init_process_group(_backend(cuda), store=store, rank=rank, world_size=ranks, timeout=limit)
     status = 1
     try:
         status = main(World(rank=rank, size=ranks, local_rank=rank, group=dist.group.WORLD), argv)

@@ -6,7 +6,6 @@ Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, 
 from __future__ import annotations
 
 import copy
-import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -127,7 +126,7 @@ class MoELayer(Tickets, nn.Module):
         if shared_expert_size is not None:
             self.shared_expert = SharedExpert(hidden_size, shared_expert_size, activation, **factory)
         if transport is None:
-            transport = open_transport(group, timeout_s=timeout_s)
+            transport = open_transport(group, timeout_s=timeout_s, device=device)
         self.transport = transport
         shared = shared_expert_size is not None
         self.schedule: SchedulePair | AutoSchedule
@@ -226,10 +225,10 @@ class MoELayer(Tickets, nn.Module):
             rows_TD = x_rows.to(dtype)
         except Exception as error:
             self.dispatcher.refuse(error, schedule)
-        start_s = time.perf_counter()
+        start = step.lanes.now()
         exchange = self.dispatcher.plan(slots_TK, rows_TD, schedule, status=routing.status)
         step.bind(schedule, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
-        step.lanes.note("N", "wire", start_s, time.perf_counter())
+        step.lanes.note("N", "wire", start, step.lanes.now())
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,7 +250,7 @@ class MoELayer(Tickets, nn.Module):
         if not torch.compiler.is_compiling() and current_phase() == 0:
             assert isinstance(self.schedule, SchedulePair)
             self._remember(LastStep(routing=routing, plan=None, payload_bytes=0, schedule=self.schedule,
-                                    pair=self.schedule, events=[]))  # fmt: skip
+                                    pair=self.schedule, lanes=None))  # fmt: skip
         return y_TD.reshape(x.shape)
 
     # ---------------------------------------------------------------- what it says about itself
@@ -260,20 +259,25 @@ class MoELayer(Tickets, nn.Module):
         """The last forward call. Raises RuntimeError before the first one."""
         if self._last_step is None:
             raise RuntimeError("no forward call yet")
-        return layer_stats(self._last_step, self.dispatcher.placement)
+        return layer_stats(self._last_step, self.dispatcher.placement, self._computes())
 
     def explain(self) -> str:
         """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
         last = self._last_step
         if last is not None:
-            return explain(last.pair, last.events, self.transport, last=last)
+            return explain(last.pair, last.events, self.transport, computes=self._computes(), last=last)
         if isinstance(self.schedule, AutoSchedule):
             return 'schedule "auto": the first forward call calibrates, then chooses'
-        return explain(self.schedule, [], self.transport)
+        return explain(self.schedule, [], self.transport, computes=self._computes())
+
+    def _computes(self) -> list[str]:
+        """What runs on the device and in the dtype of the experts, one line per op, with reasons."""
+        return ops.registry.explain(self.down_proj.device, self.down_proj.dtype)
 
     @property
     def last_events(self) -> list[TimelineEvent]:
-        """The executed actions of the last forward call, and of its backward once that has run."""
+        """The executed actions of the last forward call, and of its backward once that has run. On CUDA only steps
+        inside `record()` are timed: without it there are none."""
         return [] if self._last_step is None else self._last_step.events
 
     @property
@@ -385,7 +389,7 @@ class MoELayer(Tickets, nn.Module):
         returned = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.recv_counts)
         payload_bytes = (sent + returned) * step.layout.row_bytes
         self._remember(LastStep(routing=routing, plan=step.plan, payload_bytes=payload_bytes, schedule=step.schedule,
-                                pair=step.pair, events=step.events))  # fmt: skip
+                                pair=step.pair, lanes=step.lanes))  # fmt: skip
         if step.grad and self.transport.world_size > 1:
             self._tail = y_TD.reshape(-1)[:0]
 
@@ -394,13 +398,17 @@ class MoELayer(Tickets, nn.Module):
         self._aux_loss = last.routing.aux_loss
 
 
-def open_transport(group: Any, *, timeout_s: float | None = None) -> Transport:
-    """The transport for `group`: None (one rank), a ProcessGroup or a one-dimensional DeviceMesh."""
+def open_transport(
+    group: Any, *, timeout_s: float | None = None, device: torch.device | str | None = None
+) -> Transport:
+    """The transport for `group`: None (one rank), a ProcessGroup or a one-dimensional DeviceMesh. `device`: where a
+    layer was asked to be; a group for the CPU and CUDA both has a backend for each."""
     if group is None:
         return LocalTransport()
     from moe_overlap.transport.process_group import ProcessGroupTransport
 
-    return ProcessGroupTransport(group, timeout_s=timeout_s)
+    device = torch.get_default_device() if device is None else torch.device(device)
+    return ProcessGroupTransport(group, timeout_s=timeout_s, device=device if device.type == "cuda" else None)
 
 
 def _raise_bad_logits(status: torch.Tensor) -> None:

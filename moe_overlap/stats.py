@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moe_overlap import ops
 from moe_overlap.placement.placement import Placement
 from moe_overlap.plan import ChunkPlan
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
+from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.recorder import TimelineEvent
 
 
@@ -34,18 +35,24 @@ class LayerStats:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastStep:
-    """What a layer remembers of its last forward call. `plan` is None where one rank ran its ops in a row."""
+    """What a layer remembers of its last forward call. `plan` and `lanes` are None where one rank ran its ops in a
+    row."""
 
     routing: RoutingDecision
     plan: ChunkPlan | None
     payload_bytes: int
     schedule: Schedules
     pair: SchedulePair
-    events: list[TimelineEvent]
+    lanes: Lanes | None
+
+    @property
+    def events(self) -> list[TimelineEvent]:
+        """The executed actions, those of its backward too once it has run. On CUDA this waits for them."""
+        return [] if self.lanes is None else self.lanes.events
 
 
-def layer_stats(last: LastStep, placement: Placement) -> LayerStats:
-    """The statistics of one call."""
+def layer_stats(last: LastStep, placement: Placement, computes: Sequence[str]) -> LayerStats:
+    """The statistics of one call. `computes`: the registry's lines."""
     if last.plan is None:
         ids = last.routing.topk_ids_TK.reshape(-1).cpu()
         counts_E = torch.bincount(ids[ids >= 0].long(), minlength=placement.num_experts)
@@ -62,5 +69,5 @@ def layer_stats(last: LastStep, placement: Placement) -> LayerStats:
         payload_bytes=last.payload_bytes,
         overload=overload,
         schedule=last.pair.forward.text,
-        implementation=tuple(ops.registry.explain()),
+        implementation=tuple(computes),
     )

@@ -132,7 +132,7 @@ def test_ranks_on_different_hardware_agree(monkeypatch):
         return next(iter(layer.schedule.found.values())).digest
 
     monkeypatch.setattr(measuring, "ROUNDS", (1, 1))
-    monkeypatch.setattr(measuring, "fit", lambda *_, source: cost_model(source=source))
+    monkeypatch.setattr(measuring, "fit", lambda *_, source, **__: cost_model(source=source))
     first, second = virtual_world(2).run(rank)
     assert first == second and next(numbers) > 2
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_overlap.calibrate import parse
 from moe_overlap.errors import ConfigError
@@ -50,6 +51,7 @@ def test_inference_has_no_backward(tmp_path):
         (["--link", "fast"], "--link"),
         (["--dtype", "int8"], "--dtype"),
         (["--phase", "both"], "--phase"),
+        (["--device", "tpu"], "--device"),
         (["--tokens", "0"], "--tokens"),
         (["--ranks", "3", "--ranks-per-node", "2"], "--ranks-per-node"),
     ],
@@ -58,3 +60,9 @@ def test_bad_options(words, field):
     with pytest.raises(ConfigError) as error:
         parse(words)
     assert error.value.field == field
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused_at_once():
+    with pytest.raises(ConfigError, match="sees no CUDA device"):
+        parse(["--device", "cuda"])

@@ -16,8 +16,7 @@ from moe_overlap.measure.calibrate import MAX_GROUPS, StepTimes, calibrate, step
 from moe_overlap.measure.machine import hardware
 from moe_overlap.plan import ChunkBy, ExchangePlan
 from moe_overlap.planned import Planned, PlannedSchedule
-from moe_overlap.planning.cost_model import window
-from moe_overlap.planning.search import evaluate
+from moe_overlap.planning.predict import predict
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.builders import SchedulePair, chunked
@@ -44,18 +43,13 @@ class CasePlan:
 
     def predicted_s(self, pair: SchedulePair) -> float:
         """Seconds of the whole timed unit under `pair`: its windows, exactly simulated, and what lies outside."""
-        model, s = self.schedule.model, self.schedule
-        phases: tuple[Phase, ...] = ("forward", "backward") if self.exchange.grad_enabled else ("forward",)
-        total = 0.0
-        for phase in phases:
-            forward = phase == "forward"
-            chunks, by = (pair.chunks, pair.by) if forward else (pair.backward_chunks, pair.backward_by)
-            shape = step_shape(self.exchange.chunked(chunks, by), row_bytes=s.row_bytes, node_of=s.node_of)
-            problem = window(model, [shape], phase, op_verb=s.op_verb, num_ops=s.num_ops)
-            order = pair.forward if forward else pair.backward
-            total += model.outside(phase, s.num_ops)
-            total += evaluate(problem, order, chunks=chunks, by=by, joined=pair.joined)
-        return total
+        s = self.schedule
+        cuts: dict[Phase, tuple[int, ChunkBy]] = {"forward": (pair.chunks, pair.by)}
+        if self.exchange.grad_enabled:
+            cuts["backward"] = (pair.backward_chunks, pair.backward_by)
+        shapes = {phase: step_shape(self.exchange.chunked(*cut), row_bytes=s.row_bytes, nodes=s.nodes)
+                  for phase, cut in cuts.items()}  # fmt: skip
+        return sum(found.whole_s for found in predict(s.model, pair, shapes).values())
 
 
 def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePlan:
@@ -63,7 +57,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
     num_ops = len(model.op_names) if model.position else 0
     op_verb: OpVerb = "S" if model.case == "shared1" else "B"
     row_bytes = model.sizes.hidden * model.dtype.itemsize
-    node_of = topology(transport)
+    nodes = topology(transport)
 
     def pair_of(chunks: int, by: ChunkBy) -> SchedulePair:
         if model.position:
@@ -88,11 +82,11 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
         transport,
         groups=min(MAX_GROUPS, model.moe.down_proj.shape[0]),
         row_bytes=row_bytes,
-        node_of=node_of,
+        nodes=nodes,
         device=torch.device("cpu"),
         source=f"measured on {hardware()}",
     )
-    schedule = PlannedSchedule(model=found, num_ops=num_ops, op_verb=op_verb, row_bytes=row_bytes, node_of=node_of)
+    schedule = PlannedSchedule(model=found, num_ops=num_ops, op_verb=op_verb, row_bytes=row_bytes, nodes=nodes)
     timed_s = sorted(runner.maximum(serial_s)[1:])  # the first run was to warm up
     quicker = timed_s[: -(-len(timed_s) // 2)]
     return CasePlan(schedule=schedule, exchange=model.moe.last_exchange, serial_s=median(quicker))

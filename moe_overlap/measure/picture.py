@@ -146,7 +146,7 @@ def draw_panel(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
     total_ms = 1e3 * (panel.end_s - panel.start_s)
     axes.axvline(total_ms, color="black", linewidth=1, linestyle=":")
     total = f"{total_ms:.0f} ms" if total_ms >= 100 else f"{total_ms:.3g} ms"
-    axes.text(total_ms, -0.62, total, ha="right", va="bottom", fontsize=9, fontweight="bold")
+    axes.set_title(total, fontsize=9, fontweight="bold", loc="right")
     axes.set_yticks(range(len(lanes)), [f"rank {rank} {'compute' if lane == 'comp' else 'wire'}"
                                         for rank, lane in lanes], fontsize=8)  # fmt: skip
     axes.set_ylim(len(lanes) - 0.5, -0.55)

@@ -96,6 +96,7 @@ class CostModel:
     shared_backward_s: float = 0.0
     outside_s: float = 0.0
     outside_backward_s: float = 0.0
+    measured_rows: float = 0.0
     issue_s: float = 0.0
     slowdown: Slowdown = Slowdown()
     source: str
@@ -103,7 +104,7 @@ class CostModel:
     def __post_init__(self) -> None:
         if not set(self.exchange) <= set(WIRES):
             raise ConfigError("exchange", sorted(self.exchange), f"models of wires among {', '.join(WIRES)}")
-        for name in _SECONDS:
+        for name in _NUMBERS:
             _check_seconds(name, getattr(self, name))
         for name in _OPS:
             for seconds in getattr(self, name):
@@ -130,7 +131,7 @@ class CostModel:
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists, dicts and the one text `source`: what `from_json` takes."""
         found: dict[str, Any] = {name: _plain(getattr(self, name)) for name in _AFFINE}
-        found |= {name: getattr(self, name) for name in (*_SECONDS, "source")}
+        found |= {name: getattr(self, name) for name in (*_NUMBERS, "source")}
         found |= {name: list(getattr(self, name)) for name in _OPS}
         found["exchange"] = {lane: _plain(line) for lane, line in self.exchange.items()}
         found["slowdown"] = {"compute": self.slowdown.compute, "wire": self.slowdown.wire}
@@ -140,7 +141,7 @@ class CostModel:
     def from_json(cls, data: object) -> CostModel:
         """The model of `to_json`. ConfigError names a key that is missing, unknown, or holds something else."""
         given = _object("cost model", data, [field.name for field in fields(cls)])
-        values: dict[str, Any] = {name: given[name] for name in _SECONDS}
+        values: dict[str, Any] = {name: given[name] for name in _NUMBERS}
         values |= {name: AlphaBeta(**_object(name, given[name], _LINE)) for name in _AFFINE}
         for name in _OPS:
             if not isinstance(given[name], list):
@@ -159,7 +160,7 @@ class CostModel:
 
 _LINE = ["alpha_s", "beta_s"]
 _AFFINE = tuple(field.name for field in fields(CostModel) if field.type == "AlphaBeta")
-_SECONDS = tuple(field.name for field in fields(CostModel) if field.type == "float")
+_NUMBERS = tuple(field.name for field in fields(CostModel) if field.type == "float")
 _OPS = tuple(field.name for field in fields(CostModel) if field.type == "tuple[float, ...]")
 
 
@@ -275,6 +276,8 @@ def window(
         ops_s = model.backbone_s if forward else model.backbone_backward_s
         ops_s = ops_s[len(ops_s) - _op_count(model, num_ops) :]
     slots_rows = shapes[0].slots_rows
+    if model.measured_rows:
+        ops_s = tuple(seconds * slots_rows / model.measured_rows for seconds in ops_s)
     return Window(
         phase=phase,
         op_verb=op_verb,

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from moe_overlap.autograd import autocast_off, closing_on_error
 from moe_overlap.plan import ChunkPlan, RowLayout
 from moe_overlap.schedule.actions import Action
-from moe_overlap.schedule.recorder import TimelineEvent, emit
+from moe_overlap.schedule.clocks import Clock, HostClock
+from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Transport, Work
+
+Note = tuple[str, str, str, Any, Any]  # phase, action, lane and the stamps of its start and end
 
 
 class Lanes:
-    """Starts exchanges and waits for them; keeps `events`, on the clock time.perf_counter."""
+    """Starts exchanges and waits for them; keeps `events`, on the clock time.perf_counter.
 
-    def __init__(self, transport: Transport, phase: str) -> None:
+    `clock`: of the compute lane (None: nothing is noted). The host's knows from the transport when bytes were under
+    way. A stream's does not: there they were from the start of the exchange to the end of the wait for it.
+    """
+
+    def __init__(self, transport: Transport, phase: str, clock: Clock | None) -> None:
         self.transport = transport
         self.phase = phase
-        self.events: list[TimelineEvent] = []
-        self._works: dict[Action, Work] = {}
-        self._open_op: tuple[str, float] | None = None
+        self.clock = clock
+        self._recording = recording()
+        self._notes: list[Note] = []
+        self._events: list[TimelineEvent] = []
+        self._works: dict[Action, tuple[Work, Any]] = {}
+        self._waited: dict[Action, Any] = {}  # when the wait for an exchange ended
+        self._open_op: tuple[str, Any] | None = None
 
     def bind(self, forward: ChunkPlan, backward: ChunkPlan, layout: RowLayout, *, joined: bool) -> None:
         """The agreed plans of the step's two halves and what a row carries; `joined`: overlap off."""
@@ -35,25 +46,31 @@ class Lanes:
     def start(self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None) -> None:
         """Start an exchange. C and Dt carry rows back to where they came from."""
         assert action.index is not None
+        start = self.now()
         work = self.transport.start(rows, self._plans[action.spec.phase], self._layout, action.index,
                                     reverse=action.verb in ("C", "Dt"), out=out, action=action.text)  # fmt: skip
-        self._works[action] = work
+        self._works[action] = work, start
         if self._joined:
-            start_s = time.perf_counter()
-            work.wait()
-            self.note(action.text, "wait", start_s, time.perf_counter())
+            self._stand_still(action, work)
 
     def wait(self, action: Action) -> torch.Tensor:
         """The rows of an exchange that was started."""
-        work = self._works.pop(action)
-        start_s = time.perf_counter()
-        rows = work.wait()
-        done_s = time.perf_counter()
+        work, start = self._works.pop(action)
         if not self._joined:
-            self.note(action.text, "wait", start_s, done_s)
-        # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
-        self.note(action.text, "wire", *(work.interval() or (done_s, done_s)))
+            self._stand_still(action, work)
+        rows, end = work.wait(), self._waited.pop(action)
+        if isinstance(self.clock, HostClock):
+            # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
+            start, end = work.interval() or (end, end)
+        self.note(action.text, "wire", start, end)
         return rows
+
+    def _stand_still(self, action: Action, work: Work) -> None:
+        """Wait for an exchange, and note the time that takes."""
+        start = self.now()
+        work.wait()
+        self._waited[action] = end = self.now()
+        self.note(action.text, "wait", start, end)
 
     # ---------------------------------------------------------------- compute
 
@@ -61,27 +78,51 @@ class Lanes:
     def acting(self, action: str, device_type: str, *, timed: bool) -> Iterator[None]:
         """Around the body of an action: peers learn of an error, autocast changes nothing, the time is noted."""
         with closing_on_error(self.transport, action), autocast_off(device_type):
-            start_s = time.perf_counter()
+            start = self.now() if timed else None
             yield
             if timed:
-                self.note(action, "comp", start_s, time.perf_counter())
+                self.note(action, "comp", start, self.now())
 
     def open_op(self, action: str) -> None:
         """The backward of a user's op begins now; it ends when the next node of this step runs."""
         self.close_op()
-        self._open_op = (action, time.perf_counter())
+        self._open_op = (action, self.now())
 
     def close_op(self) -> None:
         if self._open_op is not None:
-            action, start_s = self._open_op
+            action, start = self._open_op
             self._open_op = None
-            self.note(action, "comp", start_s, time.perf_counter())
+            self.note(action, "comp", start, self.now())
 
-    def note(self, action: str, lane: str, start_s: float, end_s: float) -> None:
-        """Record one executed action."""
+    # ---------------------------------------------------------------- time
+
+    def now(self) -> Any:
+        """A stamp of the clock."""
+        return None if self.clock is None else self.clock.now()
+
+    def note(self, action: str, lane: str, start: Any, end: Any) -> None:
+        """Record one executed action, between two stamps."""
+        if self.clock is None:
+            return
         in_backward = torch._C._current_graph_task_id() >= 0 and self.phase == "forward"
-        phase = "backward" if in_backward else self.phase
-        step = self._plans["forward"].exchange.step
-        event = TimelineEvent(self.transport.rank, step, phase, action, lane, start_s, end_s)
-        self.events.append(event)
-        emit(event)
+        self._notes.append(("backward" if in_backward else self.phase, action, lane, start, end))
+        # On CUDA backward runs in a thread of the engine: there the recorder of the forward call counts.
+        target = recording() or self._recording
+        if target is None or not target.open:
+            return
+        position = len(self._events) + len(self._notes) - 1
+        if isinstance(self.clock, HostClock):
+            target.events.append(self.events[position])
+        else:
+            target.pending.append(lambda: self.events[position])
+
+    @property
+    def events(self) -> list[TimelineEvent]:
+        """What was executed so far. On CUDA this waits for it."""
+        for phase, action, lane, start, end in self._notes:
+            assert self.clock is not None
+            step = self._plans["forward"].exchange.step
+            times = self.clock.seconds(start), self.clock.seconds(end)
+            self._events.append(TimelineEvent(self.transport.rank, step, phase, action, lane, *times))
+        self._notes.clear()
+        return self._events

@@ -8,9 +8,9 @@ print([event.action for event in events])
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +26,42 @@ class TimelineEvent:
     end_s: float
 
 
+@dataclass(eq=False)
+class Recording:
+    """The events of one `record()`, and those of a stream, whose time is known when the stream has passed them."""
+
+    events: list[TimelineEvent] = field(default_factory=list)
+    pending: list[Callable[[], TimelineEvent]] = field(default_factory=list)
+    open: bool = True
+
+
 _active = threading.local()
 
 
 @contextmanager
 def record() -> Iterator[list[TimelineEvent]]:
-    """Collects the events of this thread's layers, forward and backward, in the order in which they ended."""
-    events: list[TimelineEvent] = []
-    outer = getattr(_active, "events", None)
-    _active.events = events
+    """Collects the events of this thread's layers, forward and backward, in the order in which they ended.
+
+    Those of CUDA steps, which are timed nowhere else, are in the list when the context ends, which waits for them.
+    """
+    mine, outer = Recording(), recording()
+    _active.recording = mine
     try:
-        yield events
+        yield mine.events
+        mine.events += [read() for read in mine.pending]
     finally:
-        _active.events = outer
+        mine.open = False
+        _active.recording = outer
+
+
+def recording() -> Recording | None:
+    """The recorder of this thread."""
+    found: Recording | None = getattr(_active, "recording", None)
+    return found
 
 
 def emit(event: TimelineEvent) -> None:
     """Hand one event to the recorder of this thread, if there is one."""
-    events = getattr(_active, "events", None)
-    if events is not None:
-        events.append(event)
+    found = recording()
+    if found is not None:
+        found.events.append(event)

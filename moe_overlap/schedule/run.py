@@ -9,7 +9,6 @@ between the backwards of the user's modules. The arithmetic is in `rows.py`.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +29,11 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.plan import BLOCKS, ExchangePlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
+from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
 from moe_overlap.schedule.recorder import TimelineEvent
-from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved
+from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
 from moe_overlap.transport.base import Transport
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -48,8 +48,9 @@ class Step:
         self.transport = transport
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
+        self._num_sms = experts_sms(weights.w_in.device)
         self.phase = phase
-        self.lanes = Lanes(transport, phase)
+        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device))
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
@@ -152,10 +153,10 @@ class Step:
     def _run_op(self, action: Action, op: Callable[[Any], torch.Tensor]) -> None:
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
         self._before_op()
-        start_s = time.perf_counter()
+        start = self.lanes.now()
         with closing_on_error(self.transport, action.text):
             result = op(self.hidden)
-        self.lanes.note(action.text, "comp", start_s, time.perf_counter())
+        self.lanes.note(action.text, "comp", start, self.lanes.now())
         if self.grad and result.requires_grad:
             result = Marker.apply(self, f"{action.verb}t{'' if action.index is None else action.index}", result)
         if action.verb == "B":
@@ -220,7 +221,7 @@ class Step:
     # ---------------------------------------------------------------- forward: the bodies
 
     def _permute(self, _: int | None) -> None:
-        self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK)
+        self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK, num_sms=self._num_sms)
 
     def _start_dispatch(self, c: int) -> None:
         self.lanes.start(Action("D", c), self._rows.of(self._rows.send, c))
@@ -296,6 +297,7 @@ class Step:
             dy_TD,
             need_dx=self.plan.exchange.x_requires_grad,
             need_dw=self._need_dw,
+            num_sms=self._num_sms,
         )
         self._grads_of = torch._C._current_graph_task_id()
         return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)

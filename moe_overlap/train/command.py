@@ -17,7 +17,7 @@ from moe_overlap.launch import World, run, torchrun_world_size
 from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.train.checkpoint import find_checkpoint, identity
 from moe_overlap.train.loop import Trained, evaluate, train
-from moe_overlap.train.model import split_parameters
+from moe_overlap.train.model import moe_layers, split_parameters
 from moe_overlap.train.options import IDENTITY, TrainOptions, parse
 from moe_overlap.train.report import RunLog
 from moe_overlap.train.routing_file import save_routing
@@ -147,7 +147,11 @@ def _start_event(options: TrainOptions, corpus: Corpus, first: int) -> dict[str,
 
 
 def _finish(trained: Trained, options: TrainOptions, corpus: Corpus, world: World, log: RunLog) -> None:
-    """The held-out result in the log and on stderr, and the routing file where asked for."""
+    """The schedules of the last step, the held-out result, in the log and on stderr, and the routing file if asked."""
+    ran = [layer.stats().schedule for layer in moe_layers(trained.model)] if trained.losses else []
+    log.write({"event": "schedules", "forward": ran})
+    if options.schedule == "auto":
+        log.say(f"auto chose, forward: {'; '.join(dict.fromkeys(ran)) or 'nothing, as no step was left'}")
     if options.save_routing is not None:
         save_routing(Path(options.save_routing), trained.model, options, corpus, world)
     dense, expert = split_parameters(trained.model)

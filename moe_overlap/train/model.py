@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,16 +111,16 @@ def moe_block(options: TrainOptions, group: dist.ProcessGroup | None) -> nn.Modu
     )
     if options.position:
         middle = (options.window_ops + 1) // 2
+        order: dict[str, Any] = {"slot": middle if options.slot is None else options.slot, "chunks": options.chunks}
         return ShortcutBlock(
             backbone,
             new_layer(),
             tap=tap_of_position(options.position),
-            slot=middle if options.slot is None else options.slot,
             shared_expert=MLP(options.hidden, options.ffn),
             combine="gated",
             pre_norm=nn.RMSNorm(options.hidden, eps=NORM_EPS),
-            chunks=options.chunks,
             overlap=overlap,
+            **({"schedule": "auto"} if options.schedule == "auto" else order),
         )
     default = "chunked(2)" if options.kind == "top2" else "shared_expert"
     shared = None if options.kind == "top2" else options.ffn

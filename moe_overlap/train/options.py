@@ -77,14 +77,16 @@ class TrainOptions:
 
     def _check_schedule(self) -> None:
         if self.kind.startswith("scmoe"):
-            if self.schedule is not None:
-                raise ConfigError("--schedule", self.schedule, "a kind without shortcut (scmoe takes --slot, --chunks)")
+            if self.schedule == "auto" and (self.slot is not None or self.chunks != 1):
+                raise ConfigError("--schedule", self.schedule, "no --slot and no --chunks beside it: it chooses both")
+            if self.schedule not in (None, "auto"):
+                raise ConfigError("--schedule", self.schedule, "auto for a scmoe kind, which takes --slot and --chunks")
             if self.slot is not None and self.slot > self.window_ops:
                 raise ConfigError("--slot", self.slot, f"an integer from 0 to {self.window_ops} for --kind {self.kind}")
         elif self.slot is not None or self.chunks != 1:
             name, value = ("--slot", self.slot) if self.slot is not None else ("--chunks", self.chunks)
             raise ConfigError(name, value, f"a scmoe kind (--kind {self.kind} takes --schedule)")
-        elif self.schedule is not None:
+        elif self.schedule not in (None, "auto"):
             try:
                 parse_choice(self.schedule, shared=self.kind == "shared1")
             except NotImplementedError as missing:
@@ -180,7 +182,8 @@ HELP = {
     "warmup": "steps of linear warm-up",
     "weight_decay": "AdamW weight decay of matrices",
     "overlap": "on, or off: the same schedule with every exchange joined right after its start",
-    "schedule": "top2, shared1: serial, chunked(r), chunked(r,experts), shared_expert; default by kind",
+    "schedule": "auto: measure at the first step, then run the fastest found; top2, shared1 also: serial, chunked(r), "
+    "chunked(r,experts), shared_expert; default by kind",
     "chunks": "scmoe: chunks per exchange",
     "slot": "scmoe: backbone ops issued before the experts; default the middle",
     "link": "none, or RATE[:LATENCY] of an emulated link between the ranks, such as 400mbit:50us",

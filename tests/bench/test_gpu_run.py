@@ -159,8 +159,8 @@ def test_what_was_covered_is_told_by_all_test_processes(tmp_path: Path, processe
 @pytest.mark.parametrize(
     "passed, clean, skip, begun, status",
     [
-        (True, True, "", ["probe", "kernels"], 0),
-        (True, True, "probe", ["kernels"], 0),
+        (True, True, "", ["probe", "kernels", "expert_mlp"], 0),
+        (True, True, "probe,expert_mlp", ["kernels"], 0),
         (False, True, "", ["probe"], 1),  # the chip can still be measured, our kernels are not
         (True, False, "", ["probe"], 1),
         (False, True, "probe,sanitize", [], 1),
@@ -173,18 +173,10 @@ def test_no_kernel_is_timed_on_red(passed, clean, skip, begun, status, tmp_path,
     monkeypatch.setattr(gpu_run, "build", lambda run: True)
     monkeypatch.setattr(gpu_run, "test", lambda run, paths: passed)
     monkeypatch.setattr(gpu_run, "sanitize", lambda run: clean)
-    monkeypatch.setattr(gpu_run, "benchmark", lambda run, part, most_s: ran.append(part))
+    monkeypatch.setattr(gpu_run, "measure", lambda run, parts: ran.extend(parts))
     assert gpu_run.main([f"--out={tmp_path}", f"--skip={skip}"]) == status
     assert ran == begun
-    assert ("no kernel was timed" in capsys.readouterr().err) == (status == 1)
-
-
-def test_benchmarks_know_when_their_time_is_over(run: gpu_run.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[tuple[str, ...], float]] = []
-    monkeypatch.setattr(run, "command", lambda *words, most_s: asked.append((words, most_s)) or DONE)
-    monkeypatch.setattr(run, "left_s", lambda: 90.0)
-    gpu_run.benchmark(run, "kernels", 200.0)
-    assert asked[0][1] == 90.0 and asked[0][0][-1] == "--most-s=70"
+    assert ("no kernel of ours was timed" in capsys.readouterr().err) == (status == 1)
 
 
 def test_end_of_the_output_has_every_row_in_short(run: gpu_run.Run) -> None:
@@ -200,7 +192,7 @@ def test_commit_of_sources_without_their_history(monkeypatch: pytest.MonkeyPatch
 def test_bad_options_and_no_gpu(capsys) -> None:
     with pytest.raises(SystemExit):
         gpu_run.main(["--skip", "tests"])
-    assert "expected some of sanitize, probe, kernels" in capsys.readouterr().err
+    assert "expected some of sanitize, probe, kernels, expert_mlp" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert gpu_run.main([]) == 2
         assert "make gpu: no CUDA device" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_overlap
-from moe_overlap.ops import cuda_kernels, registry
+from moe_overlap.ops import cuda_kernels, registry, triton_kernels
 from tests.gpu.both import MOE, kernel
 from tests.ops.cases import randn, routed
 from tests.tolerances import bits, close
@@ -39,11 +39,11 @@ def chain(x_TD: torch.Tensor, logits_TE: torch.Tensor) -> list[torch.Tensor]:
 
 
 @contextmanager
-def all_forced() -> Iterator[None]:
-    """All kernels, verified or not."""
+def all_forced(implementation: str = "cuda") -> Iterator[None]:
+    """All kernels of one kind, verified or not."""
     with ExitStack() as stack:
-        for op in cuda_kernels.OPS:
-            stack.enter_context(registry.force(op, "cuda"))
+        for op in cuda_kernels.OPS if implementation == "cuda" else triton_kernels.KERNELS:
+            stack.enter_context(registry.force(op, implementation))
         yield
 
 
@@ -177,7 +177,10 @@ def test_past_2_to_the_31_elements(forced: None, part: str) -> None:
         assert torch.equal(kernel("unpack", packed, order)[0], rows)
 
 
-def test_a_layer_trains_alike_on_kernels_and_on_references() -> None:
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_a_layer_trains_alike_on_kernels_and_on_references(implementation: str) -> None:
+    if implementation == "triton" and triton_kernels.missing():
+        pytest.skip(str(triton_kernels.missing()))
     torch.manual_seed(0)
     layer = moe_overlap.MoELayer(64, 96, 8, 2).cuda()
     x_TD = torch.randn(50, 64, device="cuda")
@@ -191,7 +194,7 @@ def test_a_layer_trains_alike_on_kernels_and_on_references() -> None:
         return [y_TD.detach(), x.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
 
     want = step()
-    with all_forced():
+    with all_forced(implementation):
         got = step()
     assert len(got) == len(want) > 3
     for have, should in zip(got, want, strict=True):

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from statistics import median
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from moe_overlap.measure.calibrate import (
-    CHUNKS,
-    MAX_SCALE,
-    MAX_SLOWDOWN,
-    OVERLAPPED,
-    Probe,
-    StepTimes,
-    _probe,
-    _scale,
-    _slowdown,
-    fit,
-    step_shape,
-)
+from moe_overlap import auto
+from moe_overlap.measure import calibrate as measuring
+from moe_overlap.measure.calibrate import CHUNKS, OVERLAPPED, StepTimes, _probe, step_shape
+from moe_overlap.measure.fit import MAX_SCALE, MAX_SLOWDOWN, NOISE, Probe, _compute_slowdown, _scale, fit, with_wire
 from moe_overlap.measure.timeline import TimelineEvent
 from moe_overlap.plan import BLOCKS
 from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.planning.predict import predict
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
-from tests.planted import cost_model, exchange, line
+from tests.planted import build, cost_model, exchange, line, step
 from tests.ranks import virtual_world
 
 ROW_BYTES = 100
+ROWS = 3 * BLOCKS * 8
+"""T * K of `exchange()`."""
 
 
 # ---------------------------------------------------------------- the integers of a step
@@ -74,13 +70,13 @@ def test_groups_of_experts_by_hand():
 
 
 def test_two_nodes_by_hand():
-    shape = step_shape(uneven().chunked(1), row_bytes=ROW_BYTES, node_of=lambda rank: rank // 2)
+    shape = step_shape(uneven().chunked(1), row_bytes=ROW_BYTES, nodes=(0, 0, 1, 1))
     # Within a node: 0 -> 1 one row, 1 -> 0 seven. Between: 0 -> {2, 3} five, 1 -> 2 four; rank 2 gets 2 + 4.
     assert shape.bytes_by_lane == {"intra": (700,), "inter": (600,)}
 
 
 def test_one_node_has_no_wire_to_others():
-    shape = step_shape(uneven().chunked(4), row_bytes=ROW_BYTES, node_of=lambda rank: 0, joined=True)
+    shape = step_shape(uneven().chunked(4), row_bytes=ROW_BYTES, nodes=(0,) * 4, joined=True)
     assert set(shape.bytes_by_lane) == {"intra"} and shape.bytes_by_lane["intra"] == (600, 0, 0, 1100)
 
 
@@ -118,8 +114,8 @@ def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
 
 
 def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None,
-          by="tokens"):  # fmt: skip
-    shape = step_shape((plan or exchange()).chunked(chunks, by), row_bytes=ROW_BYTES, joined=True)
+          by="tokens", waited_s=0.0, nodes=None):  # fmt: skip
+    shape = step_shape((plan or exchange()).chunked(chunks, by), row_bytes=ROW_BYTES, nodes=nodes, joined=True)
     pair = (pair_of or (lambda chunks: window(2, 1, chunks=chunks)))(chunks)
     seconds = {text: noise(s) for text, s in seconds_of(model, pair, shape).items()}
     host_s = {"forward": model.outside_s, "backward": model.outside_backward_s}
@@ -127,8 +123,8 @@ def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hid
     forward = {action.text for action in pair.forward}
     whole_s = {"forward": sum(s for text, s in seconds.items() if text in forward) + host_s["forward"]}
     whole_s["backward"] = sum(seconds.values()) - whole_s["forward"] + host_s["forward"] + host_s["backward"]
-    return Probe(chunks=chunks, seconds=seconds, host_s=host_s, whole_s=whole_s, hidden_s=hidden_s, compute_s=compute_s,
-                 shape=shape)  # fmt: skip
+    return Probe(pair=pair, seconds=seconds, host_s=host_s, whole_s=whole_s, hidden_s=hidden_s, compute_s=compute_s,
+                 waited_s=waited_s, shape=shape)  # fmt: skip
 
 
 TRUE = cost_model(
@@ -170,14 +166,16 @@ def test_the_model_behind_the_probes_is_found():
     overlapped, grouped = probe(TRUE, OVERLAPPED, hidden_s=1.0, compute_s=1.2), probe(TRUE, 4, by="experts")
     found = fit(joined, overlapped, grouped, source="synthetic")
     assert found.source == "synthetic"
-    assert flat(found) == pytest.approx(flat(TRUE), rel=1e-6, abs=1e-12)
+    assert flat(found) == pytest.approx(flat(replace(TRUE, measured_rows=ROWS)), rel=1e-6, abs=1e-12)
 
 
 def test_a_shared_expert_is_found():
     true = cost_model(shared_s=1e-4, shared_backward_s=3e-4)
     joined = [probe(true, chunks, pair_of=lambda c: chunked(c, shared=True)) for chunks in CHUNKS]
     found = fit(joined, joined[1], None, source="planted")
-    assert found.backbone_s == () and flat(found) == pytest.approx(flat(true), rel=1e-6, abs=1e-12)
+    assert found.backbone_s == () and flat(found) == pytest.approx(
+        flat(replace(true, measured_rows=ROWS)), rel=1e-6, abs=1e-12
+    )
 
 
 def test_noise_moves_the_model_little():
@@ -208,8 +206,8 @@ def test_forward_alone():
         keep = {
             text: s for text, s in one.seconds.items() if text.rstrip("0123456789") in ("P", "D", "E", "C", "U", "B")
         }
-        return Probe(chunks=one.chunks, seconds=keep, host_s={"forward": one.host_s["forward"]}, hidden_s=0.0,
-                     whole_s={"forward": one.whole_s["forward"]}, compute_s=1.0, shape=one.shape)  # fmt: skip
+        return replace(one, seconds=keep, host_s={"forward": one.host_s["forward"]}, hidden_s=0.0, compute_s=1.0,
+                       whole_s={"forward": one.whole_s["forward"]})  # fmt: skip
 
     joined = [only_forward(probe(TRUE, chunks)) for chunks in CHUNKS]
     found = fit(joined, joined[1], None, source="forward")
@@ -230,11 +228,11 @@ def test_what_a_whole_step_took_longer_than_its_parts_is_compute():
     compute = ("P", "U", "B0", "B1", "E0", "E1", "E2", "E3")
     compute_s = sum(one.seconds[text] for text in compute) + TRUE.outside_s
     slower = {"forward": one.whole_s["forward"] + 0.1 * compute_s, "backward": one.whole_s["backward"] * 9}
-    slow = Probe(**vars(one) | {"whole_s": slower})
+    slow = replace(one, whole_s=slower)
     assert _scale(slow, "forward", TRUE.issue_s) == pytest.approx(1.1)
     assert _scale(slow, "backward", TRUE.issue_s) == MAX_SCALE
-    assert _scale(Probe(**vars(one) | {"whole_s": {"forward": 0.0}}), "forward", TRUE.issue_s) == 1.0
-    assert _scale(Probe(**vars(one) | {"whole_s": {}}), "backward", TRUE.issue_s) == 1.0
+    assert _scale(replace(one, whole_s={"forward": 0.0}), "forward", TRUE.issue_s) == 1.0
+    assert _scale(replace(one, whole_s={}), "backward", TRUE.issue_s) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +242,73 @@ def test_what_a_whole_step_took_longer_than_its_parts_is_compute():
 def test_the_slowdown_is_what_the_overlapped_probe_computed_longer(hidden_s, compute_s, factor):
     joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS]
     overlapped = probe(TRUE, OVERLAPPED, hidden_s=hidden_s, compute_s=compute_s)
-    assert _slowdown(joined, overlapped) == pytest.approx(factor)
+    assert _compute_slowdown(joined, overlapped) == pytest.approx(factor)
+
+
+SLOW_WIRE = replace(TRUE, exchange={"inter": line(3e-8, 3e-5)}, slowdown=Slowdown())
+"""The wire decides what a step takes."""
+
+
+def waits_s(model):
+    overlapped = probe(TRUE, OVERLAPPED)
+    found = predict(model, overlapped.pair, dict.fromkeys(("forward", "backward"), overlapped.shape))
+    return sum(phase.waited_s for phase in found.values())
+
+
+def fitted_wire(waited_s):
+    joined = [probe(SLOW_WIRE, chunks, compute_s=1.0) for chunks in CHUNKS]
+    overlapped = probe(SLOW_WIRE, OVERLAPPED, compute_s=1.0, waited_s=waited_s)
+    return fit(joined, overlapped, probe(SLOW_WIRE, 4, by="experts"), source="planted").slowdown.wire, overlapped
+
+
+@pytest.mark.parametrize("factor", [1.3, 2.0])
+def test_a_wire_that_compute_slows_down_is_found_by_how_long_compute_waits(factor):
+    found, _ = fitted_wire(waits_s(with_wire(SLOW_WIRE, factor)))
+    assert found == pytest.approx(factor, rel=1e-4)
+
+
+def test_waits_no_longer_than_noise_are_no_slow_wire():
+    alone_s = waits_s(SLOW_WIRE)
+    found, overlapped = fitted_wire(alone_s)
+    assert found == 1.0
+    step_s = sum(overlapped.whole_s.values())
+    assert fitted_wire(alone_s + 0.99 * NOISE * step_s)[0] == 1.0 < fitted_wire(alone_s + 1.01 * NOISE * step_s)[0]
+    assert fitted_wire(alone_s + 100 * step_s)[0] == MAX_SLOWDOWN
+
+
+def test_both_wires_have_their_lines():
+    """In the step the slower one is seen; the one within the nodes is measured without the other."""
+    within = line(1e-9, 5e-6)
+    true = replace(TRUE, exchange={"inter": line(2e-9, 3e-5), "intra": within})
+    plan = exchange(world=4)
+    joined = [probe(true, chunks, plan=plan, nodes=(0, 0, 1, 1)) for chunks in CHUNKS]
+    points = [(n, within(n)) for n in (100, 400, 1600)]
+    found = fit(joined, joined[1], None, within_node=points, source="planted")
+    assert found.exchange["inter"].beta_s == pytest.approx(2e-9) and found.exchange["inter"].alpha_s == pytest.approx(
+        3e-5
+    )
+    assert found.exchange["intra"].beta_s == pytest.approx(1e-9) and found.exchange["intra"].alpha_s == pytest.approx(
+        5e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "lanes"), [((0, 0, 1, 1), {"inter", "intra"}), ((0,) * 4, {"intra"}), (None, {"inter"})]
+)
+def test_every_wire_is_measured(nodes, lanes):
+    """Real steps on four ranks; where both wires are taken, the one within the nodes alone too."""
+
+    def rank(me):
+        model = build("layer", me.transport())
+        step(model, me.rank, (12, 9, 8, 11))
+        (planned,) = model.schedule.found.values()
+        return planned.model, planned.nodes
+
+    with patch.object(auto, "topology", lambda _: nodes), patch.object(measuring, "ROUNDS", (1, 1)):
+        found = virtual_world(4).run(rank)
+    assert all(one == (found[0][0], nodes) for one in found)
+    assert set(found[0][0].exchange) == lanes
+    assert all(line.beta_s > 0 or line.alpha_s > 0 for line in found[0][0].exchange.values())
 
 
 # ---------------------------------------------------------------- gathering a probe
@@ -265,7 +329,7 @@ def gathered_probe(times_of_rank):
                 )
                 at_s += seconds[action.text]
             runs.append(StepTimes(events=events, forward_s=forward_s, backward_s=0.0, exchange=exchange(grad=False)))
-        return _probe(pair, runs, me.transport(), row_bytes=8, device=torch.device("cpu"), node_of=None)
+        return _probe(pair, runs, me.transport(), row_bytes=8, device=torch.device("cpu"), nodes=None)
 
     found = virtual_world(2).run(rank)
     assert found[0] == found[1], "ranks that fit different models deadlock"

@@ -47,6 +47,15 @@ def test_the_other_kinds_too(kind, text, tmp_path):
     assert losses(tmp_path, "off") == losses(tmp_path, "on")
 
 
+@pytest.mark.parametrize("kind", ["top2", "scmoe_pos2"])
+def test_auto_measures_and_changes_no_bit(kind, text, tmp_path):
+    options = ("--steps", 3, "--kind", kind, "--schedule", "auto", "--link", "100mbit:50us", "--compare-overlap")
+    assert run_on_two(text, tmp_path, *options) == [0, 0]
+    assert losses(tmp_path, "off") == losses(tmp_path, "on")
+    (ran,) = events(tmp_path, "schedules")
+    assert len(ran["forward"]) == 1 and ran["forward"][0].startswith("P D0")
+
+
 def test_an_emulated_link_changes_the_time_and_not_the_numbers(text, tmp_path):
     slow, free = tmp_path / "slow", tmp_path / "free"
     assert run_on_two(text, slow, "--steps", 2, "--link", "1gbit:20ms") == [0, 0]

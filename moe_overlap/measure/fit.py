@@ -1,0 +1,203 @@
+"""From measured probes to a cost model. All times are seconds; nothing here measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape
+from moe_overlap.planning.predict import predict
+from moe_overlap.planning.window import Slowdown
+from moe_overlap.schedule.actions import VERBS, Phase
+from moe_overlap.schedule.builders import SchedulePair
+
+MAX_SLOWDOWN = 3.0
+MAX_SCALE = 1.5
+NOISE = 0.05  # of a step: what the compute lane waits longer than predicted, up to this, shows nothing
+HALVINGS = 20  # until the wire's slowdown is known to MAX_SLOWDOWN / 2^20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The medians of one probe over all ranks, in seconds: of each action by its text, and of what is no action.
+
+    `pair`: what ran. `host_s`, by phase: time of the step with neither compute nor a wait, which is what starting
+    exchanges and making autograd nodes takes. `whole_s`, by phase: from start to end. `hidden_s`: exchanges with
+    compute under them, of `compute_s`. `waited_s`: how long compute stood still for exchanges, on the rank that waited
+    least. `shape`: the rows and bytes of its chunks.
+    """
+
+    pair: SchedulePair
+    seconds: Mapping[str, float]
+    host_s: Mapping[Phase, float]
+    whole_s: Mapping[Phase, float]
+    hidden_s: float
+    compute_s: float
+    waited_s: float
+    shape: StepShape
+
+    @property
+    def chunks(self) -> int:
+        return self.pair.chunks
+
+
+def fit(
+    joined: Sequence[Probe],
+    overlapped: Probe,
+    grouped: Probe | None,
+    *,
+    within_node: Sequence[tuple[float, float]] = (),
+    source: str,
+) -> CostModel:
+    """The model of the probes: `joined` with different numbers of chunks, `overlapped` with that of one of them,
+    `grouped` by expert groups. within_node: (bytes, seconds) of exchanges that stayed within the nodes."""
+    phases = list(joined[0].host_s)
+    issue_s = sum(_slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in phases) / len(phases)
+    scale = {phase: median(_scale(p, phase, issue_s) for p in joined) for phase in ("forward", "backward")}
+
+    def median_of(word: str) -> float:
+        return median(p.seconds.get(word, 0.0) for p in joined) * scale[_phase(word)]
+
+    def chain(verb: str) -> tuple[float, ...]:
+        words = [word for word in joined[0].seconds if _verb(word) == verb]
+        return tuple(median_of(word) for word in sorted(words, key=lambda word: int(word[len(verb) :])))
+
+    def per_row(word: str, rows: int) -> AlphaBeta:
+        return AlphaBeta(alpha_s=0.0, beta_s=median_of(word) / max(1, rows))
+
+    def outside(phase: Phase) -> float:
+        if phase not in phases:
+            return 0.0
+        rest = median(p.host_s[phase] - 4 * issue_s * p.chunks for p in joined)
+        return max(0.0, rest) * scale[phase]
+
+    ops, slots_rows = chain("B"), joined[0].shape.slots_rows
+    experts, expert_s = _experts(joined, grouped, "E", scale["forward"])
+    experts_dgrad, expert_dgrad_s = _experts(joined, grouped, "Ed", scale["backward"])
+    model = CostModel(
+        exchange=_exchange(joined, within_node),
+        experts=experts,
+        expert_s=expert_s,
+        experts_dgrad=experts_dgrad,
+        expert_dgrad_s=expert_dgrad_s,
+        experts_wgrad=per_row("Ew0", sum(joined[0].shape.rows)),
+        permute=per_row("P", slots_rows),
+        unpermute=per_row("U", slots_rows),
+        unpermute_backward=per_row("Ut", slots_rows),
+        permute_backward=per_row("Pt", slots_rows),
+        backbone_s=ops,
+        backbone_backward_s=chain("Bt") or (0.0,) * len(ops),
+        shared_s=median_of("S"),
+        shared_backward_s=median_of("St"),
+        outside_s=outside("forward"),
+        outside_backward_s=outside("backward"),
+        measured_rows=slots_rows,
+        issue_s=issue_s,
+        slowdown=Slowdown(compute=_compute_slowdown(joined, overlapped)),
+        source=source,
+    )
+    return with_wire(model, _wire_slowdown(model, overlapped))
+
+
+def _verb(word: str) -> str:
+    return word.rstrip("0123456789")
+
+
+def _phase(word: str) -> Phase:
+    return VERBS[_verb(word)].phase
+
+
+def _scale(probe: Probe, phase: Phase, issue_s: float) -> float:
+    """What the compute of one phase has to be multiplied by for the parts of the joined step to make up the whole."""
+    if phase not in probe.whole_s:
+        return 1.0
+    parts = [(word, seconds) for word, seconds in probe.seconds.items() if _phase(word) == phase]
+    wire_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane == "wire") + 4 * issue_s * probe.chunks
+    compute_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane != "wire")
+    compute_s += max(0.0, probe.host_s[phase] - 4 * issue_s * probe.chunks)
+    return min(max((probe.whole_s[phase] - wire_s) / compute_s, 1.0), MAX_SCALE) if compute_s > 0 else 1.0
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    """Seconds per chunk, from the fewest chunks to the most; never negative."""
+    (few, first), (many, last) = points[0], points[-1]
+    return max(0.0, (last - first) / (many - few))
+
+
+def _line(points: Sequence[tuple[float, float]]) -> AlphaBeta:
+    """The line through measured (n, seconds); nothing was measured where nothing moved."""
+    used = [(n, seconds) for n, seconds in points if n > 0 and seconds > 0]
+    if len({n for n, _ in used}) < 2:
+        return AlphaBeta(alpha_s=0.0, beta_s=median(s / n for n, s in used) if used else 0.0)
+    return AlphaBeta.fit(used)
+
+
+def _experts(joined: Sequence[Probe], grouped: Probe | None, verb: str, scale: float) -> tuple[AlphaBeta, float]:
+    """(seconds of a chunk and per row, seconds per expert). Chunks of tokens, which all pass all experts, give the
+    seconds per row and the sum of the rest; those by groups, which pass fewer, part the rest."""
+    points = [(p.shape.rows[c], p.seconds.get(f"{verb}{c}", 0.0) * scale) for p in joined for c in range(p.chunks)]
+    line = _line(points)
+    if grouped is None or not line.alpha_s:
+        return line, 0.0
+    rest = median(
+        grouped.seconds.get(f"{verb}{c}", 0.0) * scale - line.beta_s * grouped.shape.rows[c]
+        for c in range(grouped.chunks)
+    )
+    all_experts, few = joined[0].shape.experts[0], grouped.shape.experts[0]
+    expert_s = min(max(0.0, line.alpha_s - rest) / (all_experts - few), line.alpha_s / all_experts)
+    return AlphaBeta(alpha_s=line.alpha_s - expert_s * all_experts, beta_s=line.beta_s), expert_s
+
+
+def _exchange(probes: Sequence[Probe], within_node: Sequence[tuple[float, float]]) -> dict[str, AlphaBeta]:
+    """The line of the wire between nodes, or of the only one there is, from the probes, in which the slower of both was
+    measured; and of the wire within a node beside it."""
+    lanes = list(probes[0].shape.bytes_by_lane)
+    if not lanes:
+        return {}
+    points = [
+        (p.shape.bytes_by_lane[lanes[0]][c], p.seconds.get(f"{verb}{c}", 0.0))
+        for p in probes
+        for verb in ("D", "C", "Ct", "Dt")
+        for c in range(p.chunks)
+    ]
+    return {lane: _line(points if lane == lanes[0] else within_node) for lane in lanes}
+
+
+def _compute_slowdown(joined: Sequence[Probe], overlapped: Probe) -> float:
+    """By what factor compute takes longer while an exchange is under way.
+
+    Of h seconds of compute beside an exchange, h / factor would have been enough alone; the rest is what the overlapped
+    probe computed longer.
+    """
+    alone = next(p for p in joined if p.chunks == overlapped.chunks)
+    if overlapped.hidden_s <= 0:
+        return 1.0
+    lost = (overlapped.compute_s - alone.compute_s) / overlapped.hidden_s
+    return 1 / (1 - min(max(0.0, lost), 1 - 1 / MAX_SLOWDOWN))
+
+
+def _wire_slowdown(model: CostModel, overlapped: Probe) -> float:
+    """By what factor an exchange takes longer while compute is busy.
+
+    While compute runs, nobody sees when an exchange ended; what shows is how long compute then still stood waiting. So
+    this is the factor with which the model predicts as long a wait as the overlapped probe had.
+    """
+
+    def waits_s(factor: float) -> float:
+        found = predict(with_wire(model, factor), overlapped.pair, dict.fromkeys(overlapped.whole_s, overlapped.shape))
+        return sum(phase.waited_s for phase in found.values())
+
+    least_s = waits_s(1.0)
+    if overlapped.waited_s <= least_s + NOISE * sum(overlapped.whole_s.values()):
+        return 1.0
+    low, high = 1.0, MAX_SLOWDOWN
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if waits_s(middle) < overlapped.waited_s else (low, middle)
+    return high
+
+
+def with_wire(model: CostModel, factor: float) -> CostModel:
+    """The model with this slowdown of the wire."""
+    return replace(model, slowdown=replace(model.slowdown, wire=factor))

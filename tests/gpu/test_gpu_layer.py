@@ -1,0 +1,51 @@
+"""A layer on the GPU: its schedule forward and backward, overlap on and off, and times by the stream's clock."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import moe_overlap
+from moe_overlap.measure.timeline import record
+from tests.tolerances import close, same_bits
+
+pytestmark = pytest.mark.gpu
+
+
+def results(device: str, *, overlap: bool = True, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    layer = moe_overlap.MoELayer(64, 96, 8, 2, schedule="chunked(4)", overlap=overlap, dtype=dtype).to(device)
+    x_TD = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype).requires_grad_()
+    y_TD = layer(x_TD)
+    y_TD.square().sum().backward()
+    return [y_TD.detach(), x_TD.grad, *(p.grad for p in layer.parameters())]
+
+
+def test_chunked_on_the_gpu_is_chunked_on_the_cpu() -> None:
+    got, joined, want = (results("cuda"), results("cuda", overlap=False), results("cpu", dtype=torch.float64))
+    assert len(got) == len(want) > 3
+    for have, off, should in zip(got, joined, want, strict=True):
+        same_bits(have, off)
+        close(have.cpu(), should)
+
+
+def test_recorded_times_are_the_streams() -> None:
+    """Of large matmuls: the host would see their launches only."""
+    layer = moe_overlap.MoELayer(2048, 4096, 4, 2, schedule="chunked(2)", dtype=torch.bfloat16).cuda()
+    x_TD = torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        begin_s = time.perf_counter()
+        with record() as events:
+            layer(x_TD.requires_grad_()).sum().backward()
+        torch.cuda.synchronize()
+        whole_s = time.perf_counter() - begin_s
+    experts_s = sum(event.end_s - event.start_s for event in events if event.action in ("E0", "E1"))
+    assert all(event.start_s <= event.end_s for event in events)
+    assert begin_s <= min(event.start_s for event in events) <= max(event.end_s for event in events)
+    flops = 2 * 3 * 2 * x_TD.shape[0] * 2048 * 4096  # three matrices, two rows a token
+    assert flops / 2e15 < experts_s < whole_s, "no GPU has two petaflops in bfloat16"
+    layer(x_TD)
+    assert layer.last_events == [], "not recorded, not timed"
