@@ -162,13 +162,21 @@ def test_past_2_to_the_31_elements(forced: None, part: str) -> None:
         (x_RD,) = kernel("permute", x_TD, slot_to_row, None, tokens * k)
         slot_of_row = slot_to_row.view(-1).argsort()[picked.cuda()]
         assert torch.equal(x_RD[picked.cuda()], x_TD[slot_of_row // k])
-        (y_TD,) = kernel("combine", x_RD, slot_to_row, torch.full((tokens, k), 1 / k, device="cuda"), None)
+        weights_TK = torch.full((tokens, k), 1 / k, device="cuda")
+        (y_TD,) = kernel("combine", x_RD, slot_to_row, weights_TK, None)
         assert torch.equal(y_TD, x_TD)  # eight eighths of the same number
+        dx_RD, dweights_TK = kernel("combine_backward", x_TD, x_RD, slot_to_row, weights_TK, tokens * k)
+        assert torch.equal(dx_RD[picked.cuda()], x_TD[slot_of_row // k] / k)
+        close(dweights_TK[-1], x_TD[-1].double().square().sum().expand(k))
     elif part == "activation":
         h = torch.randn(tokens * k, 2 * width, device="cuda", dtype=BF16)
         (a,) = kernel("activation", h, "swiglu", None, None)
-        some = h[picked.cuda()].double()
-        close(a[picked.cuda()], torch.nn.functional.silu(some[:, :width]) * some[:, width:])
+        some = h[picked.cuda()].double().requires_grad_()
+        want = torch.nn.functional.silu(some[:, :width]) * some[:, width:]
+        close(a[picked.cuda()], want.detach())
+        dh, _ = kernel("activation_backward", a, h, "swiglu", None, None)
+        want.backward(a[picked.cuda()].double())
+        close(dh[picked.cuda()], some.grad)
     else:
         rows = torch.randn(tokens * k, width, device="cuda", dtype=BF16)
         order = torch.arange(tokens * k - 1, -1, -1, device="cuda")
