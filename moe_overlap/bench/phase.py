@@ -284,8 +284,8 @@ def make_rows(
         exchange, back = (exchanges[plan.case, r] for r in (plan.pair.chunks, plan.pair.backward_chunks))
         bound = bound_s(setting.world, plan, phase, terms, exchange, back)
         exposed = exposed_and_overlap(setting.world, one)
-        noisy = is_noisy(one.time_s) or plan.case in drifted
-        flagged = flag_of(oversubscribed=setting.oversubscribed, inflated=inflated[plan.case], noisy=noisy)
+        flagged = flag_of(oversubscribed=setting.oversubscribed, inflated=inflated[plan.case],
+                          noisy=is_noisy(one.time_s), drifted=plan.case in drifted)  # fmt: skip
         baselines = Baselines(
             serial=serial_s[plan.case],
             nocomm=nocomm_s[plan.case],

@@ -164,9 +164,10 @@ class Baselines:
     comm_share: float | None
 
 
-def flag_of(*, oversubscribed: bool, inflated: bool, noisy: bool) -> str | None:
-    """The gravest of what is wrong with a row."""
-    return "oversubscribed" if oversubscribed else "inflated" if inflated else "noisy" if noisy else None
+def flag_of(*, oversubscribed: bool, inflated: bool, noisy: bool, drifted: bool) -> str | None:
+    """The gravest of what is wrong with a row; one that drifted has a sound time beside an outdated prediction."""
+    found = {"oversubscribed": oversubscribed, "inflated": inflated, "noisy": noisy, "drifted": drifted}
+    return next((name for name, wrong in found.items() if wrong), None)
 
 
 def row_of(
@@ -184,7 +185,7 @@ def row_of(
 ) -> dict[str, Any]:
     """One row, all keys in their order. `constant`: the keys that are the same in a whole run."""
     time_s = median(samples.time_s)
-    claims = flagged in (None, "noisy")
+    claims = flagged in (None, "noisy", "drifted")
     serial = plan.schedule == "serial"
     hides = claims and baselines.comm_share is not None
     eff = 0.0 if serial else formulas.overlap_eff(time_s, baselines.serial, baselines.nocomm) if hides else None
