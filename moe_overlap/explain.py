@@ -62,8 +62,8 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     shape = step_shape(exchange.chunked(1, "tokens"), row_bytes=schedule.row_bytes, nodes=schedule.nodes)
     measured = schedule.model.measured_rows
     if measured and shape.slots_rows > FAR * measured:
-        lines.append(f"WARNING: the cost model was measured on {measured:g} rows (T * K of the busiest rank); this step "
-                     f"had {shape.slots_rows}, so its times are extrapolated")  # fmt: skip
+        lines.append(f"WARNING: the cost model was measured on {measured:g} rows (T * K of the busiest rank); this "
+                     f"step had {shape.slots_rows}, so its times are extrapolated")  # fmt: skip
     for phase, window in planned.windows.items():
         chosen = planned.candidates[phase][0]
         text = explain_window(
