@@ -71,6 +71,9 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         "  no rank is late; memory is not checked",
         "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
     ]
+    if point.at.per_node < min(point.at.group, options.ranks_per_node):
+        lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
+                     f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
     if options.cost_model is not None:
         return [
             *lines,

@@ -46,9 +46,14 @@ class Place:
 
 
 def place(options: PlanOptions, *, ranks: int, bytes_per_s: float | None) -> Place:
-    """With more ranks than experts, groups of as many ranks as there are experts exchange among themselves."""
+    """With more ranks than experts, groups of as many ranks as there are experts exchange among themselves.
+
+    Where groups and nodes do not fit into each other, every rank has as few others on its node as the fewest.
+    """
     group = math.gcd(ranks, options.experts)
-    return Place(group=group, per_node=math.gcd(group, options.ranks_per_node), bytes_per_s=bytes_per_s)
+    one_node = options.ranks_per_node >= ranks
+    per_node = group if one_node else math.gcd(group, options.ranks_per_node)
+    return Place(group=group, per_node=per_node, bytes_per_s=bytes_per_s)
 
 
 def routed(options: PlanOptions, kind: str) -> int:

@@ -58,6 +58,19 @@ def test_texts_are_read_in_si_units():
         ("--backbone 1ms", "--backbone"),
         ("--cost-model no/such/file", "--cost-model"),
         ("--speed 11", "--speed"),
+        ("--latency -1us", "--latency"),
+        ("--launch -.5us", "--launch"),
+        ("--ranks -1", "--ranks"),
+        (f"--tokens {10**21}", "--tokens"),
+        (f"--tokens {'9' * 400}", "--tokens"),
+        (f"--hidden {'9' * 400}", "--hidden"),
+        (f"--sequence {'9' * 30}", "--sequence"),
+        (f"--flops {'9' * 400}tflops", "--flops"),
+        (f"--flops {'0' * 20}.{'0' * 20}1gflops", "--flops"),
+        (f"--bandwidth {'9' * 400}gbit", "--bandwidth"),
+        (f"--latency {'9' * 400}s", "--latency"),
+        (f"--message {'9' * 400}s", "--message"),
+        ("--launch 1000000s", "--launch"),
     ],
 )
 def test_bad_input_is_one_line_naming_the_option_and_exit_2(words, option, capsys, tmp_path):
@@ -65,6 +78,36 @@ def test_bad_input_is_one_line_naming_the_option_and_exit_2(words, option, capsy
     assert status == 2 and not said.out
     assert len(said.err.strip().splitlines()) == 1 and option in said.err and words.split()[-1] in said.err, said.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_negative_time_is_told_what_is_expected(capsys):
+    assert "a time from 0 to 3600s, such as 10us" in run(["--latency", "-1us"], capsys)[1].err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "experts", "per_node", "expected"),
+    [
+        (64, 64, 8, (64, 8)),
+        (16, 64, 8, (16, 8)),
+        (4, 64, 8, (4, 4)),
+        (3, 3, 8, (3, 3)),  # one node
+        (64, 4, 8, (4, 4)),  # two groups on each node
+        (12, 6, 4, (6, 2)),  # ranks 0 to 3 are one node, 4 and 5 part of the next
+        (24, 12, 8, (12, 4)),
+    ],
+)
+def test_where_a_group_of_ranks_lies(ranks, experts, per_node, expected):
+    at = place(replace(OPTIONS, ranks=ranks, experts=experts, ranks_per_node=per_node), ranks=ranks, bytes_per_s=1e9)
+    assert (at.group, at.per_node) == expected
+
+
+def test_groups_that_do_not_fit_nodes_are_said(capsys, tmp_path):
+    out = ["--out", str(tmp_path)]
+    said = run("--ranks 12 --experts 6 --ranks-per-node 4".split() + out, capsys)[1].out
+    assert "groups of 6 ranks do not fit nodes of 4: taken as 2 of a group per node" in said
+    for fits in ("--ranks 12 --experts 6 --ranks-per-node 3", "--ranks 3 --experts 3 --ranks-per-node 8"):
+        status, said = run(fits.split() + out, capsys)
+        assert status == 0 and "do not fit" not in said.out
 
 
 def test_a_cost_model_from_numbers_by_hand():
