@@ -32,12 +32,22 @@ CLOSE, BEST = 0.10, 0.05
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the rows say: predictions within 10 %, and the planner's rows against the best of their group."""
-    clean = [row for row in rows if row["flagged"] is None and row["predicted_ms"] is not None]
-    errors = [abs(row["predicted_ms"] / row["time_ms_median"] - 1) for row in clean]
+    """What the rows say, without and with those whose machine changed its speed after the calibration."""
+    known = [row for row in rows if row["predicted_ms"] is not None]
+    clean = [row for row in known if row["flagged"] is None]
+    drifted = [row for row in known if row["flagged"] in (None, "drifted")]
+    return [
+        *figures(f"{len(clean)} unflagged rows of {len(rows)}", clean),
+        *figures(f"with those flagged drifted, {len(drifted)} rows", drifted),
+    ]
+
+
+def figures(what: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How many predictions lie within 10 %, and the planner's rows against the best of their group."""
+    errors = [abs(row["predicted_ms"] / row["time_ms_median"] - 1) for row in rows]
     near = sum(error <= CLOSE for error in errors)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in clean:
+    for row in rows:
         groups[tuple(row[key] for key in ("case", "phase", "link", "tokens", "ffn"))].append(row)
     won = all_auto = 0
     for group in groups.values():
@@ -47,9 +57,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
             within = row["time_ms_median"] <= (1 + BEST) * best["time_ms_median"]
             won += within or row["time_ms_p10"] <= best["time_ms_p90"]
     return [
-        f"{len(clean)} unflagged rows of {len(rows)}; predicted within {CLOSE:.0%} of the measured median: {near} of "
-        f"{len(clean)} ({near / max(1, len(clean)):.0%}), largest error {max(errors, default=0.0):.1%}",
-        f"auto within {BEST:.0%} of the best of its case, or not to be told from it: {won} of {all_auto}",
+        f"{what}; predicted within {CLOSE:.0%} of the measured median: {near} of {len(rows)} "
+        f"({near / max(1, len(rows)):.0%}), largest error {max(errors, default=0.0):.1%}",
+        f"  auto within {BEST:.0%} of the best of its case, or not to be told from it: {won} of {all_auto}",
     ]
 
 

@@ -6,7 +6,9 @@ It does what the first forward call of a layer with schedule="auto" does, for a 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ from moe_overlap.transport.process_group import ProcessGroupTransport
 PROGRAM = "moe-overlap calibrate"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 PHASES = ("infer", "train")
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 1.0, 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class CalibrateOptions:
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
+        if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:  # nan is neither
+            raise ConfigError("--timeout-s", self.timeout_s, f"from {MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:g} seconds")
         for name in "ranks_per_node threads tokens".split():
             if getattr(self, name) < 1:
                 raise ConfigError(_flag(name), getattr(self, name), "an integer of at least 1")
@@ -110,6 +115,8 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
 def main(argv: Sequence[str]) -> int:
     """Calibrate on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
     options = parse(argv, ranks=torchrun_world_size())
+    if options.out:
+        _check_writable(Path(options.out))
     cuda = options.device == "cuda"
     return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM, cuda=cuda)
 
@@ -131,7 +138,6 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
         print(layer.explain())
         print(f"\nready after {seconds:.1f} s; {'not kept' if kept_in is None else f'kept in {kept_in}'}")
         if options.out:
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
             Path(options.out).write_text(json.dumps(schedule.model.to_json(), indent=1) + "\n", encoding="utf-8")
             print(f"wrote {options.out}")
     return 0
@@ -164,6 +170,21 @@ def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float
         if train:
             y_TD.float().square().mean().backward()
     return layer, time.perf_counter() - start_s
+
+
+def _check_writable(path: Path) -> None:
+    """Raises ConfigError before the work where a file cannot be written to; leaves nothing but its folder."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun's, part of its contract; rank 0 alone writes
+        return
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError("--out", str(path), f"a file that can be written ({error.strerror})") from None
 
 
 def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_overlap import calibrate
 from moe_overlap.calibrate import parse
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import CostModel
@@ -54,12 +55,32 @@ def test_inference_has_no_backward(tmp_path):
         (["--device", "tpu"], "--device"),
         (["--tokens", "0"], "--tokens"),
         (["--ranks", "3", "--ranks-per-node", "2"], "--ranks-per-node"),
+        (["--timeout-s", "nan"], "--timeout-s"),
+        (["--timeout-s", "inf"], "--timeout-s"),
+        (["--timeout-s", "0"], "--timeout-s"),
+        (["--timeout-s", "1e-9"], "--timeout-s"),
     ],
 )
 def test_bad_options(words, field):
     with pytest.raises(ConfigError) as error:
         parse(words)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize("place", ["file/model.json", "folder", "folder/model.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, place):
+    """A folder that is a file, a file that is a folder; and one that can be, whose folder is all that is made."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    runs = []
+    monkeypatch.setattr(calibrate, "run", lambda *_, **__: runs.append(1) or 0)
+    words = [*SMALL, "--out", str(tmp_path / place)]
+    if place == "folder/model.json":
+        assert calibrate.main(words) == 0 and runs == [1] and not list((tmp_path / "folder").iterdir())
+        return
+    with pytest.raises(ConfigError) as error:
+        calibrate.main(words)
+    assert error.value.field == "--out" and not runs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

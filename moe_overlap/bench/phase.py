@@ -204,11 +204,11 @@ def measure_exchanges(setting: Setting, plans: Sequence[RowPlan], phase: str) ->
 
 @dataclass(kw_only=True)
 class Timed:
-    """Samples of each row, of each case without communication, and of each pipelined cut without communication."""
+    """Samples of each row, of each case without communication, and of each cut whose bound is one of its chunks."""
 
     rows: list[Samples]
     nocomm: dict[str, Samples]
-    cuts: dict[tuple[str, int, int], Samples]
+    cuts: dict[tuple[object, ...], Samples]
 
 
 def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Timed:
@@ -216,7 +216,7 @@ def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Tim
     repeats = setting.options.repeats
     over_link = [variant_of(setting, plan) for plan in plans]
     bare = {plan.case: variant_of(setting, plan, bare=True) for plan in plans if plan.schedule == "serial"}
-    terms = {plan.cut: variant_of(setting, plan, bare=True) for plan in plans if plan.pipelined}
+    terms = {plan.cut: variant_of(setting, plan, bare=True) for plan in plans if plan.cut_apart}
     variants = [*over_link, *bare.values(), *terms.values()]
     counts = [repeats] * (len(over_link) + len(bare)) + [max(min(3, repeats), repeats // 4)] * len(terms)
     setting.say(f"{runner.phase}: timing {len(variants)} variants, {repeats} rounds")
@@ -280,12 +280,12 @@ def make_rows(
             )
     rows = []
     for plan, one, verdict, predicted_s in zip(plans, timed.rows, verdicts, predicted, strict=True):
-        terms = terms_of(timed.cuts[plan.cut] if plan.pipelined else timed.nocomm[plan.case])
+        terms = terms_of(timed.cuts[plan.cut] if plan.cut_apart else timed.nocomm[plan.case])
         exchange, back = (exchanges[plan.case, r] for r in (plan.pair.chunks, plan.pair.backward_chunks))
         bound = bound_s(setting.world, plan, phase, terms, exchange, back)
         exposed = exposed_and_overlap(setting.world, one)
-        noisy = is_noisy(one.time_s) or plan.case in drifted
-        flagged = flag_of(oversubscribed=setting.oversubscribed, inflated=inflated[plan.case], noisy=noisy)
+        flagged = flag_of(oversubscribed=setting.oversubscribed, inflated=inflated[plan.case],
+                          noisy=is_noisy(one.time_s), drifted=plan.case in drifted)  # fmt: skip
         baselines = Baselines(
             serial=serial_s[plan.case],
             nocomm=nocomm_s[plan.case],

@@ -22,7 +22,7 @@ from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.builders import SchedulePair, chunked
 from moe_overlap.transport.base import Transport
 
-DRIFT = 0.1
+DRIFT = 0.1  # of the calibration's serial step: beyond that, predictions are of another machine
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -41,14 +41,19 @@ class RowPlan:
         return self.model.case
 
     @property
-    def cut(self) -> tuple[str, int, int]:
+    def cut(self) -> tuple[object, ...]:
         """Rows of equal cut have the same exchanges and the same chunks of compute."""
-        return self.case, self.pair.chunks, self.pair.backward_chunks
+        return self.case, self.pair.chunks, self.pair.by, self.pair.backward_chunks, self.pair.backward_by
 
     @property
     def pipelined(self) -> bool:
         """Whether nothing but the chunks' own compute lies beside the exchanges."""
         return self.case == "top2" and self.schedule != "serial"
+
+    @property
+    def cut_apart(self) -> bool:
+        """Whether its bound is one of chunks, with the compute of exactly these chunks as its terms."""
+        return self.pipelined or max(self.pair.chunks, self.pair.backward_chunks) > 1
 
     @property
     def name(self) -> str:
@@ -117,9 +122,9 @@ def _total(events: Sequence[TimelineEvent], verbs: Sequence[str]) -> float:
 def bound_s(
     world: World, plan: RowPlan, phase: str, terms: Terms, exchanges: Exchanges, backward: Exchanges
 ) -> float | None:
-    """The bound of DESIGN section 8, the largest over ranks; None for serial rows. Collective.
+    """The bound of the row's own cut from measured terms, the largest over ranks; None for serial rows. Collective.
 
-    `backward`: the exchanges in as many chunks as the backward schedule has.
+    `backward`: the exchanges in as many chunks as the backward schedule has. Formulas: `measure/overlap.py`.
     """
     if plan.schedule == "serial":
         return None
@@ -130,14 +135,19 @@ def bound_s(
             dgrad, wgrad = terms.dgrad / chunks_back, terms.wgrad / chunks_back
             total += formulas.chunked_backward(chunks_back, backward.exchange_s, dgrad, wgrad)
     else:
-        dispatch, combine = chunks * exchanges.dispatch_s, chunks * exchanges.combine_s
-        total = formulas.shortcut_bound(terms.experts, terms.window, dispatch, combine)
+        total = _window_bound(chunks, terms.experts, terms.window, exchanges)
         if train:
-            dispatch, combine = chunks_back * backward.dispatch_s, chunks_back * backward.combine_s
-            window = terms.window_backward + terms.wgrad
-            total += formulas.shortcut_bound(terms.dgrad, window, dispatch, combine)
+            total += _window_bound(chunks_back, terms.dgrad, terms.window_backward + terms.wgrad, backward)
     own = torch.tensor([terms.outside + total], dtype=torch.float64)
     return max(float(part) for part in world.gather(own))
+
+
+def _window_bound(chunks: int, experts: float, window: float, exchanges: Exchanges) -> float:
+    """Of a window with ops; one chunk has nothing of its own exchanges beside its experts."""
+    each = exchanges.dispatch_s, exchanges.combine_s
+    if chunks == 1:
+        return formulas.shortcut_bound(experts, window, *each)
+    return formulas.cut_window_bound(chunks, experts, window, *each)
 
 
 def exposed_and_overlap(world: World, samples: Samples) -> tuple[float | None, float | None]:
@@ -164,9 +174,10 @@ class Baselines:
     comm_share: float | None
 
 
-def flag_of(*, oversubscribed: bool, inflated: bool, noisy: bool) -> str | None:
-    """The gravest of what is wrong with a row."""
-    return "oversubscribed" if oversubscribed else "inflated" if inflated else "noisy" if noisy else None
+def flag_of(*, oversubscribed: bool, inflated: bool, noisy: bool, drifted: bool) -> str | None:
+    """The gravest of what is wrong with a row; one that drifted has a sound time beside an outdated prediction."""
+    found = {"oversubscribed": oversubscribed, "inflated": inflated, "noisy": noisy, "drifted": drifted}
+    return next((name for name, wrong in found.items() if wrong), None)
 
 
 def row_of(
@@ -184,7 +195,7 @@ def row_of(
 ) -> dict[str, Any]:
     """One row, all keys in their order. `constant`: the keys that are the same in a whole run."""
     time_s = median(samples.time_s)
-    claims = flagged in (None, "noisy")
+    claims = flagged in (None, "noisy", "drifted")
     serial = plan.schedule == "serial"
     hides = claims and baselines.comm_share is not None
     eff = 0.0 if serial else formulas.overlap_eff(time_s, baselines.serial, baselines.nocomm) if hides else None

@@ -65,13 +65,15 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
 
 
 def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
-    one = point.phases[0].window.chunking(1, "tokens")
     lines = [
         "Nothing was run. Assumed, beside the figures asked for:",
-        "  every expert gets equally many rows, so that chunks by expert groups take as long as chunks by tokens",
+        "  every expert gets equally many rows",
         "  no rank is late; memory is not checked",
         "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
     ]
+    if point.at.per_node < min(point.at.group, options.ranks_per_node):
+        lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
+                     f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
     if options.cost_model is not None:
         return [
             *lines,
@@ -81,6 +83,8 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     lines += [
         f"  matmuls at {options.flops / 1e12:g} TFLOP/s (--flops); rows are moved at "
         f"{options.memory_bandwidth / 1e9:g} GB/s (--memory-bandwidth)",
+        f"  before its matmuls in a chunk, an expert's weights are read in {in_ms(weights_read_s(options))} "
+        "(--memory-bandwidth): by tokens once for every chunk, by expert groups once a step",
         f"  an exchange costs {_us(options.latency or 0)} (--latency) and {_us(options.message)} for each of its "
         f"{sum(point.at.peers.values())} messages (--message) beside its bytes",
         f"  the experts on one chunk, P and U cost {_us(options.launch)} beside their rows (--launch); starting an "
@@ -90,13 +94,22 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         f"  agreement on counts {_us(agreement_s(options, point.at))} a step; backward has twice the FLOPs of forward"
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
-    read_s, chunks = weights_read_s(options, point.at), max(phase.best.chunks for phase in point.phases)
-    if read_s > one.experts_s[0] / chunks:
-        lines.append(
-            f"  WARNING: reading a rank's expert weights takes {in_ms(read_s)}, its matmuls of one of {chunks} chunks "
-            f"{in_ms(one.experts_s[0] / chunks)}: they are bound by memory, which this model leaves out"
-        )
-    return lines
+    return lines + _memory_bound(options, point)
+
+
+def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
+    """A warning where a chunk's experts read weights for longer than they compute."""
+    phase = max(point.phases, key=lambda one: one.best.chunks if one.best.by == "tokens" else 1)
+    chunks = phase.best.chunks if phase.best.by == "tokens" else 1
+    read_s = options.experts // point.at.group * weights_read_s(options)
+    matmul_s = (point.phases[0].window.chunking(1, "tokens").experts_s[0] - read_s) / chunks
+    if read_s <= matmul_s:
+        return []
+    part = f" of one of {chunks} chunks" if chunks > 1 else ""
+    return [
+        f"  WARNING: reading a rank's expert weights takes {in_ms(read_s)}, its matmuls{part} {in_ms(matmul_s)}: "
+        "they are bound by memory, and matmuls of so few rows may not reach --flops"
+    ]
 
 
 def _kinds(points: dict[str, Prediction]) -> list[str]:

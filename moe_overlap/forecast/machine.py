@@ -6,6 +6,8 @@ SwiGLU of the same width. D hidden, F width, T tokens of a rank, S tokens that a
     matmul FLOPs forward   attention 8 T D^2 + 2 T S D (causal)   MLP 6 T D F   experts 6 D F for each row
     backward               twice as many; of the experts half for the input, half for the weights
     rows moved             P, U and Pt read and write each row, Ut moves 3 D; the experts unpack and pack theirs
+    weights read           3 D F of every expert in every chunk, before its matmuls: chunks of tokens read all experts'
+                           weights each, chunks by expert groups only those of the group
     exchange               latency + one message per peer + bytes / bandwidth, for each wire
     agreement              a gather of every rank's counts, 16 blocks x experts x 8 bytes, before the rows move
 """
@@ -17,10 +19,11 @@ from dataclasses import dataclass, replace
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.forecast.options import PlanOptions
-from moe_overlap.plan import BLOCKS
+from moe_overlap.plan import BLOCKS, ChunkBy
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel, OpVerb, StepShape, balanced_shape
 
 CHUNKS = (1, 2, 4, 8, 16)
+GROUPS = (2, 4, 8)
 # Kind -> how many ops of the block pair (attention, MLP, attention, shared expert) run beside the exchanges.
 WINDOW_OPS = {"top2": 0, "shared1": 1, "scmoe_pos1": 2, "scmoe_pos2": 3, "scmoe_pos3": 4}
 OP_NAMES = ("attn1", "mlp", "attn2", "shared")
@@ -43,9 +46,14 @@ class Place:
 
 
 def place(options: PlanOptions, *, ranks: int, bytes_per_s: float | None) -> Place:
-    """With more ranks than experts, groups of as many ranks as there are experts exchange among themselves."""
+    """With more ranks than experts, groups of as many ranks as there are experts exchange among themselves.
+
+    Where groups and nodes do not fit into each other, every rank has as few others on its node as the fewest.
+    """
     group = math.gcd(ranks, options.experts)
-    return Place(group=group, per_node=math.gcd(group, options.ranks_per_node), bytes_per_s=bytes_per_s)
+    one_node = options.ranks_per_node >= ranks
+    per_node = group if one_node else math.gcd(group, options.ranks_per_node)
+    return Place(group=group, per_node=per_node, bytes_per_s=bytes_per_s)
 
 
 def routed(options: PlanOptions, kind: str) -> int:
@@ -69,7 +77,10 @@ def op_names(kind: str, model: CostModel) -> dict[str, str]:
 
 
 def shapes(options: PlanOptions, kind: str, at: Place) -> list[StepShape]:
-    """One for every chunk count, by tokens. Expert groups of a balanced step have the same rows, bytes and times."""
+    """One for every chunk count by tokens, and by expert groups where a rank has so many experts."""
+    local = options.experts // at.group
+    cuts: list[tuple[int, ChunkBy]] = [(chunks, "tokens") for chunks in CHUNKS]
+    cuts += [(groups, "experts") for groups in GROUPS if groups <= local]
     return [
         balanced_shape(
             tokens=options.tokens,
@@ -78,11 +89,11 @@ def shapes(options: PlanOptions, kind: str, at: Place) -> list[StepShape]:
             dtype_bytes=options.dtype_bytes,
             ranks=at.group,
             ranks_per_node=at.per_node,
-            local_experts=options.experts // at.group,
+            local_experts=local,
             chunks=chunks,
-            by="tokens",
+            by=by,
         )
-        for chunks in CHUNKS
+        for chunks, by in cuts
     ]
 
 
@@ -112,6 +123,8 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         experts=experts(4),
         experts_dgrad=experts(4),
         experts_wgrad=experts(0),
+        expert_s=weights_read_s(options),
+        expert_dgrad_s=weights_read_s(options),
         permute=rows(2),
         unpermute=rows(2),
         unpermute_backward=rows(3),
@@ -149,10 +162,9 @@ def agreement_s(options: PlanOptions, at: Place) -> float:
     return options.latency * math.ceil(math.log2(at.group)) + gathered / rate
 
 
-def weights_read_s(options: PlanOptions, at: Place) -> float:
-    """How long reading this rank's expert weights once takes: a chunk's matmuls cannot be faster than that."""
-    weights = 3 * options.hidden * options.ffn * options.dtype_bytes * (options.experts // at.group)
-    return weights / options.memory_bandwidth
+def weights_read_s(options: PlanOptions) -> float:
+    """How long reading one expert's weights takes. It is added to the matmuls: with few rows little of it is hidden."""
+    return 3 * options.hidden * options.ffn * options.dtype_bytes / options.memory_bandwidth
 
 
 def _wires(options: PlanOptions, at: Place) -> dict[str, AlphaBeta]:

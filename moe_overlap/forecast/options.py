@@ -20,10 +20,14 @@ KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 PHASES = ("infer", "train")
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MAX_FILE_BYTES = 1 << 20
+MOST = 10**9  # of anything that is counted
+LONGEST_S = 3600.0
+FASTEST_FLOPS = 1e24
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ns|us|ms|s)")
 _TIMES = {"ns": "e-9", "us": "e-6", "ms": "e-3", "s": ""}
 _FLOPS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([gtp])flops?(?:/s)?")
+_NEGATIVE = re.compile(r"-[.\d]")
 _FLOPS_UNITS = {"g": "e9", "t": "e12", "p": "e15"}
 
 
@@ -62,14 +66,14 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name in "ranks ranks_per_node tokens hidden ffn experts top_k sequence".split():
-            if getattr(self, name) < 1:
-                raise ConfigError(_flag(name), getattr(self, name), "an integer of at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ConfigError(_flag(name), getattr(self, name), f"an integer from 1 to {MOST}")
         larger, smaller = max(self.ranks, self.experts), min(self.ranks, self.experts)
         if larger % smaller:
             expected = f"a multiple or a divisor of --experts ({self.experts}): ranks have equally many experts"
             raise ConfigError("--ranks", self.ranks, expected)
-        if self.ranks % self.ranks_per_node and self.ranks_per_node % self.ranks:
-            expected = f"a divisor of --ranks ({self.ranks}), or a multiple where one node has more"
+        if self.ranks_per_node < self.ranks and self.ranks % self.ranks_per_node:
+            expected = f"a divisor of --ranks ({self.ranks}), or as many and more where one node has them all"
             raise ConfigError("--ranks-per-node", self.ranks_per_node, expected)
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPE_BYTES)}")
@@ -127,16 +131,20 @@ def _rate(flag: str, text: str) -> float:
 
 def _seconds(flag: str, text: str) -> float:
     match = _TIME.fullmatch(text.strip().lower())
-    if match is None:
-        raise ConfigError(flag, text, "a time such as 10us (ns us ms s)")
-    return float(match[1] + _TIMES[match[2]])  # as text, so that 10us is 1e-5 exactly
+    seconds = float(match[1] + _TIMES[match[2]]) if match else math.inf  # as text, so that 10us is 1e-5 exactly
+    if seconds > LONGEST_S:
+        raise ConfigError(flag, text, f"a time from 0 to {LONGEST_S:g}s, such as 10us (ns us ms s)")
+    return seconds
 
 
 def _flops(flag: str, text: str) -> float:
     match = _FLOPS.fullmatch(text.strip().lower())
-    if match is None or not float(match[1]):
-        raise ConfigError(flag, text, "a rate above 0 such as 400tflops (gflops tflops pflops)")
-    return float(match[1] + _FLOPS_UNITS[match[2]])
+    flops = float(match[1] + _FLOPS_UNITS[match[2]]) if match else math.inf
+    if not 1 <= flops <= FASTEST_FLOPS:
+        raise ConfigError(
+            flag, text, f"a rate up to {FASTEST_FLOPS:g} a second, such as 400tflops (gflops tflops pflops)"
+        )
+    return flops
 
 
 def _backbone(flag: str, text: str) -> tuple[float, ...] | None:
@@ -218,7 +226,7 @@ def parse(argv: Sequence[str]) -> PlanOptions:
             value = getattr(defaults, field.name)
             said = HELP[field.name] if value is None else f"{HELP[field.name]} (default: {value})"
             parser.add_argument(_flag(field.name), type=str if value is None else type(value), default=value, help=said)
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.parse_args(_with_negative_values(argv)))
     calibrated = values["cost_model"] is not None
     for name in CALIBRATED:
         if calibrated and values[name] not in (None, getattr(defaults, name)):
@@ -228,6 +236,17 @@ def parse(argv: Sequence[str]) -> PlanOptions:
             continue
         values[name] = read(_flag(name), default if values[name] is None else values[name])
     return PlanOptions(**values)
+
+
+def _with_negative_values(argv: Sequence[str]) -> list[str]:
+    """`--latency -1us` as `--latency=-1us`: argparse takes the second word for an option, and says so."""
+    words: list[str] = []
+    for word in argv:
+        if _NEGATIVE.match(word) and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += "=" + word
+        else:
+            words.append(word)
+    return words
 
 
 def _flag(name: str) -> str:

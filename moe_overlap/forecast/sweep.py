@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_overlap.forecast.machine import Place, cost_model, op_verb, place, shapes
 from moe_overlap.forecast.options import PlanOptions
+from moe_overlap.plan import ChunkBy
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.explain import bound_s, name_of
 from moe_overlap.planning.search import Candidate, search
@@ -42,12 +43,14 @@ class PhasePlan:
 
     @property
     def code(self) -> str:
-        """The best schedule in a few letters: s serial, r4 four chunks, k2 two ops first, k* ops between the chunks."""
+        """The best schedule in a few letters: s serial, r4 four chunks of tokens, e4 four expert groups, k2 two ops
+        first, k* ops between the chunks."""
+        cut = f"{'e' if self.best.by == 'experts' else 'r'}{self.best.chunks}"
         if self.best.joined:
-            return "s" if self.best.chunks == 1 else f"r{self.best.chunks} joined"
+            return "s" if self.best.chunks == 1 else f"{cut} joined"
         before = self.best.ops_before
         slot = (f"k{before[0]}" if len(set(before)) == 1 else "k*") if self.window.ops_s else ""
-        return slot + (f"r{self.best.chunks}" if self.best.chunks > 1 or not slot else "")
+        return slot + (cut if self.best.chunks > 1 or not slot else "")
 
     @property
     def compute_s(self) -> float:
@@ -55,10 +58,10 @@ class PhasePlan:
         one, w = self.window.chunking(1, "tokens"), self.window
         return self.outside_s + sum((w.head_s, *w.ops_s, *one.experts_s, *one.deferred_s, w.tail_s))
 
-    def of_chunks(self, chunks: int) -> float:
-        """Seconds of the best schedule of so many chunks that overlaps."""
-        found = [one.predicted_s for one in self.candidates if one.chunks == chunks and not one.joined]
-        return self.outside_s + min(found)
+    def of_chunks(self, chunks: int, by: ChunkBy | None = None) -> float:
+        """Seconds of the best schedule of so many chunks that overlaps; by: None is whichever cut is faster."""
+        found = [one for one in self.candidates if one.chunks == chunks and not one.joined and by in (None, one.by)]
+        return self.outside_s + min(one.predicted_s for one in found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +106,8 @@ class Prediction:
     def code(self) -> str:
         return " ".join(phase.code for phase in self.phases)
 
-    def of_chunks(self, chunks: int) -> float:
-        return sum(phase.of_chunks(chunks) for phase in self.phases)
+    def of_chunks(self, chunks: int, by: ChunkBy | None = None) -> float:
+        return sum(phase.of_chunks(chunks, by) for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
         """One flat row; times in milliseconds."""
@@ -125,6 +128,7 @@ class Prediction:
                 phase.phase: phase.name,
                 f"{phase.phase}_order": phase.best.order,
                 f"{phase.phase}_chunks": phase.best.chunks,
+                f"{phase.phase}_by": phase.best.by,
                 f"{phase.phase}_ms": 1e3 * (phase.outside_s + phase.best.predicted_s),
                 f"{phase.phase}_serial_ms": 1e3 * (phase.outside_s + phase.serial.predicted_s),
             }

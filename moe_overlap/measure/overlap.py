@@ -7,7 +7,8 @@ what was achieved. All three are the maximum over ranks from a common barrier to
 
 Bounds of one window, from measured terms: a = one exchange of a chunk, e = experts on a chunk, d = their input
 gradient, w = the weight gradient of a chunk's rows, r chunks. The chunked forms are those of a pipeline with equal
-chunks on two lanes (compute, wire) that issues all dispatches first; exact forward, a lower bound backward.
+chunks on two lanes (compute, wire) that issues all dispatches first; exact forward, a lower bound backward. In a window
+with ops the shortcut's form is the bound of one chunk; cut, a chunk's exchanges run beside the others' experts too.
 """
 
 from __future__ import annotations
@@ -57,6 +58,15 @@ def chunked_backward(chunks: int, exchange: float, dgrad: float, wgrad: float) -
 def shortcut_bound(experts: float, window: float, dispatch: float, combine: float) -> float:
     """T_exp + max(sum S, T_disp + T_comb): no slot can beat it. `window`: all that may run beside the exchanges."""
     return experts + max(window, dispatch + combine)
+
+
+def cut_window_bound(chunks: int, experts: float, window: float, dispatch: float, combine: float) -> float:
+    """max{T_exp + sum S, r (a_d + a_c), a_d + T_exp + a_c} for r > 1 equal chunks, whose exchanges take a_d and a_c.
+
+    Compute has all of its work to do, the wire all of its own, and experts run neither before the first chunk is there
+    nor after the last has left. `experts` and `window` are of all chunks.
+    """
+    return max(experts + window, chunks * (dispatch + combine), dispatch + experts + combine)
 
 
 def percentile(values: Sequence[float], q: float) -> float:

@@ -43,13 +43,14 @@ def explain(
 
     `candidates`: what `search(window)` found, best first; `chosen`: the one that runs (default: the first).
     `outside_s`: seconds of the timed unit in no window, `measured_s`: the median of what the unit took, once known.
+    `max_in_flight_bytes`: the budget of the search that found `candidates`; changes are searched with it too.
     `changes`: what else could be done, beside what follows from the window itself (`usual_changes`).
     """
     chosen = candidates[0] if chosen is None else chosen
     if chosen not in candidates:
         candidates = [*candidates, chosen]
     sections = [
-        _drawn(window, chosen, outside_s),
+        _drawn(window, chosen, outside_s, max_in_flight_bytes),
         _table(window, candidates, chosen),
         _why(window, candidates, chosen),
         _bounds(window, chosen),
@@ -85,6 +86,11 @@ def in_ms(seconds: float) -> str:
     """Three digits: "0.0123 ms", "12.3 ms", "1234 ms"; rounding errors are zero."""
     ms = 1e3 * seconds
     return "0 ms" if ms < 1e-6 else f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms"
+
+
+def in_mb(count: int) -> str:
+    """Bytes in MB of 10^6, three digits."""
+    return f"{count / 1e6:.3g} MB"
 
 
 def _cut(candidate: Candidate) -> str:
@@ -147,10 +153,15 @@ def _spans(window: Window, candidate: Candidate) -> list[tuple[float, float]]:
     return timeline(window, schedule, chunks=candidate.chunks, by=candidate.by, joined=candidate.joined)
 
 
-def _drawn(window: Window, chosen: Candidate, outside_s: float) -> list[str]:
+def _drawn(window: Window, chosen: Candidate, outside_s: float, max_in_flight_bytes: int | None) -> list[str]:
     outside = f", {in_ms(outside_s)} outside its window included" if outside_s else ""
+    budget = []
+    if max_in_flight_bytes is not None:
+        budget = [f"  at most {in_mb(max_in_flight_bytes)} in flight (max_in_flight_bytes); "
+                  f"this holds {in_mb(chosen.in_flight_bytes)}"]  # fmt: skip
     return [
         f"{window.phase}: {name_of(chosen, window)}, predicted {in_ms(outside_s + chosen.predicted_s)}{outside}",
+        *budget,
         f"  order: {chosen.order}",
         *("  " + line for line in draw(Schedule.parse(chosen.order), joined=chosen.joined).splitlines()),
         f"to scale, one column is {in_ms(chosen.predicted_s / COLUMNS)}:",
@@ -164,7 +175,7 @@ def _table(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -
 
     def add(candidate: Candidate) -> None:
         mark = "<- runs" if candidate == chosen else _percent(candidate.predicted_s, chosen.predicted_s)
-        held = f"{candidate.in_flight_bytes / 1e6:.3g} MB"
+        held = in_mb(candidate.in_flight_bytes)
         rows.append((name_of(candidate, window), f"{1e3 * candidate.predicted_s:.3f}", mark, held))
 
     best_of_cut: dict[tuple[object, ...], float] = {}
@@ -306,7 +317,7 @@ def _help(
     more = [one for one in candidates if one.chunks > chosen.chunks]
     if chosen != candidates[0] and candidates[0].predicted_s < chosen.predicted_s:
         rows.append((f"the fastest found: {name_of(candidates[0], window)}", outside_s + candidates[0].predicted_s))
-    same = [one for one in candidates if _cut_of(one) == _cut_of(chosen)]
+    same = [] if chosen.joined else [one for one in candidates if _cut_of(one) == _cut_of(chosen)]
     later = [one for one in same if sum(one.ops_before) > sum(chosen.ops_before)]
     earlier = [one for one in same if sum(one.ops_before) < sum(chosen.ops_before)]
     for label, others in (("more chunks", more), ("a later slot", later), ("an earlier slot", earlier)):
@@ -318,7 +329,9 @@ def _help(
     rows.sort(key=lambda row: row[1])
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {in_ms(seconds)}  {_percent(seconds, total_s)}" for label, seconds in rows]
-    return [f"What would change the {in_ms(total_s)}, each searched anew:", *lines]
+    # Where overlap was switched off, the search is not: the rows would else seem to be the gain of the change alone.
+    how = "searched anew" + (", with overlap" if chosen.joined and not candidates[0].joined else "")
+    return [f"What would change the {in_ms(total_s)}, each {how}:", *lines]
 
 
 def _measured(predicted_s: float, measured_s: float | None) -> list[str]:

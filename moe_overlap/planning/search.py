@@ -28,7 +28,7 @@ The compiled search (csrc/core/search.cpp) and the reference here give the same 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from moe_overlap import _native
@@ -40,8 +40,8 @@ from moe_overlap.schedule.actions import Schedule, dependencies
 from moe_overlap.schedule.check import LANES, problems
 from moe_overlap.schedule.simulate import simulate
 
-__all__ = ["Candidate", "Chunking", "Slowdown", "Window", "cut_arguments", "evaluate", "search", "search_reference",
-           "timeline"]  # fmt: skip
+__all__ = ["Candidate", "Chunking", "Slowdown", "Window", "cut_arguments", "evaluate", "joined_form", "search",
+           "search_reference", "timeline"]  # fmt: skip
 
 # Verbs of head, first exchange, experts, second exchange and tail.
 STAGES = {"forward": ("P", "D", "E", "C", "U"), "backward": ("Ut", "Ct", "Ed", "Dt", "Pt")}
@@ -164,6 +164,14 @@ def _timeline(window: Window, chunking: Chunking, schedule: Schedule, joined: bo
     slowdown = {LANES.index("comp"): window.slowdown.compute, LANES.index("wire"): window.slowdown.wire}
     times = simulate(lanes, durations_s, deps, slowdown)
     return [times[number] for number in own]
+
+
+def joined_form(window: Window, candidate: Candidate) -> Candidate:
+    """The same schedule of `window` with every exchange joined where it starts (overlap off)."""
+    schedule = Schedule.parse(candidate.order)
+    predicted_s = evaluate(window, schedule, chunks=candidate.chunks, by=candidate.by, joined=True)
+    held = _in_flight_bytes(window.chunking(candidate.chunks, candidate.by), joined=True)
+    return replace(candidate, joined=True, predicted_s=predicted_s, in_flight_bytes=held)
 
 
 # ---------------------------------------------------------------- schedules of a window, as text

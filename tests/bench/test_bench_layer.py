@@ -16,6 +16,7 @@ import torch
 
 from moe_overlap.bench import check, layer, phase, setting
 from moe_overlap.bench.cases import BlockPair, Sizes
+from moe_overlap.bench.planned import CasePlan
 from moe_overlap.bench.routing import load
 from moe_overlap.bench.rows import KEYS, flag_of
 from moe_overlap.launch import World
@@ -248,7 +249,24 @@ def test_gradients_are_part_of_the_comparison():
 
 
 def test_the_gravest_flag_wins():
-    assert flag_of(oversubscribed=True, inflated=True, noisy=True) == "oversubscribed"
-    assert flag_of(oversubscribed=False, inflated=True, noisy=True) == "inflated"
-    assert flag_of(oversubscribed=False, inflated=False, noisy=True) == "noisy"
-    assert flag_of(oversubscribed=False, inflated=False, noisy=False) is None
+    names = ("oversubscribed", "inflated", "noisy", "drifted")
+    for first, name in enumerate(names):
+        assert flag_of(**{other: place >= first for place, other in enumerate(names)}) == name
+    assert flag_of(**dict.fromkeys(names, False)) is None
+
+
+@pytest.mark.parametrize(("serial_s", "drifted"), [(1.09, False), (1.11, True), (0.91, False), (0.89, True)])
+def test_ten_percent_beside_the_calibration_is_drift(serial_s, drifted):
+    assert CasePlan(schedule=None, exchange=None, serial_s=1.0).drifted(serial_s) == drifted
+
+
+def test_a_case_that_drifted_says_so_and_keeps_its_speed(tmp_path, monkeypatch):
+    real = phase.make_rows
+    late = CasePlan(schedule=None, exchange=None, serial_s=1e-9)
+    monkeypatch.setattr(phase, "make_rows", lambda *given: real(*given[:-1], {"top2": late}))
+    monkeypatch.setattr(phase, "is_noisy", lambda times: False)
+    assert one_rank(tmp_path, "--phases", "infer", "--cases", "top2,shared1", "--schedules", "serial") == 0
+    flags = {row["case"]: row["flagged"] for row in read_jsonl(tmp_path / "results.jsonl")}
+    assert flags == {"top2": "drifted", "shared1": None}
+    for row in read_jsonl(tmp_path / "results.jsonl"):
+        assert row["speedup_vs_serial"] == 1.0

@@ -55,9 +55,11 @@ def test_the_summary_counts_what_it_says():
              "time_ms_p90": 10.1}  # fmt: skip
     slow = {**row, "schedule": "auto", "predicted_ms": 10.0, "time_ms_median": 20.0, "time_ms_p10": 19.0,
             "time_ms_p90": 21.0}  # fmt: skip
-    first, second = predict_module().summary([quick, slow, {**quick, "flagged": "noisy"}])
-    assert "2 unflagged rows of 3" in first and "1 of 2 (50%)" in first and "50.0%" in first
-    assert second.endswith("0 of 1")
+    late = {**quick, "predicted_ms": 5.0, "flagged": "drifted"}
+    clean, auto, drifted, auto_too = predict_module().summary([quick, slow, {**quick, "flagged": "noisy"}, late])
+    assert "2 unflagged rows of 4" in clean and "1 of 2 (50%)" in clean and "50.0%" in clean
+    assert auto.endswith("0 of 1") and auto_too.endswith("0 of 1")
+    assert "drifted, 3 rows" in drifted and "1 of 3 (33%)" in drifted
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -58,6 +58,19 @@ def test_texts_are_read_in_si_units():
         ("--backbone 1ms", "--backbone"),
         ("--cost-model no/such/file", "--cost-model"),
         ("--speed 11", "--speed"),
+        ("--latency -1us", "--latency"),
+        ("--launch -.5us", "--launch"),
+        ("--ranks -1", "--ranks"),
+        (f"--tokens {10**21}", "--tokens"),
+        (f"--tokens {'9' * 400}", "--tokens"),
+        (f"--hidden {'9' * 400}", "--hidden"),
+        (f"--sequence {'9' * 30}", "--sequence"),
+        (f"--flops {'9' * 400}tflops", "--flops"),
+        (f"--flops {'0' * 20}.{'0' * 20}1gflops", "--flops"),
+        (f"--bandwidth {'9' * 400}gbit", "--bandwidth"),
+        (f"--latency {'9' * 400}s", "--latency"),
+        (f"--message {'9' * 400}s", "--message"),
+        ("--launch 1000000s", "--launch"),
     ],
 )
 def test_bad_input_is_one_line_naming_the_option_and_exit_2(words, option, capsys, tmp_path):
@@ -65,6 +78,36 @@ def test_bad_input_is_one_line_naming_the_option_and_exit_2(words, option, capsy
     assert status == 2 and not said.out
     assert len(said.err.strip().splitlines()) == 1 and option in said.err and words.split()[-1] in said.err, said.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_negative_time_is_told_what_is_expected(capsys):
+    assert "a time from 0 to 3600s, such as 10us" in run(["--latency", "-1us"], capsys)[1].err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "experts", "per_node", "expected"),
+    [
+        (64, 64, 8, (64, 8)),
+        (16, 64, 8, (16, 8)),
+        (4, 64, 8, (4, 4)),
+        (3, 3, 8, (3, 3)),  # one node
+        (64, 4, 8, (4, 4)),  # two groups on each node
+        (12, 6, 4, (6, 2)),  # ranks 0 to 3 are one node, 4 and 5 part of the next
+        (24, 12, 8, (12, 4)),
+    ],
+)
+def test_where_a_group_of_ranks_lies(ranks, experts, per_node, expected):
+    at = place(replace(OPTIONS, ranks=ranks, experts=experts, ranks_per_node=per_node), ranks=ranks, bytes_per_s=1e9)
+    assert (at.group, at.per_node) == expected
+
+
+def test_groups_that_do_not_fit_nodes_are_said(capsys, tmp_path):
+    out = ["--out", str(tmp_path)]
+    said = run("--ranks 12 --experts 6 --ranks-per-node 4".split() + out, capsys)[1].out
+    assert "groups of 6 ranks do not fit nodes of 4: taken as 2 of a group per node" in said
+    for fits in ("--ranks 12 --experts 6 --ranks-per-node 3", "--ranks 3 --experts 3 --ranks-per-node 8"):
+        status, said = run(fits.split() + out, capsys)
+        assert status == 0 and "do not fit" not in said.out
 
 
 def test_a_cost_model_from_numbers_by_hand():
@@ -80,6 +123,8 @@ def test_a_cost_model_from_numbers_by_hand():
     # A row is 200 bytes. The experts: three matmuls of 2 D F, unpacking and packing read and write each row.
     assert model.experts.beta_s == pytest.approx(6 * 100 * 200 / 1e12 + 4 * 200 / 1e10)
     assert model.experts_wgrad.beta_s == pytest.approx(6 * 100 * 200 / 1e12)
+    # An expert's three matrices are read before the matmuls of a chunk, forward and for the gradient of its input.
+    assert model.expert_s == model.expert_dgrad_s == pytest.approx(3 * 100 * 200 * 2 / 1e10)
     assert model.permute(2000) == pytest.approx(20e-6 + 2 * 2000 * 200 / 1e10)
     attention_s = (8 * 1000 * 100**2 + 2 * 1000 * 1000 * 100) / 1e12
     mlp_s, router_s = 6 * 1000 * 100 * 200 / 1e12, 2 * 1000 * 100 * 32 / 1e12
@@ -98,7 +143,8 @@ def test_the_serial_step_by_hand():
     model, shape = one.model, shapes(options, "top2", one.at)[0]
     (exchange_s,) = {model.exchange_s({wire: sizes[0] for wire, sizes in shape.bytes_by_lane.items()})}
     rows = 2 * options.tokens
-    expected = model.outside_s + model.permute(rows) + model.unpermute(rows) + model.experts(rows)
+    (expert_s,) = {model.expert_s * count for count in shape.experts}  # one expert on a rank
+    expected = model.outside_s + model.permute(rows) + model.unpermute(rows) + model.experts(rows) + expert_s
     assert one.compute_s == pytest.approx(expected)
     assert one.serial_s == pytest.approx(expected + 2 * exchange_s + 4e-3)
     assert one.comm_share == pytest.approx(1 - one.compute_s / one.serial_s)
@@ -204,8 +250,37 @@ def test_what_a_cost_model_says_is_not_asked_twice(words, capsys, tmp_path):
 
 def test_memory_bound_experts_are_warned_about(capsys, tmp_path):
     words = ["--tokens", "128", "--experts", "1024", "--ranks", "16", "--out", str(tmp_path)]
-    assert "WARNING: reading a rank's expert weights" in run(words, capsys)[1].out
+    said = run(words, capsys)[1].out
+    # 64 experts of 3 * 4096 * 8192 weights of 2 bytes at 2500 GB/s.
+    assert "WARNING: reading a rank's expert weights takes 5.15 ms" in said
+    assert "an expert's weights are read in 0.0805 ms" in said
     assert "WARNING" not in run(["--out", str(tmp_path)], capsys)[1].out
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(70, True), (90, False)])
+def test_the_warning_begins_where_reading_takes_as_long_as_computing(tokens, warned, capsys, tmp_path):
+    """One expert a rank, which computes 2 T rows in one chunk: with an exchange of a second nothing is cut."""
+    words = ["--tokens", str(tokens), "--phase", "infer", "--latency", "1s", "--launch", "0us", "--out", str(tmp_path)]
+    matmul_s = 2 * tokens * (6 * 4096 * 8192 / 400e12 + 4 * 8192 / 2.5e12)
+    assert (matmul_s < 3 * 4096 * 8192 * 2 / 2.5e12) == warned
+    assert ("WARNING" in run(words, capsys)[1].out) == warned
+
+
+def test_chunks_of_tokens_read_all_weights_each_and_expert_groups_their_own():
+    options = replace(OPTIONS, ranks=4, ranks_per_node=1, experts=16, memory_bandwidth=1e10, tokens=256)
+    at = place(options, ranks=4, bytes_per_s=1e9)
+    cuts = {(one.chunks, one.by): one for one in shapes(options, "top2", at)}
+    assert set(cuts) == {*((r, "tokens") for r in (1, 2, 4, 8, 16)), (2, "experts"), (4, "experts")}
+    assert cuts[4, "tokens"].experts == (4,) * 4 and cuts[4, "experts"].experts == (1,) * 4
+    forward = asked(options, "top2").phases[0]
+    read_s = 4 * 3 * options.hidden * options.ffn * 2 / 1e10
+    whole, by_tokens, by_experts = (
+        sum(forward.window.chunking(*cut).experts_s) for cut in ((1, "tokens"), (4, "tokens"), (4, "experts"))
+    )
+    assert by_tokens - whole == pytest.approx(3 * read_s + 3 * options.launch)
+    assert by_experts - whole == pytest.approx(3 * options.launch)
+    assert forward.best.by == "experts" and forward.code.startswith("e")
+    assert forward.of_chunks(4) == forward.of_chunks(4, "experts") < forward.of_chunks(4, "tokens")
 
 
 def test_a_folder_that_cannot_be_made(capsys, tmp_path):

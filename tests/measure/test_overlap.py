@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from moe_overlap.measure import overlap as formulas
+from moe_overlap.planning.explain import bound_s
+from moe_overlap.planning.search import search
+from moe_overlap.planning.window import Chunking, Window
 from moe_overlap.schedule.builders import chunked, window
 from moe_overlap.schedule.check import makespan_s
 
@@ -57,6 +60,22 @@ def test_no_slot_beats_the_shortcut_bound_and_one_slot_reaches_it_with_fine_ops(
     bound = formulas.shortcut_bound(e, n * ops, a, c)
     best = min(makespan_s(window(n, slot).forward, times) for slot in range(0, n + 1, 5))
     assert bound - 1e-9 <= best <= bound + 6 * ops
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize(("a", "e"), list(itertools.product(TIMES, TIMES)))
+@pytest.mark.parametrize("ops", [(0.5,), (1.0, 2.0, 0.2)])
+def test_a_cut_window_reaches_no_less_than_its_bound_and_may_beat_that_of_one_chunk(chunks, a, e, ops):
+    bound = formulas.cut_window_bound(chunks, e, sum(ops), a / chunks, a / chunks)
+    assert bound <= formulas.shortcut_bound(e, sum(ops), a, a) + 1e-12
+    cut = Chunking(chunks=chunks, by="tokens", first_s=(a / chunks,) * chunks, second_s=(a / chunks,) * chunks,
+                   experts_s=(e / chunks,) * chunks)  # fmt: skip
+    problem = Window(phase="forward", head_s=0.0, tail_s=0.0, ops_s=ops, chunkings=(cut,))
+    assert bound == pytest.approx(bound_s(problem, cut)), "as layer.explain() has it"
+    best_s = search(problem)[0].predicted_s
+    assert best_s >= bound - 1e-12
+    if (a, e, ops) == (2.7, 2.7, (0.5,)):
+        assert best_s < formulas.shortcut_bound(e, sum(ops), a, a), "no bound for this one"
 
 
 def test_percentiles_are_numpys():

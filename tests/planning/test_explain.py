@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_overlap.planning.explain import Change, bound_s, draw_to_scale, explain, name_of, usual_changes
-from moe_overlap.planning.search import Candidate, search
+from moe_overlap.planning.search import Candidate, evaluate, joined_form, search
 from moe_overlap.planning.window import Chunking, Slowdown, Window
+from moe_overlap.schedule.actions import Schedule
 
 
 def cut(chunks, exchange_s, experts_s, *, deferred_s=(), alpha_s=0.0, size=1000):
@@ -118,6 +119,34 @@ def test_a_byte_budget_is_one_of_the_things_to_change():
     found = search(window, max_in_flight_bytes=500)
     text = explain(window, found, max_in_flight_bytes=500)
     assert "no limit on bytes in flight" in text
+    assert "at most 0.0005 MB in flight (max_in_flight_bytes); this holds 0.0005 MB" in text
+    assert "max_in_flight_bytes" not in explain(window, search(window))
+
+
+def test_changes_keep_the_budget():
+    """Within 500 bytes nothing overlaps, so a link twice as fast leaves half of 6 ms to wait for."""
+    window = forward(counts=(1, 2), ops_s=(3e-3,))
+    text = explain(window, search(window, max_in_flight_bytes=500), max_in_flight_bytes=500)
+    line = next(line for line in text.splitlines() if line.startswith("  a link twice as fast"))
+    assert "7.2 ms" in line, "0.1 + 3 + 1 + 3 + 0.1"
+
+
+def test_what_was_chosen_with_overlap_off():
+    window = forward(ops_s=(2e-3, 1e-3))
+    found = search(window)
+    best = next(one for one in found if one.chunks == 4 and not one.joined)
+    off = joined_form(window, best)
+    schedule = Schedule.parse(best.order)
+    assert off.joined and off.order == best.order and off.in_flight_bytes == 250
+    assert off.predicted_s == evaluate(window, schedule, chunks=4, by="tokens", joined=True) > best.predicted_s
+    text = explain(window, found, chosen=off, measured_s=off.predicted_s)
+    assert text.startswith("forward: chunked(4), joined, predicted ") and "0.0 % low" in text
+    assert sum("<- runs" in line for line in text.splitlines()) == 1
+    assert re.search(r"chunked\(4\), joined +\S+ +<- runs", text)
+    assert "Overlap is not used" in text and "each searched anew, with overlap:" in text
+    assert "slot: chunked" not in text, "other slots of what is joined change nothing"
+    comp, wire = draw_to_scale(window, off).splitlines()
+    assert all(one == "." or other == "." for one, other in zip(comp[7:], wire[7:], strict=True)), "drawn joined"
 
 
 @pytest.mark.parametrize(("measured_s", "said"), [(1.1e-2, "9.1 % low"), (8e-3, "25.0 % high")])
