@@ -19,8 +19,8 @@ def rows_of(pattern: str) -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def predict_module():
-    spec = importlib.util.spec_from_file_location("predict", ROOT / "benchmarks/predict.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -56,10 +56,37 @@ def test_the_summary_counts_what_it_says():
     slow = {**row, "schedule": "auto", "predicted_ms": 10.0, "time_ms_median": 20.0, "time_ms_p10": 19.0,
             "time_ms_p90": 21.0}  # fmt: skip
     late = {**quick, "predicted_ms": 5.0, "flagged": "drifted"}
-    clean, auto, drifted, auto_too = predict_module().summary([quick, slow, {**quick, "flagged": "noisy"}, late])
+    clean, auto, drifted, auto_too = script("predict").summary([quick, slow, {**quick, "flagged": "noisy"}, late])
     assert "2 unflagged rows of 4" in clean and "1 of 2 (50%)" in clean and "50.0%" in clean
     assert auto.endswith("0 of 1") and auto_too.endswith("0 of 1")
     assert "drifted, 3 rows" in drifted and "1 of 3 (33%)" in drifted
+
+
+@pytest.mark.parametrize("phase", ["infer", "train"])
+def test_schedules_reach_their_bounds_at_every_share(phase):
+    limit = script("limit")
+    groups = defaultdict(list)
+    for row in rows_of("**/*-limit.jsonl"):
+        ratio = limit.judged(row)
+        if row["phase"] == phase and ratio is not None:
+            groups[round(row["comm_share"], 2), row["case"]].append(ratio / limit.LIMITS[row["case"]][phase])
+    for case in ("top2", "scmoe_pos2"):
+        shares = sorted(share for share, of_case in groups if of_case == case)
+        assert len(shares) >= 5 and shares[0] <= 0.15 and shares[-1] >= 0.68
+        assert all(min(groups[share, case]) <= 1 for share in shares), "the best row of every share"
+    kept = [ratio <= 1 for ratios in groups.values() for ratio in ratios]
+    assert sum(kept) >= 0.95 * len(kept), "and nearly all the others"
+
+
+def test_a_row_that_cannot_be_judged_is_not():
+    row = {"flagged": None, "case": "top2", "bound_ms": 10.0, "time_ms_median": 12.0, "comm_cpu_ms": 1.0,
+           "exchange_ms": 30.0, "phase": "infer", "schedule": "chunked", "chunks": 2, "comm_share": 0.3}  # fmt: skip
+    limit = script("limit")
+    assert limit.judged(row) == 1.2
+    assert limit.judged(row | {"flagged": "drifted"}) == 1.2, "that is about predictions"
+    for other in ({"flagged": "noisy"}, {"bound_ms": None}, {"case": "shared1"}, {"comm_cpu_ms": 2.0}):
+        assert limit.judged(row | other) is None
+    assert limit.summary([row, row | {"time_ms_median": 10.4}])[-1] == "1 of 2 rows within the limit; 2 rows in all"
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
