@@ -86,7 +86,9 @@ def test_only_so_many_plans_are_kept(monkeypatch):
     pairs = [schedule.pair_for(one) for one in kinds[-3:]]
     gc.collect()
     assert sum(plan() is not None for plan in kept) == 3
-    assert all(plan() is schedule.planned(one) for plan, one in zip(kept[-3:], kinds[-3:], strict=True)), "the last ones"
+    assert all(plan() is schedule.planned(one) for plan, one in zip(kept[-3:], kinds[-3:], strict=True)), (
+        "the last ones"
+    )
     assert [planned(schedule.model).pair_for(one) for one in kinds[-3:]] == pairs
     assert schedule.pair_for(kinds[0]) == planned(schedule.model).pair_for(kinds[0])
 
@@ -105,7 +107,9 @@ def test_each_expert_counts_in_every_chunk_of_tokens_and_once_in_groups():
         for chunks in (1, 2, 4, 8, 16):
             assert found[phase].chunking(chunks, "tokens").experts_s == pytest.approx((4 * expert_s,) * chunks)
         for groups in (2, 4):
-            assert found[phase].chunking(groups, "experts").experts_s == pytest.approx((4 / groups * expert_s,) * groups)
+            assert found[phase].chunking(groups, "experts").experts_s == pytest.approx(
+                (4 / groups * expert_s,) * groups
+            )
 
 
 def test_chunks_by_groups_of_experts_are_chosen_where_each_expert_costs():

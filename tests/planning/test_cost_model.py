@@ -192,7 +192,9 @@ def test_each_expert_of_a_chunk_costs(phase, per_row_s, per_expert_s):
     groups = replace(shape(local_experts=5, chunks=3, by="experts"), rows=(100, 0, 300))
     assert groups.experts == (1, 2, 2)
     by_groups, by_tokens = window(known, [groups, shape(local_experts=5, chunks=2)], phase).chunkings
-    assert by_groups.experts_s == pytest.approx((100 * per_row_s + per_expert_s, 0.0, 300 * per_row_s + 2 * per_expert_s))
+    assert by_groups.experts_s == pytest.approx(
+        (100 * per_row_s + per_expert_s, 0.0, 300 * per_row_s + 2 * per_expert_s)
+    )
     assert by_tokens.experts_s == pytest.approx((1024 * per_row_s + 5 * per_expert_s,) * 2)
 
 
