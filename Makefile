@@ -61,7 +61,7 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # In the environment of PYTHON as it is: the one whose torch knows the GPU. Nothing is installed.
 gpu:

@@ -133,7 +133,19 @@ def lone_barrier(rank: int, world: int, port: int, out: Any) -> None:
         out.put(row)
     else:
         time.sleep(3)
-    os._exit(0)  # the context may be broken: no clean-up that could hang
+
+
+def enter(body: Callable[..., None], rank: int, size: int, port: int, out: Any) -> None:
+    """body on this rank; an error is an answer, too."""
+    status = 0
+    try:
+        body(rank, size, port, out)
+    except BaseException as error:
+        out.put({"result": f"not run: rank {rank}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+        status = 1
+    out.close()
+    out.join_thread()  # the answer has left this process
+    os._exit(status)  # the context may be broken: no clean-up that could hang
 
 
 def world(body: Callable[..., None], size: int) -> dict[str, Any]:
@@ -141,14 +153,19 @@ def world(body: Callable[..., None], size: int) -> dict[str, Any]:
     context = mp.get_context("spawn")
     out, port = context.Queue(), free_port()
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # before the children start
-    ranks = [context.Process(target=body, args=(rank, size, port, out), daemon=True) for rank in range(size)]
+    ranks = [context.Process(target=enter, args=(body, rank, size, port, out), daemon=True) for rank in range(size)]
     for rank in ranks:
         rank.start()
-    try:
-        answer: dict[str, Any] = out.get(timeout=WORLD_LIMIT_S)
-    except queue.Empty:
+    answer: dict[str, Any] = {}
+    end_s = time.monotonic() + WORLD_LIMIT_S
+    while not answer:
         states = [rank.exitcode for rank in ranks]
-        answer = {"result": f"not run: no answer in {WORLD_LIMIT_S:.0f} s, exit codes {states}"}
+        over = time.monotonic() > end_s or any(states) or None not in states
+        try:
+            answer = out.get(timeout=0.5)
+        except queue.Empty:
+            if over:  # and nothing came after that
+                answer = {"result": f"not run: no answer in {WORLD_LIMIT_S:.0f} s, exit codes {states}"}
     for rank in ranks:
         rank.join(JOIN_LIMIT_S)
         if rank.is_alive():

@@ -1,12 +1,14 @@
 """`make gpu`: build in this environment, test on the GPU, sanitize, measure. Everything within nine minutes.
 
-    python benchmarks/gpu_run.py [--skip sanitize,probe,kernels] [--out FOLDER]
+    python benchmarks/gpu_run.py [--skip sanitize,probe,kernels,expert_mlp] [--tests PATH ...] [--out FOLDER]
 
-Correctness comes first: a failing test ends the run before anything is timed, and nothing is recorded as verified. When
-the tests pass, the pairs of operator and dtype that they cover go into moe_overlap/ops/verified.json (this is the only
-writer) with architecture and sources, and from there into docs/status.md. compute-sanitizer runs on small cases; a tool
-that cannot start there is recorded as `not run` with its reason, only findings are failures. Results are JSON lines in
-benchmarks/results/<gpu>/, one file for a run; every row has the date, commit, torch and device.
+Correctness comes first: after a failing test or a finding no kernel of ours is timed (the probe, which has none, still
+runs), and after a failing test nothing is recorded as verified. When the tests pass, the pairs of operator and dtype
+that they cover go into moe_overlap/ops/verified.json (this is the only writer) with architecture and sources, and from
+there into docs/status.md. compute-sanitizer runs on small cases; a tool that cannot start is recorded as `not run` with
+its reason, only findings are failures. Results are JSON lines in benchmarks/results/<gpu>/, one file for a run; every
+row has the date, commit, torch, device and clocks. MOE_OVERLAP_COMMIT names the commit where the sources travelled
+without their history. From another machine these have to come back: the results, verified.json and docs/status.md.
 
 Exit status: 0 all is well, 1 a test or a sanitizer found something, 2 there is no GPU or no build.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +37,13 @@ sys.path.insert(0, str(ROOT))
 STATUS = ROOT / "docs/status.md"
 TABLE_BEGIN, TABLE_END = "<!-- from moe_overlap/ops/verified.json -->", "<!-- end -->"
 LIMIT_S = 540.0
+BUILD_S, TESTS_S, SANITIZE_S = 120.0, 190.0, 75.0  # the most of each
 KILLED_S = 10.0  # that the output of a killed command may take
-PARTS = ("sanitize", "probe", "kernels")
+TEST_PROCESSES = 6  # on one GPU: compiling and the references take most of the time
+SHARES = {"probe": 11, "kernels": 8, "expert_mlp": 14}
+"""The benchmarks, and how they share the time that is left; what one does not need goes to those after it."""
+FINISH_S = 25.0  # for what was begun before nothing new is begun
+PARTS = ("sanitize", *SHARES)
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND_STATUS = 86
 """What compute-sanitizer exits with when it found something: no status of pytest."""
@@ -56,7 +65,7 @@ class Run:
         self.begin_s = time.monotonic()
         self.about = about
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / f"{about['date']}-gpu.jsonl"
+        self.file = folder / f"{about['date']}-{time.strftime('%H%M')}-gpu.jsonl"
         self.file.write_text("", encoding="utf-8")
 
     def left_s(self) -> float:
@@ -68,7 +77,6 @@ class Run:
 
     def command(self, *words: str, most_s: float, **environment: str) -> Done:
         """Run one command for at most `most_s` seconds and what is left, and show what it says."""
-        print(f"\n== {' '.join(words)}", flush=True)
         begin_s = time.monotonic()
         limit_s = max(1.0, min(most_s, self.left_s()))
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -89,7 +97,7 @@ class Run:
             except subprocess.TimeoutExpired:  # something that left the session still holds its output
                 text = ""
             text += f"\nstopped after {limit_s:.0f} s"
-        print(text[-4000:], flush=True)
+        print(f"\n== {' '.join(words)}\n{text}", flush=True)
         return Done(status, text, time.monotonic() - begin_s)
 
 
@@ -102,8 +110,17 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device found"
 
 
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, in CUDA_HOME, or where toolkits are installed unless told otherwise."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+    folders = [os.environ.get("PATH", os.defpath), *(str(Path(home, "bin")) for home in homes)]
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
 def commit() -> str:
     """Of the sources, with "+changes" where they differ; "unknown" where they travelled without their history."""
+    if told := os.environ.get("MOE_OVERLAP_COMMIT"):
+        return told
     git = shutil.which("git")
     if git is None:
         return "unknown"
@@ -160,27 +177,27 @@ def sanitizer_result(tool: str, done: Done) -> dict[str, object]:
 
 
 def sanitize(run: Run) -> bool:
-    """The three tools on small cases; True unless one found something."""
-    program = shutil.which("compute-sanitizer")
-    clean = True
-    for tool in TOOLS:
+    """The three tools on small cases, side by side; True unless one found something."""
+    program = find_tool("compute-sanitizer")
+
+    def row(tool: str) -> dict[str, object]:
         if program is None:
-            row: dict[str, object] = {
-                "kind": "sanitizer",
-                "tool": tool,
-                "result": "not run: compute-sanitizer not found",
-            }
-        else:
-            # Without the caching allocator each tensor is an allocation of its own, so that its end is known.
-            done = run.command(
-                program, "--tool", tool, "--error-exitcode", str(FOUND_STATUS), sys.executable, "-m", "pytest", "-q",
-                "-m", "gpu", "tests/gpu/test_gpu_small.py", most_s=60, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-            )  # fmt: skip
-            row = sanitizer_result(tool, done)
-        print(f"{tool}: {row['result']}")
-        run.record(**row)
-        clean = clean and row["result"] != "found"
-    return clean
+            return {"kind": "sanitizer", "tool": tool, "result": "not run: compute-sanitizer not found"}
+        # Calls of the driver that torch expects to fail are no findings. Without the caching allocator each tensor is
+        # an allocation of its own, so that its end is known.
+        more = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        done = run.command(
+            program, "--tool", tool, *more, "--error-exitcode", str(FOUND_STATUS), sys.executable, "-m", "pytest",
+            "-q", "-m", "gpu", "tests/gpu/test_gpu_small.py", most_s=SANITIZE_S, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+        return sanitizer_result(tool, done)
+
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        found = list(pool.map(row, TOOLS))
+    for one in found:
+        print(f"{one['tool']}: {one['result']}")
+        run.record(**one)
+    return all(one["result"] != "found" for one in found)
 
 
 def status_table() -> list[str]:
@@ -206,7 +223,7 @@ def with_table(text: str) -> str:
     return "\n".join([before + TABLE_BEGIN, *status_table(), TABLE_END + after])
 
 
-def verify(run: Run, record: Path) -> bool:
+def verify(run: Run, record: Path, done: Done) -> bool:
     """Read what the tests covered; if all passed, write verified.json and the table of docs/status.md."""
     import torch
 
@@ -216,8 +233,8 @@ def verify(run: Run, record: Path) -> bool:
     told = (
         json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"covered": [], "failed": ["no record"]}
     )
-    run.record(kind="tests", covered=told["covered"], failed=told["failed"])
-    if told["failed"] or not told["covered"]:
+    run.record(kind="tests", seconds=round(done.seconds, 1), status=done.status, **told)
+    if done.status != 0 or told["failed"] or not told["covered"]:
         return False
     here = cuda_kernels.architecture(torch.device("cuda", 0))
     sources = {
@@ -237,9 +254,54 @@ def verify(run: Run, record: Path) -> bool:
     return True
 
 
+def build(run: Run) -> bool:
+    """The package here, for this GPU alone."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    chosen = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "CUDACXX": find_tool("nvcc") or ""} | os.environ
+    chosen["MOE_OVERLAP_BUILD"] = "cuda"
+    done = run.command(sys.executable, "setup.py", "build_ext", "--inplace", most_s=BUILD_S, **chosen)
+    run.record(kind="build", seconds=round(done.seconds, 1), status=done.status)
+    return done.status == 0
+
+
+def test(run: Run, paths: Sequence[str]) -> bool:
+    """The tests that need a GPU, and the record of what they covered; True if all passed."""
+    several = ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
+    record = run.file.with_suffix(".tests.json")
+    done = run.command(
+        sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=5", *several, "-m", "gpu", *paths,
+        f"--gpu-record={record}", most_s=TESTS_S, OMP_NUM_THREADS="2",
+    )  # fmt: skip
+    passed = verify(run, record, done)
+    record.unlink(missing_ok=True)
+    return passed
+
+
+def measure(run: Run, parts: Sequence[str]) -> None:
+    """These benchmarks, one after the other, each within its limit."""
+    for place, part in enumerate(parts):
+        limit_s = run.left_s() * SHARES[part] / sum(SHARES[later] for later in parts[place:])
+        new_s = max(1.0, limit_s - FINISH_S)
+        words = (f"benchmarks/gpu_{part}.py", f"--out={run.file}", f"--most-s={new_s:.0f}")
+        done = run.command(sys.executable, *words, most_s=limit_s)
+        run.record(kind=part, seconds=round(done.seconds, 1), status=done.status)
+
+
+def digest(run: Run) -> list[str]:
+    """The run in short lines, to be read where only the end of the output is at hand."""
+    lines = []
+    for row in map(json.loads, run.file.read_text(encoding="utf-8").splitlines()):
+        told = {name: value for name, value in row.items() if name not in run.about and name not in ("time", "covered")}
+        lines.append(" ".join(f"{name}={value}" for name, value in told.items())[:200])
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--skip", default="", help=f"parts to leave out: {', '.join(PARTS)}")
+    parser.add_argument("--tests", nargs="+", default=["tests/gpu"], metavar="PATH", help="default: all in tests/gpu")
     parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/<gpu>)")
     options = parser.parse_args(argv)
     skipped = [word for word in options.skip.split(",") if word]
@@ -250,26 +312,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     told = about()
     run = Run(options.out or ROOT / "benchmarks/results" / slug(told["device"]), told)
-    build = run.command(sys.executable, "setup.py", "build_ext", "--inplace", most_s=180, MOE_OVERLAP_BUILD="cuda")
-    run.record(kind="build", seconds=round(build.seconds, 1), status=build.status)
-    if build.status != 0:
+    if not build(run):
         return 2
-    record = run.file.with_suffix(".tests.json")
-    tests = run.command(
-        sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--gpu-record={record}", most_s=200
-    )
-    passed = verify(run, record) and tests.status == 0
-    record.unlink(missing_ok=True)
-    if not passed:
-        print("make gpu: the tests did not pass: nothing is timed", file=sys.stderr)
-        return 1
+    passed = test(run, options.tests)
     clean = sanitize(run) if "sanitize" not in skipped else True
-    for part in ("probe", "kernels"):
-        if part not in skipped and clean:
-            done = run.command(sys.executable, f"benchmarks/gpu_{part}.py", f"--out={run.file}", most_s=200)
-            run.record(kind=part, seconds=round(done.seconds, 1), status=done.status)
-    print(f"\n{run.file}: {LIMIT_S - run.left_s():.0f} s in all")
-    return 0 if clean else 1
+    begun = [part for part in SHARES if part not in skipped and (passed and clean or part == "probe")]
+    measure(run, begun)
+    print("\n".join(["", *digest(run)]))
+    if not (passed and clean):
+        print("make gpu: a test or a sanitizer found something: no kernel of ours was timed", file=sys.stderr)
+    print(f"{run.file}: {LIMIT_S - run.left_s():.0f} s in all")
+    return 0 if passed and clean else 1
 
 
 if __name__ == "__main__":

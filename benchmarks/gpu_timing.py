@@ -7,15 +7,20 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Key = TypeVar("Key", bound=Hashable)
 CACHE_BYTES = 64 << 20
 """More than the L2 cache of the chips in question (60 MB on the H200)."""
+
+
+HOLD_CYCLES = 200_000
+"""Some 0.1 ms: longer than a graph needs from the host to the GPU."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class Time:
 def sets_needed(bytes_moved: int) -> int:
     """How many copies of the inputs, used in turn, keep a call from finding its data in the cache."""
     return min(64, -(-4 * CACHE_BYTES // max(1, bytes_moved)))
+
+
+def rounds_needed(sets: int, bytes_moved: int) -> int:
+    """How many times the input sets are gone through in one timing: until some milliseconds have passed, so that the
+    begin of a graph is no part of the result."""
+    calls = min(200, max(20, -(-(4 << 30) // max(1, bytes_moved))))
+    return -(-calls // sets)
 
 
 def graph_of(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
@@ -61,6 +73,7 @@ def interleaved(contenders: dict[str, Sequence[Callable[[], Any]]], *, repeats: 
     for repeat in range(repeats + 3):
         for name, graph in graphs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HOLD_CYCLES)  # the graph is on the GPU before the clock starts
             begin.record()
             graph.replay()
             end.record()
@@ -68,6 +81,46 @@ def interleaved(contenders: dict[str, Sequence[Callable[[], Any]]], *, repeats: 
             if repeat >= 3:
                 samples[name].append(begin.elapsed_time(end) * 1e-3 / len(contenders[name]))
     return {name: Time.of(values) for name, values in samples.items()}
+
+
+Phases = tuple[Callable[[], tuple[Any, Any]], Callable[[Any], Any]]
+"""forward() -> (result, what backward needs); backward(that)."""
+
+_LEAD_CYCLES = 2_000_000
+
+
+def two_phases(contenders: Mapping[Key, Phases], *, repeats: int = 10) -> dict[Key, tuple[Time, Time]]:
+    """The times of forward and of the backward that follows it, of each contender in turns with the others.
+
+    Without graphs, as not everything can be captured: the GPU is held for about a millisecond first, so that the host
+    is ahead of it by as much, and no launch of short work is timed.
+    """
+    samples: dict[Key, tuple[list[float], list[float]]] = {key: ([], []) for key in contenders}
+    for repeat in range(repeats + 2):
+        for key, (forward, backward) in contenders.items():
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+            torch.cuda._sleep(_LEAD_CYCLES)
+            marks[0].record()
+            result, saved = forward()
+            marks[1].record()
+            gradients = backward(saved)
+            marks[2].record()
+            marks[2].synchronize()
+            del result, saved, gradients
+            if repeat >= 2:
+                for phase in range(2):
+                    samples[key][phase].append(marks[phase].elapsed_time(marks[phase + 1]) * 1e-3)
+    return {key: (Time.of(first), Time.of(second)) for key, (first, second) in samples.items()}
+
+
+def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
+    """(result of the call, how much more memory than before it held at most)."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
 
 
 def once(call: Callable[[], Any], *, repeats: int = 10) -> Time:
@@ -108,11 +161,15 @@ class Results:
                 file.write(line + "\n")
 
 
-def options(description: str, argv: Sequence[str] | None, **more: float) -> argparse.Namespace:
-    """The options that every GPU benchmark has, and its own numbers: name=default."""
+def options(description: str, argv: Sequence[str] | None, **more: float | str | bool) -> argparse.Namespace:
+    """The options that every GPU benchmark has, and its own: name=default, where False makes a flag."""
     parser = argparse.ArgumentParser(description=description)
     for name, default in more.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
+        flag = f"--{name.replace('_', '-')}"
+        if default is False:
+            parser.add_argument(flag, action="store_true")
+        else:
+            parser.add_argument(flag, type=type(default), default=default)
     parser.add_argument("--out", type=Path, help="append the rows to this file too")
     parser.add_argument("--most-s", type=float, default=180.0, help="begin nothing new after this many seconds")
     found = parser.parse_args(argv)

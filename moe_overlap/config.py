@@ -52,7 +52,14 @@ SLOW_PEER_S = EnvVariable(
     low=0.05,
     high=3600.0,
 )
-VARIABLES = (TIMEOUT_S, SLOW_PEER_S)
+EXCHANGE_SMS = EnvVariable(
+    name="MOE_OVERLAP_EXCHANGE_SMS",
+    meaning="multiprocessors of a GPU that the experts' kernels leave to exchanges",
+    default=0.0,
+    low=0.0,
+    high=1024.0,
+)
+VARIABLES = (TIMEOUT_S, SLOW_PEER_S, EXCHANGE_SMS)
 TRITON_INTERPRET = "TRITON_INTERPRET"
 CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
 

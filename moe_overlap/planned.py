@@ -1,20 +1,22 @@
 """schedule="auto": from a cost model and the counts of a step to the schedules that run.
 
 `PlannedSchedule` is a pure function of data that all ranks have alike: the model (fitted to gathered measurements) and
-the agreed counts. To keep it one, and cheap, a step is reduced to a few rounded integers first: the rows and bytes of
-the busiest rank, in equal chunks of tokens, and in each expert group. The same integers give the same schedules, in a
-recompute too.
+the agreed counts. To keep it one, and cheap, a step is reduced to a few rounded integers first (`StepKind`): the rows
+and bytes of the busiest rank, and how its expert groups share them. Steps of the same kind get the same schedules, a
+recompute too; routing that only fluctuates hardly leaves its kind, so most steps are not planned anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
+
+import numpy as np
 
 from moe_overlap.measure.calibrate import Nodes, step_shape
 from moe_overlap.plan import BLOCKS, ChunkBy, ExchangePlan, digest
-from moe_overlap.planning.cost_model import CostModel, StepShape, window
+from moe_overlap.planning.cost_model import CostModel, StepShape, experts_per_chunk, window
 from moe_overlap.planning.search import Candidate, search
 from moe_overlap.planning.window import OpVerb, Window
 from moe_overlap.schedule.actions import Phase, Schedule
@@ -26,6 +28,7 @@ CUTS = (1, 2, 4, 8, BLOCKS)
 GROUPS = (2, 4, 8)
 REMEMBERED = 256  # kinds of steps whose schedules are kept
 DIGITS = 5  # leading binary digits that rounding keeps: 3 % at most
+SHARE_UNITS = 4  # an expert group's share of the rows is rounded to this part of an equal share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class PlannedSchedule:
     nodes: Nodes | None = None
     overlap: bool = True
     max_in_flight_bytes: int | None = None
-    _found: dict[tuple[object, ...], Planned] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[StepKind, Planned] = field(default_factory=dict, init=False, repr=False)
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
@@ -73,27 +76,77 @@ class PlannedSchedule:
 
     def planned(self, exchange: ExchangePlan) -> Planned:
         """The schedules of one step, and what they were chosen from."""
-
-        def reduced(chunks: int, by: ChunkBy) -> StepShape:
-            shape = step_shape(exchange.chunked(chunks, by), row_bytes=self.row_bytes, nodes=self.nodes)
-            return replace(
-                shape,
-                rows=tuple(map(rounded, shape.rows)),
-                bytes_by_lane={lane: tuple(map(rounded, counts)) for lane, counts in shape.bytes_by_lane.items()},
-                slots_rows=rounded(shape.slots_rows),
-            )
-
-        local = exchange.num_slots // exchange.world_size
-        whole = reduced(1, "tokens")
-        shapes = [even_shape(whole, chunks) for chunks in CUTS]
-        shapes += [reduced(groups, "experts") for groups in GROUPS if groups <= local]
-        key = tuple((s.rows, s.slots_rows, *s.bytes_by_lane.values()) for s in shapes[len(CUTS) - 1 :])
-        found = self._found.get((exchange.grad_enabled, key))
+        kind = step_kind(exchange, row_bytes=self.row_bytes, nodes=self.nodes)
+        found = self._found.get(kind)
         if found is None:
             if len(self._found) >= REMEMBERED:
                 self._found.pop(next(iter(self._found)))
-            found = self._found[exchange.grad_enabled, key] = _plan(self, shapes, exchange.grad_enabled)
+            found = self._found[kind] = _plan(self, kind)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKind:
+    """What is planned from: all that a step's schedules depend on, rounded.
+
+    `rows`: of the busiest rank's experts. `slots_rows`: T * K of the rank with most tokens. `bytes_by_lane`: what
+    leaves or enters the busiest rank on each wire. `local_experts`: of a rank. `shares`: for every number of expert
+    groups, the rows of each group over all ranks, in SHARE_UNITS-ths of an equal share.
+    """
+
+    grad: bool
+    rows: int
+    slots_rows: int
+    bytes_by_lane: tuple[tuple[str, int], ...]
+    local_experts: int
+    shares: tuple[tuple[int, ...], ...]
+    row_bytes: int
+
+    def shapes(self) -> list[StepShape]:
+        """The step, cut in every way that is considered: tokens into equal chunks, experts into groups."""
+        by_tokens = [self._cut((1,) * chunks, "tokens") for chunks in CUTS]
+        return by_tokens + [self._cut(shares, "experts") for shares in self.shares]
+
+    def _cut(self, shares: tuple[int, ...], by: ChunkBy) -> StepShape:
+        ends = list(accumulate(shares))
+
+        def parts(count: int) -> tuple[int, ...]:
+            cuts = [count * end // ends[-1] for end in ends]
+            return tuple(after - before for before, after in pairwise([0, *cuts]))
+
+        return StepShape(
+            chunks=len(shares),
+            by=by,
+            rows=parts(self.rows),
+            experts=experts_per_chunk(self.local_experts, len(shares), by),
+            bytes_by_lane={lane: parts(count) for lane, count in self.bytes_by_lane},
+            slots_rows=self.slots_rows,
+            row_bytes=self.row_bytes,
+        )
+
+
+def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None) -> StepKind:
+    """The kind of a step: a pure function of the agreed counts."""
+    whole = step_shape(exchange.chunked(1, "tokens"), row_bytes=row_bytes, nodes=nodes)
+    local = exchange.num_slots // exchange.world_size
+    rows_of = exchange.counts.sum(axis=(0, 1)).reshape(exchange.world_size, local).sum(axis=0)
+    return StepKind(
+        grad=exchange.grad_enabled,
+        rows=rounded(whole.rows[0]),
+        slots_rows=rounded(whole.slots_rows),
+        bytes_by_lane=tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items()),
+        local_experts=local,
+        shares=tuple(_shares(rows_of, groups) for groups in GROUPS if groups <= local),
+        row_bytes=row_bytes,
+    )
+
+
+def _shares(rows_of: np.ndarray, groups: int) -> tuple[int, ...]:
+    """The rows of each group of a rank's experts; rows_of: int64 [e], of each expert over all ranks."""
+    ends = np.cumsum(rows_of)[len(rows_of) * np.arange(1, groups + 1) // groups - 1]
+    rows, total = np.diff(ends, prepend=0), int(rows_of.sum())
+    shares = (2 * SHARE_UNITS * groups * rows + total) // max(1, 2 * total)
+    return tuple(int(share) for share in shares) if shares.any() else (1,) * groups
 
 
 def rounded(count: int) -> int:
@@ -106,22 +159,8 @@ def rounded(count: int) -> int:
     return (count + unit // 2) // unit * unit
 
 
-def even_shape(whole: StepShape, chunks: int) -> StepShape:
-    """The step of one chunk, cut into equal chunks of tokens."""
-    return replace(
-        whole,
-        chunks=chunks,
-        rows=_even(whole.rows[0], chunks),
-        experts=whole.experts * chunks,
-        bytes_by_lane={lane: _even(counts[0], chunks) for lane, counts in whole.bytes_by_lane.items()},
-    )
-
-
-def _even(count: int, chunks: int) -> tuple[int, ...]:
-    return tuple(count * (c + 1) // chunks - count * c // chunks for c in range(chunks))
-
-
-def _plan(schedule: PlannedSchedule, shapes: Sequence[StepShape], grad: bool) -> Planned:
+def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
+    grad, shapes = kind.grad, kind.shapes()
     phases: tuple[Phase, ...] = ("forward", "backward") if grad else ("forward",)
     windows: dict[Phase, Window] = {}
     for phase in phases:

@@ -13,12 +13,16 @@ import pytest
 import torch
 
 from moe_overlap.ops import triton_kernels
+from moe_overlap.schedule import run
 from moe_overlap.transport.local import LocalTransport
 from tests.equality import Case, check_right, run_both
 from tests.ops.interpreted import needs_triton, on_triton
 from tests.ranks import virtual_world
+from tests.tolerances import same_bits
 
 needs_triton(interpreter=True)
+
+from moe_overlap.ops import expert_mlp_triton as mlp  # noqa: E402
 
 LIMIT_S = 150.0  # the interpreter takes its time on a busy machine
 PIECES = {"expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad"}
@@ -59,3 +63,26 @@ def test_one_rank_without_an_exchange(called: set[str]) -> None:
     case = Case(1, "serial", 1, torch.float32, "uneven")
     check_right(case, [run_both(case, LocalTransport(), LocalTransport(), 0)])
     assert {"row_map", "permute", "expert_mlp", "expert_mlp_backward", "combine", "combine_backward"} <= called
+
+
+def test_multiprocessors_kept_for_exchanges_change_no_bit(called: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for the experts, and as many as there are."""
+    case, budgets, launch = CASES[0], set(), mlp._Call._launch
+
+    def noting(self: Any, *args: Any, **keywords: Any) -> None:
+        budgets.add(self.num_sms)
+        launch(self, *args, **keywords)
+
+    monkeypatch.setattr(mlp._Call, "_launch", noting)
+    found = []
+    for num_sms in (None, 1):
+        monkeypatch.setattr(run, "experts_sms", lambda device, num_sms=num_sms: num_sms)
+        world = virtual_world(case.world, seed=1)
+        results = world.run(lambda me: run_both(case, me.transport(), me.transport(), me.rank), timeout_s=LIMIT_S)
+        found.append(results)
+        assert budgets == {num_sms}
+        budgets.clear()
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys() and len(one) > 4
+        for name in one:
+            same_bits(one[name], other[name])

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_overlap.planned import CUTS, PlannedSchedule, even_shape, pair_of, rounded
-from moe_overlap.planning.cost_model import CostModel, StepShape, window
+from moe_overlap.plan import BLOCKS
+from moe_overlap.planned import PlannedSchedule, StepKind, pair_of, rounded
+from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.search import evaluate, search
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.builders import serial
@@ -28,10 +29,9 @@ def candidates(phase, num_ops=0, op_verb="B"):
     found = {}
     for beta_s in (1e-10, 1e-9, 1e-8):
         model = cost_model(num_ops, exchange={"inter": line(beta_s, 1e-6)}, shared_s=3e-5, shared_backward_s=6e-5)
-        whole = StepShape(chunks=1, by="tokens", rows=(768,), experts=(4,), bytes_by_lane={"inter": (49152,)},
-                          slots_rows=384, row_bytes=ROW_BYTES)  # fmt: skip
-        shapes = [even_shape(whole, chunks) for chunks in CUTS]
-        problem = window(model, shapes, phase, op_verb=op_verb, num_ops=num_ops)
+        kind = StepKind(grad=True, rows=768, slots_rows=384, bytes_by_lane=(("inter", 49152),), local_experts=4,
+                        shares=(), row_bytes=ROW_BYTES)  # fmt: skip
+        problem = window(model, kind.shapes(), phase, op_verb=op_verb, num_ops=num_ops)
         found |= {(one.order, one.joined): one for one in search(problem)}
     return list(found.values())
 
@@ -185,3 +185,24 @@ def test_the_digest_knows_the_nodes():
     model = cost_model(exchange={"inter": line(1e-9), "intra": line(1e-10)})
     digests = {planned(model, nodes=nodes).digest for nodes in (None, (0, 0), (0, 1))}
     assert len(digests) == 3
+
+
+def fluctuating(seed, *, world=8, slots=64, tokens=1024):
+    """A step of balanced routing: every token draws its expert anew."""
+    draw = np.random.default_rng(seed)
+    return draw.multinomial(2 * tokens // BLOCKS, [1 / slots] * slots, size=(world, BLOCKS))
+
+
+def test_routing_that_only_fluctuates_stays_of_one_kind_or_few():
+    schedule = planned(cost_model(alpha_s=1e-6))
+    found = {id(schedule.planned(exchange(fluctuating(seed), world=8, slots=64))) for seed in range(40)}
+    assert len(found) <= 12
+
+
+def test_a_hot_expert_is_seen_in_its_group():
+    counts = np.full((2, BLOCKS, 8), 3)
+    counts[:, :, (0, 4)] = 30  # the first expert of either rank
+    windows = planned(cost_model()).planned(exchange(counts)).windows
+    rows = {cut.chunks: cut.chunk_bytes for cut in windows["forward"].chunkings if cut.by == "experts"}
+    first, *others = rows[4]
+    assert first == pytest.approx(10 * others[0], rel=0.3) and sum(rows[4]) == sum(rows[2])

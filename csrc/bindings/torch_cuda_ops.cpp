@@ -7,8 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
+#include <random>
 #include <string>
 #include <tuple>
 
@@ -82,6 +84,16 @@ moe_overlap::Activation activation_of(const std::string& name) {
 
 // ---- gate_topk ----
 
+// Another one for each call of this process, and for other processes as far as 64 random bits go; never 0.
+uint64_t new_nonce() {
+  static std::atomic<uint64_t> next{[] {
+    std::random_device bits;
+    return uint64_t{bits()} << 32 | bits();
+  }()};
+  const uint64_t nonce = next.fetch_add(1, std::memory_order_relaxed);
+  return nonce != 0 ? nonce : next.fetch_add(1, std::memory_order_relaxed);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_topk(const Tensor& given, const MaybeTensor& given_bias, int64_t k,
                                                      int64_t n_group, int64_t topk_group, const std::string& score,
                                                      bool renormalize, double scale) {
@@ -93,6 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_topk(const Tensor& given, const 
   const Tensor ids = torch::stable::new_empty(logits, {tokens, k}, ScalarType::Int);
   const Tensor counts = torch::stable::new_empty(logits, {experts}, ScalarType::Int);
   const Tensor status = torch::stable::new_empty(logits, {1}, ScalarType::Int);
+  const Tensor workspace =
+      torch::stable::new_empty(logits, {int64_t{sizeof(moe_overlap::GateWorkspace)}}, ScalarType::Byte);
   moe_overlap::GateArgs args{};
   args.logits = logits.const_data_ptr<float>();
   args.bias = pointer<float>(bias);
@@ -104,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_topk(const Tensor& given, const 
   args.score = score_of(score);
   args.renormalize = renormalize;
   args.scale = static_cast<float>(scale);
+  args.nonce = new_nonce();
+  args.workspace = static_cast<moe_overlap::GateWorkspace*>(workspace.mutable_data_ptr());
   args.weights = weights.mutable_data_ptr<float>();
   args.ids = ids.mutable_data_ptr<int32_t>();
   args.counts = counts.mutable_data_ptr<int32_t>();

@@ -72,6 +72,10 @@ __device__ inline uint32_t reduce_max(uint32_t value, uint32_t members = kAllLan
 // Only where the result does not depend on the order: counts and flags of integers, never floats.
 __device__ inline int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 __device__ inline int atomic_or(int* address, int value) { return atomicOr(address, value); }
+__device__ inline uint64_t atomic_exchange(uint64_t* address, uint64_t value) {
+  static_assert(sizeof(unsigned long long) == sizeof(uint64_t), "the type that CUDA's atomics take");
+  return atomicExch(reinterpret_cast<unsigned long long*>(address), value);
+}
 
 // Flags between blocks: what was written before the release is seen by whoever acquires the value.
 __device__ inline uint64_t load_acquire(const uint64_t* address) {

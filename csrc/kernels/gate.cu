@@ -1,7 +1,7 @@
 // gate_topk: scores, the k best experts, their weights and the counts of every expert in one pass, and the backward in
-// another. A row of logits lies in the registers of 4 to 32 lanes, so that a warp takes up to 8 rows; gate_select.cuh
-// says how the best are found. (A launch of one block before it sets the counts and the status to zero, as the blocks
-// add to them.)
+// another, one launch each. A row of logits lies in the registers of 4 to 32 lanes, so that a warp takes up to 8 rows;
+// gate_select.cuh says how the best are found, gate_counts.cuh how the blocks add their counts without a launch before
+// it to set them to zero.
 //
 // Bytes: logits once, weights and ids once; at [16384, 128] and k = 8 9.4 MB, 2.2 us at 4.3 TB/s. All the rest has to
 // fit beside it, so instructions are what counts: 660 for the four rows of a warp on sm_90 (in the SASS of nvcc 13.0),
@@ -11,6 +11,7 @@
 // Taking the maximum k times needs some 240 instructions of the integer unit for a row: 8.5 us.
 #include <algorithm>
 
+#include "kernels/gate_counts.cuh"
 #include "kernels/gate_select.cuh"
 #include "kernels/launch.h"
 
@@ -197,24 +198,21 @@ __device__ inline void store_winners(const GateArgs& args, int64_t token, bool g
   }
 }
 
-__global__ void clear_kernel(int32_t* counts, int experts, int32_t* status) {
-  for (int i = static_cast<int>(threadIdx.x); i < experts; i += static_cast<int>(blockDim.x)) counts[i] = 0;
-  if (threadIdx.x == 0) *status = 0;
-}
-
 template <typename Row, int kMost>
 __global__ void __launch_bounds__(Row::kThreads, kMost == 8 ? 2 : 1) gate_kernel(GateArgs args, bool vector) {
   constexpr int kBoard = kBoardBytes<Row, kMost> / 16;
   SHARED_ARRAY(Bytes16, boards, Row::kRows * kBoard);
   SHARED_ARRAY(int, all_winners, Row::kRows* kMost);
-  SHARED_ARRAY(int, histogram, Row::kWidth);
+  SHARED_ARRAY(int, histogram, Row::kWidth + 1);  // and, at its end, whether a row was not usable
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int rows = threads / Row::kLanes, row = thread / Row::kLanes;
   Bytes16* const board = boards + row * kBoard;
   int* const winners = all_winners + row * kMost;
-  for (int i = thread; i < args.experts; i += threads) histogram[i] = 0;
+  for (int i = thread; i <= args.experts; i += threads) histogram[i] = 0;
   sync_block();
-  for (int64_t first = int64_t{blockIdx.x} * rows; first < args.tokens; first += int64_t{gridDim.x} * rows) {
+  // The first block has no rows: it is at the end at once, and so the one that sets the counts to zero.
+  const int64_t begin = blockIdx.x > 0 ? (int64_t{blockIdx.x} - 1) * rows : args.tokens;
+  for (int64_t first = begin; first < args.tokens; first += (int64_t{gridDim.x} - 1) * rows) {
     // Lanes without a token work on the last one, as all of a warp take part in its shuffles, and store nothing.
     const int64_t token = first + row;
     const float* const logits =
@@ -237,11 +235,16 @@ __global__ void __launch_bounds__(Row::kThreads, kMost == 8 ? 2 : 1) gate_kernel
     const bool good = most > -kInfinity && most < kInfinity;
     find_winners<Row, kMost>(x, peaks.limit, good, args.k, reinterpret_cast<uint64_t*>(board), winners);
     store_winners<Row, kMost>(args, token, good, logits, most, sum, winners, histogram);
-    if (!good && token < args.tokens && Row::lane() == 0) atomic_or(args.status, kBadLogits);
+    if (!good && token < args.tokens && Row::lane() == 0) atomic_or(&histogram[args.experts], kBadLogits);
   }
+  if (warp_id() == 0) wait_for_counts(args);
   sync_block();
   for (int i = thread; i < args.experts; i += threads) {
     if (histogram[i] != 0) atomic_add(&args.counts[i], histogram[i]);
+  }
+  if (thread == 0) {
+    if (histogram[args.experts] != 0) atomic_or(args.status, histogram[args.experts]);
+    leave_counts(args);
   }
 }
 
@@ -353,9 +356,9 @@ auto with_layout(int experts, const Run& run) {
   return run(Layout<32, 32>{});
 }
 
-// Whole warps, no more than the tokens need, and no more blocks than stay resident at once: each takes several rounds.
+// Whole warps, and no more than the tokens need; beyond kMostGateBlocks each block takes several rounds.
 LaunchConfig config_of(int64_t tokens, int experts) {
-  if (tokens == 0) return {};
+  if (tokens == 0) return {0, kWarp, 0};
   return with_layout(experts, [&](auto layout) {
     using Row = decltype(layout);
     const int64_t threads = checked_round_up(checked_mul(tokens, Row::kLanes), kWarp);
@@ -376,13 +379,18 @@ void check_sizes(const Args& args) {
 
 }  // namespace
 
-LaunchConfig gate_config(const GateArgs& args) { return config_of(args.tokens, args.experts); }
+// One block more than the rows need, also where there are no rows.
+LaunchConfig gate_config(const GateArgs& args) {
+  LaunchConfig config = config_of(args.tokens, args.experts);
+  ++config.grid;
+  return config;
+}
 LaunchConfig gate_config(const GateBackwardArgs& args) { return config_of(args.tokens, args.experts); }
 
 void gate_topk(const GateArgs& args, cudaStream_t stream) {
   check_sizes(args);
+  if (args.nonce == 0) throw std::invalid_argument("gate_topk: nonce = 0, which marks a workspace that nobody uses");
   const bool vector = args.experts % 4 == 0 && aligned(args.logits, 16) && aligned(args.bias, 16);
-  launch(clear_kernel, LaunchConfig{1, 256, 0}, stream, args.counts, args.experts, args.status);
   with_layout(args.experts, [&](auto layout) {
     using Row = decltype(layout);
     const auto kernel = args.k <= 8 ? gate_kernel<Row, 8> : gate_kernel<Row, 16>;

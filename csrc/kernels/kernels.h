@@ -87,6 +87,13 @@ enum class Score { kSoftmax, kTopkSoftmax, kSigmoid };
 constexpr int kMostGateExperts = 1024;
 constexpr int kMostGateK = 16;
 
+// What the blocks of one gate_topk agree on. It may hold anything before, and is of no use to anyone after.
+struct GateWorkspace {
+  uint64_t claim;  // the nonce, once a block has undertaken to set the counts to zero
+  uint64_t ready;  // the nonce, once they are
+  int32_t left;    // blocks that are done with this workspace
+};
+
 struct GateArgs {
   // in
   const float* logits;  // [tokens, experts]
@@ -99,10 +106,12 @@ struct GateArgs {
   Score score;
   bool renormalize;
   float scale;
+  uint64_t nonce;  // not 0, and of no other call: by it the blocks tell their workspace from what the memory held
+  GateWorkspace* workspace;
   // out
   float* weights;   // [tokens, k]
   int32_t* ids;     // [tokens, k]
-  int32_t* counts;  // [experts]; counts and status are set to 0 first, on the stream
+  int32_t* counts;  // [experts]
   int32_t* status;  // [1], bit 0: a row was not usable
 };
 

@@ -46,7 +46,8 @@ def expert_mlp(
         kind: "swiglu", "gelu" or "relu".
         row_to_token: int32 [R], the token each row reads, -1 for a row of zeros.
         row_scale: float32 or float64 [R].
-        num_sms: multiprocessors the kernel may use, a hint for GPU implementations; the CPU has none.
+        num_sms: multiprocessors the kernels of forward and backward may use, a hint for GPU implementations; the CPU
+            has none.
 
     Returns:
         y_RD [R, D] in the dtype of x, rows from offs[-1] on zero; differentiable in x, both weights and row_scale.
@@ -121,6 +122,7 @@ def _expert_mlp_backward(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
+    num_sms: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, w_in, w_out and row_scale, those `wanted`; an empty tensor stands for the others."""
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = wanted
@@ -202,6 +204,7 @@ def _backward_fake(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
+    num_sms: int | None,
 ) -> tuple[torch.Tensor, ...]:
     return tuple(
         like.new_empty(like.shape) if want and like is not None else x.new_empty((0,))
@@ -210,7 +213,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, w_in, w_out, offs, ctx.kind, row_to_token, row_scale, _, save_h = inputs
+    x, w_in, w_out, offs, ctx.kind, row_to_token, row_scale, ctx.num_sms, save_h = inputs
     _, h_RF = output
     assert save_h, "a backward needs h: _expert_mlp was called with save_h=False and inputs that require gradients"
     ctx.mark_non_differentiable(h_RF)
@@ -225,7 +228,7 @@ def _backward(ctx: Any, dy_RD: torch.Tensor | None, dh_RF: None) -> tuple[torch.
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[6]]
     gradients = torch.ops.moe_overlap._expert_mlp_backward.default(
-        dy_RD, x, h_RF, w_in, w_out, offs, ctx.kind, row_to_token, row_scale, wanted
+        dy_RD, x, h_RF, w_in, w_out, offs, ctx.kind, row_to_token, row_scale, wanted, ctx.num_sms
     )
     dx, dw_in, dw_out, dscale = (grad if want else None for grad, want in zip(gradients, wanted, strict=True))
     return dx, dw_in, dw_out, None, None, None, dscale, None, None
@@ -245,7 +248,7 @@ _OPERANDS = "Tensor w_in, Tensor w_out, Tensor offs, str kind, Tensor? row_to_to
 define(f"expert_mlp(Tensor x, {_OPERANDS}, int? num_sms) -> Tensor")
 define(f"_expert_mlp(Tensor x, {_OPERANDS}, int? num_sms, bool save_h) -> (Tensor, Tensor)")
 define(
-    f"_expert_mlp_backward(Tensor dy, Tensor x, Tensor h, {_OPERANDS}, bool[] wanted) "
+    f"_expert_mlp_backward(Tensor dy, Tensor x, Tensor h, {_OPERANDS}, bool[] wanted, int? num_sms) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _op, _kernel in (("expert_mlp", _expert_mlp), ("expert_mlp_backward", _expert_mlp_backward)):

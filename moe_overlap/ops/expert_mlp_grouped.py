@@ -1,5 +1,6 @@
 """expert_mlp and its raw pieces on torch's grouped matmul: one library kernel for all experts, our activation between.
 
+The activation, with the factor of each row, is the registry's: our kernel where one is verified.
 `torch.nn.functional.grouped_mm` takes adjacent groups only and leaves the rows beyond the last one undefined; they are
 set to zero here where the contracts say so. On CUDA it is for bfloat16 on compute capability 9.0 and later; on a CPU it
 also does float32 and float16, and is registered there for tests.
@@ -15,13 +16,14 @@ import torch
 from torch.nn import functional
 
 from moe_overlap.ops import checks, expert_loop, expert_mlp_choice, maps, registry, triton_kernels, verified
-from moe_overlap.ops.activation import backward_into, forward_into
 from moe_overlap.ops.expert_loop import Bounds
 
 OLDEST_NVIDIA = (9, 0)
 CUDA_DTYPES = (torch.bfloat16,)
 STRIDE_BYTES = 16
 """What it asks of rows and weights: strides that are multiples of this."""
+
+_activation, _activation_backward = map(registry.kernel, ("activation", "activation_backward"))
 
 
 def _expert_mlp(
@@ -53,31 +55,25 @@ def _expert_mlp_backward(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
+    num_sms: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = wanted
-    dtype = checks.accumulation_dtype(x.dtype)
-    dy_RD = expert_loop.aligned(dy_RD)
-    da_RF = functional.grouped_mm(dy_RD, w_out, offs=offs)
-    a_RF, dh_RF = torch.empty_like(da_RF), torch.empty_like(h_RF)
-    dx = dw_in = dw_out = dscale = x.new_empty((0,))
-    if row_scale is not None:
-        if wants_dscale:
-            forward_into(h_RF, kind, a_RF)
-            dscale = maps.clear_tail((da_RF.to(dtype) * a_RF.to(dtype)).sum(dim=1).to(row_scale.dtype), offs)
-        da_RF.mul_(row_scale[:, None])
-    backward_into(da_RF, h_RF, kind, dh_RF, a_RF)
-    if row_scale is not None:
-        a_RF.mul_(row_scale[:, None])
-    if wants_dw_out:
-        dw_out = functional.grouped_mm(dy_RD.t(), a_RF, offs=offs)
-    if wants_dw_in:
-        x_RD = x if row_to_token is None else maps.take_rows(x, row_to_token)
-        dw_in = functional.grouped_mm(dh_RF.t(), x_RD, offs=offs)
-    if wants_dx:
-        dx = maps.clear_tail(functional.grouped_mm(dh_RF, w_in, offs=offs), offs)
-        if row_to_token is not None:
-            dx = maps.add_rows(dx, row_to_token, x.shape[0], dtype).to(x.dtype)
-    return dx, dw_in, dw_out, dscale
+    dy_RD, nothing = expert_loop.aligned(dy_RD), x.new_empty((0,))
+    dx = dw_in = dw_out = nothing
+    with _budget(x.device, num_sms):
+        da_RF = functional.grouped_mm(dy_RD, w_out, offs=offs)
+        dh_RF, dscale = _activation_backward(da_RF, h_RF, kind, row_scale, offs)
+        if wants_dw_out:
+            a_RF = _activation(h_RF, kind, row_scale, offs)
+            dw_out = functional.grouped_mm(dy_RD.t(), a_RF, offs=offs)
+        if wants_dw_in:
+            x_RD = x if row_to_token is None else maps.take_rows(x, row_to_token)
+            dw_in = functional.grouped_mm(dh_RF.t(), x_RD, offs=offs)
+        if wants_dx:
+            dx = maps.clear_tail(functional.grouped_mm(dh_RF, w_in, offs=offs), offs)
+    if wants_dx and row_to_token is not None:
+        dx = maps.add_rows(dx, row_to_token, x.shape[0], checks.accumulation_dtype(x.dtype)).to(x.dtype)
+    return dx, dw_in, dw_out, dscale if wants_dscale else nothing
 
 
 def _forward(
@@ -115,8 +111,8 @@ def _dgrad(
     with _budget(dy_RD.device, num_sms):
         da_nF = functional.grouped_mm(expert_loop.aligned(dy_RD)[:used], w_out, offs=offs)
         h_nF = h_RF[:used]
-        dh_nF, a_nF = torch.empty_like(h_nF), torch.empty_like(da_nF)
-        backward_into(da_nF, h_nF, kind, dh_nF, a_nF)
+        dh_nF, _ = _activation_backward(da_nF, h_nF, kind, None, None)
+        a_nF = _activation(h_nF, kind, None, None)
         dx_nD = functional.grouped_mm(dh_nF, w_in, offs=offs)
     return _put(dx, dx_nD, rows), _put(dh, dh_nF, rows), _put(a, a_nF, rows)
 
@@ -154,10 +150,7 @@ def _through(
     row_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     h_RF = functional.grouped_mm(x_RD, w_in.transpose(1, 2), offs=offs)
-    a_RF = h_RF.new_empty((h_RF.shape[0], w_out.shape[2]))
-    forward_into(h_RF, kind, a_RF)
-    if row_scale is not None:
-        a_RF.mul_(row_scale[:, None])
+    a_RF = _activation(h_RF, kind, row_scale, offs)
     return functional.grouped_mm(a_RF, w_out.transpose(1, 2), offs=offs), h_RF
 
 

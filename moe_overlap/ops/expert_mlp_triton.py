@@ -77,10 +77,11 @@ def expert_mlp_backward(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
+    num_sms: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, w_in, w_out and row_scale, those `wanted`; an empty tensor stands for the others."""
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = wanted
-    call = _Call(offs, None, dy_RD.shape[0], x, w_in, w_out, kind, None, with_tail=True)
+    call = _Call(offs, None, dy_RD.shape[0], x, w_in, w_out, kind, num_sms, with_tail=True)
     dh_RF, a_RF = torch.empty_like(h_RF), x.new_empty(dy_RD.shape[0], w_out.shape[2])
     dscale = call.hidden(dy_RD, w_out, h_RF, row_scale, dh_RF, a_RF, row_scale is not None and wants_dscale)
     dx = dw_in = dw_out = x.new_empty(0)

@@ -16,7 +16,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.ops.expert_mlp_blocks_triton import STAGES, Blocks, Measured, Problem, candidates, use
 from moe_overlap.ops.expert_mlp_triton import expert_mlp, expert_mlp_backward, problem_of
 
-__all__ = ["tune", "use"]
+__all__ = ["table_lines", "tune", "use"]
 
 
 def tune(
@@ -47,7 +47,7 @@ def tune(
 
     def step() -> None:
         _, h_RF = expert_mlp(x, w_in, w_out, offs, kind, row_to_token, None, None, True)
-        expert_mlp_backward(dy_RD, x, h_RF, w_in, w_out, offs, kind, row_to_token, None, [True] * 4)
+        expert_mlp_backward(dy_RD, x, h_RF, w_in, w_out, offs, kind, row_to_token, None, [True] * 4, None)
 
     found: dict[tuple[str, Problem], Blocks] = {}
     with torch.no_grad():
@@ -63,6 +63,19 @@ def tune(
                 raise ConfigError("arch", problem.arch, f"a device on which a block shape of {stage!r} can be launched")
             found[stage, problem] = min(seconds, key=lambda shape: seconds[shape])
     return found
+
+
+def table_lines(found: Measured) -> list[str]:
+    """What `tune` found as rows for the table of expert_mlp_blocks_triton, each valid up to the sizes measured.
+
+    A person commits them: to the front of their stage, with an inner block as in the stage's other rows.
+    """
+    return [
+        f'"{stage}": _row("{problem.arch}", {problem.item_bytes}, {(shape.m, shape.n, shape.k)}, '
+        f"{(shape.group, shape.warps, shape.stages, shape.per_sm)}, "
+        f"rows={problem.rows}, ffn={problem.ffn}, hidden={problem.hidden}),"
+        for (stage, problem), shape in found.items()
+    ]
 
 
 def _median_s(body: Callable[[], object]) -> float:

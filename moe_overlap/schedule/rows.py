@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_overlap import ops
+from moe_overlap import config, ops
 from moe_overlap.plan import ChunkPlan
 
 
@@ -55,11 +55,20 @@ def send_order(plan: ChunkPlan, slots_TK: torch.Tensor) -> tuple[torch.Tensor, t
     return slot_to_row, offs
 
 
-class _Chunks:
-    """Where the rows of each chunk lie."""
+def experts_sms(device: torch.device) -> int | None:
+    """How many multiprocessors the experts' kernels may use beside exchanges; None: all there are, or a CPU."""
+    kept = int(config.EXCHANGE_SMS.read())
+    if kept == 0 or device.type != "cuda":
+        return None
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - kept)
 
-    def __init__(self, plan: ChunkPlan, device: torch.device) -> None:
+
+class _Chunks:
+    """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all)."""
+
+    def __init__(self, plan: ChunkPlan, device: torch.device, num_sms: int | None) -> None:
         self.plan = plan
+        self.num_sms = num_sms
         self._device = device
         self._orders: dict[int, torch.Tensor] = {}
 
@@ -77,8 +86,16 @@ class _Chunks:
 class ForwardRows(_Chunks):
     """The forward actions P, E, U. Made by P."""
 
-    def __init__(self, plan: ChunkPlan, weights: ExpertWeights, x_TD: torch.Tensor, slots_TK: torch.Tensor) -> None:
-        super().__init__(plan, x_TD.device)
+    def __init__(
+        self,
+        plan: ChunkPlan,
+        weights: ExpertWeights,
+        x_TD: torch.Tensor,
+        slots_TK: torch.Tensor,
+        *,
+        num_sms: int | None,
+    ) -> None:
+        super().__init__(plan, x_TD.device, num_sms)
         self.weights = weights
         self._slots_TK = slots_TK
         self.slot_to_row, offs = send_order(plan, slots_TK)
@@ -93,7 +110,8 @@ class ForwardRows(_Chunks):
         ops.unpack(received, self.order(c), out=self.x)
         starts, ends = self.plan.expert_rows(c)
         w = self.weights
-        ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h)
+        ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
+                               num_sms=self.num_sms)  # fmt: skip
         return ops.pack(self.y, self.order(c))
 
     def combine(self, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -112,9 +130,17 @@ class BackwardRows(_Chunks):
     """The backward actions Ut, Ed, Ew, Pt. Made by Ut; lives until the gradients are handed over."""
 
     def __init__(
-        self, plan: ChunkPlan, saved: Saved, kind: str, dy_TD: torch.Tensor | None, *, need_dx: bool, need_dw: bool
+        self,
+        plan: ChunkPlan,
+        saved: Saved,
+        kind: str,
+        dy_TD: torch.Tensor | None,
+        *,
+        need_dx: bool,
+        need_dw: bool,
+        num_sms: int | None,
     ) -> None:
-        super().__init__(plan, saved.x.device)
+        super().__init__(plan, saved.x.device, num_sms)
         self.saved = saved
         self.kind = kind
         if dy_TD is None:
@@ -149,7 +175,7 @@ class BackwardRows(_Chunks):
         starts, ends = self.plan.expert_rows(c)
         s = self.saved
         ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind,
-                             dx=self.dx, dh=self.dh, a=self.a)  # fmt: skip
+                             dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
         return ops.pack(self.dx, self.order(c)) if self.dsend is not None else None
 
     def weight_gradient(self, group: int, groups: int) -> None:
@@ -158,7 +184,7 @@ class BackwardRows(_Chunks):
             local = self.plan.local_slots
             experts = (local * group // groups, local * (group + 1) // groups)
             ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.plan.expert_offs, dw_in=self.dw_in,
-                                 dw_out=self.dw_out, experts=experts)  # fmt: skip
+                                 dw_out=self.dw_out, experts=experts, num_sms=self.num_sms)  # fmt: skip
 
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over k, in order, of the gradient of the row of (t, k)."""

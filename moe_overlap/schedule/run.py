@@ -33,7 +33,7 @@ from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
 from moe_overlap.schedule.recorder import TimelineEvent
-from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved
+from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
 from moe_overlap.transport.base import Transport
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -48,6 +48,7 @@ class Step:
         self.transport = transport
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
+        self._num_sms = experts_sms(weights.w_in.device)
         self.phase = phase
         self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device))
         self.grad = torch.is_grad_enabled()
@@ -220,7 +221,7 @@ class Step:
     # ---------------------------------------------------------------- forward: the bodies
 
     def _permute(self, _: int | None) -> None:
-        self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK)
+        self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK, num_sms=self._num_sms)
 
     def _start_dispatch(self, c: int) -> None:
         self.lanes.start(Action("D", c), self._rows.of(self._rows.send, c))
@@ -296,6 +297,7 @@ class Step:
             dy_TD,
             need_dx=self.plan.exchange.x_requires_grad,
             need_dw=self._need_dw,
+            num_sms=self._num_sms,
         )
         self._grads_of = torch._C._current_graph_task_id()
         return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)

@@ -32,18 +32,24 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
-    if report.failed:
-        _bad.append(f"{item.nodeid} ({report.when})")
-    elif report.when == "call" and report.passed:
-        for marker in item.iter_markers("covers"):
-            op, dtype, *others = marker.args
-            _covered.add((op, *(others or ["cuda"]), str(dtype).removeprefix("torch.")))
+    report.covers = []
+    for marker in item.iter_markers("covers"):
+        op, dtype, *others = marker.args
+        report.covers.append([op, *(others or ["cuda"]), str(dtype).removeprefix("torch.")])
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With pytest-xdist the tests run in processes of their own, and all their reports come by here in the first."""
+    if report.failed:
+        _bad.append(f"{report.nodeid} ({report.when})")
+    elif report.when == "call" and report.passed:
+        _covered.update(map(tuple, report.covers))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--gpu-record", default=None)
-    if path is not None:
+    if path is not None and not hasattr(session.config, "workerinput"):
         path.write_text(json.dumps({"covered": sorted(_covered), "failed": _bad}), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_overlap
-from moe_overlap.ops import cuda_kernels, registry
+from moe_overlap.ops import cuda_kernels, registry, triton_kernels
 from tests.gpu.both import MOE, kernel
 from tests.ops.cases import randn, routed
 from tests.tolerances import bits, close
@@ -39,11 +39,11 @@ def chain(x_TD: torch.Tensor, logits_TE: torch.Tensor) -> list[torch.Tensor]:
 
 
 @contextmanager
-def all_forced() -> Iterator[None]:
-    """All kernels, verified or not."""
+def all_forced(implementation: str = "cuda") -> Iterator[None]:
+    """All kernels of one kind, verified or not."""
     with ExitStack() as stack:
-        for op in cuda_kernels.OPS:
-            stack.enter_context(registry.force(op, "cuda"))
+        for op in cuda_kernels.OPS if implementation == "cuda" else triton_kernels.KERNELS:
+            stack.enter_context(registry.force(op, implementation))
         yield
 
 
@@ -113,25 +113,70 @@ def needs_gib(amount: float) -> None:
         pytest.skip(f"needs {amount:.0f} GiB of device memory, there are {total:.0f}")
 
 
-@pytest.mark.parametrize("part", ["permute and combine", "activation", "pack"])
+def gate(logits_TE: torch.Tensor) -> list[torch.Tensor]:
+    return list(MOE.gate_topk(logits_TE, None, K, 1, 1, "softmax", True, 1.0))
+
+
+def test_gate_counts_the_same_in_every_replay_beside_itself(forced: None) -> None:
+    """Its blocks agree by flags in memory: a graph finds those of its last run, another stream has its own."""
+    logits_TE = inputs()[1].repeat(20, 1)  # more blocks than are resident at once
+    want = gate(logits_TE)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gate(logits_TE)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(200):
+        graph.replay()
+        with torch.cuda.stream(side):
+            beside = gate(logits_TE)
+        torch.cuda.synchronize()
+        assert same(captured, want) and same(beside, want)
+
+
+def test_gate_of_no_tokens_counts_none(forced: None, poison: None) -> None:
+    _, _, counts_E, status = gate(torch.empty(0, E, device="cuda"))
+    assert not counts_E.any() and not status.any()
+
+
+@pytest.mark.parametrize("part", ["gate", "permute and combine", "activation", "pack"])
 def test_past_2_to_the_31_elements(forced: None, part: str) -> None:
     """Rows near the end lie beyond what 32 bits reach: 2^31 / 7168 is row 299,593."""
     needs_gib(40)
     width, tokens, k = 7168, 40_000, 8
     picked = torch.tensor([0, 1, 299_592, 299_593, 299_594, tokens * k - 1])
-    if part == "permute and combine":
+    if part == "gate":
+        logits_TE = torch.randn((1 << 23) + 100, 256, device="cuda")
+        weights_TK, ids_TK, counts_E, status = gate(logits_TE)
+        (dlogits_TE,) = kernel("gate_topk_backward", weights_TK, logits_TE, ids_TK, "softmax", True, 1.0)
+        last = logits_TE[-200:].clone()
+        some = gate(last)
+        assert torch.equal(weights_TK[-200:], some[0]) and torch.equal(ids_TK[-200:], some[1])
+        assert torch.equal(counts_E.long(), ids_TK.view(-1).bincount(minlength=256)) and not status.any()
+        (want,) = kernel("gate_topk_backward", some[0], last, some[1], "softmax", True, 1.0)
+        assert torch.equal(dlogits_TE[-200:], want)
+    elif part == "permute and combine":
         x_TD = torch.randn(tokens, width, device="cuda", dtype=BF16)
         slot_to_row = torch.randperm(tokens * k, device="cuda").to(I32).view(tokens, k)
         (x_RD,) = kernel("permute", x_TD, slot_to_row, None, tokens * k)
         slot_of_row = slot_to_row.view(-1).argsort()[picked.cuda()]
         assert torch.equal(x_RD[picked.cuda()], x_TD[slot_of_row // k])
-        (y_TD,) = kernel("combine", x_RD, slot_to_row, torch.full((tokens, k), 1 / k, device="cuda"), None)
+        weights_TK = torch.full((tokens, k), 1 / k, device="cuda")
+        (y_TD,) = kernel("combine", x_RD, slot_to_row, weights_TK, None)
         assert torch.equal(y_TD, x_TD)  # eight eighths of the same number
+        dx_RD, dweights_TK = kernel("combine_backward", x_TD, x_RD, slot_to_row, weights_TK, tokens * k)
+        assert torch.equal(dx_RD[picked.cuda()], x_TD[slot_of_row // k] / k)
+        close(dweights_TK[-1], x_TD[-1].double().square().sum().expand(k))
     elif part == "activation":
         h = torch.randn(tokens * k, 2 * width, device="cuda", dtype=BF16)
         (a,) = kernel("activation", h, "swiglu", None, None)
-        some = h[picked.cuda()].double()
-        close(a[picked.cuda()], torch.nn.functional.silu(some[:, :width]) * some[:, width:])
+        some = h[picked.cuda()].double().requires_grad_()
+        want = torch.nn.functional.silu(some[:, :width]) * some[:, width:]
+        close(a[picked.cuda()], want.detach())
+        dh, _ = kernel("activation_backward", a, h, "swiglu", None, None)
+        want.backward(a[picked.cuda()].double())
+        close(dh[picked.cuda()], some.grad)
     else:
         rows = torch.randn(tokens * k, width, device="cuda", dtype=BF16)
         order = torch.arange(tokens * k - 1, -1, -1, device="cuda")
@@ -140,7 +185,10 @@ def test_past_2_to_the_31_elements(forced: None, part: str) -> None:
         assert torch.equal(kernel("unpack", packed, order)[0], rows)
 
 
-def test_a_layer_trains_alike_on_kernels_and_on_references() -> None:
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_a_layer_trains_alike_on_kernels_and_on_references(implementation: str) -> None:
+    if implementation == "triton" and triton_kernels.missing():
+        pytest.skip(str(triton_kernels.missing()))
     torch.manual_seed(0)
     layer = moe_overlap.MoELayer(64, 96, 8, 2).cuda()
     x_TD = torch.randn(50, 64, device="cuda")
@@ -154,7 +202,7 @@ def test_a_layer_trains_alike_on_kernels_and_on_references() -> None:
         return [y_TD.detach(), x.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
 
     want = step()
-    with all_forced():
+    with all_forced(implementation):
         got = step()
     assert len(got) == len(want) > 3
     for have, should in zip(got, want, strict=True):

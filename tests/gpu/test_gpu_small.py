@@ -43,10 +43,16 @@ def calls(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_kernel_once(dtype: torch.dtype) -> None:
+def test_every_kernel_once(dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     called = set()
     for op, arguments in calls(dtype):
-        kernel(op, *arguments)
+        if op != "gate_topk":
+            kernel(op, *arguments)
         called.add(op)
+    if "gate_topk" in called:  # reads its workspace as it finds it, by design: here it finds what somebody has written
+        request.getfixturevalue("poison")
+        for op, arguments in calls(dtype):
+            if op == "gate_topk":
+                kernel(op, *arguments)
     torch.cuda.synchronize()
     assert called == {op for op in cuda_kernels.OPS if dtype in cuda_kernels.dtypes(op) or dtype == F32}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from moe_overlap.ops import registry, triton_kernels
 from tests.gpu.both import MOE, Results, cpu, on_gpu, reference
 from tests.ops.cases import KINDS, hard_ids, randn, routed
 from tests.strategies import LOGITS, make_logits
-from tests.tolerances import bits, close
+from tests.tolerances import bits, close, same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -147,6 +148,32 @@ def test_a_hundred_repeats_give_the_same_bits(poison: None) -> None:
         for _ in range(100):
             for have, should in zip(kernel(op, *given), first, strict=True):
                 assert torch.equal(bits(have), bits(should)), op
+
+
+@pytest.mark.time_limit(400)
+def test_torch_compile() -> None:
+    """Gate, maps, rows and activation in one graph, forward and backward. The operators stay what they are."""
+    torch._dynamo.reset()
+    leaves = randn(256, 128, dtype=F32).cuda(), randn(256, 60, dtype=F32, seed=1).cuda()
+
+    def routed_activation(x_TD: torch.Tensor, logits_TE: torch.Tensor) -> torch.Tensor:
+        weights_TK, ids_TK, _, _ = MOE.gate_topk(logits_TE, None, 8, 1, 1, "softmax", True, 1.0)
+        _, offs, slot_to_row, row_to_slot = MOE.row_map(ids_TK, 60, 0, 60, 1, None)
+        x_RD = MOE.permute(x_TD, slot_to_row, offs, row_to_slot.shape[0])
+        return MOE.combine(MOE.activation(x_RD, "swiglu", None, offs), slot_to_row, weights_TK, None)
+
+    def both(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        fresh = [value.clone().requires_grad_() for value in leaves]
+        y_TF = function(*fresh)
+        return [y_TF.detach(), *torch.autograd.grad(y_TF, fresh, torch.ones_like(y_TF))]
+
+    with ExitStack() as stack:
+        for op, entry in triton_kernels.KERNELS.items():
+            if entry.module != "expert_mlp_triton":
+                stack.enter_context(registry.force(op, "triton"))
+        got, want = both(torch.compile(routed_activation, fullgraph=True)), both(routed_activation)
+    for have, should in zip(got, want, strict=True):
+        same_bits(have, should)
 
 
 def test_captured_in_a_graph_and_replayed_with_another_routing() -> None:

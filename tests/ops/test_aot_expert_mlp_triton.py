@@ -52,7 +52,7 @@ def launches(problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlp, "target", lambda device: mlp.Target(problem.arch, 132))
         forward = aot.recorded(mlp.expert_mlp, x, *operands, None, True)
-        backward = aot.recorded(mlp.expert_mlp_backward, dy, x, h, *operands, [True] * 4)
+        backward = aot.recorded(mlp.expert_mlp_backward, dy, x, h, *operands, [True] * 4, None)
     return [*forward, *backward]
 
 
@@ -134,6 +134,16 @@ def test_variants_on_sm_90(name: str, tmp_path: Path) -> None:
             gathered = launch.name == "up_kernel" and variant.get("mapped", True)
             assert (launch.keywords["A_TMA"], launch.keywords["B_TMA"]) == (not odd and not gathered, not odd)
     assert found == {"list_tiles_kernel", *KERNELS} | ({"sum_rows_kernel"} if variant.get("mapped", True) else set())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_the_kernels_without_a_block_shape(arch: str, tmp_path: Path) -> None:
+    """The list of tiles and the sums by token, on the other architectures."""
+    found = [launch for launch in launches(replace(MAIN, arch=arch)) if launch.name not in KERNELS]
+    assert {launch.name for launch in found} == {"list_tiles_kernel", "sum_rows_kernel"}
+    for launch in found:
+        used = aot.resources(aot.compiled(launch, CAPABILITY[arch]), tmp_path)
+        assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)
 
 
 def test_the_table_covers_everything_and_every_row_is_reached() -> None:

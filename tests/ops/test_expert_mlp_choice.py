@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.ops import expert_mlp_choice, expert_mlp_grouped, registry, triton_kernels, verified
 from moe_overlap.ops.expert_mlp_choice import OPS, Shapes, adjacent, best, shapes_of
+from moe_overlap.schedule.rows import experts_sms
 from tests.ops.cases import weights
 
 BF16 = torch.bfloat16
@@ -46,7 +49,7 @@ def calls() -> dict[str, tuple]:
     row_to_token, few = torch.zeros(12, dtype=torch.int32), x[:6]
     return {
         "expert_mlp": (few, w_in, w_out, offs, "swiglu", row_to_token, None, None, True),
-        "expert_mlp_backward": (x, few, h, w_in, w_out, offs, "swiglu", row_to_token, None, [True] * 4),
+        "expert_mlp_backward": (x, few, h, w_in, w_out, offs, "swiglu", row_to_token, None, [True] * 4, None),
         "expert_mlp_forward": (x, w_in, w_out, ends, starts, "swiglu", None, None, None),
         "expert_mlp_dgrad": (x, h, w_in, w_out, ends, starts, "swiglu", None, None, None, None),
         "expert_mlp_wgrad": (x, x, h, a, [4, 4, 11], [0, 4, 7], w_in, w_out, (0, 3), None),
@@ -166,3 +169,14 @@ def test_where_the_grouped_matmul_cannot_run(hopper, monkeypatch: pytest.MonkeyP
     assert "bfloat16 only" in str(expert_mlp_grouped._obstacle(device, torch.float16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "9.0" in str(expert_mlp_grouped._obstacle(device, BF16))
+
+
+def test_the_schedule_keeps_multiprocessors_for_exchanges_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu, card = torch.device("cuda", 0), torch.device("cpu"), SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    for text, want in (("", None), ("0", None), ("16", 116), ("500", 1)):
+        monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", text)
+        assert experts_sms(gpu) == want and experts_sms(cpu) is None
+    monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", "-1")
+    with pytest.raises(ConfigError, match="MOE_OVERLAP_EXCHANGE_SMS"):
+        experts_sms(gpu)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,3 +93,34 @@ def test_what_it_does_not_take_it_refuses_with_the_reason(grouped) -> None:
         ops.expert_mlp_forward(x[:0], w_in, w_out, [0, 0], kind="swiglu")
     with pytest.raises(ConfigError, match="no float64"):
         ops.expert_mlp_forward(x.double(), w_in.double(), w_out.double(), [3, 9], kind="swiglu")
+
+
+def test_a_budget_is_a_carveout_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 132 multiprocessors, 100 leave 32 to others; afterwards it is as before, also after an error."""
+    card = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    before = torch._C._get_sm_carveout_experimental()
+    with pytest.raises(ValueError), expert_mlp_grouped._budget(torch.device("cuda", 0), 100):
+        assert torch._C._get_sm_carveout_experimental() == 32
+        raise ValueError
+    assert torch._C._get_sm_carveout_experimental() == before
+    for device, num_sms in ((torch.device("cpu"), 100), (torch.device("cuda", 0), None)):
+        with expert_mlp_grouped._budget(device, num_sms):
+            assert torch._C._get_sm_carveout_experimental() == before
+
+
+def test_the_activation_is_the_one_of_the_registry(grouped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that our kernel runs where it is verified."""
+    ran: list[str] = []
+    for op in ("activation", "activation_backward"):
+        call = registry.function(op, "reference")
+        monkeypatch.setitem(registry._implementations, op, list(registry._implementations[op]))
+        spy = partial(lambda op, call, *args: (ran.append(op), call(*args))[1], op, call)
+        registry.add(op, "spy", spy, merit="here", preferred=True)
+    (w_in, w_out), x = weights(2, HIDDEN, FFN, "swiglu", F32, grad=True), randn(ROWS, HIDDEN, dtype=F32)
+    ops.expert_mlp(x, w_in, w_out, torch.tensor([5, 12], dtype=torch.int32), kind="swiglu").sum().backward()
+    ends, both = [5, 12], (w_in.detach(), w_out.detach())
+    _, h = ops.expert_mlp_forward(x, *both, ends, kind="swiglu")
+    ops.expert_mlp_dgrad(x, h, *both, ends, kind="swiglu")
+    registry._chosen.clear()
+    assert ran == ["activation", "activation_backward", "activation"] * 2

@@ -96,9 +96,13 @@ def test_a_budget_is_the_number_of_programs(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(mlp, "launch", noting)
     x, w_in, w_out, _, _, offs = problem("balanced", F32, "swiglu", mapped=False)
-    with on_triton("expert_mlp"), torch.no_grad():
-        ops.expert_mlp(x, w_in, w_out, offs, kind="swiglu", num_sms=2)
-    assert grids == [("list_tiles_kernel", 4), ("up_kernel", 2), ("rows_kernel", 2)]
+    with on_triton("expert_mlp", "expert_mlp_backward"):
+        ops.expert_mlp(x, w_in, w_out, offs, kind="swiglu", num_sms=2).sum().backward()
+    lists = ("list_tiles_kernel", 4)
+    assert grids == [
+        *(lists, ("up_kernel", 2), ("rows_kernel", 2)),
+        *(lists, ("hidden_gradient_kernel", 2), ("weights_kernel", 2), ("weights_kernel", 2), ("rows_kernel", 2)),
+    ]
 
 
 def test_nan_in_the_tail_and_in_another_expert_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +130,8 @@ def test_each_gradient_alone_is_the_same(wanted) -> None:
     h, push = randn(ROWS, 2 * FFN, dtype=F32, seed=8), randn(ROWS, HIDDEN, dtype=F32, seed=6)
     arguments = (push, x, h, w_in, w_out, offs, "swiglu", row_to_token, scale)
     with torch.no_grad():
-        everything = mlp.expert_mlp_backward(*arguments, [True] * 4)
-        some = mlp.expert_mlp_backward(*arguments, [i in wanted for i in range(4)])
+        everything = mlp.expert_mlp_backward(*arguments, [True] * 4, None)
+        some = mlp.expert_mlp_backward(*arguments, [i in wanted for i in range(4)], None)
     for i, have in enumerate(some):
         if i in wanted:
             tolerances.same_bits(have, everything[i])

@@ -67,6 +67,7 @@ def samples() -> dict[str, tuple]:
             None,
             f32(rows, grad=False),
             everything,
+            8,
         ),
         "pack/plain": (f32(3, 2), order),
         "pack_backward/plain": (f32(3, 2, grad=False), order, 3),

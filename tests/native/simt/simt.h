@@ -137,6 +137,12 @@ inline int atomic_or(int* address, int value) {
   *address = before | value;
   return before;
 }
+inline uint64_t atomic_exchange(uint64_t* address, uint64_t value) {
+  simt::maybe_yield();
+  const uint64_t before = *address;
+  *address = value;
+  return before;
+}
 inline uint64_t load_acquire(const uint64_t* address) {
   simt::yield();
   return *address;

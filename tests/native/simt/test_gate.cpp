@@ -137,11 +137,16 @@ bool usable(const float* row, int experts) {
 
 struct Outputs {
   explicit Outputs(const Case& c) : weights(c.tokens * c.k), ids(c.tokens * c.k), counts(c.experts), status(1) {}
+  bool same_bytes(const Outputs& other) const {
+    return weights.same_bytes(other.weights) && ids.same_bytes(other.ids) && counts.same_bytes(other.counts) &&
+           status.same_bytes(other.status);
+  }
   Buffer<float> weights;
   Buffer<int32_t> ids, counts, status;
 };
 
-GateArgs args_of(const Case& c, const Buffer<float>& logits, const Buffer<float>& bias, Outputs& out) {
+GateArgs args_of(const Case& c, const Buffer<float>& logits, const Buffer<float>& bias,
+                 Buffer<GateWorkspace>& workspace, Outputs& out) {
   return {logits.data(),
           c.biased ? bias.data() : nullptr,
           c.tokens,
@@ -152,18 +157,24 @@ GateArgs args_of(const Case& c, const Buffer<float>& logits, const Buffer<float>
           c.score,
           c.renormalize,
           c.scale,
+          0x9e3779b97f4a7c15u,
+          workspace.data(),
           out.weights.data(),
           out.ids.data(),
           out.counts.data(),
           out.status.data()};
 }
 
-// One block of one warp, which has to take several rounds: large inputs do that to every block.
+// Blocks of one warp, as many as asked for: with few of them each has to take several rounds, as large inputs do to
+// every block, with many some have no row. Of the forward's one never has.
 template <typename Args, typename Kernel>
-void run_in_rounds(const Args& args, const Kernel& kernel) {
-  with_layout(args.experts, [&](auto layout) {
-    launch(kernel(layout), LaunchConfig{args.tokens == 0 ? 0 : 1, kWarp, 0}, nullptr, args, false);
-  });
+void run_on(int64_t blocks, const Args& args, const Kernel& kernel) {
+  with_layout(args.experts,
+              [&](auto layout) { launch(kernel(layout), LaunchConfig{blocks, kWarp, 0}, nullptr, args, false); });
+}
+
+void run_forward_on(int64_t blocks, const GateArgs& args) {
+  run_on(blocks, args, [](auto layout) { return gate_kernel<decltype(layout), 16>; });
 }
 
 TEST(gate_chooses_like_a_stable_sort) {
@@ -178,7 +189,8 @@ TEST(gate_chooses_like_a_stable_sort) {
     for (size_t i = 0; c.biased && i < logits.size(); ++i)
       logits.data()[i] = std::round(logits.data()[i] * 64.0f) / 64.0f;
     Outputs out(c);
-    gate_topk(args_of(c, logits, bias, out), nullptr);
+    Buffer<GateWorkspace> workspace(1);
+    gate_topk(args_of(c, logits, bias, workspace, out), nullptr);
     std::vector<int> counts(static_cast<size_t>(c.experts), 0);
     bool refused = false;
     for (int64_t t = 0; t < c.tokens; ++t) {
@@ -205,12 +217,37 @@ TEST(gate_chooses_like_a_stable_sort) {
     for (int e = 0; e < c.experts; ++e) CHECK(out.counts[e] == counts[static_cast<size_t>(e)]);
     simt::set_seed(12345);  // another interleaving and another grid, the same bits
     Outputs again(c);
-    std::memset(again.counts.data(), 0, again.counts.size() * sizeof(int32_t));
-    again.status[0] = 0;
-    run_in_rounds(args_of(c, logits, bias, again), [](auto layout) { return gate_kernel<decltype(layout), 16>; });
-    CHECK(again.weights.same_bytes(out.weights) && again.ids.same_bytes(out.ids));
-    CHECK(again.counts.same_bytes(out.counts) && again.status.same_bytes(out.status));
+    run_forward_on(2, args_of(c, logits, bias, workspace, again));
+    CHECK(again.same_bytes(out));
   });
+}
+
+// A graph runs again with the same nonce on the same memory, into outputs that hold anything; blocks start in any
+// order, one to four at a time. A block that does not wait, or that finds the flags of the run before, loses counts;
+// one that waits for a block that cannot start makes no progress.
+TEST(gate_blocks_agree_on_zero_counts_in_every_run) {
+  simt::set_turn_limit(1'000'000);
+  cases::for_seeds("gate_topk on several blocks", 600, [](Random& random) {
+    Case c = random_case(random);
+    c.tokens = random.chance(0.1) ? 0 : random.range(1, 30);
+    Buffer<float> logits(c.tokens * c.experts), bias(c.experts);
+    for (int e = 0; e < c.experts; ++e) bias[e] = 0.5f;
+    fill_logits(logits, c.experts, random);
+    if (random.chance(0.5)) spoil_rows(logits, c, random);
+    Buffer<GateWorkspace> workspace(1);
+    Outputs want(c);
+    run_forward_on(2, args_of(c, logits, bias, workspace, want));
+    if (random.chance(0.5)) std::memset(workspace.data(), 0xff, sizeof(GateWorkspace));
+    const int64_t blocks = random.range(c.tokens > 0 ? 2 : 1, 9);
+    for (int run = 0; run < 3; ++run) {
+      simt::set_seed(random.bits()());
+      Outputs out(c);
+      run_forward_on(blocks, args_of(c, logits, bias, workspace, out));
+      CHECK(out.same_bytes(want));
+      CHECK(workspace[0].claim == 0 && workspace[0].ready == 0);
+    }
+  });
+  simt::set_turn_limit(200'000'000);
 }
 
 // The gradient of sum(dweights * weights) in double, by the rules of the softmax and of the quotient.
@@ -252,13 +289,14 @@ TEST(gate_backward_is_the_gradient) {
     for (size_t i = 0; i < dweights.size(); ++i) dweights.data()[i] = random.normal();
     if (random.chance(0.3)) spoil_rows(logits, c, random);
     Outputs forward(c);
-    gate_topk(args_of(c, logits, bias, forward), nullptr);
+    Buffer<GateWorkspace> workspace(1);
+    gate_topk(args_of(c, logits, bias, workspace, forward), nullptr);
     Buffer<float> dlogits(c.tokens * c.experts, c.skew), again(c.tokens * c.experts, c.skew);
     GateBackwardArgs args{dweights.data(), logits.data(), forward.ids.data(), c.tokens, c.experts, c.k, c.score,
                           c.renormalize,   c.scale,       dlogits.data()};
     gate_topk_backward(args, nullptr);
     args.dlogits = again.data();
-    run_in_rounds(args, [](auto layout) { return gate_backward_kernel<decltype(layout)>; });
+    if (c.tokens > 0) run_on(1, args, [](auto layout) { return gate_backward_kernel<decltype(layout)>; });
     CHECK(again.same_bytes(dlogits));
     for (int64_t t = 0; t < c.tokens; ++t) {
       const float* const row = logits.data() + t * c.experts;
@@ -281,12 +319,17 @@ TEST(gate_config_fills_the_chip_and_no_more) {
     args.tokens = tokens;
     return gate_config(args).text();
   };
-  CHECK(text(0) == "grid 0 block 0 shared 0 B");
-  CHECK(text(1) == "grid 1 block 32 shared 0 B");
-  CHECK(text(16384) == "grid 256 block 512 shared 0 B");
-  CHECK(text(int64_t{1} << 24) == "grid 1056 block 512 shared 0 B");
+  CHECK(text(0) == "grid 1 block 32 shared 0 B");  // the forward's first block has no rows
+  CHECK(text(1) == "grid 2 block 32 shared 0 B");
+  CHECK(text(16384) == "grid 257 block 512 shared 0 B");
+  CHECK(text(int64_t{1} << 24) == "grid 1057 block 512 shared 0 B");
   args.experts = 1024;
-  CHECK(text(9) == "grid 2 block 256 shared 0 B");
+  CHECK(text(9) == "grid 3 block 256 shared 0 B");
+  GateBackwardArgs backward{};
+  backward.experts = 128;
+  CHECK(gate_config(backward).grid == 0);
+  backward.tokens = 16384;
+  CHECK(gate_config(backward).text() == "grid 256 block 512 shared 0 B");
 }
 
 TEST(gate_refuses_what_it_does_not_take) {
@@ -297,6 +340,8 @@ TEST(gate_refuses_what_it_does_not_take) {
   args.experts = 64;
   args.k = 17;
   CHECK_THROWS((gate_topk(args, nullptr), 0), std::invalid_argument, "64 experts and k = 17");
+  args.k = 8;
+  CHECK_THROWS((gate_topk(args, nullptr), 0), std::invalid_argument, "nonce = 0");
 }
 
 }  // namespace
