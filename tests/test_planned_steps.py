@@ -1,4 +1,4 @@
-"""Which steps share a plan, how many plans are kept, and chunks by groups of experts: `PlannedSchedule` from outside."""
+"""`PlannedSchedule` from outside: which steps share a plan, how many plans are kept, chunks by groups of experts."""
 
 from __future__ import annotations
 
