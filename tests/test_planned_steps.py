@@ -61,6 +61,15 @@ def test_steps_with_the_same_rows_and_bytes_and_other_tokens_are_planned_apart(s
     assert crowded.ops_s == pytest.approx([3 * seconds for seconds in spread.ops_s], rel=0.2)
 
 
+def test_steps_whose_experts_share_the_rows_otherwise_are_planned_apart():
+    """Each rank's first expert has most of its rows, or as many as the others."""
+    schedule = planned(cost_model())
+    even, crowded = (exchange(np.tile(np.array(of_expert), (2, BLOCKS, 2))) for of_expert in ([9] * 4, [24, 4, 4, 4]))
+    parts = [schedule.planned(one).windows["forward"].chunking(2, "experts").experts_s for one in (even, crowded)]
+    assert parts[0][0] == pytest.approx(parts[0][1]) and parts[1][0] > 2 * parts[1][1] > 0
+    assert sum(parts[0]) == pytest.approx(sum(parts[1])), "the same rows"
+
+
 @pytest.mark.parametrize("order", [(True, False, True), (False, True, False)], ids=str)
 def test_a_step_with_gradients_and_one_without_are_planned_apart(order):
     schedule = planned(cost_model())
