@@ -42,12 +42,15 @@ def single_process(times: int = 1, batches: int = 1) -> Gradients:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def check_averaged(results: list[Gradients], times: int = 1, batches: int = 1) -> None:
+def check_averaged(
+    results: list[Gradients], times: int = 1, batches: int = 1, own: list[Gradients] | None = None
+) -> None:
     """Assert that each rank has the averaged dense gradients and its own experts', bit for bit.
 
-    With two ranks the sum does not depend on an order, and halving is exact; so bucketing may change no bit.
+    With two ranks the sum does not depend on an order, and halving is exact; so bucketing may change no bit. `own`:
+    each rank's own gradients, joined (None: those of the schedules written by hand).
     """
-    own = unwrapped(times, batches)
+    own = unwrapped(times, batches) if own is None else own
     whole = single_process(times, batches)
     for name in whole:
         if name.endswith(EXPERTS):

@@ -41,6 +41,7 @@ BY_HAND = (
     "Ut Ct0 Ct1 Bt2 Ed0 Dt0 Bt1 Ed1 Dt1 Ew0 Bt0 Ew1 Pt",
 )
 PLANS = ("mirrored", "own_chunks", "by_hand")
+AUTO = "auto"  # instead of a plan: what the planner chooses, in the first step
 
 
 def schedules(plan: str) -> tuple[SchedulePair, SchedulePair]:
@@ -123,17 +124,20 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(11)
         factory: dict[str, Any] = {"dtype": torch.float64, "group": group, "overlap": overlap}
-        first, second = schedules(plan)
+        self.auto = plan == AUTO
+        first, second = (AUTO, None) if self.auto else schedules(plan)
         moe = MoELayer(D, F, E, 2, schedule=first, shared_expert_size=F, aux_loss_coef=aux_loss_coef, **factory)
         shortcut = ShortcutBlock(
             [Op(mode) for _ in range(3)],
             MoELayer(D, F, E, 1, **factory),
             tap=1,
-            slot=1,
             shared_expert=nn.Linear(D, D, bias=False, dtype=torch.float64),
             combine="gated",
+            overlap=overlap,
+            **({"schedule": AUTO} if self.auto else {"slot": 1}),
         )
-        shortcut.schedule = second if overlap else second.join()
+        if second is not None:
+            shortcut.schedule = second if overlap else second.join()
         self.times, self.branches = times, branches
         self.entry = nn.Linear(D, D, dtype=torch.float64)
         self.shells = nn.ModuleList([Shell(DenseAndMoE(mode, moe), mode), Shell(shortcut, mode)])
@@ -148,7 +152,7 @@ class Model(nn.Module):
 
     @property
     def calls(self) -> list[SchedulePair]:
-        """The schedules of the layer calls of one forward, in order."""
+        """The schedules of the layer calls of one forward, in order, where they are fixed."""
         both = [self.moe.schedule, self.shortcut.schedule]
         return [pair for pair in both for _ in range(2)] if self.branches else both * self.times
 
@@ -190,16 +194,22 @@ def loss_of(model: Callable[[Tensor], Tensor], rank: int, batch: int = 0) -> Ten
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of a model on one rank since `watch` began; `before`: its counts at that time."""
+    """What was seen of a model on one rank since `watch` began; `before`: its counts at that time.
+
+    Of schedule="auto", `chosen`: the schedules of the layer calls, in order; `calibrations`: how many layers agreed
+    once more than they stepped, which they do before they plan.
+    """
 
     model: Model
     events: list[TimelineEvent]
     before: dict[str, int]
+    chosen: list[SchedulePair]
+    calibrations: int
 
     def check(self, batches: int = 1) -> None:
         """Assert that `batches` forward and backward passes did what the schedules say, and nothing twice."""
         model, mode = self.model, self.model.shells[0].mode
-        calls = model.calls * batches
+        calls = self.chosen if model.auto else model.calls * batches
         want: Counter[tuple[str, str]] = Counter()
         for pair in calls:
             sent = ["N", *(action.text for action in pair.forward if action.lane == "wire")]
@@ -213,11 +223,13 @@ class Seen:
         agreements = sum(count for (_, action), count in want.items() if action == "N")
         assert counts == {
             "op_calls": CALLS[mode] * len(calls) // 2 * len(model.ops),
-            "agreements": agreements,
+            "agreements": agreements + self.calibrations,
             "exchanges": want.total() - agreements,
         }
         order = [event.action for event in self.events if event.phase == "backward" and event.lane in ("comp", "start")]
-        planned = [pair.backward.text for pair in reversed(model.calls)] * batches
+        each = len(calls) // batches
+        planned = [pair.backward.text for last in range(each, len(calls) + 1, each)
+                   for pair in reversed(calls[last - each : last])]  # fmt: skip
         assert " ".join(order) == " ".join(planned)
 
 
@@ -235,6 +247,14 @@ def counts_of(model: Model) -> dict[str, int]:
 def watch(model: Model) -> Iterator[Seen]:
     """The recorder's events, and one of lane "start" where an exchange of backward was handed to the transport."""
     starts = [layer.transport.start for layer in model.layers]
+    chosen: list[SchedulePair] = []
+    calibrations = sum(not one.schedule.found for one in (model.moe, model.shortcut)) if model.auto else 0
+
+    def note(layer: MoELayer, *_: object) -> None:
+        if torch._C._current_graph_task_id() < 0:  # not in a recompute
+            chosen.append(layer._last_step.pair)
+
+    hooks = [layer.register_forward_hook(note) for layer in model.layers if model.auto]
     with record() as events:
         for layer, start in zip(model.layers, starts, strict=True):
 
@@ -245,8 +265,10 @@ def watch(model: Model) -> Iterator[Seen]:
 
             layer.transport.start = noted
         try:
-            yield Seen(model, events, counts_of(model))
+            yield Seen(model, events, counts_of(model), chosen, calibrations)
         finally:
+            for hook in hooks:
+                hook.remove()
             for layer in model.layers:
                 del layer.transport.start
 

@@ -26,9 +26,9 @@ OPTIONS = {
 }
 
 
-def run(mode, times, batches, options):
+def run(mode, times, batches, options, plan="by_hand"):
     """Averaged gradients of one optimizer step over `batches` micro-batches."""
-    model = Model(dist.group.WORLD, mode, times=times)
+    model = Model(dist.group.WORLD, mode, times=times, plan=plan)
     if "find_unused_parameters" in options:
         model.unused = nn.Linear(3, 3, dtype=torch.float64)
     ignore_experts_for_ddp(model)

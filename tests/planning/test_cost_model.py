@@ -185,6 +185,19 @@ def test_a_backward_window_reverses_the_ops_and_defers_the_weight_gradients():
     assert model().outside("forward") == 1e-2
 
 
+@pytest.mark.parametrize(("phase", "per_row_s", "per_expert_s"), [("forward", 1e-6, 4e-5), ("backward", 2e-6, 9e-5)])
+def test_each_expert_of_a_chunk_costs(phase, per_row_s, per_expert_s):
+    """Chunks of tokens pass all experts, chunks by groups their own; a chunk without rows passes none."""
+    known = model(expert_s=4e-5, expert_dgrad_s=9e-5, experts=line(0, 1e-6), experts_dgrad=line(0, 2e-6))
+    groups = replace(shape(local_experts=5, chunks=3, by="experts"), rows=(100, 0, 300))
+    assert groups.experts == (1, 2, 2)
+    by_groups, by_tokens = window(known, [groups, shape(local_experts=5, chunks=2)], phase).chunkings
+    assert by_groups.experts_s == pytest.approx(
+        (100 * per_row_s + per_expert_s, 0.0, 300 * per_row_s + 2 * per_expert_s)
+    )
+    assert by_tokens.experts_s == pytest.approx((1024 * per_row_s + 5 * per_expert_s,) * 2)
+
+
 def test_a_shared_expert_is_the_only_op_of_its_window():
     assert window(model(), [shape()], "forward", op_verb="S").ops_s == (5e-3,)
     assert window(model(), [shape()], "backward", op_verb="S").ops_s == (7e-3,)

@@ -415,6 +415,8 @@ def test_a_cut_the_window_does_not_have_is_refused():
         (lambda: forward(equal_chunks(1, 1.0, 1.0), op_verb="S", ops_s=(1.0, 1.0)), "window.ops_s"),
         (lambda: forward(equal_chunks(1, 1.0, 1.0), op_verb="X"), "window.op_verb"),
         (lambda: forward(equal_chunks(1, 1.0, 1.0), issue_s=-0.1), "window.issue_s"),
+        (lambda: forward(equal_chunks(1, 1.0, 1.0), ops_s=(1.0, -0.1)), "window.ops_s"),
+        (lambda: forward(equal_chunks(1, 1.0, 1.0), ops_s=(math.nan,)), "window.ops_s"),
         (lambda: replace(forward(equal_chunks(1, 1.0, 1.0)), phase="sideways"), "window.phase"),
         (lambda: search(forward(equal_chunks(1, 1.0, 1.0)), limit=0), "limit"),
     ],
