@@ -31,11 +31,11 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.measure.calibrate import MAX_GROUPS, Nodes, StepTimes, calibrate, gathered
 from moe_overlap.measure.machine import hardware
 from moe_overlap.ops import registry
-from moe_overlap.plan import PHASES, ChunkBy
+from moe_overlap.plan import PHASES, ChunkBy, ExchangePlan, digest
 from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, serial, window
+from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
@@ -50,7 +50,34 @@ logger = logging.getLogger(__name__)
 Op = Callable[[torch.Tensor], torch.Tensor]
 CACHE_VERSION = 2
 ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
-UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unplanned:
+    """What a step says it runs while "auto" has not chosen (the `Schedules` of `dispatch.py`): no fixed schedule has
+    its digest, so a rank with one beside a rank that calibrates is refused before anything is sent."""
+
+    op_verb: OpVerb
+    num_ops: int
+    overlap: bool
+    max_in_flight_bytes: int | None
+    chunks: int = field(default=0, init=False)
+    by: ChunkBy = field(default="tokens", init=False)
+
+    @property
+    def digest(self) -> int:
+        return digest("auto calibrates", self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes)
+
+    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+        """Joined: a step without rows runs so, as it tells nothing."""
+        return probe_pair(self.op_verb, self.num_ops, 1, "tokens").join()
+
+
+def probe_pair(op_verb: OpVerb, num_ops: int, chunks: int, by: ChunkBy) -> SchedulePair:
+    """The schedules of a probe: half of the backbone ops, or the shared expert, before the experts."""
+    if num_ops:
+        return window(num_ops, num_ops // 2, chunks=chunks, by=by)
+    return chunked(chunks, by, shared=op_verb == "S")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,9 +106,7 @@ class ProbeInputs:
         return self.dispatcher.transport
 
     def pair(self, chunks: int, by: ChunkBy) -> SchedulePair:
-        if self.backbone:
-            return window(len(self.backbone), len(self.backbone) // 2, chunks=chunks, by=by)
-        return chunked(chunks, by, shared=self.shared is not None)
+        return probe_pair("B" if self.shared is None else "S", len(self.backbone), chunks, by)
 
     def run(self, pair: SchedulePair) -> StepTimes:
         """One step, forward and (where gradients are enabled) backward."""
@@ -134,6 +159,12 @@ class AutoSchedule:
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
     name = "auto"
 
+    @property
+    def unplanned(self) -> Unplanned:
+        """What a step says before there is a choice."""
+        return Unplanned(op_verb=self.op_verb, num_ops=self.num_ops, overlap=self.overlap,
+                         max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
+
     def get(self, opening: int, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
         return self.found.get((opening, torch.is_grad_enabled(), dtype))
@@ -155,14 +186,15 @@ class AutoSchedule:
                 slots_TK = dispatcher.placement.to_physical(routing.topk_ids_TK)
                 rows_TD, w_in, w_out = (one.detach().to(dtype) for one in (x_TD, *layer.expert_weights))
             except Exception as error:
-                dispatcher.refuse(error, UNPLANNED)
-            # Agree first: a rank that cannot take part says so here, and no probe waits for it.
-            exchange = dispatcher.plan(slots_TK, rows_TD, UNPLANNED, status=routing.status)
+                dispatcher.refuse(error, self.unplanned)
+            # Agree first: a rank that cannot take part says so here, and no probe waits for it; nor for a rank that
+            # does not calibrate, having another schedule.
+            exchange = dispatcher.plan(slots_TK, rows_TD, self.unplanned, status=routing.status)
+            if not exchange.counts.any():
+                return self.unplanned
             weights_TK, hidden = routing.topk_weights_TK.detach(), None if h is None else h.detach()
             inputs = ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK, weights_TK=weights_TK,
                                  w_in=w_in, w_out=w_out, h=hidden, backbone=backbone, shared=shared)  # fmt: skip
-            if not exchange.counts.any():
-                return inputs.pair(1, "tokens").join()
             with closing_on_error(dispatcher.transport, "calibrate"):
                 return self.prepare(inputs)
 

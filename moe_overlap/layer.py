@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.arguments import check_budget, check_sizes, make_router, refuse_sharded, shaped
-from moe_overlap.auto import ONE_RANK, UNPLANNED, AutoSchedule, Op
+from moe_overlap.auto import ONE_RANK, AutoSchedule, Op
 from moe_overlap.autograd import Attach, SameRouting
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
@@ -199,7 +199,7 @@ class MoELayer(Tickets, nn.Module):
             current_phase()  # refuses a checkpoint that would calibrate in backward
             x_TD, dtype = self._checked(x)
         except Exception as error:
-            self.dispatcher.refuse(error, UNPLANNED)
+            self.dispatcher.refuse(error, schedule.unplanned)
         found = schedule.get(self.dispatcher.openings, dtype)
         return found or schedule.calibrate(self, x_TD, dtype, backbone, h)
 

@@ -19,7 +19,7 @@ from moe_overlap.measure import calibrate as measuring
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport
-from tests.layers import F, make, tokens
+from tests.layers import D, F, make, tokens
 from tests.planted import (
     FREE,
     OPS,
@@ -174,6 +174,33 @@ def test_a_bad_input_on_one_rank_is_an_error_on_all_and_the_layer_lives_on(shape
 
     with planted(cost_model(OPS if shape == "block" else 0)):
         assert virtual_world(2).run(rank) == list(SOME)
+
+
+@pytest.mark.parametrize("other", [{"schedule": "serial"}, {"schedule": "chunked(2)"}, {"overlap": False},
+                                   {"max_in_flight_bytes": 1 << 30}], ids=str)  # fmt: skip
+def test_a_rank_that_is_told_otherwise_is_refused_before_anything_is_sent(other):
+    """A fixed schedule, or other settings of "auto", beside a rank that calibrates."""
+
+    def rank(me):
+        layer = make(me.transport(), **{"schedule": "auto"} | (other if me.rank else {}))
+        with pytest.raises(PlanMismatch, match='schedule="auto".*nothing was sent|nothing was sent.*schedule="auto"'):
+            layer(tokens(4))
+        return layer.transport.stats.exchanges, layer.transport.stats.agreements
+
+    with measured_as(cost_model()):
+        assert virtual_world(2).run(rank) == [(0, 1)] * 2
+
+
+def test_blocks_with_other_ops_beside_the_exchanges_are_refused_before_anything_is_sent():
+    def rank(me):
+        ops = [nn.Linear(D, D, dtype=torch.float64) for _ in range(1 + me.rank)]
+        block = ShortcutBlock(ops, make(me.transport()), tap=0, schedule="auto")
+        with pytest.raises(PlanMismatch, match="other ops"):
+            block(tokens(4))
+        return block.moe.transport.stats.exchanges, block.moe.transport.stats.agreements
+
+    with measured_as(cost_model()):
+        assert virtual_world(2).run(rank) == [(0, 1)] * 2
 
 
 class Fails(nn.Module):
