@@ -64,8 +64,8 @@ class MoELayer(Tickets, nn.Module):
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
     schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
-    "auto": the first forward call measures (at most 20 s; kept in a cache), then the fastest one found runs, of those
-    whose exchanges under way hold at most max_in_flight_bytes on a rank.
+    "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
+    the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu", "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.

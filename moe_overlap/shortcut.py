@@ -51,9 +51,9 @@ class ShortcutBlock(nn.Module):
     shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
-    ones differ. schedule="auto" instead of all these: measured at the first forward call, then the fastest one found.
-    max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on the experts' input and on their output. overlap=False:
-    every exchange joined.
+    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or six steps
+    where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
+    the experts' input and on their output. overlap=False: every exchange joined.
 
     y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
     """
