@@ -309,7 +309,7 @@ def block_counts(slots_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
 
 
 DIGEST_HINT = (
-    "; they have other schedules, or other ops or settings beside schedule=\"auto\", or only one has measured already"
+    '; they have other schedules, or other ops or settings beside schedule="auto", or only one has measured already'
 )
 
 
