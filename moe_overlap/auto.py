@@ -121,7 +121,7 @@ class ProbeInputs:
         assert clock is not None, "probes are recorded"
         start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
-        step = Step(self.transport, weights, phase=PHASES[0])
+        step = Step(self.transport, weights, phase=PHASES[0], probe=True)
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
         exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)
         step.bind(pair, exchange, x_rows, self.slots_TK, weights_TK)

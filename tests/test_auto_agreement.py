@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_overlap import ConfigError, ShortcutBlock, auto
-from moe_overlap.errors import MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort
+from moe_overlap.errors import MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort, TransportTimeout
 from moe_overlap.measure import calibrate as measuring
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
@@ -206,30 +206,47 @@ def test_blocks_with_other_ops_beside_the_exchanges_are_refused_before_anything_
 class Fails(nn.Module):
     """An op that raises at its n-th call on rank 1."""
 
-    def __init__(self, rank, at):
+    def __init__(self, rank, at, kind=MemoryError):
         super().__init__()
-        self.rank, self.left = rank, at
+        self.rank, self.left, self.kind = rank, at, kind
 
     def forward(self, h):
         self.left -= 1
         if self.rank == 1 and self.left == 0:
-            raise MemoryError("no memory left for this op")
+            raise self.kind("no memory left for this op")
         return h * 1.0
 
 
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [1, 3, 9])
-def test_an_op_that_fails_in_a_probe(at):
+def test_an_op_that_fails_in_a_probe(at, kind):
     """The rank that fails raises its error, the others learn of it; after reopen() the layer calibrates again."""
 
     def rank(me):
-        block = ShortcutBlock([Fails(me.rank, at)], make(me.transport()), tap=0, schedule="auto")
-        with pytest.raises(MemoryError if me.rank == 1 else RemoteAbort, match="no memory left"):
+        block = ShortcutBlock([Fails(me.rank, at, kind)], make(me.transport()), tap=0, schedule="auto")
+        with pytest.raises(kind if me.rank == 1 else RemoteAbort, match="no memory left"):
             block(tokens(4))
         block.moe.transport.reopen()
         return block(tokens(4)).shape[0]
 
     with measured_as(cost_model(1)):
         assert virtual_world(2).run(rank) == [4, 4]
+
+
+def test_a_timeout_of_a_probe_speaks_of_no_loss():
+    """Rank 1 leaves its first probe without a word; the other one waits for it in backward."""
+
+    def rank(me):
+        block = ShortcutBlock([Fails(me.rank, 1)], make(me.transport()), tap=0, schedule="auto")
+        if me.rank == 1:
+            block.moe.transport.close = lambda reason: None
+        with pytest.raises(MemoryError if me.rank == 1 else TransportTimeout) as error:
+            block(tokens(4))
+        return getattr(error.value, "action", None), str(error.value)
+
+    with measured_as(cost_model(1)):
+        (action, text), _ = virtual_world(2).run(rank)
+    assert action == "Ct0" and "attach" not in text
 
 
 def test_ranks_of_which_only_one_had_finished_calibrate_again_after_reopen():

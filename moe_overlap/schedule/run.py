@@ -42,14 +42,15 @@ LAST_NODES = BLOCKS + 1
 
 
 class Step:
-    """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer."""
+    """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer.
+    `probe`: it is a calibration's."""
 
-    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str) -> None:
+    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool = False) -> None:
         self.transport = transport
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
         self.phase = phase
-        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device))
+        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe)
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
