@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_overlap import ConfigError, ShortcutBlock, auto
+from moe_overlap import ConfigError, ShortcutBlock, auto, cost_cache
 from moe_overlap.errors import MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort, TransportTimeout
 from moe_overlap.measure import calibrate as measuring
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_used_is_measured_again(text, cache, caplog):
 
 
 def test_a_directory_that_cannot_be_written_costs_one_measurement_a_process(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(auto, "_unwritten", {})
+    monkeypatch.setattr(cost_cache, "_unwritten", {})
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOE_OVERLAP_CACHE_DIR", str(tmp_path / "file" / "below"))
     with planted(cost_model()) as calls:
@@ -96,7 +96,7 @@ def test_a_user_without_a_home(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(auto, "_unwritten", {})
+    monkeypatch.setattr(cost_cache, "_unwritten", {})
     for name in ("MOE_OVERLAP_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", no_home)
@@ -124,7 +124,8 @@ def test_ranks_take_rank_0s_model(cache):
 def test_ranks_on_different_hardware_agree(monkeypatch):
     """The model says where it was measured, and the digest of a step covers the model."""
     numbers = itertools.count()
-    monkeypatch.setattr(auto, "hardware", lambda: f"machine {next(numbers)}")
+    for module in (auto, cost_cache):
+        monkeypatch.setattr(module, "hardware", lambda: f"machine {next(numbers)}")
 
     def rank(me):
         layer = make(me.transport(), schedule="auto")
