@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from moe_overlap.config import cache_dir
-from moe_overlap.measure.calibrate import Nodes
+from moe_overlap.errors import ConfigError
+from moe_overlap.measure.calibrate import Nodes, wires
 from moe_overlap.measure.machine import hardware
 from moe_overlap.ops import registry
 from moe_overlap.planning.cost_model import CostModel
@@ -67,18 +68,30 @@ _unwritten: dict[Path, CostModel] = {}
 
 
 def load(key: dict[str, Any]) -> CostModel | None:
-    """The cached model of exactly this key; None where there is none or the file cannot be read as one."""
+    """The cached model of exactly this key; None where there is none, or none that can be used."""
     path = cache_file(key)
     if path in _unwritten:
         return _unwritten[path]
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
-        return CostModel.from_json(entry["model"]) if entry["key"] == key else None
+        if entry["key"] != key:
+            raise ValueError("it is of another measurement")
+        return fitting(CostModel.from_json(entry["model"]), key)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        logger.warning("measuring again: %s cannot be read: %s: %s", path, type(error).__name__, str(error)[:200])
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        logger.warning("measuring again: %s cannot be used: %s: %s", path, type(error).__name__, str(error)[:200])
         return None
+
+
+def fitting(model: CostModel, key: dict[str, Any]) -> CostModel:
+    """`model`, if it has the wires and the ops of the layer with this key. Raises ConfigError where it has others."""
+    wanted = wires(key["world_size"], key["nodes"])
+    if set(model.exchange) != wanted:
+        raise ConfigError("exchange", sorted(model.exchange), f"the wires {sorted(wanted)}")
+    if len(model.backbone_s) != len(key["ops"]):
+        raise ConfigError("backbone_s", model.backbone_s, f"{len(key['ops'])} ops")
+    return model
 
 
 def store(key: dict[str, Any], model: CostModel) -> Path | None:

@@ -67,18 +67,35 @@ def test_an_equal_key_is_not_measured_again_and_another_is(cache):
     assert len(list(cache.iterdir())) == 6, "and nothing else is left in the directory"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"key": 1}', "null", "\0" * 40, "[" * 100_000, b"\xff\xfe", "other_key", "bad_model"]
-)
-def test_a_file_that_cannot_be_used_is_measured_again(text, cache, caplog):
+BAD_TEXTS = ["", "{", "[]", '{"key": 1}', "null", "\0" * 40, "[" * 100_000, b"\xff\xfe"]
+BAD_ENTRIES = {
+    "other_key": lambda entry: entry.update(key={}),
+    "no_model": lambda entry: entry.update(model={}),
+    "huge_rows": lambda entry: entry["model"].update(measured_rows=10**400),
+    "huge_slowdown": lambda entry: entry["model"]["slowdown"].update(compute=10**400),
+    "absurd_slowdown": lambda entry: entry["model"]["slowdown"].update(wire=1e308),
+    "no_wire": lambda entry: entry["model"].update(exchange={}),
+    "other_wire": lambda entry: entry["model"].update(exchange={"intra": entry["model"]["experts"]}),
+    "an_op": lambda entry: entry["model"].update(backbone_s=[1e-3], backbone_backward_s=[1e-3]),
+    "an_op_in_one_phase": lambda entry: entry["model"].update(backbone_s=[1e-3]),
+} | {
+    f"alpha_{str(bad)[:8]}": lambda entry, bad=bad: entry["model"]["exchange"]["inter"].update(alpha_s=bad)
+    for bad in (10**400, 1e308, 1e10, -1, True, "1", None, float("nan"))
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [*BAD_TEXTS, *BAD_ENTRIES], ids=lambda bad: str(bad)[:40])
+def test_a_file_that_cannot_be_used_is_measured_again(bad, cache, caplog):
     with planted(cost_model()) as calls:
         _, path = used(calls)
-        if text in ("other_key", "bad_model"):
+        text = bad
+        if bad in BAD_ENTRIES:
             entry = json.loads(path.read_text())
-            entry["key" if text == "other_key" else "model"] = {}
+            BAD_ENTRIES[bad](entry)
             text = json.dumps(entry)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         assert used(calls)[0] == 1
+        assert "measuring again" in caplog.text and str(path) in caplog.text
         assert used(calls)[0] == 0
 
 

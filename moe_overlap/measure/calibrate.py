@@ -102,6 +102,11 @@ def _moves(world: int, nodes: Nodes | None) -> dict[str, np.ndarray]:
     return {lane: moves for lane, moves in found.items() if moves.any()}
 
 
+def wires(world: int, nodes: Sequence[int] | None) -> set[str]:
+    """The wires that ranks on these nodes take to each other."""
+    return set(_moves(world, None if nodes is None else tuple(nodes)))
+
+
 # ---------------------------------------------------------------- measuring
 
 
