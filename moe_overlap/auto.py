@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap.autograd import closing_on_error
-from moe_overlap.cost_cache import cache_file, cache_key, load, store
+from moe_overlap.cost_cache import Op, cache_file, cache_key, hosts_of, load, store, untold
 from moe_overlap.dispatch import Dispatcher, check_routing
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.calibrate import MAX_GROUPS, Nodes, StepTimes, calibrate, gathered
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Op = Callable[[torch.Tensor], torch.Tensor]
 ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
 
 
@@ -76,9 +75,15 @@ def probe_pair(op_verb: OpVerb, num_ops: int, chunks: int, by: ChunkBy) -> Sched
     return chunked(chunks, by, shared=op_verb == "S")
 
 
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what it was made from: it requires a gradient if that is wanted now."""
+    return tensor.detach().requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ProbeInputs:
-    """What the probes of a layer run on: this rank's tokens, routing and weights; all detached.
+    """What the probes of a layer run on: this rank's tokens, routing and weights, all of them leaves, which require a
+    gradient where the step's own do.
 
     dispatcher: the layer's. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
     """
@@ -94,8 +99,12 @@ class ProbeInputs:
     shared: Op | None = None
 
     @property
+    def ops(self) -> list[Op]:
+        return [*self.backbone] if self.shared is None else [*self.backbone, self.shared]
+
+    @property
     def modules(self) -> list[nn.Module]:
-        return [op for op in (*self.backbone, self.shared) if isinstance(op, nn.Module)]
+        return [op for op in self.ops if isinstance(op, nn.Module)]
 
     @property
     def transport(self) -> Transport:
@@ -108,9 +117,6 @@ class ProbeInputs:
         """One step, forward and (where gradients are enabled) backward."""
         grad = torch.is_grad_enabled()
 
-        def leaf(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().requires_grad_(grad and tensor.is_floating_point())
-
         x_TD, w_in, w_out, weights_TK = map(leaf, (self.x_TD, self.w_in, self.w_out, self.weights_TK))
         h = None if self.h is None else leaf(self.h.clone())  # in inference an op may change it in place
         clock = clock_for(self.x_TD.device)
@@ -119,6 +125,7 @@ class ProbeInputs:
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
         step = Step(self.transport, weights, phase=PHASES[0], probe=True)
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
+        leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, h]
         exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)
         step.bind(pair, exchange, x_rows, self.slots_TK, weights_TK)
         step.hidden = h
@@ -131,7 +138,7 @@ class ProbeInputs:
             # Tensor hooks would run on these gradients, which are no one's.
             parameters = [p for module in self.modules for p in module.parameters()
                           if p.requires_grad and not p._backward_hooks]  # fmt: skip
-            leaves = [one for one in (x_TD, w_in, w_out, weights_TK, h, *parameters) if one is not None]
+            leaves = [one for one in (*leaves, *parameters) if one is not None and one.requires_grad]
             reached = [one for one in outputs if one.requires_grad]
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
         start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
@@ -153,6 +160,7 @@ class AutoSchedule:
     max_in_flight_bytes: int | None = None
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
+    not_kept: str | None = None  # why there is none
     name = "auto"
 
     @property
@@ -180,7 +188,7 @@ class AutoSchedule:
                 routing = layer.router(x_TD.detach())
                 check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
                 slots_TK = dispatcher.placement.to_physical(routing.topk_ids_TK)
-                rows_TD, w_in, w_out = (one.detach().to(dtype) for one in (x_TD, *layer.expert_weights))
+                rows_TD, w_in, w_out = (leaf(one.to(dtype)) for one in (x_TD, *layer.expert_weights))
             except Exception as error:
                 dispatcher.refuse(error, self.unplanned)
             # Agree first: a rank that cannot take part says so here, and no probe waits for it; nor for a rank that
@@ -188,9 +196,9 @@ class AutoSchedule:
             exchange = dispatcher.plan(slots_TK, rows_TD, self.unplanned, status=routing.status)
             if not exchange.counts.any():
                 return self.unplanned
-            weights_TK, hidden = routing.topk_weights_TK.detach(), None if h is None else h.detach()
-            inputs = ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK, weights_TK=weights_TK,
-                                 w_in=w_in, w_out=w_out, h=hidden, backbone=backbone, shared=shared)  # fmt: skip
+            inputs = ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK,
+                                 weights_TK=leaf(routing.topk_weights_TK), w_in=w_in, w_out=w_out,
+                                 h=None if h is None else leaf(h), backbone=backbone, shared=shared)  # fmt: skip
             with closing_on_error(dispatcher.transport, "calibrate"):
                 return self.prepare(inputs)
 
@@ -199,9 +207,11 @@ class AutoSchedule:
         dtype = inputs.x_TD.dtype
         row_bytes = inputs.x_TD.shape[1] * dtype.itemsize
         nodes = topology(inputs.transport)
-        key = cache_key(inputs, nodes=nodes)
+        key = cache_key(inputs, nodes=nodes, hosts=hosts_of(inputs.transport, inputs.x_TD.device))
         first = inputs.transport.rank == 0
-        model = shared_model(inputs.transport, load(key) if first else None, inputs.x_TD.device)
+        self.not_kept = untold(inputs.ops)
+        cached = load(key) if first and self.not_kept is None else None
+        model = shared_model(inputs.transport, cached, inputs.x_TD.device)
         self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
             source = f"measured on {hardware()}, {date.today()}"
@@ -218,7 +228,10 @@ class AutoSchedule:
             # All ranks have fitted the same figures, but `source` is another text on another machine.
             model = shared_model(inputs.transport, model, inputs.x_TD.device)
             assert model is not None
-            self.kept_in = store(key, model) if first else None
+            if first and self.not_kept is None:
+                self.kept_in, self.not_kept = store(key, model)
+            elif first:
+                logger.info("the cost model is not kept: %s", self.not_kept)
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,
                                    nodes=nodes, overlap=self.overlap,
                                    max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip

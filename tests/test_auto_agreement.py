@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from moe_overlap.measure import calibrate as measuring
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport
-from tests.layers import D, F, make, tokens
+from tests.layers import D, make, tokens
 from tests.planted import (
     FREE,
     OPS,
@@ -37,88 +35,7 @@ from tests.ranks import Ranks, gloo_pool, mark, virtual_world
 FREE_WIRE = {"exchange": {"inter": FREE}}
 
 
-# ---------------------------------------------------------------- the cache
-
-
-def used(calls, **options):
-    """How many calibrations a fresh layer needs on each of two ranks."""
-    before = len(calls)
-    tokens_of = options.pop("tokens", 8)
-
-    def rank(me):
-        layer = make(me.transport(), schedule="auto", **options)
-        layer(tokens(tokens_of, dtype=options.get("dtype", torch.float64)))
-        return layer.schedule.kept_in
-
-    kept = virtual_world(2).run(rank)
-    assert kept[1] is None
-    return (len(calls) - before) / 2, kept[0]
-
-
-def test_an_equal_key_is_not_measured_again_and_another_is(cache):
-    with planted(cost_model()) as calls:
-        assert used(calls) == (1, *cache.glob("*.json"))
-        assert used(calls)[0] == 0
-        for options in ({"tokens": 9}, {"dtype": torch.float32}, {"shared_expert_size": F}, {"activation": "relu"}):
-            assert used(calls, **options)[0] == 1, options
-        with torch.no_grad():
-            assert used(calls)[0] == 1
-        assert used(calls)[0] == 0
-    assert len(list(cache.iterdir())) == 6, "and nothing else is left in the directory"
-
-
-BAD_TEXTS = ["", "{", "[]", '{"key": 1}', "null", "\0" * 40, "[" * 100_000, b"\xff\xfe"]
-BAD_ENTRIES = {
-    "other_key": lambda entry: entry.update(key={}),
-    "no_model": lambda entry: entry.update(model={}),
-    "huge_rows": lambda entry: entry["model"].update(measured_rows=10**400),
-    "huge_slowdown": lambda entry: entry["model"]["slowdown"].update(compute=10**400),
-    "absurd_slowdown": lambda entry: entry["model"]["slowdown"].update(wire=1e308),
-    "no_wire": lambda entry: entry["model"].update(exchange={}),
-    "other_wire": lambda entry: entry["model"].update(exchange={"intra": entry["model"]["experts"]}),
-    "an_op": lambda entry: entry["model"].update(backbone_s=[1e-3], backbone_backward_s=[1e-3]),
-    "an_op_in_one_phase": lambda entry: entry["model"].update(backbone_s=[1e-3]),
-} | {
-    f"alpha_{str(bad)[:8]}": lambda entry, bad=bad: entry["model"]["exchange"]["inter"].update(alpha_s=bad)
-    for bad in (10**400, 1e308, 1e10, -1, True, "1", None, float("nan"))
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("bad", [*BAD_TEXTS, *BAD_ENTRIES], ids=lambda bad: str(bad)[:40])
-def test_a_file_that_cannot_be_used_is_measured_again(bad, cache, caplog):
-    with planted(cost_model()) as calls:
-        _, path = used(calls)
-        text = bad
-        if bad in BAD_ENTRIES:
-            entry = json.loads(path.read_text())
-            BAD_ENTRIES[bad](entry)
-            text = json.dumps(entry)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        assert used(calls)[0] == 1
-        assert "measuring again" in caplog.text and str(path) in caplog.text
-        assert used(calls)[0] == 0
-
-
-def test_a_directory_that_cannot_be_written_costs_one_measurement_a_process(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cost_cache, "_unwritten", {})
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MOE_OVERLAP_CACHE_DIR", str(tmp_path / "file" / "below"))
-    with planted(cost_model()) as calls:
-        assert used(calls) == (1, None)
-        assert "cannot be written" in caplog.text
-        assert used(calls)[0] == 0
-
-
-def test_a_user_without_a_home(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(cost_cache, "_unwritten", {})
-    for name in ("MOE_OVERLAP_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    with planted(cost_model()) as calls:
-        assert used(calls) == (1, None)
+# ---------------------------------------------------------------- one model on all ranks
 
 
 def own_caches(folder):

@@ -74,14 +74,15 @@ class Step:
     # ---------------------------------------------------------------- entry
 
     def enter(self, x_TD: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, copies: int) -> list[torch.Tensor]:
-        """The copies of x for its consumers; every gradient of this call ends in the node made here."""
-        self._anchor = torch.empty(0, dtype=x_TD.dtype, device=x_TD.device, requires_grad=self.grad)
-        self._empty = self._anchor.detach()
+        """The copies of x for its consumers; every gradient of this call ends in the node made here. `anchor` is a leaf
+        of that node, whatever else requires a gradient."""
+        self.anchor = torch.empty(0, dtype=x_TD.dtype, device=x_TD.device, requires_grad=self.grad)
+        self._empty = self.anchor.detach()
         self._need_dw = self.grad and (w_in.requires_grad or w_out.requires_grad)
         self._need_dx = self.grad and x_TD.requires_grad
-        *copied, self._weight_token = Fork.apply(self, copies, self._anchor, x_TD, w_in, w_out)
+        *copied, self._weight_token = Fork.apply(self, copies, self.anchor, x_TD, w_in, w_out)
         # Before the router makes its nodes: numbers for what runs, in backward, after the router's.
-        self._last_numbers = reserve_sequence_numbers(self._anchor, LAST_NODES) if self.grad else []
+        self._last_numbers = reserve_sequence_numbers(self.anchor, LAST_NODES) if self.grad else []
         return copied if self._need_dx else [x_TD] * copies
 
     def bind(
@@ -197,7 +198,7 @@ class Step:
     def _release(self) -> None:
         """Drop what only the walk needs: nodes hold their step, so a step that held them would never be freed."""
         self._nodes.clear()
-        for name in ("_x_TD", "_slots_TK", "_weights_TK", "_anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
+        for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
             self.__dict__.pop(name, None)
 
     @contextmanager
@@ -212,7 +213,7 @@ class Step:
 
     def _reserve(self, nodes: list[Node]) -> None:
         if self.grad and nodes:
-            self._number(nodes, reserve_sequence_numbers(self._anchor, len(nodes)))
+            self._number(nodes, reserve_sequence_numbers(self.anchor, len(nodes)))
 
     def _number(self, nodes: list[Node], numbers: list[int]) -> None:
         """The first of `nodes` gets the highest of the ascending `numbers`: the engine runs it first."""
