@@ -1,7 +1,8 @@
 """schedule="auto" in a layer: calibrate at the first step, then choose by `planned.py`.
 
 The first forward call of a layer (for training, for inference, for each dtype of the rows) looks for a cost model in
-the cache and measures one where there is none: real steps on this call's tokens and routing, on the same transport.
+the cache and measures one where there is none: real steps on this call's tokens and routing, on the same transport. So
+does a later one whose rows, and those of a step before it, are more than GROWTH times as many as were measured.
 Parameters, their gradients, buffers, torch's random numbers and recorders are as they were before. The ops beside the
 exchanges are called some 20 to 40 times, forward and backward, so hooks on these modules run, and what an op keeps
 elsewhere changes.
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GROWTH = 4  # a step of more than so many times the measured rows is beyond its model
 ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
 
 
@@ -125,7 +128,7 @@ class ProbeInputs:
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
         step = Step(self.transport, weights, phase=PHASES[0], probe=True)
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
-        leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, h]
+        leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, *([] if h is None else [h])]
         exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)
         step.bind(pair, exchange, x_rows, self.slots_TK, weights_TK)
         step.hidden = h
@@ -138,12 +141,49 @@ class ProbeInputs:
             # Tensor hooks would run on these gradients, which are no one's.
             parameters = [p for module in self.modules for p in module.parameters()
                           if p.requires_grad and not p._backward_hooks]  # fmt: skip
-            leaves = [one for one in (*leaves, *parameters) if one is not None and one.requires_grad]
+            leaves = [one for one in (*leaves, *parameters) if one.requires_grad]
             reached = [one for one in outputs if one.requires_grad]
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
         start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
         return StepTimes(events=step.events, forward_s=middle_s - start_s,
                          backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
+
+
+def busiest_rows(exchange: ExchangePlan) -> int:
+    """T * K of the rank with most tokens: agreed, so alike on all ranks."""
+    return int(exchange.counts.sum(axis=(1, 2)).max())
+
+
+def beyond(model: CostModel, exchange: ExchangePlan) -> bool:
+    """Whether a step has many more rows than `model` was measured with (0: made from figures, for any number)."""
+    return 0 < GROWTH * model.measured_rows < busiest_rows(exchange)
+
+
+class Outgrown:
+    """Which schedules of a layer had a step that was beyond their model, and which steps still wait for their backward:
+    a recompute in there takes the schedules of its forward, so these cannot be replaced yet."""
+
+    def __init__(self) -> None:
+        self._schedules: WeakSet[PlannedSchedule] = WeakSet()
+        self._steps: WeakSet[Step] = WeakSet()
+
+    def __reduce__(self) -> tuple[type[Outgrown], tuple[()]]:
+        """A copy begins anew, as does the layer that it belongs to."""
+        return Outgrown, ()
+
+    def note(self, step: Step) -> None:
+        """At the end of a forward call."""
+        self._steps.add(step)
+        if isinstance(step.schedule, PlannedSchedule) and beyond(step.schedule.model, step.plan.exchange):
+            self._schedules.add(step.schedule)
+
+    def __contains__(self, schedule: PlannedSchedule) -> bool:
+        return schedule in self._schedules
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a step still waits for its backward on this rank."""
+        return any(step.awaits_backward for step in self._steps)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -174,11 +214,21 @@ class AutoSchedule:
         return self.found.get((opening, torch.is_grad_enabled(), dtype))
 
     def calibrate(
-        self, layer: MoELayer, x_TD: torch.Tensor, dtype: torch.dtype, backbone: Sequence[Op], h: torch.Tensor | None
+        self,
+        layer: MoELayer,
+        x_TD: torch.Tensor,
+        dtype: torch.dtype,
+        backbone: Sequence[Op],
+        h: torch.Tensor | None,
+        *,
+        old: PlannedSchedule | None = None,
+        waiting: bool = False,
     ) -> Schedules:
         """The schedules of the coming steps, from probes on the tokens of this one. Collective. Errors as in a step.
 
-        A step in which no rank has a row tells nothing: it runs joined, and the next one calibrates.
+        A step in which no rank has a row tells nothing: it runs joined, and the next one calibrates. `old`: the
+        schedules to replace, which stay where this step is within their model too, or where on any rank one of their
+        steps is `waiting` for its backward.
         """
         dispatcher, shared = layer.dispatcher, layer.shared_expert
         modules = [op for op in (layer.router, *backbone, shared) if isinstance(op, nn.Module)]
@@ -194,16 +244,21 @@ class AutoSchedule:
             # Agree first: a rank that cannot take part says so here, and no probe waits for it; nor for a rank that
             # does not calibrate, having another schedule.
             exchange = dispatcher.plan(slots_TK, rows_TD, self.unplanned, status=routing.status)
+            if old is not None:
+                if not beyond(old.model, exchange) or _any(dispatcher.transport, waiting, x_TD.device):
+                    return old
+                logger.info("calibrating again: this step has %d rows on the busiest rank, the cost model was measured "
+                            "with %d", busiest_rows(exchange), old.model.measured_rows)  # fmt: skip
             if not exchange.counts.any():
                 return self.unplanned
             inputs = ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK,
                                  weights_TK=leaf(routing.topk_weights_TK), w_in=w_in, w_out=w_out,
                                  h=None if h is None else leaf(h), backbone=backbone, shared=shared)  # fmt: skip
             with closing_on_error(dispatcher.transport, "calibrate"):
-                return self.prepare(inputs)
+                return self.prepare(inputs, exchange)
 
-    def prepare(self, inputs: ProbeInputs) -> PlannedSchedule:
-        """Load or measure the cost model of the coming steps. Collective."""
+    def prepare(self, inputs: ProbeInputs, exchange: ExchangePlan) -> PlannedSchedule:
+        """Load or measure the cost model of the coming steps, the first of which is agreed. Collective."""
         dtype = inputs.x_TD.dtype
         row_bytes = inputs.x_TD.shape[1] * dtype.itemsize
         nodes = topology(inputs.transport)
@@ -211,10 +266,14 @@ class AutoSchedule:
         first = inputs.transport.rank == 0
         self.not_kept = untold(inputs.ops)
         cached = load(key) if first and self.not_kept is None else None
+        if cached is not None and beyond(cached, exchange):
+            logger.info("measuring again: %s was measured with %d rows on the busiest rank, this step has %d",
+                        cache_file(key), cached.measured_rows, busiest_rows(exchange))  # fmt: skip
+            cached = None
         model = shared_model(inputs.transport, cached, inputs.x_TD.device)
         self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
-            source = f"measured on {hardware()}, {date.today()}"
+            source = f"measured on {hardware()}, {date.today()}, with {busiest_rows(exchange)} rows on the busiest rank"
             model = calibrate(
                 inputs.run,
                 inputs.pair,
@@ -237,6 +296,11 @@ class AutoSchedule:
                                    max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
         self.found[inputs.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
+
+
+def _any(transport: Transport, flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank. Collective."""
+    return bool(gathered(transport, torch.tensor([float(flag)], dtype=torch.float64, device=device)).any())
 
 
 def refuse_units(ops: Sequence[Op | None]) -> None:

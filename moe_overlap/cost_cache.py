@@ -89,10 +89,10 @@ def signature(op: Op) -> list[str]:
 def untold(ops: Sequence[Op]) -> str | None:
     """Which of the ops' costs cannot be told from a key, as a reason to keep no model; None where all can."""
     for op in ops:
-        plain = not isinstance(op, nn.Module) or any(isinstance(module, PlainFunction) for module in op.modules())
-        if plain or not any(True for _ in op.parameters()):
-            what = "a function" if plain else f"{type(op).__name__}, which has no parameters"
-            return f"what {what} costs cannot be told without running it"
+        if not isinstance(op, nn.Module) or any(isinstance(module, PlainFunction) for module in op.modules()):
+            return "what a function costs cannot be told without running it"
+        if not any(True for _ in op.parameters()):
+            return f"what {type(op).__name__}, which has no parameters, costs cannot be told without running it"
     return None
 
 

@@ -71,6 +71,11 @@ class Step:
         """What was executed so far."""
         return self.lanes.events
 
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a backward, and a recompute in it, may still come: none has begun, and the output's node is there."""
+        return self._grads_of < 0 and self._output_node is not None and self._output_node() is not None
+
     # ---------------------------------------------------------------- entry
 
     def enter(self, x_TD: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, copies: int) -> list[torch.Tensor]:
