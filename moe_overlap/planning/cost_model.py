@@ -29,7 +29,7 @@ MOST = 1e9  # seconds, or rows: what nothing real reaches, and sums and products
 
 def _check_seconds(field: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
-        raise ConfigError(field, value, f"a number from 0 to {MOST:.0e}")
+        raise ConfigError(field, value, f"a finite number from 0 to {MOST:.0e}")
 
 
 @dataclass(frozen=True, kw_only=True)
