@@ -202,6 +202,14 @@ def test_without_a_probe_by_groups_all_overhead_is_the_chunks():
     assert found.expert_s == 0 and found.experts(100) == pytest.approx(TRUE.experts(100) + 4 * TRUE.expert_s)
 
 
+def test_the_fewest_probes_are_enough():
+    joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS[:2]]
+    found = fit(joined, probe(TRUE, OVERLAPPED, hidden_s=1.0, compute_s=1.2), None, source="slow steps")
+    lines = {"experts": line(2e-7, 4e-6 + 4 * 1.5e-5), "experts_dgrad": line(3e-7, 5e-6 + 4 * 2.5e-5)}
+    want = replace(TRUE, measured_rows=ROWS, expert_s=0.0, expert_dgrad_s=0.0, **lines)
+    assert flat(found) == pytest.approx(flat(want), rel=1e-6, abs=1e-12)
+
+
 def test_forward_alone():
     def only_forward(one):
         keep = {
