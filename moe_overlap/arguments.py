@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,3 +89,19 @@ def shaped(y_TD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """y in the shape of x, and no view: a view that is changed in place loses the backward hooks of wrappers."""
     y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TD, shape)
     return y
+
+
+class PlainFunction(nn.Module):
+    """A function h -> h as a module; what it costs, no parameter tells."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.function(h)
+
+
+def as_module(op: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """`op` itself where it is a module."""
+    return op if isinstance(op, nn.Module) else PlainFunction(op)

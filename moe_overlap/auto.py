@@ -1,7 +1,8 @@
 """schedule="auto" in a layer: calibrate at the first step, then choose by `planned.py`.
 
 The first forward call of a layer (for training, for inference, for each dtype of the rows) looks for a cost model in
-the cache and measures one where there is none: real steps on this call's tokens and routing, on the same transport.
+the cache and measures one where there is none: real steps on this call's tokens and routing, on the same transport. So
+does a later one whose rows, and those of a step before it, are more than GROWTH times as many as were measured.
 Parameters, their gradients, buffers, torch's random numbers and recorders are as they were before. The ops beside the
 exchanges are called some 20 to 40 times, forward and backward, so hooks on these modules run, and what an op keeps
 elsewhere changes.
@@ -9,33 +10,31 @@ elsewhere changes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap.autograd import closing_on_error
-from moe_overlap.config import cache_dir
+from moe_overlap.cost_cache import Op, cache_file, cache_key, hosts_of, load, store, untold
 from moe_overlap.dispatch import Dispatcher, check_routing
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.calibrate import MAX_GROUPS, Nodes, StepTimes, calibrate, gathered
 from moe_overlap.measure.machine import hardware
-from moe_overlap.ops import registry
-from moe_overlap.plan import PHASES, ChunkBy
+from moe_overlap.plan import PHASES, ChunkBy, ExchangePlan, digest
 from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, serial, window
+from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
@@ -47,15 +46,47 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Op = Callable[[torch.Tensor], torch.Tensor]
-CACHE_VERSION = 2
+GROWTH = 4  # a step of more than so many times the measured rows is beyond its model
 ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
-UNPLANNED = serial()  # what a step says it runs while "auto" has not chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unplanned:
+    """What a step says it runs while "auto" has not chosen (the `Schedules` of `dispatch.py`): no fixed schedule has
+    its digest, so a rank with one beside a rank that calibrates is refused before anything is sent."""
+
+    op_verb: OpVerb
+    num_ops: int
+    overlap: bool
+    max_in_flight_bytes: int | None
+    chunks: int = field(default=0, init=False)
+    by: ChunkBy = field(default="tokens", init=False)
+
+    @property
+    def digest(self) -> int:
+        return digest("auto calibrates", self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes)
+
+    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+        """Joined: a step without rows runs so, as it tells nothing."""
+        return probe_pair(self.op_verb, self.num_ops, 1, "tokens").join()
+
+
+def probe_pair(op_verb: OpVerb, num_ops: int, chunks: int, by: ChunkBy) -> SchedulePair:
+    """The schedules of a probe: half of the backbone ops, or the shared expert, before the experts."""
+    if num_ops:
+        return window(num_ops, num_ops // 2, chunks=chunks, by=by)
+    return chunked(chunks, by, shared=op_verb == "S")
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what it was made from: it requires a gradient if that is wanted now."""
+    return tensor.detach().requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ProbeInputs:
-    """What the probes of a layer run on: this rank's tokens, routing and weights; all detached.
+    """What the probes of a layer run on: this rank's tokens, routing and weights, all of them leaves, which require a
+    gradient where the step's own do.
 
     dispatcher: the layer's. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
     """
@@ -71,24 +102,23 @@ class ProbeInputs:
     shared: Op | None = None
 
     @property
+    def ops(self) -> list[Op]:
+        return [*self.backbone] if self.shared is None else [*self.backbone, self.shared]
+
+    @property
     def modules(self) -> list[nn.Module]:
-        return [op for op in (*self.backbone, self.shared) if isinstance(op, nn.Module)]
+        return [op for op in self.ops if isinstance(op, nn.Module)]
 
     @property
     def transport(self) -> Transport:
         return self.dispatcher.transport
 
     def pair(self, chunks: int, by: ChunkBy) -> SchedulePair:
-        if self.backbone:
-            return window(len(self.backbone), len(self.backbone) // 2, chunks=chunks, by=by)
-        return chunked(chunks, by, shared=self.shared is not None)
+        return probe_pair("B" if self.shared is None else "S", len(self.backbone), chunks, by)
 
     def run(self, pair: SchedulePair) -> StepTimes:
         """One step, forward and (where gradients are enabled) backward."""
         grad = torch.is_grad_enabled()
-
-        def leaf(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().requires_grad_(grad and tensor.is_floating_point())
 
         x_TD, w_in, w_out, weights_TK = map(leaf, (self.x_TD, self.w_in, self.w_out, self.weights_TK))
         h = None if self.h is None else leaf(self.h.clone())  # in inference an op may change it in place
@@ -96,8 +126,9 @@ class ProbeInputs:
         assert clock is not None, "probes are recorded"
         start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
-        step = Step(self.transport, weights, phase=PHASES[0])
+        step = Step(self.transport, weights, phase=PHASES[0], probe=True)
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
+        leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, *([] if h is None else [h])]
         exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)
         step.bind(pair, exchange, x_rows, self.slots_TK, weights_TK)
         step.hidden = h
@@ -110,12 +141,49 @@ class ProbeInputs:
             # Tensor hooks would run on these gradients, which are no one's.
             parameters = [p for module in self.modules for p in module.parameters()
                           if p.requires_grad and not p._backward_hooks]  # fmt: skip
-            leaves = [one for one in (x_TD, w_in, w_out, weights_TK, h, *parameters) if one is not None]
+            leaves = [one for one in (*leaves, *parameters) if one.requires_grad]
             reached = [one for one in outputs if one.requires_grad]
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
         start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
         return StepTimes(events=step.events, forward_s=middle_s - start_s,
                          backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
+
+
+def busiest_rows(exchange: ExchangePlan) -> int:
+    """T * K of the rank with most tokens: agreed, so alike on all ranks."""
+    return int(exchange.counts.sum(axis=(1, 2)).max())
+
+
+def beyond(model: CostModel, exchange: ExchangePlan) -> bool:
+    """Whether a step has many more rows than `model` was measured with (0: made from figures, for any number)."""
+    return 0 < GROWTH * model.measured_rows < busiest_rows(exchange)
+
+
+class Outgrown:
+    """Which schedules of a layer had a step that was beyond their model, and which steps still wait for their backward:
+    a recompute in there takes the schedules of its forward, so these cannot be replaced yet."""
+
+    def __init__(self) -> None:
+        self._schedules: WeakSet[PlannedSchedule] = WeakSet()
+        self._steps: WeakSet[Step] = WeakSet()
+
+    def __reduce__(self) -> tuple[type[Outgrown], tuple[()]]:
+        """A copy begins anew, as does the layer that it belongs to."""
+        return Outgrown, ()
+
+    def note(self, step: Step) -> None:
+        """At the end of a forward call."""
+        self._steps.add(step)
+        if isinstance(step.schedule, PlannedSchedule) and beyond(step.schedule.model, step.plan.exchange):
+            self._schedules.add(step.schedule)
+
+    def __contains__(self, schedule: PlannedSchedule) -> bool:
+        return schedule in self._schedules
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a step still waits for its backward on this rank."""
+        return any(step.awaits_backward for step in self._steps)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -132,18 +200,35 @@ class AutoSchedule:
     max_in_flight_bytes: int | None = None
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
+    not_kept: str | None = None  # why there is none
     name = "auto"
+
+    @property
+    def unplanned(self) -> Unplanned:
+        """What a step says before there is a choice."""
+        return Unplanned(op_verb=self.op_verb, num_ops=self.num_ops, overlap=self.overlap,
+                         max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
 
     def get(self, opening: int, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
         return self.found.get((opening, torch.is_grad_enabled(), dtype))
 
     def calibrate(
-        self, layer: MoELayer, x_TD: torch.Tensor, dtype: torch.dtype, backbone: Sequence[Op], h: torch.Tensor | None
+        self,
+        layer: MoELayer,
+        x_TD: torch.Tensor,
+        dtype: torch.dtype,
+        backbone: Sequence[Op],
+        h: torch.Tensor | None,
+        *,
+        old: PlannedSchedule | None = None,
+        waiting: bool = False,
     ) -> Schedules:
         """The schedules of the coming steps, from probes on the tokens of this one. Collective. Errors as in a step.
 
-        A step in which no rank has a row tells nothing: it runs joined, and the next one calibrates.
+        A step in which no rank has a row tells nothing: it runs joined, and the next one calibrates. `old`: the
+        schedules to replace, which stay where this step is within their model too, or where on any rank one of their
+        steps is `waiting` for its backward.
         """
         dispatcher, shared = layer.dispatcher, layer.shared_expert
         modules = [op for op in (layer.router, *backbone, shared) if isinstance(op, nn.Module)]
@@ -153,30 +238,42 @@ class AutoSchedule:
                 routing = layer.router(x_TD.detach())
                 check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
                 slots_TK = dispatcher.placement.to_physical(routing.topk_ids_TK)
-                rows_TD, w_in, w_out = (one.detach().to(dtype) for one in (x_TD, *layer.expert_weights))
+                rows_TD, w_in, w_out = (leaf(one.to(dtype)) for one in (x_TD, *layer.expert_weights))
             except Exception as error:
-                dispatcher.refuse(error, UNPLANNED)
-            # Agree first: a rank that cannot take part says so here, and no probe waits for it.
-            exchange = dispatcher.plan(slots_TK, rows_TD, UNPLANNED, status=routing.status)
-            weights_TK, hidden = routing.topk_weights_TK.detach(), None if h is None else h.detach()
-            inputs = ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK, weights_TK=weights_TK,
-                                 w_in=w_in, w_out=w_out, h=hidden, backbone=backbone, shared=shared)  # fmt: skip
+                dispatcher.refuse(error, self.unplanned)
+            # Agree first: a rank that cannot take part says so here, and no probe waits for it; nor for a rank that
+            # does not calibrate, having another schedule.
+            exchange = dispatcher.plan(slots_TK, rows_TD, self.unplanned, status=routing.status)
+            if old is not None:
+                if not beyond(old.model, exchange) or _any(dispatcher.transport, waiting, x_TD.device):
+                    return old
+                logger.info("calibrating again: this step has %d rows on the busiest rank, the cost model was measured "
+                            "with %d", busiest_rows(exchange), old.model.measured_rows)  # fmt: skip
             if not exchange.counts.any():
-                return inputs.pair(1, "tokens").join()
+                return self.unplanned
+            inputs = ProbeInputs(dispatcher=dispatcher, x_TD=rows_TD, slots_TK=slots_TK,
+                                 weights_TK=leaf(routing.topk_weights_TK), w_in=w_in, w_out=w_out,
+                                 h=None if h is None else leaf(h), backbone=backbone, shared=shared)  # fmt: skip
             with closing_on_error(dispatcher.transport, "calibrate"):
-                return self.prepare(inputs)
+                return self.prepare(inputs, exchange)
 
-    def prepare(self, inputs: ProbeInputs) -> PlannedSchedule:
-        """Load or measure the cost model of the coming steps. Collective."""
+    def prepare(self, inputs: ProbeInputs, exchange: ExchangePlan) -> PlannedSchedule:
+        """Load or measure the cost model of the coming steps, the first of which is agreed. Collective."""
         dtype = inputs.x_TD.dtype
         row_bytes = inputs.x_TD.shape[1] * dtype.itemsize
         nodes = topology(inputs.transport)
-        key = cache_key(inputs)
+        key = cache_key(inputs, nodes=nodes, hosts=hosts_of(inputs.transport, inputs.x_TD.device))
         first = inputs.transport.rank == 0
-        model = shared_model(inputs.transport, load(key) if first else None, inputs.x_TD.device)
+        self.not_kept = untold(inputs.ops)
+        cached = load(key) if first and self.not_kept is None else None
+        if cached is not None and beyond(cached, exchange):
+            logger.info("measuring again: %s was measured with %d rows on the busiest rank, this step has %d",
+                        cache_file(key), cached.measured_rows, busiest_rows(exchange))  # fmt: skip
+            cached = None
+        model = shared_model(inputs.transport, cached, inputs.x_TD.device)
         self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
-            source = f"measured on {hardware()}, {date.today()}"
+            source = f"measured on {hardware()}, {date.today()}, with {busiest_rows(exchange)} rows on the busiest rank"
             model = calibrate(
                 inputs.run,
                 inputs.pair,
@@ -190,12 +287,20 @@ class AutoSchedule:
             # All ranks have fitted the same figures, but `source` is another text on another machine.
             model = shared_model(inputs.transport, model, inputs.x_TD.device)
             assert model is not None
-            self.kept_in = store(key, model) if first else None
+            if first and self.not_kept is None:
+                self.kept_in, self.not_kept = store(key, model)
+            elif first:
+                logger.info("the cost model is not kept: %s", self.not_kept)
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=row_bytes,
                                    nodes=nodes, overlap=self.overlap,
                                    max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
         self.found[inputs.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
+
+
+def _any(transport: Transport, flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank. Collective."""
+    return bool(gathered(transport, torch.tensor([float(flag)], dtype=torch.float64, device=device)).any())
 
 
 def refuse_units(ops: Sequence[Op | None]) -> None:
@@ -235,80 +340,6 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[
                 owner._buffers[name] = buffer
                 if not torch.equal(buffer, before):  # writing would tell autograd that it changed
                     buffer.copy_(before)
-
-
-# ---------------------------------------------------------------- the cache
-
-
-def cache_key(inputs: ProbeInputs) -> dict[str, Any]:
-    """What a measurement depends on."""
-    from moe_overlap import __version__
-
-    d, device = inputs.dispatcher, inputs.x_TD.device
-    link, nodes = getattr(inputs.transport, "link", None), topology(inputs.transport)
-    return {
-        "cache": CACHE_VERSION,
-        "moe_overlap": __version__,
-        "torch": torch.__version__,
-        "hardware": hardware(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "kernels": registry.explain(device, inputs.x_TD.dtype),
-        "threads": torch.get_num_threads(),
-        "world_size": inputs.transport.world_size,
-        "transport": inputs.transport.name,
-        "link": None if link is None else str(link),
-        "nodes": None if nodes is None else list(nodes),
-        "tokens": inputs.x_TD.shape[0],
-        "hidden": d.hidden,
-        "ffn_hidden": d.ffn_hidden,
-        "experts": d.placement.num_experts,
-        "top_k": inputs.slots_TK.shape[1],
-        "activation": d.activation,
-        "dtype": str(inputs.x_TD.dtype),
-        "grad": torch.is_grad_enabled(),
-        "ops": [sum(p.numel() for p in op.parameters()) if isinstance(op, nn.Module) else 0 for op in inputs.backbone],
-        "shared": inputs.shared is not None,
-    }
-
-
-def cache_file(key: dict[str, Any]) -> Path:
-    return cache_dir() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
-
-
-# What could not be written, for the other layers of this process.
-_unwritten: dict[Path, CostModel] = {}
-
-
-def load(key: dict[str, Any]) -> CostModel | None:
-    """The cached model of exactly this key; None where there is none or the file cannot be read as one."""
-    path = cache_file(key)
-    if path in _unwritten:
-        return _unwritten[path]
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        return CostModel.from_json(entry["model"]) if entry["key"] == key else None
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        logger.warning("measuring again: %s cannot be read: %s: %s", path, type(error).__name__, str(error)[:200])
-        return None
-
-
-def store(key: dict[str, Any], model: CostModel) -> Path | None:
-    """Keep a model; where, or None. A directory that cannot be written costs the next process a calibration."""
-    path = cache_file(key)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"key": key, "model": model.to_json()}, indent=1), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        logger.warning("the cost model is kept for this process only: %s cannot be written: %s", path, error)
-        _unwritten[path] = model
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        return None
-    return path
 
 
 TEXT_LIMIT = 1 << 16

@@ -176,21 +176,21 @@ def reserve_sequence_numbers(anchor: torch.Tensor, count: int) -> list[int]:
 
 
 @contextmanager
-def closing_on_error(transport: Transport, action: str) -> Iterator[None]:
-    """A rank that fails on its own closes its transport first, so that its peers learn at once."""
+def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> Iterator[None]:
+    """A rank that fails on its own, or is interrupted, closes its transport first, so that its peers learn at once.
+    `hint`: what a timeout of this action says beside."""
     try:
         yield
     except _StopRecomputationError:
         raise
     except TransportTimeout as error:
-        if not action.startswith("Ct"):
+        if not hint:
             raise
-        hint = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
         where = {name: getattr(error, name) for name in ("rank", "peer", "step", "chunk", "action", "seconds")}
         raise TransportTimeout(f"{error.message}; {hint}", **where) from error
     except MoeTransportError:
         raise
-    except Exception as error:
+    except BaseException as error:
         transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
         raise
 

@@ -134,9 +134,9 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     if world.rank == 0:
         assert isinstance(layer.schedule, AutoSchedule)
         (schedule,) = layer.schedule.found.values()
-        kept_in = layer.schedule.kept_in
+        kept_in, not_kept = layer.schedule.kept_in, layer.schedule.not_kept
         print(layer.explain())
-        print(f"\nready after {seconds:.1f} s; {'not kept' if kept_in is None else f'kept in {kept_in}'}")
+        print(f"\nready after {seconds:.1f} s; {f'not kept: {not_kept}' if kept_in is None else f'kept in {kept_in}'}")
         if options.out:
             Path(options.out).write_text(json.dumps(schedule.model.to_json(), indent=1) + "\n", encoding="utf-8")
             print(f"wrote {options.out}")

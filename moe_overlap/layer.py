@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.arguments import check_budget, check_sizes, make_router, refuse_sharded, shaped
-from moe_overlap.auto import ONE_RANK, UNPLANNED, AutoSchedule, Op
+from moe_overlap.auto import ONE_RANK, AutoSchedule, Op, Outgrown
 from moe_overlap.autograd import Attach, SameRouting
 from moe_overlap.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
 from moe_overlap.errors import ConfigError
@@ -64,8 +64,8 @@ class MoELayer(Tickets, nn.Module):
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
     schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
-    "auto": the first forward call measures (at most 20 s; kept in a cache), then the fastest one found runs, of those
-    whose exchanges under way hold at most max_in_flight_bytes on a rank.
+    "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
+    the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu", "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
@@ -153,6 +153,7 @@ class MoELayer(Tickets, nn.Module):
         self._aux_loss: torch.Tensor | None = None
         self._tail: torch.Tensor | None = None
         self._ticket: weakref.ref[Ticket] | None = None
+        self._outgrown = Outgrown()
 
     # ---------------------------------------------------------------- the layer as a sentence
 
@@ -196,12 +197,15 @@ class MoELayer(Tickets, nn.Module):
             return schedule
         self.dispatcher.open()
         try:
-            current_phase()  # refuses a checkpoint that would calibrate in backward
+            phase = current_phase()  # refuses a checkpoint that would calibrate in backward
             x_TD, dtype = self._checked(x)
         except Exception as error:
-            self.dispatcher.refuse(error, UNPLANNED)
+            self.dispatcher.refuse(error, schedule.unplanned)
         found = schedule.get(self.dispatcher.openings, dtype)
-        return found or schedule.calibrate(self, x_TD, dtype, backbone, h)
+        if found is not None and (phase > 0 or found not in self._outgrown):
+            return found
+        self._tail = None  # the last call's, which this one follows: without it that call may be seen to be over
+        return schedule.calibrate(self, x_TD, dtype, backbone, h, old=found, waiting=self._outgrown.waiting)
 
     def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
@@ -385,6 +389,7 @@ class MoELayer(Tickets, nn.Module):
         """What outlives the call: numbers for stats() and explain(), and the tail for attach(). Not in a recompute."""
         if step.phase != "forward":
             return
+        self._outgrown.note(step)
         sent = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.send_counts)
         returned = sum(sum(counts) - counts[step.plan.rank] for counts in step.plan.recv_counts)
         payload_bytes = (sent + returned) * step.layout.row_bytes

@@ -308,6 +308,16 @@ def block_counts(slots_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
     return counts[: BLOCKS * num_slots].reshape(BLOCKS, num_slots)
 
 
+DIGEST_HINT = (
+    '; they have other schedules, or other ops or settings beside schedule="auto", or only one has measured already'
+)
+
+
+def _said(name: str, value: int) -> str:
+    """A field's value in an error."""
+    return f'{value} (schedule="auto")' if name == "chunks" and value == 0 else str(value)
+
+
 def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePlan:
     """The plan that follows from the gathered records, int64 [W, len(RECORD_FIELDS) + BLOCKS * P] on the CPU.
 
@@ -331,9 +341,10 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePla
         values = column[name]
         if (values != values[0]).any():
             other = int(np.nonzero(values != values[0])[0][0])
+            here, there = (_said(name, int(values[at])) for at in (0, other))
             raise PlanMismatch(
-                f"the ranks disagree about {name}: rank 0 has {int(values[0])}, rank {other} has {int(values[other])}; "
-                "nothing was sent",
+                f"the ranks disagree about {name}: rank 0 has {here}, rank {other} has {there}; nothing was sent"
+                + (DIGEST_HINT if name == "schedule_digest" else ""),
                 rank=rank,
                 peer=other if other != rank else 0,
                 step=step,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moe_overlap.arguments import check_budget
+from moe_overlap.arguments import as_module, check_budget
 from moe_overlap.auto import ONE_RANK, AutoSchedule
 from moe_overlap.autograd import Tap, closing_on_error
 from moe_overlap.errors import ConfigError
@@ -33,7 +33,7 @@ class SharedExpertOp(nn.Module):
 
     def __init__(self, branch: Op, hidden_size: int, *, gated: bool, reference: torch.Tensor) -> None:
         super().__init__()
-        self.branch = branch
+        self.branch = as_module(branch)
         self.gate = (
             nn.Linear(hidden_size, 1, bias=False, device=reference.device, dtype=reference.dtype) if gated else None
         )
@@ -51,9 +51,9 @@ class ShortcutBlock(nn.Module):
     shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
-    ones differ. schedule="auto" instead of all these: measured at the first forward call, then the fastest one found.
-    max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on the experts' input and on their output. overlap=False:
-    every exchange joined.
+    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or six steps
+    where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
+    the experts' input and on their output. overlap=False: every exchange joined.
 
     y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
     """
@@ -92,7 +92,7 @@ class ShortcutBlock(nn.Module):
             raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
         self.moe = moe
         self.tap = tap
-        self.backbone = nn.ModuleList(op if isinstance(op, nn.Module) else _Callable(op) for op in ops)
+        self.backbone = nn.ModuleList(as_module(op) for op in ops)
         self.pre_norm = pre_norm
         self.post_norm = post_norm
         check_budget(max_in_flight_bytes, schedule)
@@ -122,14 +122,3 @@ class ShortcutBlock(nn.Module):
         beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
         h, routed = self.moe(tapped, beside)
         return h + (routed if self.post_norm is None else self.post_norm(routed))
-
-
-class _Callable(nn.Module):
-    """A plain function in a ModuleList."""
-
-    def __init__(self, function: Op) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.function(h)

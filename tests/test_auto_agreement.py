@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_overlap import ConfigError, ShortcutBlock, auto
-from moe_overlap.errors import MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort
+from moe_overlap import ConfigError, ShortcutBlock, auto, cost_cache
+from moe_overlap.errors import MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort, TransportTimeout
 from moe_overlap.measure import calibrate as measuring
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport
-from tests.layers import F, make, tokens
+from tests.layers import D, make, tokens
 from tests.planted import (
     FREE,
     OPS,
@@ -37,71 +35,7 @@ from tests.ranks import Ranks, gloo_pool, mark, virtual_world
 FREE_WIRE = {"exchange": {"inter": FREE}}
 
 
-# ---------------------------------------------------------------- the cache
-
-
-def used(calls, **options):
-    """How many calibrations a fresh layer needs on each of two ranks."""
-    before = len(calls)
-    tokens_of = options.pop("tokens", 8)
-
-    def rank(me):
-        layer = make(me.transport(), schedule="auto", **options)
-        layer(tokens(tokens_of, dtype=options.get("dtype", torch.float64)))
-        return layer.schedule.kept_in
-
-    kept = virtual_world(2).run(rank)
-    assert kept[1] is None
-    return (len(calls) - before) / 2, kept[0]
-
-
-def test_an_equal_key_is_not_measured_again_and_another_is(cache):
-    with planted(cost_model()) as calls:
-        assert used(calls) == (1, *cache.glob("*.json"))
-        assert used(calls)[0] == 0
-        for options in ({"tokens": 9}, {"dtype": torch.float32}, {"shared_expert_size": F}, {"activation": "relu"}):
-            assert used(calls, **options)[0] == 1, options
-        with torch.no_grad():
-            assert used(calls)[0] == 1
-        assert used(calls)[0] == 0
-    assert len(list(cache.iterdir())) == 6, "and nothing else is left in the directory"
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"key": 1}', "null", "\0" * 40, "[" * 100_000, b"\xff\xfe", "other_key", "bad_model"]
-)
-def test_a_file_that_cannot_be_used_is_measured_again(text, cache, caplog):
-    with planted(cost_model()) as calls:
-        _, path = used(calls)
-        if text in ("other_key", "bad_model"):
-            entry = json.loads(path.read_text())
-            entry["key" if text == "other_key" else "model"] = {}
-            text = json.dumps(entry)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        assert used(calls)[0] == 1
-        assert used(calls)[0] == 0
-
-
-def test_a_directory_that_cannot_be_written_costs_one_measurement_a_process(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(auto, "_unwritten", {})
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MOE_OVERLAP_CACHE_DIR", str(tmp_path / "file" / "below"))
-    with planted(cost_model()) as calls:
-        assert used(calls) == (1, None)
-        assert "cannot be written" in caplog.text
-        assert used(calls)[0] == 0
-
-
-def test_a_user_without_a_home(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(auto, "_unwritten", {})
-    for name in ("MOE_OVERLAP_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    with planted(cost_model()) as calls:
-        assert used(calls) == (1, None)
+# ---------------------------------------------------------------- one model on all ranks
 
 
 def own_caches(folder):
@@ -124,7 +58,8 @@ def test_ranks_take_rank_0s_model(cache):
 def test_ranks_on_different_hardware_agree(monkeypatch):
     """The model says where it was measured, and the digest of a step covers the model."""
     numbers = itertools.count()
-    monkeypatch.setattr(auto, "hardware", lambda: f"machine {next(numbers)}")
+    for module in (auto, cost_cache):
+        monkeypatch.setattr(module, "hardware", lambda: f"machine {next(numbers)}")
 
     def rank(me):
         layer = make(me.transport(), schedule="auto")
@@ -176,33 +111,77 @@ def test_a_bad_input_on_one_rank_is_an_error_on_all_and_the_layer_lives_on(shape
         assert virtual_world(2).run(rank) == list(SOME)
 
 
+@pytest.mark.parametrize("other", [{"schedule": "serial"}, {"schedule": "chunked(2)"}, {"overlap": False},
+                                   {"max_in_flight_bytes": 1 << 30}], ids=str)  # fmt: skip
+def test_a_rank_that_is_told_otherwise_is_refused_before_anything_is_sent(other):
+    """A fixed schedule, or other settings of "auto", beside a rank that calibrates."""
+
+    def rank(me):
+        layer = make(me.transport(), **{"schedule": "auto"} | (other if me.rank else {}))
+        with pytest.raises(PlanMismatch, match='schedule="auto".*nothing was sent|nothing was sent.*schedule="auto"'):
+            layer(tokens(4))
+        return layer.transport.stats.exchanges, layer.transport.stats.agreements
+
+    with measured_as(cost_model()):
+        assert virtual_world(2).run(rank) == [(0, 1)] * 2
+
+
+def test_blocks_with_other_ops_beside_the_exchanges_are_refused_before_anything_is_sent():
+    def rank(me):
+        ops = [nn.Linear(D, D, dtype=torch.float64) for _ in range(1 + me.rank)]
+        block = ShortcutBlock(ops, make(me.transport()), tap=0, schedule="auto")
+        with pytest.raises(PlanMismatch, match="other ops"):
+            block(tokens(4))
+        return block.moe.transport.stats.exchanges, block.moe.transport.stats.agreements
+
+    with measured_as(cost_model()):
+        assert virtual_world(2).run(rank) == [(0, 1)] * 2
+
+
 class Fails(nn.Module):
     """An op that raises at its n-th call on rank 1."""
 
-    def __init__(self, rank, at):
+    def __init__(self, rank, at, kind=MemoryError):
         super().__init__()
-        self.rank, self.left = rank, at
+        self.rank, self.left, self.kind = rank, at, kind
 
     def forward(self, h):
         self.left -= 1
         if self.rank == 1 and self.left == 0:
-            raise MemoryError("no memory left for this op")
+            raise self.kind("no memory left for this op")
         return h * 1.0
 
 
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [1, 3, 9])
-def test_an_op_that_fails_in_a_probe(at):
+def test_an_op_that_fails_in_a_probe(at, kind):
     """The rank that fails raises its error, the others learn of it; after reopen() the layer calibrates again."""
 
     def rank(me):
-        block = ShortcutBlock([Fails(me.rank, at)], make(me.transport()), tap=0, schedule="auto")
-        with pytest.raises(MemoryError if me.rank == 1 else RemoteAbort, match="no memory left"):
+        block = ShortcutBlock([Fails(me.rank, at, kind)], make(me.transport()), tap=0, schedule="auto")
+        with pytest.raises(kind if me.rank == 1 else RemoteAbort, match="no memory left"):
             block(tokens(4))
         block.moe.transport.reopen()
         return block(tokens(4)).shape[0]
 
     with measured_as(cost_model(1)):
         assert virtual_world(2).run(rank) == [4, 4]
+
+
+def test_a_timeout_of_a_probe_speaks_of_no_loss():
+    """Rank 1 leaves its first probe without a word; the other one waits for it in backward."""
+
+    def rank(me):
+        block = ShortcutBlock([Fails(me.rank, 1)], make(me.transport()), tap=0, schedule="auto")
+        if me.rank == 1:
+            block.moe.transport.close = lambda reason: None
+        with pytest.raises(MemoryError if me.rank == 1 else TransportTimeout) as error:
+            block(tokens(4))
+        return getattr(error.value, "action", None), str(error.value)
+
+    with measured_as(cost_model(1)):
+        (action, text), _ = virtual_world(2).run(rank)
+    assert action == "Ct0" and "attach" not in text
 
 
 def test_ranks_of_which_only_one_had_finished_calibrate_again_after_reopen():

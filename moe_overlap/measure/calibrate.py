@@ -6,6 +6,10 @@ expert groups, tells what each expert costs from what each row costs; a fifth, o
 slower while the wire is busy. All ranks run the same probes, gather what they measured and
 fit the same model from it: planners that disagree would deadlock.
 
+Every probe runs once to warm up, then round by round, as often as fits the budget. Where steps are so slow that a
+warm-up and a round of all five would not fit it, the probes in 16 chunks and by expert groups are left out: six steps
+are the least that a model is made from.
+
 Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
 waited for the transfer alone. The quicker half of the rounds counts, since what disturbs a round only slows it; and a
 sum of medians is less than the median of a sum, so compute is scaled to what the whole step took.
@@ -31,12 +35,12 @@ from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.transport.base import Transport
 
-BUDGET_S = 15.0  # seconds that the timed rounds may take; the limit of the whole is 20 s
-ROUNDS = (3, 9)  # fewest and most timed rounds
+BUDGET_S = 15.0  # seconds that the probes may take; the limit of the whole is 20 s
+ROUNDS = (1, 9)  # fewest and most timed rounds
 CHUNKS = (1, 4, BLOCKS)
 OVERLAPPED = 4
 MAX_GROUPS = 4
-ALONE = 5  # rounds of the exchanges within the nodes
+ALONE = 5  # most rounds of the exchanges within the nodes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,6 +102,11 @@ def _moves(world: int, nodes: Nodes | None) -> dict[str, np.ndarray]:
     return {lane: moves for lane, moves in found.items() if moves.any()}
 
 
+def wires(world: int, nodes: Sequence[int] | None) -> set[str]:
+    """The wires that ranks on these nodes take to each other."""
+    return set(_moves(world, None if nodes is None else tuple(nodes)))
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -117,44 +126,82 @@ def calibrate(
 
     pair_of(chunks, by): the schedules of the step in so many chunks. groups: into how many groups a rank's experts are
     cut for the probe of that (1: no such probe). row_bytes: bytes of one exchanged row. source: where it was measured,
-    in words. Takes about `budget_s` seconds, and at least four rounds of all probes.
+    in words. Ends within `budget_s` seconds and a third, or with two runs of three probes where these take longer.
     """
-    pairs = [pair_of(chunks, "tokens").join() for chunks in CHUNKS] + [pair_of(OVERLAPPED, "tokens")]
-    pairs += [pair_of(groups, "experts").join()] if groups > 1 else []
-    runs: list[list[StepTimes]] = [[] for _ in pairs]
+    runs = _run_probes(run, pair_of, transport, groups=groups, device=device, budget_s=budget_s)
+    probes = [_probe(pair, found, transport, row_bytes=row_bytes, device=device, nodes=nodes) for pair, found in runs]
+    one, four, overlapped, *others = probes
+    joined = [one, four, *others[:1]]
+    first = runs[0][1]
+    alone = _within_node(first[0].exchange, transport, row_bytes=row_bytes, device=device, nodes=nodes,
+                         cuts=[probe.chunks for probe in joined], rounds=min(len(first), ALONE))  # fmt: skip
+    return fit(joined, overlapped, others[1] if others[1:] else None, within_node=alone, source=source)
+
+
+def _run_probes(
+    run: RunStep,
+    pair_of: Callable[[int, ChunkBy], SchedulePair],
+    transport: Transport,
+    *,
+    groups: int,
+    device: torch.device,
+    budget_s: float,
+) -> list[tuple[SchedulePair, list[StepTimes]]]:
+    """The runs of each probe: joined in one chunk and in four, overlapped, and, where the budget allows them, joined in
+    sixteen and by expert groups. Collective: which run, and how often, follows from the slowest rank's seconds."""
+    pairs = [pair_of(chunks, "tokens").join() for chunks in CHUNKS[:2]] + [pair_of(OVERLAPPED, "tokens")]
+    others = [pair_of(CHUNKS[2], "tokens").join()] + ([pair_of(groups, "experts").join()] if groups > 1 else [])
     start_s = time.perf_counter()
-    for pair in pairs:
-        run(pair)  # warm: first calls make buffers, connections and caches
-    warm_s = time.perf_counter()
-    rounds = ROUNDS[0]
-    done = 0
-    while done < rounds:
-        for pair, found in zip(pairs, runs, strict=True):
+
+    def timed(pair: SchedulePair) -> tuple[StepTimes, float]:
+        before_s = time.perf_counter()
+        return run(pair), time.perf_counter() - before_s
+
+    def slowest(*seconds: float) -> list[float]:
+        """The most that any rank has of each, then of the time since the start."""
+        values = [*seconds, time.perf_counter() - start_s]
+        table = gathered(transport, torch.tensor(values, dtype=torch.float64, device=device))
+        return [float(most) for most in table.amax(dim=0)]
+
+    # Warm: first calls make buffers, connections and caches.
+    *warm_s, used_s = slowest(*(timed(pair)[1] for pair in pairs))
+    if used_s + _all_probes_s(warm_s, len(others)) <= budget_s:
+        for pair in others:
+            run(pair)
+        pairs += others
+    first = [timed(pair) for pair in pairs]
+    runs = [(pair, [times]) for pair, (times, _) in zip(pairs, first, strict=True)]
+    round_s, used_s = slowest(sum(seconds for _, seconds in first))
+    for _ in range(1, min(max(1 + int((budget_s - used_s) / round_s), ROUNDS[0]), ROUNDS[1])):
+        for pair, found in runs:
             found.append(run(pair))
-        done += 1
-        if done == 1:
-            now_s = time.perf_counter()
-            slowest = gathered(
-                transport, torch.tensor([now_s - warm_s, now_s - start_s], dtype=torch.float64, device=device)
-            )
-            round_s, used_s = (float(value) for value in slowest.amax(dim=0))
-            rounds = min(max(1 + int((budget_s - used_s) / round_s), ROUNDS[0]), ROUNDS[1])
-    probes = [
-        _probe(pair, found, transport, row_bytes=row_bytes, device=device, nodes=nodes)
-        for pair, found in zip(pairs, runs, strict=True)
-    ]
-    joined, (overlapped, *grouped) = probes[: len(CHUNKS)], probes[len(CHUNKS) :]
-    alone = _within_node(runs[0][-1].exchange, transport, row_bytes=row_bytes, device=device, nodes=nodes)
-    return fit(joined, overlapped, grouped[0] if grouped else None, within_node=alone, source=source)
+    return runs
+
+
+def _all_probes_s(warm_s: Sequence[float], others: int) -> float:
+    """Seconds that the other probes' first runs and a round of all would take, by the first runs of those in one chunk,
+    in four, and overlapped. What a first run alone needs is taken for a part of the step, so this is on the safe side.
+    """
+    one_s, four_s, overlapped_s = warm_s
+    one_s = min(one_s, four_s)
+    sixteen_s = four_s + (four_s - one_s) * (CHUNKS[2] - CHUNKS[1]) / (CHUNKS[1] - CHUNKS[0])
+    return 2 * (sixteen_s + (others - 1) * four_s) + one_s + four_s + overlapped_s
 
 
 def _within_node(
-    exchange: ExchangePlan, transport: Transport, *, row_bytes: int, device: torch.device, nodes: Nodes | None
+    exchange: ExchangePlan,
+    transport: Transport,
+    *,
+    row_bytes: int,
+    device: torch.device,
+    nodes: Nodes | None,
+    cuts: Sequence[int],
+    rounds: int,
 ) -> list[tuple[float, float]]:
     """(bytes, seconds) of the step's exchanges without what goes between nodes, where both wires are taken. Collective.
 
     In the step itself the slower of both wires is what one sees. Of each exchange the rank that waited least counts,
-    and the median of the rounds.
+    and the median of the rounds. cuts: numbers of chunks.
     """
     moves = _moves(exchange.world_size, nodes)
     if len(moves) < 2:
@@ -164,11 +211,11 @@ def _within_node(
     clock, layout = clock_for(device), RowLayout(width=row_bytes, dtype=torch.uint8)
     assert clock is not None, "probes are recorded"
     points = []
-    for chunks in CHUNKS:
+    for chunks in cuts:
         plan = replace(exchange, counts=counts).chunked(chunks, "tokens")
         rows = torch.zeros(max(plan.send_rows), row_bytes, dtype=torch.uint8, device=device)
         taken = []
-        for _ in range(ALONE):
+        for _ in range(rounds):
             stamps = [clock.now()]
             for c in range(chunks):
                 transport.start(rows[: plan.send_rows[c]], plan, layout, c, action="calibrate").wait()
@@ -176,7 +223,7 @@ def _within_node(
             ends_s = [clock.seconds(stamp) for stamp in stamps]
             taken.append([after - before for before, after in pairwise(ends_s)])
         table = gathered(transport, torch.tensor(taken, dtype=torch.float64, device=device).reshape(-1))
-        seconds = table.reshape(-1, ALONE, chunks).amin(dim=0).median(dim=0).values
+        seconds = table.reshape(-1, rounds, chunks).amin(dim=0).median(dim=0).values
         sizes = step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=True).bytes_by_lane["intra"]
         points += [(float(size), float(one)) for size, one in zip(sizes, seconds, strict=True)]
     return points

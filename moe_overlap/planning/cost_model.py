@@ -24,9 +24,12 @@ from moe_overlap.schedule.actions import Phase
 WIRES = ("inter", "intra")
 
 
+MOST = 1e9  # seconds, or rows: what nothing real reaches, and sums and products of which still fit a float
+
+
 def _check_seconds(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ConfigError(field, value, "a finite number of at least 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
+        raise ConfigError(field, value, f"a finite number from 0 to {MOST:.0e}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy
 from moe_overlap.schedule.actions import Phase
 
 OpVerb = Literal["B", "S"]
+MOST_SLOWDOWN = 1e6  # what nothing real reaches, and with which durations still fit a float
 
 
 def _check_seconds(field: str, *values: float) -> None:
@@ -38,8 +39,8 @@ class Slowdown:
     def __post_init__(self) -> None:
         for name in ("compute", "wire"):
             factor = getattr(self, name)
-            if not math.isfinite(factor) or factor < 1:
-                raise ConfigError(f"slowdown.{name}", factor, "a finite factor >= 1")
+            if not 1 <= factor <= MOST_SLOWDOWN:
+                raise ConfigError(f"slowdown.{name}", factor, f"a factor from 1 to {MOST_SLOWDOWN:.0e}")
 
 
 @dataclass(frozen=True, kw_only=True)

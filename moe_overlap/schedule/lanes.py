@@ -15,6 +15,7 @@ from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Transport, Work
 
+ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
 Note = tuple[str, str, str, Any, Any]  # phase, action, lane and the stamps of its start and end
 
 
@@ -23,10 +24,12 @@ class Lanes:
 
     `clock`: of the compute lane (None: nothing is noted). The host's knows from the transport when bytes were under
     way. A stream's does not: there they were from the start of the exchange to the end of the wait for it.
+    `probe`: backward is a calibration's, which every rank runs, whatever its loss.
     """
 
-    def __init__(self, transport: Transport, phase: str, clock: Clock | None) -> None:
+    def __init__(self, transport: Transport, phase: str, clock: Clock | None, *, probe: bool) -> None:
         self.transport = transport
+        self._first_hint = "" if probe else ATTACH
         self.phase = phase
         self.clock = clock
         self._recording = recording()
@@ -77,7 +80,8 @@ class Lanes:
     @contextmanager
     def acting(self, action: str, device_type: str, *, timed: bool) -> Iterator[None]:
         """Around the body of an action: peers learn of an error, autocast changes nothing, the time is noted."""
-        with closing_on_error(self.transport, action), autocast_off(device_type):
+        hint = self._first_hint if action.startswith("Ct") else ""
+        with closing_on_error(self.transport, action, hint=hint), autocast_off(device_type):
             start = self.now() if timed else None
             yield
             if timed:

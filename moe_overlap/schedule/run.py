@@ -42,15 +42,16 @@ LAST_NODES = BLOCKS + 1
 
 
 class Step:
-    """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer."""
+    """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer.
+    `probe`: it is a calibration's."""
 
-    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str) -> None:
+    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool = False) -> None:
         self.transport = transport
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
         self._num_sms = experts_sms(weights.w_in.device)
         self.phase = phase
-        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device))
+        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe)
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
@@ -71,17 +72,23 @@ class Step:
         """What was executed so far."""
         return self.lanes.events
 
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a backward, and a recompute in it, may still come: none has begun, and the output's node is there."""
+        return self._grads_of < 0 and self._output_node is not None and self._output_node() is not None
+
     # ---------------------------------------------------------------- entry
 
     def enter(self, x_TD: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, copies: int) -> list[torch.Tensor]:
-        """The copies of x for its consumers; every gradient of this call ends in the node made here."""
-        self._anchor = torch.empty(0, dtype=x_TD.dtype, device=x_TD.device, requires_grad=self.grad)
-        self._empty = self._anchor.detach()
+        """The copies of x for its consumers; every gradient of this call ends in the node made here. `anchor` is a leaf
+        of that node, whatever else requires a gradient."""
+        self.anchor = torch.empty(0, dtype=x_TD.dtype, device=x_TD.device, requires_grad=self.grad)
+        self._empty = self.anchor.detach()
         self._need_dw = self.grad and (w_in.requires_grad or w_out.requires_grad)
         self._need_dx = self.grad and x_TD.requires_grad
-        *copied, self._weight_token = Fork.apply(self, copies, self._anchor, x_TD, w_in, w_out)
+        *copied, self._weight_token = Fork.apply(self, copies, self.anchor, x_TD, w_in, w_out)
         # Before the router makes its nodes: numbers for what runs, in backward, after the router's.
-        self._last_numbers = reserve_sequence_numbers(self._anchor, LAST_NODES) if self.grad else []
+        self._last_numbers = reserve_sequence_numbers(self.anchor, LAST_NODES) if self.grad else []
         return copied if self._need_dx else [x_TD] * copies
 
     def bind(
@@ -197,7 +204,7 @@ class Step:
     def _release(self) -> None:
         """Drop what only the walk needs: nodes hold their step, so a step that held them would never be freed."""
         self._nodes.clear()
-        for name in ("_x_TD", "_slots_TK", "_weights_TK", "_anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
+        for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
             self.__dict__.pop(name, None)
 
     @contextmanager
@@ -212,7 +219,7 @@ class Step:
 
     def _reserve(self, nodes: list[Node]) -> None:
         if self.grad and nodes:
-            self._number(nodes, reserve_sequence_numbers(self._anchor, len(nodes)))
+            self._number(nodes, reserve_sequence_numbers(self.anchor, len(nodes)))
 
     def _number(self, nodes: list[Node], numbers: list[int]) -> None:
         """The first of `nodes` gets the highest of the ascending `numbers`: the engine runs it first."""

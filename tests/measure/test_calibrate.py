@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import replace
 from statistics import median
 from unittest.mock import patch
@@ -140,6 +141,14 @@ def test_without_a_probe_by_groups_all_overhead_is_the_chunks():
     assert found.expert_s == 0 and found.experts(100) == pytest.approx(TRUE.experts(100) + 4 * TRUE.expert_s)
 
 
+def test_the_fewest_probes_are_enough():
+    joined = [probe(TRUE, chunks, compute_s=1.0) for chunks in CHUNKS[:2]]
+    found = fit(joined, probe(TRUE, OVERLAPPED, hidden_s=1.0, compute_s=1.2), None, source="slow steps")
+    lines = {"experts": line(2e-7, 4e-6 + 4 * 1.5e-5), "experts_dgrad": line(3e-7, 5e-6 + 4 * 2.5e-5)}
+    want = replace(TRUE, measured_rows=ROWS, expert_s=0.0, expert_dgrad_s=0.0, **lines)
+    assert flat(found) == pytest.approx(flat(want), rel=1e-6, abs=1e-12)
+
+
 def test_forward_alone():
     def only_forward(one):
         keep = {
@@ -248,6 +257,88 @@ def test_every_wire_is_measured(nodes, lanes):
     assert all(one == (found[0][0], nodes) for one in found)
     assert set(found[0][0].exchange) == lanes
     assert all(line.beta_s > 0 or line.alpha_s > 0 for line in found[0][0].exchange.values())
+
+
+# ---------------------------------------------------------------- the budget
+
+
+class OwnClock(threading.local):
+    """A clock for each virtual rank, which stands still between the probes."""
+
+    now_s = 0.0
+
+    def perf_counter(self):
+        return self.now_s
+
+
+def probes_run(step_s, groups=4):
+    """What each of two ranks ran, as (chunks, by, joined), and the most seconds that one took; the fit's arguments.
+    step_s(rank, call, chunks): seconds of a probe."""
+    clock, fitted = OwnClock(), []
+
+    def rank(me):
+        calls = []
+
+        def run(pair):
+            calls.append((pair.chunks, pair.by, pair.joined))
+            clock.now_s += step_s(me.rank, len(calls), pair.chunks)
+            return StepTimes(events=[], forward_s=0.1, backward_s=0.0, exchange=exchange(grad=False))
+
+        clock.now_s = 100.0 * me.rank
+        measuring.calibrate(run, chunked, me.transport(), groups=groups, row_bytes=8, device=torch.device("cpu"),
+                            source="planted")  # fmt: skip
+        return calls, clock.now_s - 100.0 * me.rank
+
+    with patch.object(measuring, "time", clock), patch.object(measuring, "fit", lambda *a, **_: fitted.append(a)):
+        (first, first_s), (second, second_s) = virtual_world(2).run(rank)
+    assert first == second, "ranks that run different probes deadlock"
+    return first, max(first_s, second_s), fitted[0]
+
+
+@pytest.mark.parametrize(
+    ("probe_s", "rounds", "probes"),
+    [
+        (0.01, 9, 5),
+        (0.2, 9, 5),
+        (0.5, 5, 5),
+        (0.7, 3, 5),
+        (1.0, 2, 5),
+        (1.4, 1, 5),
+        (1.6, 2, 3),
+        (3.0, 1, 3),
+        (9.0, 1, 3),
+    ],
+)
+def test_as_many_rounds_as_fit_the_budget(probe_s, rounds, probes):
+    """And where not even one fits: fewer probes, each of them twice."""
+    calls, taken_s, (joined, overlapped, grouped) = probes_run(lambda *_: probe_s)
+    assert len(calls) == probes * (rounds + 1)
+    assert taken_s <= max(measuring.BUDGET_S, 6 * probe_s) + 1e-9
+    assert [one.chunks for one in joined] == [1, 4, 16][: (probes + 1) // 2] and overlapped.chunks == OVERLAPPED
+    assert (grouped is not None) == (probes == 5)
+
+
+def test_rounds_follow_from_the_slowest_rank_whose_clock_goes_otherwise():
+    alike, _, _ = probes_run(lambda *_: 1.0)
+    for slow in (0, 1):
+        calls, taken_s, _ = probes_run(lambda rank, *_, slow=slow: 1.0 if rank == slow else 0.3)
+        assert calls == alike and taken_s <= measuring.BUDGET_S + 1e-9
+
+
+def test_a_first_call_that_takes_long_does_not_break_the_budget():
+    calls, taken_s, _ = probes_run(lambda _, call, __: 12.0 if call == 1 else 0.3)
+    assert taken_s <= measuring.BUDGET_S and len(calls) > 6
+
+
+def test_a_wire_whose_messages_take_long_has_fewer_probes():
+    """In sixteen chunks a step takes far longer than in four."""
+    calls, taken_s, _ = probes_run(lambda _, __, chunks: 0.1 + 0.3 * chunks)
+    assert (16, "tokens", True) not in calls and taken_s <= measuring.BUDGET_S + 1e-9
+
+
+def test_one_expert_on_a_rank_has_no_groups():
+    calls, _, (joined, _, grouped) = probes_run(lambda *_: 0.2, groups=1)
+    assert len(joined) == 3 and grouped is None and {by for _, by, _ in calls} == {"tokens"}
 
 
 # ---------------------------------------------------------------- gathering a probe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape, balanced_shape, window
+from moe_overlap.planning.cost_model import MOST, AlphaBeta, CostModel, StepShape, balanced_shape, window
+from moe_overlap.planning.search import search
 from moe_overlap.planning.window import Slowdown
 
 figures = st.floats(1e-9, 1.0)
@@ -92,7 +94,7 @@ def test_nothing_takes_no_time():
     assert line(1.0, 1.0)(0) == 0.0 and line(1.0, 2.0)(3) == 7.0
 
 
-@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), True, "1", 1e10, 1e308, 10**400, -(10**400)])
 def test_seconds_are_finite_and_not_negative(bad):
     with pytest.raises(ConfigError, match="beta_s"):
         AlphaBeta(alpha_s=0.0, beta_s=bad)
@@ -100,6 +102,19 @@ def test_seconds_are_finite_and_not_negative(bad):
         model(issue_s=bad)
     with pytest.raises(ConfigError, match="backbone_s"):
         model(backbone_s=(bad, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("bad", [0.5, float("nan"), float("inf"), 1e308, 10**400])
+def test_a_slowdown_is_a_factor_of_at_least_one_and_not_absurd(bad):
+    for name in ("compute", "wire"):
+        with pytest.raises(ConfigError, match=f"slowdown.{name}"):
+            Slowdown(**{name: bad})
+
+
+def test_the_most_that_is_allowed_can_be_planned_with():
+    most = {"exchange": {"inter": line(MOST, MOST), "intra": line(MOST, MOST)}, "experts": line(MOST, MOST)}
+    problem = window(model(**most, slowdown=Slowdown(compute=1e6, wire=1e6)), [shape(chunks=1), shape()], "forward")
+    assert all(math.isfinite(found.predicted_s) for found in search(problem))
 
 
 def test_json_holds_the_whole_model():
