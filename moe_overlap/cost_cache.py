@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from moe_overlap.arguments import PlainFunction
-from moe_overlap.config import cache_dir
+from moe_overlap.config import EXCHANGE_SMS, cache_dir
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.calibrate import Nodes, gathered, wires
 from moe_overlap.measure.machine import hardware
@@ -56,6 +56,7 @@ def cache_key(inputs: ProbeInputs, *, nodes: Nodes | None, hosts: Sequence[int])
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "kernels": registry.explain(device, inputs.x_TD.dtype),
         "threads": torch.get_num_threads(),
+        "exchange_sms": EXCHANGE_SMS.read(),
         "world_size": inputs.transport.world_size,
         "transport": inputs.transport.name,
         "link": None if link is None else str(link),
