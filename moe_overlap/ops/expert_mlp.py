@@ -122,7 +122,7 @@ def _expert_mlp_backward(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
-    num_sms: int | None,
+    num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, w_in, w_out and row_scale, those `wanted`; an empty tensor stands for the others."""
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = wanted
@@ -204,7 +204,7 @@ def _backward_fake(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
-    num_sms: int | None,
+    num_sms: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     return tuple(
         like.new_empty(like.shape) if want and like is not None else x.new_empty((0,))
@@ -247,8 +247,9 @@ def _compose(
 _OPERANDS = "Tensor w_in, Tensor w_out, Tensor offs, str kind, Tensor? row_to_token, Tensor? row_scale"
 define(f"expert_mlp(Tensor x, {_OPERANDS}, int? num_sms) -> Tensor")
 define(f"_expert_mlp(Tensor x, {_OPERANDS}, int? num_sms, bool save_h) -> (Tensor, Tensor)")
+# With a default: code that torch.compile kept from an earlier version calls it without num_sms.
 define(
-    f"_expert_mlp_backward(Tensor dy, Tensor x, Tensor h, {_OPERANDS}, bool[] wanted, int? num_sms) "
+    f"_expert_mlp_backward(Tensor dy, Tensor x, Tensor h, {_OPERANDS}, bool[] wanted, int? num_sms=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _op, _kernel in (("expert_mlp", _expert_mlp), ("expert_mlp_backward", _expert_mlp_backward)):

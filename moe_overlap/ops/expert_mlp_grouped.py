@@ -55,7 +55,7 @@ def _expert_mlp_backward(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
-    num_sms: int | None,
+    num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = wanted
     dy_RD, nothing = expert_loop.aligned(dy_RD), x.new_empty((0,))

@@ -77,7 +77,7 @@ def expert_mlp_backward(
     row_to_token: torch.Tensor | None,
     row_scale: torch.Tensor | None,
     wanted: list[bool],
-    num_sms: int | None,
+    num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, w_in, w_out and row_scale, those `wanted`; an empty tensor stands for the others."""
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = wanted
