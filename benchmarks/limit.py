@@ -34,10 +34,10 @@ LIMITS = {"top2": {"infer": 1.05, "train": 1.05}, "scmoe_pos2": {"infer": 1.05, 
 
 def judged(row: dict[str, Any]) -> float | None:
     """Time over bound of a row that counts: overlapped, not flagged but for its prediction, its exchanges cheap for the
-    CPU; else None."""
+    CPU, and no `mirrored` one, which is there for comparison; else None."""
     if row["flagged"] not in (None, "drifted") or row["bound_ms"] is None or row["case"] not in LIMITS:
         return None
-    if row["comm_cpu_ms"] > CPU_SHARE * row["exchange_ms"]:
+    if row["schedule"] == "mirrored" or row["comm_cpu_ms"] > CPU_SHARE * row["exchange_ms"]:
         return None
     return float(row["time_ms_median"] / row["bound_ms"])
 
