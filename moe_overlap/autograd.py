@@ -122,10 +122,11 @@ class SameRouting(torch.autograd.Function):
         return grad, None
 
 
-def routing_digest(slot_to_row: torch.Tensor) -> torch.Tensor:
-    """A number that changes when the choice of experts does: int64 scalar, on the device, read by nobody's host."""
+def routing_digest(slot_to_row: torch.Tensor, *, cut: int = 0) -> torch.Tensor:
+    """A number that changes when the choice of experts does, or the cut of backward, which is a number too: int64
+    scalar, on the device, read by nobody's host."""
     flat = slot_to_row.reshape(-1).to(torch.int64)
-    return ((flat + 1) * (torch.arange(flat.numel(), device=flat.device) * 2654435761 + 1)).sum()
+    return ((flat + 1) * (torch.arange(flat.numel(), device=flat.device) * 2654435761 + 1)).sum() + cut
 
 
 def check_same_routing(saved: torch.Tensor, kept: torch.Tensor) -> None:

@@ -118,6 +118,8 @@ def main(argv: Sequence[str]) -> int:
     if options.out:
         _check_writable(Path(options.out))
     cuda = options.device == "cuda"
+    if cuda and torchrun_world_size() is None and options.ranks > torch.cuda.device_count():
+        raise ConfigError("--ranks", options.ranks, f"at most the {torch.cuda.device_count()} CUDA devices here")
     return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM, cuda=cuda)
 
 
@@ -125,6 +127,11 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     """What every rank does; rank 0 prints."""
     options = parse(argv, ranks=world.size)
     torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        if world.local_rank >= (count := torch.cuda.device_count()):
+            text = f"error: rank {world.rank}: no CUDA device for local rank {world.local_rank}, there are {count}"
+            return _complain(world, text, 2, only_first=False)
+        torch.cuda.set_device(world.local_rank)
     try:
         layer, seconds = calibrated(options, world)
     except ConfigError as error:
@@ -146,10 +153,6 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float]:
     """(a layer after its first step under "auto", seconds of that step). Collective."""
     assert world.group is not None
-    if options.device == "cuda":
-        if world.local_rank >= torch.cuda.device_count():
-            raise ConfigError("--device", options.device, f"a device for every rank; {torch.cuda.device_count()} here")
-        torch.cuda.set_device(world.local_rank)
     core = ProcessGroupTransport(world.group, timeout_s=options.timeout_s, device=options.device)
     transport: Transport = core
     link = LinkSpec.parse(options.link)

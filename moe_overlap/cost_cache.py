@@ -150,6 +150,7 @@ def store(key: dict[str, Any], model: CostModel) -> tuple[Path | None, str | Non
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps({"key": key, "model": model.to_json()}, indent=1), encoding="utf-8")
         os.replace(part, path)
+        _unwritten.pop(path, None)
     except OSError as error:
         logger.warning("the cost model is kept for this process only: %s cannot be written: %s", path, error)
         _unwritten[path] = model

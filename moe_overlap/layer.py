@@ -204,7 +204,8 @@ class MoELayer(Tickets, nn.Module):
         found = schedule.get(self.dispatcher.openings, dtype)
         if found is not None and (phase > 0 or found not in self._outgrown):
             return found
-        self._tail = None  # the last call's, which this one follows: without it that call may be seen to be over
+        if found is not None and torch.is_grad_enabled():
+            self._tail = None  # the last call's, which this one follows: without it that call may be seen to be over
         return schedule.calibrate(self, x_TD, dtype, backbone, h, old=found, waiting=self._outgrown.waiting)
 
     def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_overlap import ConfigError, MoELayer, ShortcutBlock
+from moe_overlap.autograd import routing_digest
 from moe_overlap.measure import calibrate as measuring
 from tests.layers import D, E, F, K, make, tokens
 from tests.planted import (
@@ -148,3 +149,24 @@ def test_a_real_calibration(shape, cache):
     assert (first.shared_s > 0) == (shape == "shared")
     (path,) = cache.iterdir()
     assert json.loads(path.read_text())["model"] == first.to_json()
+
+
+def test_a_loss_is_attached_after_an_evaluation_that_calibrates():
+    """It is the training call's output that the loss has to reach, whatever was measured since."""
+
+    def rank(me):
+        layer = make(me.transport(), schedule="auto")
+        x = tokens(6, me.rank).requires_grad_()
+        y = layer(x)
+        with torch.no_grad():
+            layer(tokens(4))
+        (layer.attach(x.square().sum()) if me.rank else y.square().sum()).backward()
+        return x.grad is not None
+
+    with planted(cost_model()):
+        assert virtual_world(2).run(rank) == [True, True]
+
+
+def test_a_recompute_with_another_cut_of_backward_is_told_from_one_with_the_same():
+    rows = torch.arange(8).reshape(4, 2)
+    assert routing_digest(rows, cut=4) == routing_digest(rows, cut=4) != routing_digest(rows, cut=5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_overlap import calibrate
-from moe_overlap.calibrate import parse
+from moe_overlap.calibrate import main, parse
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import CostModel
 
@@ -81,6 +81,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
     with pytest.raises(ConfigError) as error:
         calibrate.main(words)
     assert error.value.field == "--out" and not runs
+
+
+def test_a_rank_without_a_device_is_refused_before_any_is_started(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="at most the 1 CUDA devices"):
+        main(["--device", "cuda", "--ranks", "2"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

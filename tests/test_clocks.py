@@ -27,7 +27,8 @@ class Event:
         assert enable_timing
         self.passed, self.at_s = False, 0.0
 
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
+        assert stream == "the stream"
         self.at_s = time.perf_counter() + OFFSET_S
 
     def synchronize(self) -> None:
@@ -49,6 +50,7 @@ def on_a_stream():
     find = clocks.clock_for
     with (
         mock.patch.object(torch.cuda, "Event", Event),
+        mock.patch.object(torch.cuda, "current_stream", lambda device: "the stream"),
         mock.patch("moe_overlap.schedule.run.clock_for", clock_for),
         mock.patch("moe_overlap.auto.clock_for", clock_for),
     ):

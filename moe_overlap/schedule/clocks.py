@@ -33,16 +33,18 @@ class HostClock:
 
 
 class StreamClock:
-    """Stamps are events on the current stream. Making one waits until the stream is empty, to tie the two scales."""
+    """Stamps are events on the current stream of `device`. Making a clock waits until that is empty, to tie the two
+    scales."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._base = self.now()
         self._base.synchronize()
         self._base_s = time.perf_counter()
 
     def now(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, stamp: Any) -> float:
@@ -55,4 +57,4 @@ def clock_for(device: torch.device) -> Clock | None:
     """The clock of a step whose rows are on `device`; None where it is not to be timed."""
     if device.type != "cuda":
         return HostClock()
-    return StreamClock() if recording() is not None else None
+    return StreamClock(device) if recording() is not None else None

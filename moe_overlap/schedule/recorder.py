@@ -51,6 +51,7 @@ def record() -> Iterator[list[TimelineEvent]]:
         mine.events += [read() for read in mine.pending]
     finally:
         mine.open = False
+        mine.pending.clear()  # each holds its step's lanes
         _active.recording = outer
 
 

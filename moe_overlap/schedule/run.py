@@ -275,7 +275,8 @@ class Step:
         # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
         # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
         saved = self._rows.saved(self._weights_TK, self._backward_plan)
-        ctx.routing_digest = routing_digest(saved.slot_to_row)
+        plan = self._backward_plan
+        ctx.routing_digest = routing_digest(saved.slot_to_row, cut=2 * plan.chunks + (plan.by == "experts"))
         ctx.save_for_backward(ctx.routing_digest, *saved.tensors())
         del self._rows
         return self._y_TD

@@ -16,7 +16,10 @@ pytestmark = pytest.mark.gpu
 
 def results(device: str, *, overlap: bool = True, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    layer = moe_overlap.MoELayer(64, 96, 8, 2, schedule="chunked(4)", overlap=overlap, dtype=dtype).to(device)
+    drawn = moe_overlap.MoELayer(64, 96, 8, 2)  # in another dtype other numbers would be drawn
+    layer = moe_overlap.MoELayer(64, 96, 8, 2, schedule="chunked(4)", overlap=overlap, dtype=dtype)
+    layer.load_state_dict(drawn.state_dict())
+    layer.to(device)
     x_TD = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype).requires_grad_()
     y_TD = layer(x_TD)
     y_TD.square().sum().backward()

@@ -30,7 +30,8 @@ def calls(dtype: torch.dtype):
         h, scale = randn(maps.num_rows, 2 * width, dtype=dtype), randn(maps.num_rows, dtype=F32)
         if dtype == F32:
             yield "gate_topk", (logits_TE, None, k, 1, 1, "softmax", True, 1.0)
-            yield "gate_topk_backward", (weights_TK, logits_TE, ids_TK.clamp(min=0), "softmax", True, 1.0)
+            chosen_TK = logits_TE.topk(k).indices.to(I32)  # distinct, as those of gate_topk are
+            yield "gate_topk_backward", (weights_TK, logits_TE, chosen_TK, "softmax", True, 1.0)
             yield "row_map", (ids_TK, experts, 0, experts, 8, None)
             yield "row_map", (ids_TK, experts, experts // 3, experts, 1, 5)
         yield "permute", (x_TD, maps.slot_to_row, maps.offs, maps.num_rows)
