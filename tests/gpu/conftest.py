@@ -44,7 +44,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         _bad.append(f"{report.nodeid} ({report.when})")
     elif report.when == "call" and report.passed:
-        _covered.update(map(tuple, report.covers))
+        _covered.update(map(tuple, getattr(report, "covers", ())))  # tests of other folders have none
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
