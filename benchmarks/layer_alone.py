@@ -11,7 +11,6 @@ with autograd and fresh gradients; "layer" is MoELayer. All take turns in one lo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from moe_overlap import MoELayer, ops
+from moe_overlap.measure.report import append_jsonl
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 NOISY = 1.3
@@ -178,9 +178,7 @@ def main() -> None:
         print(f"{name:16s} {times}  {row['ratio_to_bare']:.3f} {row['flagged'] or ''}")
     print(f"workspace: {ops.workspace.POOL.stats()}")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_jsonl(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ left above the bound is not the price of emulating a link.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_overlap.bench.layer import main as bench_layer
+from moe_overlap.bench.sweep import parse, sweep
 
 SIZES = {
     0.1: (1024, 16384),
@@ -32,7 +31,7 @@ CPU_SHARE = 0.05
 LIMITS = {"top2": {"infer": 1.05, "train": 1.05}, "scmoe_pos2": {"infer": 1.05, "train": 1.08}}
 
 
-def judged(row: dict[str, Any]) -> float | None:
+def time_over_bound(row: dict[str, Any]) -> float | None:
     """Time over bound of a row that counts: overlapped, not flagged but for its prediction, its exchanges cheap for the
     CPU, and no `mirrored` one, which is there for comparison; else None."""
     if row["flagged"] not in (None, "drifted") or row["bound_ms"] is None or row["case"] not in LIMITS:
@@ -46,7 +45,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each row that counts, and how many keep the limit."""
     lines, kept = [], []
     for row in rows:
-        ratio = judged(row)
+        ratio = time_over_bound(row)
         if ratio is None:
             continue
         limit = LIMITS[row["case"]][row["phase"]]
@@ -60,24 +59,16 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/limit", help="folder for limit.jsonl and one folder per share")
     parser.add_argument("--shares", default=",".join(map(str, SIZES)), help="some of them (default: %(default)s)")
-    known, rest = parser.parse_known_args([word for word in argv if word != "--"])
+    known, rest = parse(parser, argv)
     try:
-        shares = [float(word) for word in known.shares.split(",")]
-        sizes = [SIZES[share] for share in shares]
+        sizes = {share: SIZES[float(share)] for share in known.shares.split(",")}
     except (ValueError, KeyError):
         parser.error(f"--shares = {known.shares!r}: expected some of {', '.join(map(str, SIZES))}")
-    out = Path(known.out)
-    rows: list[dict[str, Any]] = []
-    for share, (tokens, ffn) in zip(shares, sizes, strict=True):
-        folder = out / str(share)
-        setting = ("--comm-share", str(share), "--tokens", str(tokens), "--ffn", str(ffn), *SETTING)
-        status = bench_layer([*setting, *rest, "--out", str(folder)])
-        if status:
-            return status
-        rows += [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    (out / "limit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(*summary(rows), f"wrote {out / 'limit.jsonl'}", sep="\n")
-    return 0
+    settings = {
+        share: ("--comm-share", share, "--tokens", str(tokens), "--ffn", str(ffn), *SETTING)
+        for share, (tokens, ffn) in sizes.items()
+    }
+    return sweep(settings, rest, Path(known.out) / "limit.jsonl", summary)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ schedules as text and sorted; "reference" the same without compiled parts.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from moe_overlap import _native
 from moe_overlap.measure.machine import hardware
+from moe_overlap.measure.report import append_jsonl
 from moe_overlap.planning.search import cut_arguments, search, search_reference
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 
@@ -101,9 +101,7 @@ def main() -> None:
         chunks = "equal" if row["chunks_equal"] else "unequal"
         print(f"{row['contender']:10s} {chunks:8s} {'yes' if row['slowdown'] else 'no':9s} {times}")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_jsonl(options.out, rows)
 
 
 if __name__ == "__main__":

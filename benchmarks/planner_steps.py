@@ -10,7 +10,6 @@ Train steps: forward and backward are planned.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_overlap.measure.machine import hardware
+from moe_overlap.measure.report import append_jsonl
 from moe_overlap.plan import BLOCKS, ExchangePlan
 from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
@@ -94,9 +94,7 @@ def main() -> None:
               f"{row['planned_anew']:3d} of {row['steps']} steps planned anew, {row['new_ms_median']:.2f} ms each; "
               f"the others {known}")  # fmt: skip
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_jsonl(options.out, rows)
 
 
 if __name__ == "__main__":

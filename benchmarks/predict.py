@@ -9,14 +9,13 @@ gathers the rows in OUT/predict.jsonl. `predicted_ms` of every row was computed 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_overlap.bench.layer import main as bench_layer
+from moe_overlap.bench.sweep import parse, sweep
 
 SCHEDULES = "serial,chunked,shared_expert,shortcut,auto"
 SETTINGS = tuple(
@@ -66,18 +65,9 @@ def figures(what: str, rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/predict", help="folder for predict.jsonl and one folder per setting")
-    known, rest = parser.parse_known_args([word for word in argv if word != "--"])
-    out = Path(known.out)
-    rows: list[dict[str, Any]] = []
-    for number, setting in enumerate(SETTINGS):
-        folder = out / str(number)
-        status = bench_layer(["--schedules", SCHEDULES, *setting, *rest, "--out", str(folder)])
-        if status:
-            return status
-        rows += [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    (out / "predict.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(*summary(rows), f"wrote {out / 'predict.jsonl'}", sep="\n")
-    return 0
+    known, rest = parse(parser, argv)
+    settings = {str(number): ("--schedules", SCHEDULES, *setting) for number, setting in enumerate(SETTINGS)}
+    return sweep(settings, rest, Path(known.out) / "predict.jsonl", summary)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap.autograd import closing_on_error
-from moe_overlap.cost_cache import Op, cache_file, cache_key, hosts_of, load, store, untold
+from moe_overlap.cost_cache import Op, cache_file, cache_key, hosts_of, load, store, why_not_kept
 from moe_overlap.dispatch import Dispatcher, check_routing
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.calibrate import MAX_GROUPS, Nodes, StepTimes, calibrate, gathered
@@ -264,7 +264,7 @@ class AutoSchedule:
         nodes = topology(inputs.transport)
         key = cache_key(inputs, nodes=nodes, hosts=hosts_of(inputs.transport, inputs.x_TD.device))
         first = inputs.transport.rank == 0
-        self.not_kept = untold(inputs.ops)
+        self.not_kept = why_not_kept(inputs.ops)
         cached = load(key) if first and self.not_kept is None else None
         if cached is not None and beyond(cached, exchange):
             logger.info("measuring again: %s was measured with %d rows on the busiest rank, this step has %d",

@@ -87,7 +87,7 @@ def signature(op: Op) -> list[str]:
     ]
 
 
-def untold(ops: Sequence[Op]) -> str | None:
+def why_not_kept(ops: Sequence[Op]) -> str | None:
     """Which of the ops' costs cannot be told from a key, as a reason to keep no model; None where all can."""
     for op in ops:
         if not isinstance(op, nn.Module) or any(isinstance(module, PlainFunction) for module in op.modules()):

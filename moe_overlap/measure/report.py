@@ -41,6 +41,14 @@ def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def append_jsonl(path: Path, rows: Sequence[Row]) -> None:
+    """The same at the end of a file that may be there. ValueError for NaN or infinity, before anything is written."""
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 

@@ -183,7 +183,7 @@ HELP = {
     "weight_decay": "AdamW weight decay of matrices",
     "overlap": "on, or off: the same schedule with every exchange joined right after its start",
     "schedule": "auto: measure at the first step, then run the fastest found; top2, shared1 also: serial, chunked(r), "
-    "chunked(r,experts), shared_expert; default by kind",
+    "chunked(r,experts), shared_expert; default by kind (a run that is resumed with auto may choose others)",
     "chunks": "scmoe: chunks per exchange",
     "slot": "scmoe: backbone ops issued before the experts; default the middle",
     "link": "none, or RATE[:LATENCY] of an emulated link between the ranks, such as 400mbit:50us",

@@ -66,7 +66,7 @@ def test_schedules_reach_their_bounds_at_every_share():
     limit = script("limit")
     groups = defaultdict(list)
     for row in rows_of("**/*-limit.jsonl"):
-        ratio = limit.judged(row)
+        ratio = limit.time_over_bound(row)
         if ratio is not None:
             key = row["case"], row["phase"], round(row["comm_share"], 2)
             groups[key].append(ratio / limit.LIMITS[row["case"]][row["phase"]])
@@ -83,8 +83,8 @@ def test_a_row_that_cannot_be_judged_is_not():
     row = {"flagged": None, "case": "top2", "bound_ms": 10.0, "time_ms_median": 12.0, "comm_cpu_ms": 1.0,
            "exchange_ms": 30.0, "phase": "infer", "schedule": "chunked", "chunks": 2, "comm_share": 0.3}  # fmt: skip
     limit = script("limit")
-    assert limit.judged(row) == 1.2
-    assert limit.judged(row | {"flagged": "drifted"}) == 1.2, "that is about predictions"
+    assert limit.time_over_bound(row) == 1.2
+    assert limit.time_over_bound(row | {"flagged": "drifted"}) == 1.2, "that is about predictions"
     for other in (
         {"flagged": "noisy"},
         {"schedule": "mirrored"},
@@ -92,7 +92,7 @@ def test_a_row_that_cannot_be_judged_is_not():
         {"case": "shared1"},
         {"comm_cpu_ms": 2.0},
     ):
-        assert limit.judged(row | other) is None
+        assert limit.time_over_bound(row | other) is None
     assert limit.summary([row, row | {"time_ms_median": 10.4}])[-1] == "1 of 2 rows within the limit; 2 rows in all"
 
 
