@@ -68,12 +68,12 @@ gpu:
 	@$(PYTHON) benchmarks/gpu_run.py
 
 clean:
-	rm -rf $(SETUP)-* build dist out *.egg-info moe_overlap/*.so moe_overlap/_build_info.json moe_overlap/_kernels.json
+	rm -rf $(SETUP)-* build dist out *.egg-info moe_overlap/native/*.so moe_overlap/native/_build_info.json moe_overlap/native/_kernels.json
 
 ifeq ($(strip $(VENV)),)
 $(STAMP): $(NATIVE)
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
-	@$(PY) moe_overlap/build_info.py
+	@$(PY) moe_overlap/native/build_info.py
 	@rm -f $(SETUP)-*; mkdir -p $(@D); touch $@
 else
 $(STAMP): constraints.txt $(NATIVE)
@@ -87,6 +87,6 @@ $(STAMP): constraints.txt $(NATIVE)
 	$(PY) -m pip install $$(grep -E '^[a-z]' constraints.txt | grep -v '^triton==')
 	$(PY) -m pip install --no-deps $$(grep '^triton==' constraints.txt)
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
-	@$(PY) moe_overlap/build_info.py
+	@$(PY) moe_overlap/native/build_info.py
 	@rm -f $(SETUP)-*; touch $@
 endif

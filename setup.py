@@ -7,9 +7,9 @@ Environment:
                           where nvcc knows it)
     MAX_JOBS              parallel compiler jobs (default: the cores this process may use)
 
-What was built, and what was left out for which reason, is written into the package as `_build_info.json`, because pip
-hides the output of a build that succeeds. `_kernels.json` beside it has the registers, spills and shared memory of each
-CUDA kernel. torch is located but never imported, and no GPU is ever asked for.
+What was built, and what was left out for which reason, is written beside the parts, into `moe_overlap/native/`, as
+`_build_info.json`, because pip hides the output of a build that succeeds. `_kernels.json` there has the registers,
+spills and shared memory of each CUDA kernel. torch is located but never imported, and no GPU is ever asked for.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from setuptools.errors import BaseError, CompileError
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 PARTS = ("_planner", "_C", "cuda")
+PARTS_FOLDER = "moe_overlap/native"  # where the compiled parts and the record of the build go
 KERNEL_REPORT = "_kernels.json"
 TORCH_FLOOR = (2, 10)
 # Only symbols that torch 2.10 already exports may be used; tests/test_build.py checks what the binding asks for.
@@ -178,11 +179,11 @@ def reasons_against(mode: str) -> dict[str, str]:
 def extensions(parts: list[str]) -> list[Extension]:
     result = []
     if "_planner" in parts:
-        result.append(Extension("moe_overlap._planner", []))  # made by CMake
+        result.append(Extension("moe_overlap.native._planner", []))  # made by CMake
     if "_C" in parts:
         torch = package_root("torch") or Path("torch")
         binding = Extension(
-            "moe_overlap._C",
+            "moe_overlap.native._C",
             ["csrc/bindings/torch_ops.cpp"],
             include_dirs=[str(ROOT / "csrc"), str(torch / "include")],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
@@ -196,21 +197,21 @@ def extensions(parts: list[str]) -> list[Extension]:
     return result
 
 
-def remove_compiled(package: Path) -> None:
+def remove_compiled(folder: Path) -> None:
     """A part that an earlier build left behind would be loaded although this build leaves it out."""
     for pattern in ("_planner.*so", "_C.*so", KERNEL_REPORT):
-        for path in package.glob(pattern):
+        for path in folder.glob(pattern):
             path.unlink()
 
 
-def write_info(package: Path, built: dict[str, str], left_out: dict[str, str]) -> None:
+def write_info(folder: Path, built: dict[str, str], left_out: dict[str, str]) -> None:
     versions = {name: version for name in ("torch", "pybind11", "setuptools") if (version := package_version(name))}
     versions |= {"python": platform.python_version(), "compiler": compiler_version()}
     if "cuda" in built:
         versions |= {"nvcc": nvcc_version(), "kernels": kernel_sources()}
     info = {"mode": MODE, "built": built, "left_out": left_out, "versions": versions}
-    package.mkdir(parents=True, exist_ok=True)
-    (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     for part, reason in left_out.items():
         print(f"moe_overlap: {part} left out: {reason}", file=sys.stderr)
 
@@ -228,9 +229,9 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         super().run()
-        package = ROOT / "moe_overlap" if self.editable_mode else Path(self.build_lib, "moe_overlap")
-        remove_compiled(package)
-        write_info(package, {}, AGAINST)
+        folder = ROOT / PARTS_FOLDER if self.editable_mode else Path(self.build_lib, PARTS_FOLDER)
+        remove_compiled(folder)
+        write_info(folder, {}, AGAINST)
 
 
 class BuildNative(build_ext):
@@ -241,12 +242,12 @@ class BuildNative(build_ext):
     def run(self) -> None:
         self.left_out = dict(AGAINST)
         super().run()
-        package = ROOT / "moe_overlap" if self.inplace else Path(self.build_lib, "moe_overlap")
+        folder = ROOT / PARTS_FOLDER if self.inplace else Path(self.build_lib, PARTS_FOLDER)
         built = {ext.name.rpartition(".")[2]: Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
         if "_C" in built and "cuda" not in self.left_out:
             built["cuda"] = built["_C"]  # the kernels are in the same file
-            self.write_kernel_report(package)
-        write_info(package, built, self.left_out)
+            self.write_kernel_report(folder)
+        write_info(folder, built, self.left_out)
 
     def build_extensions(self) -> None:
         required = {"cpu": ("_planner", "_C"), "cuda": PARTS}.get(MODE, ())
@@ -269,13 +270,13 @@ class BuildNative(build_ext):
             raise error
         for ext in failed:
             self.left_out[ext.name.rpartition(".")[2]] = one_line(error)
-            if ext.name == "moe_overlap._C":
+            if ext.name == "moe_overlap.native._C":
                 self.left_out.setdefault("cuda", "it is part of _C, which was left out")
         self.extensions = [ext for ext in self.extensions if ext not in failed]
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        if ext.name == "moe_overlap._planner":
+        if ext.name == "moe_overlap.native._planner":
             target.parent.mkdir(parents=True, exist_ok=True)
             (made,) = self.cmake_dir.glob("_planner.*so")
             shutil.copy2(made, target)
@@ -293,11 +294,11 @@ class BuildNative(build_ext):
     def cmake_dir(self) -> Path:
         return Path(self.build_temp).resolve() / "cmake"
 
-    def write_kernel_report(self, package: Path) -> None:
+    def write_kernel_report(self, folder: Path) -> None:
         collect = runpy.run_path(str(ROOT / "csrc/ptxas_report.py"))["collect"]
         rows = collect(self.cmake_dir / "CMakeFiles/moe_overlap_kernels.dir")
         text = json.dumps({"nvcc": nvcc_version(), "kernels": rows}, indent=1)
-        (package / KERNEL_REPORT).write_text(text + "\n", encoding="utf-8")
+        (folder / KERNEL_REPORT).write_text(text + "\n", encoding="utf-8")
 
     def run_cmake_with_or_without_cuda(self) -> None:
         """In auto mode kernels that do not compile are left out, and the rest is built without them."""
@@ -317,7 +318,7 @@ class BuildNative(build_ext):
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
         if ninja := find_tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        if any(ext.name == "moe_overlap._planner" for ext in self.extensions):
+        if any(ext.name == "moe_overlap.native._planner" for ext in self.extensions):
             pybind11 = package_root("pybind11") or Path("pybind11")
             configure += [
                 "-DMOE_OVERLAP_PLANNER=ON",

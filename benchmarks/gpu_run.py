@@ -227,7 +227,7 @@ def verify(run: Run, record: Path, done: Done) -> bool:
     """Read what the tests covered; if all passed, write verified.json and the table of docs/status.md."""
     import torch
 
-    from moe_overlap import _native
+    from moe_overlap.native import native
     from moe_overlap.ops import cuda_kernels, expert_mlp_grouped, triton_kernels, verified
 
     told = (
@@ -238,7 +238,7 @@ def verify(run: Run, record: Path, done: Done) -> bool:
         return False
     here = cuda_kernels.architecture(torch.device("cuda", 0))
     sources = {
-        "cuda": _native.kernel_sources(),
+        "cuda": native.kernel_sources(),
         "triton": triton_kernels.sources(),
         "grouped_mm": expert_mlp_grouped.sources(),
     }

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_overlap.bench.sweep import parse, sweep
+from moe_overlap.commands.bench.sweep import parse, sweep
 
 SIZES = {
     0.1: (1024, 16384),

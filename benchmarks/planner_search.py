@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_overlap import _native
 from moe_overlap.measure.machine import hardware
 from moe_overlap.measure.report import append_jsonl
+from moe_overlap.native import native
 from moe_overlap.planning.search import cut_arguments, search, search_reference
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 
@@ -51,7 +51,7 @@ def window(chance: random.Random, *, equal: bool, slowdown: bool) -> Window:
 
 def core(problem: Window) -> None:
     """The compiled search of every cut."""
-    planner = _native.planner()
+    planner = native.planner()
     assert planner is not None
     for chunking in problem.chunkings:
         planner.search(*cut_arguments(problem, chunking))
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the rows to this .jsonl file")
     options = parser.parse_args()
     contenders: dict[str, Callable[[Window], object]] = {"search": search, "reference": search_reference}
-    if _native.planner() is not None:
+    if native.planner() is not None:
         contenders = {"core": core, **contenders}
     rows = []
     for equal in (True, False):

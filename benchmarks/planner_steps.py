@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_overlap.agreement.plan import BLOCKS, ExchangePlan
+from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.measure.machine import hardware
 from moe_overlap.measure.report import append_jsonl
-from moe_overlap.plan import BLOCKS, ExchangePlan
-from moe_overlap.planned import PlannedSchedule
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
 from moe_overlap.planning.window import Slowdown
 

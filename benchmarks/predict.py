@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_overlap.bench.sweep import parse, sweep
+from moe_overlap.commands.bench.sweep import parse, sweep
 
 SCHEDULES = "serial,chunked,shared_expert,shortcut,auto"
 SETTINGS = tuple(

@@ -10,13 +10,14 @@ from moe_overlap.errors import (
     TransportClosed,
     TransportTimeout,
 )
-from moe_overlap.layer import MoELayer
-from moe_overlap.model import aux_loss, ignore_experts_for_ddp
-from moe_overlap.selective import sac_policy
-from moe_overlap.shortcut import ShortcutBlock
-from moe_overlap.stats import LayerStats
+from moe_overlap.layer.layer import MoELayer
+from moe_overlap.layer.model import aux_loss, ignore_experts_for_ddp
+from moe_overlap.layer.selective import sac_policy
+from moe_overlap.layer.shortcut import ShortcutBlock
+from moe_overlap.layer.stats import LayerStats
+from moe_overlap.native.build_info import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "CapacityExceeded",

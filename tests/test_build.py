@@ -14,8 +14,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from moe_overlap import _native, build_info, cli, info
+from moe_overlap.commands import cli, info
 from moe_overlap.errors import ConfigError
+from moe_overlap.native import build_info, native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,8 +99,10 @@ def build_in(folder: Path, **environment: str) -> subprocess.CompletedProcess[st
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    (folder / "moe_overlap").mkdir()
-    (folder / "moe_overlap/__init__.py").write_text('__version__ = "0"\n')
+    (folder / "moe_overlap/native").mkdir(parents=True)
+    for name in ("moe_overlap/__init__.py", "moe_overlap/native/__init__.py"):
+        (folder / name).write_text("")
+    (folder / "moe_overlap/native/build_info.py").write_text('VERSION = "0"\n')
     (folder / "README.md").write_text("")
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"]
     return subprocess.run(
@@ -111,7 +114,7 @@ def test_auto_survives_a_compiler_that_fails(tmp_path):
     pytest.importorskip("pybind11")
     done = build_in(tmp_path, MOE_OVERLAP_BUILD="auto", CXX="false")
     assert done.returncode == 0, done.stderr
-    record = build_info.read(tmp_path / "lib/moe_overlap/_build_info.json")
+    record = build_info.read(tmp_path / "lib/moe_overlap/native/_build_info.json")
     assert record.mode == "auto" and record.built == {}
     assert "cmake failed" in record.left_out["_planner"] and "cmake failed" in record.left_out["_C"]
     assert not list((tmp_path / "lib").rglob("*.so"))
@@ -134,9 +137,9 @@ def test_auto_survives_an_nvcc_that_fails(setup_py, tmp_path):
         pytest.skip(reason)
     done = build_in(tmp_path, MOE_OVERLAP_BUILD="auto", CUDACXX=shutil.which("false") or "false")
     assert done.returncode == 0, done.stderr
-    record = build_info.read(tmp_path / "lib/moe_overlap/_build_info.json")
+    record = build_info.read(tmp_path / "lib/moe_overlap/native/_build_info.json")
     assert set(record.built) == {"_planner", "_C"} and "cmake failed" in record.left_out["cuda"]
-    assert not (tmp_path / "lib/moe_overlap/_kernels.json").exists()
+    assert not (tmp_path / "lib/moe_overlap/native/_kernels.json").exists()
 
 
 def test_digest_of_the_kernels_changes_with_them(setup_py, monkeypatch, tmp_path):
@@ -178,9 +181,9 @@ def test_native_unit_tests(setup_py, tmp_path, kind):
 
 def test_binding_asks_for_nothing_that_torch_2_10_lacks():
     symbols = load("stable_symbols", ROOT / "tests/native/stable_symbols.py")
-    path = _native.part("ops").path
+    path = native.part("ops").path
     if path is None or not shutil.which("nm"):
-        pytest.skip(_native.reason("ops") if path is None else "nm is not on PATH")
+        pytest.skip(native.reason("ops") if path is None else "nm is not on PATH")
     allowed = set(symbols.LIST.read_text(encoding="utf-8").split())
     asked = symbols.undefined(Path(path))
     assert "torch_library_impl" in asked
@@ -202,26 +205,26 @@ def test_symbol_list_is_what_the_headers_say():
 
 
 def test_a_broken_part_keeps_its_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(_native, "PACKAGE_DIR", tmp_path)
-    _native._load_ops.cache_clear()
+    monkeypatch.setattr(native, "PACKAGE_DIR", tmp_path)
+    native._load_ops.cache_clear()
     try:
         (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
-        assert not _native.load_ops()
-        assert "_C.abi3.so failed to load: OSError" in _native.reason("ops")
+        assert not native.load_ops()
+        assert "_C.abi3.so failed to load: OSError" in native.reason("ops")
     finally:
-        _native._load_ops.cache_clear()
+        native._load_ops.cache_clear()
 
 
 def test_an_absent_part_says_what_the_build_said(tmp_path, monkeypatch):
     record = {"mode": "auto", "built": {}, "left_out": {"_C": "cmake not found"}, "versions": {}}
     (tmp_path / "_build_info.json").write_text(json.dumps(record))
-    monkeypatch.setattr(_native, "PACKAGE_DIR", tmp_path)
+    monkeypatch.setattr(native, "PACKAGE_DIR", tmp_path)
     monkeypatch.setattr(build_info, "FILE", tmp_path / "_build_info.json")
-    _native._load_ops.cache_clear()
+    native._load_ops.cache_clear()
     try:
-        assert _native.reason("ops") == "left out by the build (MOE_OVERLAP_BUILD=auto): cmake not found"
+        assert native.reason("ops") == "left out by the build (MOE_OVERLAP_BUILD=auto): cmake not found"
     finally:
-        _native._load_ops.cache_clear()
+        native._load_ops.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"mode": 1}', '{"mode": "cpu", "built": 3}'])

@@ -38,7 +38,8 @@ NOT_SOURCE = (
 PROBE = """
 import json, sys, torch
 import moe_overlap
-from moe_overlap import _native, build_info
+from moe_overlap.native import native
+from moe_overlap.native import build_info
 from moe_overlap.ops import registry
 from moe_overlap.schedule.simulate import implementation, simulate
 torch.manual_seed(0)
@@ -49,7 +50,7 @@ y.square().sum().backward()
 record = build_info.read()
 print(json.dumps({
     "package": moe_overlap.__file__,
-    "parts": {part.name: [part.loaded, part.path, part.reason] for part in _native.parts()},
+    "parts": {part.name: [part.loaded, part.path, part.reason] for part in native.parts()},
     "simulator": implementation(),
     "times": simulate([1, 0, 0], [2.0, 1.5, 1.0], [[], [], [0]]),
     "explain": registry.explain(),
@@ -169,7 +170,7 @@ def test_pure_python_install_has_every_op_and_says_why(installs):
     assert found["simulator"][0] == "reference" and "MOE_OVERLAP_BUILD=none" in found["simulator"][1]
     assert any(line.startswith("row_map: reference") for line in found["explain"])
     assert found["built"] == {} and set(found["left_out"]) == {"_planner", "_C", "cuda"}
-    assert not list(installed.folder.rglob("moe_overlap/*.so"))
+    assert not list(installed.folder.rglob("moe_overlap/native/*.so"))
 
 
 def test_every_install_gives_the_same_numbers(installs, compiled):

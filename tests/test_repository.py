@@ -16,14 +16,20 @@ PACKAGE = ROOT / "moe_overlap"
 ROOMS = {
     "routing": {"ops"},
     "placement": set(),
-    "ops": {"_native"},
-    "transport": {"plan"},
-    "schedule": {"plan", "_native"},
-    "planning": {"schedule", "plan", "_native"},
+    "ops": {"native"},
+    "transport": {"agreement"},
+    "schedule": {"agreement", "native"},
+    "planning": {"schedule", "agreement", "native"},
 }
 # The executor alone brings ops (through rows.py) and transport together, and the autograd nodes it drives.
-RUNS = {"transport", "autograd"}
-EXTRA = {"schedule/run.py": RUNS, "schedule/lanes.py": RUNS, "schedule/rows.py": {"ops"}}
+EXECUTOR = ("run.py", "lanes.py", "rows.py", "nodes.py", "clocks.py", "dispatch.py")
+EXTRA = {
+    "schedule/run.py": {"transport"},
+    "schedule/lanes.py": {"transport"},
+    "schedule/nodes.py": {"transport"},
+    "schedule/dispatch.py": {"transport", "placement"},
+    "schedule/rows.py": {"ops"},
+}
 NO_DISTRIBUTED = ("routing", "placement", "ops", "schedule", "planning")
 ALWAYS = {"errors", "config"}
 
@@ -75,9 +81,9 @@ def test_rooms_import_only_what_they_may(room):
 
 
 def test_planning_and_schedules_are_data():
-    """Only the executor of the schedule room (run.py, lanes.py, rows.py, clocks.py) knows torch; planning does not."""
+    """Only the executor of the schedule room knows torch; planning does not."""
     for path in (*(PACKAGE / "schedule").glob("*.py"), *(PACKAGE / "planning").glob("*.py")):
-        if path.name not in ("run.py", "lanes.py", "rows.py", "clocks.py"):
+        if path.name not in EXECUTOR:
             assert all(not name.split(".")[0] == "torch" for _, name in imports(path)), path
 
 

@@ -1,4 +1,4 @@
-// moe_overlap._planner: the torch-free part of the core for Python. Integers and seconds in, seconds out.
+// moe_overlap.native._planner: the torch-free part of the core for Python. Integers and seconds in, seconds out.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

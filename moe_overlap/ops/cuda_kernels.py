@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from moe_overlap import _native
 from moe_overlap.errors import ConfigError
+from moe_overlap.native import native
 from moe_overlap.ops import checks, registry, verified
 from moe_overlap.ops.library import LIBRARY, NAMESPACE, define, refuse_derivative
 
@@ -46,10 +46,10 @@ def kernel_op(op: str) -> str:
 
 def missing() -> str | None:
     """Why this install has no CUDA kernels, or None."""
-    if not _native.load_ops():
-        return _native.reason("ops")
+    if not native.load_ops():
+        return native.reason("ops")
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{kernel_op(OPS[0])}", "CUDA"):
-        return _native.why_no_cuda_kernels()
+        return native.why_no_cuda_kernels()
     return None
 
 
@@ -87,7 +87,7 @@ def _obstacle(op: str) -> registry.Obstacle:
 def _reservation(op: str) -> registry.Obstacle:
     def reservation(device: torch.device, dtype: torch.dtype) -> str | None:
         first = dtypes(op)[0] if op == "row_map" else dtype
-        sources = _native.kernel_sources()
+        sources = native.kernel_sources()
         return verified.doubt(op, "cuda", architecture=architecture(device), dtype=first, sources=sources)
 
     return reservation

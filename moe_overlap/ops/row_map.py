@@ -114,11 +114,11 @@ def _cpp_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"compiled for CPU tensors, not {device.type}"
     try:
-        from moe_overlap import _native
+        from moe_overlap.native import native
     except ImportError as error:
         return f"no compiled part in this install ({error})"
-    if not _native.load_ops():
-        return _native.reason("ops")
+    if not native.load_ops():
+        return native.reason("ops")
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_overlap::_row_map_cpp", "CPU"):
         return "the compiled part has no row_map"
     return None

@@ -31,9 +31,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from moe_overlap import _native
+from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.errors import ConfigError
-from moe_overlap.plan import ChunkBy
+from moe_overlap.native import native
 from moe_overlap.planning.interleavings import OpsBefore, Order, best_interleavings
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 from moe_overlap.schedule.actions import Schedule, dependencies
@@ -85,7 +85,7 @@ def search(
 
     ConfigError where no schedule keeps within `max_in_flight_bytes`, or where the window has no bytes to compare.
     """
-    planner = _native.planner()
+    planner = native.planner()
     if planner is None:
         return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
     found = [(chunking, planner.search(*cut_arguments(window, chunking))) for chunking in window.chunkings]

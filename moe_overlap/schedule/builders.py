@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from moe_overlap.agreement.plan import BLOCKS, CHUNK_BY, ChunkBy, ExchangePlan, digest
 from moe_overlap.errors import ConfigError
-from moe_overlap.plan import BLOCKS, CHUNK_BY, ChunkBy, ExchangePlan, digest
 from moe_overlap.schedule.actions import Action, Schedule
 
 

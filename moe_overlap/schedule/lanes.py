@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from moe_overlap.autograd import autocast_off, closing_on_error
-from moe_overlap.plan import ChunkPlan, RowLayout
+from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
+from moe_overlap.schedule.nodes import autocast_off, closing_on_error
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Transport, Work
 

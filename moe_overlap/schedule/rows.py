@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_overlap import config, ops
-from moe_overlap.plan import ChunkPlan
+from moe_overlap.agreement.plan import ChunkPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from moe_overlap.autograd import (
+from moe_overlap.agreement.plan import BLOCKS, ExchangePlan, RowLayout
+from moe_overlap.errors import ConfigError
+from moe_overlap.schedule.actions import Action, dependencies
+from moe_overlap.schedule.builders import Schedules
+from moe_overlap.schedule.clocks import clock_for
+from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.nodes import (
     Fork,
     Marker,
     Stage,
@@ -25,12 +31,6 @@ from moe_overlap.autograd import (
     reserve_sequence_numbers,
     routing_digest,
 )
-from moe_overlap.errors import ConfigError
-from moe_overlap.plan import BLOCKS, ExchangePlan, RowLayout
-from moe_overlap.schedule.actions import Action, dependencies
-from moe_overlap.schedule.builders import Schedules
-from moe_overlap.schedule.clocks import clock_for
-from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms

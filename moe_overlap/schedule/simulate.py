@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from moe_overlap import _native
+from moe_overlap.native import native
 
 Times = list[tuple[float, float]]
 NO_SLOWDOWN: Mapping[int, float] = {}
@@ -47,7 +47,7 @@ def simulate(
     ValueError: lists of different lengths, a bad duration, dependency or factor, or a deadlock; the text of a deadlock
     names the first action in issue order that can never start.
     """
-    planner = _native.planner()
+    planner = native.planner()
     if planner is None:
         return simulate_reference(lane_of_action, duration_s, deps, slowdown)
     times: Times = planner.simulate(lane_of_action, duration_s, deps, slowdown)
@@ -56,7 +56,7 @@ def simulate(
 
 def implementation() -> tuple[str, str]:
     """(name, reason) of what `simulate` runs: "cpp" or "reference"."""
-    part = _native.part("planner")
+    part = native.part("planner")
     return ("cpp" if part.loaded else "reference"), part.reason
 
 

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord
 
 HEADER_WORDS = 64
 MAGIC = 0x6D6F655F6F766C70  # "moe_ovlp"

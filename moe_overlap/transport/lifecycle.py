@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_overlap.agreement.plan import BLOCKS, ChunkPlan, RowLayout, StepRecord
 from moe_overlap.config import TIMEOUT_S
 from moe_overlap.errors import ConfigError, TransportClosed
-from moe_overlap.plan import BLOCKS, ChunkPlan, RowLayout, StepRecord
 from moe_overlap.transport.base import Header, TransportStats
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
 from moe_overlap.transport.base import Header, Work
 from moe_overlap.transport.lifecycle import Lifecycle
 

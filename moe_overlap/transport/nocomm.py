@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord
 from moe_overlap.transport.base import Header, Transport, TransportStats, Work
 
 

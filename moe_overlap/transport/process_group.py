@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
 from moe_overlap.config import SLOW_PEER_S
 from moe_overlap.errors import (
     ConfigError,
@@ -30,7 +31,6 @@ from moe_overlap.errors import (
     PlanMismatch,
     TransportTimeout,
 )
-from moe_overlap.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
 from moe_overlap.transport.base import Header, Work
 from moe_overlap.transport.control import (
     CLOSED,

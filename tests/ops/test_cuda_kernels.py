@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_overlap import _native, build_info
 from moe_overlap.errors import ConfigError
+from moe_overlap.native import build_info, native
 from moe_overlap.ops import cuda_kernels, registry, triton_kernels, verified
 
 MOE = torch.ops.moe_overlap
@@ -69,14 +69,14 @@ def test_compiled_part_registers_them_without_cuda(op: str) -> None:
     """The same file loads under a torch without CUDA."""
     if "cuda" not in build_info.read().built:
         pytest.skip(build_info.why_not_built("cuda"))
-    assert _native.load_ops(), _native.reason("ops")
+    assert native.load_ops(), native.reason("ops")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_overlap::{cuda_kernels.kernel_op(op)}", "CUDA")
     assert cuda_kernels.missing() is None
 
 
 def test_without_the_kernels_the_reason_is_what_the_build_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "load_ops", lambda: False)
-    monkeypatch.setattr(_native, "reason", lambda name: f"{name} left out for this test")
+    monkeypatch.setattr(native, "load_ops", lambda: False)
+    monkeypatch.setattr(native, "reason", lambda name: f"{name} left out for this test")
     assert registry.choose("pack", device=CUDA, dtype=BF16).reason.endswith(
         "cuda cannot run: ops left out for this test"
     )
@@ -89,7 +89,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(cuda_kernels, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(verified, "FILE", tmp_path / "verified.json")
-    monkeypatch.setattr(_native, "kernel_sources", lambda: "5c")
+    monkeypatch.setattr(native, "kernel_sources", lambda: "5c")
     verified.find.cache_clear()
     registry._chosen.clear()
     yield tmp_path / "verified.json"
@@ -118,7 +118,7 @@ def test_verified_is_the_default_for_that_dtype_and_architecture(hopper: Path, m
     assert registry.choose("row_map", device=CUDA, dtype=I32).impl == "cuda"
     assert registry.choose("row_map", device=CUDA, dtype=F32).impl == "cuda", "asked without a call at hand"
     registry._chosen.clear()
-    monkeypatch.setattr(_native, "kernel_sources", lambda: "another")
+    monkeypatch.setattr(native, "kernel_sources", lambda: "another")
     assert "at commit abc, but the sources have changed" in registry.choose("combine", device=CUDA, dtype=BF16).reason
     registry._chosen.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))

@@ -81,12 +81,12 @@ def test_explain_names_every_operator_and_what_was_passed_over(toy) -> None:
 
 
 def test_row_map_without_the_compiled_part_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_overlap import _native
+    from moe_overlap.native import native
 
     ids = torch.tensor([[2, 0], [0, -1]], dtype=torch.int32)
     want = ops.row_map(ids, num_experts=3)
-    monkeypatch.setattr(_native, "load_ops", lambda: False)
-    monkeypatch.setattr(_native, "reason", lambda name: f"{name} left out for this test")
+    monkeypatch.setattr(native, "load_ops", lambda: False)
+    monkeypatch.setattr(native, "reason", lambda name: f"{name} left out for this test")
     registry._chosen.clear()
     try:
         choice = registry.choose("row_map", device="cpu", dtype=torch.int32)

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.auto.planted import FREE, cost_model, planted
 from tests.parallel import test_ddp as ddp
 from tests.parallel.expected import WORLD, check_averaged, run_once, single_process
 from tests.parallel.model import AUTO, EXPERTS, MODES, Model, bare, train
-from tests.planted import FREE, cost_model, planted
 from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits
 

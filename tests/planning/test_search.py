@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_overlap import _native
 from moe_overlap.errors import ConfigError
+from moe_overlap.native import native
 from moe_overlap.planning.search import Candidate, evaluate, search, search_reference, timeline
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 from moe_overlap.schedule.actions import Schedule, dependencies
@@ -204,8 +204,8 @@ def bytes_in_flight(schedule, chunking, joined):
 def test_without_compiled_parts_the_search_gives_the_same(monkeypatch):
     window = forward(*(equal_chunks(r, 1 / r, 0.7 / r) for r in DEGREES), ops_s=(0.3, 0.2), issue_s=0.001)
     expected = search(window)
-    absent = _native.NativePart("planner", False, None, "left out for this test")
-    monkeypatch.setattr(_native, "_load_planner", lambda: (None, absent))
+    absent = native.NativePart("planner", False, None, "left out for this test")
+    monkeypatch.setattr(native, "_load_planner", lambda: (None, absent))
     assert search(window) == expected
 
 
@@ -300,7 +300,7 @@ def test_default_space_takes_the_best_schedule():
         start_s = time.perf_counter()
         best = search(window)[0]
         seconds.append(time.perf_counter() - start_s)
-    print(f"default space: {1e3 * min(seconds):.2f} ms ({_native.reason('planner')})")
+    print(f"default space: {1e3 * min(seconds):.2f} ms ({native.reason('planner')})")
     assert best.by == "experts" and best.predicted_s == min(candidate.predicted_s for candidate in search(window))
 
 

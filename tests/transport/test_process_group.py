@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.errors import ConfigError, PlanMismatch, RemoteAbort, TransportClosed, TransportTimeout
-from moe_overlap.plan import RowLayout
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.ranks import gloo_pool
 from tests.transport.worlds import F32, agreed, counts_of, exchange_all, header, received, record, rows_of

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+from moe_overlap.agreement.plan import BLOCKS, RowLayout
 from moe_overlap.errors import (
     ConfigError,
     MoeTransportError,
@@ -18,7 +19,6 @@ from moe_overlap.errors import (
     TransportClosed,
     TransportTimeout,
 )
-from moe_overlap.plan import BLOCKS, RowLayout
 from moe_overlap.transport import VirtualRank, VirtualWorld
 from tests.transport.worlds import F32, agreed, counts_of, exchange_all, header, received, record, rows_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moe_overlap.plan import AGREED_FIELDS, BLOCKS, ChunkPlan, ExchangePlan, RowLayout, StepRecord
+from moe_overlap.agreement.plan import AGREED_FIELDS, BLOCKS, ChunkPlan, ExchangePlan, RowLayout, StepRecord
 from moe_overlap.transport.base import Header, Transport
 
 F32 = RowLayout(width=3, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""What the ranks agree on before a row moves, and the integers that follow from it."""

@@ -1,0 +1,298 @@
+"""Calibration: what the exchanges, the experts and the ops beside them cost here, fitted to a `CostModel`.
+
+A probe is one real step of a layer, forward and backward, under a known schedule. In three probes (1, 4 and 16 chunks)
+every exchange is joined where it starts, so that each action is measured with nothing beside it; a fourth, in chunks by
+expert groups, tells what each expert costs from what each row costs; a fifth, overlapped, shows by how much compute is
+slower while the wire is busy. All ranks run the same probes, gather what they measured and
+fit the same model from it: planners that disagree would deadlock.
+
+Every probe runs once to warm up, then round by round, as often as fits the budget. Where steps are so slow that a
+warm-up and a round of all five would not fit it, the probes in 16 chunks and by expert groups are left out: six steps
+are the least that a model is made from.
+
+Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
+waited for the transfer alone. The quicker half of the rounds counts, since what disturbs a round only slows it; and a
+sum of medians is less than the median of a sum, so compute is scaled to what the whole step took.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from moe_overlap.agreement.plan import BLOCKS, ChunkBy, ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.auto.fit import Probe, fit
+from moe_overlap.measure.timeline import TimelineEvent, overlap
+from moe_overlap.planning.cost_model import CostModel, StepShape, experts_per_chunk
+from moe_overlap.schedule.actions import Action, Phase
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.clocks import clock_for
+from moe_overlap.transport.base import Transport
+
+BUDGET_S = 15.0  # seconds that the probes may take; the limit of the whole is 20 s
+ROUNDS = (1, 9)  # fewest and most timed rounds
+CHUNKS = (1, 4, BLOCKS)
+OVERLAPPED = 4
+MAX_GROUPS = 4
+ALONE = 5  # most rounds of the exchanges within the nodes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepTimes:
+    """One probe on this rank: its events, its seconds from start to end, and the counts that were agreed on."""
+
+    events: Sequence[TimelineEvent]
+    forward_s: float
+    backward_s: float
+    exchange: ExchangePlan
+
+
+RunStep = Callable[[SchedulePair], StepTimes]
+
+
+Nodes = tuple[int, ...]
+
+
+def step_shape(plan: ChunkPlan, *, row_bytes: int, nodes: Nodes | None = None, joined: bool = False) -> StepShape:
+    """The integers of one step that durations depend on. `nodes`: the node of each rank (None: each has its own).
+
+    `joined`: the ranks meet after every exchange, so each chunk has the rows of its own busiest rank. Otherwise a rank
+    with much in one chunk has less in others, and the busiest rank of the whole step counts, its rows spread over the
+    chunks as all ranks' are.
+    """
+    world, chunks = plan.world_size, plan.chunks
+    pairs = plan.matrix.reshape(chunks, world, world, plan.local_slots).sum(axis=3)  # [C, from, to]
+
+    def busiest(*of_ranks: np.ndarray) -> tuple[int, ...]:
+        """Per chunk, from int64 [C, W] of rows out and rows in."""
+        if joined:
+            return tuple(int(n) for n in np.maximum.reduce(of_ranks).max(axis=1))
+        most, all_ranks = max(int(part.sum(axis=0).max()) for part in of_ranks), of_ranks[0].sum(axis=1)
+        ends = most * np.cumsum(all_ranks) // max(1, int(all_ranks.sum()))
+        return tuple(int(n) for n in np.diff(ends, prepend=0))
+
+    lanes: dict[str, tuple[int, ...]] = {}
+    for lane, moves in _moves(world, nodes).items():
+        moved = pairs * moves
+        lanes[lane] = tuple(rows * row_bytes for rows in busiest(moved.sum(axis=2), moved.sum(axis=1)))
+    return StepShape(
+        chunks=chunks,
+        by=plan.by,
+        rows=busiest(pairs.sum(axis=1)),
+        experts=experts_per_chunk(plan.local_slots, chunks, plan.by),
+        bytes_by_lane=lanes,
+        slots_rows=int(plan.exchange.counts.sum(axis=(1, 2)).max()),
+        row_bytes=row_bytes,
+    )
+
+
+@lru_cache(maxsize=64)
+def _moves(world: int, nodes: Nodes | None) -> dict[str, np.ndarray]:
+    """By wire, bool [W, W]: whether rows from one rank to another take it. Only wires that some pair of ranks takes."""
+    ranks = np.arange(world)
+    node = ranks if nodes is None else np.array(nodes)
+    same = node[:, None] == node[None, :]
+    found = {"inter": ~same, "intra": same & (ranks[:, None] != ranks[None, :])}
+    return {lane: moves for lane, moves in found.items() if moves.any()}
+
+
+def wires(world: int, nodes: Sequence[int] | None) -> set[str]:
+    """The wires that ranks on these nodes take to each other."""
+    return set(_moves(world, None if nodes is None else tuple(nodes)))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def calibrate(
+    run: RunStep,
+    pair_of: Callable[[int, ChunkBy], SchedulePair],
+    transport: Transport,
+    *,
+    groups: int,
+    row_bytes: int,
+    device: torch.device,
+    source: str,
+    nodes: Nodes | None = None,
+    budget_s: float = BUDGET_S,
+) -> CostModel:
+    """The cost model of the step that `run` executes. Collective: all ranks call it alike and get the same model.
+
+    pair_of(chunks, by): the schedules of the step in so many chunks. groups: into how many groups a rank's experts are
+    cut for the probe of that (1: no such probe). row_bytes: bytes of one exchanged row. source: where it was measured,
+    in words. Ends within `budget_s` seconds and a third, or with two runs of three probes where these take longer.
+    """
+    runs = _run_probes(run, pair_of, transport, groups=groups, device=device, budget_s=budget_s)
+    probes = [_probe(pair, found, transport, row_bytes=row_bytes, device=device, nodes=nodes) for pair, found in runs]
+    one, four, overlapped, *others = probes
+    joined = [one, four, *others[:1]]
+    first = runs[0][1]
+    alone = _within_node(first[0].exchange, transport, row_bytes=row_bytes, device=device, nodes=nodes,
+                         cuts=[probe.chunks for probe in joined], rounds=min(len(first), ALONE))  # fmt: skip
+    return fit(joined, overlapped, others[1] if others[1:] else None, within_node=alone, source=source)
+
+
+def _run_probes(
+    run: RunStep,
+    pair_of: Callable[[int, ChunkBy], SchedulePair],
+    transport: Transport,
+    *,
+    groups: int,
+    device: torch.device,
+    budget_s: float,
+) -> list[tuple[SchedulePair, list[StepTimes]]]:
+    """The runs of each probe: joined in one chunk and in four, overlapped, and, where the budget allows them, joined in
+    sixteen and by expert groups. Collective: which run, and how often, follows from the slowest rank's seconds."""
+    pairs = [pair_of(chunks, "tokens").join() for chunks in CHUNKS[:2]] + [pair_of(OVERLAPPED, "tokens")]
+    others = [pair_of(CHUNKS[2], "tokens").join()] + ([pair_of(groups, "experts").join()] if groups > 1 else [])
+    start_s = time.perf_counter()
+
+    def timed(pair: SchedulePair) -> tuple[StepTimes, float]:
+        before_s = time.perf_counter()
+        return run(pair), time.perf_counter() - before_s
+
+    def slowest(*seconds: float) -> list[float]:
+        """The most that any rank has of each, then of the time since the start."""
+        values = [*seconds, time.perf_counter() - start_s]
+        table = gathered(transport, torch.tensor(values, dtype=torch.float64, device=device))
+        return [float(most) for most in table.amax(dim=0)]
+
+    # Warm: first calls make buffers, connections and caches.
+    *warm_s, used_s = slowest(*(timed(pair)[1] for pair in pairs))
+    if used_s + _all_probes_s(warm_s, len(others)) <= budget_s:
+        for pair in others:
+            run(pair)
+        pairs += others
+    first = [timed(pair) for pair in pairs]
+    runs = [(pair, [times]) for pair, (times, _) in zip(pairs, first, strict=True)]
+    round_s, used_s = slowest(sum(seconds for _, seconds in first))
+    for _ in range(1, min(max(1 + int((budget_s - used_s) / round_s), ROUNDS[0]), ROUNDS[1])):
+        for pair, found in runs:
+            found.append(run(pair))
+    return runs
+
+
+def _all_probes_s(warm_s: Sequence[float], others: int) -> float:
+    """Seconds that the other probes' first runs and a round of all would take, by the first runs of those in one chunk,
+    in four, and overlapped. What a first run alone needs is taken for a part of the step, so this is on the safe side.
+    """
+    one_s, four_s, overlapped_s = warm_s
+    one_s = min(one_s, four_s)
+    sixteen_s = four_s + (four_s - one_s) * (CHUNKS[2] - CHUNKS[1]) / (CHUNKS[1] - CHUNKS[0])
+    return 2 * (sixteen_s + (others - 1) * four_s) + one_s + four_s + overlapped_s
+
+
+def _within_node(
+    exchange: ExchangePlan,
+    transport: Transport,
+    *,
+    row_bytes: int,
+    device: torch.device,
+    nodes: Nodes | None,
+    cuts: Sequence[int],
+    rounds: int,
+) -> list[tuple[float, float]]:
+    """(bytes, seconds) of the step's exchanges without what goes between nodes, where both wires are taken. Collective.
+
+    In the step itself the slower of both wires is what one sees. Of each exchange the rank that waited least counts,
+    and the median of the rounds. cuts: numbers of chunks.
+    """
+    moves = _moves(exchange.world_size, nodes)
+    if len(moves) < 2:
+        return []
+    local = exchange.num_slots // exchange.world_size
+    counts = exchange.counts * np.repeat(moves["intra"], local, axis=1)[:, None, :]
+    clock, layout = clock_for(device), RowLayout(width=row_bytes, dtype=torch.uint8)
+    assert clock is not None, "probes are recorded"
+    points = []
+    for chunks in cuts:
+        plan = replace(exchange, counts=counts).chunked(chunks, "tokens")
+        rows = torch.zeros(max(plan.send_rows), row_bytes, dtype=torch.uint8, device=device)
+        taken = []
+        for _ in range(rounds):
+            stamps = [clock.now()]
+            for c in range(chunks):
+                transport.start(rows[: plan.send_rows[c]], plan, layout, c, action="calibrate").wait()
+                stamps.append(clock.now())
+            ends_s = [clock.seconds(stamp) for stamp in stamps]
+            taken.append([after - before for before, after in pairwise(ends_s)])
+        table = gathered(transport, torch.tensor(taken, dtype=torch.float64, device=device).reshape(-1))
+        seconds = table.reshape(-1, rounds, chunks).amin(dim=0).median(dim=0).values
+        sizes = step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=True).bytes_by_lane["intra"]
+        points += [(float(size), float(one)) for size, one in zip(sizes, seconds, strict=True)]
+    return points
+
+
+def gathered(transport: Transport, values: torch.Tensor) -> torch.Tensor:
+    """[W, n]: the numbers `values` [n] of every rank. Collective."""
+    table = values.new_zeros(transport.world_size, values.numel())
+    table[transport.rank] = values
+    return transport.all_reduce(table, action="calibrate").wait().cpu()
+
+
+def _probe(
+    pair: SchedulePair,
+    runs: Sequence[StepTimes],
+    transport: Transport,
+    *,
+    row_bytes: int,
+    device: torch.device,
+    nodes: Nodes | None,
+) -> Probe:
+    """Gather one probe's runs. Collective."""
+    backward = runs[0].backward_s > 0
+    actions = [*pair.forward, *(pair.backward if backward else ())]
+    own = torch.tensor([[*_seconds(run, actions), *_rest(run)] for run in runs], dtype=torch.float64, device=device)
+    table = gathered(transport, own.reshape(-1)).reshape(transport.world_size, len(runs), -1)
+    whole = table[:, :, -2:].sum(dim=2).amax(dim=0)
+    table = table[:, whole.argsort(stable=True)[: -(-len(runs) // 2)]]
+    most, least = table.amax(dim=0).median(dim=0).values, table.amin(dim=0).median(dim=0).values
+    chosen = [float((least if action.lane == "wire" else most)[i]) for i, action in enumerate(actions)]
+    *host, hidden, compute, _, forward_s, backward_s = (float(value) for value in most[len(actions) :])
+    phases: tuple[Phase, ...] = ("forward", "backward") if backward else ("forward",)
+    plan = runs[0].exchange.chunked(pair.chunks, pair.by)
+    return Probe(
+        pair=pair,
+        seconds={action.text: seconds for action, seconds in zip(actions, chosen, strict=True)},
+        host_s=dict(zip(phases, host, strict=False)),
+        whole_s=dict(zip(phases, (forward_s, backward_s), strict=False)),
+        hidden_s=hidden,
+        compute_s=compute,
+        waited_s=float(least[-3]),
+        shape=step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=pair.joined),
+    )
+
+
+def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
+    """Seconds of each action of one run: compute, or the time its bytes were under way (else that of the wait)."""
+    lanes: dict[tuple[str, str], float] = {}
+    for event in run.events:
+        key = (event.action, event.lane)
+        lanes[key] = lanes.get(key, 0.0) + event.end_s - event.start_s
+    return [
+        lanes.get((action.text, "wire"), 0.0) or lanes.get((action.text, "wait"), 0.0)
+        if action.lane == "wire"
+        else lanes.get((action.text, "comp"), 0.0)
+        for action in actions
+    ]
+
+
+def _rest(run: StepTimes) -> list[float]:
+    """[host seconds of forward, of backward, exchanges hidden under compute, compute, waits, all of forward, of
+    backward]."""
+    busy = {"forward": 0.0, "backward": 0.0}
+    waited_s = 0.0
+    for event in run.events:
+        if event.lane in ("comp", "wait") and event.phase in busy:
+            busy[event.phase] += event.end_s - event.start_s
+        if event.lane == "wait":
+            waited_s += event.end_s - event.start_s
+    found = overlap([event for event in run.events if event.action != "N"])
+    host_s = [run.forward_s - busy["forward"], run.backward_s - busy["backward"]]
+    return [*host_s, found.hidden_s, found.compute_s, waited_s, run.forward_s, run.backward_s]

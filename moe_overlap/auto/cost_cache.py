@@ -1,0 +1,159 @@
+"""Where cost models are kept between processes: one JSON file for each thing that was measured.
+
+The name of the file says what that was, as far as a process can tell: hardware, versions, kernels, which ranks share a
+host, and the shapes, dtypes and classes of all that computes. Not what joins the hosts: where the same hosts have
+several networks, each needs a MOE_OVERLAP_CACHE_DIR of its own. Nor what a class does beyond its parameters, so a model
+of ops without any is not kept at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moe_overlap.agreement.plan import digest
+from moe_overlap.auto.calibrate import Nodes, gathered, wires
+from moe_overlap.config import EXCHANGE_SMS, cache_dir
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer.arguments import PlainFunction
+from moe_overlap.measure.machine import hardware
+from moe_overlap.native.build_info import VERSION
+from moe_overlap.ops import registry
+from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.control import host_name
+
+if TYPE_CHECKING:
+    from moe_overlap.auto.auto import ProbeInputs
+
+logger = logging.getLogger(__name__)
+
+Op = Callable[[torch.Tensor], torch.Tensor]
+
+CACHE_VERSION = 3
+
+
+def cache_key(inputs: ProbeInputs, *, nodes: Nodes | None, hosts: Sequence[int]) -> dict[str, Any]:
+    """What a measurement depends on. nodes: the node of each rank, where the transport knows; hosts: see `hosts_of`."""
+    d, device, h = inputs.dispatcher, inputs.x_TD.device, inputs.h
+    link = getattr(inputs.transport, "link", None)
+    leaves = (inputs.x_TD, inputs.w_in, inputs.w_out, inputs.weights_TK, h)
+    return {
+        "cache": CACHE_VERSION,
+        "moe_overlap": VERSION,
+        "torch": torch.__version__,
+        "hardware": hardware(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernels": registry.explain(device, inputs.x_TD.dtype),
+        "threads": torch.get_num_threads(),
+        "exchange_sms": EXCHANGE_SMS.read(),
+        "world_size": inputs.transport.world_size,
+        "transport": inputs.transport.name,
+        "link": None if link is None else str(link),
+        "nodes": None if nodes is None else list(nodes),
+        "hosts": list(hosts),
+        "tokens": inputs.x_TD.shape[0],
+        "h": None if h is None else list(h.shape),
+        "hidden": d.hidden,
+        "ffn_hidden": d.ffn_hidden,
+        "experts": d.placement.num_experts,
+        "top_k": inputs.slots_TK.shape[1],
+        "activation": d.activation,
+        "dtype": str(inputs.x_TD.dtype),
+        "grad": torch.is_grad_enabled(),
+        "gradients": [one is not None and one.requires_grad for one in leaves],
+        "ops": [signature(op) for op in inputs.backbone],
+        "shared": None if inputs.shared is None else signature(inputs.shared),
+    }
+
+
+def signature(op: Op) -> list[str]:
+    """What tells the cost of an op: the classes of its modules, and its parameters."""
+    if not isinstance(op, nn.Module):
+        return []
+    classes = [f"{type(module).__module__}.{type(module).__qualname__}" for module in op.modules()]
+    return classes + [
+        f"{name} {list(p.shape)} {p.dtype}{' grad' if p.requires_grad else ''}" for name, p in op.named_parameters()
+    ]
+
+
+def why_not_kept(ops: Sequence[Op]) -> str | None:
+    """Which of the ops' costs cannot be told from a key, as a reason to keep no model; None where all can."""
+    for op in ops:
+        if not isinstance(op, nn.Module) or any(isinstance(module, PlainFunction) for module in op.modules()):
+            return "what a function costs cannot be told without running it"
+        if not any(True for _ in op.parameters()):
+            return f"what {type(op).__name__}, which has no parameters, costs cannot be told without running it"
+    return None
+
+
+def hosts_of(transport: Transport, device: torch.device) -> list[int]:
+    """Which ranks share a host: a number for each rank, counted in the order of the ranks. Collective."""
+    number = digest(host_name()) % (1 << 48)  # exact in float64
+    table = gathered(transport, torch.tensor([float(number)], dtype=torch.float64, device=device))
+    found = table[:, 0].tolist()
+    order = list(dict.fromkeys(found))
+    return [order.index(one) for one in found]
+
+
+def cache_file(key: dict[str, Any]) -> Path:
+    return cache_dir() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+
+
+# What could not be written, for the other layers of this process.
+_unwritten: dict[Path, CostModel] = {}
+
+
+def load(key: dict[str, Any]) -> CostModel | None:
+    """The cached model of exactly this key; None where there is none, or none that can be used."""
+    path = cache_file(key)
+    if path in _unwritten:
+        return _unwritten[path]
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        if entry["key"] != key:
+            raise ValueError("it is of another measurement")
+        return fitting(CostModel.from_json(entry["model"]), key)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        logger.warning("measuring again: %s cannot be used: %s: %s", path, type(error).__name__, str(error)[:200])
+        return None
+
+
+def fitting(model: CostModel, key: dict[str, Any]) -> CostModel:
+    """`model`, if it has the wires and the ops of the layer with this key. Raises ConfigError where it has others."""
+    wanted = wires(key["world_size"], key["nodes"])
+    if set(model.exchange) != wanted:
+        raise ConfigError("exchange", sorted(model.exchange), f"the wires {sorted(wanted)}")
+    if len(model.backbone_s) != len(key["ops"]):
+        raise ConfigError("backbone_s", model.backbone_s, f"{len(key['ops'])} ops")
+    return model
+
+
+def store(key: dict[str, Any], model: CostModel) -> tuple[Path | None, str | None]:
+    """Keep a model; (where, or None; why not). A directory that cannot be written costs the next process a calibration,
+    but not the other layers of this one."""
+    path = cache_file(key)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"key": key, "model": model.to_json()}, indent=1), encoding="utf-8")
+        os.replace(part, path)
+        _unwritten.pop(path, None)
+    except OSError as error:
+        logger.warning("the cost model is kept for this process only: %s cannot be written: %s", path, error)
+        _unwritten[path] = model
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        return None, f"{path} cannot be written: {error}"
+    return path, None

@@ -1,0 +1,1 @@
+"""The command `moe-overlap`, one module or package a subcommand."""

@@ -1,0 +1,28 @@
+"""`moe-overlap bench`: measurements that anyone can repeat. `layer.py` is the command and `phase.py` its course,
+`cases.py` what is timed, `timing.py` how, `check.py` what must be true before, `wires.py` what carries the rows,
+`rows.py` what is reported, `slept.py` the mode in which compute sleeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_overlap.commands.cli import OneLineParser
+
+COMMANDS = {"layer": "schedules of a Mixture-of-Experts block pair against each other"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark and return its exit status: 0, 1 (a correctness check failed) or 2 (bad input, one line)."""
+    import sys
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in COMMANDS:
+        parser = OneLineParser(prog="moe-overlap bench", description="Measure.")
+        commands = parser.add_subparsers(title="benchmarks", metavar="{" + ",".join(COMMANDS) + "}")
+        for name, text in COMMANDS.items():
+            commands.add_parser(name, help=text)
+        parser.parse_args(words)
+        parser.error(f"which benchmark? expected one of {', '.join(COMMANDS)}")
+    from moe_overlap.commands.bench import layer
+
+    return layer.main(words[1:])

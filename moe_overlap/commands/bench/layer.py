@@ -1,0 +1,108 @@
+"""`moe-overlap bench layer`: from the command line to rows, a picture and a trace.
+
+Per phase: solve for the link (with --comm-share), find each shortcut's best slot, check every row, measure every
+exchange alone, then time all rows interleaved.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from moe_overlap.commands.bench.options import LayerOptions, parse
+from moe_overlap.commands.bench.phase import CheckFailed, PhaseResult, measure_phase
+from moe_overlap.commands.bench.routing import load
+from moe_overlap.commands.bench.setting import Setting
+from moe_overlap.commands.launch import World, run, torchrun_world_size
+from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.measure.picture import write_png, write_trace
+from moe_overlap.measure.report import print_table, write_jsonl
+
+PROGRAM = "moe-overlap bench layer"
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+OUTPUTS = ("results.jsonl", "timeline.png", "trace.json")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
+    options = parse(argv, ranks=torchrun_world_size())
+    _load_routing(options, 0)
+    return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
+
+
+def run_rank(world: World, argv: Sequence[str]) -> int:
+    """What every rank does. What a user can act on becomes one line on stderr, of rank 0 where all ranks know it."""
+    options = parse(argv, ranks=world.size)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        return _run(options, world)
+    except CheckFailed as error:
+        return _complain(world, f"correctness: {error}", EXIT_FAILED, only_first=True)
+    except ConfigError as error:
+        return _complain(world, f"error: {error}", EXIT_BAD_INPUT, only_first=True)
+    except MoeTransportError as error:
+        return _complain(world, f"error: rank {world.rank}: {error}", EXIT_FAILED, only_first=False)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _run(options: LayerOptions, world: World) -> int:
+    out = Path(options.out)
+    if world.rank == 0:
+        for name in OUTPUTS:
+            (out / name).unlink(missing_ok=True)
+    setting = Setting.build(options, world, _load_routing(options, world.rank), _say(world))
+    results: list[PhaseResult] = [measure_phase(setting, phase) for phase in options.phases]
+    if world.rank == 0:
+        _publish(options, out, results)
+    return 0
+
+
+def _publish(options: LayerOptions, out: Path, results: Sequence[PhaseResult]) -> None:
+    rows = [row for result in results for row in result.rows]
+    panels = [panel for result in results for panel in result.panels]
+    write_jsonl(out / "results.jsonl", rows)
+    write_trace(out / "trace.json", panels)
+    links = "; ".join(dict.fromkeys(f"{row['phase']}: link {row['link']}" for row in rows))
+    sizes = f"{options.ranks} rank(s), {options.tokens} tokens each, D {options.hidden}, F {options.ffn}"
+    title = f"One block pair, {sizes}, {options.dtype}, compute {options.compute}\n{links}"
+    write_png(out / "timeline.png", panels, title=title.replace("\n", ", measured\n"))
+    print_table(rows, title=title)
+    shares = {row["phase"]: row["comm_share"] for row in rows}
+    for phase, share in shares.items():
+        if share is not None:
+            print(f"{phase}: communication is {share:.0%} of serial top2")
+    print(f"wrote {', '.join(str(out / name) for name in OUTPUTS)}")
+
+
+def _load_routing(options: LayerOptions, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return load(
+        options.routing,
+        out=options.out,
+        tokens=options.tokens,
+        experts=options.experts,
+        top_k=options.top_k,
+        rank=rank,
+    )
+
+
+def _say(world: World) -> Callable[[str], None]:
+    """Progress on stderr, from rank 0, with the seconds since the ranks were ready."""
+    begin_s = time.perf_counter()
+
+    def say(text: str) -> None:
+        if world.rank == 0:
+            print(f"{PROGRAM} [{time.perf_counter() - begin_s:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:
+    if world.rank == 0 or not only_first:
+        print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return status

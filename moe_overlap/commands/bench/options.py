@@ -1,0 +1,155 @@
+"""The command line of `moe-overlap bench layer`, as one frozen record."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_overlap.commands.bench.cases import CASES, HEAD, Sizes
+from moe_overlap.commands.bench.routing import KINDS
+from moe_overlap.commands.cli import OneLineParser
+from moe_overlap.errors import ConfigError
+from moe_overlap.transport.link import LinkSpec
+
+SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut", "auto")
+DEFAULT_SCHEDULES = SCHEDULES[:-1]  # "auto" calibrates every case first
+PHASES = ("infer", "train")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+COMPUTE = ("real", "slept")
+DEFAULT_CASES = ("top2", "shared1", "scmoe_pos2")
+LATENCY_S = 50e-6  # of a link whose rate is solved for
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """One benchmark of a block pair. `tokens` are those of one rank, `experts` those of all ranks."""
+
+    ranks: int = 2
+    ranks_per_node: int = 1
+    threads: int = 1
+    tokens: int = 1024
+    hidden: int = 512
+    ffn: int = 2048
+    experts: int = 8
+    top_k: int = 2
+    dtype: str = "bf16"
+    link: str = "none"
+    comm_share: float | None = None
+    schedules: tuple[str, ...] = DEFAULT_SCHEDULES
+    cases: tuple[str, ...] = DEFAULT_CASES
+    phases: tuple[str, ...] = PHASES
+    routing: str = "balanced"
+    compute: str = "real"
+    repeats: int = 20
+    out: str = "out/bench"
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in "ranks ranks_per_node threads tokens hidden ffn experts repeats".split():
+            if getattr(self, name) < 1:
+                raise ConfigError(_flag(name), getattr(self, name), "an integer of at least 1")
+        if not 2 <= self.top_k <= self.experts:
+            expected = f"an integer from 2 to --experts ({self.experts}); the shared-expert cases route to one less"
+            raise ConfigError("--top-k", self.top_k, expected)
+        if self.hidden % HEAD:
+            raise ConfigError("--hidden", self.hidden, f"a multiple of {HEAD}, the size of an attention head")
+        if "auto" in self.schedules and self.ranks == 1:
+            raise ConfigError("--schedules", ",".join(self.schedules), "no auto with one rank: nothing is exchanged")
+        if self.experts % self.ranks:
+            raise ConfigError("--experts", self.experts, f"a multiple of --ranks ({self.ranks})")
+        if self.ranks_per_node > self.ranks or self.ranks % self.ranks_per_node:
+            raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
+        if self.dtype not in DTYPES:
+            raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.compute not in COMPUTE:
+            raise ConfigError("--compute", self.compute, f"one of {', '.join(COMPUTE)}")
+        for name, known in (("schedules", SCHEDULES), ("cases", CASES), ("phases", PHASES)):
+            chosen = getattr(self, name)
+            unknown = [word for word in chosen if word not in known]
+            if unknown or not chosen:
+                raise ConfigError(_flag(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise ConfigError("--timeout-s", self.timeout_s, "a number above 0")
+        self._check_link()
+
+    def _check_link(self) -> None:
+        try:
+            LinkSpec.parse(self.link)
+        except ConfigError as error:
+            raise ConfigError("--link", self.link, error.expected) from None
+        if self.comm_share is None:
+            return
+        if not 0.0 < self.comm_share < 1.0:
+            raise ConfigError("--comm-share", self.comm_share, "a number between 0 and 1 (e.g. 0.6)")
+        if LinkSpec.parse(self.link) is not None:
+            expected = f"no --link {self.link} beside it: the rate is solved for"
+            raise ConfigError("--comm-share", self.comm_share, expected)
+        if self.ranks == self.ranks_per_node:
+            expected = f"more than one node (--ranks {self.ranks}, --ranks-per-node {self.ranks_per_node})"
+            raise ConfigError("--comm-share", self.comm_share, expected)
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(tokens=self.tokens, hidden=self.hidden, ffn=self.ffn, experts=self.experts, top_k=self.top_k)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+HELP = {
+    "ranks": "processes to spawn (under torchrun: its world size)",
+    "ranks_per_node": "ranks that talk at full speed; others talk through the link",
+    "threads": "threads per rank",
+    "tokens": "tokens per rank",
+    "hidden": "model width, a multiple of 64",
+    "ffn": "width of the dense MLP, the shared expert and each routed expert",
+    "experts": "routed experts over all ranks",
+    "top_k": "routed experts per token of case top2; the others route to one less and have a shared expert",
+    "dtype": "fp32, bf16 or fp64",
+    "link": "none, or RATE[:LATENCY] of an emulated link, e.g. 400mbit:50us or 1.5GB",
+    "comm_share": "solve for the link rate at which communication is this share of serial top2, per phase",
+    "schedules": "rows to measure, comma-separated: "
+    + ", ".join(SCHEDULES)
+    + " (calibrates, predicts every row first)",
+    "cases": "block pairs to measure, comma-separated: " + ", ".join(CASES),
+    "phases": "comma-separated: " + ", ".join(PHASES),
+    "routing": ", ".join(KINDS) + " (OUT/routing.safetensors) or a file of train --save-routing",
+    "compute": "real, or slept: ops replaced by sleeps of calibrated length (for more ranks than cores)",
+    "repeats": "timed runs per row, interleaved",
+    "out": "folder for results.jsonl, timeline.png and trace.json",
+    "timeout_s": "longest wait for another rank, seconds",
+}
+
+
+def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
+    """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
+    parser = OneLineParser(
+        prog="moe-overlap bench layer",
+        description="Measure schedules of a Mixture-of-Experts block pair against each other.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    defaults = LayerOptions()
+    for name, text in HELP.items():
+        default = getattr(defaults, name)
+        if isinstance(default, tuple):
+            parser.add_argument(_flag(name), type=_words, default=default, help=text)
+        else:
+            kind = float if name == "comm_share" else type(default)
+            parser.add_argument(_flag(name), type=kind, default=default, help=text)
+    values = vars(parser.parse_args(argv))
+    if ranks is not None:
+        values["ranks"] = ranks
+    return LayerOptions(**values)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,242 @@
+"""From samples to rows: bounds from measured terms, ratios, flags. A row is a flat dict with the keys of KEYS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_overlap.commands.bench.cases import BlockPair
+from moe_overlap.commands.bench.timing import Samples
+from moe_overlap.commands.bench.wires import Exchanges
+from moe_overlap.commands.launch import World
+from moe_overlap.measure import overlap as formulas
+from moe_overlap.measure.overlap import median, percentile
+from moe_overlap.measure.timeline import overlap
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.recorder import TimelineEvent
+
+KEYS = (
+    "case schedule phase routing chunks backward_chunks slot backward_slot predicted_ms time_ms_median time_ms_p10 "
+    "time_ms_p90 serial_ms nocomm_ms bound_ms comm_share exposed_ms overlap_eff timeline_overlap headroom "
+    "speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes meta_bytes peak_mem_mb bit_equal "
+    "max_rel_err ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute flagged hardware "
+    "link torch commit date"
+).split()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowPlan:
+    """What a row measures. `pair` is the schedule that runs, joined in the case of a serial row."""
+
+    model: BlockPair
+    schedule: str
+    pair: SchedulePair
+    backward_slot: int | None = None
+
+    @property
+    def case(self) -> str:
+        return self.model.case
+
+    @property
+    def cut(self) -> tuple[object, ...]:
+        """Rows of equal cut have the same exchanges and the same chunks of compute."""
+        return self.case, self.pair.chunks, self.pair.by, self.pair.backward_chunks, self.pair.backward_by
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether nothing but the chunks' own compute lies beside the exchanges."""
+        return self.case == "top2" and self.schedule != "serial"
+
+    @property
+    def cut_apart(self) -> bool:
+        """Whether its bound is one of chunks, with the compute of exactly these chunks as its terms."""
+        return self.pipelined or max(self.pair.chunks, self.pair.backward_chunks) > 1
+
+    @property
+    def name(self) -> str:
+        text = f"{self.case} {self.schedule}"
+        if self.schedule != "serial" and self.pair.slot is None:
+            cuts = dict.fromkeys((self.pair.chunks, self.pair.backward_chunks))
+            text += f"({','.join(map(str, cuts))})"
+        if self.pair.slot is not None:
+            text += f" slot {self.pair.slot}"
+            if self.backward_slot is not None:
+                text += f", backward slot {self.backward_slot}"
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was found before timing."""
+
+    bit_equal: bool
+    max_rel_err: float
+    peak_mem_mb: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Medians of this rank's step without communication, in seconds. `used`: all that the bound's window holds."""
+
+    whole: float
+    experts: float
+    dgrad: float
+    wgrad: float
+    window: float
+    window_backward: float
+
+    @property
+    def outside(self) -> float:
+        """The measured parts outside the window."""
+        used = self.experts + self.dgrad + self.wgrad + self.window + self.window_backward
+        return max(0.0, self.whole - used)
+
+
+def terms_of(samples: Samples) -> Terms:
+    """Sums per step of the measured actions, medians over the repeats."""
+
+    def total(verbs: Sequence[str]) -> float:
+        return median([_total(events, verbs) for events in samples.events])
+
+    return Terms(
+        whole=median(samples.own_s),
+        experts=total(["E"]),
+        dgrad=total(["Ed"]),
+        wgrad=total(["Ew"]),
+        window=total(["B", "S"]),
+        window_backward=total(["Bt", "St"]),
+    )
+
+
+def _total(events: Sequence[TimelineEvent], verbs: Sequence[str]) -> float:
+    return sum(
+        event.end_s - event.start_s
+        for event in events
+        if event.lane == "comp" and event.action.rstrip("0123456789") in verbs
+    )
+
+
+def bound_s(
+    world: World, plan: RowPlan, phase: str, terms: Terms, exchanges: Exchanges, backward: Exchanges
+) -> float | None:
+    """The bound of the row's own cut from measured terms, the largest over ranks; None for serial rows. Collective.
+
+    `backward`: the exchanges in as many chunks as the backward schedule has. Formulas: `measure/overlap.py`.
+    """
+    if plan.schedule == "serial":
+        return None
+    chunks, chunks_back, train = plan.pair.chunks, plan.pair.backward_chunks, phase == "train"
+    if plan.pipelined:
+        total = formulas.chunked_forward(chunks, exchanges.exchange_s, terms.experts / chunks)
+        if train:
+            dgrad, wgrad = terms.dgrad / chunks_back, terms.wgrad / chunks_back
+            total += formulas.chunked_backward(chunks_back, backward.exchange_s, dgrad, wgrad)
+    else:
+        total = _window_bound(chunks, terms.experts, terms.window, exchanges)
+        if train:
+            total += _window_bound(chunks_back, terms.dgrad, terms.window_backward + terms.wgrad, backward)
+    own = torch.tensor([terms.outside + total], dtype=torch.float64)
+    return max(float(part) for part in world.gather(own))
+
+
+def _window_bound(chunks: int, experts: float, window: float, exchanges: Exchanges) -> float:
+    """Of a window with ops; one chunk has nothing of its own exchanges beside its experts."""
+    each = exchanges.dispatch_s, exchanges.combine_s
+    if chunks == 1:
+        return formulas.shortcut_bound(experts, window, *each)
+    return formulas.cut_window_bound(chunks, experts, window, *each)
+
+
+def exposed_and_overlap(world: World, samples: Samples) -> tuple[float | None, float | None]:
+    """(exposed seconds, timeline overlap): medians over the repeats, of the rank that is worst off. Collective."""
+    if world.size == 1:
+        return None, None
+    found = [overlap(events) for events in samples.events]
+    exposed = median([one.exposed_s for one in found]) if found else 0.0
+    shares = [one.timeline_overlap for one in found if one.timeline_overlap is not None]
+    own = torch.tensor([exposed, median(shares) if shares else float("nan")], dtype=torch.float64)
+    parts = torch.stack(world.gather(own))
+    if bool(parts[:, 1].isnan().any()):
+        return None, None
+    return float(parts[:, 0].max()), float(parts[:, 1].min())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """Medians in seconds that rows are compared with; None where not measured."""
+
+    serial: float
+    nocomm: float
+    top2_serial: float | None
+    comm_share: float | None
+
+
+def flag_of(*, oversubscribed: bool, inflated: bool, noisy: bool, drifted: bool) -> str | None:
+    """The gravest of what is wrong with a row; one that drifted has a sound time beside an outdated prediction."""
+    found = {"oversubscribed": oversubscribed, "inflated": inflated, "noisy": noisy, "drifted": drifted}
+    return next((name for name, wrong in found.items() if wrong), None)
+
+
+def row_of(
+    plan: RowPlan,
+    samples: Samples,
+    baselines: Baselines,
+    exchanges: Exchanges,
+    verdict: Verdict,
+    *,
+    bound: float | None,
+    predicted: float | None,
+    exposed: tuple[float | None, float | None],
+    flagged: str | None,
+    constant: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One row, all keys in their order. `constant`: the keys that are the same in a whole run."""
+    time_s = median(samples.time_s)
+    claims = flagged in (None, "noisy", "drifted")
+    serial = plan.schedule == "serial"
+    hides = claims and baselines.comm_share is not None
+    eff = 0.0 if serial else formulas.overlap_eff(time_s, baselines.serial, baselines.nocomm) if hides else None
+    versus_top2 = baselines.top2_serial / time_s if claims and baselines.top2_serial is not None else None
+    row = {
+        **constant,
+        "case": plan.case,
+        "schedule": plan.schedule,
+        "chunks": plan.pair.chunks,
+        "backward_chunks": plan.pair.backward_chunks if constant["phase"] == "train" else None,
+        "slot": plan.pair.slot,
+        "backward_slot": plan.backward_slot,
+        "predicted_ms": _ms(predicted),
+        "time_ms_median": _ms(time_s),
+        "time_ms_p10": _ms(percentile(samples.time_s, 0.1)),
+        "time_ms_p90": _ms(percentile(samples.time_s, 0.9)),
+        "serial_ms": _ms(baselines.serial),
+        "nocomm_ms": _ms(baselines.nocomm),
+        "bound_ms": _ms(bound),
+        "comm_share": _round(baselines.comm_share),
+        "exposed_ms": _ms(exposed[0]),
+        "overlap_eff": _round(eff),
+        "timeline_overlap": _round(exposed[1]),
+        "headroom": _round(formulas.headroom(exchanges.total_s, baselines.nocomm) if exchanges.total_s else None),
+        "speedup_vs_serial": _round(baselines.serial / time_s if claims else None),
+        "speedup_vs_top2": _round(versus_top2),
+        "exchange_ms": _ms(exchanges.total_s),
+        "comm_cpu_ms": _ms(exchanges.cpu_s),
+        "payload_bytes": exchanges.payload_bytes,
+        "meta_bytes": exchanges.meta_bytes,
+        "peak_mem_mb": _round(verdict.peak_mem_mb, 1),
+        "bit_equal": verdict.bit_equal,
+        "max_rel_err": verdict.max_rel_err,
+        "flagged": flagged,
+    }
+    return {key: row[key] for key in KEYS}
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1e3 * seconds, 4)
+
+
+def _round(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits)

@@ -1,0 +1,154 @@
+"""`--compute slept`: backbone ops and experts replaced by sleeps of calibrated length, so that more ranks than cores
+can be timed. Honest for schedules and traffic, says nothing about kernels, and every row is labelled.
+
+What is not replaced: the agreement, the permutations, the exchanges.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_overlap import ops
+from moe_overlap.commands.bench.cases import ACTIVATION, Attention, Branch
+from moe_overlap.commands.bench.options import LayerOptions
+from moe_overlap.commands.launch import World
+from moe_overlap.measure.overlap import median
+
+REPEATS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Seconds that this machine's ops take: of the backbone per call, of the experts per row."""
+
+    attention_forward_s: float
+    attention_backward_s: float
+    mlp_forward_s: float
+    mlp_backward_s: float
+    expert_row_s: float
+    dgrad_row_s: float
+    wgrad_row_s: float
+
+    def wrap(self, name: str, op: nn.Module) -> nn.Module:
+        """The op that sleeps instead of `op`, by its name in the block pair."""
+        if name.startswith("attn"):
+            return Slept(self.attention_forward_s, self.attention_backward_s)
+        return Slept(self.mlp_forward_s, self.mlp_backward_s)
+
+
+class Slept(nn.Module):
+    """h -> h after forward_s seconds; its backward takes backward_s."""
+
+    def __init__(self, forward_s: float, backward_s: float) -> None:
+        super().__init__()
+        self.forward_s, self.backward_s = forward_s, backward_s
+
+    def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
+        slept: torch.Tensor = _Sleep.apply(h_TD, self.forward_s, self.backward_s)
+        return slept
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, forward_s: float, backward_s: float) -> torch.Tensor:
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        time.sleep(ctx.backward_s)
+        return grad, None, None
+
+
+def calibrate(world: World, options: LayerOptions) -> Calibration:
+    """Measured on rank 0 while the others wait, with its threads; the same numbers on all ranks. Collective."""
+    names = [field.name for field in fields(Calibration)]
+    seconds = torch.zeros(len(names), dtype=torch.float64)
+    if world.rank == 0:
+        measured = _measure(options)
+        seconds = torch.tensor([measured[name] for name in names], dtype=torch.float64)
+    return Calibration(**dict(zip(names, world.gather(seconds)[0].tolist(), strict=True)))
+
+
+def _measure(options: LayerOptions) -> dict[str, float]:
+    dtype, hidden, ffn = options.torch_dtype, options.hidden, options.ffn
+    x_TD = torch.randn(options.tokens, hidden).to(dtype)
+    found: dict[str, float] = {}
+    named = {"attention": Attention(hidden, dtype=dtype), "mlp": Branch(hidden, ffn, dtype=dtype)}
+    for name, op in named.items():
+        with torch.no_grad():
+            found[f"{name}_forward_s"] = _median_s(partial(op, x_TD))
+        h_TD = x_TD.clone().requires_grad_()
+
+        def both(op: nn.Module = op, h_TD: torch.Tensor = h_TD) -> None:
+            op.zero_grad(set_to_none=True)
+            op(h_TD).backward(x_TD)
+
+        found[f"{name}_backward_s"] = max(0.0, _median_s(both) - found[f"{name}_forward_s"])
+    local = options.experts // options.ranks
+    rows = max(1, options.tokens // local) * local
+    ends = [rows // local * (i + 1) for i in range(local)]
+    w_in, w_out = torch.randn(local, 2 * ffn, hidden).to(dtype), torch.randn(local, hidden, ffn).to(dtype)
+    x_RD = torch.randn(rows, hidden).to(dtype)
+    y, h = ops.expert_mlp_forward(x_RD, w_in, w_out, ends, kind=ACTIVATION)
+    dx, dh, a = ops.expert_mlp_dgrad(x_RD, h, w_in, w_out, ends, kind=ACTIVATION)
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    found["expert_row_s"] = _median_s(
+        lambda: ops.expert_mlp_forward(x_RD, w_in, w_out, ends, kind=ACTIVATION, y=y, h=h)
+    ) / rows  # fmt: skip
+    found["dgrad_row_s"] = _median_s(
+        lambda: ops.expert_mlp_dgrad(x_RD, h, w_in, w_out, ends, kind=ACTIVATION, dx=dx, dh=dh, a=a)
+    ) / rows  # fmt: skip
+    found["wgrad_row_s"] = _median_s(
+        lambda: ops.expert_mlp_wgrad(x_RD, x_RD, dh, a, ends, dw_in=dw_in, dw_out=dw_out)
+    ) / rows  # fmt: skip
+    return found
+
+
+def _median_s(body: Callable[[], object]) -> float:
+    body()
+    seconds = []
+    for _ in range(REPEATS):
+        start_s = time.perf_counter()
+        body()
+        seconds.append(time.perf_counter() - start_s)
+    return median(seconds)
+
+
+@contextmanager
+def slept_experts(calibration: Calibration | None) -> Iterator[None]:
+    """Inside, the experts of every layer of this process sleep; None changes nothing."""
+    if calibration is None:
+        yield
+        return
+    real = (ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad)
+
+    def rows_of(ends: Any, starts: Any) -> int:
+        return int(sum(ends.tolist()) - sum(starts.tolist())) if starts is not None else int(ends[-1])
+
+    def forward(x: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, y: Any, h: Any, **_: Any) -> Any:
+        time.sleep(calibration.expert_row_s * rows_of(ends, starts))
+        return y, h
+
+    def dgrad(dy: Any, h: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, dx: Any, dh: Any, a: Any,
+              **_: Any) -> Any:  # fmt: skip
+        time.sleep(calibration.dgrad_row_s * rows_of(ends, starts))
+        return dx, dh, a
+
+    def wgrad(x: Any, dy: Any, dh: Any, a: Any, ends: Any, **_: Any) -> None:
+        time.sleep(calibration.wgrad_row_s * rows_of(ends, None))
+
+    try:
+        ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad = forward, dgrad, wgrad  # type: ignore[assignment]
+        yield
+    finally:
+        ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad = real

@@ -1,0 +1,223 @@
+"""What carries the rows of a benchmark: the real group, the same behind an emulated link, and local copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_overlap.agreement.plan import ChunkPlan, RowLayout
+from moe_overlap.commands.bench.cases import BlockPair
+from moe_overlap.commands.bench.timing import Runner, Variant
+from moe_overlap.commands.launch import World
+from moe_overlap.errors import ConfigError
+from moe_overlap.measure.overlap import comm_share, median
+from moe_overlap.schedule.builders import SchedulePair, serial
+from moe_overlap.transport.accounting import CommCpu
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.emulated_link import EmulatedLinkTransport
+from moe_overlap.transport.link import LinkSpec, NodeTopology
+from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.nocomm import NoCommTransport
+from moe_overlap.transport.process_group import ProcessGroupTransport
+
+SHARE_TOLERANCE = 0.02
+PROBE_REPEATS = 4
+ISOLATED_REPEATS = 3
+
+
+@dataclass(kw_only=True)
+class Wires:
+    """The transports of one case. `link` is the real group where nothing is emulated."""
+
+    core: Transport
+    nocomm: Transport
+    link: Transport
+
+    @classmethod
+    def open(cls, world: World, timeout_s: float) -> Wires:
+        if world.group is None:
+            local = LocalTransport()
+            return cls(core=local, nocomm=local, link=local)
+        core = ProcessGroupTransport(world.group, timeout_s=timeout_s)
+        return cls(core=core, nocomm=NoCommTransport(core), link=core)
+
+    def emulate(self, link: LinkSpec | None, ranks_per_node: int) -> None:
+        """Put `link` between the nodes from now on; None: the core as it is."""
+        if link is None or self.core.world_size == 1:
+            self.link = self.core
+        else:
+            assert isinstance(self.core, ProcessGroupTransport), "one rank has no link"
+            topology = NodeTopology(world_size=self.core.world_size, ranks_per_node=ranks_per_node)
+            self.link = EmulatedLinkTransport(self.core, link, topology)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanges:
+    """The exchanges of one step, each measured alone from a common barrier; seconds, maximum over ranks.
+
+    Means over the chunks of a dispatch and of a combine, the agreement's extra time over the core, and the sum of all
+    that a step of the phase has (backward: as many bytes again). cpu_s: CPU time of this process in that sum, the
+    largest over ranks. payload and meta: bytes that the busiest rank sends to others.
+    """
+
+    dispatch_s: float
+    combine_s: float
+    agree_s: float
+    total_s: float
+    cpu_s: float
+    payload_bytes: int
+    meta_bytes: int
+
+    @property
+    def exchange_s(self) -> float:
+        """One exchange of one chunk."""
+        return (self.dispatch_s + self.combine_s) / 2
+
+    def with_backward(self, other: Exchanges) -> Exchanges:
+        """The sums of a training step whose backward is cut as `other`: half of the exchanges are of either kind."""
+        return replace(
+            self,
+            total_s=(self.total_s + other.total_s) / 2,
+            cpu_s=(self.cpu_s + other.cpu_s) / 2,
+            payload_bytes=(self.payload_bytes + other.payload_bytes) // 2,
+        )
+
+
+def plan_of(model: BlockPair, pair: SchedulePair, transport: Transport) -> ChunkPlan:
+    """Agree on a step by hand. Collective."""
+    model.use(pair, transport)
+    router = model.moe.router
+    rows_TD = torch.empty(model.sizes.tokens, model.sizes.hidden, dtype=model.dtype)
+    exchange = model.moe.dispatcher.plan(router.ids_TK, rows_TD, pair)  # type: ignore[arg-type]
+    return exchange.chunked(pair.chunks, pair.by)
+
+
+def isolated(world: World, model: BlockPair, pair: SchedulePair, wires: Wires, phase: str) -> Exchanges:
+    """Measure every exchange of a step of `pair` alone. Collective."""
+    if world.size == 1:
+        return Exchanges(dispatch_s=0.0, combine_s=0.0, agree_s=0.0, total_s=0.0, cpu_s=0.0, payload_bytes=0,
+                         meta_bytes=0)  # fmt: skip
+    plan = plan_of(model, pair, wires.link)
+    layout = RowLayout(width=model.sizes.hidden, dtype=model.dtype)
+    probes = {name: _Probe(world) for name in ("N", "core", "D", "C")}
+    before = replace(wires.link.stats)
+    for _ in range(ISOLATED_REPEATS):
+        for name, transport in (("N", wires.link), ("core", wires.nocomm)):
+            with probes[name].measured():
+                plan_of(model, pair, transport)
+        for verb, counts in (("D", plan.send_rows), ("C", plan.recv_rows)):
+            for chunk in range(plan.chunks):
+                rows = torch.zeros(counts[chunk], layout.width, dtype=layout.dtype)
+                with probes[verb].measured() as started:
+                    work = wires.link.start(rows, plan, layout, chunk, reverse=verb == "C", action=f"{verb}{chunk}")
+                    started()
+                    work.wait()
+    after = wires.link.stats
+    sent = [after.payload_bytes - before.payload_bytes, after.meta_bytes - before.meta_bytes]
+    most = torch.stack(world.gather(torch.tensor(sent))).amax(dim=0) // ISOLATED_REPEATS
+    rounds, chunks = (2 if phase == "train" else 1), plan.chunks
+    dispatch, combine = probes["D"].means(chunks), probes["C"].means(chunks)
+    agree, core = probes["N"].means(1), probes["core"].means(1)
+    agree_s = max(0.0, agree.seconds - core.seconds)
+    return Exchanges(
+        dispatch_s=dispatch.seconds,
+        combine_s=combine.seconds,
+        agree_s=agree_s,
+        total_s=agree_s + rounds * chunks * (dispatch.seconds + combine.seconds),
+        cpu_s=rounds * chunks * (dispatch.cpu_s + combine.cpu_s),
+        payload_bytes=rounds * int(most[0]),
+        meta_bytes=int(most[1]) // 2,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Means:
+    seconds: float
+    cpu_s: float
+
+
+class _Probe:
+    """Times of one kind of exchange. CPU: of starting it on this thread, and of all other threads until it is over
+    (gloo's); looking at the clock at the end of a wait is not counted, as nothing could run then anyway."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.seconds: list[float] = []
+        self.cpu_s: list[float] = []
+
+    @contextmanager
+    def measured(self) -> Iterator[Callable[[], None]]:
+        self.world.barrier()
+        thread_s, start_s = time.thread_time(), time.perf_counter()
+        starting = [0.0]
+
+        def started() -> None:
+            starting[0] = time.thread_time() - thread_s
+
+        with CommCpu() as others:
+            yield started
+            self.seconds.append(time.perf_counter() - start_s)
+        self.cpu_s.append(others.seconds + starting[0])
+
+    def means(self, chunks: int) -> _Means:
+        """Maximum over ranks, median over repeats, mean over chunks; measured in the order repeat, chunk."""
+        both = torch.tensor([self.seconds, self.cpu_s], dtype=torch.float64)
+        most = torch.stack(self.world.gather(both)).amax(dim=0).view(2, -1, chunks)
+        means = [sum(median(column.tolist()) for column in part.unbind(1)) / chunks for part in most]
+        return _Means(seconds=means[0], cpu_s=means[1])
+
+
+def link_bytes(world: World, plan: ChunkPlan, layout: RowLayout, ranks_per_node: int) -> int:
+    """Bytes that a dispatch and a combine put on the link, each at its busiest rank."""
+    node = world.rank // ranks_per_node
+    away = [dst for dst in range(world.size) if dst // ranks_per_node != node]
+    mine = [sum(counts[c][dst] for c in range(plan.chunks) for dst in away) for counts in
+            (plan.send_counts, plan.recv_counts)]  # fmt: skip
+    most = torch.stack(world.gather(torch.tensor(mine))).amax(dim=0)
+    return int(most.sum()) * layout.row_bytes
+
+
+def solve_link(
+    runner: Runner, model: BlockPair, wires: Wires, *, share: float, latency_s: float, ranks_per_node: int, rounds: int
+) -> LinkSpec:
+    """The rate at which communication is `share` of the serial step of `model`, found by measuring. Collective.
+
+    The first guess is the time of the bytes; each further round corrects it by what the step really took. Raises
+    ConfigError where no rate gives that share: the latency alone, or what the core itself takes, is too much.
+    """
+    world, pair = runner.world, serial()
+    layout = RowLayout(width=model.sizes.hidden, dtype=model.dtype)
+    payload = link_bytes(world, plan_of(model, pair, wires.core), layout, ranks_per_node)
+    payload *= 2 if runner.phase == "train" else 1
+    if payload == 0:
+        raise ConfigError("--comm-share", share, "routing that sends rows to another node")
+    nocomm = Variant(name="nocomm", model=model, pair=pair, transport=wires.nocomm)
+    bare_s = runner.interleave([nocomm], [PROBE_REPEATS], warmup=2)[0].time_s
+    nocomm_s = median(bare_s)
+    transfer_s = nocomm_s * share / (1 - share) - (4 if runner.phase == "train" else 2) * latency_s
+    if transfer_s <= 0:
+        raise ConfigError(
+            "--comm-share", share, f"a larger share: latencies alone take more of {nocomm_s * 1e3:.3g} ms"
+        )
+    link = None
+    for round_ in range(rounds):
+        # Four digits: the rate stands in the rows, and whoever gives it to --link gets the same link.
+        link = LinkSpec(bytes_per_s=125e3 * float(f"{payload / transfer_s / 125e3:.4g}"), latency_s=latency_s)
+        wires.emulate(link, ranks_per_node)
+        if round_ == rounds - 1:
+            break
+        slow = Variant(name="serial", model=model, pair=pair, transport=wires.link)
+        times = runner.interleave([slow, nocomm], [PROBE_REPEATS] * 2)
+        bare_s += times[1].time_s
+        serial_s, nocomm_s = median(times[0].time_s), median(bare_s)
+        if abs(comm_share(serial_s, nocomm_s) - share) <= SHARE_TOLERANCE:
+            break
+        missing_s = nocomm_s * share / (1 - share) - (serial_s - nocomm_s)
+        # Bounded, so that one disturbed measurement cannot throw the rate away.
+        transfer_s = min(max(transfer_s + missing_s, transfer_s / 3), transfer_s * 3)
+    assert link is not None
+    return link

@@ -1,0 +1,200 @@
+"""`moe-overlap calibrate`: measure the cost model of a layer, keep it for schedule="auto", and say what would run.
+
+It does what the first forward call of a layer with schedule="auto" does, for a layer of these sizes, ahead of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_overlap.auto.auto import AutoSchedule
+from moe_overlap.commands.cli import OneLineParser
+from moe_overlap.commands.launch import World, run, torchrun_world_size
+from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.layer.layer import MoELayer
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.emulated_link import EmulatedLinkTransport
+from moe_overlap.transport.link import LinkSpec, NodeTopology
+from moe_overlap.transport.process_group import ProcessGroupTransport
+
+PROGRAM = "moe-overlap calibrate"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+PHASES = ("infer", "train")
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 1.0, 86400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """The layer to measure: `tokens` of one rank, `experts` of all."""
+
+    ranks: int = 2
+    ranks_per_node: int = 1
+    threads: int = 1
+    tokens: int = 1024
+    hidden: int = 512
+    ffn: int = 2048
+    experts: int = 8
+    top_k: int = 2
+    shared: int = 0
+    dtype: str = "bf16"
+    link: str = "none"
+    device: str = "cpu"
+    phase: str = "train"
+    out: str = ""
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:  # nan is neither
+            raise ConfigError("--timeout-s", self.timeout_s, f"from {MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:g} seconds")
+        for name in "ranks_per_node threads tokens".split():
+            if getattr(self, name) < 1:
+                raise ConfigError(_flag(name), getattr(self, name), "an integer of at least 1")
+        if self.ranks < 2:
+            raise ConfigError("--ranks", self.ranks, "at least 2: one rank exchanges nothing")
+        if self.ranks % self.ranks_per_node:
+            raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
+        if self.dtype not in DTYPES:
+            raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.phase not in PHASES:
+            raise ConfigError("--phase", self.phase, f"one of {', '.join(PHASES)}")
+        try:
+            link = LinkSpec.parse(self.link)
+        except ConfigError as error:
+            raise ConfigError("--link", self.link, error.expected) from None
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError("--device", self.device, "cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device", self.device, f"cpu: torch {torch.__version__} sees no CUDA device")
+        if self.device == "cuda" and link is not None:
+            raise ConfigError("--link", self.link, "none on CUDA: only CPU ranks have an emulated link")
+
+
+HELP = {
+    "ranks": "processes to spawn (under torchrun: its world size)",
+    "ranks_per_node": "ranks that talk at full speed beside an emulated link",
+    "threads": "threads per rank",
+    "tokens": "tokens per rank",
+    "hidden": "model width",
+    "ffn": "width of an expert",
+    "experts": "routed experts over all ranks",
+    "top_k": "experts per token",
+    "shared": "width of a shared expert; 0: none",
+    "dtype": ", ".join(DTYPES),
+    "device": "cpu (gloo) or cuda (NCCL, one device a rank)",
+    "link": "none (the network that is there), or RATE[:LATENCY] of an emulated one",
+    "phase": "infer: forward only; train: forward and backward",
+    "out": "file for the cost model, which moe-overlap plan --cost-model reads",
+    "timeout_s": "longest wait for another rank, seconds",
+}
+
+
+def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
+    """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
+    parser = OneLineParser(prog=PROGRAM, description="Measure the cost model that schedule='auto' uses.",
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    defaults = CalibrateOptions()
+    for name, text in HELP.items():
+        default = getattr(defaults, name)
+        parser.add_argument(_flag(name), type=type(default), default=default, help=text)
+    values = vars(parser.parse_args(argv))
+    if ranks is not None:
+        values["ranks"] = ranks
+    return CalibrateOptions(**values)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Calibrate on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
+    options = parse(argv, ranks=torchrun_world_size())
+    if options.out:
+        _check_writable(Path(options.out))
+    cuda = options.device == "cuda"
+    if cuda and torchrun_world_size() is None and options.ranks > torch.cuda.device_count():
+        raise ConfigError("--ranks", options.ranks, f"at most the {torch.cuda.device_count()} CUDA devices here")
+    return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM, cuda=cuda)
+
+
+def run_rank(world: World, argv: Sequence[str]) -> int:
+    """What every rank does; rank 0 prints."""
+    options = parse(argv, ranks=world.size)
+    torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        if world.local_rank >= (count := torch.cuda.device_count()):
+            text = f"error: rank {world.rank}: no CUDA device for local rank {world.local_rank}, there are {count}"
+            return _complain(world, text, 2, only_first=False)
+        torch.cuda.set_device(world.local_rank)
+    try:
+        layer, seconds = calibrated(options, world)
+    except ConfigError as error:
+        return _complain(world, f"error: {error}", 2, only_first=True)
+    except MoeTransportError as error:
+        return _complain(world, f"error: rank {world.rank}: {error}", 1, only_first=False)
+    if world.rank == 0:
+        assert isinstance(layer.schedule, AutoSchedule)
+        (schedule,) = layer.schedule.found.values()
+        kept_in, not_kept = layer.schedule.kept_in, layer.schedule.not_kept
+        print(layer.explain())
+        print(f"\nready after {seconds:.1f} s; {f'not kept: {not_kept}' if kept_in is None else f'kept in {kept_in}'}")
+        if options.out:
+            Path(options.out).write_text(json.dumps(schedule.model.to_json(), indent=1) + "\n", encoding="utf-8")
+            print(f"wrote {options.out}")
+    return 0
+
+
+def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float]:
+    """(a layer after its first step under "auto", seconds of that step). Collective."""
+    assert world.group is not None
+    core = ProcessGroupTransport(world.group, timeout_s=options.timeout_s, device=options.device)
+    transport: Transport = core
+    link = LinkSpec.parse(options.link)
+    if link is not None:
+        topology = NodeTopology(world_size=world.size, ranks_per_node=options.ranks_per_node)
+        transport = EmulatedLinkTransport(core, link, topology)
+    torch.manual_seed(0)
+    layer = MoELayer(options.hidden, options.ffn, options.experts, options.top_k, transport=transport, schedule="auto",
+                     shared_expert_size=options.shared or None, device=options.device,
+                     dtype=DTYPES[options.dtype])  # fmt: skip
+    generator = torch.Generator().manual_seed(1 + world.rank)
+    x_TD = torch.randn(options.tokens, options.hidden, generator=generator)
+    x_TD = x_TD.to(options.device, DTYPES[options.dtype])
+    train = options.phase == "train"
+    start_s = time.perf_counter()
+    with torch.set_grad_enabled(train):
+        y_TD = layer(x_TD.requires_grad_(train))
+        if train:
+            y_TD.float().square().mean().backward()
+    return layer, time.perf_counter() - start_s
+
+
+def _check_writable(path: Path) -> None:
+    """Raises ConfigError before the work where a file cannot be written to; leaves nothing but its folder."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun's, part of its contract; rank 0 alone writes
+        return
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError("--out", str(path), f"a file that can be written ({error.strerror})") from None
+
+
+def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:
+    if world.rank == 0 or not only_first:
+        print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,68 @@
+"""The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate` and `bench`.
+
+Exit status: 0 done, 1 a correctness check failed, 2 bad input, said in one line that names the option, the value and
+what was expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.native.build_info import VERSION
+
+COMMANDS = {
+    "info": ("moe_overlap.commands.info", "versions, what is compiled, the chosen implementations and why"),
+    "kernels": ("moe_overlap.commands.kernels", "registers, spills, shared memory and occupancy of the CUDA kernels"),
+    "plan": ("moe_overlap.commands.plan", "predict from numbers alone which schedule wins on a cluster"),
+    "train": ("moe_overlap.commands.train", "train a small MoE language model on real text, overlap on or off"),
+    "calibrate": ("moe_overlap.commands.calibrate", 'measure the cost model of a layer, for schedule="auto"'),
+    "bench": ("moe_overlap.commands.bench", "measure schedules against each other: moe-overlap bench layer"),
+}
+EXIT_BAD_INPUT = 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; for the parsers of the commands too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. argv: without the program's name; None: sys.argv."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in COMMANDS:
+        _parser().parse_args(words)
+        _parser().print_help()
+        return EXIT_BAD_INPUT
+    command, rest = words[0], words[1:]
+    try:
+        module = importlib.import_module(COMMANDS[command][0])
+        status: int | None = module.main(rest)
+    except ConfigError as error:
+        return _complain(command, str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "moe_overlap":
+            raise
+        return _complain(command, f"needs the package {error.name}: pip install 'moe-overlap[cli]'")
+    return status or 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Only for help, --version and errors: a command parses its own options."""
+    parser = OneLineParser(prog="moe-overlap", description="Mixture-of-Experts layers with overlapped All-to-Alls.")
+    parser.add_argument("--version", action="version", version=f"moe-overlap {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="{" + ",".join(COMMANDS) + "}")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+def _complain(command: str, text: str) -> int:
+    print(f"moe-overlap {command}: error: {' '.join(text.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT

@@ -1,0 +1,204 @@
+"""`moe-overlap plan`: print the plan of the point that was asked for; plan.png and plan.json hold the whole sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_overlap.commands.plan.machine import OP_NAMES, WINDOW_OPS, agreement_s, weights_read_s
+from moe_overlap.commands.plan.options import PlanOptions, parse
+from moe_overlap.commands.plan.picture import rate_text, write_png
+from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep
+from moe_overlap.errors import ConfigError
+from moe_overlap.planning.explain import Change, explain, in_ms
+
+OUTPUTS = ("plan.png", "plan.json")
+WORTH = 1.05  # a speed-up that is worth a line
+TEXT_COLUMNS = 7
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit status. ConfigError for bad input."""
+    options = parse(argv)
+    out = _folder(options)
+    points = {kind: asked(options, kind) for kind in options.kinds}
+    point = points[options.kinds[0]]
+    sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
+    sections += [[text] for text in _explained(points, point)]
+    found = sweep(options) if bandwidths(options) else None
+    if found is not None:
+        sections.append(_map(found, point))
+    _write_json(out / "plan.json", _record(options, points, found))
+    if found is not None:
+        write_png(out / "plan.png", options, point, found)
+    print("\n\n".join("\n".join(lines) for lines in sections))
+    written = OUTPUTS if found is not None else OUTPUTS[1:]
+    print(f"\nwrote {', '.join(str(out / name) for name in written)}")
+    return 0
+
+
+def _folder(options: PlanOptions) -> Path:
+    """Made before the work, so that a name that cannot be a folder is said at once."""
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", options.out, f"a folder that can be made ({error.strerror})") from None
+    return out
+
+
+def _heading(options: PlanOptions, point: Prediction) -> list[str]:
+    """The answer in two lines."""
+    at = point.at
+    rate = "" if at.bytes_per_s is None or "inter" not in at.peers else f", {rate_text(at.bytes_per_s)} between nodes"
+    groups = f" in groups of {at.group} that exchange" if at.group < point.ranks else ""
+    lines = [
+        f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
+        f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
+        f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication; "
+        f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
+    ]
+    return lines
+
+
+def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
+    lines = [
+        "Nothing was run. Assumed, beside the figures asked for:",
+        "  every expert gets equally many rows",
+        "  no rank is late; memory is not checked",
+        "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
+    ]
+    if point.at.per_node < min(point.at.group, options.ranks_per_node):
+        lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
+                     f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
+    if options.cost_model is not None:
+        return [
+            *lines,
+            f"  compute, exchanges and slowdowns as in the cost model, {options.cost_model.source}",
+            "  times of backbone ops are those calibrated; --tokens, --top-k, --hidden and --dtype give rows and bytes",
+        ]
+    lines += [
+        f"  matmuls at {options.flops / 1e12:g} TFLOP/s (--flops); rows are moved at "
+        f"{options.memory_bandwidth / 1e9:g} GB/s (--memory-bandwidth)",
+        f"  before its matmuls in a chunk, an expert's weights are read in {in_ms(weights_read_s(options))} "
+        "(--memory-bandwidth): by tokens once for every chunk, by expert groups once a step",
+        f"  an exchange costs {_us(options.latency or 0)} (--latency) and {_us(options.message)} for each of its "
+        f"{sum(point.at.peers.values())} messages (--message) beside its bytes",
+        f"  the experts on one chunk, P and U cost {_us(options.launch)} beside their rows (--launch); starting an "
+        f"exchange, and waiting for it, {_us(options.issue)} (--issue)",
+        f"  compute is {options.compute_slowdown:g}x as slow beside an exchange (--compute-slowdown), an exchange "
+        f"{options.wire_slowdown:g}x beside compute (--wire-slowdown)",
+        f"  agreement on counts {_us(agreement_s(options, point.at))} a step; backward has twice the FLOPs of forward"
+        + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
+    ]
+    return lines + _memory_bound(options, point)
+
+
+def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
+    """A warning where a chunk's experts read weights for longer than they compute."""
+    phase = max(point.phases, key=lambda one: one.best.chunks if one.best.by == "tokens" else 1)
+    chunks = phase.best.chunks if phase.best.by == "tokens" else 1
+    read_s = options.experts // point.at.group * weights_read_s(options)
+    matmul_s = (point.phases[0].window.chunking(1, "tokens").experts_s[0] - read_s) / chunks
+    if read_s <= matmul_s:
+        return []
+    part = f" of one of {chunks} chunks" if chunks > 1 else ""
+    return [
+        f"  WARNING: reading a rank's expert weights takes {in_ms(read_s)}, its matmuls{part} {in_ms(matmul_s)}: "
+        "they are bound by memory, and matmuls of so few rows may not reach --flops"
+    ]
+
+
+def _kinds(points: dict[str, Prediction]) -> list[str]:
+    """Every block pair at the point: they are different models with different bytes, so each has its own serial."""
+    base = points.get("top2")
+    rows = [("block pair", "serial ms", "planned ms", "x serial", "x serial top2", "comm", "bound ms", "schedule")]
+    for kind, one in points.items():
+        names = " | ".join(phase.name for phase in one.phases)
+        versus = f"{base.serial_s / one.time_s:.2f}" if base is not None else "-"
+        rows.append((kind, f"{1e3 * one.serial_s:.3f}", f"{1e3 * one.time_s:.3f}", f"{one.speedup:.2f}", versus,
+                     f"{100 * one.comm_share:.0f} %", f"{1e3 * one.bound_s:.3f}", names))  # fmt: skip
+    lines = _aligned(rows)
+    if base is not None:
+        lines.append(
+            "ScMoE and the shared expert are other models than top2 and send fewer bytes: compare like with like."
+        )
+    return lines
+
+
+def _explained(points: dict[str, Prediction], point: Prediction) -> list[str]:
+    """explain() of each phase; for ScMoE, a tap one op earlier is one of the things that could help."""
+    wider = None
+    if point.kind.startswith("scmoe"):
+        wider = points.get(f"scmoe_pos{WINDOW_OPS[point.kind]}")
+    texts = []
+    for number, phase in enumerate(point.phases):
+        changes = []
+        if wider is not None:
+            other = wider.phases[number]
+            op = OP_NAMES[len(OP_NAMES) - WINDOW_OPS[wider.kind]]
+            changes.append(Change(label=f"{wider.kind}: the experts read before {op}, another model",
+                                  window=other.window, outside_s=other.outside_s))  # fmt: skip
+        texts.append(explain(phase.window, phase.candidates, outside_s=phase.outside_s, changes=changes))
+    return texts
+
+
+def _map(found: Sweep, point: Prediction) -> list[str]:
+    """The sweep as text: some of its rank counts, all of its bandwidths, and where overlap is worth something."""
+    step = -(-len(found.ranks) // TEXT_COLUMNS)
+    shown = [y for y in range(len(found.ranks)) if y % step == 0 or found.ranks[y] == point.ranks]
+    rows = [("to other nodes", *(f"{found.ranks[y]} ranks" for y in shown))]
+    for x, rate in enumerate(found.bandwidths):
+        rows.append((rate_text(rate), *(f"{found.grid[y][x].speedup:.2f}x {found.grid[y][x].code}" for y in shown)))
+    lines = [f"{point.kind}, times faster than serial and the schedule that wins (s serial, r chunks, k ops first):"]
+    lines += _aligned(rows)
+    line = found.lines[point.kind]
+    best = max(line, key=lambda one: one.speedup)
+    worth = [one for one in line if one.speedup >= WORTH]
+    said = f"On {point.ranks} ranks overlap gains most at {_rate(best)} ({best.speedup:.2f}x)"
+    if worth:
+        said += f", and at least {100 * (WORTH - 1):.0f} % from {_rate(worth[0])} to {_rate(worth[-1])}"
+    return [*lines, said + ", of the bandwidths looked at."]
+
+
+def _rate(one: Prediction) -> str:
+    assert one.at.bytes_per_s is not None
+    return rate_text(one.at.bytes_per_s)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | None) -> dict[str, Any]:
+    """plan.json: the question, the cost model of the point, every block pair there, and the sweep."""
+    point = points[options.kinds[0]]
+    record = {
+        "options": options.to_json(),
+        "cost_model": point.model.to_json(),
+        "point": [one.to_json() for one in points.values()],
+    }
+    if found is not None:
+        record["grid"] = [one.to_json() for row in found.grid for one in row]
+        record["kinds"] = [one.to_json() for line in found.lines.values() for one in line]
+    return record
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g} us"

@@ -1,0 +1,193 @@
+"""From the figures of a machine and a model to the seconds of a step: a `CostModel` for any block pair and place.
+
+The timed unit is that of `moe-overlap bench layer`: attention, dense MLP, attention, experts; every MLP and expert is a
+SwiGLU of the same width. D hidden, F width, T tokens of a rank, S tokens that attention looks at, K experts per token.
+
+    matmul FLOPs forward   attention 8 T D^2 + 2 T S D (causal)   MLP 6 T D F   experts 6 D F for each row
+    backward               twice as many; of the experts half for the input, half for the weights
+    rows moved             P, U and Pt read and write each row, Ut moves 3 D; the experts unpack and pack theirs
+    weights read           3 D F of every expert in every chunk, before its matmuls: chunks of tokens read all experts'
+                           weights each, chunks by expert groups only those of the group
+    exchange               latency + one message per peer + bytes / bandwidth, for each wire
+    agreement              a gather of every rank's counts, 16 blocks x experts x 8 bytes, before the rows move
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from moe_overlap.agreement.plan import BLOCKS, ChunkBy
+from moe_overlap.commands.plan.options import PlanOptions
+from moe_overlap.errors import ConfigError
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, OpVerb, StepShape, balanced_shape
+
+CHUNKS = (1, 2, 4, 8, 16)
+GROUPS = (2, 4, 8)
+# Kind -> how many ops of the block pair (attention, MLP, attention, shared expert) run beside the exchanges.
+WINDOW_OPS = {"top2": 0, "shared1": 1, "scmoe_pos1": 2, "scmoe_pos2": 3, "scmoe_pos3": 4}
+OP_NAMES = ("attn1", "mlp", "attn2", "shared")
+COUNT_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a step runs: ranks that exchange among themselves, those of them on a node, and the rate between nodes."""
+
+    group: int
+    per_node: int
+    bytes_per_s: float | None
+
+    @property
+    def peers(self) -> dict[str, int]:
+        """How many ranks one rank talks to, by wire."""
+        found = {"inter": self.group - self.per_node, "intra": self.per_node - 1}
+        return {wire: count for wire, count in found.items() if count}
+
+
+def place(options: PlanOptions, *, ranks: int, bytes_per_s: float | None) -> Place:
+    """With more ranks than experts, groups of as many ranks as there are experts exchange among themselves.
+
+    Where groups and nodes do not fit into each other, every rank has as few others on its node as the fewest.
+    """
+    group = math.gcd(ranks, options.experts)
+    one_node = options.ranks_per_node >= ranks
+    per_node = group if one_node else math.gcd(group, options.ranks_per_node)
+    return Place(group=group, per_node=per_node, bytes_per_s=bytes_per_s)
+
+
+def routed(options: PlanOptions, kind: str) -> int:
+    """Experts that a token is sent to."""
+    return options.top_k if kind in ("top2", "calibrated") else options.top_k - 1
+
+
+def op_verb(kind: str, model: CostModel) -> OpVerb:
+    """Whether backbone ops or the shared expert stand beside the exchanges."""
+    if kind == "calibrated":
+        return "S" if not model.backbone_s and model.shared_s else "B"
+    return "S" if kind == "shared1" else "B"
+
+
+def op_names(kind: str, model: CostModel) -> dict[str, str]:
+    """Names of the backbone ops B0, B1, ... for the picture."""
+    if kind == "calibrated":
+        return {}
+    count = len(model.backbone_s)
+    return {f"B{index}": name for index, name in enumerate(OP_NAMES[len(OP_NAMES) - count :] if count else ())}
+
+
+def shapes(options: PlanOptions, kind: str, at: Place) -> list[StepShape]:
+    """One for every chunk count by tokens, and by expert groups where a rank has so many experts."""
+    local = options.experts // at.group
+    cuts: list[tuple[int, ChunkBy]] = [(chunks, "tokens") for chunks in CHUNKS]
+    cuts += [(groups, "experts") for groups in GROUPS if groups <= local]
+    return [
+        balanced_shape(
+            tokens=options.tokens,
+            top_k=routed(options, kind),
+            hidden=options.hidden,
+            dtype_bytes=options.dtype_bytes,
+            ranks=at.group,
+            ranks_per_node=at.per_node,
+            local_experts=local,
+            chunks=chunks,
+            by=by,
+        )
+        for chunks, by in cuts
+    ]
+
+
+def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
+    """The calibrated model with the rates asked for, or one from the figures of a machine."""
+    if options.cost_model is not None:
+        return replace(options.cost_model, exchange=_calibrated_wires(options, options.cost_model, at))
+    flop_s, row_bytes = 1 / options.flops, options.hidden * options.dtype_bytes
+    row_s = row_bytes / options.memory_bandwidth
+    matmul_s = 6 * options.hidden * options.ffn * flop_s
+    ops_s = backbone_s(options)
+    inside = WINDOW_OPS[kind] if kind.startswith("scmoe") else 0
+    whole_s = ops_s if kind.startswith("scmoe") else ops_s[:3]
+    outside_s = sum(whole_s[: len(whole_s) - inside])
+    router_s = 2 * options.tokens * options.hidden * options.experts * flop_s
+    shared_s = ops_s[3] if kind == "shared1" else 0.0
+    window_s = whole_s[len(whole_s) - inside :]
+
+    def rows(passes: float) -> AlphaBeta:
+        return AlphaBeta(alpha_s=options.launch, beta_s=passes * row_s)
+
+    def experts(passes: float) -> AlphaBeta:
+        return AlphaBeta(alpha_s=options.launch, beta_s=matmul_s + passes * row_s)
+
+    return CostModel(
+        exchange=_wires(options, at),
+        experts=experts(4),
+        experts_dgrad=experts(4),
+        experts_wgrad=experts(0),
+        expert_s=weights_read_s(options),
+        expert_dgrad_s=weights_read_s(options),
+        permute=rows(2),
+        unpermute=rows(2),
+        unpermute_backward=rows(3),
+        permute_backward=rows(2),
+        backbone_s=window_s,
+        backbone_backward_s=tuple(2 * seconds for seconds in window_s),
+        shared_s=shared_s,
+        shared_backward_s=2 * shared_s,
+        outside_s=outside_s + router_s + agreement_s(options, at),
+        outside_backward_s=2 * (outside_s + router_s),
+        issue_s=options.issue,
+        slowdown=options.slowdown,
+        source="from numbers",
+    )
+
+
+def backbone_s(options: PlanOptions) -> tuple[float, ...]:
+    """Forward seconds of attention, MLP, attention, shared expert; the first three may have been given."""
+    t, d = options.tokens, options.hidden
+    mlp_s = 6 * t * d * options.ffn / options.flops
+    if options.backbone is not None:
+        return (*options.backbone, mlp_s)
+    seen = min(options.sequence, t)
+    attention_s = (8 * t * d * d + 2 * t * seen * d) / options.flops
+    return attention_s, mlp_s, attention_s, mlp_s
+
+
+def agreement_s(options: PlanOptions, at: Place) -> float:
+    """The gather of counts that begins every step."""
+    if at.group == 1:
+        return 0.0
+    assert at.bytes_per_s is not None and options.intra_bandwidth is not None and options.latency is not None
+    rate = at.bytes_per_s if "inter" in at.peers else options.intra_bandwidth
+    gathered = (at.group - 1) * BLOCKS * options.experts * COUNT_BYTES
+    return options.latency * math.ceil(math.log2(at.group)) + gathered / rate
+
+
+def weights_read_s(options: PlanOptions) -> float:
+    """How long reading one expert's weights takes. It is added to the matmuls: with few rows little of it is hidden."""
+    return 3 * options.hidden * options.ffn * options.dtype_bytes / options.memory_bandwidth
+
+
+def _wires(options: PlanOptions, at: Place) -> dict[str, AlphaBeta]:
+    assert at.bytes_per_s is not None and options.intra_bandwidth is not None and options.latency is not None
+    rates = {"inter": at.bytes_per_s, "intra": options.intra_bandwidth}
+    return {
+        wire: AlphaBeta(alpha_s=options.latency + count * options.message, beta_s=1 / rates[wire])
+        for wire, count in at.peers.items()
+    }
+
+
+def _calibrated_wires(options: PlanOptions, model: CostModel, at: Place) -> dict[str, AlphaBeta]:
+    """The calibrated wires. A rate or latency that was asked for replaces the calibrated one."""
+    rates = {"inter": at.bytes_per_s, "intra": options.intra_bandwidth}
+    found = {}
+    for wire in at.peers:
+        line, rate = model.exchange.get(wire), rates[wire]
+        if line is None:
+            if rate is None or options.latency is None:
+                flag = "--bandwidth" if wire == "inter" else "--intra-bandwidth"
+                where = f"{at.group} ranks, {at.per_node} per node"
+                raise ConfigError(flag, rate, f"a rate, and --latency: --cost-model has no wire {wire!r} for {where}")
+            line = AlphaBeta(alpha_s=options.latency, beta_s=1 / rate)
+        alpha_s = line.alpha_s if options.latency is None else options.latency
+        found[wire] = AlphaBeta(alpha_s=alpha_s, beta_s=line.beta_s if rate is None else 1 / rate)
+    return found

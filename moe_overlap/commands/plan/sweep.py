@@ -1,0 +1,217 @@
+"""What the planner finds at one place, and at many: seconds of a step of each block pair, planned and serial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, shapes
+from moe_overlap.commands.plan.options import PlanOptions
+from moe_overlap.planning.cost_model import CostModel, window
+from moe_overlap.planning.explain import bound_s, name_of
+from moe_overlap.planning.search import Candidate, search
+from moe_overlap.planning.window import Window
+from moe_overlap.schedule.actions import Phase
+
+RANKS = tuple(2**power for power in range(1, 13))
+STEPS_BELOW, STEPS_ABOVE = 6, 4  # bandwidths of the sweep: the one asked for, halved and doubled so often
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasePlan:
+    """One phase at one place: its window, what the search found (best first) and the seconds in no window."""
+
+    phase: Phase
+    window: Window
+    candidates: tuple[Candidate, ...]
+    outside_s: float
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    @property
+    def serial(self) -> Candidate:
+        return next(one for one in self.candidates if one.joined and one.chunks == 1)
+
+    @property
+    def name(self) -> str:
+        return name_of(self.best, self.window)
+
+    @property
+    def code(self) -> str:
+        """The best schedule in a few letters: s serial, r4 four chunks of tokens, e4 four expert groups, k2 two ops
+        first, k* ops between the chunks."""
+        cut = f"{'e' if self.best.by == 'experts' else 'r'}{self.best.chunks}"
+        if self.best.joined:
+            return "s" if self.best.chunks == 1 else f"{cut} joined"
+        before = self.best.ops_before
+        slot = (f"k{before[0]}" if len(set(before)) == 1 else "k*") if self.window.ops_s else ""
+        return slot + (cut if self.best.chunks > 1 or not slot else "")
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of one chunk if exchanges took no time at all: what is left when everything is hidden."""
+        one, w = self.window.chunking(1, "tokens"), self.window
+        return self.outside_s + sum((w.head_s, *w.ops_s, *one.experts_s, *one.deferred_s, w.tail_s))
+
+    def of_chunks(self, chunks: int, by: ChunkBy | None = None) -> float:
+        """Seconds of the best schedule of so many chunks that overlaps; by: None is whichever cut is faster."""
+        found = [one for one in self.candidates if one.chunks == chunks and not one.joined and by in (None, one.by)]
+        return self.outside_s + min(one.predicted_s for one in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One block pair at one place, in the phase that was asked for."""
+
+    kind: str
+    ranks: int
+    at: Place
+    model: CostModel
+    phases: tuple[PhasePlan, ...]
+
+    @cached_property
+    def time_s(self) -> float:
+        return sum(phase.outside_s + phase.best.predicted_s for phase in self.phases)
+
+    @cached_property
+    def serial_s(self) -> float:
+        return sum(phase.outside_s + phase.serial.predicted_s for phase in self.phases)
+
+    @cached_property
+    def compute_s(self) -> float:
+        return sum(phase.compute_s for phase in self.phases)
+
+    @property
+    def bound_s(self) -> float:
+        """No order of any cut is faster."""
+        return sum(
+            phase.outside_s + min(bound_s(phase.window, one) for one in phase.window.chunkings) for phase in self.phases
+        )
+
+    @property
+    def speedup(self) -> float:
+        return self.serial_s / self.time_s
+
+    @property
+    def comm_share(self) -> float:
+        """Share of the serial time that exchanges add."""
+        return (self.serial_s - self.compute_s) / self.serial_s
+
+    @property
+    def code(self) -> str:
+        return " ".join(phase.code for phase in self.phases)
+
+    def of_chunks(self, chunks: int, by: ChunkBy | None = None) -> float:
+        return sum(phase.of_chunks(chunks, by) for phase in self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat row; times in milliseconds."""
+        row: dict[str, Any] = {
+            "kind": self.kind,
+            "ranks": self.ranks,
+            "group": self.at.group,
+            "bandwidth_bytes_per_s": self.at.bytes_per_s,
+            "serial_ms": 1e3 * self.serial_s,
+            "predicted_ms": 1e3 * self.time_s,
+            "compute_ms": 1e3 * self.compute_s,
+            "bound_ms": 1e3 * self.bound_s,
+            "speedup_vs_serial": self.speedup,
+            "comm_share": self.comm_share,
+        }
+        for phase in self.phases:
+            row |= {
+                phase.phase: phase.name,
+                f"{phase.phase}_order": phase.best.order,
+                f"{phase.phase}_chunks": phase.best.chunks,
+                f"{phase.phase}_by": phase.best.by,
+                f"{phase.phase}_ms": 1e3 * (phase.outside_s + phase.best.predicted_s),
+                f"{phase.phase}_serial_ms": 1e3 * (phase.outside_s + phase.serial.predicted_s),
+            }
+        return row
+
+
+def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float | None) -> Prediction:
+    """Plan one block pair with so many ranks over a link of this rate (None: as calibrated)."""
+    at = place(options, ranks=ranks, bytes_per_s=bytes_per_s)
+    model, cuts = cost_model(options, kind, at), shapes(options, kind, at)
+    wanted: tuple[Phase, ...] = ("forward", "backward") if options.phase == "train" else ("forward",)
+    phases = []
+    for phase in wanted:
+        problem = window(model, cuts, phase, op_verb=op_verb(kind, model))
+        found = search(problem)
+        phases.append(PhasePlan(phase=phase, window=problem, candidates=found, outside_s=model.outside(phase)))
+    return Prediction(kind=kind, ranks=ranks, at=at, model=model, phases=tuple(phases))
+
+
+def asked(options: PlanOptions, kind: str) -> Prediction:
+    """The point of the command line."""
+    return predict(options, kind, ranks=options.ranks, bytes_per_s=base_bandwidth(options))
+
+
+def base_bandwidth(options: PlanOptions) -> float | None:
+    """Bytes per second between nodes, asked for or else calibrated; None where nothing says it."""
+    if options.bandwidth is not None or options.cost_model is None:
+        return options.bandwidth
+    line = options.cost_model.exchange.get("inter")
+    return 1 / line.beta_s if line is not None and line.beta_s else None
+
+
+def bandwidths(options: PlanOptions) -> list[float]:
+    """The base bandwidth halved and doubled, ascending; empty where there is none."""
+    base = base_bandwidth(options)
+    return [] if base is None else [base * 2.0**power for power in range(-STEPS_BELOW, STEPS_ABOVE + 1)]
+
+
+def rank_counts(options: PlanOptions) -> list[int]:
+    """From 2 to thousands, those of them that share the experts equally, and the one asked for.
+
+    With more ranks than experts only every second: whole groups exchange there, all alike.
+    """
+    shared = [ranks for ranks in RANKS if max(ranks, options.experts) % min(ranks, options.experts) == 0]
+    more = [ranks for ranks in shared if ranks > options.experts]
+    return sorted({*(ranks for ranks in shared if ranks <= options.experts), *more[::-2], options.ranks})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """`grid[i][j]`: the asked kind at rank_counts()[i] and bandwidths()[j]; `lines[kind]`: every kind at the asked
+    number of ranks, over the bandwidths."""
+
+    ranks: list[int]
+    bandwidths: list[float]
+    grid: list[list[Prediction]]
+    lines: dict[str, list[Prediction]]
+
+
+def sweep(options: PlanOptions) -> Sweep:
+    """Ask the planner everywhere; `bandwidths(options)` must not be empty.
+
+    Places that exchange alike (whole groups, one node) are asked once.
+    """
+    known: dict[tuple[str, Place], Prediction] = {}
+
+    def at(kind: str, ranks: int, rate: float) -> Prediction:
+        spot = place(options, ranks=ranks, bytes_per_s=rate)
+        key = (kind, spot if "inter" in spot.peers else replace(spot, bytes_per_s=0.0))
+        if key not in known:
+            known[key] = predict(options, kind, ranks=ranks, bytes_per_s=rate)
+        return replace(known[key], ranks=ranks, at=spot)
+
+    rates, ranks = bandwidths(options), rank_counts(options)
+    main = options.kinds[0]
+    return Sweep(
+        ranks=ranks,
+        bandwidths=rates,
+        grid=[[at(main, count, rate) for rate in rates] for count in ranks],
+        lines={kind: [at(kind, options.ranks, rate) for rate in rates] for kind in options.kinds},
+    )
+
+
+def speedups_over(sweep: Sweep, reference: Sequence[Prediction], kind: str) -> list[float]:
+    """How much faster the planned `kind` is than the serial schedule of `reference`, at each bandwidth."""
+    return [base.serial_s / one.time_s for base, one in zip(reference, sweep.lines[kind], strict=True)]

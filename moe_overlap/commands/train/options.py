@@ -1,0 +1,216 @@
+"""The command line of `moe-overlap train`, as one frozen record."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from moe_overlap.commands.cli import OneLineParser
+from moe_overlap.errors import ConfigError
+from moe_overlap.schedule.builders import parse_choice
+from moe_overlap.transport.link import LinkSpec
+
+KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
+
+# The options that decide a run's numbers, bit for bit (the overlap does not).
+IDENTITY = (
+    "kind steps batch seq layers hidden ffn experts vocab ranks seed lr warmup weight_decay schedule chunks slot"
+).split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """One training run. Sizes in tokens or elements; `batch` counts sequences over all ranks."""
+
+    kind: str = "scmoe_pos2"
+    text: str | None = None
+    out: str = "out/train"
+    steps: int = 200
+    batch: int = 8
+    seq: int = 256
+    layers: int = 4
+    hidden: int = 128
+    ffn: int = 512
+    experts: int = 8
+    vocab: int = 4096
+    ranks: int = 2
+    threads: int = 0
+    seed: int = 0
+    lr: float = 5e-3
+    warmup: int = 20
+    weight_decay: float = 0.1
+    overlap: str = "on"
+    schedule: str | None = None
+    chunks: int = 1
+    slot: int | None = None
+    link: str = "none"
+    compare_overlap: bool = False
+    eval_tokens: int = 65536
+    checkpoint_every: int = 0
+    resume: str | None = None
+    save_routing: str | None = None
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if self.kind not in KINDS:
+            raise ConfigError("--kind", self.kind, f"one of {', '.join(KINDS)}")
+        if self.overlap not in ("on", "off"):
+            raise ConfigError("--overlap", self.overlap, "on or off")
+        if self.layers % 2:
+            raise ConfigError("--layers", self.layers, "an even number (blocks come in pairs, the second with experts)")
+        if self.batch % self.ranks:
+            raise ConfigError("--batch", self.batch, f"a multiple of --ranks ({self.ranks})")
+        if self.experts % self.ranks:
+            raise ConfigError("--experts", self.experts, f"a multiple of --ranks ({self.ranks})")
+        if self.hidden % self.head_size or self.head_size % 2:
+            raise ConfigError("--hidden", self.hidden, "a multiple of 64, or an even number below 64")
+        if self.experts < self.routing_width:
+            raise ConfigError("--experts", self.experts, f"at least {self.routing_width}")
+        if self.compare_overlap and (self.resume or self.checkpoint_every):
+            raise ConfigError("--compare-overlap", True, "a run without --resume and --checkpoint-every")
+        self._check_schedule()
+        self._check_link()
+
+    def _check_schedule(self) -> None:
+        if self.kind.startswith("scmoe"):
+            if self.schedule == "auto" and (self.slot is not None or self.chunks != 1):
+                raise ConfigError("--schedule", self.schedule, "no --slot and no --chunks beside it: it chooses both")
+            if self.schedule not in (None, "auto"):
+                raise ConfigError("--schedule", self.schedule, "auto for a scmoe kind, which takes --slot and --chunks")
+            if self.slot is not None and self.slot > self.window_ops:
+                raise ConfigError("--slot", self.slot, f"an integer from 0 to {self.window_ops} for --kind {self.kind}")
+        elif self.slot is not None or self.chunks != 1:
+            name, value = ("--slot", self.slot) if self.slot is not None else ("--chunks", self.chunks)
+            raise ConfigError(name, value, f"a scmoe kind (--kind {self.kind} takes --schedule)")
+        elif self.schedule not in (None, "auto"):
+            try:
+                parse_choice(self.schedule, shared=self.kind == "shared1")
+            except NotImplementedError as missing:
+                raise ConfigError("--schedule", self.schedule, str(missing)) from None
+            except ConfigError as error:
+                raise ConfigError("--schedule", self.schedule, error.expected) from None
+
+    def _check_link(self) -> None:
+        try:
+            link = LinkSpec.parse(self.link)
+        except ConfigError as error:
+            raise ConfigError("--link", self.link, error.expected) from None
+        if link is not None and self.ranks == 1:
+            raise ConfigError("--link", self.link, "none for one rank, which sends nothing")
+
+    @property
+    def top_k(self) -> int:
+        """Routed experts per token; the other kinds have a shared expert in the second one's place."""
+        return 2 if self.kind == "top2" else 1
+
+    @property
+    def routing_width(self) -> int:
+        """Experts per token in a file of --save-routing."""
+        return max(2, self.top_k)
+
+    @property
+    def head_size(self) -> int:
+        return min(64, self.hidden)
+
+    @property
+    def position(self) -> int:
+        """ScMoE's Pos-1/2/3; 0 for the kinds without a shortcut."""
+        return int(self.kind[-1]) if self.kind.startswith("scmoe") else 0
+
+    @property
+    def window_ops(self) -> int:
+        """Backbone ops (the shared expert included) that run beside the exchanges of a shortcut."""
+        return self.position + 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq
+
+    @property
+    def threads_per_rank(self) -> int:
+        """--threads, else the cores divided over the ranks; one where that would exceed the cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = self.threads or max(1, cores // self.ranks)
+        return threads if threads * self.ranks <= cores else 1
+
+
+def _check_ranges(options: TrainOptions) -> None:
+    for name in "steps batch seq layers hidden ffn experts ranks eval_tokens chunks".split():
+        if getattr(options, name) < 1:
+            raise ConfigError(_flag(name), getattr(options, name), "an integer of at least 1")
+    for name in "threads warmup checkpoint_every seed".split():
+        if getattr(options, name) < 0:
+            raise ConfigError(_flag(name), getattr(options, name), "an integer of at least 0")
+    if options.vocab < 257:
+        raise ConfigError("--vocab", options.vocab, "an integer of at least 257 (all bytes and the end of a document)")
+    if options.slot is not None and options.slot < 0:
+        raise ConfigError("--slot", options.slot, "an integer of at least 0")
+    if options.chunks > 16:
+        raise ConfigError("--chunks", options.chunks, "an integer from 1 to 16")
+    for name in ("lr", "timeout_s"):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(_flag(name), value, "a number above 0")
+    if not (math.isfinite(options.weight_decay) and options.weight_decay >= 0):
+        raise ConfigError("--weight-decay", options.weight_decay, "a number of at least 0")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+HELP = {
+    "kind": f"block pair: {', '.join(KINDS)}",
+    "text": "file or folder of text; default: Debian's python3.11-doc if installed, else Python's own sources",
+    "out": "folder for the log, the tokenizer and the checkpoints",
+    "steps": "optimizer steps",
+    "batch": "sequences per step over all ranks",
+    "seq": "tokens per sequence",
+    "layers": "blocks, even: every second one has experts",
+    "hidden": "model width",
+    "ffn": "width of the dense MLPs, the shared expert and each routed expert",
+    "experts": "routed experts over all ranks",
+    "vocab": "tokens of the byte-level BPE vocabulary",
+    "ranks": "processes to spawn (under torchrun: its world size)",
+    "threads": "threads per rank; 0 = cores / ranks",
+    "seed": "seed of the parameters and of the order of the data",
+    "lr": "peak learning rate of the cosine schedule",
+    "warmup": "steps of linear warm-up",
+    "weight_decay": "AdamW weight decay of matrices",
+    "overlap": "on, or off: the same schedule with every exchange joined right after its start",
+    "schedule": "auto: measure at the first step, then run the fastest found; top2, shared1 also: serial, chunked(r), "
+    "chunked(r,experts), shared_expert; default by kind (a run that is resumed with auto may choose others)",
+    "chunks": "scmoe: chunks per exchange",
+    "slot": "scmoe: backbone ops issued before the experts; default the middle",
+    "link": "none, or RATE[:LATENCY] of an emulated link between the ranks, such as 400mbit:50us",
+    "compare_overlap": "run overlap off, then on, and compare losses and parameters bit for bit; exit 1 if they differ",
+    "eval_tokens": "held-out tokens to evaluate",
+    "checkpoint_every": "steps between checkpoints; 0 = none",
+    "resume": "checkpoint folder, or a folder of checkpoints (the newest complete one)",
+    "save_routing": "write the routing of one MoE layer on the held-out text to this safetensors file",
+    "timeout_s": "longest wait for another rank, seconds",
+}
+_TYPES = {"int": int, "int | None": int, "float": float, "str": str, "str | None": str}
+
+
+def parse(argv: Sequence[str] | None, *, ranks: int | None = None) -> TrainOptions:
+    """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
+    parser = OneLineParser(
+        prog="moe-overlap train",
+        description="Train a small Mixture-of-Experts language model on real text, expert-parallel.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in fields(TrainOptions):
+        if field.type == "bool":
+            parser.add_argument(_flag(field.name), action="store_true", help=HELP[field.name])
+        else:
+            kind = _TYPES[str(field.type)]
+            parser.add_argument(_flag(field.name), type=kind, default=field.default, help=HELP[field.name])
+    values = vars(parser.parse_args(argv))
+    if ranks is not None:
+        values["ranks"] = ranks
+    return TrainOptions(**values)

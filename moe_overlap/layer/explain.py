@@ -1,0 +1,106 @@
+"""What a layer does and why, in text: its schedules, their simulated times, what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from moe_overlap.agreement.plan import ExchangePlan
+from moe_overlap.auto.calibrate import step_shape
+from moe_overlap.auto.planned import PlannedSchedule
+from moe_overlap.layer.stats import LastStep
+from moe_overlap.planning.explain import explain as explain_window
+from moe_overlap.planning.explain import in_ms
+from moe_overlap.planning.search import joined_form
+from moe_overlap.schedule.actions import Phase, Schedule
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.check import draw, makespan_s
+from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.transport.base import Transport
+
+FAR = 2.0  # times the rows of the calibration: a step beyond that is said to be extrapolated
+
+
+def measured_durations(events: Sequence[TimelineEvent], phase: str) -> dict[str, float]:
+    """Median seconds by action text, of one phase: compute actions and exchanges, not the waits for them."""
+    seconds: dict[str, list[float]] = {}
+    for event in events:
+        if event.phase == phase and event.lane != "wait":
+            seconds.setdefault(event.action, []).append(event.end_s - event.start_s)
+    return {action: median(values) for action, values in seconds.items()}
+
+
+def explain(
+    pair: SchedulePair,
+    events: Sequence[TimelineEvent],
+    transport: Transport,
+    *,
+    computes: Sequence[str],
+    last: LastStep | None = None,
+) -> str:
+    """A page of text; see `MoELayer.explain`. `computes`: the registry's lines; `last`: the step that ran `pair`."""
+    lines = [
+        f"schedule {pair.name}: {pair.chunks} chunk(s) by {pair.by}"
+        + ("" if pair.slot is None else f", slot {pair.slot}")
+        + (", every exchange joined (overlap off)" if pair.joined else ", overlap on"),
+        f"transport {transport.name}: rank {transport.rank} of {transport.world_size}",
+    ]
+    for name, schedule in (("forward", pair.forward), ("backward", pair.backward)):
+        lines += ["", f"{name}: {schedule.text}", draw(schedule, joined=pair.joined)]
+        lines.append(_times(schedule, measured_durations(events, name), joined=pair.joined))
+    if last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule):
+        lines += _planned(last.schedule, last.plan.exchange, events)
+    return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in computes)])
+
+
+def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence[TimelineEvent]) -> list[str]:
+    """Why the planner chose this: one section a phase, with what the last step took on this rank."""
+    planned, budget = schedule.planned(exchange), schedule.max_in_flight_bytes
+    lines = ["", f"chosen by the planner from a cost model {schedule.model.source}"]
+    if not schedule.overlap:
+        lines.append("overlap=False: every exchange of what was chosen is joined where it starts")
+    shape = step_shape(exchange.chunked(1, "tokens"), row_bytes=schedule.row_bytes, nodes=schedule.nodes)
+    measured = schedule.model.measured_rows
+    if measured and shape.slots_rows > FAR * measured:
+        lines.append(f"WARNING: the cost model was measured on {measured:g} rows (T * K of the busiest rank); this "
+                     f"step had {shape.slots_rows}, so its times are extrapolated")  # fmt: skip
+    for phase, window in planned.windows.items():
+        chosen = planned.candidates[phase][0]
+        text = explain_window(
+            window,
+            planned.candidates[phase],
+            chosen=chosen if schedule.overlap else joined_form(window, chosen),
+            measured_s=window_s(events, planned.pair.forward if phase == "forward" else planned.pair.backward, phase),
+            max_in_flight_bytes=budget,
+        )
+        lines += ["", f"-- {phase} --", text]
+        outside_s = schedule.model.outside(phase, schedule.num_ops)
+        lines.append(f"\nOutside this window, in none of these figures: {in_ms(outside_s)} in the calibration.")
+    return lines
+
+
+def window_s(events: Sequence[TimelineEvent], schedule: Schedule, phase: Phase) -> float | None:
+    """Seconds of the last run of a phase, from the start of its first action to the end of its last.
+
+    None where it has not run, or not all of `schedule` did (no input that needs a gradient, a backward of a part).
+    """
+    mine = [event for event in events if event.phase == phase and event.action != "N"]
+    starts = [event.start_s for event in mine if event.action == schedule.actions[0].text]
+    last = [event for event in mine if starts and event.start_s >= starts[-1]]
+    if not {action.text for action in schedule} <= {event.action for event in last}:
+        return None
+    return max(event.end_s for event in last) - starts[-1]
+
+
+def _times(schedule: Schedule, durations_s: dict[str, float], *, joined: bool) -> str:
+    missing = [action.text for action in schedule if action.text not in durations_s]
+    if missing:
+        how = "run this phase once; on CUDA inside moe_overlap.measure.timeline.record()"
+        return f"no times: {' '.join(missing)} not measured yet ({how})"
+    known = {action.text: durations_s[action.text] for action in schedule}
+    off = makespan_s(schedule, known, joined=True) * 1e3
+    on = makespan_s(schedule, known) * 1e3
+    table = "  ".join(f"{action} {seconds * 1e3:.3f}" for action, seconds in known.items())
+    chosen = f"{off:.3f} ms as configured (joined)" if joined else f"{on:.3f} ms as configured (overlapped)"
+    compared = f"joined {off:.3f} ms, overlapped {on:.3f} ms"
+    return f"simulated from the last measured durations: {chosen}; {compared}\n  ms: {table}"

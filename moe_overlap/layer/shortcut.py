@@ -1,0 +1,124 @@
+"""ScMoE's shortcut: the experts read an earlier activation, so that backbone ops run beside both exchanges.
+
+Source: "Shortcut-connected Expert Parallelism for Accelerating Mixture of Experts", ICML 2025 (arXiv 2404.05019),
+section 3.1 (positions), equations 7 to 10 (wiring) and 14 to 17 (combining with the shared expert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer.arguments import as_module, check_budget
+from moe_overlap.layer.layer import Beside, MoELayer
+from moe_overlap.schedule.builders import SchedulePair, window
+from moe_overlap.schedule.check import check
+from moe_overlap.schedule.nodes import Tap, closing_on_error
+
+Op = Callable[[torch.Tensor], torch.Tensor]
+COMBINE = ("add", "gated")
+
+
+class SharedExpertOp(nn.Module):
+    """The shared expert as the last backbone op: h + branch(h), or h + sigmoid(h w) * branch(h) (the paper's CG-1).
+
+    The coefficient reads the op's own input, so that it never waits for the experts.
+    """
+
+    def __init__(self, branch: Op, hidden_size: int, *, gated: bool, reference: torch.Tensor) -> None:
+        super().__init__()
+        self.branch = as_module(branch)
+        self.gate = (
+            nn.Linear(hidden_size, 1, bias=False, device=reference.device, dtype=reference.dtype) if gated else None
+        )
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.branch(h)
+        return h + (y if self.gate is None else torch.sigmoid(self.gate(h)) * y)
+
+
+class ShortcutBlock(nn.Module):
+    """Backbone ops with a MoE layer beside them.
+
+    backbone: callables h -> h [..., D], norm and residual inside (modules are registered). tap: how many of them run
+    before the point that feeds the experts (Pos-1, 2, 3 of a block pair: 2, 1, 0; see `tap_of_position`).
+    shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
+    says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
+    chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
+    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or six steps
+    where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
+    the experts' input and on their output. overlap=False: every exchange joined.
+
+    y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
+    """
+
+    def __init__(
+        self,
+        backbone: Sequence[Op],
+        moe: MoELayer,
+        *,
+        tap: int,
+        slot: int | None = None,
+        shared_expert: Op | None = None,
+        combine: str = "add",
+        backward_slot: int | None = None,
+        pre_norm: Op | None = None,
+        post_norm: Op | None = None,
+        chunks: int = 1,
+        backward_chunks: int | None = None,
+        by: ChunkBy = "tokens",
+        schedule: str | None = None,
+        overlap: bool = True,
+        max_in_flight_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if combine not in COMBINE:
+            raise ConfigError("combine", combine, f"one of {COMBINE}")
+        if combine == "gated" and shared_expert is None:
+            raise ConfigError("combine", combine, "a shared_expert, whose output the gate multiplies")
+        if moe.shared_expert is not None:
+            raise ConfigError("moe", "a layer with a shared expert", "a layer without one: give it as shared_expert")
+        ops = list(backbone)
+        if shared_expert is not None:
+            gated = combine == "gated"
+            ops.append(SharedExpertOp(shared_expert, moe.dispatcher.hidden, gated=gated, reference=moe.down_proj))
+        if not isinstance(tap, int) or not 0 <= tap <= len(ops):
+            raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
+        self.moe = moe
+        self.tap = tap
+        self.backbone = nn.ModuleList(as_module(op) for op in ops)
+        self.pre_norm = pre_norm
+        self.post_norm = post_norm
+        check_budget(max_in_flight_bytes, schedule)
+        num_ops = len(ops) - tap
+        if schedule not in (None, "auto") or (schedule is None) != (slot is not None):
+            raise ConfigError("schedule", schedule, "None beside a slot, or 'auto' without one")
+        self.schedule: SchedulePair | AutoSchedule
+        if slot is None and moe.transport.world_size > 1:
+            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,
+                                         max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+        else:
+            pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
+                          backward_chunks=backward_chunks)  # fmt: skip
+            check(pair)
+            pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
+            self.schedule = pair if overlap else pair.join()
+
+    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
+        with closing_on_error(self.moe.transport, "the backbone before the tap"):
+            for op in self.backbone[: self.tap]:
+                h = op(h)
+            hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
+            if self.pre_norm is not None:
+                tapped = self.pre_norm(tapped)
+        beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
+        h, routed = self.moe(tapped, beside)
+        return h + (routed if self.post_norm is None else self.post_norm(routed))

@@ -1,0 +1,73 @@
+"""What a layer says about its last forward call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_overlap.agreement.plan import ChunkPlan
+from moe_overlap.placement.placement import Placement
+from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.schedule.builders import SchedulePair, Schedules
+from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.recorder import TimelineEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStats:
+    """The last forward call of a layer.
+
+    tokens_per_expert: int64 [E] on the CPU, (token, k) slots that the experts computed, over all ranks.
+    dropped_tokens: (token, k) slots this rank's router dropped. payload_bytes: bytes of rows this rank sent to other
+    ranks, dispatch and combine. overload: rows of the busiest rank over the mean (1.0 = balanced). schedule: the
+    forward schedule's text. implementation: what computed, and why, one line per op.
+    """
+
+    tokens_per_expert: torch.Tensor
+    dropped_tokens: int
+    payload_bytes: int
+    overload: float
+    schedule: str
+    implementation: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastStep:
+    """What a layer remembers of its last forward call. `plan` and `lanes` are None where one rank ran its ops in a
+    row."""
+
+    routing: RoutingDecision
+    plan: ChunkPlan | None
+    payload_bytes: int
+    schedule: Schedules
+    pair: SchedulePair
+    lanes: Lanes | None
+
+    @property
+    def events(self) -> list[TimelineEvent]:
+        """The executed actions, those of its backward too once it has run. On CUDA this waits for them."""
+        return [] if self.lanes is None else self.lanes.events
+
+
+def layer_stats(last: LastStep, placement: Placement, computes: Sequence[str]) -> LayerStats:
+    """The statistics of one call. `computes`: the registry's lines."""
+    if last.plan is None:
+        ids = last.routing.topk_ids_TK.reshape(-1).cpu()
+        counts_E = torch.bincount(ids[ids >= 0].long(), minlength=placement.num_experts)
+        overload = 1.0
+    else:
+        counts_E = torch.zeros(placement.num_experts, dtype=torch.int64)
+        per_slot = torch.from_numpy(last.plan.exchange.counts.sum(axis=(0, 1)))
+        counts_E.index_add_(0, torch.tensor(placement.slot_to_expert), per_slot)
+        rows = last.plan.exchange.rows_per_rank
+        overload = max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0
+    return LayerStats(
+        tokens_per_expert=counts_E,
+        dropped_tokens=int(last.routing.dropped_tokens),
+        payload_bytes=last.payload_bytes,
+        overload=overload,
+        schedule=last.pair.forward.text,
+        implementation=tuple(computes),
+    )

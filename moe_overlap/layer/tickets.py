@@ -1,0 +1,86 @@
+"""Tickets: a layer call in three stages, for callers who put work of their own between them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_overlap.auto.auto import AutoSchedule
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer.arguments import shaped
+from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.schedule.builders import SchedulePair, Schedules, window
+from moe_overlap.schedule.dispatch import current_phase
+from moe_overlap.schedule.run import Step
+
+
+@dataclass
+class Ticket:
+    """A layer call under way: made by `begin`, used by `run_experts`, ended by `finish`. Holds tensors; may cross block
+    boundaries; is good for one call of each, in this order."""
+
+    layer: Tickets
+    step: Step
+    routing: RoutingDecision
+    shape: torch.Size
+    stage: str = "begun"
+
+    @contextmanager
+    def advance(self, before: str, after: str) -> Iterator[None]:
+        if self.stage != before:
+            raise RuntimeError(f"this ticket is {self.stage}; expected {before}: begin, run_experts, finish, once each")
+        self.stage = "failed"
+        yield
+        self.stage = after
+
+
+class Tickets:
+    """The ticket half of MoELayer, which has the attributes and the two methods that stand here for their types."""
+
+    schedule: SchedulePair | AutoSchedule
+    shared_expert: nn.Module | None
+    _ticket: weakref.ref[Ticket] | None
+
+    def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
+        raise NotImplementedError
+
+    def _end(self, step: Step, routing: RoutingDecision, y_TD: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def begin(self, x: torch.Tensor) -> Ticket:
+        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`.
+
+        The layer's schedule says into how many chunks ("auto": one, as what stands between the stages is unknown).
+        """
+        if self.shared_expert is not None:
+            raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
+        last = self._ticket() if self._ticket is not None else None
+        if last is not None and last.stage in ("begun", "computed"):
+            raise RuntimeError(f"this layer's last ticket is {last.stage}: finish it before the next begin")
+        if isinstance(self.schedule, AutoSchedule):
+            pair = window(2, 1).join(not self.schedule.overlap)
+        else:
+            pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
+        step, routing, _ = self._begin(x, pair)
+        step.run_until_op()
+        ticket = Ticket(self, step, routing, x.shape)
+        # Weak: a ticket that was lost to an error between the stages must not block the layer for ever.
+        self._ticket = weakref.ref(ticket) if current_phase() == 0 else None
+        return ticket
+
+    def run_experts(self, ticket: Ticket) -> None:
+        """Wait for the rows of each chunk, compute the experts and start the combine."""
+        with ticket.advance("begun", "computed"):
+            ticket.step.run_until_op()
+
+    def finish(self, ticket: Ticket) -> torch.Tensor:
+        """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
+        with ticket.advance("computed", "finished"):
+            y_TD = ticket.step.run()
+        self._end(ticket.step, ticket.routing, y_TD)
+        return shaped(y_TD, ticket.shape)

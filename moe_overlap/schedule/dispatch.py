@@ -1,0 +1,167 @@
+"""From a routing decision to an agreed plan: where a layer speaks to the other ranks before its rows do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+from moe_overlap.agreement.plan import (
+    BLOCKS,
+    CHUNK_BY,
+    DTYPES,
+    NOT_SENT,
+    REFUSALS,
+    ExchangePlan,
+    StepRecord,
+    block_counts,
+    digest,
+    dtype_code,
+)
+from moe_overlap.errors import ConfigError
+from moe_overlap.placement.placement import Placement
+from moe_overlap.schedule.builders import Schedules
+from moe_overlap.transport.base import Header, Transport
+
+ACTIVATIONS = ("swiglu", "gelu", "relu")
+WEIGHT_DTYPES = (torch.float32, torch.float64)
+
+
+def current_phase() -> int:
+    """0 in a forward call, 1 in a recompute (a forward call from inside a backward).
+
+    Raises ConfigError in the recompute of a reentrant checkpoint: its nested backward would run exchanges twice.
+    """
+    if torch._C._current_graph_task_id() < 0:
+        return 0
+    if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        raise ConfigError(
+            "checkpoint",
+            "use_reentrant=True",
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False): a reentrant checkpoint nests a backward in "
+            "the backward",
+        )
+    return 1
+
+
+def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> None:
+    """Raises ConfigError unless a router's choice fits the tokens (`block_counts` looks at the values of the ids)."""
+    shape = f"[{x_TD.shape[0]}, K] on {x_TD.device}"
+    given = f"{ids_TK.dtype} {tuple(ids_TK.shape)} on {ids_TK.device}"
+    if ids_TK.dim() != 2 or ids_TK.shape[0] != x_TD.shape[0] or ids_TK.dtype != torch.int32:
+        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
+    if ids_TK.device != x_TD.device:
+        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
+    if weights_TK.shape != ids_TK.shape or weights_TK.device != x_TD.device or weights_TK.dtype not in WEIGHT_DTYPES:
+        given = f"{weights_TK.dtype} {tuple(weights_TK.shape)} on {weights_TK.device}"
+        expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {x_TD.device}"
+        raise ConfigError("topk_weights", given, expected)
+
+
+@dataclass
+class Dispatcher:
+    """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
+    opened, `openings` how often that was."""
+
+    transport: Transport
+    placement: Placement
+    hidden: int
+    ffn_hidden: int
+    top_k: int
+    activation: str
+    dtype: torch.dtype
+    bad_logits: str = "raise"
+    steps: int = 0
+    openings: int = 0
+
+    @property
+    def header(self) -> Header:
+        return Header(
+            num_experts=self.placement.num_experts,
+            num_slots=self.placement.num_slots,
+            hidden=self.hidden,
+            ffn_hidden=self.ffn_hidden,
+            top_k=self.top_k,
+            weight_dtype=DTYPES.index(self.dtype) if self.dtype in DTYPES else -1,
+            activation=ACTIVATIONS.index(self.activation),
+        )
+
+    def plan(
+        self, slots_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
+    ) -> ExchangePlan:
+        """The agreed counts of one step: one control collective.
+
+        slots_TK: int32 [T, K] physical slots, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
+        status: int32 [1] flag word of the router. Raises ConfigError or PlanMismatch alike on all ranks.
+        """
+        try:
+            counts = block_counts(slots_TK, self.placement.num_slots)
+        except ConfigError as error:
+            self.refuse(error, schedule)
+        flags = 0 if status is None else int(status)
+        record = self._record(
+            schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, counts, (1, flags) if flags else (0, 0)
+        )
+        return self.transport.agree(record)
+
+    def refuse(self, error: Exception, schedule: Schedules) -> NoReturn:
+        """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like."""
+        fields = {field: code for code, (field, _) in REFUSALS.items()}
+        code, value = fields["x"], NOT_SENT
+        if isinstance(error, ConfigError):
+            code = fields.get(error.field, code)
+            if isinstance(error.value, int):
+                value = max(-(1 << 61), min(error.value, 1 << 61))
+            elif isinstance(error.value, torch.dtype) and error.value in DTYPES:
+                value = DTYPES.index(error.value)
+        counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
+        try:
+            self.transport.agree(self._record(schedule, 0, False, counts, (code, value)))
+        except ConfigError:
+            # All ranks raise; this one knows more about the cause than the record could carry.
+            raise error from None
+        raise AssertionError("a refused step cannot be agreed on")
+
+    def _record(
+        self,
+        schedule: Schedules,
+        dtype: int,
+        x_requires_grad: bool,
+        counts: torch.Tensor,
+        status: tuple[int, int],
+    ) -> StepRecord:
+        phase = int(torch._C._current_graph_task_id() >= 0)
+        self.open()
+        self.steps += phase == 0
+        grad = torch.is_grad_enabled()
+        return StepRecord(
+            step=self.steps,
+            phase=phase,
+            status=status[0],
+            status_value=status[1],
+            grad_enabled=int(grad),
+            x_requires_grad=int(grad and x_requires_grad),
+            chunks=schedule.chunks,
+            chunk_by=CHUNK_BY.index(schedule.by),
+            dtype=dtype,
+            hidden=self.hidden,
+            top_k=self.top_k,
+            placement_epoch=self.placement.epoch,
+            config_digest=digest(self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert),
+            schedule_digest=schedule.digest,
+            counts=counts,
+        )
+
+    def open(self) -> None:
+        """Open the transport, unless it is; steps count from there. When a step fails, one rank may have begun the next
+        one already, so that the ranks' counts differ; only an opening, which all ranks do together, makes them equal.
+        """
+        try:
+            opened = self.transport.open(self.header)
+        except ConfigError as error:
+            self.transport.close(str(error))  # open for another configuration: the peers wait in their step's record
+            raise
+        if opened:
+            self.steps = 0
+            self.openings += 1

@@ -1,0 +1,72 @@
+"""Synthetic probes: what a calibration would have measured of a step that costs what a known model says."""
+
+from __future__ import annotations
+
+from moe_overlap.auto.calibrate import step_shape
+from moe_overlap.auto.fit import Probe
+from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.planning.window import Slowdown
+from moe_overlap.schedule.builders import SchedulePair, window
+from tests.auto.planted import cost_model, exchange, line
+
+ROW_BYTES = 100
+
+
+def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
+    """What each action of the step takes, by the model."""
+    wire_s = [
+        model.exchange_s({lane: sizes[c] for lane, sizes in shape.bytes_by_lane.items()}) for c in range(shape.chunks)
+    ]
+    fixed = {"P": model.permute, "U": model.unpermute, "Ut": model.unpermute_backward, "Pt": model.permute_backward}
+    rows = {"E": (model.experts, model.expert_s), "Ed": (model.experts_dgrad, model.expert_dgrad_s)}
+    found = {}
+    for action in [*pair.forward, *pair.backward]:
+        verb, index = action.verb, action.index or 0
+        if verb in fixed:
+            found[action.text] = fixed[verb](shape.slots_rows)
+        elif verb in rows:
+            line_of_rows, expert_s = rows[verb]
+            found[action.text] = line_of_rows(shape.rows[index]) + expert_s * shape.experts[index]
+        elif verb == "Ew":
+            found[action.text] = model.experts_wgrad(sum(shape.rows))
+        elif action.lane == "wire":
+            found[action.text] = wire_s[index]
+        elif verb in ("S", "St"):
+            found[action.text] = model.shared_s if verb == "S" else model.shared_backward_s
+        else:
+            found[action.text] = (model.backbone_s if verb == "B" else model.backbone_backward_s)[index]
+    return found
+
+
+def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None,
+          by="tokens", waited_s=0.0, nodes=None):  # fmt: skip
+    shape = step_shape((plan or exchange()).chunked(chunks, by), row_bytes=ROW_BYTES, nodes=nodes, joined=True)
+    pair = (pair_of or (lambda chunks: window(2, 1, chunks=chunks)))(chunks)
+    seconds = {text: noise(s) for text, s in seconds_of(model, pair, shape).items()}
+    host_s = {"forward": model.outside_s, "backward": model.outside_backward_s}
+    host_s = {phase: s + 4 * chunks * model.issue_s for phase, s in host_s.items()}
+    forward = {action.text for action in pair.forward}
+    whole_s = {"forward": sum(s for text, s in seconds.items() if text in forward) + host_s["forward"]}
+    whole_s["backward"] = sum(seconds.values()) - whole_s["forward"] + host_s["forward"] + host_s["backward"]
+    return Probe(pair=pair, seconds=seconds, host_s=host_s, whole_s=whole_s, hidden_s=hidden_s, compute_s=compute_s,
+                 waited_s=waited_s, shape=shape)  # fmt: skip
+
+
+TRUE = cost_model(
+    2,
+    alpha_s=3e-5,
+    experts=line(2e-7, 4e-6),
+    expert_s=1.5e-5,
+    experts_dgrad=line(3e-7, 5e-6),
+    expert_dgrad_s=2.5e-5,
+    permute=line(1e-8),
+    unpermute=line(2e-8),
+    unpermute_backward=line(3e-8),
+    permute_backward=line(4e-8),
+    backbone_s=(1e-4, 2e-4),
+    backbone_backward_s=(3e-4, 5e-4),
+    outside_s=5e-5,
+    outside_backward_s=7e-5,
+    issue_s=2e-6,
+    slowdown=Slowdown(compute=1.25),
+)

@@ -1,0 +1,133 @@
+"""The command line of `bench layer`: defaults, refusals in one line, and the routing files it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moe_overlap.commands.bench.options import LayerOptions, parse
+from moe_overlap.commands.bench.routing import ForcedRouter, load
+from moe_overlap.commands.cli import main
+from moe_overlap.errors import ConfigError
+
+
+def test_defaults_are_those_of_the_readme():
+    options = parse([])
+    assert options == LayerOptions()
+    assert (options.ranks, options.ranks_per_node, options.threads, options.tokens) == (2, 1, 1, 1024)
+    assert (options.hidden, options.ffn, options.experts, options.top_k, options.dtype) == (512, 2048, 8, 2, "bf16")
+    assert (options.link, options.comm_share, options.phases) == ("none", None, ("infer", "train"))
+    assert (options.routing, options.compute, options.repeats, options.out) == ("balanced", "real", 20, "out/bench")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--ranks 0", "--ranks"),
+        ("--ranks-per-node 3", "--ranks-per-node"),
+        ("--threads 0", "--threads"),
+        ("--tokens -1", "--tokens"),
+        ("--hidden 100", "--hidden"),
+        ("--ffn 0", "--ffn"),
+        ("--experts 7", "--experts"),
+        ("--top-k 1", "--top-k"),
+        ("--top-k 9", "--top-k"),
+        ("--dtype fp8", "--dtype"),
+        ("--link 12furlong", "--link"),
+        ("--link 400mbit:50lightyears", "--link"),
+        ("--comm-share 1.5", "--comm-share"),
+        ("--comm-share nan", "--comm-share"),
+        ("--comm-share 0.5 --link 1gbit", "--comm-share"),
+        ("--comm-share 0.5 --ranks-per-node 2", "--comm-share"),
+        ("--schedules serial,wishful", "--schedules"),
+        ("--phases decode", "--phases"),
+        ("--cases top3", "--cases"),
+        ("--routing no/such/file", "--routing"),
+        ("--compute dreamt", "--compute"),
+        ("--repeats 0", "--repeats"),
+        ("--repeats many", "--repeats"),
+        ("--speed 11", "--speed"),
+    ],
+)
+def test_bad_input_is_one_line_naming_the_option_and_exit_2(words, option, capsys, tmp_path):
+    try:
+        status = main(["bench", "layer", "--out", str(tmp_path), *words.split()])
+    except SystemExit as error:
+        status = error.code
+    said = capsys.readouterr().err
+    assert status == 2
+    assert len(said.strip().splitlines()) == 1 and option in said and words.split()[-1] in said, said
+
+
+def test_a_missing_benchmark_is_exit_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["bench"])
+    assert error.value.code == 2 and "layer" in capsys.readouterr().err
+
+
+def routing_file(path, ids, weights, **metadata):
+    tensors = {"ids": ids, "weights": weights}
+    save_file(tensors, str(path), metadata={key: str(value) for key, value in metadata.items()})
+    return str(path)
+
+
+def test_a_routing_file_is_repeated_over_the_ranks_and_narrowed(tmp_path):
+    ids = torch.tensor([[0, 1, 2], [3, 2, 1], [1, 0, 3]], dtype=torch.int32)
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.7, 0.2, 0.1]])
+    path = routing_file(tmp_path / "routing.safetensors", ids, weights, E=4)
+    common = {"out": str(tmp_path), "tokens": 2, "experts": 4, "top_k": 2}
+    for rank, rows in ((0, [0, 1]), (1, [2, 0]), (2, [1, 2])):
+        for routing in ("real", path):
+            got_ids, got_weights = load(routing, rank=rank, **common)
+            assert torch.equal(got_ids, ids[rows, :2]) and torch.equal(got_weights, weights[rows, :2])
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "metadata", "expected"),
+    [
+        ([[0, 1]], [[0.5, 0.5]], {"E": 8}, "E = '8'"),
+        ([[0, 1]], [[0.5, 0.5]], {}, "E = None"),
+        ([[0]], [[0.5]], {"E": 4}, "top-k"),
+        ([[0, 4]], [[0.5, 0.5]], {"E": 4}, "ids from -1 to 3"),
+        ([[0, 1]], [[0.5, float("inf")]], {"E": 4}, "finite"),
+    ],
+)
+def test_routing_files_that_do_not_fit_are_refused(tmp_path, ids, weights, metadata, expected):
+    path = routing_file(tmp_path / "r", torch.tensor(ids, dtype=torch.int32), torch.tensor(weights), **metadata)
+    with pytest.raises(ConfigError) as error:
+        load(path, out=".", tokens=4, experts=4, top_k=2, rank=0)
+    assert error.value.field == "--routing" and expected in str(error.value)
+
+
+def test_a_truncated_routing_file_is_refused(tmp_path):
+    path = tmp_path / "r"
+    path.write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(ConfigError) as error:
+        load(str(path), out=".", tokens=4, experts=4, top_k=2, rank=0)
+    assert error.value.field == "--routing"
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf"])
+def test_drawn_routing_is_distinct_and_the_same_every_time(routing):
+    ids, weights = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1)
+    again, _ = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1)
+    assert torch.equal(ids, again) and bool((ids[:, 0] != ids[:, 1]).all())
+    counts = torch.bincount(ids.flatten().long(), minlength=8)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(512))
+    if routing == "balanced":
+        assert int(counts.max()) == int(counts.min())
+    else:
+        assert int(counts[0]) > 2 * int(counts[7])
+
+
+def test_the_forced_router_says_what_it_was_told():
+    ids, weights = load("balanced", out=".", tokens=8, experts=4, top_k=2, rank=0)
+    decision = ForcedRouter(ids, weights, 4)(torch.randn(8, 16))
+    assert torch.equal(decision.topk_ids_TK, ids) and torch.equal(decision.topk_weights_TK, weights)
+    assert decision.topk_weights_TK.requires_grad and decision.tokens_per_expert_E.tolist() == [4, 4, 4, 4]
+
+
+def test_auto_needs_something_to_exchange():
+    with pytest.raises(ConfigError, match="nothing is exchanged"):
+        parse(["--ranks", "1", "--schedules", "serial,auto"])
