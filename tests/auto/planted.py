@@ -13,7 +13,7 @@ import torch
 from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.plan import BLOCKS, ExchangePlan
 from moe_overlap.auto import auto
-from moe_overlap.measure import calibrate as measuring
+from moe_overlap.auto import calibrate as measuring
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
 from tests.layers import F, make, tokens
 from tests.parallel.model import Op

@@ -13,8 +13,8 @@ from torch import nn
 
 from moe_overlap import ConfigError, ShortcutBlock
 from moe_overlap.auto import auto, cost_cache
+from moe_overlap.auto import calibrate as measuring
 from moe_overlap.errors import MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort, TransportTimeout
-from moe_overlap.measure import calibrate as measuring
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_overlap import ConfigError, MoELayer, ShortcutBlock
-from moe_overlap.measure import calibrate as measuring
+from moe_overlap.auto import calibrate as measuring
 from moe_overlap.schedule.nodes import routing_digest
 from tests.auto.planted import (
     OPS,

@@ -12,8 +12,8 @@ from torch import nn
 
 from moe_overlap import ShortcutBlock
 from moe_overlap.auto import auto, cost_cache
+from moe_overlap.auto import calibrate as measuring
 from moe_overlap.layer.shortcut import SharedExpertOp
-from moe_overlap.measure import calibrate as measuring
 from tests.auto.planted import cost_model, planted
 from tests.layers import D, F, make, tokens
 from tests.ranks import virtual_world

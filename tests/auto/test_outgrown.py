@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.auto import GROWTH
-from moe_overlap.measure import calibrate as measuring
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.auto.planted import SHAPES, build, cost_model, layer_of, same, step
 from tests.layers import K, make, tokens

@@ -6,8 +6,8 @@ from unittest.mock import patch
 
 import pytest
 
+from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED, StepTimes, _rest, _seconds
-from moe_overlap.measure import calibrate as measuring
 from moe_overlap.measure.timeline import TimelineEvent
 from moe_overlap.schedule.actions import Schedule
 from tests.auto.planted import OPS, SHAPES, build, cost_model, exchange, planted, step

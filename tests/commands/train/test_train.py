@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tests.train.jobs import SIZES, arguments, corpus_of, events, losses, run, run_on_two
 
 from moe_overlap import ignore_experts_for_ddp
 from moe_overlap.commands.launch import World
@@ -22,6 +21,7 @@ from moe_overlap.commands.train.files import read_tensors, write_tensors
 from moe_overlap.commands.train.loop import DenseGradients
 from moe_overlap.commands.train.model import LanguageModel, initialise, split_parameters
 from moe_overlap.commands.train.options import KINDS, parse
+from tests.commands.train.jobs import SIZES, arguments, corpus_of, events, losses, run, run_on_two
 from tests.ranks import gloo_pool
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -4,11 +4,11 @@ import json
 import os
 
 import pytest
-from tests.train.jobs import events, losses, run, run_on_two
 
 from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint
 from moe_overlap.commands.train.files import read_tensors, write_atomically
 from moe_overlap.errors import ConfigError
+from tests.commands.train.jobs import events, losses, run, run_on_two
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.train.jobs import SMALL, events, run, run_on_two
 
 from moe_overlap.commands.train.files import read_tensors
 from moe_overlap.commands.train.loop import learning_rate
 from moe_overlap.commands.train.model import LanguageModel, initialise, moe_layers, split_parameters
 from moe_overlap.commands.train.options import KINDS, TrainOptions
+from tests.commands.train.jobs import SMALL, events, run, run_on_two
 
 
 @pytest.mark.parametrize("kind", KINDS)

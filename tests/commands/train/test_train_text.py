@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.train.jobs import corpus_of
 
 from moe_overlap.commands.train.text import find_documents
 from moe_overlap.errors import ConfigError
+from tests.commands.train.jobs import corpus_of
 
 
 @pytest.mark.parametrize("make", ["missing", "empty_folder", "binary", "too_short"])
