@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_overlap.agreement.plan import BLOCKS, ExchangePlan
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.measure.machine import hardware
 from moe_overlap.measure.report import append_jsonl

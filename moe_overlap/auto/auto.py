@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moe_overlap.agreement.plan import PHASES, ChunkBy, ExchangePlan, digest
+from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
+from moe_overlap.agreement.record import PHASES, digest
 from moe_overlap.auto.calibrate import MAX_GROUPS, Nodes, StepTimes, calibrate, gathered
 from moe_overlap.auto.cost_cache import Op, cache_file, cache_key, hosts_of, load, store, why_not_kept
 from moe_overlap.auto.planned import PlannedSchedule

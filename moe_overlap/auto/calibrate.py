@@ -26,7 +26,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from moe_overlap.agreement.plan import BLOCKS, ChunkBy, ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ChunkBy, ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.auto.fit import Probe, fit
 from moe_overlap.measure.timeline import TimelineEvent, overlap
 from moe_overlap.planning.cost_model import CostModel, StepShape, experts_per_chunk

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe_overlap.agreement.plan import digest
+from moe_overlap.agreement.record import digest
 from moe_overlap.auto.calibrate import Nodes, gathered, wires
 from moe_overlap.config import EXCHANGE_SMS, cache_dir
 from moe_overlap.errors import ConfigError

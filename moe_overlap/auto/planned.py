@@ -14,7 +14,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from moe_overlap.agreement.plan import BLOCKS, ChunkBy, ExchangePlan, digest
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
+from moe_overlap.agreement.record import digest
 from moe_overlap.auto.calibrate import Nodes, step_shape
 from moe_overlap.planning.cost_model import CostModel, StepShape, experts_per_chunk, window
 from moe_overlap.planning.search import Candidate, search

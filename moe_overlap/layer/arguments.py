@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_overlap.agreement.plan import DTYPES
+from moe_overlap.agreement.record import DTYPES
 from moe_overlap.errors import ConfigError
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.transport.base import Transport

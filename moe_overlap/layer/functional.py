@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_overlap.agreement.plan import PHASES
+from moe_overlap.agreement.record import PHASES
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import SchedulePair

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from moe_overlap import ops
-from moe_overlap.agreement.plan import PHASES, ExchangePlan
+from moe_overlap.agreement.plan import ExchangePlan
+from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule, Op, Outgrown
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import check_budget, check_sizes, make_router, refuse_sharded, shaped

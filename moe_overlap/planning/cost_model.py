@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moe_overlap.agreement.plan import BLOCKS, CHUNK_BY, ChunkBy
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.window import Chunking, OpVerb, Slowdown, Window
 from moe_overlap.schedule.actions import Phase

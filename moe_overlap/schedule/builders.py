@@ -15,7 +15,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from moe_overlap.agreement.plan import BLOCKS, CHUNK_BY, ChunkBy, ExchangePlan, digest
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy, ExchangePlan
+from moe_overlap.agreement.record import digest
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, Schedule
 

@@ -7,22 +7,14 @@ from typing import NoReturn
 
 import torch
 
-from moe_overlap.agreement.plan import (
-    BLOCKS,
-    CHUNK_BY,
-    DTYPES,
-    NOT_SENT,
-    REFUSALS,
-    ExchangePlan,
-    StepRecord,
-    block_counts,
-    digest,
-    dtype_code,
-)
+from moe_overlap.agreement.counts import BLOCKS, block_counts
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
+from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import Schedules
-from moe_overlap.transport.base import Header, Transport
+from moe_overlap.transport.base import Transport
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 WEIGHT_DTYPES = (torch.float32, torch.float64)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from moe_overlap.agreement.plan import BLOCKS, ExchangePlan, RowLayout
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules

@@ -1,7 +1,8 @@
 """Bytes between ranks: no routing, no arithmetic."""
 
+from moe_overlap.agreement.header import Header
 from moe_overlap.transport.accounting import CommCpu
-from moe_overlap.transport.base import Header, Transport, TransportStats, Work
+from moe_overlap.transport.base import Transport, TransportStats, Work
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.local import LocalTransport

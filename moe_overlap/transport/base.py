@@ -10,34 +10,14 @@ rank included, of which the peers learn at once: every later call raises Transpo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord
-
-HEADER_WORDS = 64
-MAGIC = 0x6D6F655F6F766C70  # "moe_ovlp"
-VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What one layer configuration fixes for the life of a transport; compared on all ranks when it opens."""
-
-    num_experts: int
-    num_slots: int
-    hidden: int
-    ffn_hidden: int
-    top_k: int
-    weight_dtype: int
-    activation: int
-
-    def to_tensor(self, *, world_size: int) -> torch.Tensor:
-        """int64 [64]: magic, version, world size, then the fields in order; the rest is zero."""
-        words = [MAGIC, VERSION, world_size, *(int(getattr(self, field.name)) for field in fields(self))]
-        return torch.tensor(words + [0] * (HEADER_WORDS - len(words)), dtype=torch.int64)
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import StepRecord
 
 
 @dataclass
@@ -86,7 +66,7 @@ class Transport(Protocol):
         """
 
     def agree(self, record: StepRecord) -> ExchangePlan:
-        """The one control collective of a step: gathers the records and derives the plan with `plan.agree_on`."""
+        """The one control collective of a step: gathers the records and derives the plan with `record.agree_on`."""
 
     def start(
         self,

@@ -26,9 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_overlap.agreement.plan import RECORD_FIELDS, ChunkPlan, ExchangePlan, RowLayout, StepRecord
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import RECORD_FIELDS, StepRecord
 from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
-from moe_overlap.transport.base import Header, TransportStats, Work
+from moe_overlap.transport.base import TransportStats, Work
 from moe_overlap.transport.lifecycle import Where
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_overlap.agreement.plan import BLOCKS, ChunkPlan, RowLayout, StepRecord
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, RowLayout
+from moe_overlap.agreement.record import StepRecord
 from moe_overlap.config import TIMEOUT_S
 from moe_overlap.errors import ConfigError, TransportClosed
-from moe_overlap.transport.base import Header, TransportStats
+from moe_overlap.transport.base import TransportStats
 
 
 @dataclass(frozen=True, kw_only=True)

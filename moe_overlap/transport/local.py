@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
-from moe_overlap.transport.base import Header, Work
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import StepRecord, agree_on
+from moe_overlap.transport.base import Work
 from moe_overlap.transport.lifecycle import Lifecycle
 
 

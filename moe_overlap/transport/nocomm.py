@@ -6,8 +6,10 @@ import time
 
 import torch
 
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord
-from moe_overlap.transport.base import Header, Transport, TransportStats, Work
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import StepRecord
+from moe_overlap.transport.base import Transport, TransportStats, Work
 
 
 class CopiedWork:

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import StepRecord, agree_on
 from moe_overlap.config import SLOW_PEER_S
 from moe_overlap.errors import (
     ConfigError,
@@ -31,7 +33,7 @@ from moe_overlap.errors import (
     PlanMismatch,
     TransportTimeout,
 )
-from moe_overlap.transport.base import Header, Work
+from moe_overlap.transport.base import Work
 from moe_overlap.transport.control import (
     CLOSED,
     PEER_GONE,

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout, StepRecord, agree_on
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import StepRecord, agree_on
 from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, RemoteAbort, TransportClosed
-from moe_overlap.transport.base import Header, Work
+from moe_overlap.transport.base import Work
 from moe_overlap.transport.baton import Baton, Waiting
 from moe_overlap.transport.channel import Channel, Meeting, Parcel
 from moe_overlap.transport.lifecycle import Lifecycle, Where

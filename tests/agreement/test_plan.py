@@ -10,18 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_overlap.agreement.plan import (
+from moe_overlap.agreement.counts import BLOCKS, block_counts
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import (
     AGREED_FIELDS,
-    BLOCKS,
     DTYPES,
     RECORD_FIELDS,
     REFUSALS,
-    ChunkPlan,
-    ExchangePlan,
-    RowLayout,
     StepRecord,
     agree_on,
-    block_counts,
     digest,
     dtype_code,
 )

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from moe_overlap import ShortcutBlock
-from moe_overlap.agreement.plan import BLOCKS, ExchangePlan
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_overlap.agreement.plan import BLOCKS
+from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED, StepTimes, _probe, step_shape

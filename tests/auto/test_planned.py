@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_overlap.agreement.plan import BLOCKS
+from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.auto.planned import PlannedSchedule, StepKind, pair_of, rounded
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.search import evaluate, search

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_overlap.agreement.plan import BLOCKS
+from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.auto import planned as planning
 from moe_overlap.auto.planned import PlannedSchedule
 from tests.auto.planted import FREE, cost_model, exchange, line

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap.agreement.plan import BLOCKS, ExchangePlan, RowLayout
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import ConfigError, TransportTimeout
 from moe_overlap.transport import (
     CommCpu,

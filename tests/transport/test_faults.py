@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap.agreement.plan import BLOCKS, ChunkPlan, RowLayout
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.errors import MoeTransportError, PeerFailed, RemoteAbort, TransportClosed, TransportTimeout
 from moe_overlap.transport import ProcessGroupTransport, process_group
 from tests.ranks import Ended, Ranks, gloo_pool, mark

@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 import torch
 
-from moe_overlap.agreement.plan import BLOCKS, RowLayout
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.errors import (
     ConfigError,
     MoeTransportError,

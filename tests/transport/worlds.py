@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moe_overlap.agreement.plan import AGREED_FIELDS, BLOCKS, ChunkPlan, ExchangePlan, RowLayout, StepRecord
-from moe_overlap.transport.base import Header, Transport
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import AGREED_FIELDS, StepRecord
+from moe_overlap.transport.base import Transport
 
 F32 = RowLayout(width=3, dtype=torch.float32)
 

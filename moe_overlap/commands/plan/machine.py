@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moe_overlap.agreement.plan import BLOCKS, ChunkBy
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel, OpVerb, StepShape, balanced_shape
