@@ -10,6 +10,8 @@ from moe_overlap.errors import (
     TransportClosed,
     TransportTimeout,
 )
+from moe_overlap.layer.experts import Experts
+from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.model import aux_loss, ignore_experts_for_ddp
 from moe_overlap.layer.selective import sac_policy
@@ -22,6 +24,7 @@ __version__ = VERSION
 __all__ = [
     "CapacityExceeded",
     "ConfigError",
+    "Experts",
     "LayerStats",
     "MoELayer",
     "MoeTransportError",
@@ -33,5 +36,6 @@ __all__ = [
     "TransportTimeout",
     "aux_loss",
     "ignore_experts_for_ddp",
+    "moe_forward",
     "sac_policy",
 ]

@@ -123,7 +123,7 @@ def weights(case: Case) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5).to(case.dtype)
 
-    named = {"router.weight": draw(E, D), "gate_up_proj": draw(E, 2 * F, D), "down_proj": draw(E, D, F)}
+    named = {"router.weight": draw(E, D), "experts.gate_up_proj": draw(E, 2 * F, D), "experts.down_proj": draw(E, D, F)}
     if case.schedule.startswith("shared"):
         named |= {"shared_expert.up.weight": draw(2 * F, D), "shared_expert.down.weight": draw(D, F)}
     if case.schedule.startswith("shortcut"):
@@ -232,7 +232,7 @@ def _expected(case: Case) -> list[dict[str, Tensor]]:
         weights_TK = torch.where(
             ids >= 0, scores.gather(1, ids.clamp_min(0).long()), torch.zeros((), dtype=torch.float64)
         )
-        y = oracle.moe(tapped, ids, weights_TK, p["gate_up_proj"], p["down_proj"])
+        y = oracle.moe(tapped, ids, weights_TK, p["experts.gate_up_proj"], p["experts.down_proj"])
         if short:
             gate = torch.sigmoid(h @ p["backbone.3.gate.weight"].T)
             y = y + h + gate * (h @ p["backbone.3.branch.weight"].T)

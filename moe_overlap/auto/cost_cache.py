@@ -12,19 +12,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 
 from moe_overlap.agreement.record import digest
 from moe_overlap.auto.calibrate import Nodes, gathered, wires
 from moe_overlap.config import EXCHANGE_SMS, cache_dir
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import PlainFunction
 from moe_overlap.measure.machine import hardware
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.ops import registry
@@ -32,68 +30,39 @@ from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.control import host_name
 
-if TYPE_CHECKING:
-    from moe_overlap.auto.auto import ProbeInputs
-
 logger = logging.getLogger(__name__)
-
-Op = Callable[[torch.Tensor], torch.Tensor]
 
 CACHE_VERSION = 3
 
 
-def cache_key(inputs: ProbeInputs, *, nodes: Nodes | None, hosts: Sequence[int]) -> dict[str, Any]:
-    """What a measurement depends on. nodes: the node of each rank, where the transport knows; hosts: see `hosts_of`."""
-    d, device, h = inputs.dispatcher, inputs.x_TD.device, inputs.h
-    link = getattr(inputs.transport, "link", None)
-    leaves = (inputs.x_TD, inputs.w_in, inputs.w_out, inputs.weights_TK, h)
+def cache_key(
+    measured: Mapping[str, Any],
+    *,
+    transport: Transport,
+    device: torch.device,
+    dtype: torch.dtype,
+    nodes: Nodes | None,
+    hosts: Sequence[int],
+) -> dict[str, Any]:
+    """What a measurement depends on: `measured`, which describes the layer and the ops beside its exchanges, and what
+    it ran on. nodes: the node of each rank, where the transport knows; hosts: see `hosts_of`."""
+    link = getattr(transport, "link", None)
     return {
+        **measured,
         "cache": CACHE_VERSION,
         "moe_overlap": VERSION,
         "torch": torch.__version__,
         "hardware": hardware(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "kernels": registry.explain(device, inputs.x_TD.dtype),
+        "kernels": registry.explain(device, dtype),
         "threads": torch.get_num_threads(),
         "exchange_sms": EXCHANGE_SMS.read(),
-        "world_size": inputs.transport.world_size,
-        "transport": inputs.transport.name,
+        "world_size": transport.world_size,
+        "transport": transport.name,
         "link": None if link is None else str(link),
         "nodes": None if nodes is None else list(nodes),
         "hosts": list(hosts),
-        "tokens": inputs.x_TD.shape[0],
-        "h": None if h is None else list(h.shape),
-        "hidden": d.hidden,
-        "ffn_hidden": d.ffn_hidden,
-        "experts": d.placement.num_experts,
-        "top_k": inputs.slots_TK.shape[1],
-        "activation": d.activation,
-        "dtype": str(inputs.x_TD.dtype),
-        "grad": torch.is_grad_enabled(),
-        "gradients": [one is not None and one.requires_grad for one in leaves],
-        "ops": [signature(op) for op in inputs.backbone],
-        "shared": None if inputs.shared is None else signature(inputs.shared),
     }
-
-
-def signature(op: Op) -> list[str]:
-    """What tells the cost of an op: the classes of its modules, and its parameters."""
-    if not isinstance(op, nn.Module):
-        return []
-    classes = [f"{type(module).__module__}.{type(module).__qualname__}" for module in op.modules()]
-    return classes + [
-        f"{name} {list(p.shape)} {p.dtype}{' grad' if p.requires_grad else ''}" for name, p in op.named_parameters()
-    ]
-
-
-def why_not_kept(ops: Sequence[Op]) -> str | None:
-    """Which of the ops' costs cannot be told from a key, as a reason to keep no model; None where all can."""
-    for op in ops:
-        if not isinstance(op, nn.Module) or any(isinstance(module, PlainFunction) for module in op.modules()):
-            return "what a function costs cannot be told without running it"
-        if not any(True for _ in op.parameters()):
-            return f"what {type(op).__name__}, which has no parameters, costs cannot be told without running it"
-    return None
 
 
 def hosts_of(transport: Transport, device: torch.device) -> list[int]:

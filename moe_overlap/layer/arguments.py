@@ -1,59 +1,47 @@
-"""The arguments of a layer and the shape of its result."""
+"""The arguments of a layer, checked, and the shape of its result. A user's mistake is a ConfigError."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from moe_overlap.agreement.record import DTYPES
+from moe_overlap.auto.auto import AutoSchedule
+from moe_overlap.auto.beside import Op
 from moe_overlap.errors import ConfigError
-from moe_overlap.routing.linear import LinearRouter
-from moe_overlap.transport.base import Transport
+from moe_overlap.schedule.builders import SchedulePair
+
+AnySchedule = SchedulePair | AutoSchedule
 
 
-def check_sizes(
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_experts: int,
-    top_k: int,
-    shared_expert_size: int | None,
-    dtype: torch.dtype | None,
-) -> None:
-    """Raises ConfigError for a size that is no integer in its range, or a dtype that rows cannot have."""
-    sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
-    if shared_expert_size is not None:
-        sizes["shared_expert_size"] = shared_expert_size
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Beside:
+    """Backbone ops that run beside a layer's exchanges, their input, and the schedules that order both."""
+
+    hidden: torch.Tensor
+    schedule: AnySchedule
+    backbone: Sequence[Op]
+
+
+def check_positive(**sizes: object) -> None:
+    """Raises ConfigError for a size that is no integer of at least 1."""
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(name, value, "an integer of at least 1")
+
+
+def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None, mode: object) -> None:
+    """Raises ConfigError for a top_k out of range, a dtype that rows cannot have, or a mode that does not exist."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("dtype", dtype, f"None or one of {DTYPES}")
-
-
-def make_router(
-    router: str | nn.Module | None,
-    hidden_size: int,
-    num_experts: int,
-    top_k: int,
-    options: dict[str, Any],
-    factory: dict[str, Any],
-) -> nn.Module:
-    """The module given, checked against the layer, or a LinearRouter with the score given and the options."""
-    if isinstance(router, nn.Module):
-        defaults = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
-        for name, default in defaults.items():
-            if options[name] != default:
-                raise ConfigError(name, options[name], f"{default!r} beside a router module, which has its own")
-        for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts), ("top_k", top_k)):
-            if getattr(router, name, value) != value:
-                raise ConfigError(name, value, f"the {name} of the router module, {getattr(router, name)}")
-        return router
-    return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
+    if mode == "static":
+        raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
+    if mode != "host":
+        raise ConfigError("mode", mode, "'host' (or 'static', once it exists)")
 
 
 def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
@@ -66,22 +54,39 @@ def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
         raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, 'None, or schedule="auto", which plans within it')
 
 
-def refuse_sharded(name: str, value: object, transport: Transport) -> None:
-    """Raises ConfigError for an expert weight that is sharded over ranks which hold other experts.
+def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
+    """The dtype of the rows of x [..., D] beside an expert weight: the weight's, or autocast's.
 
-    Every rank of the layer's group has its own experts; FSDP over these ranks would mix them, and silently.
+    Raises ConfigError for an x that does not fit.
     """
-    mesh = getattr(value, "device_mesh", None)
-    if mesh is None or transport.world_size == 1:
-        return
-    others = set(mesh.mesh.reshape(-1).tolist()) & set(transport.global_ranks) - {
-        transport.global_ranks[transport.rank]
-    }
-    if others:
+    if not isinstance(x, torch.Tensor):
+        raise ConfigError("x", type(x).__name__, f"a tensor [..., {hidden}]")
+    if x.dim() < 1 or x.shape[-1] != hidden:
+        raise ConfigError("x.shape[-1]", x.shape[-1] if x.dim() else 0, f"hidden_size = {hidden}")
+    if x.device != weight.device:
+        raise ConfigError("x.device", x.device, f"the device of the expert weights, {weight.device}")
+    if hasattr(weight, "device_mesh"):
         raise ConfigError(
-            name,
-            f"sharded over rank(s) {sorted(others)}, which hold other experts of this layer",
-            "fully_shard(..., ignored_params=set(layer.expert_weights)), or a mesh of ranks that hold the same experts",
+            "experts.down_proj",
+            "a DTensor in forward",
+            "a plain one: make the layer or what contains it an FSDP unit, not its experts alone, as the layer reads "
+            "their weights and does not call them",
+        )
+    # Autocast leaves float64 alone, here as everywhere in torch.
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != weight.dtype:
+        raise ConfigError("x.dtype", x.dtype, f"the dtype of the expert weights, {weight.dtype}, or autocast")
+    return weight.dtype
+
+
+def check_status(status: torch.Tensor) -> None:
+    """Raises ConfigError where the router saw bad logits: one rank's form of the agreement's refusal."""
+    if torch.compiler.is_compiling():
+        torch._assert_async((status == 0).all(), "logits: a row with NaN or +inf, or with -inf everywhere")
+    elif int(status):
+        raise ConfigError(
+            "logits", int(status), "no row with NaN or +inf, none that is all -inf (or bad_logits='drop')"
         )
 
 
@@ -89,19 +94,3 @@ def shaped(y_TD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """y in the shape of x, and no view: a view that is changed in place loses the backward hooks of wrappers."""
     y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TD, shape)
     return y
-
-
-class PlainFunction(nn.Module):
-    """A function h -> h as a module; what it costs, no parameter tells."""
-
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.function(h)
-
-
-def as_module(op: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """`op` itself where it is a module."""
-    return op if isinstance(op, nn.Module) else PlainFunction(op)

@@ -32,9 +32,8 @@ def ignore_experts_for_ddp(model: nn.Module) -> list[str]:
     for prefix, module in model.named_modules():
         if isinstance(module, MoELayer):
             module.expert_grad_scale = 1.0 / module.transport.world_size
-            gated = module.dispatcher.activation == "swiglu"
-            for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
-                names.append(f"{prefix}.{name}" if prefix else name)
+            own = f"{prefix}.experts." if prefix else "experts."
+            names += [f"{own}{name}" for name, _ in module.experts.named_parameters()]
     already = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*already, *names])
     return names

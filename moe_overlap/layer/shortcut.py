@@ -6,7 +6,7 @@ section 3.1 (positions), equations 7 to 10 (wiring) and 14 to 17 (combining with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,14 +14,14 @@ from torch import nn
 
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
+from moe_overlap.auto.beside import Op, as_module
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import as_module, check_budget
-from moe_overlap.layer.layer import Beside, MoELayer
-from moe_overlap.schedule.builders import SchedulePair, window
+from moe_overlap.layer.arguments import AnySchedule, Beside, check_budget
+from moe_overlap.layer.layer import MoELayer
+from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.nodes import Tap, closing_on_error
 
-Op = Callable[[torch.Tensor], torch.Tensor]
 COMBINE = ("add", "gated")
 
 
@@ -86,8 +86,8 @@ class ShortcutBlock(nn.Module):
             raise ConfigError("moe", "a layer with a shared expert", "a layer without one: give it as shared_expert")
         ops = list(backbone)
         if shared_expert is not None:
-            gated = combine == "gated"
-            ops.append(SharedExpertOp(shared_expert, moe.dispatcher.hidden, gated=gated, reference=moe.down_proj))
+            _, weight = moe.expert_weights
+            ops.append(SharedExpertOp(shared_expert, moe.dispatcher.hidden, gated=combine == "gated", reference=weight))
         if not isinstance(tap, int) or not 0 <= tap <= len(ops):
             raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
         self.moe = moe
@@ -99,7 +99,7 @@ class ShortcutBlock(nn.Module):
         num_ops = len(ops) - tap
         if schedule not in (None, "auto") or (schedule is None) != (slot is not None):
             raise ConfigError("schedule", schedule, "None beside a slot, or 'auto' without one")
-        self.schedule: SchedulePair | AutoSchedule
+        self.schedule: AnySchedule
         if slot is None and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,
                                          max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip

@@ -13,6 +13,7 @@ from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.schedule.run import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,19 @@ class LastStep:
     schedule: Schedules
     pair: SchedulePair
     lanes: Lanes | None
+
+    @classmethod
+    def of(cls, step: Step, routing: RoutingDecision) -> LastStep:
+        """At the end of a step's forward."""
+        counts = (step.plan.send_counts, step.plan.recv_counts)
+        rows = sum(sum(chunk) - chunk[step.plan.rank] for half in counts for chunk in half)
+        return cls(routing=routing, plan=step.plan, payload_bytes=rows * step.layout.row_bytes, schedule=step.schedule,
+                   pair=step.pair, lanes=step.lanes)  # fmt: skip
+
+    @classmethod
+    def of_one_rank(cls, pair: SchedulePair, routing: RoutingDecision) -> LastStep:
+        """Of a call whose ops ran in a row; `pair`: what that stands for."""
+        return cls(routing=routing, plan=None, payload_bytes=0, schedule=pair, pair=pair, lanes=None)
 
     @property
     def events(self) -> list[TimelineEvent]:

@@ -12,9 +12,10 @@ from torch import nn
 
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import shaped
+from moe_overlap.layer.arguments import AnySchedule, shaped
+from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import SchedulePair, Schedules, window
+from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.dispatch import current_phase
 from moe_overlap.schedule.run import Step
 
@@ -39,17 +40,13 @@ class Ticket:
         self.stage = after
 
 
-class Tickets:
-    """The ticket half of MoELayer, which has the attributes and the two methods that stand here for their types."""
+class Tickets(LastCall):
+    """The ticket half of MoELayer, which has the attributes and the method that stand here for their types."""
 
-    schedule: SchedulePair | AutoSchedule
     shared_expert: nn.Module | None
     _ticket: weakref.ref[Ticket] | None
 
-    def _begin(self, x: torch.Tensor, schedule: Schedules) -> tuple[Step, RoutingDecision, torch.Tensor]:
-        raise NotImplementedError
-
-    def _end(self, step: Step, routing: RoutingDecision, y_TD: torch.Tensor) -> None:
+    def _begin(self, x: torch.Tensor, schedule: AnySchedule) -> tuple[Step, RoutingDecision, torch.Tensor]:
         raise NotImplementedError
 
     def begin(self, x: torch.Tensor) -> Ticket:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
-from moe_overlap.schedule.nodes import autocast_off, closing_on_error
+from moe_overlap.schedule.nodes import closing_on_error
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Transport, Work
 
@@ -130,3 +130,10 @@ class Lanes:
             self._events.append(TimelineEvent(self.transport.rank, step, phase, action, lane, *times))
         self._notes.clear()
         return self._events
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[object]:
+    """The dtype of the rows was chosen at the entry; the bodies compute in it, whatever autocast says."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

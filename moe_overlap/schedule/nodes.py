@@ -1,4 +1,4 @@
-"""The autograd nodes of one layer call: thin shells around the bodies in `schedule/run.py`.
+"""The autograd nodes of one layer call: thin shells around the bodies in `run.py`.
 
 Every action of the backward schedule is a node of its own in the user's graph, so that the engine can run them in the
 planned order, between the backwards of the user's own modules. The nodes pass empty tensors ("tokens") to each other:
@@ -14,20 +14,33 @@ of x in a fixed order, and hands the weight gradients over when all of them are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import _StopRecomputationError
 
 from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
+from moe_overlap.schedule.order import Node
 from moe_overlap.transport.base import Transport
 
-if TYPE_CHECKING:
-    from moe_overlap.schedule.order import Node
-    from moe_overlap.schedule.run import Step
+
+class BackwardStep(Protocol):
+    """The layer call that a node belongs to, as far as nodes know it (`run.Step`)."""
+
+    def node_output(self, node: Node, ctx: Any) -> torch.Tensor:
+        """What the forward of a node returns."""
+
+    def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """The backward body of a node: the gradients of its tensors."""
+
+    def run_missing_backward(self) -> torch.Tensor | None:
+        """The whole backward schedule, where the loss did not reach the output; the rows' gradient of x."""
+
+    def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(dw_in, dw_out), complete."""
 
 
 class Fork(torch.autograd.Function):
@@ -40,7 +53,7 @@ class Fork(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        step: Step,
+        step: BackwardStep,
         copies: int,
         anchor: torch.Tensor,
         x: torch.Tensor,
@@ -54,7 +67,7 @@ class Fork(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        step: Step = ctx.step
+        step: BackwardStep = ctx.step
         dx_rows = step.run_missing_backward()
         dw_in, dw_out = step.take_weight_gradients()
         dx = sum_in_order(dx_rows, *grads[:-1]) if ctx.needs_input_grad[3] else None
@@ -65,7 +78,7 @@ class Stage(torch.autograd.Function):
     """One action of the backward schedule, or half of an exchange. Its forward computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, node: Node, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, step: BackwardStep, node: Node, *tensors: torch.Tensor) -> torch.Tensor:
         ctx.step, ctx.node, ctx.num_tensors = step, node, len(tensors)
         ctx.set_materialize_grads(False)
         return step.node_output(node, ctx)
@@ -75,6 +88,17 @@ class Stage(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         grads = ctx.step.run_backward(ctx.node, ctx, grad)
         return (None, None, *grads)
+
+
+class DetachedNode:
+    """Stands for a node's context where a backward body is run outside the engine, for Fork: no tensors of its own."""
+
+    num_tensors = 1
+
+    def __init__(self, output_node: Any) -> None:
+        self.saved_tensors = output_node.saved_tensors
+        self.routing_digest = output_node.routing_digest
+        self.needs_input_grad = (False, False, False)
 
 
 class Tap(torch.autograd.Function):
@@ -92,18 +116,18 @@ class Tap(torch.autograd.Function):
 
 
 class Marker(torch.autograd.Function):
-    """An identity after backbone op `index`: its backward is the moment at which that op's backward begins."""
+    """An identity after a user's op: its backward, which calls `begins`, is the moment at which the op's begins."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, action: str, h: torch.Tensor) -> torch.Tensor:
-        ctx.step, ctx.action = step, action
+    def forward(ctx: Any, begins: Callable[[], None], h: torch.Tensor) -> torch.Tensor:
+        ctx.begins = begins
         return h.view_as(h)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, torch.Tensor]:
-        ctx.step.lanes.open_op(ctx.action)
-        return None, None, grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        ctx.begins()
+        return None, grad
 
 
 class SameRouting(torch.autograd.Function):
@@ -167,15 +191,6 @@ def sum_in_order(*grads: torch.Tensor | None) -> torch.Tensor | None:
     return total
 
 
-def reserve_sequence_numbers(anchor: torch.Tensor, count: int) -> list[int]:
-    """`count` ascending sequence numbers of this thread that no other node has: each belongs to a node thrown away.
-
-    The engine runs the ready node with the highest number first. Numbers reserved between two backbone ops let nodes
-    that were created elsewhere run between the backwards of those two ops.
-    """
-    return [anchor.view(0).grad_fn._sequence_nr() for _ in range(count)]  # type: ignore[union-attr]
-
-
 @contextmanager
 def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> Iterator[None]:
     """A rank that fails on its own, or is interrupted, closes its transport first, so that its peers learn at once.
@@ -194,10 +209,3 @@ def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> It
     except BaseException as error:
         transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
         raise
-
-
-def autocast_off(device_type: str) -> AbstractContextManager[object]:
-    """The dtype of the rows was chosen at the entry; the bodies compute in it, whatever autocast says."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

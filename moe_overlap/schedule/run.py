@@ -12,11 +12,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
@@ -24,22 +24,21 @@ from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.nodes import (
+    DetachedNode,
     Fork,
     Marker,
     Stage,
     check_same_routing,
     closing_on_error,
-    reserve_sequence_numbers,
     routing_digest,
 )
-from moe_overlap.schedule.order import Node, backward_groups, split_tail
+from moe_overlap.schedule.numbers import SequenceNumbers
+from moe_overlap.schedule.order import Node, backward_groups
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
 from moe_overlap.transport.base import Transport
 
 Tensors = tuple[torch.Tensor | None, ...]
-# How many nodes can run after the router's backward: the waits for the last exchanges (one a chunk), then Pt.
-LAST_NODES = BLOCKS + 1
 
 
 class Step:
@@ -59,11 +58,10 @@ class Step:
         self._received: dict[int, torch.Tensor] = {}
         # Forward: where the walk stands.
         self._position = 0
-        self._ops_done = 0
         self._waited: set[int] = set()
-        # Backward: the order to come, and the run under way.
+        # Backward: its nodes and their order (None without gradients), and the run under way.
+        self._numbers: SequenceNumbers | None = None
         self._nodes: dict[Node, Any] = {}
-        self._numbers: dict[Node, int] = {}
         self._output_node: weakref.ref[Any] | None = None
         self._grads: BackwardRows | None = None
         self._grads_of = -1  # the run of the engine that they belong to
@@ -88,8 +86,7 @@ class Step:
         self._need_dw = self.grad and (w_in.requires_grad or w_out.requires_grad)
         self._need_dx = self.grad and x_TD.requires_grad
         *copied, self._weight_token = Fork.apply(self, copies, self.anchor, x_TD, w_in, w_out)
-        # Before the router makes its nodes: numbers for what runs, in backward, after the router's.
-        self._last_numbers = reserve_sequence_numbers(self.anchor, LAST_NODES) if self.grad else []
+        self._numbers = SequenceNumbers(self.anchor) if self.grad else None
         return copied if self._need_dx else [x_TD] * copies
 
     def bind(
@@ -106,9 +103,8 @@ class Step:
         self.plan = exchange.chunked(pair.chunks, pair.by)
         self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         self._needs = dependencies(pair.forward)
-        self._groups = list(backward_groups(pair))
-        self._groups[-1], tail = split_tail(self._groups[-1], LAST_NODES)
-        self._number(tail, self._last_numbers)
+        if self._numbers is not None:
+            self._numbers.bind(pair)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=x_TD.dtype)
         self.lanes.bind(self.plan, self._backward_plan, self.layout, joined=pair.joined)
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
@@ -166,7 +162,8 @@ class Step:
             result = op(self.hidden)
         self.lanes.note(action.text, "comp", start, self.lanes.now())
         if self.grad and result.requires_grad:
-            result = Marker.apply(self, f"{action.verb}t{'' if action.index is None else action.index}", result)
+            backward = f"{action.verb}t{'' if action.index is None else action.index}"
+            result = Marker.apply(partial(self.lanes.open_op, backward), result)
         if action.verb == "B":
             self.hidden = result
         else:
@@ -175,17 +172,15 @@ class Step:
 
     def _before_op(self) -> None:
         """Reserve the numbers of the nodes that run, in backward, right after the coming op."""
-        self._ops_done += 1
-        self._reserve(self._groups[len(self._groups) - self._ops_done])
+        if self._numbers is not None:
+            self._numbers.before_op()
 
     def _finish(self) -> torch.Tensor:
         """Fix the backward order and return the routed output."""
         y_TD = self._y_TD
-        if self.grad:
+        if self._numbers is not None:
             y_TD = self._make_nodes()
-            self._reserve(self._groups[0])
-            for node, number in self._numbers.items():
-                self._nodes[node]._set_sequence_nr(number)
+            self._numbers.write(self._nodes)
             self._output_node = weakref.ref(y_TD.grad_fn)
         # The graph now holds what backward needs.
         self._release()
@@ -205,6 +200,7 @@ class Step:
     def _release(self) -> None:
         """Drop what only the walk needs: nodes hold their step, so a step that held them would never be freed."""
         self._nodes.clear()
+        self._numbers = None
         for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
             self.__dict__.pop(name, None)
 
@@ -217,14 +213,6 @@ class Step:
             self._release()
             self.hidden = self.shared = None
             raise
-
-    def _reserve(self, nodes: list[Node]) -> None:
-        if self.grad and nodes:
-            self._number(nodes, reserve_sequence_numbers(self.anchor, len(nodes)))
-
-    def _number(self, nodes: list[Node], numbers: list[int]) -> None:
-        """The first of `nodes` gets the highest of the ascending `numbers`: the engine runs it first."""
-        self._numbers.update(zip(nodes, reversed(numbers), strict=False))
 
     # ---------------------------------------------------------------- forward: the bodies
 
@@ -371,7 +359,7 @@ class Step:
             )
         results: Tensors = ()
         with closing_on_error(self.transport, "Ut"):
-            detached = _Detached(node)  # once: what a checkpoint saved can be unpacked once
+            detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
         for member in (member for group in backward_groups(self.pair) for member in group):
             results = self.run_backward(member, detached, None)
         return results[0]
@@ -407,14 +395,3 @@ class Step:
         ("Ew", ""): _ew,
         ("Pt", ""): _pt,
     }
-
-
-class _Detached:
-    """Stands for a node's context where a backward body is run outside the engine, for Fork: no tensors of its own."""
-
-    num_tensors = 1
-
-    def __init__(self, output_node: Any) -> None:
-        self.saved_tensors = output_node.saved_tensors
-        self.routing_digest = output_node.routing_digest
-        self.needs_input_grad = (False, False, False)

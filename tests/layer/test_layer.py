@@ -159,14 +159,14 @@ def test_initial_weights_and_mean_gradients_do_not_depend_on_the_number_of_ranks
 
     results = virtual_world(world).run(rank)
     close(sum(r["router.weight"] for r in results) / world, want["router.weight"])
-    for name in ("gate_up_proj", "down_proj"):
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
         close(torch.cat([r[name] for r in results]), want[name])
 
 
 def test_ignore_experts_for_ddp_names_the_expert_parameters():
     model = nn.Sequential(make(), nn.Linear(D, D), make(activation="relu"))
     names = ignore_experts_for_ddp(model)
-    assert names == ["0.gate_up_proj", "0.down_proj", "2.up_proj", "2.down_proj"]
+    assert names == ["0.experts.gate_up_proj", "0.experts.down_proj", "2.experts.up_proj", "2.experts.down_proj"]
     assert model._ddp_params_and_buffers_to_ignore == names
 
 
@@ -231,7 +231,7 @@ def test_frozen_experts_still_pass_the_input_gradient():
             weight.requires_grad_(not frozen)
         x = tokens(6, me.rank).requires_grad_()
         layer(x).square().sum().backward()
-        assert (layer.down_proj.grad is None) == frozen
+        assert (layer.experts.down_proj.grad is None) == frozen
         return x.grad
 
     for got, want in zip(

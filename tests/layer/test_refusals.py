@@ -187,7 +187,7 @@ def test_ranks_that_differ_raise_plan_mismatch_before_any_payload(name, change):
             options = {"schedule": "shared_expert(1)", "shared_expert_size": F}
         layer = make(me.transport(), **options | (change if me.rank == 1 else {}))
         with pytest.raises(PlanMismatch, match="another configuration" if name in ("header", "dtype") else name):
-            layer(tokens(5, dtype=layer.down_proj.dtype))
+            layer(tokens(5, dtype=layer.experts.down_proj.dtype))
         return layer.transport.stats.payload_bytes
 
     assert virtual_world(2).run(rank) == [0, 0]

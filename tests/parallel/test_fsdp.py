@@ -48,7 +48,8 @@ def units_of(model: Model, unit: str) -> list[nn.Module]:
 def make_unit_of_its_own(layer: MoELayer, mesh: DeviceMesh) -> None:
     """The layer's experts on a mesh of this rank alone, the rest of it on the data-parallel mesh."""
     for child in layer.children():
-        fully_shard(child, mesh=mesh["data"])
+        if child is not layer.experts:
+            fully_shard(child, mesh=mesh["data"])
     fully_shard(layer, mesh=mesh["own"])
 
 

@@ -80,7 +80,7 @@ def without_tokens(wrapper, mode):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_rank_without_tokens(wrapper, mode):
     plain = run_once(without_tokens, "bare", "none")
-    assert plain[1]["shells.0.block.moe.down_proj"].any() and not plain[1]["entry.weight"].any()
+    assert plain[1]["shells.0.block.moe.experts.down_proj"].any() and not plain[1]["entry.weight"].any()
     for rank, got in enumerate(gloo_pool(WORLD).run(without_tokens, wrapper, mode)):
         for name, grad in got.items():
             averaged = not name.endswith(EXPERTS) and wrapper != "bare"

@@ -393,8 +393,9 @@ def test_gradcheck_over_all_ranks(world, counts, schedule):
         layer = MoELayer(d, f, e, k, transport=me.transport(), schedule=schedule, dtype=torch.float64)
         local = slice(me.rank * e // world, (me.rank + 1) * e // world)
         layer.router.weight = None
-        del layer._parameters["gate_up_proj"], layer._parameters["down_proj"], layer.router._parameters["weight"]
-        layer.router.weight, layer.gate_up_proj, layer.down_proj = router_weight, w_in[local], w_out[local]
+        experts = layer.experts
+        del experts._parameters["gate_up_proj"], experts._parameters["down_proj"], layer.router._parameters["weight"]
+        layer.router.weight, experts.gate_up_proj, experts.down_proj = router_weight, w_in[local], w_out[local]
         return layer(xs[me.rank])
 
     body.counts = counts

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.commands.bench.routing import ForcedRouter
-from moe_overlap.layer.layer import MoELayer, SharedExpert
+from moe_overlap.layer.layer import MoELayer
+from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.schedule.builders import SchedulePair, serial, shortcut, tap_of_position
 from moe_overlap.schedule.recorder import TimelineEvent, emit

@@ -80,7 +80,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
         run,
         pair_of,
         transport,
-        groups=min(MAX_GROUPS, model.moe.down_proj.shape[0]),
+        groups=min(MAX_GROUPS, model.moe.expert_weights[1].shape[0]),
         row_bytes=row_bytes,
         nodes=nodes,
         device=torch.device("cpu"),

@@ -28,7 +28,6 @@ Z_LOSS_COEF = 0.001
 EMBEDDING_STD = 0.05
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
-EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Attention(nn.Module):
@@ -168,7 +167,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """(dense, expert) parameters by name. Dense ones are equal on all ranks; experts are this rank's slots."""
-    expert_ids = {id(getattr(layer, name, None)) for layer in moe_layers(model) for name in EXPERT_PARAMETERS}
+    expert_ids = {id(weight) for layer in moe_layers(model) for weight in layer.experts.parameters()}
     dense: dict[str, nn.Parameter] = {}
     expert: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
@@ -193,6 +192,7 @@ def initialise(model: LanguageModel, *, seed: int, rank: int) -> None:
             std /= 10
         _fill(parameter, std, seed, name)
     for name, stacked in expert.items():
+        name = name.replace(".experts.", ".")  # a weight's value does not depend on which module holds it
         for slot, matrix in enumerate(stacked.unbind(0)):
             logical = rank * stacked.shape[0] + slot
             _fill(matrix, 1 / math.sqrt(matrix.shape[-1]), seed, f"{name}[{logical}]")

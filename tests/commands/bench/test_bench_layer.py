@@ -233,7 +233,7 @@ def test_the_reference_sees_a_wrong_expert(case):
     with torch.no_grad():
         right = double(x_TD.double())
         assert check.max_rel_err(model(x_TD), right) < 1e-5
-        model.moe.down_proj[0] *= 1.01
+        model.moe.experts.down_proj[0] *= 1.01
         assert check.max_rel_err(model(x_TD), right) > 1e-5
 
 

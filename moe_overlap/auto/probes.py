@@ -1,0 +1,182 @@
+"""What a calibration runs on: a layer's own tokens, routing, weights and ops, in real steps on its own transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.agreement.record import PHASES
+from moe_overlap.auto.beside import Op, refuse_units, signature
+from moe_overlap.auto.calibrate import StepTimes
+from moe_overlap.schedule.builders import SchedulePair, chunked, window
+from moe_overlap.schedule.clocks import clock_for
+from moe_overlap.schedule.dispatch import Dispatcher, check_routing
+from moe_overlap.schedule.recorder import record
+from moe_overlap.schedule.rows import ExpertWeights
+from moe_overlap.schedule.run import Step
+from moe_overlap.transport.base import Transport
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProbeInputs:
+    """What a layer gives to a calibration, as it stands before a step.
+
+    x_TD: this rank's tokens; w_in, w_out: the experts' weights in the dtype of the rows, which is the probes'. router:
+    tokens -> their experts (a `RoutingDecision`). backbone: the ops beside the exchanges and their input h; shared: the
+    shared expert.
+    """
+
+    dispatcher: Dispatcher
+    router: Callable[[torch.Tensor], Any]
+    x_TD: torch.Tensor
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    h: torch.Tensor | None = None
+    backbone: Sequence[Op] = ()
+    shared: Op | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w_out.dtype
+
+    @property
+    def ops(self) -> list[Op]:
+        """All that runs beside the exchanges."""
+        return [*self.backbone] if self.shared is None else [*self.backbone, self.shared]
+
+    def routed(self) -> tuple[Probes, torch.Tensor]:
+        """The probes on this routing, and the router's status. Raises ConfigError for what cannot be probed."""
+        refuse_units(self.ops)
+        routing = self.router(self.x_TD.detach())
+        check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
+        probes = Probes(
+            inputs=self,
+            x_TD=leaf(self.x_TD.to(self.dtype)),
+            slots_TK=self.dispatcher.placement.to_physical(routing.topk_ids_TK),
+            weights_TK=leaf(routing.topk_weights_TK),
+            w_in=leaf(self.w_in),
+            w_out=leaf(self.w_out),
+            h=None if self.h is None else leaf(self.h),
+        )
+        return probes, routing.status
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Random numbers and the buffers of all modules are restored at the end. Neither recorders nor a checkpoint
+        around the caller, selective ones included, see what is computed and saved inside."""
+        modules = [op for op in (self.router, *self.ops) if isinstance(op, nn.Module)]
+        owners = [owner for module in modules for owner in module.modules()]
+        buffers = [(o, name, b, b.clone()) for o in owners for name, b in o._buffers.items() if b is not None]
+        devices = [self.x_TD.device] if self.x_TD.device.type == "cuda" else []
+        # The innermost hooks win: a probe's backward must not make an activation checkpoint recompute the caller.
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        try:
+            with torch.random.fork_rng(devices=devices), hooks, _disable_current_modes(), record():
+                yield
+        finally:
+            with torch.no_grad():
+                for owner, name, buffer, before in buffers:
+                    owner._buffers[name] = buffer
+                    if not torch.equal(buffer, before):  # writing would tell autograd that it changed
+                        buffer.copy_(before)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Probes:
+    """Steps on a layer's inputs, all of them leaves, which require a gradient where the step's own do."""
+
+    inputs: ProbeInputs
+    x_TD: torch.Tensor
+    slots_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    h: torch.Tensor | None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self.inputs.dispatcher
+
+    @property
+    def transport(self) -> Transport:
+        return self.dispatcher.transport
+
+    @property
+    def row_bytes(self) -> int:
+        return self.x_TD.shape[1] * self.x_TD.dtype.itemsize
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the times depend on, of all that is the layer's: its part of a `cost_cache.cache_key`."""
+        inputs, d, h = self.inputs, self.dispatcher, self.h
+        return {
+            "tokens": self.x_TD.shape[0],
+            "h": None if h is None else list(h.shape),
+            "hidden": d.hidden,
+            "ffn_hidden": d.ffn_hidden,
+            "experts": d.placement.num_experts,
+            "top_k": self.slots_TK.shape[1],
+            "activation": d.activation,
+            "dtype": str(self.x_TD.dtype),
+            "grad": torch.is_grad_enabled(),
+            "gradients": [
+                one is not None and one.requires_grad for one in (self.x_TD, self.w_in, self.w_out, self.weights_TK, h)
+            ],
+            "ops": [signature(op) for op in inputs.backbone],
+            "shared": None if inputs.shared is None else signature(inputs.shared),
+        }
+
+    def pair(self, chunks: int, by: ChunkBy) -> SchedulePair:
+        """The schedules of a probe."""
+        return probe_pair("B" if self.inputs.shared is None else "S", len(self.inputs.backbone), chunks, by)
+
+    def run(self, pair: SchedulePair) -> StepTimes:
+        """One step, forward and (where gradients are enabled) backward."""
+        grad = torch.is_grad_enabled()
+
+        x_TD, w_in, w_out, weights_TK = map(leaf, (self.x_TD, self.w_in, self.w_out, self.weights_TK))
+        h = None if self.h is None else leaf(self.h.clone())  # in inference an op may change it in place
+        clock = clock_for(self.x_TD.device)
+        assert clock is not None, "probes are recorded"
+        start = clock.now()
+        weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
+        step = Step(self.transport, weights, phase=PHASES[0], probe=True)
+        x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
+        leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, *([] if h is None else [h])]
+        exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)
+        step.bind(pair, exchange, x_rows, self.slots_TK, weights_TK)
+        step.hidden = h
+        shared = self.inputs.shared
+        y_TD = step.run(self.inputs.backbone, None if shared is None else lambda: shared(x_shared))
+        outputs = [y_TD] if h is None else [y_TD, step.take_hidden()]
+        outputs += [one for one in [step.take_shared()] if one is not None]
+        middle = clock.now()
+        if grad:
+            # Tensor hooks would run on these gradients, which are no one's.
+            parameters = [p for op in self.inputs.ops if isinstance(op, nn.Module) for p in op.parameters()
+                          if p.requires_grad and not p._backward_hooks]  # fmt: skip
+            leaves = [one for one in (*leaves, *parameters) if one.requires_grad]
+            reached = [one for one in outputs if one.requires_grad]
+            torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
+        start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
+        return StepTimes(events=step.events, forward_s=middle_s - start_s,
+                         backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
+
+
+def probe_pair(op_verb: str, num_ops: int, chunks: int, by: ChunkBy) -> SchedulePair:
+    """The schedules of a probe: half of the backbone ops, or the shared expert, before the experts."""
+    if num_ops:
+        return window(num_ops, num_ops // 2, chunks=chunks, by=by)
+    return chunked(chunks, by, shared=op_verb == "S")
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what it was made from: it requires a gradient if that is wanted now."""
+    return tensor.detach().requires_grad_(tensor.requires_grad and torch.is_grad_enabled())

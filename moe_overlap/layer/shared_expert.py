@@ -1,0 +1,24 @@
+"""The shared expert: the dense feed-forward network that every token passes, beside its routed experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_overlap import ops
+
+
+class SharedExpert(nn.Module):
+    """down(act(up(x))). Parameters: up.weight [2F or F, D], down.weight [D, F]. forward(x_TD) -> the same shape."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str, **factory: Any) -> None:
+        super().__init__()
+        rows = ffn_hidden_size * (2 if activation == "swiglu" else 1)
+        self.activation = activation
+        self.up = nn.Linear(hidden_size, rows, bias=False, **factory)
+        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False, **factory)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.down(ops.activation(self.up(x_TD), kind=self.activation))
