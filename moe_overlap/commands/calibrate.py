@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from moe_overlap.auto.auto import AutoSchedule
-from moe_overlap.commands.cli import OneLineParser
 from moe_overlap.commands.launch import World, run, torchrun_world_size
+from moe_overlap.commands.parser import OneLineParser
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.transport.base import Transport

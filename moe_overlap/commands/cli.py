@@ -10,8 +10,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from moe_overlap.commands.parser import EXIT_BAD_INPUT, OneLineParser
 from moe_overlap.errors import ConfigError
 from moe_overlap.native.build_info import VERSION
 
@@ -23,14 +23,6 @@ COMMANDS = {
     "calibrate": ("moe_overlap.commands.calibrate", 'measure the cost model of a layer, for schedule="auto"'),
     "bench": ("moe_overlap.commands.bench", "measure schedules against each other: moe-overlap bench layer"),
 }
-EXIT_BAD_INPUT = 2
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line; for the parsers of the commands too."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 def main(argv: Sequence[str]) -> int:
     """The command: prints the text, takes no options."""
-    from moe_overlap.commands.cli import OneLineParser
+    from moe_overlap.commands.parser import OneLineParser
 
     parser = OneLineParser(prog="moe-overlap info", description=__doc__)
     parser.parse_args(argv)

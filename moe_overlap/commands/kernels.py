@@ -109,7 +109,7 @@ def lines(report: Report) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """The command. Exit status 1 where there is nothing to print."""
-    from moe_overlap.commands.cli import OneLineParser
+    from moe_overlap.commands.parser import OneLineParser
 
     parser = OneLineParser(prog="moe-overlap kernels", description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="save the report of this build as a table")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_overlap.commands.cli import OneLineParser
+from moe_overlap.commands.parser import OneLineParser
 
 COMMANDS = {"layer": "schedules of a Mixture-of-Experts block pair against each other"}
 

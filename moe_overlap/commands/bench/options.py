@@ -11,7 +11,7 @@ import torch
 
 from moe_overlap.commands.bench.cases import CASES, HEAD, Sizes
 from moe_overlap.commands.bench.routing import KINDS
-from moe_overlap.commands.cli import OneLineParser
+from moe_overlap.commands.parser import OneLineParser
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport.link import LinkSpec
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moe_overlap.commands.cli import OneLineParser
+from moe_overlap.commands.parser import OneLineParser
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import Slowdown

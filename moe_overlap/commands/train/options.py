@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from moe_overlap.commands.cli import OneLineParser
+from moe_overlap.commands.parser import OneLineParser
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import parse_choice
 from moe_overlap.transport.link import LinkSpec
