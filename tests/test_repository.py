@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import shutil
 import subprocess
@@ -315,3 +316,16 @@ def test_readme_is_short_and_names_existing_files():
     assert len(readme.splitlines()) <= 200
     for name in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", readme):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("document", ["docs/design.md", "docs/parallel.md", "docs/status.md", "CONTRIBUTING.md"])
+def test_documents_name_existing_files(document):
+    """By their paths, within a command too; or shorter, as `ops/gate.py` or `gate.py`, if a file's path ends so."""
+    existing = [f"/{path.relative_to(ROOT).as_posix()}" for path in tracked()]
+    for span in re.findall(r"`([^`\n]+)`", (ROOT / document).read_text()):
+        for name in re.findall(rf"(?:^|(?<=\s))(?:{FOLDERS})/[^\s,]+", span):
+            assert "<" in name or any(ROOT.glob(name.rstrip("/"))), f"{document}: {name}"
+        if re.fullmatch(r"[\w*/-]+\.(?:py|cu|cuh|cpp|h)", span):
+            assert fnmatch.filter(existing, f"*/{span}"), f"{document}: {span}"
+        elif re.fullmatch(r"[\w/-]+/", span):
+            assert any(f"/{span}" in path for path in existing), f"{document}: {span}"
