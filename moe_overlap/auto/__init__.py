@@ -1,1 +1,1 @@
-"""schedule="auto": measure real steps, keep the cost model, choose for every step."""
+"""What schedule="auto" does: measure real steps, keep the cost model, choose for every step."""

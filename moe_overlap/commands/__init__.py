@@ -1,1 +1,1 @@
-"""The command `moe-overlap`, one module or package a subcommand."""
+"""The command `moe-overlap`: one module or package for each subcommand."""

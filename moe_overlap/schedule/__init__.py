@@ -1,1 +1,1 @@
-"""The order of actions, as data."""
+"""The order of actions, as data, and the executor that walks it."""
