@@ -101,9 +101,13 @@ def weights_of(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return getattr(experts, w_in_name(experts.activation)), experts.down_proj  # type: ignore[arg-type, return-value]
 
 
+def old_name(name: str) -> str:
+    """What an expert weight was called before the experts were a module, when the layer itself held it."""
+    return name.replace(".experts.", ".")
+
+
 def take_old_names(state_dict: dict[str, Any], prefix: str) -> None:
-    """Enter the expert weights of a layer under `prefix` by the names they have now; before the experts were a module
-    of their own, the layer itself held them."""
+    """Enter the expert weights of a layer under `prefix` by the names they have now (see `old_name`)."""
     for name in WEIGHTS:
         if f"{prefix}{name}" in state_dict:
             state_dict[f"{prefix}experts.{name}"] = state_dict.pop(f"{prefix}{name}")

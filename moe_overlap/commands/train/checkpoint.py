@@ -24,6 +24,7 @@ from moe_overlap.commands.train.model import LanguageModel, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions
 from moe_overlap.commands.train.text import Corpus
 from moe_overlap.errors import ConfigError
+from moe_overlap.layer.experts import old_name
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -145,7 +146,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> 
 
 
 def _take(state: dict[str, torch.Tensor], name: str, like: torch.Tensor | None, checkpoint: Checkpoint) -> torch.Tensor:
-    tensor = state.get(name)
+    tensor = state.get(name, state.get(old_name(name)))
     if tensor is None or (like is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype)):
         raise ConfigError(FIELD, str(checkpoint.folder), f"a checkpoint of this model (tensor {name})")
     return tensor

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moe_overlap.commands.train.options import TrainOptions
 from moe_overlap.commands.train.seeds import generator
+from moe_overlap.layer.experts import old_name
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.schedule.builders import tap_of_position
@@ -180,6 +181,7 @@ def initialise(model: LanguageModel, *, seed: int, rank: int) -> None:
     """Seeded values that depend on the parameter's name and, for experts, on the logical expert, not on the ranks.
 
     Matrices: normal, std 1 / sqrt(fan_in), the router a tenth of it (a balanced start). Vectors keep their values.
+    Experts go by their old names, so that a seed stands for the run that it always stood for.
     """
     dense, expert = split_parameters(model)
     for name, parameter in dense.items():
@@ -192,10 +194,9 @@ def initialise(model: LanguageModel, *, seed: int, rank: int) -> None:
             std /= 10
         _fill(parameter, std, seed, name)
     for name, stacked in expert.items():
-        name = name.replace(".experts.", ".")  # a weight's value does not depend on which module holds it
         for slot, matrix in enumerate(stacked.unbind(0)):
             logical = rank * stacked.shape[0] + slot
-            _fill(matrix, 1 / math.sqrt(matrix.shape[-1]), seed, f"{name}[{logical}]")
+            _fill(matrix, 1 / math.sqrt(matrix.shape[-1]), seed, f"{old_name(name)}[{logical}]")
 
 
 def _fill(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
