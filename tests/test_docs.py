@@ -1,11 +1,16 @@
-"""docs/ops.md does not go stale: its programs print what they say, its signatures and its table are the code's."""
+"""docs/ops.md does not go stale: its programs print what they say, its signatures and its table are the code's.
+
+Of README.md the first program runs too, as the one rank of a group; its second one stands for a model of the reader's.
+"""
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from tests.tolerances import close
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "ops.md").read_text()
+README = (ROOT / "README.md").read_text()
 FINDINGS = (ROOT / "findings" / "README.md").read_text()
 OPERATORS = [name for name in ops.__all__ if not inspect.ismodule(getattr(ops, name))]
 
@@ -117,6 +123,16 @@ def test_the_table_has_the_implementations_that_there_are():
             registry.function(op, "of another name")
         there_are[op] = refusal.value.expected.split(": ")[1].split(", ")
     assert written == there_are
+
+
+def test_the_first_program_of_the_readme_runs(tmp_path):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT), "MOE_OVERLAP_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", blocks(README, "python")[0]]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    # Its last line is the overload of a rank that has all the rows.
+    assert result.stdout.splitlines()[-1] == "1.0"
 
 
 def test_the_skeleton_of_a_finding_is_a_shell_script():
