@@ -1,0 +1,141 @@
+"""docs/ops.md does not go stale: its programs print what they say, its signatures and its table are the code's.
+
+Of README.md the first program runs too, as the one rank of a group; its second one stands for a model of the reader's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_overlap import ConfigError, ops
+from moe_overlap.ops import registry
+from tests import oracle
+from tests.tolerances import close
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "ops.md").read_text()
+README = (ROOT / "README.md").read_text()
+FINDINGS = (ROOT / "findings" / "README.md").read_text()
+OPERATORS = [name for name in ops.__all__ if not inspect.ismodule(getattr(ops, name))]
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINT = re.compile(r"^ *print\(.*?\)(?: +# (.*))?$", re.MULTILINE)
+HEADING = re.compile(r"^### (.*)$", re.MULTILINE)
+SIGNATURE = re.compile(r"^`(\w+\([^`]*\))`\s->\s`", re.MULTILINE)
+NAMES = r"`\w+`(?:, `\w+`)*"
+TABLE_ROW = re.compile(rf"^\| ({NAMES}) \| ({NAMES}) \|$", re.MULTILINE)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return [text for found, text in BLOCK.findall(page) if found == language]
+
+
+def promised(program: str) -> list[str]:
+    """What a program's `print` lines say they print, in their order. One without a comment promises "".
+
+    A comment on the output stands on the line of its `print`, and such a line runs once.
+    """
+    return PRINT.findall(program)
+
+
+def named(text: str) -> list[str]:
+    """The names in backticks."""
+    return re.findall(r"`(\w+)`", text)
+
+
+def run(program: str, folder: Path) -> dict[str, Any]:
+    """The names a program leaves behind. torch's random numbers are afterwards as before."""
+    path = folder / "program.py"
+    path.write_text(program)
+    with torch.random.fork_rng(devices=[]):
+        return runpy.run_path(str(path))
+
+
+def signature(name: str) -> str:
+    """An operator's signature without annotations, as the page writes it."""
+    found = inspect.signature(getattr(ops, name))
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found.parameters.values()]
+    text = found.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+    return f"{name}{text}".replace("'", '"')
+
+
+@pytest.mark.parametrize("number", range(len(blocks(PAGE, "python"))))
+def test_every_program_runs_and_prints_what_it_says(number, tmp_path, capsys):
+    program = blocks(PAGE, "python")[number]
+    wanted = promised(program)
+    run(program, tmp_path)
+    assert capsys.readouterr().out.splitlines() == wanted
+    # A program that says nothing about itself would pass whatever it does.
+    assert wanted or "assert " in program
+
+
+def test_no_program_is_lost():
+    """Each block that a reader sees as Python is one that was run."""
+    assert PAGE.count("```python") == len(blocks(PAGE, "python")) > 0
+    assert PAGE.count("```") == 2 * len(BLOCK.findall(PAGE))
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_layer_of_the_page_is_the_oracle(dtype, top_k, tmp_path):
+    moe = run(blocks(PAGE, "python")[0], tmp_path)["moe"]
+    seeded = torch.Generator().manual_seed(7)
+    shapes = ((20, 6), (5, 6), (5, 14, 6), (5, 6, 7))
+    given = [torch.randn(shape, generator=seeded, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    exact = [value.detach().double().requires_grad_() for value in given]
+
+    x_TD, router_ED, w_in, w_out = exact
+    weights_TK, ids_TK = (x_TD @ router_ED.T).softmax(dim=1).topk(top_k, dim=1)
+    want = oracle.moe(x_TD, ids_TK, weights_TK / weights_TK.sum(dim=1, keepdim=True), w_in, w_out)
+    got = moe(*given, top_k=top_k)
+
+    close(got, want)
+    dy = torch.randn(want.shape, generator=seeded, dtype=torch.float64)
+    gradients = torch.autograd.grad(got, given, dy.to(dtype))
+    for gradient, wanted in zip(gradients, torch.autograd.grad(want, exact, dy), strict=True):
+        close(gradient, wanted)
+
+
+def test_every_operator_has_a_heading_and_its_real_signature():
+    assert OPERATORS
+    headings = [name for heading in HEADING.findall(PAGE) for name in named(heading)]
+    assert sorted(headings) == sorted(OPERATORS)
+    written = [" ".join(text.split()) for text in SIGNATURE.findall(PAGE)]
+    assert sorted(written) == sorted(signature(name) for name in OPERATORS)
+
+
+def test_the_table_has_the_implementations_that_there_are():
+    written = {op: named(impls) for left, impls in TABLE_ROW.findall(PAGE) for op in named(left)}
+    there_are = {}
+    for op in {line.split(":")[0] for line in registry.explain()}:
+        with pytest.raises(ConfigError) as refusal:
+            registry.function(op, "of another name")
+        there_are[op] = refusal.value.expected.split(": ")[1].split(", ")
+    assert written == there_are
+
+
+def test_the_first_program_of_the_readme_runs(tmp_path):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT), "MOE_OVERLAP_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", blocks(README, "python")[0]]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    # Its last line is the overload of a rank that has all the rows.
+    assert result.stdout.splitlines()[-1] == "1.0"
+
+
+def test_the_skeleton_of_a_finding_is_a_shell_script():
+    (script,) = blocks(FINDINGS, "bash")
+    result = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
