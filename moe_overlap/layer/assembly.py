@@ -73,6 +73,17 @@ def make_transport(
     return open_transport(group, timeout_s=timeout_s, device=device) if given is None else given
 
 
+def make_placement(dispatcher: Dispatcher | None, num_experts: int, ranks: int) -> Placement:
+    """The placement of the dispatcher given, or every expert in the slot of its number."""
+    if dispatcher is None:
+        return Placement.identity(num_experts, ranks)
+    placement = dispatcher.placement
+    if (placement.num_experts, placement.world_size) != (num_experts, ranks):
+        given = f"{placement.num_experts} experts on {placement.world_size} rank(s)"
+        raise ConfigError("dispatcher.placement", given, f"{num_experts} experts on {ranks} rank(s)")
+    return placement
+
+
 def make_experts(
     given: nn.Module | None,
     hidden_size: int,

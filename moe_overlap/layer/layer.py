@@ -32,7 +32,6 @@ from moe_overlap.layer.arguments import (
 from moe_overlap.layer.experts import take_old_names, weights_of
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.layer.tickets import Ticket, Tickets
-from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
@@ -113,7 +112,7 @@ class MoELayer(Tickets, nn.Module):
             schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap,
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
-        placement = Placement.identity(num_experts, ranks) if dispatcher is None else dispatcher.placement
+        placement = assembly.make_placement(dispatcher, num_experts, ranks)
         self.experts = assembly.make_experts(
             experts, hidden_size, ffn_hidden_size, placement=placement, transport=self.transport,
             activation=activation, factory=factory,

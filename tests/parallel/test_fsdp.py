@@ -209,3 +209,16 @@ def experts_over_their_own_ranks():
 def test_experts_sharded_over_the_ranks_they_are_spread_over_are_refused():
     """Each rank would compute with slices of both ranks' experts, and nothing would tell."""
     gloo_pool(WORLD).run(experts_over_their_own_ranks)
+
+
+def experts_alone():
+    model = Model(dist.group.WORLD)
+    ignore_experts_for_ddp(model)
+    fully_shard(model.moe.experts, mesh=meshes()["own"])
+    with pytest.raises(ConfigError, match="not its experts alone"):
+        loss_of(model, dist.get_rank())
+
+
+def test_experts_as_a_unit_without_their_layer_are_refused():
+    """The layer does not call them, so nobody would gather their weights."""
+    gloo_pool(WORLD).run(experts_alone)
