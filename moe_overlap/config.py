@@ -1,4 +1,4 @@
-"""Every environment variable this library reads at run time, typed and ranged. Nothing else reads `os.environ`.
+"""Every environment variable this library looks at, at run time: nothing else in the package touches `os.environ`.
 
 Build-time variables (`MOE_OVERLAP_BUILD`, `TORCH_CUDA_ARCH_LIST`, `MAX_JOBS`) belong to `setup.py`.
 """
@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moe_overlap.errors import ConfigError
 
@@ -37,6 +38,11 @@ class EnvVariable:
             raise ConfigError(self.name, text[:80], expected)
         return value
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the value in force is not the default."""
+        return bool(os.environ.get(self.name))
+
 
 TIMEOUT_S = EnvVariable(
     name="MOE_OVERLAP_TIMEOUT_S",
@@ -62,6 +68,7 @@ EXCHANGE_SMS = EnvVariable(
 VARIABLES = (TIMEOUT_S, SLOW_PEER_S, EXCHANGE_SMS)
 TRITON_INTERPRET = "TRITON_INTERPRET"
 CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def cache_dir() -> Path:
@@ -79,3 +86,19 @@ def cache_dir() -> Path:
 def triton_interpreter() -> bool:
     """Whether Triton runs kernels in its interpreter: its own variable TRITON_INTERPRET, as Triton reads it."""
     return os.environ.get(TRITON_INTERPRET, "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def one_hardware_queue() -> bool:
+    """Whether CUDA_DEVICE_MAX_CONNECTIONS puts all streams on one queue."""
+    return os.environ.get(CONNECTIONS) == "1"
+
+
+def torchrun(name: Literal["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]) -> int | None:
+    """One of the numbers that torchrun gives to the processes it starts, which are part of its contract; else None."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else None
+
+
+def listen_on_loopback() -> None:
+    """All ranks are on this machine: gloo is to listen on the loopback interface, unless the user named another."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -57,6 +57,7 @@ EXECUTOR = {
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
     "schedule/clocks.py": set(),
+    "schedule/numbers.py": set(),
 }
 NO_DISTRIBUTED = {"routing", "placement", "ops", "schedule", "planning"}
 NO_TORCH = {"planning", "schedule"}  # the executor excepted

@@ -43,7 +43,7 @@ ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the nam
 
 @dataclass(frozen=True, kw_only=True)
 class Unplanned:
-    """What a step says it runs while "auto" has not chosen (the `Schedules` of `dispatch.py`): no fixed schedule has
+    """What a step says it runs while "auto" has not chosen (`Schedules`): no fixed schedule has
     its digest, so a rank with one beside a rank that calibrates is refused before anything is sent."""
 
     op_verb: OpVerb

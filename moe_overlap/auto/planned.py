@@ -49,7 +49,7 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedSchedule:
-    """The fastest schedules by `model`, for each step (the `Schedules` of `dispatch.py`).
+    """The fastest schedules by `model`, for each step (`Schedules`).
 
     op_verb "B": `num_ops` backbone ops beside the exchanges; "S": the shared expert; num_ops 0: nothing.
     `overlap=False` joins every exchange of what was chosen. max_in_flight_bytes: the most that exchanges under way may

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from moe_overlap import config
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.commands.launch import World, run, torchrun_world_size
 from moe_overlap.commands.parser import OneLineParser
@@ -177,7 +178,7 @@ def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float
 
 def _check_writable(path: Path) -> None:
     """Raises ConfigError before the work where a file cannot be written to; leaves nothing but its folder."""
-    if os.environ.get("RANK", "0") != "0":  # torchrun's, part of its contract; rank 0 alone writes
+    if config.torchrun("RANK"):  # rank 0 alone writes
         return
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

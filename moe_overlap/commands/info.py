@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 from collections.abc import Sequence
 
 from moe_overlap import config
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import build_info, native
-
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,16 +72,16 @@ def _environment() -> list[str]:
             value = f"{variable.read():g}"
         except ConfigError as error:
             value = f"BAD: {error}"
-        given = "set" if os.environ.get(variable.name) else "default"
+        given = "set" if variable.is_set else "default"
         text.append(f"  {variable.name} = {value} ({given}): {variable.meaning}")
     return text
 
 
 def _warnings() -> list[str]:
     """With one hardware queue kernels run in the order they were enqueued, so an exchange cannot pass a GEMM."""
-    if os.environ.get(CONNECTIONS) != "1":
+    if not config.one_hardware_queue():
         return []
     return [
-        f"WARNING: {CONNECTIONS}=1 puts all CUDA streams on one hardware queue: exchanges then run in issue order with "
-        "compute and overlap suffers. Unset it unless another library needs it."
+        f"WARNING: {config.CONNECTIONS}=1 puts all CUDA streams on one hardware queue: exchanges then run in issue "
+        "order with compute and overlap suffers. Unset it unless another library needs it."
     ]

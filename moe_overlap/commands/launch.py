@@ -23,6 +23,8 @@ LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
 START_LIMIT_S = 120.0
 
+from moe_overlap import config
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -65,8 +67,7 @@ def torchrun_world_size() -> int | None:
     """World size when torchrun started this process, else None."""
     if not dist.is_torchelastic_launched():
         return None
-    # torchrun's own variables are part of its contract, not settings of this library.
-    return int(os.environ["WORLD_SIZE"])
+    return config.torchrun("WORLD_SIZE")
 
 
 def _backend(cuda: bool) -> str:
@@ -163,8 +164,7 @@ def _end(children: Sequence[process.BaseProcess]) -> None:
 
 def _child(main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int, timeout_s: float, cuda: bool) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    # All ranks are on this machine: gloo is to listen on the loopback interface, not on the host's address.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    config.listen_on_loopback()
     store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timedelta(seconds=START_LIMIT_S))
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group(_backend(cuda), store=store, rank=rank, world_size=ranks, timeout=limit)

@@ -7,6 +7,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from moe_overlap import config
+
 
 def cores_here() -> int:
     """Cores that this process may use."""
@@ -15,8 +17,7 @@ def cores_here() -> int:
 
 def ranks_here(world_size: int) -> int:
     """Ranks that share this machine: torchrun says, otherwise all."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's own variable, part of its contract
-    return int(text) if text.isdecimal() else world_size
+    return config.torchrun("LOCAL_WORLD_SIZE") or world_size
 
 
 def hardware() -> str:

@@ -1,7 +1,7 @@
 """Seconds from integers: the models of one layer's exchanges and compute, and the window that the search gets.
 
 Every part of a step has an alpha-beta model, seconds = alpha + beta * n (Hockney 1994; for exchanges and experts of a
-MoE layer: FSMoE, ASPLOS'25, eq. 1). `measure/calibrate.py` fits them to measured times; `moe-overlap plan` makes them
+MoE layer: FSMoE, ASPLOS'25, eq. 1). `auto/calibrate.py` fits them to measured times; `moe-overlap plan` makes them
 from the figures of a machine. All times are those of the slowest rank, since a step ends with it.
 
     >>> AlphaBeta(alpha_s=1e-5, beta_s=1e-9)(1000)      # 10 us, and 1 ns for each of 1000 bytes
@@ -220,7 +220,7 @@ def balanced_shape(
 ) -> StepShape:
     """The shape of a step in which every rank has `tokens` tokens and every expert gets the same number of rows.
 
-    Chunks are cut as `plan.ChunkPlan` cuts them: blocks [16c//r, 16(c+1)//r) of the tokens, or the experts
+    Chunks are cut as `ChunkPlan` cuts them: blocks [16c//r, 16(c+1)//r) of the tokens, or the experts
     [e*c//r, e*(c+1)//r) of every rank. Of a rank's rows, (W - L) / W go to other nodes and (L - 1) / W to the other
     ranks of its node (W ranks, L of them on a node).
     """

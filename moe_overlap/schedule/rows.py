@@ -1,6 +1,6 @@
 """The arithmetic of a step on its row buffers: what the compute actions of a schedule do. No transport.
 
-Buffers (rows of D elements; see `plan.ChunkPlan` for the orders):
+Buffers (rows of D elements; see `ChunkPlan` for the orders):
 
     send  [R, D]    rows permuted into send order, all chunks          dsend  their gradients
     x     [Re, D]   rows received, in the experts' order               dy     gradients of the experts' outputs
