@@ -19,11 +19,11 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from moe_overlap import config
+
 LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
 START_LIMIT_S = 120.0
-
-from moe_overlap import config
 
 
 @dataclass(frozen=True, kw_only=True)
