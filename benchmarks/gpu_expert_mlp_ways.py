@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from benchmarks.gpu_expert_mlp_cases import Inputs, Shape
 from moe_overlap.ops import cuda_kernels, expert_mlp_choice, registry
+from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward
 
 Results = dict[str, torch.Tensor]
 IMPLEMENTATIONS = {"triton": "triton", "grouped_mm": "grouped_mm", "loop": "reference"}
@@ -82,12 +83,13 @@ def _ours(way: Way, inputs: Inputs) -> Contender:
 
     def forward() -> tuple[torch.Tensor, Any]:
         x = inputs.x if gathers else spread(inputs.x)
-        y_RD, h_RF = forward_op(x, *operands, way.num_sms, True)
+        y_RD, h_RF = forward_op(ExpertMlp(x, *operands, way.num_sms, save_h=True))
         return add_up(y_RD), (x, h_RF)
 
     def backward(saved: Any) -> Results:
         wanted = [True, True, True, scale_R is not None]
-        dx, dw_in, dw_out, dscale_R = backward_op(spread(inputs.dout), *saved, *operands, wanted, way.num_sms)
+        call = ExpertMlpBackward(spread(inputs.dout), *saved, *operands, wanted, way.num_sms)
+        dx, dw_in, dw_out, dscale_R = backward_op(call)
         found = {"x": dx if gathers else add_up(dx), "w_in": dw_in, "w_out": dw_out}
         return found if scale_R is None else found | {"row_scale": dscale_R}
 

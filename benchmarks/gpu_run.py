@@ -202,11 +202,11 @@ def sanitize(run: Run) -> bool:
 
 def status_table() -> list[str]:
     """The table of docs/status.md: each kernel, and on which hardware it has been checked."""
-    from moe_overlap.ops import cuda_kernels, expert_mlp_grouped, triton_kernels, verified
+    from moe_overlap.ops import cuda_kernels, expert_mlp_contract, expert_mlp_grouped, triton_kernels, verified
 
     kernels = [(op, "cuda", cuda_kernels.dtypes(op)) for op in cuda_kernels.OPS]
     kernels += [(op, "triton", kernel.dtypes) for op, kernel in triton_kernels.KERNELS.items()]
-    kernels += [(op, "grouped_mm", expert_mlp_grouped.CUDA_DTYPES) for op in expert_mlp_grouped.OPS]
+    kernels += [(op, "grouped_mm", expert_mlp_grouped.CUDA_DTYPES) for op in expert_mlp_contract.OPS]
     lines = ["| operator | kernel | dtypes | verified on a GPU |", "|---|---|---|---|"]
     for op, implementation, dtypes in kernels:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -228,7 +228,7 @@ def verify(run: Run, record: Path, done: Done) -> bool:
     import torch
 
     from moe_overlap.native import native
-    from moe_overlap.ops import cuda_kernels, expert_mlp_grouped, triton_kernels, verified
+    from moe_overlap.ops import expert_mlp_grouped, hardware, triton_kernels, verified
 
     told = (
         json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"covered": [], "failed": ["no record"]}
@@ -236,7 +236,7 @@ def verify(run: Run, record: Path, done: Done) -> bool:
     run.record(kind="tests", seconds=round(done.seconds, 1), status=done.status, **told)
     if done.status != 0 or told["failed"] or not told["covered"]:
         return False
-    here = cuda_kernels.architecture(torch.device("cuda", 0))
+    here = hardware.architecture(torch.device("cuda", 0))
     sources = {
         "cuda": native.kernel_sources(),
         "triton": triton_kernels.sources(),

@@ -67,13 +67,13 @@ def test_one_rank_without_an_exchange(called: set[str]) -> None:
 
 def test_multiprocessors_kept_for_exchanges_change_no_bit(called: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One program for the experts, and as many as there are."""
-    case, budgets, launch = CASES[0], set(), mlp._Call._launch
+    case, budgets, launch = CASES[0], set(), mlp._Launcher._launch
 
     def noting(self: Any, *args: Any, **keywords: Any) -> None:
         budgets.add(self.num_sms)
         launch(self, *args, **keywords)
 
-    monkeypatch.setattr(mlp._Call, "_launch", noting)
+    monkeypatch.setattr(mlp._Launcher, "_launch", noting)
     found = []
     for num_sms in (None, 1):
         monkeypatch.setattr(run, "experts_sms", lambda device, num_sms=num_sms: num_sms)

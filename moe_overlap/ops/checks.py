@@ -31,9 +31,7 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise ConfigError(field, type(value).__name__, f"a tensor {what}")
-    if value.dim() != len(shape) or any(
-        want is not None and got != want for got, want in zip(value.shape, shape, strict=True)
-    ):
+    if not _fits(value.shape, shape):
         sizes = ", ".join("any" if want is None else str(want) for want in shape)
         raise ConfigError(field, f"shape {tuple(value.shape)}", f"{what} = ({sizes})")
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
@@ -41,6 +39,16 @@ def check_tensor(
         raise ConfigError(field, str(value.dtype), " or ".join(str(dtype) for dtype in allowed))
     if device is not None and value.device != device:
         raise ConfigError(field, f"a tensor on {value.device}", f"a tensor on {device}")
+
+
+def _fits(got: Sequence[int], want: Sequence[int | None]) -> bool:
+    if len(got) != len(want):
+        return False
+    # A loop, as a generator costs more than what it looks at; each operator checks several tensors.
+    for size, wanted in zip(got, want, strict=True):
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def check_kind(kind: str) -> None:

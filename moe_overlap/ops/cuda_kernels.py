@@ -14,7 +14,7 @@ import torch
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.ops import checks, registry, verified
+from moe_overlap.ops import checks, hardware, registry, verified
 from moe_overlap.ops.library import LIBRARY, NAMESPACE, define, refuse_derivative
 
 OPS = (
@@ -53,12 +53,6 @@ def missing() -> str | None:
     return None
 
 
-def architecture(device: torch.device) -> str:
-    """Such as sm_90."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
 def dtypes(op: str) -> tuple[torch.dtype, ...]:
     """What the kernel of `op` takes as its first argument."""
     if op == "row_map":
@@ -77,8 +71,8 @@ def _obstacle(op: str) -> registry.Obstacle:
             return f"no kernel for {_name(dtype)}"
         if why_not := missing():
             return why_not
-        if torch.cuda.get_device_capability(device) < OLDEST:
-            return f"compiled for compute capability 8.0 and later, this is {architecture(device)}"
+        if hardware.older_than(device, OLDEST):
+            return f"compiled for compute capability 8.0 and later, this is {hardware.architecture(device)}"
         return None
 
     return obstacle
@@ -87,8 +81,8 @@ def _obstacle(op: str) -> registry.Obstacle:
 def _reservation(op: str) -> registry.Obstacle:
     def reservation(device: torch.device, dtype: torch.dtype) -> str | None:
         first = dtypes(op)[0] if op == "row_map" else dtype
-        sources = native.kernel_sources()
-        return verified.doubt(op, "cuda", architecture=architecture(device), dtype=first, sources=sources)
+        architecture, sources = hardware.architecture(device), native.kernel_sources()
+        return verified.doubt(op, "cuda", architecture=architecture, dtype=first, sources=sources)
 
     return reservation
 

@@ -22,15 +22,16 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import expert_loop, triton_kernels
+from moe_overlap.ops import hardware
 from moe_overlap.ops.activation import width
 from moe_overlap.ops.activation_math_triton import KIND_NUMBERS
-from moe_overlap.ops.expert_loop import Bounds
 from moe_overlap.ops.expert_mlp_backward_triton import hidden_gradient_kernel, sum_rows_kernel, weights_kernel
 from moe_overlap.ops.expert_mlp_blocks_triton import Blocks, Problem, architecture_class, block_shape
+from moe_overlap.ops.expert_mlp_contract import Call, Dgrad, ExpertMlp, ExpertMlpBackward, Forward, Wgrad
 from moe_overlap.ops.expert_mlp_forward_triton import rows_kernel, up_kernel
 from moe_overlap.ops.expert_mlp_tiles_triton import SPLIT_TILES, list_tiles_kernel
 from moe_overlap.ops.launch_triton import blocks, launch, power_of_two
+from moe_overlap.ops.row_groups import Bounds
 
 INTERPRETED_SMS = 3
 """Programs under the interpreter: few, so that each walks over several tiles."""
@@ -45,161 +46,84 @@ _WIDE_BYTES = 16
 _SUM_COLUMNS = 1024
 
 
-def expert_mlp(
-    x: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    offs: torch.Tensor,
-    kind: str,
-    row_to_token: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    num_sms: int | None,
-    save_h: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_mlp(call: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, h) of the operator `_expert_mlp`; h is empty without save_h."""
-    num_rows = x.shape[0] if row_to_token is None else row_to_token.shape[0]
-    call = _Call(offs, None, num_rows, x, w_in, w_out, kind, num_sms, with_tail=True)
-    y_RD = x.new_empty(num_rows, w_out.shape[1])
-    h_RF = x.new_empty(num_rows if save_h else 0, w_in.shape[1])
-    a_RF = call.up(x, w_in, row_to_token, row_scale, h_RF if save_h else None)
-    call.rows(a_RF, w_out, y_RD, transposed=True)
+    x, launcher = call.x, _Launcher(call, with_tail=True)
+    y_RD, h_RF = x.new_empty(call.num_rows, call.hidden), call.new_h()
+    a_RF = launcher.up(x, call.w_in, call.kind, call.row_to_token, call.row_scale, h_RF if call.save_h else None)
+    launcher.rows(a_RF, call.w_out, y_RD, transposed=True)
     return y_RD, h_RF
 
 
-def expert_mlp_backward(
-    dy_RD: torch.Tensor,
-    x: torch.Tensor,
-    h_RF: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    offs: torch.Tensor,
-    kind: str,
-    row_to_token: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    wanted: list[bool],
-    num_sms: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, w_in, w_out and row_scale, those `wanted`; an empty tensor stands for the others."""
-    wants_dx, wants_dw_in, wants_dw_out, wants_dscale = wanted
-    call = _Call(offs, None, dy_RD.shape[0], x, w_in, w_out, kind, num_sms, with_tail=True)
-    dh_RF, a_RF = torch.empty_like(h_RF), x.new_empty(dy_RD.shape[0], w_out.shape[2])
-    dscale = call.hidden(dy_RD, w_out, h_RF, row_scale, dh_RF, a_RF, row_scale is not None and wants_dscale)
-    dx = dw_in = dw_out = x.new_empty(0)
+    wants_dx, wants_dw_in, wants_dw_out, wants_dscale = call.wanted
+    dy_RD, x, w_in, w_out, row_to_token = call.dy, call.x, call.w_in, call.w_out, call.row_to_token
+    launcher = _Launcher(call, with_tail=True)
+    dh_RF, a_RF = torch.empty_like(call.h), x.new_empty(call.num_rows, call.ffn)
+    wants_dscale = call.row_scale is not None and wants_dscale
+    dscale = launcher.hidden(dy_RD, w_out, call.kind, call.h, call.row_scale, dh_RF, a_RF, wants_dscale)
+    dx = dw_in = dw_out = call.nothing()
     if wants_dw_out:
-        dw_out = call.weights(dy_RD, a_RF, None, torch.empty_like(w_out, memory_format=torch.contiguous_format))
+        dw_out = torch.empty_like(w_out, memory_format=torch.contiguous_format)
+        launcher.weights(dy_RD, a_RF, None, dw_out)
     if wants_dw_in:
-        empty = torch.empty_like(w_in, memory_format=torch.contiguous_format)
-        dw_in = call.weights(dh_RF, x, row_to_token, empty)
+        dw_in = torch.empty_like(w_in, memory_format=torch.contiguous_format)
+        launcher.weights(dh_RF, x, row_to_token, dw_in)
     if wants_dx:
-        dx = x.new_empty(dy_RD.shape[0], x.shape[1])
-        call.rows(dh_RF, w_in, dx, transposed=False)
+        dx = x.new_empty(call.num_rows, x.shape[1])
+        launcher.rows(dh_RF, w_in, dx, transposed=False)
         if row_to_token is not None:
             dx = _sum_by_token(dx, row_to_token, x.shape[0])
-    return dx, dw_in, dw_out, x.new_empty(0) if dscale is None else dscale
+    return dx, dw_in, dw_out, call.nothing() if dscale is None else dscale
 
 
-def expert_mlp_forward(
-    x_RD: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    ends: Bounds,
-    starts: Bounds | None,
-    kind: str,
-    y: torch.Tensor | None,
-    h: torch.Tensor | None,
-    num_sms: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_mlp_forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
     """The raw piece `ops.expert_mlp_forward`."""
-    call = _Call(ends, starts, x_RD.shape[0], x_RD, w_in, w_out, kind, num_sms)
-    y, h = call.buffer("y", y, w_out.shape[1]), call.buffer("h", h, w_in.shape[1])
-    call.rows(call.up(x_RD, w_in, None, None, h), w_out, y, transposed=True)
+    launcher, (y, h) = _Launcher(call), _outputs(call)
+    launcher.rows(launcher.up(call.x, call.w_in, call.kind, None, None, h), call.w_out, y, transposed=True)
     return y, h
 
 
-def expert_mlp_dgrad(
-    dy_RD: torch.Tensor,
-    h_RF: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    ends: Bounds,
-    starts: Bounds | None,
-    kind: str,
-    dx: torch.Tensor | None,
-    dh: torch.Tensor | None,
-    a: torch.Tensor | None,
-    num_sms: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def expert_mlp_dgrad(call: Dgrad) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The raw piece `ops.expert_mlp_dgrad`."""
-    call = _Call(ends, starts, dy_RD.shape[0], dy_RD, w_in, w_out, kind, num_sms)
-    dx = call.buffer("dx", dx, w_in.shape[2])
-    dh, a = call.buffer("dh", dh, w_in.shape[1]), call.buffer("a", a, w_out.shape[2])
-    call.hidden(dy_RD, w_out, h_RF, None, dh, a, False)
-    call.rows(dh, w_in, dx, transposed=False)
+    launcher, (dx, dh, a) = _Launcher(call), _outputs(call)
+    launcher.hidden(call.dy, call.w_out, call.kind, call.h, None, dh, a, False)
+    launcher.rows(dh, call.w_in, dx, transposed=False)
     return dx, dh, a
 
 
-def expert_mlp_wgrad(
-    x_RD: torch.Tensor,
-    dy_RD: torch.Tensor,
-    dh_RF: torch.Tensor,
-    a_RF: torch.Tensor,
-    ends: Bounds,
-    starts: Bounds | None,
-    dw_in: torch.Tensor,
-    dw_out: torch.Tensor,
-    experts: tuple[int, int],
-    num_sms: int | None,
-) -> None:
+def expert_mlp_wgrad(call: Wgrad) -> None:
     """The raw piece `ops.expert_mlp_wgrad`."""
-    call = _Call(ends, starts, x_RD.shape[0], x_RD, dw_in, dw_out, "", num_sms)
-    call.weights(dh_RF, x_RD, None, dw_in, experts)
-    call.weights(dy_RD, a_RF, None, dw_out, experts)
+    launcher = _Launcher(call)
+    for dw in (call.dw_in, call.dw_out):
+        _check_contiguous("dw_in, dw_out", dw, "contiguous buffers")
+    launcher.weights(call.dh, call.x, None, call.dw_in, call.experts)
+    launcher.weights(call.dy, call.a, None, call.dw_out, call.experts)
 
 
-class _Call:
-    """One call: the groups on the device, what chooses the blocks, the SM budget; and a launch for each kernel."""
+class _Launcher:
+    """What the kernels of one call share: groups on the device, what chooses the blocks, the SM budget."""
 
-    def __init__(
-        self,
-        ends: Bounds,
-        starts: Bounds | None,
-        num_rows: int,
-        like: torch.Tensor,
-        w_in: torch.Tensor,
-        w_out: torch.Tensor,
-        kind: str,
-        num_sms: int | None,
-        *,
-        with_tail: bool = False,
-    ) -> None:
-        experts, self.num_rows, self.like, self.kind = w_in.shape[0], num_rows, like, kind
-        total = num_rows
-        if not isinstance(ends, torch.Tensor) or ends.device.type == "cpu":
-            total = sum(end - begin for begin, end in expert_loop.row_ranges(ends, starts, num_rows, experts))
-        self.ends, self.starts = _on_device(ends, like.device), _on_device(starts, like.device)
-        self.with_tail, self.num_experts, self.num_sms = with_tail, experts, num_sms
-        self.target = target(like.device)
-        self.problem = problem_of(like, w_out, total)
+    def __init__(self, call: Call, *, with_tail: bool = False) -> None:
+        groups, (rows, w_out), self.device = call.groups, call.operands, call.device
+        self.num_rows, self.num_experts, self.num_sms = call.num_rows, call.num_experts, call.num_sms
+        self.ends, self.starts = _on_device(groups.ends, call.device), _on_device(groups.starts, call.device)
+        self.with_tail, self.target = with_tail, target(call.device)
+        self.problem = problem_of(rows, w_out, groups.total if groups.on_host else call.num_rows)
         self._tiles: dict[int, tuple[torch.Tensor, int]] = {}
-
-    def buffer(self, field: str, given: torch.Tensor | None, columns: int) -> torch.Tensor:
-        """The caller's buffer, or a new one that is zero outside the ranges."""
-        if given is None:
-            return self.like.new_zeros(self.num_rows, columns)
-        if not given.is_contiguous():
-            raise ConfigError(field, f"strides {given.stride()}", "a contiguous buffer for the Triton kernels")
-        return given
 
     def up(
         self,
         x: torch.Tensor,
         w_in: torch.Tensor,
+        kind: str,
         row_to_token: torch.Tensor | None,
         row_scale: torch.Tensor | None,
         h_RF: torch.Tensor | None,
     ) -> torch.Tensor:
         """a = act(h) * row_scale, and h where a buffer is given."""
-        hidden, ffn = w_in.shape[2], width(w_in.shape[1], self.kind)
+        hidden, ffn = w_in.shape[2], width(w_in.shape[1], kind)
         a_RF, shape = x.new_empty(self.num_rows, ffn), block_shape("up", self.problem)
         x, w_in = _unit_stride(x), _unit_stride(w_in)
         a_operand, a_tma = (x, False) if row_to_token is not None else _operand(x, self.problem, (shape.m, shape.k))
@@ -207,7 +131,7 @@ class _Call:
         self._over_rows(
             up_kernel, shape, ffn, a_operand, row_to_token, _float32(row_scale), b_operand, h_RF, a_RF,
             hidden, ffn, x.stride(0), w_in.stride(0), w_in.stride(1),
-            KIND=KIND_NUMBERS[self.kind], MAPPED=row_to_token is not None, SCALED=row_scale is not None,
+            KIND=KIND_NUMBERS[kind], MAPPED=row_to_token is not None, SCALED=row_scale is not None,
             SAVE_H=h_RF is not None, A_TMA=a_tma, B_TMA=b_tma, EVEN_K=hidden % shape.k == 0,
         )  # fmt: skip
         return a_RF
@@ -230,6 +154,7 @@ class _Call:
         self,
         dy_RD: torch.Tensor,
         w_out: torch.Tensor,
+        kind: str,
         h_RF: torch.Tensor,
         row_scale: torch.Tensor | None,
         dh_RF: torch.Tensor,
@@ -247,7 +172,7 @@ class _Call:
         self._over_rows(
             hidden_gradient_kernel, shape, ffn, a_operand, b_operand, h_RF.contiguous(), _float32(row_scale), dh_RF,
             a_RF, parts, self.num_rows, hidden, ffn, dy_RD.stride(0), w_out.stride(0), w_out.stride(1),
-            KIND=KIND_NUMBERS[self.kind], SCALED=row_scale is not None, WANTS_DSCALE=wants_dscale,
+            KIND=KIND_NUMBERS[kind], SCALED=row_scale is not None, WANTS_DSCALE=wants_dscale,
             A_TMA=a_tma, B_TMA=b_tma, EVEN_K=hidden % shape.k == 0,
         )  # fmt: skip
         if parts is None or row_scale is None:
@@ -261,10 +186,8 @@ class _Call:
         row_to_token: torch.Tensor | None,
         out: torch.Tensor,
         experts: tuple[int, int] | None = None,
-    ) -> torch.Tensor:
+    ) -> None:
         """out[expert] = left.T @ right over its rows, for the experts first .. last-1 (None: all)."""
-        if not out.is_contiguous():
-            raise ConfigError("dw_in, dw_out", f"strides {out.stride()}", "contiguous buffers for the Triton kernels")
         first, last = (0, self.num_experts) if experts is None else experts
         shape = block_shape("weights", self.problem)
         if row_to_token is not None:
@@ -278,7 +201,6 @@ class _Call:
             self.num_rows, left_width, right_width, left_RM.stride(0), right_RN.stride(0),
             HAS_STARTS=self.starts is not None, MAPPED=row_to_token is not None,
         )  # fmt: skip
-        return out
 
     def _over_rows(self, kernel: Any, shape: Blocks, columns: int, *args: Any, **constants: Any) -> None:
         """Launch over row tiles x column tiles."""
@@ -291,7 +213,7 @@ class _Call:
         if block_m not in self._tiles:
             # Every expert, and the rows beyond the last, may end with a tile that is not full.
             capacity = blocks(self.num_rows, block_m) + self.num_experts + 1
-            tiles = torch.empty(3 * capacity + 1, dtype=torch.int32, device=self.like.device)
+            tiles = torch.empty(3 * capacity + 1, dtype=torch.int32, device=self.device)
             launch(
                 list_tiles_kernel, (self.num_experts + self.with_tail,), self.starts, self.ends, tiles,
                 self.num_experts, self.num_rows, capacity, HAS_STARTS=self.starts is not None, BLOCK_M=block_m,
@@ -307,6 +229,18 @@ class _Call:
             kernel, (min(programs, most_tiles),), *args, **constants, BLOCK_M=shape.m, BLOCK_N=shape.n,
             BLOCK_K=shape.k, GROUP=shape.group, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
+
+
+def _outputs(call: Forward | Dgrad) -> list[torch.Tensor]:
+    for field, (given, _) in call.buffers().items():
+        if given is not None:
+            _check_contiguous(field, given, "a contiguous buffer")
+    return call.outputs()
+
+
+def _check_contiguous(field: str, buffer: torch.Tensor, expected: str) -> None:
+    if not buffer.is_contiguous():
+        raise ConfigError(field, f"strides {buffer.stride()}", f"{expected} for the Triton kernels")
 
 
 def _operand(tensor: torch.Tensor, problem: Problem, block: tuple[int, ...]) -> tuple[Any, bool]:
@@ -337,7 +271,7 @@ def target(device: torch.device) -> Target:
     """The target of tensors on this device."""
     if device.type == "cpu":
         return Target("interpreter", INTERPRETED_SMS)
-    arch = architecture_class(triton_kernels.architecture(device))
+    arch = architecture_class(hardware.architecture(device))
     return Target(arch, torch.cuda.get_device_properties(device).multi_processor_count)
 
 

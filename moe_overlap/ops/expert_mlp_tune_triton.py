@@ -14,6 +14,7 @@ from triton.testing import do_bench
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.expert_mlp_blocks_triton import STAGES, Blocks, Measured, Problem, candidates, use
+from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward
 from moe_overlap.ops.expert_mlp_triton import expert_mlp, expert_mlp_backward, problem_of
 
 __all__ = ["table_lines", "tune", "use"]
@@ -44,10 +45,11 @@ def tune(
     num_rows = x.shape[0] if row_to_token is None else row_to_token.shape[0]
     problem = problem_of(x, w_out, num_rows)
     dy_RD = torch.ones(num_rows, w_out.shape[1], dtype=x.dtype, device=x.device)
+    operands = (x, w_in, w_out, offs, kind, row_to_token, None)
 
     def step() -> None:
-        _, h_RF = expert_mlp(x, w_in, w_out, offs, kind, row_to_token, None, None, True)
-        expert_mlp_backward(dy_RD, x, h_RF, w_in, w_out, offs, kind, row_to_token, None, [True] * 4, None)
+        _, h_RF = expert_mlp(ExpertMlp(*operands, None, save_h=True))
+        expert_mlp_backward(ExpertMlpBackward(dy_RD, x, h_RF, *operands[1:], [True] * 4))
 
     found: dict[tuple[str, Problem], Blocks] = {}
     with torch.no_grad():

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from moe_overlap.ops import checks, expert_loop, registry, workspace
+from moe_overlap.ops import checks, registry, workspace
 from moe_overlap.ops.library import cast_under_autocast, define, differentiate, implement, refuse_derivative
+from moe_overlap.ops.row_groups import Groups, aligned, weight_gradient
 
 
 def grouped_mm(
@@ -41,23 +42,22 @@ def grouped_mm(
 
 
 def _grouped_mm(a_RK: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, transpose_b: bool) -> torch.Tensor:
-    ranges = expert_loop.row_ranges(offs, None, a_RK.shape[0], b.shape[0])
-    a_RK = expert_loop.aligned(a_RK)
+    groups, a_RK = Groups(offs, None, a_RK.shape[0], b.shape[0]), aligned(a_RK)
     y_RN = workspace.empty((a_RK.shape[0], b.shape[1 if transpose_b else 2]), like=a_RK)
-    for (begin, end), matrix in zip(ranges, b.unbind(0), strict=True):
+    for (begin, end), matrix in zip(groups.ranges, b.unbind(0), strict=True):
         if begin < end:
             torch.mm(a_RK[begin:end], matrix.t() if transpose_b else matrix, out=y_RN[begin:end])
-    y_RN[ranges[-1][1] if ranges else 0 :].zero_()
+    y_RN[groups.used :].zero_()
     return y_RN
 
 
 def _grouped_mm_wgrad(dy_RN: torch.Tensor, a_RK: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     """dy_i.T @ a_i for each expert, [E, N, K]; zeros for an expert without rows."""
-    ranges = expert_loop.row_ranges(offs, None, a_RK.shape[0], offs.shape[0])
-    dy_RN, a_RK = expert_loop.aligned(dy_RN), expert_loop.aligned(a_RK)
+    groups = Groups(offs, None, a_RK.shape[0], offs.shape[0])
+    dy_RN, a_RK = aligned(dy_RN), aligned(a_RK)
     db = workspace.empty((offs.shape[0], dy_RN.shape[1], a_RK.shape[1]), like=a_RK)
-    for (begin, end), db_NK in zip(ranges, db.unbind(0), strict=True):
-        expert_loop.weight_gradient(dy_RN[begin:end], a_RK[begin:end], db_NK)
+    for (begin, end), db_NK in zip(groups.ranges, db.unbind(0), strict=True):
+        weight_gradient(dy_RN[begin:end], a_RK[begin:end], db_NK)
     return db
 
 

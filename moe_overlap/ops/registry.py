@@ -103,9 +103,12 @@ def choose(
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    """The function registered with the dispatcher: looks up the choice for its arguments and calls it."""
+    """The function registered with the dispatcher: looks up the choice for its arguments and calls it.
 
-    def run(first: torch.Tensor, *args: Any) -> Any:
+    The first argument is a tensor, or an object that has a device and a dtype.
+    """
+
+    def run(first: Any, *args: Any) -> Any:
         candidates = _candidates(op, first.device, first.dtype)
         entry = candidates[0].entry
         if entry.limit is not None or entry.misfit is not None:

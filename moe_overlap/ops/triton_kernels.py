@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moe_overlap import config
-from moe_overlap.ops import checks, expert_mlp_choice, registry, verified
+from moe_overlap.ops import checks, expert_mlp_choice, expert_mlp_contract, hardware, registry, verified
 
 OLDEST_TRITON = (3, 6)
 OLDEST_NVIDIA = (8, 0)
@@ -110,14 +110,6 @@ def release() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def architecture(device: torch.device) -> str:
-    """Such as sm_90 or, on AMD, gfx942."""
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
 @cache
 def sources() -> str:
     """The digest of every Triton source: a verification holds for the sources it was made with."""
@@ -147,8 +139,8 @@ def _obstacle(op: str) -> registry.Obstacle:
         if device.type == "cpu":
             wrong = dtype == torch.bfloat16 and not KERNELS[op].copies
             return "Triton's interpreter computes bfloat16 wrongly" if wrong else None
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_NVIDIA:
-            return f"Triton needs compute capability 8.0 or later, this is {architecture(device)}"
+        if hardware.older_than(device, OLDEST_NVIDIA):
+            return f"Triton needs compute capability 8.0 or later, this is {hardware.architecture(device)}"
         return None
 
     return obstacle
@@ -159,7 +151,8 @@ def _reservation(op: str) -> registry.Obstacle:
         if device.type == "cpu":
             return "the interpreter is for tests"
         first = KERNELS[op].dtypes[0] if op == "row_map" else dtype
-        return verified.doubt(op, "triton", architecture=architecture(device), dtype=first, sources=sources())
+        architecture = hardware.architecture(device)
+        return verified.doubt(op, "triton", architecture=architecture, dtype=first, sources=sources())
 
     return reservation
 
@@ -181,6 +174,6 @@ for _op, _kernel in KERNELS.items():
         obstacle=_obstacle(_op),
         reservation=_reservation(_op),
         limit=_kernel.limit,
-        misfit=expert_mlp_choice.misfit(_op, "triton") if _op in expert_mlp_choice.OPS else None,
+        misfit=expert_mlp_choice.misfit("triton") if _op in expert_mlp_contract.OPS else None,
         preferred=True,
     )

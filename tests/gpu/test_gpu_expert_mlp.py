@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_overlap import ops
 from moe_overlap.ops import registry, triton_kernels
-from moe_overlap.ops.expert_mlp_choice import OPS
+from moe_overlap.ops.expert_mlp_contract import OPS
 from tests import tolerances
 from tests.ops.cases import KINDS, randn, weights
 

@@ -27,6 +27,7 @@ from moe_overlap.ops.expert_mlp_blocks_triton import (  # noqa: E402
     Row,
     block_shape,
 )
+from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward  # noqa: E402
 from tests.ops import aot  # noqa: E402
 from tests.ops.aot import meta  # noqa: E402
 
@@ -51,8 +52,8 @@ def launches(problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd
     operands = (w_in, w_out, offs, kind, row_to_token, scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlp, "target", lambda device: mlp.Target(problem.arch, 132))
-        forward = aot.recorded(mlp.expert_mlp, x, *operands, None, True)
-        backward = aot.recorded(mlp.expert_mlp_backward, dy, x, h, *operands, [True] * 4, None)
+        forward = aot.recorded(mlp.expert_mlp, ExpertMlp(x, *operands, None, save_h=True))
+        backward = aot.recorded(mlp.expert_mlp_backward, ExpertMlpBackward(dy, x, h, *operands, [True] * 4))
     return [*forward, *backward]
 
 

@@ -235,6 +235,15 @@ def test_bad_arguments(field, change) -> None:
             ops.expert_mlp_forward(*(arguments[name] for name in ("x", "w_in", "w_out")), ends, kind=arguments["kind"])
 
 
+def test_raw_pieces_refuse_half_a_gate() -> None:
+    """An odd width of w_in, with a w_out that fits the half rounded down."""
+    x, w_in, w_out = torch.zeros(4, 3), torch.zeros(2, 7, 3), torch.zeros(2, 3, 3)
+    with pytest.raises(ConfigError, match=r"\[gate \| up\]"):
+        ops.expert_mlp_forward(x, w_in, w_out, [2, 4], kind="swiglu")
+    with pytest.raises(ConfigError, match=r"\[gate \| up\]"):
+        ops.expert_mlp_dgrad(x, torch.zeros(4, 7), w_in, w_out, [2, 4], kind="swiglu")
+
+
 def test_raw_pieces_refuse_wrong_buffers() -> None:
     x, (w_in, w_out) = torch.zeros(4, 3), weights(2, 3, 5, "gelu", torch.float32)
     with pytest.raises(ConfigError, match="y = "):

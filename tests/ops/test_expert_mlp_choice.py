@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops import expert_mlp_choice, expert_mlp_grouped, registry, triton_kernels, verified
-from moe_overlap.ops.expert_mlp_choice import OPS, Shapes, adjacent, best, shapes_of
+from moe_overlap.ops.expert_mlp_choice import Shapes, best, shapes_of
+from moe_overlap.ops.expert_mlp_contract import OPS, Call, Dgrad, ExpertMlp, ExpertMlpBackward, Forward, Wgrad
 from moe_overlap.schedule.rows import experts_sms
 from tests.ops.cases import weights
 
@@ -42,46 +44,55 @@ def test_best(shapes, rows, dtype, on_host, want) -> None:
     assert name == want and reason
 
 
-def calls() -> dict[str, tuple]:
+def calls() -> dict[str, Call]:
     """A call of each operator with 3 experts, 12 rows (8 of them in the ranges of the pieces), D 4 and F 5."""
     (w_in, w_out), x, h, a = weights(3, 4, 5, "swiglu", BF16), *(torch.zeros(12, n, dtype=BF16) for n in (4, 10, 5))
     offs, starts, ends = (torch.tensor(t, dtype=torch.int32) for t in ((2, 2, 12), (0, 4, 7), (4, 4, 11)))
     row_to_token, few = torch.zeros(12, dtype=torch.int32), x[:6]
     return {
-        "expert_mlp": (few, w_in, w_out, offs, "swiglu", row_to_token, None, None, True),
-        "expert_mlp_backward": (x, few, h, w_in, w_out, offs, "swiglu", row_to_token, None, [True] * 4, None),
-        "expert_mlp_forward": (x, w_in, w_out, ends, starts, "swiglu", None, None, None),
-        "expert_mlp_dgrad": (x, h, w_in, w_out, ends, starts, "swiglu", None, None, None, None),
-        "expert_mlp_wgrad": (x, x, h, a, [4, 4, 11], [0, 4, 7], w_in, w_out, (0, 3), None),
+        "expert_mlp": ExpertMlp(few, w_in, w_out, offs, "swiglu", row_to_token, None, None, True),
+        "expert_mlp_backward": ExpertMlpBackward(
+            x, few, h, w_in, w_out, offs, "swiglu", row_to_token, None, [True] * 4, None
+        ),
+        "expert_mlp_forward": Forward(x, w_in, w_out, ends, starts, "swiglu", None, None, None),
+        "expert_mlp_dgrad": Dgrad(x, h, w_in, w_out, ends, starts, "swiglu", None, None, None, None),
+        "expert_mlp_wgrad": Wgrad(x, x, h, a, [4, 4, 11], [0, 4, 7], w_in, w_out, (0, 3), None),
     }
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_shapes_are_read_from_the_arguments(op) -> None:
-    rows = 12 if op in ("expert_mlp", "expert_mlp_backward") else 8
-    assert shapes_of(op, calls()[op]) == Shapes(dtype=BF16, experts=3, rows=rows, hidden=4, ffn=5, on_host=True)
-    assert adjacent(op, calls()[op]) == (rows == 12)
+def test_shapes_are_read_from_the_call(op) -> None:
+    rows, call = 12 if op in ("expert_mlp", "expert_mlp_backward") else 8, calls()[op]
+    assert shapes_of(call) == Shapes(dtype=BF16, experts=3, rows=rows, hidden=4, ffn=5, on_host=True)
+    assert call.groups.adjacent == (rows == 12)
 
 
 def test_groups_that_follow_each_other_are_seen() -> None:
-    x, w_in, w_out, _, _, *rest = calls()["expert_mlp_forward"]
+    forward = calls()["expert_mlp_forward"]
     for starts, ends, want in (
         ([0, 4, 4], [4, 4, 9], True),
         ([1, 4, 4], [4, 4, 9], False),
         ([0, 4, 5], [4, 4, 9], False),
         (None, [4, 4, 9], True),
     ):
-        assert adjacent("expert_mlp_forward", (x, w_in, w_out, ends, starts, *rest)) is want
+        assert replace(forward, starts=starts, ends=ends).groups.adjacent is want
     on_gpu = torch.empty(3, dtype=torch.int32, device="meta")
-    assert not adjacent("expert_mlp_forward", (x, w_in, w_out, on_gpu, on_gpu, *rest))
-    assert not shapes_of("expert_mlp_forward", (x, w_in, w_out, on_gpu, on_gpu, *rest)).on_host
+    assert not replace(forward, starts=on_gpu, ends=on_gpu).groups.adjacent
+    assert not shapes_of(replace(forward, starts=on_gpu, ends=on_gpu)).on_host
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_on_a_cpu_the_loop_is_chosen_with_a_reason(op) -> None:
-    choice = registry.choose(op, device="cpu", dtype=BF16, arguments=calls()[op])
+    choice = registry.choose(op, device="cpu", dtype=BF16, arguments=[calls()[op]])
     assert choice.impl == "reference" and "runs everywhere" in choice.reason
-    assert expert_mlp_choice.misfit(op, "triton")(*calls()[op]) is not None
+    assert expert_mlp_choice.misfit("triton")(calls()[op]) is not None
+
+
+@pytest.mark.parametrize("name, call_type", [("_expert_mlp", ExpertMlp), ("_expert_mlp_backward", ExpertMlpBackward)])
+def test_a_call_has_the_arguments_of_its_operator(name, call_type) -> None:
+    """In their order, so that the operator makes it of what it is given."""
+    schema = getattr(torch.ops.moe_overlap, name).default._schema
+    assert [argument.name for argument in schema.arguments] == [field.name for field in fields(call_type)]
 
 
 @pytest.fixture
@@ -144,8 +155,8 @@ def choice(shapes: dict[str, int], rows: int, dtype: torch.dtype = BF16) -> regi
         for shape in ((rows, hidden), (experts, 2 * ffn, hidden), (experts, hidden, ffn))
     )
     offs = torch.empty(experts, dtype=torch.int32, device="meta")
-    arguments = (x, w_in, w_out, offs, "swiglu", None, None, None, True)
-    return registry.choose("expert_mlp", device=torch.device("cuda", 0), dtype=dtype, arguments=arguments)
+    call = ExpertMlp(x, w_in, w_out, offs, "swiglu", None, None, None, True)
+    return registry.choose("expert_mlp", device=torch.device("cuda", 0), dtype=dtype, arguments=[call])
 
 
 def test_on_a_gpu_the_shapes_choose_among_what_is_verified(hopper) -> None:

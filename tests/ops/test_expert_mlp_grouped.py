@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops import expert_mlp_grouped, registry
-from moe_overlap.ops.expert_mlp_choice import OPS
+from moe_overlap.ops.expert_mlp_contract import OPS
 from tests import tolerances
 from tests.ops.cases import KINDS, randn, weights
 from tests.ops.test_expert_mlp import dense

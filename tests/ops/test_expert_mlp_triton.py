@@ -19,6 +19,7 @@ from tests.ops.test_expert_mlp import dense
 needs_triton(interpreter=True)
 
 from moe_overlap.ops import expert_mlp_triton as mlp  # noqa: E402
+from moe_overlap.ops.expert_mlp_contract import ExpertMlpBackward  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 F32, F16 = torch.float32, torch.float16
@@ -130,8 +131,8 @@ def test_each_gradient_alone_is_the_same(wanted) -> None:
     h, push = randn(ROWS, 2 * FFN, dtype=F32, seed=8), randn(ROWS, HIDDEN, dtype=F32, seed=6)
     arguments = (push, x, h, w_in, w_out, offs, "swiglu", row_to_token, scale)
     with torch.no_grad():
-        everything = mlp.expert_mlp_backward(*arguments, [True] * 4, None)
-        some = mlp.expert_mlp_backward(*arguments, [i in wanted for i in range(4)], None)
+        everything = mlp.expert_mlp_backward(ExpertMlpBackward(*arguments, [True] * 4))
+        some = mlp.expert_mlp_backward(ExpertMlpBackward(*arguments, [i in wanted for i in range(4)]))
     for i, have in enumerate(some):
         if i in wanted:
             tolerances.same_bits(have, everything[i])

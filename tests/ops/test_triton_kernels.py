@@ -179,3 +179,8 @@ def test_the_digest_is_of_every_kernel_file(tmp_path: Path, monkeypatch: pytest.
             (tmp_path / f"{name}.py").write_text(text + "#" * (name == changed))
         digests.add(triton_kernels.sources.__wrapped__())
     assert len(digests) == 1 + len(files)
+
+
+def test_no_kernel_file_leads_back_to_the_module_that_imports_it() -> None:
+    for path in Path(triton_kernels.__file__).parent.glob("*_triton.py"):
+        assert "triton_kernels" not in path.read_text(), path.name

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu_probe_symmetric, gpu_run, gpu_timing
 from moe_overlap.native import native
-from moe_overlap.ops import cuda_kernels, triton_kernels, verified
+from moe_overlap.ops import cuda_kernels, hardware, triton_kernels, verified
 
 DONE = gpu_run.Done(0, "all passed", 1.0)
 ABOUT = {"date": "2026-01-02", "commit": "abc", "torch": "2", "device": "NVIDIA H200", "clocks": "?"}
@@ -71,7 +71,7 @@ def test_missing_sanitizer_is_recorded_and_not_red(run: gpu_run.Run, monkeypatch
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """verified.json in a place of its own, on a machine that is sm_90."""
     monkeypatch.setattr(verified, "FILE", tmp_path / "verified.json")
-    monkeypatch.setattr(cuda_kernels, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(hardware, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(native, "kernel_sources", lambda: "5c")
     old = [
         verified.Record("pack", "cuda", "sm_90", "float32", "01", "old", "2025-01-01"),
