@@ -71,6 +71,9 @@ def expert_mlp_dgrad(
 
     Returns:
         (dx_RD, dh_RF', a_RF), with a = act(h) computed again.
+
+    Raises:
+        ConfigError: as the forward.
     """
     call = Dgrad(dy_RD, h_RF, w_in, w_out, ends, starts, kind, dx, dh, a, num_sms)
     call.check()
@@ -99,6 +102,9 @@ def expert_mlp_wgrad(
         ends, starts: the row ranges of all experts.
         dw_in: [e, F', D]. dw_out: [e, D, F]. Overwritten for the experts asked for.
         experts: (first, last), the experts first .. last-1; None: all.
+
+    Raises:
+        ConfigError: as the forward.
     """
     experts = (0, dw_in.shape[0]) if experts is None else experts
     call = Wgrad(x_RD, dy_RD, dh_RF, a_RF, ends, starts, dw_in, dw_out, experts, num_sms)

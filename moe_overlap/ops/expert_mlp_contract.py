@@ -71,6 +71,11 @@ class Call:
         """F."""
         return self.operands[1].shape[2]
 
+    def check_num_sms(self) -> None:
+        """Refuse a budget with which nothing would run."""
+        if self.num_sms is not None and self.num_sms < 1:
+            raise ConfigError("num_sms", self.num_sms, "at least 1, or None for all")
+
 
 class Operator(Call):
     """A call of an operator of torch.library."""
@@ -126,8 +131,7 @@ class ExpertMlp(Operator):
         if self.row_scale is not None:
             floats = (torch.float32, torch.float64)
             checks.check_tensor("row_scale", self.row_scale, (self.num_rows,), floats, what="[R]", device=device)
-        if self.num_sms is not None and self.num_sms < 1:
-            raise ConfigError("num_sms", self.num_sms, "at least 1, or None for all")
+        self.check_num_sms()
 
     def new_h(self) -> torch.Tensor:
         """h, to be written."""
@@ -210,6 +214,7 @@ class Forward(Piece):
     def check(self) -> None:
         _check_weights(self.x, self.w_in, self.w_out, self.kind, count="e")
         self.check_buffers()
+        self.check_num_sms()
 
 
 @dataclass(eq=False)
@@ -236,8 +241,11 @@ class Dgrad(Piece):
         return {"dx": (self.dx, self.hidden), "dh": (self.dh, self.w_in.shape[1]), "a": (self.a, self.ffn)}
 
     def check(self) -> None:
-        _check_weights(self.dy, self.w_in, self.w_out, self.kind, count="e")
+        _check_weights(self.dy, self.w_in, self.w_out, self.kind, count="e", rows_field="dy")
+        shape = (self.num_rows, self.w_in.shape[1])
+        checks.check_tensor("h", self.h, shape, self.dtype, what="[R, F']", device=self.device)
         self.check_buffers()
+        self.check_num_sms()
 
 
 @dataclass(eq=False)
@@ -263,14 +271,31 @@ class Wgrad(Piece):
         first, last = self.experts
         if not 0 <= first <= last <= self.num_experts:
             raise ConfigError("experts", self.experts, f"0 <= first <= last <= {self.num_experts}")
+        checks.check_tensor("x", self.x, (None, None), checks.FLOATS, what="[R, D]")
+        rows, hidden, dtype, device = *self.x.shape, self.dtype, self.device
+        # A buffer of another shape would be resized, and what lies beside a view of it overwritten.
+        checks.check_tensor("dw_out", self.dw_out, (None, hidden, None), dtype, what="[e, D, F]", device=device)
+        shape = (self.num_experts, None, hidden)
+        checks.check_tensor("dw_in", self.dw_in, shape, dtype, what="[e, F', D]", device=device)
+        widths = {"dy": (self.dy, hidden), "dh": (self.dh, self.dw_in.shape[1]), "a": (self.a, self.ffn)}
+        for field, (value, columns) in widths.items():
+            checks.check_tensor(field, value, (rows, columns), dtype, what="[rows, width]", device=device)
+        self.check_num_sms()
 
 
 def _check_weights(
-    rows: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor, kind: str, *, count: str, cast: bool = False
+    rows: torch.Tensor,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    kind: str,
+    *,
+    count: str,
+    rows_field: str = "x",
+    cast: bool = False,
 ) -> None:
     """Rows [R, D], w_in [count, F', D], w_out [count, D, F]; one dtype, but where autocast is to `cast` them."""
     checks.check_kind(kind)
-    checks.check_tensor("x", rows, (None, None), checks.FLOATS, what="[R, D]")
+    checks.check_tensor(rows_field, rows, (None, None), checks.FLOATS, what="[R, D]")
     hidden, device = rows.shape[1], rows.device
     dtypes = checks.FLOATS if cast and torch.is_autocast_enabled(device.type) else (rows.dtype,)
     checks.check_tensor("w_in", w_in, (None, None, hidden), dtypes, what=f"[{count}, F', D]", device=device)

@@ -1,5 +1,7 @@
 """expert_mlp and its raw pieces against a dense float64 loop."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -252,3 +254,53 @@ def test_raw_pieces_refuse_wrong_buffers() -> None:
         ops.expert_mlp_forward(x, w_in, w_out, [2, 4], kind="gelu", h=torch.zeros(4, 5).double())
     with pytest.raises(ConfigError, match="experts"):
         ops.expert_mlp_wgrad(x, x, x, x, [2, 4], dw_in=w_in, dw_out=w_out, experts=(1, 3))
+
+
+def pieces_arguments() -> dict[str, dict[str, Any]]:
+    """Right arguments of dgrad and wgrad: R 4, D 3, F 5, two experts."""
+    w_in, w_out = weights(2, 3, 5, "swiglu", torch.float32)
+    rows = {"x_RD": torch.ones(4, 3), "dy_RD": torch.ones(4, 3), "dh_RF": torch.ones(4, 10), "a_RF": torch.ones(4, 5)}
+    return {
+        "dgrad": {"dy_RD": rows["dy_RD"], "h_RF": rows["dh_RF"], "w_in": w_in, "w_out": w_out, "kind": "swiglu"},
+        "wgrad": {**rows, "dw_in": w_in.clone(), "dw_out": w_out.clone()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("piece", "field", "change"),
+    [
+        ("dgrad", "dy", {"dy_RD": torch.ones(4, 3, dtype=torch.int32)}),
+        ("dgrad", "dy", {"dy_RD": torch.ones(4)}),
+        ("dgrad", "h", {"h_RF": torch.ones(3, 10)}),
+        ("dgrad", "h", {"h_RF": torch.ones(4, 5)}),
+        ("dgrad", "h", {"h_RF": torch.ones(4, 10).double()}),
+        ("dgrad", "num_sms", {"num_sms": 0}),
+        ("wgrad", "x", {"x_RD": torch.ones(4, 3, 1)}),
+        ("wgrad", "dw_out", {"x_RD": torch.ones(4, 2)}),
+        ("wgrad", "dy", {"dy_RD": torch.ones(3, 3)}),
+        ("wgrad", "dy", {"dy_RD": torch.ones(4, 3).double()}),
+        ("wgrad", "dh", {"dh_RF": torch.ones(4, 5)}),
+        ("wgrad", "a", {"a_RF": torch.ones(4, 10)}),
+        ("wgrad", "dw_in", {"dw_in": torch.ones(1, 10, 3)}),
+        ("wgrad", "dw_in", {"dw_in": torch.ones(2, 10, 4)}),
+        ("wgrad", "dw_in", {"dw_in": torch.ones(2, 10, 3).double()}),
+        ("wgrad", "dw_out", {"dw_out": torch.ones(2, 4, 5)}),
+        ("wgrad", "num_sms", {"num_sms": -1}),
+    ],
+)
+def test_raw_pieces_of_backward_refuse_what_does_not_fit(piece, field, change) -> None:
+    arguments = {**pieces_arguments()[piece], "ends": [2, 4], **change}
+    with pytest.raises(ConfigError) as caught:
+        getattr(ops, f"expert_mlp_{piece}")(**arguments)
+    assert caught.value.field == field
+
+
+def test_a_view_that_is_too_small_is_refused_and_its_neighbours_stay() -> None:
+    """torch would resize the view and write over what lies beside it."""
+    arguments = pieces_arguments()["wgrad"]
+    whole = torch.full((2, 12, 3), 7.0)
+    with pytest.raises(ConfigError, match="dh = "):
+        ops.expert_mlp_wgrad(**{**arguments, "ends": [2, 4], "dw_in": whole[:, :4]})
+    assert (whole == 7).all()
+    ops.expert_mlp_wgrad(**{**arguments, "ends": [2, 4], "dw_in": whole[:, :10]})
+    assert (whole[:, :10] == 2).all() and (whole[:, 10:] == 7).all()
