@@ -32,7 +32,7 @@ MOST_ROWS_OF_A_TOKEN = 64
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where the kernel of an operator is: the function of the operator's name in `moe_overlap.ops.<module>`.
+    """Where the kernel of an operator is: the function of the operator's name in `module`.
 
     `dtypes` are those of the first argument. `copies`: bytes are moved as they are, so that the interpreter, which
     computes bfloat16 wrongly, may run it in bfloat16 too.
@@ -72,21 +72,22 @@ def _rows_limit(position: int) -> registry.Limit:
 
 _ROUTER = (torch.float32, torch.float64)
 _MATRICES = (torch.float32, torch.bfloat16, torch.float16)
+_EXPERT_MLP = "moe_overlap.ops.expert_mlp_triton"
 
 KERNELS = {
-    "gate_topk": Kernel("gate_triton", _ROUTER, limit=_gate_limit),
-    "gate_topk_backward": Kernel("gate_triton", _ROUTER, limit=_gate_backward_limit),
-    "row_map": Kernel("row_map_triton", (torch.int32,), limit=_row_map_limit),
-    "permute": Kernel("permute_triton", copies=True, limit=_rows_limit(1)),
-    "combine": Kernel("combine_triton", limit=_rows_limit(1)),
-    "combine_backward": Kernel("combine_triton", limit=_rows_limit(2)),
-    "activation": Kernel("swiglu_triton"),
-    "activation_backward": Kernel("swiglu_triton"),
-    "expert_mlp": Kernel("expert_mlp_triton", _MATRICES),
-    "expert_mlp_backward": Kernel("expert_mlp_triton", _MATRICES),
-    "expert_mlp_forward": Kernel("expert_mlp_triton", _MATRICES),
-    "expert_mlp_dgrad": Kernel("expert_mlp_triton", _MATRICES),
-    "expert_mlp_wgrad": Kernel("expert_mlp_triton", _MATRICES),
+    "gate_topk": Kernel("moe_overlap.ops.gate_triton", _ROUTER, limit=_gate_limit),
+    "gate_topk_backward": Kernel("moe_overlap.ops.gate_triton", _ROUTER, limit=_gate_backward_limit),
+    "row_map": Kernel("moe_overlap.ops.row_map_triton", (torch.int32,), limit=_row_map_limit),
+    "permute": Kernel("moe_overlap.ops.permute_triton", copies=True, limit=_rows_limit(1)),
+    "combine": Kernel("moe_overlap.ops.combine_triton", limit=_rows_limit(1)),
+    "combine_backward": Kernel("moe_overlap.ops.combine_triton", limit=_rows_limit(2)),
+    "activation": Kernel("moe_overlap.ops.swiglu_triton"),
+    "activation_backward": Kernel("moe_overlap.ops.swiglu_triton"),
+    "expert_mlp": Kernel(_EXPERT_MLP, _MATRICES),
+    "expert_mlp_backward": Kernel(_EXPERT_MLP, _MATRICES),
+    "expert_mlp_forward": Kernel(_EXPERT_MLP, _MATRICES),
+    "expert_mlp_dgrad": Kernel(_EXPERT_MLP, _MATRICES),
+    "expert_mlp_wgrad": Kernel(_EXPERT_MLP, _MATRICES),
 }
 """The operators that have a Triton kernel."""
 
@@ -121,7 +122,7 @@ def sources() -> str:
 
 @cache
 def _function(op: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(f"moe_overlap.ops.{KERNELS[op].module}"), op)
+    function: Callable[..., Any] = getattr(importlib.import_module(KERNELS[op].module), op)
     return function
 
 
