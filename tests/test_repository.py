@@ -26,7 +26,6 @@ EXECUTOR = ("run.py", "lanes.py", "rows.py", "nodes.py", "clocks.py", "dispatch.
 EXTRA = {
     "schedule/run.py": {"transport"},
     "schedule/lanes.py": {"transport"},
-    "schedule/nodes.py": {"transport"},
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
 }

@@ -36,11 +36,11 @@ from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.builders import SchedulePair, Schedules, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing
-from moe_overlap.schedule.nodes import closing_on_error
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
 
 if TYPE_CHECKING:
     from moe_overlap.layer.layer import MoELayer

@@ -19,7 +19,8 @@ from moe_overlap.layer.arguments import as_module, check_budget
 from moe_overlap.layer.layer import Beside, MoELayer
 from moe_overlap.schedule.builders import SchedulePair, window
 from moe_overlap.schedule.check import check
-from moe_overlap.schedule.nodes import Tap, closing_on_error
+from moe_overlap.schedule.nodes import Tap
+from moe_overlap.transport.closing import closing_on_error
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 COMBINE = ("add", "gated")

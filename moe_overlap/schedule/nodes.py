@@ -14,16 +14,13 @@ of x in a fixed order, and hands the weight gradients over when all of them are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import _StopRecomputationError
 
-from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
-from moe_overlap.transport.base import Transport
+from moe_overlap.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_overlap.schedule.order import Node
@@ -174,26 +171,6 @@ def reserve_sequence_numbers(anchor: torch.Tensor, count: int) -> list[int]:
     that were created elsewhere run between the backwards of those two ops.
     """
     return [anchor.view(0).grad_fn._sequence_nr() for _ in range(count)]  # type: ignore[union-attr]
-
-
-@contextmanager
-def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> Iterator[None]:
-    """A rank that fails on its own, or is interrupted, closes its transport first, so that its peers learn at once.
-    `hint`: what a timeout of this action says beside."""
-    try:
-        yield
-    except _StopRecomputationError:
-        raise
-    except TransportTimeout as error:
-        if not hint:
-            raise
-        where = {name: getattr(error, name) for name in ("rank", "peer", "step", "chunk", "action", "seconds")}
-        raise TransportTimeout(f"{error.message}; {hint}", **where) from error
-    except MoeTransportError:
-        raise
-    except BaseException as error:
-        transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
-        raise
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[object]:

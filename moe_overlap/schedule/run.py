@@ -28,7 +28,6 @@ from moe_overlap.schedule.nodes import (
     Marker,
     Stage,
     check_same_routing,
-    closing_on_error,
     reserve_sequence_numbers,
     routing_digest,
 )
@@ -36,6 +35,7 @@ from moe_overlap.schedule.order import Node, backward_groups, split_tail
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
 
 Tensors = tuple[torch.Tensor | None, ...]
 # How many nodes can run after the router's backward: the waits for the last exchanges (one a chunk), then Pt.
