@@ -33,7 +33,7 @@ from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
-from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.opening import open_transport
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -403,19 +403,6 @@ class MoELayer(Tickets, nn.Module):
     def _remember(self, last: LastStep) -> None:
         self._last_step = last
         self._aux_loss = last.routing.aux_loss
-
-
-def open_transport(
-    group: Any, *, timeout_s: float | None = None, device: torch.device | str | None = None
-) -> Transport:
-    """The transport for `group`: None (one rank), a ProcessGroup or a one-dimensional DeviceMesh. `device`: where a
-    layer was asked to be; a group for the CPU and CUDA both has a backend for each."""
-    if group is None:
-        return LocalTransport()
-    from moe_overlap.transport.process_group import ProcessGroupTransport
-
-    device = torch.get_default_device() if device is None else torch.device(device)
-    return ProcessGroupTransport(group, timeout_s=timeout_s, device=device if device.type == "cuda" else None)
 
 
 def _raise_bad_logits(status: torch.Tensor) -> None:
