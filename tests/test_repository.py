@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ EXTRA = {
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
 }
+NO_CIRCLES = ("transport",)
 NO_DISTRIBUTED = ("routing", "placement", "ops", "schedule", "planning")
 ALWAYS = {"errors", "config"}
 
@@ -77,6 +79,17 @@ def test_rooms_import_only_what_they_may(room):
             assert module is None or module in allowed, f"{relative} imports {name}"
             if room in NO_DISTRIBUTED:
                 assert not name.startswith("torch.distributed"), f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("room", NO_CIRCLES)
+def test_files_of_a_room_do_not_import_in_a_circle(room):
+    """What a type checker alone would import counts too."""
+    names = {f"moe_overlap.{room}.{path.stem}" for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__"}
+    graph = {name: set() for name in names}
+    for path in (PACKAGE / room).glob("*.py"):
+        for _, imported in imports(path):
+            graph.setdefault(f"moe_overlap.{room}.{path.stem}", set()).update(names & {imported.rpartition(".")[0]})
+    TopologicalSorter(graph).prepare()  # raises CycleError, which has the circle
 
 
 def test_planning_and_schedules_are_data():

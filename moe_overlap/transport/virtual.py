@@ -284,6 +284,7 @@ class VirtualWorld:
         """The transport of `rank` that all ranks know as `key`; it outlives a run and serves the next one too."""
         if (rank, key) not in self._transports:
             channel = self._channels.get(key) or self._channels.setdefault(key, Channel(self))
+            self._all_channels.add(channel)
             self._transports[rank, key] = VirtualTransport(channel, rank=rank)
         return self._transports[rank, key]
 
