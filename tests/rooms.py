@@ -53,7 +53,7 @@ ONLY = {
 EXECUTOR = {
     "schedule/run.py": {"transport"},
     "schedule/lanes.py": {"transport"},
-    "schedule/nodes.py": {"transport"},
+    "schedule/nodes.py": set(),
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
     "schedule/clocks.py": set(),

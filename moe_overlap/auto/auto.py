@@ -31,9 +31,9 @@ from moe_overlap.measure.machine import hardware
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.builders import SchedulePair, Schedules
-from moe_overlap.schedule.nodes import closing_on_error
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
 
 logger = logging.getLogger(__name__)
 

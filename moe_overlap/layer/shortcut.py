@@ -20,7 +20,8 @@ from moe_overlap.layer.arguments import AnySchedule, Beside, check_budget
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.check import check
-from moe_overlap.schedule.nodes import Tap, closing_on_error
+from moe_overlap.schedule.nodes import Tap
+from moe_overlap.transport.closing import closing_on_error
 
 COMBINE = ("add", "gated")
 

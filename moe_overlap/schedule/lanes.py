@@ -11,9 +11,9 @@ import torch
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
-from moe_overlap.schedule.nodes import closing_on_error
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Transport, Work
+from moe_overlap.transport.closing import closing_on_error
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
 Note = tuple[str, str, str, Any, Any]  # phase, action, lane and the stamps of its start and end

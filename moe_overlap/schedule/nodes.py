@@ -14,17 +14,14 @@ of x in a fixed order, and hands the weight gradients over when all of them are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import _StopRecomputationError
 
-from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
+from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.order import Node
-from moe_overlap.transport.base import Transport
 
 
 class BackwardStep(Protocol):
@@ -189,23 +186,3 @@ def sum_in_order(*grads: torch.Tensor | None) -> torch.Tensor | None:
         if grad is not None:
             total = grad if total is None else total + grad
     return total
-
-
-@contextmanager
-def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> Iterator[None]:
-    """A rank that fails on its own, or is interrupted, closes its transport first, so that its peers learn at once.
-    `hint`: what a timeout of this action says beside."""
-    try:
-        yield
-    except _StopRecomputationError:
-        raise
-    except TransportTimeout as error:
-        if not hint:
-            raise
-        where = {name: getattr(error, name) for name in ("rank", "peer", "step", "chunk", "action", "seconds")}
-        raise TransportTimeout(f"{error.message}; {hint}", **where) from error
-    except MoeTransportError:
-        raise
-    except BaseException as error:
-        transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
-        raise

@@ -29,7 +29,6 @@ from moe_overlap.schedule.nodes import (
     Marker,
     Stage,
     check_same_routing,
-    closing_on_error,
     routing_digest,
 )
 from moe_overlap.schedule.numbers import SequenceNumbers
@@ -37,6 +36,7 @@ from moe_overlap.schedule.order import Node, backward_groups
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
 
 Tensors = tuple[torch.Tensor | None, ...]
 

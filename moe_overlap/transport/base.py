@@ -6,6 +6,8 @@ once; `Work.wait` returns the rows or raises within its limit. A refusal that tr
 alike on all ranks) leaves the transport usable. After any other error it is poisoned, a mistake in the arguments of one
 rank included, of which the peers learn at once: every later call raises TransportClosed from the first cause;
 `reopen()`, called on all ranks, makes it usable again.
+
+`Endpoint` (endpoint.py) is the base of the transports that move bytes, `Wrapper` (wrapper.py) of those around another.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_overlap.errors import TransportTimeout
-from moe_overlap.transport.lifecycle import Where
+from moe_overlap.transport.where import Where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Baton:
             self._gates[following].release()
             self._gates[rank].acquire()
         if self._expired is not None:
-            raise TransportTimeout(self._expired, rank=rank, **vars(waiting.where))
+            raise TransportTimeout(self._expired, rank=rank, **waiting.where._asdict())
         self._holder = rank
         self._waiting[rank] = None
         failed, self._failed[rank] = self._failed[rank], None
@@ -97,7 +97,7 @@ class Baton:
                 rank=rank,
                 peer=peer,
                 seconds=0.0,
-                **vars(waiting.where),
+                **waiting.where._asdict(),
             )
 
     def _end(self, rank: int) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from moe_overlap.transport.virtual import VirtualWorld
+from moe_overlap.transport.world import World
 
 
 @dataclass(kw_only=True)
@@ -37,13 +36,12 @@ class Parcel:
 class Channel:
     """The shared side of the transports that the W ranks made together."""
 
-    def __init__(self, world: VirtualWorld) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
         self.abort: tuple[int, str] | None = None
         self._generation = 0
         self._open: dict[tuple[str, int], Meeting] = {}
         self._positions: dict[tuple[str, int], int] = {}
-        world._all_channels.add(self)
 
     def bring(self, kind: str, rank: int, what: Any) -> Meeting:
         """Join this rank's next meeting of `kind`; the last one to come sets the deliveries up."""

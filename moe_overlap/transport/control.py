@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from moe_overlap.errors import MoeTransportError, PeerFailed, RemoteAbort, TransportTimeout
-from moe_overlap.transport.lifecycle import Where
+from moe_overlap.transport.where import Where
 
 SEPARATOR = "\x1f"
 TEXT_LIMIT = 400
@@ -53,7 +53,7 @@ class Abort:
 
     def error_on(self, rank: int, where: Where, seconds: float) -> MoeTransportError:
         """The error that this abort means on `rank`, which was busy with `where`."""
-        about: dict[str, Any] = {"rank": rank, "seconds": seconds, **vars(where)}
+        about: dict[str, Any] = {"rank": rank, "seconds": seconds, **where._asdict()}
         if self.code == CLOSED:
             return RemoteAbort(f"rank {self.rank} closed the transport: {self.text}", peer=self.rank, **about)
         if self.peer == rank:
@@ -159,7 +159,7 @@ class ControlPlane:
             return self._ask(question)
         except StoreLost as error:
             text = f"the key-value store of torch.distributed is lost ({error})"
-            raise PeerFailed(text, rank=self._rank, **vars(where)) from error
+            raise PeerFailed(text, rank=self._rank, **where._asdict()) from error
 
     def _try(self, question: Callable[[], T]) -> T | None:
         try:

@@ -27,13 +27,15 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.header import Header
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import RECORD_FIELDS, StepRecord
 from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
-from moe_overlap.transport.base import TransportStats, Work
-from moe_overlap.transport.lifecycle import Where
+from moe_overlap.transport.base import Work
+from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport
+from moe_overlap.transport.where import Where
+from moe_overlap.transport.wrapper import Wrapper
 
 SPIN_NS = 150_000  # a sleep ends about 0.1 ms late, so the last 0.15 ms are spent looking at the clock
 BOARD_SLOTS = 1024
@@ -136,72 +138,53 @@ class EmulatedWork:
         return self._interval_ns
 
 
-class EmulatedLinkTransport:
+class EmulatedLinkTransport(Wrapper):
     """`inner` behind an emulated link between the nodes of `topology` (see the module text for the model).
 
     Records, headers apart, and dense gradients (`dense_all_reduce`, or `pay` for another way of sending them) use the
     same link as the rows. `stats` are the inner transport's.
     """
 
+    inner: ProcessGroupTransport
+
     def __init__(self, inner: ProcessGroupTransport, link: LinkSpec, topology: NodeTopology) -> None:
         if not isinstance(inner, ProcessGroupTransport) or inner.device.type != "cpu":
             raise ConfigError("inner", getattr(inner, "name", inner), "a ProcessGroupTransport on the CPU")
         if topology.world_size != inner.world_size:
             raise ConfigError("topology.world_size", topology.world_size, f"the {inner.world_size} ranks of the group")
-        self.inner = inner
+        super().__init__(inner)
+        self.name = f"emulated {link}"
         self.link = link
         self.topology = topology
-        self.name = f"emulated {link}"
-        self.rank = inner.rank
-        self.world_size = inner.world_size
-        self.global_ranks = inner.global_ranks
-        self.timeout_s = inner.timeout_s
         self._off_node = topology.off_node(inner.rank)
         self._board: _Board | None = None
         self._number = 0
         self._egress = _egresses.setdefault((link, topology), _Egress())
 
-    @property
-    def stats(self) -> TransportStats:
-        return self.inner.stats
-
     def open(self, header: Header) -> bool:
-        opened = self.inner.open(header)
+        opened = super().open(header)
         if self._board is None:
             self._board = _share_board(self.inner)
         return opened
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         if self._board is None:
-            return self.inner.agree(record)  # which says that open is missing
+            return super().agree(record)  # which says that open is missing
         departure = self._depart((len(RECORD_FIELDS) + record.counts.numel()) * 8 * len(self._off_node))
-        plan = self.inner.agree(record)
+        plan = super().agree(record)
         arrivals = [self._board.read(peer, departure.number)[1] for peer in self._off_node]
         self._sleep_until(max([departure.left_ns, *arrivals]), Where(action="N", step=record.step), None)
         return plan
 
-    def start(
-        self,
-        rows: torch.Tensor,
-        plan: ChunkPlan,
-        layout: RowLayout,
-        chunk: int = 0,
-        *,
-        reverse: bool = False,
-        out: torch.Tensor | None = None,
-        action: str = "D",
-    ) -> Work:
+    def _start(self, exchange: Exchange) -> Work:
+        plan, chunk = exchange.plan, exchange.chunk
         if self._board is None or not 0 <= chunk < plan.chunks or plan.stays_local[chunk]:
-            return self.inner.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action)
-        send, recv = plan.send_counts[chunk], plan.recv_counts[chunk]
-        if reverse:
-            send, recv = recv, send
-        off_bytes = sum(send[peer] for peer in self._off_node) * layout.row_bytes
-        departure = self._depart(off_bytes)
-        work = self.inner.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action)
+            return super()._start(exchange)
+        send, recv = exchange.counts()
+        departure = self._depart(sum(send[peer] for peer in self._off_node) * exchange.layout.row_bytes)
+        work = super()._start(exchange)
         senders = tuple(peer for peer in self._off_node if recv[peer])
-        where = Where(action=action, step=plan.exchange.step, chunk=chunk)
-        return EmulatedWork(self, work, where, departure, senders)
+        return EmulatedWork(self, work, exchange.where(), departure, senders)
 
     def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
         """Sum of `tensor` over the ranks, in place, paying as a ring: 2 (W-1) steps of latency + bytes / W / rate.
@@ -214,7 +197,7 @@ class EmulatedLinkTransport:
         node_of, ranks = self.topology.node_of, range(self.world_size)
         paying = [rank for rank in ranks if node_of(rank) != node_of((rank + 1) % self.world_size)]
         departure = self._depart(tensor.nbytes * steps // self.world_size if self.rank in paying else 0)
-        work = self.inner.all_reduce(tensor, action=action)
+        work = super().all_reduce(tensor, action=action)
         # One latency is in every arrival; the ring waits for one more at each further step.
         extra_ns = int((steps - 1) * self.link.latency_s * 1e9) if paying else 0
         senders = tuple(rank for rank in paying if rank != self.rank)
@@ -228,11 +211,8 @@ class EmulatedLinkTransport:
         """Put `num_bytes` for other nodes on this rank's link; when they arrive, on the time.perf_counter clock."""
         return self._put(num_bytes)[2] / 1e9
 
-    def close(self, reason: str) -> None:
-        self.inner.close(reason)
-
     def reopen(self) -> None:
-        self.inner.reopen()
+        super().reopen()
         self._board = None
         self._number = 0
 
@@ -259,8 +239,8 @@ class EmulatedLinkTransport:
         limit_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
         if left_ns > limit_s * 1e9:
             text = f"the emulated link needs another {left_ns / 1e9:.3f} s for {where}, more than the limit"
-            self.inner.close(text)
-            raise TransportTimeout(text, rank=self.rank, seconds=limit_s, **vars(where))
+            self.close(text)
+            raise TransportTimeout(text, rank=self.rank, seconds=limit_s, **where._asdict())
         if left_ns > SPIN_NS:
             time.sleep((left_ns - SPIN_NS) / 1e9)
         while time.perf_counter_ns() < ready_ns:

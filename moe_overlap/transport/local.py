@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from moe_overlap.agreement.header import Header
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import StepRecord, agree_on
+from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.transport.base import Work
-from moe_overlap.transport.lifecycle import Lifecycle
+from moe_overlap.transport.endpoint import E, Endpoint
+from moe_overlap.transport.exchange import Exchange
+from moe_overlap.transport.where import Where
+from moe_overlap.transport.work import DoneWork
 
 
-class LocalWork:
-    """An exchange that was over when it began."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self._rows = rows
-
-    def wait(self, timeout_s: float | None = None) -> torch.Tensor:
-        return self._rows
-
-    def done(self) -> bool:
-        return True
-
-    def interval(self) -> tuple[float, float] | None:
-        return None
-
-
-class LocalTransport(Lifecycle):
+class LocalTransport(Endpoint):
     """The transport of a single rank. `start` returns the rows themselves, or copies them into `out`."""
 
     name = "local"
@@ -35,36 +20,19 @@ class LocalTransport(Lifecycle):
     def __init__(self, *, timeout_s: float | None = None) -> None:
         super().__init__(rank=0, world_size=1, timeout_s=timeout_s)
 
-    def open(self, header: Header) -> bool:
-        opened = not self._is_open_for(header)
-        self._header = header
-        return opened
+    def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
+        self._count_words(words, where)
+        return words[None]
 
-    def agree(self, record: StepRecord) -> ExchangePlan:
-        words = self._require_record(record)
-        self.stats.agreements += 1
-        return agree_on(words[None], rank=0, num_slots=record.counts.shape[1])
+    def _stays(self, plan: ChunkPlan, chunk: int) -> bool:
+        return True  # the plan would say so too, but asking it takes longer than a step's exchanges
 
-    def start(
-        self,
-        rows: torch.Tensor,
-        plan: ChunkPlan,
-        layout: RowLayout,
-        chunk: int = 0,
-        *,
-        reverse: bool = False,
-        out: torch.Tensor | None = None,
-        action: str = "D",
-    ) -> Work:
-        self._require_rows(rows, out, plan, layout, chunk, reverse=reverse)
-        self.stats.exchanges += 1
-        return LocalWork(rows if out is None else out.copy_(rows))
+    def _move(self, exchange: Exchange, out: torch.Tensor) -> Work:
+        raise AssertionError("the rows of a single rank stay")
 
-    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
-        """The sum over one rank is the tensor."""
-        self._require_usable()
-        return LocalWork(tensor)
+    def _all_reduce(self, tensor: torch.Tensor, where: Where) -> Work:
+        return DoneWork(tensor)
 
-    def reopen(self) -> None:
-        self._cause = None
-        self._header = None
+    def _poisoned(self, error: E) -> E:
+        """One rank is out of step with nobody: counts that cannot be leave it usable."""
+        return error

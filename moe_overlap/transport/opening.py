@@ -1,4 +1,4 @@
-"""From what a user calls a group to a transport."""
+"""Which transport a layer opens for a process group."""
 
 from __future__ import annotations
 

@@ -22,17 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_overlap.agreement.header import Header
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import StepRecord, agree_on
 from moe_overlap.config import SLOW_PEER_S
-from moe_overlap.errors import (
-    ConfigError,
-    MoeTransportError,
-    PeerFailed,
-    PlanMismatch,
-    TransportTimeout,
-)
+from moe_overlap.errors import MoeTransportError, PeerFailed, TransportTimeout
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.control import (
     CLOSED,
@@ -45,9 +36,10 @@ from moe_overlap.transport.control import (
     own_store,
     ranks_text,
 )
+from moe_overlap.transport.endpoint import Endpoint
+from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.groups import Groups, device_of, resolve_group
-from moe_overlap.transport.lifecycle import Lifecycle, Where
-from moe_overlap.transport.local import LocalWork
+from moe_overlap.transport.where import Where
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +88,7 @@ class GroupWork:
         return None if self._end_s is None else (self._start_s, self._end_s)
 
 
-class ProcessGroupTransport(Lifecycle):
+class ProcessGroupTransport(Endpoint):
     """All-to-All over `group`: None (all ranks), a ProcessGroup or a one-dimensional DeviceMesh.
 
     Collective over the ranks of the group in `open` and `reopen`, not in the constructor; several transports on one
@@ -122,6 +114,7 @@ class ProcessGroupTransport(Lifecycle):
         super().__init__(rank=ranks.index(dist.get_rank()), world_size=len(ranks), timeout_s=timeout_s)
         self.global_ranks = tuple(ranks)
         self.device = device_of(resolved, device)
+        self._device_type = self.device.type
         self.backend = "gloo" if self.device.type == "cpu" else "nccl"
         self.name = f"process_group({self.backend})"
         number = _made[resolved] = _made.get(resolved, 0) + 1
@@ -139,42 +132,12 @@ class ProcessGroupTransport(Lifecycle):
         if hasattr(self._options, "asyncOp"):
             self._options.asyncOp = True
 
-    def open(self, header: Header) -> bool:
-        if self._is_open_for(header):
-            return False
-        words = header.to_tensor(world_size=self.world_size)
-        table = self.gather(words, Where(action="open"))
-        different = (table != table[0]).any(dim=1).nonzero()
-        if len(different):
-            peer = int(different[0])
-            raise self._agreed_error(
-                PlanMismatch(
-                    f"rank {peer} opened this transport for another configuration than rank 0; nothing was sent",
-                    rank=self.rank,
-                    peer=peer if peer != self.rank else 0,
-                    action="open",
-                )
-            )
-        self._header = header
-        return True
-
-    def agree(self, record: StepRecord) -> ExchangePlan:
-        words = self._require_record(record)
-        self.stats.agreements += 1
-        table = self.gather(words, Where(action="N", step=record.step))
-        try:
-            return agree_on(table, rank=self.rank, num_slots=record.counts.shape[1])
-        except PlanMismatch as error:
-            self._agreed_error(error)
-            raise
-
     def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
-        """int64 [n] of every rank, as [W, n]; n must be equal on all ranks. Bounded; the host waits."""
         self._require_usable()
         groups = self._groups or self._connect()
         table = torch.empty(self.world_size, words.numel(), dtype=torch.int64)
         self._position += 1
-        self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
+        self._count_words(words, where)
         try:
             work = groups.control.allgather([list(table.unbind(0))], [words])
         except RuntimeError as error:
@@ -183,28 +146,10 @@ class ProcessGroupTransport(Lifecycle):
         self._finish(work, where, self._position, None)
         return table
 
-    def start(
-        self,
-        rows: torch.Tensor,
-        plan: ChunkPlan,
-        layout: RowLayout,
-        chunk: int = 0,
-        *,
-        reverse: bool = False,
-        out: torch.Tensor | None = None,
-        action: str = "D",
-    ) -> Work:
-        send, recv, recv_rows = self._require_rows(rows, out, plan, layout, chunk, reverse=reverse)
-        if rows.device.type != self.device.type:
-            expected = f"a tensor on {self.device.type}: {self.name} moves no other (copy it first, or use NCCL)"
-            raise self._refusing(ConfigError("rows.device", rows.device, expected))
-        self.stats.exchanges += 1
-        if plan.stays_local[chunk]:  # the same on all ranks, so nobody waits for this rank
-            return LocalWork(rows if out is None else out.copy_(rows))
-        self.stats.payload_bytes += (rows.shape[0] - send[self.rank]) * layout.row_bytes
-        if out is None:
-            out = rows.new_empty(recv_rows, layout.width)
-        where = Where(action=action, step=plan.exchange.step, chunk=chunk)
+    def _move(self, exchange: Exchange, out: torch.Tensor) -> Work:
+        rows, where = exchange.rows, exchange.where()
+        send, recv = exchange.counts()
+        self._count_rows(exchange, send)
         groups = self._groups or self._connect()
         moved, into = (rows, out) if rows.dtype in GLOO_DTYPES else (rows.view(torch.uint8), out.view(torch.uint8))
         self._position += 1
@@ -215,11 +160,8 @@ class ProcessGroupTransport(Lifecycle):
         self._pending.add(work)
         return GroupWork(self, work, where, rows, out)
 
-    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
-        """Sum of `tensor` over the ranks, in place. Equal shape and dtype on all ranks are the caller's duty."""
-        self._require_usable()
+    def _all_reduce(self, tensor: torch.Tensor, where: Where) -> Work:
         groups = self._groups or self._connect()
-        where = Where(action=action)
         self._position += 1
         try:
             work = groups.payload.allreduce([tensor])
@@ -241,13 +183,8 @@ class ProcessGroupTransport(Lifecycle):
             forget_own_store(self._store)
         self._generation += 1
         self._position = 0
-        self._header = None
-        self._cause = None
-        try:
-            self._connect()
-        except MoeTransportError as error:
-            self._poison(error)
-            raise
+        super().reopen()
+        self._connect()
 
     def _connect(self) -> Groups:
         where = Where(action="connect")
@@ -332,7 +269,7 @@ class ProcessGroupTransport(Lifecycle):
     def _diagnose(self, error: RuntimeError, where: Where, waited: float) -> MoeTransportError:
         """The reason behind an error of the library, which itself names no rank: a peer's message or death."""
         if self._control is None:
-            return self._failed(PeerFailed(_first_line(error), rank=self.rank, **vars(where)), None)
+            return self._failed(PeerFailed(_first_line(error), rank=self.rank, **where._asdict()), None)
         deadline = time.perf_counter() + DIAGNOSE_S
         try:
             while time.perf_counter() < deadline:
@@ -348,7 +285,7 @@ class ProcessGroupTransport(Lifecycle):
         return self._peer_gone(peer, f"a connection was lost: {text}", where, waited)
 
     def _peer_gone(self, peer: int | None, text: str, where: Where, waited: float) -> MoeTransportError:
-        error = PeerFailed(text, rank=self.rank, peer=peer, seconds=waited, **vars(where))
+        error = PeerFailed(text, rank=self.rank, peer=peer, seconds=waited, **where._asdict())
         return self._failed(error, Abort(code=PEER_GONE, rank=self.rank, peer=-1 if peer is None else peer, text=text))
 
     def _timed_out(self, where: Where, position: int, waited: float) -> MoeTransportError:
@@ -359,18 +296,13 @@ class ProcessGroupTransport(Lifecycle):
         peer = blamed[0][0] if blamed else None
         who = "; ".join(f"rank {rank}: {state}" for rank, state in blamed) or "no rank known to be late"
         text = f"{where} was not over within {waited:.3f} s ({who})"
-        error = TransportTimeout(text, rank=self.rank, peer=peer, seconds=waited, **vars(where))
+        error = TransportTimeout(text, rank=self.rank, peer=peer, seconds=waited, **where._asdict())
         return self._failed(error, Abort(code=TIMED_OUT, rank=self.rank, peer=-1 if peer is None else peer, text=text))
 
     def _failed(self, error: MoeTransportError, abort: Abort | None) -> MoeTransportError:
         """Poison this transport with `error` and end its groups; the peers learn of it."""
         self._poison(error)
         self._end_groups(abort)
-        return error
-
-    def _agreed_error(self, error: MoeTransportError) -> MoeTransportError:
-        """An error that every rank raises by itself: nothing to tell, and the connections must stay until all have."""
-        self._poison(error)
         return error
 
     def _end_groups(self, abort: Abort | None) -> None:

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from moe_overlap.agreement.header import Header
-from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import StepRecord, agree_on
+from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, RemoteAbort, TransportClosed
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.baton import Baton, Waiting
 from moe_overlap.transport.channel import Channel, Meeting, Parcel
-from moe_overlap.transport.lifecycle import Lifecycle, Where
-from moe_overlap.transport.local import LocalWork
+from moe_overlap.transport.endpoint import Endpoint
+from moe_overlap.transport.exchange import Exchange
+from moe_overlap.transport.where import Where
+from moe_overlap.transport.work import DoneWork
 
 
 class VirtualWork:
@@ -44,7 +44,9 @@ class VirtualWork:
             if not _same_bytes(parcel.rows, parcel.sent):
                 self._transport._fail(
                     MoeTransportError(
-                        "the rows were changed between start and wait", rank=self._transport.rank, **vars(self._where)
+                        "the rows were changed between start and wait",
+                        rank=self._transport.rank,
+                        **self._where._asdict(),
                     )
                 )
             self._end_s = time.perf_counter()
@@ -60,67 +62,36 @@ class VirtualWork:
         return None if self._end_s is None else (self._start_s, self._end_s)
 
 
-class VirtualTransport(Lifecycle):
+class VirtualTransport(Endpoint):
     """One rank's end of a channel of a VirtualWorld. Usable only inside `VirtualWorld.run`, by its own rank."""
 
     name = "virtual"
+    _mismatch_hint = ""
 
     def __init__(self, channel: Channel, *, rank: int, timeout_s: float | None = None) -> None:
         super().__init__(rank=rank, world_size=channel.world.world_size, timeout_s=timeout_s)
         self._channel = channel
 
-    def open(self, header: Header) -> bool:
-        if self._is_open_for(header):
-            return False
-        mine = header.to_tensor(world_size=self.world_size)
-        where = Where(action="open")
-        meeting = self._meet("control", mine, where)
-        self.stats.meta_bytes += mine.nbytes * (self.world_size - 1)
-        for peer in range(self.world_size):
-            theirs = meeting.brought[peer]
-            if theirs.shape != mine.shape or not torch.equal(theirs, meeting.brought[0]):
-                raise self._poisoned(
-                    PlanMismatch(
-                        f"rank {peer} opened this transport for another configuration than rank 0",
-                        rank=self.rank,
-                        peer=peer if peer != self.rank else 0,
-                        action="open",
-                    )
-                )
-        self._header = header
-        return True
-
-    def agree(self, record: StepRecord) -> ExchangePlan:
-        words = self._require_record(record)
-        where = Where(action="N", step=record.step)
+    def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
         meeting = self._meet("control", words, where)
-        self.stats.agreements += 1
-        self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
+        self._count_words(words, where)
         gathered = [meeting.brought[peer] for peer in range(self.world_size)]
         if any(theirs.shape != words.shape for theirs in gathered):
-            raise self._poisoned(PlanMismatch("a peer is not in agree", rank=self.rank, **vars(where)))
-        try:
-            return agree_on(torch.stack(gathered), rank=self.rank, num_slots=record.counts.shape[1])
-        except PlanMismatch as error:
-            raise self._poisoned(error)  # noqa: B904 (the same error, remembered)
+            raise self._poisoned(PlanMismatch("a peer is not in agree", rank=self.rank, **where._asdict()))
+        return torch.stack(gathered)
 
-    def start(
-        self,
-        rows: torch.Tensor,
-        plan: ChunkPlan,
-        layout: RowLayout,
-        chunk: int = 0,
-        *,
-        reverse: bool = False,
-        out: torch.Tensor | None = None,
-        action: str = "D",
-    ) -> Work:
+    def _require_startable(self) -> None:
         self._require_turn()
-        send, recv, recv_rows = self._require_rows(rows, out, plan, layout, chunk, reverse=reverse)
-        where = Where(action=action, step=plan.exchange.step, chunk=chunk)
+        super()._require_startable()
+
+    def _stays(self, plan: ChunkPlan, chunk: int) -> bool:
+        return False  # what stays is looked at like all other rows
+
+    def _move(self, exchange: Exchange, out: torch.Tensor) -> Work:
+        rows, plan, layout, chunk, reverse, _, action = exchange
+        where = exchange.where()
         self._raise_abort(where)
-        if out is None:
-            out = rows.new_empty(recv_rows, layout.width)
+        send, recv = exchange.counts()
         # .data: a network writes without telling autograd's version counters, and so do we
         out.data.view(torch.uint8).fill_(0xFF)
         parcel = Parcel(
@@ -131,33 +102,29 @@ class VirtualTransport(Lifecycle):
             sent=rows.data.clone(),
             out=out,
         )
-        self.stats.exchanges += 1
-        self.stats.payload_bytes += (sum(send) - send[self.rank]) * layout.row_bytes
+        self._count_rows(exchange, send)
         return VirtualWork(self, self._channel.bring("exchange", self.rank, parcel), where)
 
-    def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
-        """Sum of `tensor` over the ranks in rank order, in place."""
-        self._require_usable()
-        meeting = self._meet("all_reduce", tensor.data.clone(), Where(action=action))
+    def _all_reduce(self, tensor: torch.Tensor, where: Where) -> Work:
+        """In rank order."""
+        meeting = self._meet("all_reduce", tensor.data.clone(), where)
         parts = [meeting.brought[peer] for peer in range(self.world_size)]
         if any(part.shape != tensor.shape or part.dtype != tensor.dtype for part in parts):
-            raise self._poisoned(PlanMismatch("the ranks reduce different tensors", rank=self.rank, action=action))
+            raise self._poisoned(PlanMismatch("the ranks reduce different tensors", rank=self.rank, **where._asdict()))
         tensor.data.copy_(sum(parts[1:], parts[0]))
-        return LocalWork(tensor)
+        return DoneWork(tensor)
 
     def close(self, reason: str) -> None:
-        self._poison(RuntimeError(reason))
+        super().close(reason)
         if self._channel.abort is None:
             self._channel.abort = (self.rank, reason)
 
     def reopen(self) -> None:
         """All ranks come here; then the channel is as new. A peer that never comes is a TransportTimeout."""
         self._require_turn()
-        where = Where(action="reopen")
         meeting = self._channel.bring("reopen", self.rank, None)
-        self._channel.world.baton.wait(self.rank, self._waiting(meeting, where))
-        self._cause = None
-        self._header = None
+        self._channel.world.baton.wait(self.rank, self._waiting(meeting, Where(action="reopen")))
+        super().reopen()
 
     def _meet(self, kind: str, what: Any, where: Where) -> Meeting:
         self._require_turn()
@@ -181,7 +148,7 @@ class VirtualTransport(Lifecycle):
             self._raise_abort(where)
         if meeting.mismatch is not None:
             peer = meeting.odd_one if meeting.odd_one != self.rank else 0
-            raise self._poisoned(PlanMismatch(meeting.mismatch, rank=self.rank, peer=peer, **vars(where)))
+            raise self._poisoned(PlanMismatch(meeting.mismatch, rank=self.rank, peer=peer, **where._asdict()))
 
     def _waiting(self, meeting: Meeting, where: Where) -> Waiting:
         return Waiting(
@@ -202,12 +169,8 @@ class VirtualTransport(Lifecycle):
         if self._channel.abort is not None:
             peer, reason = self._channel.abort
             raise self._poisoned(
-                RemoteAbort(f"rank {peer} closed the transport: {reason}", rank=self.rank, peer=peer, **vars(where))
+                RemoteAbort(f"rank {peer} closed the transport: {reason}", rank=self.rank, peer=peer, **where._asdict())
             )
-
-    def _poisoned(self, error: BaseException) -> BaseException:
-        self._poison(error)
-        return error
 
     def _fail(self, error: MoeTransportError) -> None:
         """Poison this end, tell the peers, raise."""
@@ -284,6 +247,7 @@ class VirtualWorld:
         """The transport of `rank` that all ranks know as `key`; it outlives a run and serves the next one too."""
         if (rank, key) not in self._transports:
             channel = self._channels.get(key) or self._channels.setdefault(key, Channel(self))
+            self._all_channels.add(channel)
             self._transports[rank, key] = VirtualTransport(channel, rank=rank)
         return self._transports[rank, key]
 
