@@ -11,7 +11,7 @@ from torch import nn
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule, check_positive
-from moe_overlap.layer.experts import Experts, refuse_sharded, w_in_name, weights_of
+from moe_overlap.layer.experts import Experts, refuse_sharded, w_in_name, w_in_rows, weights_of
 from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb
@@ -148,8 +148,8 @@ def _check_experts(experts: nn.Module, sizes: tuple[int, int, int], ids: tuple[i
     if tuple(held) != ids:
         raise ConfigError("experts.expert_ids", held, f"{ids}, the experts of this rank")
     w_in, w_out = weights_of(experts)
-    rows = ffn * (2 if activation == "swiglu" else 1)
-    for field, weight, shape in ((name, w_in, (count, rows, hidden)), ("down_proj", w_out, (count, hidden, ffn))):
+    first = (count, w_in_rows(activation, ffn), hidden)
+    for field, weight, shape in ((name, w_in, first), ("down_proj", w_out, (count, hidden, ffn))):
         if tuple(weight.shape) != shape:
             raise ConfigError(f"experts.{field}", tuple(weight.shape), str(shape))
     if (w_in.dtype, w_in.device) != (w_out.dtype, w_out.device):

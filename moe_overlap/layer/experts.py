@@ -52,7 +52,7 @@ class Experts(nn.Module):
         self.hidden_size, self.ffn_hidden_size, self.num_experts = hidden_size, ffn_hidden_size, num_experts
         self.expert_ids = ids
         self.activation = activation
-        rows = ffn_hidden_size * (2 if activation == "swiglu" else 1)
+        rows = w_in_rows(activation, ffn_hidden_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         w_in = nn.Parameter(torch.empty(len(ids), rows, hidden_size, **factory))
         self.register_parameter(w_in_name(activation), w_in)
@@ -94,6 +94,11 @@ class Experts(nn.Module):
 def w_in_name(activation: str) -> str:
     """The name of the first weight."""
     return "gate_up_proj" if activation == "swiglu" else "up_proj"
+
+
+def w_in_rows(activation: str, ffn_hidden_size: int) -> int:
+    """F', the rows of an expert's first weight: 2F with a gate, F without."""
+    return ffn_hidden_size * (2 if activation == "swiglu" else 1)
 
 
 def weights_of(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

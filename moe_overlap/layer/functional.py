@@ -6,6 +6,7 @@ import torch
 
 from moe_overlap.agreement.record import PHASES
 from moe_overlap.errors import ConfigError
+from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import layer_schedule
@@ -83,11 +84,9 @@ def _check(
         if not isinstance(value, torch.Tensor):
             raise ConfigError(name, type(value).__name__, "a tensor")
     experts, hidden, ffn = w_out.shape
-    rows = ffn * (2 if activation == "swiglu" else 1)
-    if tuple(w_in.shape) != (experts, rows, hidden):
-        raise ConfigError(
-            "gate_up_proj", tuple(w_in.shape), f"{(experts, rows, hidden)} beside down_proj {tuple(w_out.shape)}"
-        )
+    first = (experts, w_in_rows(activation, ffn), hidden)
+    if tuple(w_in.shape) != first:
+        raise ConfigError("gate_up_proj", tuple(w_in.shape), f"{first} beside down_proj {tuple(w_out.shape)}")
     if w_out.dtype != w_in.dtype or w_out.device != w_in.device:
         raise ConfigError("down_proj", f"{w_out.dtype} on {w_out.device}", f"{w_in.dtype} on {w_in.device}")
     if hidden_TD.dim() != 2:

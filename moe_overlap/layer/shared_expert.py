@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_overlap import ops
+from moe_overlap.layer.experts import w_in_rows
 
 
 class SharedExpert(nn.Module):
@@ -15,9 +16,8 @@ class SharedExpert(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str, **factory: Any) -> None:
         super().__init__()
-        rows = ffn_hidden_size * (2 if activation == "swiglu" else 1)
         self.activation = activation
-        self.up = nn.Linear(hidden_size, rows, bias=False, **factory)
+        self.up = nn.Linear(hidden_size, w_in_rows(activation, ffn_hidden_size), bias=False, **factory)
         self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False, **factory)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
