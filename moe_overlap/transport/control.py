@@ -23,7 +23,7 @@ from moe_overlap.transport.where import Where
 
 SEPARATOR = "\x1f"
 TEXT_LIMIT = 400
-ASK_LIMIT_S = 2.0
+ASK_LIMIT_S = 2.0  # of one question to the store, beside a wait that has a limit of its own
 
 T = TypeVar("T")
 
@@ -75,6 +75,7 @@ class ControlPlane:
         self._peers = [peer for peer in range(world_size) if peer != rank]
         self._who: dict[int, tuple[str, int, int]] = {}
         self._lost: str | None = None
+        self._meeting_until = 0.0  # on the clock time.monotonic; 0: over
 
     @property
     def lost(self) -> str | None:
@@ -82,8 +83,12 @@ class ControlPlane:
         return self._lost
 
     def meet(self, timeout_s: float) -> None:
-        """Tell who this rank is and wait until all ranks have. Raises naming those that did not come."""
+        """Tell who this rank is and wait until all ranks have. Raises naming those that did not come.
+
+        Here the store is all that is waited for, so a question to it may take what is left of the limit.
+        """
         begin = time.monotonic()
+        self._meeting_until = begin + timeout_s
         where = Where(action="connect")
         keys = [f"who/{peer}" for peer in self._peers]
         self._must(lambda: self._store.set(f"who/{self._rank}", SEPARATOR.join(map(str, identity()))), where)
@@ -106,6 +111,7 @@ class ControlPlane:
             pause_s = min(2 * pause_s, 0.05)
         for peer, key in zip(self._peers, keys, strict=True):
             self._who[peer] = parse_identity(self._must(self._getter(key), where))
+        self._meeting_until = 0.0
 
     def abort(self, abort: Abort) -> None:
         """Write `abort` unless another rank was first. Never raises."""
@@ -171,7 +177,7 @@ class ControlPlane:
         if self._lost is not None:
             raise StoreLost(self._lost)
         try:
-            return bounded(question, ASK_LIMIT_S)
+            return bounded(question, max(ASK_LIMIT_S, self._meeting_until - time.monotonic()))
         except StoreLost as error:
             self._lost = str(error)
             raise
@@ -196,7 +202,7 @@ def bounded(question: Callable[[], T], limit_s: float) -> T:
     thread.join(limit_s)
     if answers:
         return answers[0]
-    raise StoreLost(type(errors[0]).__name__ if errors else f"no answer within {limit_s} s")
+    raise StoreLost(type(errors[0]).__name__ if errors else f"no answer within {limit_s:.3f} s")
 
 
 def own_store(store: dist.Store, limit_s: float) -> dist.Store:
