@@ -114,6 +114,7 @@ class AutoSchedule:
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
     not_kept: str | None = None  # why there is none
+    taken: bool = False  # by a layer: what was found for one is not for another
     name = "auto"
 
     @property

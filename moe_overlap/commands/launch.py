@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap import config
+from moe_overlap.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 5.0
@@ -67,7 +68,10 @@ def torchrun_world_size() -> int | None:
     """World size when torchrun started this process, else None."""
     if not dist.is_torchelastic_launched():
         return None
-    return config.torchrun("WORLD_SIZE")
+    size = config.torchrun("WORLD_SIZE")
+    if size is None:
+        raise ConfigError("WORLD_SIZE", "no number", "the number of ranks, as torchrun gives it")
+    return size
 
 
 def _backend(cuda: bool) -> str:

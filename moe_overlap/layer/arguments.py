@@ -32,12 +32,16 @@ def check_positive(**sizes: object) -> None:
             raise ConfigError(name, value, "an integer of at least 1")
 
 
-def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None, mode: object) -> None:
-    """Raises ConfigError for a top_k out of range, a dtype that rows cannot have, or a mode that does not exist."""
+def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None) -> None:
+    """Raises ConfigError for a top_k out of range, or a dtype that rows cannot have."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("dtype", dtype, f"None or one of {DTYPES}")
+
+
+def check_mode(mode: object) -> None:
+    """Raises ConfigError for a mode that does not exist."""
     if mode == "static":
         raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
     if mode != "host":

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_overlap.agreement.record import DTYPES
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import AnySchedule, check_positive
-from moe_overlap.layer.experts import Experts, refuse_sharded, w_in_name, w_in_rows, weights_of
+from moe_overlap.layer.arguments import AnySchedule
+from moe_overlap.layer.experts import Experts, check_weights, refuse_sharded, w_in_name, weights_of
 from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb
@@ -55,8 +56,6 @@ def make_shared_expert(
         if size is not None:
             raise ConfigError("shared_expert_size", size, "None beside a shared expert that is given")
         return given
-    if size is not None:
-        check_positive(shared_expert_size=size)
     return None if size is None else SharedExpert(hidden_size, size, activation, **factory)
 
 
@@ -65,11 +64,15 @@ def make_transport(
 ) -> Transport:
     """The transport given, by itself or in a dispatcher, or one for `group`."""
     if dispatcher is not None:
+        if not isinstance(dispatcher, Dispatcher):
+            raise ConfigError("dispatcher", type(dispatcher).__name__, "None or a Dispatcher")
         if given is not None or group is not None:
             raise ConfigError("dispatcher", dispatcher, "None beside a group or a transport: it has a transport")
         return dispatcher.transport
     if group is not None and given is not None:
         raise ConfigError("transport", given, "None beside a group: give one of the two")
+    if given is not None and not isinstance(given, Transport):
+        raise ConfigError("transport", type(given).__name__, "None or a Transport")
     return open_transport(group, timeout_s=timeout_s, device=device) if given is None else given
 
 
@@ -81,6 +84,8 @@ def make_placement(dispatcher: Dispatcher | None, num_experts: int, ranks: int) 
     if (placement.num_experts, placement.world_size) != (num_experts, ranks):
         given = f"{placement.num_experts} experts on {placement.world_size} rank(s)"
         raise ConfigError("dispatcher.placement", given, f"{num_experts} experts on {ranks} rank(s)")
+    if placement.num_slots != num_experts:
+        raise NotImplementedError("a layer with replicated experts (a placement with num_slots > num_experts)")
     return placement
 
 
@@ -101,7 +106,13 @@ def make_experts(
     if given is None:
         given = Experts(hidden_size, ffn_hidden_size, placement.num_experts, expert_ids=ids, activation=activation,
                         **factory)  # fmt: skip
-    _check_experts(given, (len(ids), hidden_size, ffn_hidden_size), ids)
+    name = w_in_name(activation)
+    if not isinstance(getattr(given, name, None), torch.Tensor):
+        raise ConfigError("experts", type(given).__name__, f"a module with {name}, for activation {activation!r}")
+    held = getattr(given, "expert_ids", None)
+    if held is not None and tuple(held) != ids:
+        raise ConfigError("experts.expert_ids", held, f"{ids}, the experts of this rank")
+    check_weights(*weights_of(given), activation, count=len(ids), hidden=hidden_size, ffn=ffn_hidden_size)
     if isinstance(given, Experts):
         given.held_apart_from = others
     for name, weight in given.named_parameters():
@@ -109,9 +120,10 @@ def make_experts(
     return given
 
 
-def activation_of(experts: nn.Module | None, activation: str) -> str:
-    """The activation of a layer: that of the experts given, where there are any."""
+def activation_of(experts: nn.Module | None, activation: str | None) -> str:
+    """The activation of a layer: that of the experts given, where there are any, else as asked for, else "swiglu"."""
     if experts is None:
+        activation = activation or DEFAULT_ACTIVATION
         if activation not in ACTIVATIONS:
             raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
         return activation
@@ -120,7 +132,7 @@ def activation_of(experts: nn.Module | None, activation: str) -> str:
     own = getattr(experts, "activation", None)
     if own not in ACTIVATIONS:
         raise ConfigError("experts.activation", own, f"one of {ACTIVATIONS}")
-    if activation not in (DEFAULT_ACTIVATION, own):
+    if activation not in (None, own):
         raise ConfigError("activation", activation, f"{own!r}, that of the experts given")
     return own
 
@@ -134,32 +146,19 @@ def factory_of(experts: nn.Module | None, device: Any, dtype: torch.dtype | None
         raise ConfigError("experts", type(experts).__name__, "a module with down_proj [e, D, F]")
     if dtype not in (None, weight.dtype):
         raise ConfigError("dtype", dtype, f"None or {weight.dtype}, that of the experts given")
-    return {"device": weight.device if device is None else device, "dtype": weight.dtype}
+    if weight.dtype not in DTYPES:
+        raise ConfigError("experts.down_proj", weight.dtype, f"one of {DTYPES}")
+    if device is not None and torch.empty(0, device=device).device != weight.device:
+        raise ConfigError("device", device, f"None or {weight.device}, that of the experts given")
+    return {"device": weight.device, "dtype": weight.dtype}
 
 
-def _check_experts(experts: nn.Module, sizes: tuple[int, int, int], ids: tuple[int, ...]) -> None:
-    """Raises ConfigError for experts that are not those of this rank, or whose weights have other shapes."""
-    count, hidden, ffn = sizes
-    activation: str = experts.activation  # type: ignore[assignment]
-    name = w_in_name(activation)
-    if not isinstance(getattr(experts, name, None), torch.Tensor):
-        raise ConfigError("experts", type(experts).__name__, f"a module with {name}, for activation {activation!r}")
-    held = getattr(experts, "expert_ids", ids)
-    if tuple(held) != ids:
-        raise ConfigError("experts.expert_ids", held, f"{ids}, the experts of this rank")
-    w_in, w_out = weights_of(experts)
-    first = (count, w_in_rows(activation, ffn), hidden)
-    for field, weight, shape in ((name, w_in, first), ("down_proj", w_out, (count, hidden, ffn))):
-        if tuple(weight.shape) != shape:
-            raise ConfigError(f"experts.{field}", tuple(weight.shape), str(shape))
-    if (w_in.dtype, w_in.device) != (w_out.dtype, w_out.device):
-        raise ConfigError("experts.down_proj", f"{w_out.dtype} on {w_out.device}", f"{w_in.dtype} on {w_in.device}")
-
-
-def make_dispatcher(given: Dispatcher | None, placement: Placement, transport: Transport, **options: Any) -> Dispatcher:
+def make_dispatcher(
+    given: Dispatcher | None, placement: Placement, transport: Transport, bad_logits: str, **options: Any
+) -> Dispatcher:
     """The dispatcher given, checked against the layer, or a new one."""
     if given is None:
-        return Dispatcher(transport=transport, placement=placement, **options)
+        return Dispatcher(transport=transport, placement=placement, bad_logits=bad_logits, **options)
     for name, value in options.items():
         if getattr(given, name) != value:
             raise ConfigError(f"dispatcher.{name}", getattr(given, name), f"{value}, as the layer has")
@@ -183,6 +182,9 @@ def make_schedule(
             raise ConfigError("schedule", given, f"AutoSchedule(op_verb={verb!r}, num_ops=0) for this layer")
         if schedule.overlap and not overlap:
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
+        if schedule.taken:
+            raise ConfigError("schedule", "an AutoSchedule of another layer", "one for each layer: it keeps the costs")
+        schedule.taken = True
         auto = schedule
     elif schedule == "auto":
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, max_in_flight_bytes=max_in_flight_bytes)

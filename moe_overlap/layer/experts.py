@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
@@ -24,8 +27,9 @@ class Experts(nn.Module):
     [e, D, F], with e = len(expert_ids).
 
     forward(x_RD, offs) computes rows that are sorted by expert. A MoELayer does not call it: it reads the weights (as
-    attributes, once per forward, so that parametrizations and adapters act) and `activation`, and computes chunk by
-    chunk what forward computes at once.
+    attributes, once in a call) and `activation`, and computes chunk by chunk what forward computes at once. So what
+    changes the attributes acts, parametrizations do, and what acts in a call of this module does not: hooks, pruning,
+    wrappers of its forward. A layer whose experts have forward hooks says so in a warning.
     """
 
     # Global ranks that hold other experts of the same layer: a weight sharded over one of them is refused.
@@ -46,9 +50,7 @@ class Experts(nn.Module):
         check_positive(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, num_experts=num_experts)
         if activation not in ACTIVATIONS:
             raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
-        ids = tuple(range(num_experts)) if expert_ids is None else tuple(expert_ids)
-        if len(set(ids)) != len(ids) or not set(ids) <= set(range(num_experts)):
-            raise ConfigError("expert_ids", ids, f"different experts from 0 to {num_experts - 1}")
+        ids = tuple(range(num_experts)) if expert_ids is None else _checked_ids(expert_ids, num_experts)
         self.hidden_size, self.ffn_hidden_size, self.num_experts = hidden_size, ffn_hidden_size, num_experts
         self.expert_ids = ids
         self.activation = activation
@@ -61,18 +63,27 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal weights of std fan_in ** -0.5. Every expert of the layer is drawn in turn and those held here are
-        kept, so that any number of ranks starts alike. Weights on the meta device stay: call it after `to_empty`."""
-        w_in, w_out = (_local(weight) for weight in weights_of(self))
-        if w_in.is_meta:
+        kept, so that any number of ranks starts alike. Weights on the meta device stay: call it after `to_empty`.
+
+        Raises ConfigError for parametrized weights, which are computed and cannot be written.
+        """
+        if parametrize.is_parametrized(self):
+            raise ConfigError("experts", "parametrized weights", "reset_parameters() before a parametrization")
+        weights = weights_of(self)
+        if weights[0].is_meta:
             return
         place = {expert: at for at, expert in enumerate(self.expert_ids)}
         with torch.no_grad():
+            whole = [_whole(weight) for weight in weights]
             for expert in range(self.num_experts):
-                for weight in (w_in, w_out):
+                for weight in whole:
                     drawn = torch.empty(weight.shape[1:], device=weight.device, dtype=weight.dtype)
                     drawn.normal_(std=weight.shape[2] ** -0.5)
                     if expert in place:
                         weight[place[expert]].copy_(drawn)
+            for weight, values in zip(weights, whole, strict=True):
+                if weight is not values:
+                    weight.copy_(_as_sharded(values, weight))
 
     def forward(self, x_RD: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         """x_RD: [R, D], rows sorted by expert. offs: int32 [e], inclusive ends (of `ops.row_map`). -> y_RD [R, D], rows
@@ -106,16 +117,36 @@ def weights_of(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return getattr(experts, w_in_name(experts.activation)), experts.down_proj  # type: ignore[arg-type, return-value]
 
 
+def check_weights(
+    w_in: torch.Tensor, w_out: torch.Tensor, activation: str, *, count: int, hidden: int, ffn: int
+) -> None:
+    """Raises ConfigError unless the weights of `count` experts have the shapes of this layer, and one dtype."""
+    shapes = ((count, w_in_rows(activation, ffn), hidden), (count, hidden, ffn))
+    for name, weight, shape in zip((w_in_name(activation), "down_proj"), (w_in, w_out), shapes, strict=True):
+        if tuple(weight.shape) != shape:
+            raise ConfigError(name, tuple(weight.shape), f"{shape}, the experts of this rank")
+    if (w_in.dtype, w_in.device) != (w_out.dtype, w_out.device):
+        raise ConfigError("down_proj", f"{w_out.dtype} on {w_out.device}", f"{w_in.dtype} on {w_in.device}")
+
+
+def warn_of_hooks(experts: nn.Module) -> None:
+    """A layer does not call its experts, so what their forward hooks would do does not happen."""
+    if experts._forward_pre_hooks or experts._forward_hooks:
+        text = "the experts have forward hooks (pruning and older weight norms are such), which a MoELayer never calls"
+        warnings.warn(f"{text}: use torch.nn.utils.parametrize instead", stacklevel=2)
+
+
 def old_name(name: str) -> str:
     """What an expert weight was called before the experts were a module, when the layer itself held it."""
-    return name.replace(".experts.", ".")
+    return re.sub(rf"(^|\.)experts\.({'|'.join(WEIGHTS)})\b", r"\1\2", name)
 
 
-def take_old_names(state_dict: dict[str, Any], prefix: str) -> None:
-    """Enter the expert weights of a layer under `prefix` by the names they have now (see `old_name`)."""
+def take_old_names(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before loading: the expert weights of `layer` by the names they have now (see `old_name`)."""
     for name in WEIGHTS:
-        if f"{prefix}{name}" in state_dict:
-            state_dict[f"{prefix}experts.{name}"] = state_dict.pop(f"{prefix}{name}")
+        old, new = f"{prefix}{name}", f"{prefix}experts.{name}"
+        if old in state_dict and new not in state_dict and name not in layer._parameters:
+            state_dict[new] = state_dict.pop(old)
 
 
 def refuse_sharded(name: str, value: object, ranks: frozenset[int]) -> None:
@@ -129,10 +160,31 @@ def refuse_sharded(name: str, value: object, ranks: frozenset[int]) -> None:
         raise ConfigError(
             name,
             f"sharded over rank(s) {sorted(others)}, which hold other experts of this layer",
-            "fully_shard(..., ignored_params=set(layer.expert_weights)), or a mesh of ranks that hold the same experts",
+            "fully_shard(..., ignored_params=set(layer.experts.parameters())), or a mesh of ranks that hold the same "
+            "experts",
         )
 
 
-def _local(weight: torch.Tensor) -> torch.Tensor:
-    """The weight itself; of a DTensor the part of this rank."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+def _checked_ids(given: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    expected = f"different experts from 0 to {num_experts - 1}"
+    if not isinstance(given, Iterable):
+        raise ConfigError("expert_ids", given, expected)
+    ids = tuple(given)
+    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
+    if not whole or len(set(ids)) != len(ids) or not set(ids) <= set(range(num_experts)):
+        raise ConfigError("expert_ids", ids, expected)
+    return ids
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """The weight itself; for a DTensor a plain tensor of its whole shape."""
+    if not hasattr(weight, "device_mesh"):
+        return weight
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _as_sharded(values: torch.Tensor, weight: Any) -> torch.Tensor:
+    """`values`, which every rank of the mesh has alike, as `weight` is sharded; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, weight.device_mesh, weight.placements, src_data_rank=None)

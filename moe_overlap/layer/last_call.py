@@ -65,7 +65,9 @@ class LastCall:
 
     def _computes(self) -> list[str]:
         """What runs on the device and in the dtype of the experts, one line per op, with reasons."""
-        _, weight = weights_of(self.experts)
+        # Not as an attribute, which may be computed, unless there is no other way.
+        parameters = list(self.experts.parameters())
+        weight = parameters[0] if parameters else weights_of(self.experts)[1]
         return ops.registry.explain(weight.device, weight.dtype)
 
     @property

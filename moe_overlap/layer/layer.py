@@ -18,18 +18,20 @@ from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.beside import Op
 from moe_overlap.auto.probes import ProbeInputs
+from moe_overlap.errors import ConfigError
 from moe_overlap.layer import assembly
 from moe_overlap.layer.arguments import (
     AnySchedule,
     Beside,
     check_budget,
     check_choices,
+    check_mode,
     check_positive,
     check_status,
     rows_dtype,
     shaped,
 )
-from moe_overlap.layer.experts import take_old_names, weights_of
+from moe_overlap.layer.experts import check_weights, take_old_names, warn_of_hooks, weights_of
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.layer.tickets import Ticket, Tickets
 from moe_overlap.routing.decision import RoutingDecision
@@ -51,7 +53,7 @@ class MoELayer(Tickets, nn.Module):
     the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
-    activation: "swiglu", "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
+    activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
@@ -80,7 +82,7 @@ class MoELayer(Tickets, nn.Module):
         max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         experts: nn.Module | None = None,
-        activation: str = assembly.DEFAULT_ACTIVATION,
+        activation: str | None = None,
         shared_expert: nn.Module | None = None,
         shared_expert_size: int | None = None,
         capacity_factor: float | None = None,
@@ -95,18 +97,23 @@ class MoELayer(Tickets, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, num_experts=num_experts)
-        check_choices(num_experts, top_k, dtype, mode)
-        check_budget(max_in_flight_bytes, schedule)
+        sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
+        check_positive(**sizes, **({} if shared_expert_size is None else {"shared_expert_size": shared_expert_size}))
+        check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
+        check_mode(mode)
+        check_budget(max_in_flight_bytes, schedule)
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "bad_logits": bad_logits}  # fmt: skip
+        self.transport = assembly.make_transport(transport, dispatcher, group, timeout_s=timeout_s, device=device)
+        # First among the parameters, as before the experts were a module, since states of optimizers go by position;
+        # built last, since random numbers are drawn for the router first.
+        self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
         self.shared_expert = assembly.make_shared_expert(
             shared_expert, hidden_size, shared_expert_size, activation, factory
         )
-        self.transport = assembly.make_transport(transport, dispatcher, group, timeout_s=timeout_s, device=device)
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap,
@@ -118,8 +125,8 @@ class MoELayer(Tickets, nn.Module):
             activation=activation, factory=factory,
         )  # fmt: skip
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, hidden=hidden_size, ffn_hidden=ffn_hidden_size, top_k=top_k,
-            activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(), bad_logits=bad_logits,
+            dispatcher, placement, self.transport, bad_logits, hidden=hidden_size, ffn_hidden=ffn_hidden_size,
+            top_k=top_k, activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self.expert_grad_scale = 1.0
         self._ticket: weakref.ref[Ticket] | None = None
@@ -233,18 +240,28 @@ class MoELayer(Tickets, nn.Module):
 
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""
-        w_in, w_out = self.expert_weights
-        dtype = rows_dtype(x, w_out, self.dispatcher.hidden)
+        d, activation = self.dispatcher, self.experts.activation
+        if activation != d.activation:
+            raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
+        w_in, w_out = weights_of(self.experts)
+        dtype = rows_dtype(x, w_out, d.hidden)
+        check_weights(w_in, w_out, d.activation, count=d.placement.slots_per_rank, hidden=d.hidden, ffn=d.ffn_hidden)
+        warn_of_hooks(self.experts)
         return x.reshape(-1, x.shape[-1]), w_in.to(dtype), w_out.to(dtype)
 
     def _shared(self, x_TD: torch.Tensor) -> torch.Tensor:
         assert self.shared_expert is not None
         shared: torch.Tensor = self.shared_expert(x_TD)
+        if shared.shape != x_TD.shape:
+            raise ConfigError("shared_expert", tuple(shared.shape), f"a result of the shape of x, {tuple(x_TD.shape)}")
         return shared
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        take_old_names(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        ours = self.register_load_state_dict_pre_hook(take_old_names)  # now: after the user's own hooks
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            ours.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """The layer without what its last call left behind."""

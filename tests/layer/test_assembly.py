@@ -106,6 +106,33 @@ def test_experts_in_other_slots_give_the_same_function():
     virtual_world(2).run(rank)
 
 
+def test_a_shared_expert_whose_result_would_be_broadcast_is_refused():
+    layer = make(shared_expert=nn.Linear(D, 1, dtype=DOUBLE))
+    with pytest.raises(ConfigError, match="shared_expert = "):
+        layer(tokens(8))
+
+
+def test_replicated_experts_are_not_there_yet():
+    with pytest.raises(NotImplementedError, match="replicated"):
+        MoELayer(D, F, E, K, dispatcher=dispatcher(placement=Placement(E, E + 1, 1, (*range(E), 0))), dtype=DOUBLE)
+
+
+def test_router_and_dispatcher_may_both_drop_bad_logits():
+    router = LinearRouter(D, E, K, bad_logits="drop", dtype=DOUBLE)
+    layer = MoELayer(D, F, E, K, router=router, dispatcher=dispatcher(bad_logits="drop"), dtype=DOUBLE)
+    x = tokens(4)
+    x[1] = float("nan")
+    assert layer(x).shape == x.shape and layer.stats().dropped_tokens == K
+
+
+def test_an_auto_schedule_belongs_to_one_layer():
+    """It keeps what was measured for it: costs and budget of another layer are not this one's."""
+    auto = AutoSchedule(op_verb="B", num_ops=0, overlap=False)
+    assert make(schedule=auto).schedule.joined
+    with pytest.raises(ConfigError, match="another layer"):
+        make(schedule=auto)
+
+
 def test_an_auto_schedule_that_is_given_is_used():
     auto = [AutoSchedule(op_verb="B", num_ops=0) for _ in range(2)]
 
@@ -123,6 +150,12 @@ class Weightless(nn.Module):
     activation = "relu"
 
 
+class TwoDtypes(Foreign):
+    def __init__(self):
+        super().__init__()
+        self.up_proj = nn.Parameter(self.up_proj.detach().float())
+
+
 OTHER_IDS = Experts(D, F, E, expert_ids=range(E - 1, -1, -1), dtype=DOUBLE)
 FEWER = Placement.identity(E // 2, 1)
 REFUSED = {
@@ -131,9 +164,20 @@ REFUSED = {
     "no activation": ("experts.activation", {"experts": nn.Linear(D, D)}),
     "another activation": ("activation", {"experts": Foreign(kind="gelu"), "activation": "relu"}),
     "another dtype": ("dtype", {"experts": Foreign(), "dtype": torch.float32}),
-    "too few": ("experts.up_proj", {"experts": Foreign(count=E - 1)}),
-    "another width": ("experts.up_proj", {"experts": Foreign(hidden=D + 1)}),
-    "another hidden width": ("experts.up_proj", {"experts": Foreign(ffn=F + 1)}),
+    "too few": ("up_proj", {"experts": Foreign(count=E - 1)}),
+    "another width": ("up_proj", {"experts": Foreign(hidden=D + 1)}),
+    "another hidden width": ("up_proj", {"experts": Foreign(ffn=F + 1)}),
+    "another device": ("device", {"experts": Foreign(), "device": "meta"}),
+    "numbers that rows cannot be": ("experts.down_proj", {"experts": Foreign(dtype=torch.complex64)}),
+    "two dtypes": ("down_proj", {"experts": TwoDtypes()}),
+    "swiglu asked for": ("activation", {"experts": Foreign(kind="gelu"), "activation": "swiglu"}),
+    "no transport": ("transport", {"transport": "gloo"}),
+    "no dispatcher": ("dispatcher", {"dispatcher": "mine"}),
+    "a group beside a transport": ("transport", {"group": "world", "transport": LocalTransport()}),
+    "a group beside a dispatcher": ("dispatcher", {"group": "world", "dispatcher": dispatcher()}),
+    "hidden width of the dispatcher": ("dispatcher.ffn_hidden", {"dispatcher": dispatcher(ffn_hidden=F + 1)}),
+    "activation of the dispatcher": ("dispatcher.activation", {"dispatcher": dispatcher(activation="relu")}),
+    "ranks of the dispatcher": ("dispatcher.placement", {"dispatcher": dispatcher(placement=Placement.identity(E, 2))}),
     "other ids": ("experts.expert_ids", {"experts": OTHER_IDS}),
     "shared twice": ("shared_expert_size", {"shared_expert": nn.Identity(), "shared_expert_size": F}),
     "shared function": ("shared_expert", {"shared_expert": torch.tanh}),

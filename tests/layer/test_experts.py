@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from moe_overlap import ConfigError, Experts, MoELayer, ShortcutBlock, ops
-from moe_overlap.layer.experts import weights_of
+from moe_overlap.layer.experts import old_name, weights_of
 from tests import oracle
 from tests.layers import D, E, F, K, make, tokens
 from tests.ranks import virtual_world
@@ -92,9 +93,10 @@ def test_from_the_meta_device():
         for parameter in layer.parameters():
             parameter.fill_(float("nan"))
     torch.manual_seed(3)
-    for module in layer.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    for part in (layer.router, layer.shared_expert, layer.experts):  # in the order in which they are built
+        for module in part.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     for (name, parameter), (other, expected) in zip(layer.named_parameters(), eager.named_parameters(), strict=True):
         assert name == other
         same_bits(parameter, expected)
@@ -120,12 +122,33 @@ def test_experts_of_some_ids_are_those_of_the_whole():
         ("activation", {"activation": "tanh"}),
         ("expert_ids", {"expert_ids": (0, 0)}),
         ("expert_ids", {"expert_ids": (0, E)}),
+        ("expert_ids", {"expert_ids": 3}),
+        ("expert_ids", {"expert_ids": (0.0, 1.0)}),
+        ("expert_ids", {"expert_ids": (True, False)}),
     ],
 )
 def test_bad_construction_names_the_field(field, options):
     with pytest.raises(ConfigError) as caught:
         Experts(**{"hidden_size": D, "ffn_hidden_size": F, "num_experts": E, **options})
     assert caught.value.field == field
+
+
+def test_weights_are_drawn_expert_by_expert_after_router_and_shared_expert():
+    """A seed stands for the same start as ever."""
+    layer = make(shared_expert_size=F)
+    torch.manual_seed(3)
+    for part in (layer.router, layer.shared_expert.up, layer.shared_expert.down):
+        part.reset_parameters()
+    for i in range(E):
+        for weight in layer.expert_weights:
+            same_bits(torch.empty_like(weight[i]).normal_(std=weight.shape[2] ** -0.5), weight[i].detach())
+
+
+def test_parametrized_weights_are_not_reset_silently():
+    layer = make()
+    parametrize.register_parametrization(layer.experts, "down_proj", nn.Identity())
+    with pytest.raises(ConfigError, match="parametrized"):
+        layer.experts.reset_parameters()
 
 
 # ---------------------------------------------------------------- read once, as attributes
@@ -160,6 +183,8 @@ def test_a_parametrization_acts_and_is_computed_once_in_a_call(world, schedule):
         x = tokens(9, me.rank)
         y = changed(x)
         assert [part.calls for part in counts] == [1, 1]
+        changed.stats(), changed.explain()
+        assert [part.calls for part in counts] == [1, 1], "what is said about a call computes no weight"
         same_bits(y, plain(x))
         y.square().sum().backward()
         plain(x).square().sum().backward()
@@ -203,6 +228,56 @@ def test_adapters_on_frozen_weights_act_and_learn():
         close(got, expected)
 
 
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+def test_hooks_that_a_layer_never_calls_are_told_of(schedule):
+    layer = make(schedule=schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(tokens(3))
+    prune.l1_unstructured(layer.experts, "down_proj", 0.5)
+    with pytest.warns(UserWarning, match="never calls"):
+        layer(tokens(3))
+
+
+def change_shape(layer):
+    layer.experts.down_proj = nn.Parameter(torch.zeros(E // 2, D, F + 1, dtype=torch.float64))
+
+
+def change_dtype(layer):
+    layer.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up_proj.detach().float())
+
+
+def change_activation(layer):
+    layer.experts.activation = "relu"
+
+
+def lose_a_weight(layer):
+    del layer.experts.down_proj
+
+
+CHANGES = [change_shape, change_dtype, change_activation, lose_a_weight]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_experts_that_no_longer_fit_are_refused_on_all_ranks_before_anything_is_sent(change):
+    def rank(me):
+        layer = make(me.transport(), schedule="chunked(2)")
+        right = layer.experts
+        layer(tokens(5, me.rank))
+        exchanges = layer.transport.stats.exchanges
+        if me.rank == 1:
+            layer.experts = copy.deepcopy(right)
+            change(layer)
+        with pytest.raises((ConfigError, AttributeError)) as caught:
+            layer(tokens(5, me.rank))
+        assert me.rank == 1 or isinstance(caught.value, ConfigError)
+        assert layer.transport.stats.exchanges == exchanges
+        layer.experts = right
+        layer(tokens(5, me.rank))
+
+    virtual_world(2).run(rank)
+
+
 # ---------------------------------------------------------------- state dicts
 
 
@@ -229,6 +304,63 @@ def test_checkpoints_with_the_old_names_load(kind):
     assert state == before, "the caller's dict is left alone"
     for got, want in zip(loaded.parameters(), saved.parameters(), strict=True):
         same_bits(got, want)
+
+
+def test_the_order_of_the_parameters_is_what_it_was():
+    """States of optimizers go by position."""
+    names = [name for name, _ in make(shared_expert_size=F).named_parameters()]
+    assert names == ["experts.gate_up_proj", "experts.down_proj", "router.weight", "shared_expert.up.weight",
+                     "shared_expert.down.weight"]  # fmt: skip
+
+
+def test_an_old_name_beside_the_new_one_is_not_taken():
+    layer, other = make(), make()
+    state = {**other.state_dict(), "down_proj": torch.zeros_like(other.experts.down_proj)}
+    with pytest.raises(RuntimeError, match="Unexpected.*down_proj"):
+        layer.load_state_dict(state)
+    layer.load_state_dict(state, strict=False)
+    same_bits(layer.experts.down_proj, other.experts.down_proj)
+
+
+def test_a_subclass_may_have_a_weight_of_an_old_name():
+    class Projected(MoELayer):
+        def __init__(self):
+            super().__init__(D, F, E, K, dtype=torch.float64)
+            self.down_proj = nn.Parameter(torch.randn(3))
+
+    saved, loaded = Projected(), Projected()
+    loaded.load_state_dict(saved.state_dict())
+    same_bits(loaded.down_proj, saved.down_proj)
+    same_bits(loaded.experts.down_proj, saved.experts.down_proj)
+
+
+def test_hooks_of_the_user_that_give_old_names_come_first():
+    saved, loaded = make(), make()
+    state = {f"their.{name}": value for name, value in old_names(saved.state_dict()).items()}
+
+    def rename(_, state_dict, prefix, *rest):
+        for name in list(state_dict):
+            state_dict[name.removeprefix("their.")] = state_dict.pop(name)
+
+    loaded.register_load_state_dict_pre_hook(rename)
+    for _ in range(2):
+        loaded.load_state_dict(state)
+    same_bits(loaded.experts.down_proj, saved.experts.down_proj)
+    assert len(loaded._load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [
+        ("experts.down_proj", "down_proj"),
+        ("blocks.0.moe.experts.gate_up_proj/exp_avg", "blocks.0.moe.gate_up_proj/exp_avg"),
+        ("model.experts.0.moe.experts.up_proj", "model.experts.0.moe.up_proj"),
+        ("model.experts.0.weight", "model.experts.0.weight"),
+        ("my_experts.down_proj", "my_experts.down_proj"),
+    ],
+)
+def test_old_name(name, old):
+    assert old_name(name) == old
 
 
 def test_a_missing_or_a_foreign_name_is_still_refused():

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moe_overlap import ConfigError, MoELayer, ignore_experts_for_ddp
 from tests.parallel.expected import WORLD, check_averaged
-from tests.parallel.model import EXPERTS, MODES, Model, loss_of, meshes, train, whole
+from tests.parallel.model import EXPERTS, MODES, D, F, Model, loss_of, meshes, train, whole
 from tests.ranks import gloo_pool
-from tests.tolerances import close
+from tests.tolerances import close, same_bits
 
 UNITS = ("layer", "block", "checkpointed_block", "root")
 WAYS = [(unit, experts) for unit in UNITS for experts in ("ignored", "own_mesh")] + [("layer", "own_unit")]
@@ -59,7 +59,7 @@ def shard(model: Model, unit: str, experts: str, **options: Any) -> None:
     weights = model.expert_parameters()
     if experts == "own_unit":
         make_unit_of_its_own(model.moe, mesh)
-        fully_shard(model, mesh=mesh["data"], ignored_params=set(model.shortcut.moe.expert_weights))
+        fully_shard(model, mesh=mesh["data"], ignored_params=set(model.shortcut.moe.experts.parameters()))
         return
     if experts == "ignored":
         options["ignored_params"] = weights
@@ -167,7 +167,7 @@ def layer_of_a_shortcut_block(mode):
     ignore_experts_for_ddp(model)
     mesh = meshes()
     make_unit_of_its_own(model.shortcut.moe, mesh)
-    fully_shard(model, mesh=mesh["data"], ignored_params=set(model.moe.expert_weights))
+    fully_shard(model, mesh=mesh["data"], ignored_params=set(model.moe.experts.parameters()))
     return train(model, dist.get_rank())
 
 
@@ -222,3 +222,48 @@ def experts_alone():
 def test_experts_as_a_unit_without_their_layer_are_refused():
     """The layer does not call them, so nobody would gather their weights."""
     gloo_pool(WORLD).run(experts_alone)
+
+
+class Foreign(nn.Module):
+    """Experts of another class."""
+
+    activation = "relu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Parameter(torch.ones(4, F, D)), nn.Parameter(torch.ones(4, D, F))
+
+
+def given_experts_over_the_ranks() -> None:
+    experts = Foreign()
+    fully_shard(experts, mesh=meshes()["data"])
+    with pytest.raises(ConfigError, match="hold other experts"):
+        MoELayer(D, F, 8, 2, group=dist.group.WORLD, experts=experts)
+
+
+def test_given_experts_that_are_sharded_over_their_ranks_are_refused():
+    gloo_pool(WORLD).run(given_experts_over_the_ranks)
+
+
+def start_from_meta(own: bool) -> None:
+    """Replicas of a layer of one rank, sharded over both ranks, or a layer of both with its experts on its own mesh."""
+    group = dist.group.WORLD if own else None
+    eager = MoELayer(D, F, 8, 2, group=group)
+    with torch.device("meta"):
+        layer = MoELayer(D, F, 8, 2, group=group)
+    if own:
+        make_unit_of_its_own(layer, meshes())
+    else:
+        fully_shard(layer, mesh=meshes()["data"])
+    layer.to_empty(device="cpu")
+    for one in (eager, layer):
+        torch.manual_seed(5)
+        one.experts.reset_parameters()
+    for got, want in zip(layer.experts.parameters(), eager.experts.parameters(), strict=True):
+        assert isinstance(got, DTensor)
+        same_bits(got.full_tensor(), want.detach())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_sharded_experts_start_as_whole_ones(own):
+    gloo_pool(WORLD).run(start_from_meta, own)
