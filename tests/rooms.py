@@ -49,7 +49,8 @@ ONLY = {
     "native": set(),
 }
 # The executor alone brings ops (through rows.py) and transport together, and the autograd nodes it drives. Its files,
-# and what they may import beyond the others of the schedule room.
+# and what they may import beyond the others of the schedule room. Who imports one of them has torch, ops and transport
+# with it: the rooms of ONLY and the other files of the schedule room do without.
 EXECUTOR = {
     "schedule/run.py": {"transport"},
     "schedule/lanes.py": {"transport"},
@@ -74,27 +75,32 @@ class File:
     names: tuple[str, ...]  # the full names of all that it imports, of this package or not
     imports: tuple[str, ...]  # the files of the package that it imports, or whose module it names in a string
     put_together: tuple[str, ...]  # strings that are the beginning of a module's name
-    type_checking: tuple[int, ...]  # lines
+    type_checking: tuple[int, ...]  # lines of `if TYPE_CHECKING`
+    mentions_of_it: tuple[int, ...]  # the other lines with that word: it may be imported under another name
 
 
 def read(root: Path) -> dict[str, File]:
     """Every file of the package at `root`, by its path from there."""
-    trees = {path.relative_to(root).as_posix(): ast.parse(path.read_text()) for path in sorted(root.rglob("*.py"))}
-    files = {module_of(file): file for file in trees}
-    return {file: _read(file, tree, files) for file, tree in trees.items()}
+    texts = {path.relative_to(root).as_posix(): path.read_text() for path in sorted(root.rglob("*.py"))}
+    files = {module_of(file): file for file in texts}
+    return {file: _read(file, text, files) for file, text in texts.items()}
 
 
-def _read(file: str, tree: ast.Module, files: dict[str, str]) -> File:
+def _read(file: str, text: str, files: dict[str, str]) -> File:
+    tree = ast.parse(text)
     names = sorted(set(_imported(tree)))
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     imports = {_file_of(name, files) for name in names if name.split(".")[0] == NAME}
     # The name of the package alone is also that of its operators' namespace and of its logger: no module is meant.
     imports |= {files[string] for string in strings if string in files and string != NAME}
+    type_checking = {node.lineno for node in ast.walk(tree) if _is_type_checking(node)}
+    mentions = {number for number, line in enumerate(text.splitlines(), 1) if "TYPE_CHECKING" in line}
     return File(
         names=tuple(names),
         imports=tuple(sorted(imports - {file})),
         put_together=tuple(sorted(s for s in strings if re.fullmatch(rf"{NAME}(\.\w+)*\.", s))),
-        type_checking=tuple(sorted({node.lineno for node in ast.walk(tree) if _is_type_checking(node)})),
+        type_checking=tuple(sorted(type_checking)),
+        mentions_of_it=tuple(sorted(mentions - type_checking)),
     )
 
 
@@ -168,8 +174,12 @@ def forbidden_imports(package: dict[str, File]) -> list[str]:
 def _why_not(file: str, imported: str) -> str | None:
     here, there = room_of(file), room_of(imported)
     floor_here, floor_there = floor_of(here), floor_of(there)
-    if here == there or there in ALWAYS or floor_here is None or floor_there is None:
+    if floor_here is None or floor_there is None:
         return None  # what has no floor is reported as a stranger
+    if imported in EXECUTOR and file not in EXECUTOR and here in ONLY and floor_here <= floor_there:
+        return f"{'the data of ' if here == there else ''}{here} does without the executor"
+    if here == there or there in ALWAYS:
+        return None
     if floor_there < floor_here:
         return f"{_called(there)} is above {_called(here)}"
     if floor_there == floor_here:
@@ -212,6 +222,7 @@ def hidden_imports(package: dict[str, File]) -> list[str]:
     lines = []
     for file, said in package.items():
         lines += [f"{file}:{line}: an `if TYPE_CHECKING` block" for line in said.type_checking]
+        lines += [f"{file}:{line}: a mention of TYPE_CHECKING" for line in said.mentions_of_it]
         lines += [f"{file} imports {name}: relative" for name in said.names if name.startswith(".")]
         lines += [f'{file} puts names of modules together ("{start}"): write them out' for start in said.put_together]
     return lines

@@ -99,8 +99,13 @@ PLANTED = {
         },
         [
             "ops/for_types.py imports moe_overlap.layer.planted: layer is above ops",
+            "ops/for_types.py:1: a mention of TYPE_CHECKING",
             "ops/for_types.py:2: an `if TYPE_CHECKING` block",
         ],
+    ),
+    "for types, by another name": (
+        {"ops/renamed.py": "from typing import TYPE_CHECKING as T\nif T:\n    from moe_overlap.ops import gate"},
+        ["ops/renamed.py:1: a mention of TYPE_CHECKING"],
     ),
     "up, in a function": (
         {"ops/in_function.py": "def late():\n    import moe_overlap.layer.planted"},
@@ -137,6 +142,21 @@ PLANTED = {
     "down, as only the executor may": (
         {"transport/planted.py": "", "schedule/data.py": "from moe_overlap.transport import planted"},
         ["schedule/data.py imports moe_overlap.transport.planted: schedule imports only agreement, native"],
+    ),
+    "down to the executor, from planning": (
+        {"planning/back_door.py": "from moe_overlap.schedule.run import Step"},
+        ["planning/back_door.py imports moe_overlap.schedule.run: planning does without the executor"],
+    ),
+    "down to the executor, from measure, in a function": (
+        {"measure/back_door.py": "def late():\n    from moe_overlap.schedule import lanes"},
+        ["measure/back_door.py imports moe_overlap.schedule.lanes: measure does without the executor"],
+    ),
+    "the executor, in the data of its room": (
+        {"schedule/back_door.py": "import moe_overlap.schedule.clocks\nTABLE = ['moe_overlap.schedule.rows']"},
+        [
+            f"schedule/back_door.py imports moe_overlap.schedule.{stem}: the data of schedule does without the executor"
+            for stem in ("clocks", "rows")
+        ],
     ),
     "circle of two": (
         {"auto/one.py": "import moe_overlap.auto.two", "auto/two.py": "def late():\n    import moe_overlap.auto.one"},

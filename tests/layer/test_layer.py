@@ -136,6 +136,24 @@ def test_stats_and_explain():
 # ---------------------------------------------------------------- several ranks
 
 
+@pytest.mark.parametrize("schedule", ["serial", "chunked(3)"])
+def test_payload_is_what_goes_to_other_ranks_and_what_returns_to_them(schedule):
+    def rank(me):
+        layer = make(me.transport(), schedule=schedule)
+        layer(tokens([5, 11][me.rank], me.rank))
+        return layer.last_exchange.counts.sum(axis=1), layer.stats().payload_bytes  # rows [W, P]; bytes
+
+    results = virtual_world(2).run(rank)
+    half = E // 2  # slots 0..half-1 are on rank 0
+    for me, (rows, payload_bytes) in enumerate(results):
+        theirs = slice(half, E) if me == 0 else slice(0, half)
+        own = slice(0, half) if me == 0 else slice(half, E)
+        sent, returned = int(rows[me, theirs].sum()), int(rows[1 - me, own].sum())
+        assert 0 < sent != returned > 0
+        assert payload_bytes == (sent + returned) * D * 8  # float64
+    assert [int(n) for n in results[0][0].sum(axis=1)] == [5 * K, 11 * K]
+
+
 def single_process_gradients(counts):
     """The same model on one rank, all tokens in one batch, loss = mean over ranks of the ranks' mean losses."""
     layer = make()
@@ -168,6 +186,9 @@ def test_ignore_experts_for_ddp_names_the_expert_parameters():
     names = ignore_experts_for_ddp(model)
     assert names == ["0.experts.gate_up_proj", "0.experts.down_proj", "2.experts.up_proj", "2.experts.down_proj"]
     assert model._ddp_params_and_buffers_to_ignore == names
+    layer = make()
+    assert ignore_experts_for_ddp(layer) == ["experts.gate_up_proj", "experts.down_proj"]
+    assert set(layer._ddp_params_and_buffers_to_ignore) <= {name for name, _ in layer.named_parameters()}
 
 
 @pytest.mark.parametrize("schedule", ["serial", "chunked(2)", "chunked(2,experts)"])

@@ -194,6 +194,22 @@ def test_a_layer_can_be_copied_after_a_call(schedule):
     copy.deepcopy(make(schedule=schedule))(tokens())
 
 
+def test_a_copy_does_not_wait_for_the_ticket_of_the_layer():
+    def rank(me):
+        layer = make(me.transport())
+        want = layer(tokens())
+        ticket = layer.begin(tokens())
+        twin = copy.deepcopy(layer)
+        with pytest.raises(RuntimeError, match="finish it"):
+            layer.begin(tokens())
+        other = twin.begin(tokens())
+        for owner, one in ((layer, ticket), (twin, other)):
+            owner.run_experts(one)
+            same_bits(owner.finish(one), want)
+
+    virtual_world(2).run(rank)
+
+
 def test_an_error_of_a_users_op_reaches_the_peers_at_once_and_reopen_mends():
     def rank(me):
         block = ShortcutBlock(

@@ -1,12 +1,13 @@
 """Checkpoints of the job: resumed bit for bit, refused where damaged or of another run."""
 
+import hashlib
 import json
 import os
 
 import pytest
 
 from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint
-from moe_overlap.commands.train.files import read_tensors, write_atomically
+from moe_overlap.commands.train.files import read_tensors, write_atomically, write_json, write_tensors
 from moe_overlap.errors import ConfigError
 from tests.commands.train.jobs import events, losses, run, run_on_two
 
@@ -27,8 +28,28 @@ def copy_of_checkpoint(whole_run, tmp_path):
     return target
 
 
-def test_resume_at_step_20_continues_bit_for_bit(text, whole_run, tmp_path):
-    checkpoint = whole_run / "checkpoints" / "step-000020"
+def give_old_names(folder):
+    """The checkpoint as it was written while the layer itself held the expert weights: the experts' names, and so the
+    manifest, are other ones."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        tensors, metadata = read_tensors(file)
+        renamed = {name.replace(".moe.experts.", ".moe."): tensor for name, tensor in tensors.items()}
+        # Two weights, each with two moments and a step.
+        assert len(renamed.keys() - tensors.keys()) == 8 and not any("experts" in name for name in renamed)
+        write_tensors(file, renamed, metadata)
+        data = file.read_bytes()
+        shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_json(folder / MANIFEST, manifest)
+
+
+@pytest.mark.parametrize("names", ["new", "old"])
+def test_resume_at_step_20_continues_bit_for_bit(names, text, whole_run, tmp_path):
+    """Also from names that expert weights had before; what is written then has the new ones."""
+    checkpoint = copy_of_checkpoint(whole_run, tmp_path)
+    if names == "old":
+        give_old_names(checkpoint)
     options = ("--steps", 40, "--checkpoint-every", 20, "--resume", checkpoint)
     assert run_on_two(text, tmp_path, *options) == [0, 0]
     assert losses(tmp_path) == losses(whole_run)[20:]

@@ -1,5 +1,7 @@
 """The job's model, its learning rate and its routing file."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from moe_overlap.commands.train.files import read_tensors
 from moe_overlap.commands.train.loop import learning_rate
 from moe_overlap.commands.train.model import LanguageModel, initialise, moe_layers, split_parameters
 from moe_overlap.commands.train.options import KINDS, TrainOptions
+from moe_overlap.commands.train.seeds import generator
 from tests.commands.train.jobs import SMALL, events, run, run_on_two
+from tests.tolerances import same_bits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -36,6 +40,20 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks():
     (dense_a, experts_a), (dense_b, experts_b) = weights(0), weights(1)
     assert all(torch.equal(dense_a[name], dense_b[name]) for name in dense_a)
     assert not any(torch.equal(experts_a[name], experts_b[name]) for name in experts_a)
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("scmoe_pos2", "pairs.0.moe"), ("top2", "pairs.0.3.branch.1")])
+def test_expert_weights_start_as_they_did_when_the_layer_held_them(kind, layer):
+    """A seed stands for the same run as before the experts were a module: their names drew the numbers."""
+    model = LanguageModel(TrainOptions(**(vars(SMALL) | {"kind": kind})), None)
+    initialise(model, seed=5, rank=0)
+    _, experts = split_parameters(model)
+    assert set(experts) == {f"{layer}.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    for name in ("gate_up_proj", "down_proj"):
+        weight = experts[f"{layer}.experts.{name}"]
+        for expert, matrix in enumerate(weight):
+            drawn = torch.randn(matrix.shape, generator=generator(f"{layer}.{name}[{expert}]", 5))
+            same_bits(matrix, drawn * (1 / math.sqrt(matrix.shape[1])))
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
