@@ -30,7 +30,6 @@ class Problem:
 # Verbs of which a complete schedule has exactly one per chunk, and exactly one at all.
 PER_CHUNK = {"forward": ("D", "E", "C"), "backward": ("Ct", "Ed", "Dt")}
 ONCE = {"forward": ("P", "U"), "backward": ("Ut", "Pt")}
-REVERSED = ("Bt",)
 
 
 def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = None) -> list[Problem]:
