@@ -1,6 +1,7 @@
 """docs/ops.md does not go stale: its programs print what they say, its signatures and its table are the code's.
 
-Of README.md the first program runs too, as the one rank of a group; its second one stands for a model of the reader's.
+Of README.md the first program runs too, as the one rank of a group, and the last one; the second stands for a model of
+the reader's.
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ def test_every_program_runs_and_prints_what_it_says(number, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == wanted
     # A program that says nothing about itself would pass whatever it does.
     assert wanted or "assert " in program
+
+
+def test_the_last_program_of_the_readme_prints_what_it_says(tmp_path, capsys):
+    program = blocks(README, "python")[-1]
+    run(program, tmp_path)
+    assert capsys.readouterr().out.splitlines() == promised(program) != []
 
 
 def test_no_program_is_lost():

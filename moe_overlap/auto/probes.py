@@ -15,6 +15,7 @@ from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.beside import Op, refuse_units, signature
 from moe_overlap.auto.calibrate import StepTimes
+from moe_overlap.routing.decision import as_decision
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing
@@ -54,7 +55,7 @@ class ProbeInputs:
     def routed(self) -> tuple[Probes, torch.Tensor]:
         """The probes on this routing, and the router's status. Raises ConfigError for what cannot be probed."""
         refuse_units(self.ops)
-        routing = self.router(self.x_TD.detach())
+        routing = as_decision(self.router(self.x_TD.detach()))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
         probes = Probes(
             inputs=self,

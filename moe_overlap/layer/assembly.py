@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,8 @@ def make_router(
             if getattr(router, name, value) != value:
                 raise ConfigError(name, value, f"the {name} of the router module, {getattr(router, name)}")
         return router
+    if router is not None and not isinstance(router, str):
+        raise ConfigError("router", type(router).__name__, "None, a score, or a module that returns a RoutingDecision")
     return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
 
 
@@ -103,7 +106,9 @@ def make_experts(
     slots = placement.slots_of_rank(transport.rank)
     ids = tuple(placement.slot_to_expert[slot] for slot in slots)
     others = frozenset(transport.global_ranks) - {transport.global_ranks[transport.rank]}
-    if given is None:
+    if given is not None:
+        _refuse_unread(given, w_in_name(activation))
+    else:
         given = Experts(hidden_size, ffn_hidden_size, placement.num_experts, expert_ids=ids, activation=activation,
                         **factory)  # fmt: skip
     name = w_in_name(activation)
@@ -118,6 +123,17 @@ def make_experts(
     for name, weight in given.named_parameters():
         refuse_sharded(f"experts.{name}", weight, others)
     return given
+
+
+def _refuse_unread(experts: nn.Module, w_in: str) -> None:
+    """Raises ConfigError for weights beside the two that a layer reads, such as biases; warns of an own forward."""
+    plain = set(experts._parameters)
+    unread = plain - {w_in, "down_proj"}
+    if {w_in, "down_proj"} <= plain and unread:  # else the two may be made of the others
+        raise ConfigError("experts", f"a module with {', '.join(sorted(unread))}", f"only {w_in} and down_proj")
+    if isinstance(experts, Experts) and type(experts).forward is not Experts.forward:
+        text = f"{type(experts).__name__} has a forward of its own, which a MoELayer never calls"
+        warnings.warn(f"{text}: it reads the weights and the activation", stacklevel=4)
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:

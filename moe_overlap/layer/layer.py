@@ -34,7 +34,7 @@ from moe_overlap.layer.arguments import (
 from moe_overlap.layer.experts import check_weights, take_old_names, warn_of_hooks, weights_of
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.layer.tickets import Ticket, Tickets
-from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.nodes import SameRouting
@@ -181,7 +181,7 @@ class MoELayer(Tickets, nn.Module):
                                     grad_scale=self.expert_grad_scale)  # fmt: skip
             step = Step(self.transport, weights, phase=PHASES[phase])
             x_router, x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=3)
-            routing = self.router(x_router)
+            routing = as_decision(self.router(x_router))
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(w_out.dtype)
@@ -206,7 +206,7 @@ class MoELayer(Tickets, nn.Module):
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
-        routing = self.router(x_TD)
+        routing = as_decision(self.router(x_TD))
         check_status(routing.status)
         placement = self.dispatcher.placement
         ids_TK = placement.to_physical(routing.topk_ids_TK)

@@ -99,7 +99,8 @@ class ShortcutBlock(nn.Module):
         check_budget(max_in_flight_bytes, schedule)
         num_ops = len(ops) - tap
         if schedule not in (None, "auto") or (schedule is None) != (slot is not None):
-            raise ConfigError("schedule", schedule, "None beside a slot, or 'auto' without one")
+            text = "'auto', or None beside a slot=, which says how many ops after the tap come before the experts"
+            raise ConfigError("schedule", schedule, text)
         self.schedule: AnySchedule
         if slot is None and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_overlap.errors import ConfigError
+
 STATUS_OK = 0
 STATUS_BAD_LOGITS = 1
 
@@ -28,3 +30,10 @@ class RoutingDecision:
     dropped_tokens: torch.Tensor
     status: torch.Tensor
     aux_loss: torch.Tensor | None = None
+
+
+def as_decision(value: object) -> RoutingDecision:
+    """What a router returned. Raises ConfigError where it is no decision."""
+    if not isinstance(value, RoutingDecision):
+        raise ConfigError("router", f"one that returns a {type(value).__name__}", "one that returns a RoutingDecision")
+    return value

@@ -1,4 +1,4 @@
-"""The executor: one call of one layer, forward and backward. The only file that sees ops and transport together.
+"""The executor: one call of one layer, forward and backward. Here ops (by `rows.py`) and transport meet.
 
 `Step` walks the forward schedule: compute actions run inline, exchanges are started where they stand and waited for
 just before the first action that reads their result (or at once, where the schedule pair is `joined`). At its end it

@@ -112,6 +112,33 @@ def test_a_shared_expert_whose_result_would_be_broadcast_is_refused():
         layer(tokens(8))
 
 
+class Pair(nn.Module):
+    """A router that returns no RoutingDecision."""
+
+    def forward(self, x_TD):
+        return torch.ones(len(x_TD), K), torch.zeros(len(x_TD), K, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("schedule", ["serial", "auto"])
+def test_a_router_that_returns_something_else_is_named(world, schedule):
+    def rank(me):
+        layer = make(me.transport() if world > 1 else None, router=Pair(), schedule=schedule)
+        with pytest.raises(ConfigError, match="tuple.*RoutingDecision"):
+            layer(tokens(4))
+
+    virtual_world(world).run(rank)
+
+
+def test_a_forward_that_is_never_called_is_told_of():
+    class Scaled(Experts):
+        def forward(self, x_RD, offs):
+            return 2 * super().forward(x_RD, offs)
+
+    with pytest.warns(UserWarning, match="Scaled has a forward of its own"):
+        make(experts=Scaled(D, F, E, dtype=DOUBLE))
+
+
 def test_replicated_experts_are_not_there_yet():
     with pytest.raises(NotImplementedError, match="replicated"):
         MoELayer(D, F, E, K, dispatcher=dispatcher(placement=Placement(E, E + 1, 1, (*range(E), 0))), dtype=DOUBLE)
@@ -156,6 +183,12 @@ class TwoDtypes(Foreign):
         self.up_proj = nn.Parameter(self.up_proj.detach().float())
 
 
+class Biased(Foreign):
+    def __init__(self):
+        super().__init__()
+        self.down_proj_bias = nn.Parameter(torch.zeros(E, D, dtype=DOUBLE))
+
+
 OTHER_IDS = Experts(D, F, E, expert_ids=range(E - 1, -1, -1), dtype=DOUBLE)
 FEWER = Placement.identity(E // 2, 1)
 REFUSED = {
@@ -178,6 +211,8 @@ REFUSED = {
     "hidden width of the dispatcher": ("dispatcher.ffn_hidden", {"dispatcher": dispatcher(ffn_hidden=F + 1)}),
     "activation of the dispatcher": ("dispatcher.activation", {"dispatcher": dispatcher(activation="relu")}),
     "ranks of the dispatcher": ("dispatcher.placement", {"dispatcher": dispatcher(placement=Placement.identity(E, 2))}),
+    "a function": ("router", {"router": lambda x: x}),
+    "biases": ("experts", {"experts": Biased()}),
     "other ids": ("experts.expert_ids", {"experts": OTHER_IDS}),
     "shared twice": ("shared_expert_size", {"shared_expert": nn.Identity(), "shared_expert_size": F}),
     "shared function": ("shared_expert", {"shared_expert": torch.tanh}),
