@@ -67,14 +67,14 @@ class Wide(nn.Module):
         return self.down(self.up(h))
 
 
-def kept_in(shape=(8, D), *, ops=None, change=None, x_grad=True, grad=True, **options):
+def kept_in(shape=(8, D), *, ops=None, change=None, x_grad=True, grad=True, pre_norm=None, **options):
     """Rank 0's file of a layer, or of a block with these ops beside it."""
 
     def rank(me):
         layer = make(me.transport(), schedule="auto" if ops is None else "serial", **options)
         if change is not None:
             change(layer)
-        model = layer if ops is None else ShortcutBlock(ops(), layer, tap=0, schedule="auto")
+        model = layer if ops is None else ShortcutBlock(ops(), layer, tap=0, schedule="auto", pre_norm=pre_norm)
         x = torch.randn(*shape, dtype=options.get("dtype", torch.float64)).requires_grad_(x_grad)
         with torch.set_grad_enabled(grad):
             model(x)
@@ -93,6 +93,7 @@ def other_shared(layer):
 
 
 BLOCK = {"ops": lambda: [linear()]}
+DETACHED = BLOCK | {"pre_norm": torch.Tensor.detach}  # the experts' x has no gradient, whatever h has
 SHARED = {"shared_expert_size": F}
 KEYS = {
     "tokens": ({}, {"shape": (9, D)}),
@@ -110,6 +111,7 @@ KEYS = {
     "width_of_an_op": (BLOCK | {"ops": lambda: [linear(4)]}, {"ops": lambda: [linear(8)]}),
     "type_of_an_op": (BLOCK, {"ops": lambda: [linear(kind=Linear)]}),
     "frozen_op": (BLOCK, {"ops": lambda: [frozen(linear())]}),
+    "no_gradient_of_h": (DETACHED, DETACHED | {"x_grad": False}),
     "shape_of_h": (BLOCK, BLOCK | {"shape": (2, 4, D)}),
 }
 

@@ -304,3 +304,10 @@ def test_a_view_that_is_too_small_is_refused_and_its_neighbours_stay() -> None:
     assert (whole == 7).all()
     ops.expert_mlp_wgrad(**{**arguments, "ends": [2, 4], "dw_in": whole[:, :10]})
     assert (whole[:, :10] == 2).all() and (whole[:, 10:] == 7).all()
+
+
+@pytest.mark.parametrize(("ends", "starts"), [([4], None), ([1, 2, 4], None), ([2, 4], [0]), ([2], [0, 2])])
+def test_raw_pieces_refuse_another_number_of_groups(ends, starts) -> None:
+    x, (w_in, w_out) = torch.zeros(4, 3), weights(2, 3, 5, "gelu", torch.float32)
+    with pytest.raises(ConfigError, match="one entry per expert, 2"):
+        ops.expert_mlp_forward(x, w_in, w_out, ends, starts=starts, kind="gelu")

@@ -158,3 +158,16 @@ def test_the_adjoint_swaps_the_lists() -> None:
     assert there.counts() == (plan.send_counts[1], plan.recv_counts[1])
     assert back.counts() == there.counts()[::-1] and there.counts()[0] != there.counts()[1]
     assert str(back.where()) == "C1 of step 6 (chunk 1)"
+
+
+def test_the_first_cause_stays() -> None:
+    def rank_main(transport: Callable[[], Transport]) -> None:
+        one = transport()
+        one.open(header(2))
+        one.close("the first")
+        one.close("the second")
+        with pytest.raises(TransportClosed, match="the first") as caught:
+            one.open(header(2))
+        assert str(caught.value.__cause__) == "the first"
+
+    in_each_world(rank_main)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.errors import ConfigError, TransportClosed
 from moe_overlap.transport import (
     EmulatedLinkTransport,
@@ -110,3 +111,17 @@ def test_a_chunk_that_does_not_exist_is_for_the_inner_transport_to_refuse() -> N
         Plain(inner).start(rows_of(0, plan, 1, F32), plan, F32, 2)
     with pytest.raises(TransportClosed, match="chunk = 2"):
         inner.open(header(2))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_nocomm_has_own_rows_first_and_zeros_behind(reverse: bool) -> None:
+    """More rows are to come than this rank has: 1 of 1 + 3, or 3 of 3 + 1."""
+    counts = torch.zeros(2, 16, 2, dtype=torch.int64)
+    counts[0, 0] = torch.tensor([1, 0] if not reverse else [0, 1])
+    counts[1, 0] = torch.tensor([3, 0])
+    plan = ExchangePlan(rank=0, world_size=2, step=1, phase="forward", grad_enabled=False, x_requires_grad=False,
+                        counts=counts.numpy()).chunked(1)  # fmt: skip
+    sent, come = (plan.recv_rows[0], plan.send_rows[0]) if reverse else (plan.send_rows[0], plan.recv_rows[0])
+    rows, out = torch.ones(sent, 3), torch.full((come, 3), float("nan"))
+    got = NoCommTransport(LocalTransport()).start(rows, plan, F32, reverse=reverse, out=out).wait()
+    assert got is out and (got[:sent] == 1).all() and not got[sent:].any()
