@@ -30,7 +30,6 @@ class Endpoint(ABC):
     """
 
     name = "transport"
-    _mismatch_hint = "; nothing was sent"
     _device_type: str | None = None  # where rows must be; None: anywhere
 
     def __init__(self, *, rank: int, world_size: int, timeout_s: float | None) -> None:
@@ -49,7 +48,7 @@ class Endpoint(ABC):
         different = (table != table[0]).any(dim=1).nonzero()
         if len(different):
             odd = int(different[0])
-            text = f"rank {odd} opened this transport for another configuration than rank 0{self._mismatch_hint}"
+            text = f"rank {odd} opened this transport for another configuration than rank 0; nothing was sent"
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header = header

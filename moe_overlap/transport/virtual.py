@@ -66,7 +66,6 @@ class VirtualTransport(Endpoint):
     """One rank's end of a channel of a VirtualWorld. Usable only inside `VirtualWorld.run`, by its own rank."""
 
     name = "virtual"
-    _mismatch_hint = ""
 
     def __init__(self, channel: Channel, *, rank: int, timeout_s: float | None = None) -> None:
         super().__init__(rank=rank, world_size=channel.world.world_size, timeout_s=timeout_s)
