@@ -25,7 +25,7 @@ FLOORS = (
     ("commands",),
     ("__init__",),
     ("layer",),
-    ("auto",),
+    ("auto", "parallel"),
     ("planning", "measure"),
     ("schedule",),
     ("transport", "routing"),
@@ -40,6 +40,7 @@ AT_THE_ROOT = {"__main__.py", "__init__.py", "errors.py", "config.py", "py.typed
 ONLY = {
     "planning": {"schedule", "agreement", "native"},
     "measure": {"schedule"},
+    "parallel": {"transport", "agreement"},
     "schedule": {"agreement", "native"},
     "transport": {"agreement"},
     "routing": {"ops"},
