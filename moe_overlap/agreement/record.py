@@ -53,8 +53,27 @@ NOT_SENT = -(1 << 62)  # the value is no integer: only the refusing rank's messa
 
 
 @dataclass(frozen=True, kw_only=True)
+class BackwardRecord:
+    """What one rank says when the backward of a call begins: of which `step`, the `run`-th of it, and a digest of what
+    it will exchange. `caller` as in StepRecord."""
+
+    step: int
+    run: int
+    digest: int
+    caller: int = 0
+
+    def to_tensor(self) -> torch.Tensor:
+        """int64 [3]."""
+        return torch.tensor([self.step, self.run, self.digest], dtype=torch.int64)
+
+
+BACKWARD_FIELDS = ("step", "run", "schedule")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one rank says at the start of a step. Integers only; `counts` is int64 [BLOCKS, P] on the CPU."""
+    """What one rank says at the start of a step. Integers only; `counts` is int64 [BLOCKS, P] on the CPU. `caller`:
+    which of those that share a transport, copies of one layer for example."""
 
     step: int
     phase: int
@@ -71,6 +90,7 @@ class StepRecord:
     config_digest: int
     schedule_digest: int
     counts: torch.Tensor
+    caller: int = 0
 
     def to_tensor(self) -> torch.Tensor:
         """int64 [len(RECORD_FIELDS) + BLOCKS * P]: the named fields in order, then the counts."""
@@ -78,7 +98,10 @@ class StepRecord:
         return torch.cat([head, self.counts.reshape(-1)])
 
 
-RECORD_FIELDS: tuple[str, ...] = tuple(field.name for field in fields(StepRecord) if field.name != "counts")
+# `caller` is in the head of the message.
+RECORD_FIELDS: tuple[str, ...] = tuple(
+    field.name for field in fields(StepRecord) if field.name not in ("counts", "caller")
+)
 # The fields that must be equal on all ranks. `status` and `x_requires_grad` may differ.
 AGREED_FIELDS: tuple[str, ...] = tuple(
     name for name in RECORD_FIELDS if name not in ("status", "status_value", "x_requires_grad")

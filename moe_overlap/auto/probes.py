@@ -148,7 +148,7 @@ class Probes:
         assert clock is not None, "probes are recorded"
         start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
-        step = Step(self.transport, weights, phase=PHASES[0], probe=True)
+        step = Step(self.transport, weights, phase=PHASES[0], probe=True, caller=self.dispatcher.caller)
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
         leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, *([] if h is None else [h])]
         exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)

@@ -205,7 +205,8 @@ def make_dispatcher(
 ) -> Dispatcher:
     """The dispatcher given, checked against the layer, or a new one."""
     if given is None:
-        return Dispatcher(transport=transport, placement=placement, bad_logits=bad_logits, **options)
+        return Dispatcher(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),
+                          **options)  # fmt: skip
     for name, value in options.items():
         if getattr(given, name) != value:
             raise ConfigError(f"dispatcher.{name}", getattr(given, name), f"{value}, as the layer has")

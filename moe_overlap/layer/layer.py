@@ -188,7 +188,7 @@ class MoELayer(Tickets, nn.Module):
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
                                     grad_scale=self.ownership.grad_scale)  # fmt: skip
-            step = Step(self.transport, weights, phase=PHASES[phase])
+            step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller)
             x_router, x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=3)
             routing = as_decision(self.router(x_router))
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)

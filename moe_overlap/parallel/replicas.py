@@ -226,8 +226,11 @@ def replicas_of(group: Any, *, timeout_s: float | None, device: torch.device | s
     resolved, ranks = resolve_group(group)
     if len(ranks) == 1:
         return None
-    if resolved not in _of_group:
-        first, second = (open_transport(resolved, timeout_s=timeout_s, device=device) for _ in range(2))
+    known = _of_group.get(resolved)
+    if known is None or known.transport.life.ended:
+        first, second = (
+            open_transport(resolved, timeout_s=timeout_s, device=device, lane=lane) for lane in ("slices", "means")
+        )
         assert isinstance(first, Endpoint) and isinstance(second, Endpoint)
         _of_group[resolved] = Replicas(first, second)
     return _of_group[resolved]

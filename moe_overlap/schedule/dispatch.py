@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -54,7 +54,7 @@ def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Te
 @dataclass
 class Dispatcher:
     """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
-    opened, `openings` how often that was."""
+    opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too."""
 
     transport: Transport
     placement: Placement
@@ -66,6 +66,13 @@ class Dispatcher:
     bad_logits: str = "raise"
     steps: int = 0
     openings: int = 0
+    caller: int = 0
+    copies: int = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Dispatcher:
+        """On the same transport, as another caller: ranks whose copies run in another order learn of it."""
+        self.copies += 1
+        return replace(self, caller=digest(self.caller, self.copies), copies=0)
 
     @property
     def header(self) -> Header:
@@ -143,6 +150,7 @@ class Dispatcher:
             config_digest=digest(self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert),
             schedule_digest=schedule.digest,
             counts=counts,
+            caller=self.caller,
         )
 
     def open(self) -> None:
@@ -150,10 +158,10 @@ class Dispatcher:
         one already, so that the ranks' counts differ; only an opening, which all ranks do together, makes them equal.
         """
         try:
-            opened = self.transport.open(self.header)
+            self.transport.open(self.header)
         except ConfigError as error:
             self.transport.close(str(error))  # open for another configuration: the peers wait in their step's record
             raise
-        if opened:
+        if self.openings != self.transport.openings:  # by this layer, or by another one on the same transport
             self.steps = 0
-            self.openings += 1
+            self.openings = self.transport.openings

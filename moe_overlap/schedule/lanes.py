@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
+from moe_overlap.agreement.record import BackwardRecord
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.recorder import TimelineEvent, recording
-from moe_overlap.transport.base import Transport, Work
+from moe_overlap.transport.base import Announcement, Transport, Work
 from moe_overlap.transport.closing import closing_on_error
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
@@ -24,10 +25,13 @@ class Lanes:
 
     `clock`: of the compute lane (None: nothing is noted). The host's knows from the transport when bytes were under
     way. A stream's does not: there they were from the start of the exchange to the end of the wait for it.
-    `probe`: backward is a calibration's, which every rank runs, whatever its loss.
+    `probe`: backward is a calibration's, which every rank runs, whatever its loss. `caller`: the dispatcher's.
     """
 
-    def __init__(self, transport: Transport, phase: str, clock: Clock | None, *, probe: bool) -> None:
+    def __init__(self, transport: Transport, phase: str, clock: Clock | None, *, probe: bool, caller: int = 0) -> None:
+        self._caller = caller
+        self._backwards = 0
+        self._beginning: Announcement | None = None
         self.transport = transport
         self._first_hint = "" if probe else ATTACH
         self.phase = phase
@@ -46,9 +50,20 @@ class Lanes:
 
     # ---------------------------------------------------------------- wire
 
+    def begin_backward(self, schedule: int) -> None:
+        """Tell all ranks that one begins; heard before its first exchange. `schedule`: a digest of what it will do."""
+        self._backwards += 1
+        if self.transport.world_size > 1:
+            step = self._plans["forward"].exchange.step
+            record = BackwardRecord(step=step, run=self._backwards, digest=schedule, caller=self._caller)
+            self._beginning = self.transport.begin_backward(record)
+
     def start(self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None) -> None:
         """Start an exchange. C and Dt carry rows back to where they came from."""
         assert action.index is not None
+        if self._beginning is not None:
+            beginning, self._beginning = self._beginning, None
+            beginning.wait()
         start = self.now()
         work = self.transport.start(rows, self._plans[action.spec.phase], self._layout, action.index,
                                     reverse=action.verb in ("C", "Dt"), out=out, action=action.text)  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
+from moe_overlap.agreement.record import digest
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
@@ -43,15 +44,17 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 class Step:
     """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer.
-    `probe`: it is a calibration's."""
+    `probe`: it is a calibration's; `caller`: the dispatcher's."""
 
-    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool = False) -> None:
+    def __init__(
+        self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool = False, caller: int = 0
+    ) -> None:
         self.transport = transport
         self._weights = weights
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
         self._num_sms = experts_sms(weights.w_in.device)
         self.phase = phase
-        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe)
+        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe, caller=caller)
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
@@ -284,8 +287,9 @@ class Step:
         return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
 
     def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
-        digest, *saved = ctx.saved_tensors
-        check_same_routing(digest, ctx.routing_digest)
+        routed, *saved = ctx.saved_tensors
+        check_same_routing(routed, ctx.routing_digest)
+        self._announce()
         self._grads = BackwardRows(
             self._backward_plan,
             # Detached: the router's weights lead to the nodes, which hold this step.
@@ -298,6 +302,12 @@ class Step:
         )
         self._grads_of = torch._C._current_graph_task_id()
         return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
+
+    def _announce(self) -> None:
+        """Tell all ranks which backward begins, after what a recompute had to say."""
+        plan = self._backward_plan
+        needed = self.plan.exchange.x_requires_grad
+        self.lanes.begin_backward(digest(self.pair.backward.text, plan.chunks, plan.by, needed))
 
     def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
         self.lanes.start(Action("Ct", c), self._rows_of_backward.of(self._rows_of_backward.dback, c))

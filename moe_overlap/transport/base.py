@@ -13,13 +13,13 @@ rank included, of which the peers learn at once: every later call raises Transpo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import StepRecord
+from moe_overlap.agreement.record import BackwardRecord, StepRecord
 
 
 @dataclass
@@ -46,6 +46,13 @@ class Work(Protocol):
         """(start_s, end_s) on the time.perf_counter clock during which the bytes were under way, once waited for."""
 
 
+class Announcement(Protocol):
+    """The start of a backward, said to all ranks."""
+
+    def wait(self) -> None:
+        """Until all ranks have said the same. Raises PlanMismatch."""
+
+
 @runtime_checkable
 class Transport(Protocol):
     """Bytes between ranks. No routing, no arithmetic. `global_ranks`: the process's rank of each rank, in order."""
@@ -60,6 +67,14 @@ class Transport(Protocol):
     def stats(self) -> TransportStats:
         """Counted by the transport that moves the bytes: one that wraps another has that one's."""
 
+    @property
+    def openings(self) -> int:
+        """How often it was opened: steps count from there."""
+
+    @property
+    def group(self) -> Any:
+        """The ProcessGroup of its ranks; None where they are not those of torch.distributed."""
+
     def open(self, header: Header) -> bool:
         """Compare `header` on all ranks; called by the layer before its first step, and again after `reopen`.
 
@@ -69,6 +84,10 @@ class Transport(Protocol):
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         """The one control collective of a step: gathers the records and derives the plan with `record.agree_on`."""
+
+    def begin_backward(self, record: BackwardRecord) -> Announcement:
+        """Tell all ranks which backward begins; returns at once. Raises PlanMismatch from its `wait`, alike on all
+        ranks, where they begin other ones: so `wait` stands before the first exchange."""
 
     def start(
         self,
@@ -89,6 +108,12 @@ class Transport(Protocol):
 
     def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
         """The sum of `tensor` over the ranks, in place. Equal shape and dtype on all ranks are the caller's duty."""
+
+    def join(self) -> int:
+        """The number of one more user of this transport, from 0: ranks whose users differ in order learn of it."""
+
+    def call_it(self, path: str) -> None:
+        """What the layer of this transport is called in a model: for errors."""
 
     def close(self, reason: str) -> None:
         """Poison the transport and tell the peers, whose waits then raise RemoteAbort with `reason`. Never raises."""

@@ -67,10 +67,11 @@ class StoreLost(RuntimeError):
 
 
 class ControlPlane:
-    """The keys of one generation of one transport."""
+    """The keys of one generation of the connections of a group; `meet` says which."""
 
     def __init__(self, store: dist.Store, *, rank: int, world_size: int) -> None:
         self._store = store
+        self._generation = 0
         self._rank = rank
         self._peers = [peer for peer in range(world_size) if peer != rank]
         self._who: dict[int, tuple[str, int, int]] = {}
@@ -82,19 +83,25 @@ class ControlPlane:
         """Why the store can no longer be asked; None while it can."""
         return self._lost
 
-    def meet(self, timeout_s: float) -> None:
+    def meet(self, generation: int, timeout_s: float) -> int:
         """Tell who this rank is and wait until all ranks have. Raises naming those that did not come.
 
-        Here the store is all that is waited for, so a question to it may take what is left of the limit.
+        Returns the generation that all ranks meet in: the latest that any of them asks for, since ranks may have tried
+        to meet a different number of times. Here the store is all that is waited for, so a question to it may take
+        what is left of the limit.
         """
         begin = time.monotonic()
         self._meeting_until = begin + timeout_s
         where = Where(action="connect")
-        keys = [f"who/{peer}" for peer in self._peers]
-        self._must(lambda: self._store.set(f"who/{self._rank}", SEPARATOR.join(map(str, identity()))), where)
+        self._come(generation, where)
         pause_s = 0.001
         while True:
-            here = not keys or self._must(lambda: self._store.check(keys), where)
+            keys = [self._key(f"who/{peer}") for peer in self._peers]
+            here = not keys or self._must(lambda keys=keys: self._store.check(keys), where)  # type: ignore[misc]
+            latest = generation if here else self._latest(where)
+            if latest > self._generation:
+                self._come(latest, where)
+                continue
             waited = time.monotonic() - begin
             abort = self.read_abort()
             if abort is not None:
@@ -109,13 +116,34 @@ class ControlPlane:
                 raise TransportTimeout(text, rank=self._rank, peer=peer, seconds=waited, action="connect")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
-        for peer, key in zip(self._peers, keys, strict=True):
-            self._who[peer] = parse_identity(self._must(self._getter(key), where))
+        for peer in self._peers:
+            self._who[peer] = parse_identity(self._must(self._getter(f"who/{peer}"), where))
         self._meeting_until = 0.0
+        return self._generation
+
+    def _come(self, generation: int, where: Where) -> None:
+        """Tell who this rank is, in a generation."""
+        self._generation = generation
+        self._must(lambda: self._store.set(f"generation/{self._rank}", str(generation)), where)
+        name = SEPARATOR.join(map(str, identity()))
+        self._must(lambda: self._store.set(self._key(f"who/{self._rank}"), name), where)
+
+    def _latest(self, where: Where) -> int:
+        """The latest generation that a rank has come to."""
+
+        def ask() -> int:
+            keys = [f"generation/{peer}" for peer in self._peers]
+            known = [bytes(self._store.get(key)) for key in keys if self._store.check([key])]
+            return max((int(text) for text in known if text.isdigit()), default=0)
+
+        return max(self._generation, self._must(ask, where))
+
+    def _key(self, name: str) -> str:
+        return f"{self._generation}/{name}"
 
     def abort(self, abort: Abort) -> None:
         """Write `abort` unless another rank was first. Never raises."""
-        self._try(lambda: self._store.compare_set("abort", "", abort.to_text()))
+        self._try(lambda: self._store.compare_set(self._key("abort"), "", abort.to_text()))
 
     def read_abort(self) -> Abort | None:
         text = self._try(self._getter("abort", checked=True))
@@ -123,7 +151,7 @@ class ControlPlane:
 
     def report(self, position: int, where: Where) -> None:
         """Tell that this rank waits in its `position`-th operation."""
-        self._try(lambda: self._store.set(f"at/{self._rank}", f"{position}{SEPARATOR}{where}"))
+        self._try(lambda: self._store.set(self._key(f"at/{self._rank}"), f"{position}{SEPARATOR}{where}"))
 
     def late(self, position: int) -> list[tuple[int, str]]:
         """(peer, what it is known to do) of the peers not known to have come to this rank's `position`."""
@@ -149,13 +177,13 @@ class ControlPlane:
         return found
 
     def _checker(self, key: str) -> Callable[[], bool]:
-        return lambda: self._store.check([key])
+        return lambda: self._store.check([self._key(key)])
 
     def _getter(self, key: str, *, checked: bool = False) -> Callable[[], str]:
         def get() -> str:
-            if checked and not self._store.check([key]):
+            if checked and not self._store.check([self._key(key)]):
                 return ""
-            return bytes(self._store.get(key)).decode("utf-8", "replace")
+            return bytes(self._store.get(self._key(key))).decode("utf-8", "replace")
 
         return get
 

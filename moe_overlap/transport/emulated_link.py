@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.message import HEAD_WORDS
 from moe_overlap.agreement.plan import ExchangePlan
-from moe_overlap.agreement.record import RECORD_FIELDS, StepRecord
+from moe_overlap.agreement.record import BACKWARD_FIELDS, RECORD_FIELDS, BackwardRecord, StepRecord, digest
 from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
-from moe_overlap.transport.base import Work
+from moe_overlap.transport.base import Announcement, Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport
@@ -138,6 +139,20 @@ class EmulatedWork:
         return self._interval_ns
 
 
+@dataclass(frozen=True, eq=False, kw_only=False)
+class _Delayed:
+    """The announcement of a backward, which the link brings."""
+
+    transport: EmulatedLinkTransport
+    inner: Announcement
+    departure: _Departure
+    where: Where
+
+    def wait(self) -> None:
+        self.inner.wait()
+        self.transport._arrived(self.departure, self.where)
+
+
 class EmulatedLinkTransport(Wrapper):
     """`inner` behind an emulated link between the nodes of `topology` (see the module text for the model).
 
@@ -164,7 +179,7 @@ class EmulatedLinkTransport(Wrapper):
     def open(self, header: Header) -> bool:
         opened = super().open(header)
         if self._board is None:
-            self._board = _share_board(self.inner)
+            self._board = _share_board(self.inner, digest(self.link, self.topology))
         return opened
 
     def agree(self, record: StepRecord) -> ExchangePlan:
@@ -172,9 +187,20 @@ class EmulatedLinkTransport(Wrapper):
             return super().agree(record)  # which says that open is missing
         departure = self._depart((len(RECORD_FIELDS) + record.counts.numel()) * 8 * len(self._off_node))
         plan = super().agree(record)
-        arrivals = [self._board.read(peer, departure.number)[1] for peer in self._off_node]
-        self._sleep_until(max([departure.left_ns, *arrivals]), Where(action="N", step=record.step), None)
+        self._arrived(departure, Where(action="N", step=record.step))
         return plan
+
+    def begin_backward(self, record: BackwardRecord) -> Announcement:
+        if self._board is None:
+            return super().begin_backward(record)
+        departure = self._depart((HEAD_WORDS + len(BACKWARD_FIELDS)) * 8 * len(self._off_node))
+        return _Delayed(self, super().begin_backward(record), departure, Where(action="Ut", step=record.step))
+
+    def _arrived(self, departure: _Departure, where: Where) -> None:
+        """Sleep until a message of all ranks has come over the link."""
+        assert self._board is not None
+        arrivals = [self._board.read(peer, departure.number)[1] for peer in self._off_node]
+        self._sleep_until(max([departure.left_ns, *arrivals]), where, None)
 
     def _start(self, exchange: Exchange) -> Work:
         plan, chunk = exchange.plan, exchange.chunk
@@ -247,8 +273,9 @@ class EmulatedLinkTransport(Wrapper):
             pass
 
 
-def _share_board(inner: ProcessGroupTransport) -> _Board:
-    """The board of all ranks. Collective. Raises ConfigError alike on all ranks when they do not share a machine."""
+def _share_board(inner: ProcessGroupTransport, link: int) -> _Board:
+    """The board of all ranks. Collective. Raises ConfigError alike on all ranks when they do not share a machine, or
+    have other links."""
     where = Where(action="open")
     directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
     token, descriptor, made = secrets.randbits(62), -1, 0
@@ -261,7 +288,11 @@ def _share_board(inner: ProcessGroupTransport) -> _Board:
         except OSError:
             made = 0
     try:
-        words = inner.gather(torch.tensor([token, made], dtype=torch.int64), where)[0]
+        said = inner.gather(torch.tensor([token, made, link], dtype=torch.int64), where)
+        other = (said[:, 2] != said[0, 2]).nonzero()
+        if len(other):
+            raise ConfigError("link", f"another one on rank {int(other[0])} than on rank 0", "one link for all ranks")
+        words = said[0]
         if inner.rank != 0 and int(words[1]):
             try:
                 descriptor = os.open(_board_path(directory, int(words[0])), os.O_RDWR | os.O_NOFOLLOW)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.header import HEADER_WORDS, Header
+from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import StepRecord, agree_on
+from moe_overlap.agreement.record import BACKWARD_FIELDS, RECORD_FIELDS, BackwardRecord, StepRecord, agree_on, digest
 from moe_overlap.config import TIMEOUT_S
 from moe_overlap.errors import ConfigError, PlanMismatch, TransportClosed
-from moe_overlap.transport.base import TransportStats, Work
+from moe_overlap.transport.base import Announcement, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.where import Where
 from moe_overlap.transport.work import DoneWork
@@ -22,46 +24,106 @@ from moe_overlap.transport.work import DoneWork
 E = TypeVar("E", bound=BaseException)
 
 
+@dataclass(eq=False, kw_only=True)
+class Life:
+    """What transports that share connections have in common. `cause`: what poisoned them; `ended`: for good; `generation`: how often they
+    were renewed; `capacity`: words that a message has room for, which grows when a layer with more experts is opened;
+    `paths`: what layers are called, by the numbers of their transports."""
+
+    cause: BaseException | None = None
+    ended: bool = False
+    generation: int = 0
+    capacity: int = HEADER_WORDS
+    paths: dict[int, str] = field(default_factory=dict)
+
+    def renew(self) -> None:
+        self.cause, self.capacity = None, HEADER_WORDS
+        self.generation += 1
+
+    def name_of(self, layer: int, caller: int) -> str:
+        """What a layer is called in an error."""
+        name = f"layer {self.paths[layer]!r}" if layer in self.paths else f"layer number {layer} of its group"
+        return f"a copy of {name}, or another user of its transport" if caller else name
+
+
+class Words(Protocol):
+    """Words under way to all ranks."""
+
+    def wait(self) -> torch.Tensor:
+        """Those of every rank, int64 [W, n]. Bounded; the host waits."""
+
+
+class Beginning:
+    """The start of a backward, said to all ranks. Nothing may be exchanged before `wait` has returned."""
+
+    def __init__(self, transport: Endpoint, words: Words, record: BackwardRecord) -> None:
+        self._transport, self._words, self._record = transport, words, record
+
+    def wait(self) -> None:
+        """Raises PlanMismatch alike on all ranks where they run other backwards."""
+        self._transport._compare_backwards(self._words.wait(), self._record)
+
+
 class Endpoint(ABC):
     """One rank's end of a transport: usable until an error, then poisoned until `reopen`.
 
-    The public methods of the contract (`base.py`) are here. A transport says how words are gathered (`gather`), rows
-    moved (`_move`) and tensors summed (`_all_reduce`), and adds what is its own to `close` and `reopen`.
+    The public methods of the contract (`base.py`) are here. A transport says how words are gathered (`_send`), rows
+    moved (`_move`) and tensors summed (`_all_reduce`), and adds what is its own to `close` and `reopen`. Those that
+    share connections share a `life`; `number` tells them apart.
     """
 
     name = "transport"
     _device_type: str | None = None  # where rows must be; None: anywhere
 
-    def __init__(self, *, rank: int, world_size: int, timeout_s: float | None) -> None:
+    def __init__(
+        self, *, rank: int, world_size: int, timeout_s: float | None, life: Life | None = None, number: int = 0
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.global_ranks = tuple(range(world_size))
         self.timeout_s = checked_timeout(timeout_s)
         self.stats = TransportStats()
+        self.life = life or Life()
+        self.number = number
+        self.openings = 0
+        self.group: Any = None
+        self._users = 0
         self._header: Header | None = None
-        self._cause: BaseException | None = None
+        self._opened_in = -1
 
     def open(self, header: Header) -> bool:
         if self._is_open_for(header):
             return False
-        table = self.gather(header.to_tensor(world_size=self.world_size), Where(action="open"))
+        table = self._said("open", header.to_tensor(world_size=self.world_size), Where(action="open"))
         different = (table != table[0]).any(dim=1).nonzero()
         if len(different):
             odd = int(different[0])
             text = f"rank {odd} opened this transport for another configuration than rank 0; nothing was sent"
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
-        self._header = header
+        self._header, self._opened_in = header, self.life.generation
+        self.life.capacity = max(self.life.capacity, len(RECORD_FIELDS) + BLOCKS * header.num_slots)
+        self.openings += 1
         return True
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         words = self._require_record(record)
-        table = self.gather(words, Where(action="N", step=record.step))
+        table = self._said("forward", words, Where(action="N", step=record.step), record.caller)
         try:
             return agree_on(table, rank=self.rank, num_slots=record.counts.shape[1])
         except PlanMismatch as error:
             self._poisoned(error)
             raise
+
+    def begin_backward(self, record: BackwardRecord) -> Announcement:
+        self._require_usable()
+        where = Where(action="Ut", step=record.step)
+        return Beginning(self, self._say("backward", record.to_tensor(), where, record.caller), record)
+
+    def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
+        """int64 [n] of every rank, as [W, n]; n must be equal on all ranks. Bounded; the host waits."""
+        self._require_usable()
+        return self._said("gather", words, where)
 
     def start(
         self,
@@ -97,18 +159,31 @@ class Endpoint(ABC):
     def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
         """The sum of `tensor` over the ranks, in place. Equal shape and dtype on all ranks are the caller's duty."""
         self._require_usable()
-        return self._all_reduce(tensor, Where(action=action))
+        where = Where(action=action)
+        if self.world_size > 1:
+            said = torch.tensor([tensor.numel(), digest(tensor.dtype)], dtype=torch.int64)
+            table = self._said("all_reduce", said, where)
+            if (table != table[0]).any():
+                raise self._poisoned(PlanMismatch("the ranks reduce different tensors", rank=self.rank, action=action))
+        return self._all_reduce(tensor, where)
 
     def close(self, reason: str) -> None:
         self._poison(RuntimeError(reason))
 
     def reopen(self) -> None:
-        self._header = None
-        self._cause = None
+        self.life.renew()
+
+    def join(self) -> int:
+        self._users += 1
+        return self._users - 1
+
+    def call_it(self, path: str) -> None:
+        """What the layer of this transport is called in a model, for errors."""
+        self.life.paths[self.number] = path
 
     @abstractmethod
-    def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
-        """int64 [n] of every rank, as [W, n]; n must be equal on all ranks. Bounded; the host waits."""
+    def _send(self, message: torch.Tensor, where: Where) -> Words:
+        """Start to gather a message of every rank."""
 
     @abstractmethod
     def _move(self, exchange: Exchange, out: torch.Tensor) -> Work:
@@ -122,28 +197,71 @@ class Endpoint(ABC):
         """Whether no row of the chunk leaves its rank, on any rank: nothing is moved then, and nobody waited for."""
         return plan.stays_local[chunk]
 
+    def _say(self, kind: str, words: torch.Tensor, where: Where, caller: int = 0) -> Words:
+        """Start to tell all ranks."""
+        step = -1 if where.step is None else where.step
+        said = message(kind, words, layer=self.number, caller=caller, step=step, capacity=self.life.capacity)
+        return self._send(said, where)
+
+    def _said(self, kind: str, words: torch.Tensor, where: Where, caller: int = 0) -> torch.Tensor:
+        """Tell all ranks; what each one said, int64 [W, n]. Raises PlanMismatch where they talk about other things."""
+        table = self._say(kind, words, where, caller).wait()
+        self._require_same_subject(table, where)
+        return table[:, HEAD_WORDS : HEAD_WORDS + words.numel()]
+
+    def _require_same_subject(self, table: torch.Tensor, where: Where) -> None:
+        odd = odd_one(table)
+        if odd is not None:
+            doing = [described(table[rank], self.life.name_of) for rank in (0, odd)]
+            text = f"rank 0 is {doing[0]}, rank {odd} {doing[1]}; nothing was sent"
+            peer = odd if odd != self.rank else 0
+            raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, **where._asdict()))
+
+    def _compare_backwards(self, table: torch.Tensor, record: BackwardRecord) -> None:
+        where = Where(action="Ut", step=record.step)
+        self._require_same_subject(table, where)
+        said = table[:, HEAD_WORDS : HEAD_WORDS + len(BACKWARD_FIELDS)]
+        different = (said != said[0]).nonzero()
+        if len(different):
+            odd, column = (int(n) for n in different[0])
+            name = self.life.name_of(self.number, record.caller)
+            values = f"rank 0 has {int(said[0, column])}, rank {odd} has {int(said[odd, column])}"
+            text = (
+                f"the ranks run different backwards of {name}: they disagree about {BACKWARD_FIELDS[column]}: {values}"
+            )
+            peer = odd if odd != self.rank else 0
+            raise self._poisoned(
+                PlanMismatch(f"{text}; nothing was sent", rank=self.rank, peer=peer, **where._asdict())
+            )
+
+    @property
+    def _cause(self) -> BaseException | None:
+        return self.life.cause
+
     def _require_startable(self) -> None:
         """Raises what forbids any `start`, before its arguments are looked at."""
-        if self._cause is not None:
+        if self.life.cause is not None:
             self._require_usable()
 
     def _require_usable(self) -> None:
-        if self._cause is not None:
+        cause = self.life.cause
+        if cause is not None:
             raise TransportClosed(
-                f"this transport failed or was closed before ({self._cause}); reopen() it on all ranks", rank=self.rank
-            ) from self._cause
+                f"this transport failed or was closed before ({cause}); reopen() it on all ranks", rank=self.rank
+            ) from cause
 
     def _is_open_for(self, header: Header) -> bool:
         """Whether it is open for `header` already. Raises ConfigError when it is open for another one."""
         self._require_usable()
-        if self._header is not None and self._header != header:
+        is_open = self._header is not None and self._opened_in == self.life.generation
+        if is_open and self._header != header:
             raise ConfigError("header", header, f"the header this transport is open for, {self._header}")
-        return self._header is not None
+        return is_open
 
     def _require_record(self, record: StepRecord) -> torch.Tensor:
         """The words of `record`, whose length must be the one that the header fixed."""
         self._require_usable()
-        if self._header is None:
+        if self._header is None or self._opened_in != self.life.generation:
             raise self._refusing(ConfigError("transport", self.name, "a transport that open(header) was called on"))
         shape = (BLOCKS, self._header.num_slots)
         if tuple(record.counts.shape) != shape or record.counts.dtype != torch.int64:
@@ -152,7 +270,7 @@ class Endpoint(ABC):
         return record.to_tensor()
 
     def _count_words(self, words: torch.Tensor, where: Where) -> None:
-        """Called by `gather`: a network counts what it is about to send, virtual ranks what has arrived."""
+        """Called by `_send`: a network counts what it is about to send, virtual ranks what has arrived."""
         self.stats.agreements += where.action == "N"
         self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
 
@@ -172,8 +290,8 @@ class Endpoint(ABC):
         return error
 
     def _poison(self, cause: BaseException) -> None:
-        if self._cause is None:
-            self._cause = cause
+        if self.life.cause is None:
+            self.life.cause = cause
 
 
 def checked_timeout(timeout_s: float | None) -> float:

@@ -62,6 +62,19 @@ class VirtualWork:
         return None if self._end_s is None else (self._start_s, self._end_s)
 
 
+class VirtualWords:
+    """A message under way between virtual ranks."""
+
+    def __init__(self, transport: VirtualTransport, meeting: Meeting, message: torch.Tensor, where: Where) -> None:
+        self._transport, self._meeting, self._message, self._where = transport, meeting, message, where
+
+    def wait(self) -> torch.Tensor:
+        transport = self._transport
+        transport._join(self._meeting, self._where)
+        transport._count_words(self._message, self._where)
+        return torch.stack([self._meeting.brought[peer] for peer in range(transport.world_size)])
+
+
 class VirtualTransport(Endpoint):
     """One rank's end of a channel of a VirtualWorld. Usable only inside `VirtualWorld.run`, by its own rank."""
 
@@ -71,13 +84,10 @@ class VirtualTransport(Endpoint):
         super().__init__(rank=rank, world_size=channel.world.world_size, timeout_s=timeout_s)
         self._channel = channel
 
-    def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
-        meeting = self._meet("control", words, where)
-        self._count_words(words, where)
-        gathered = [meeting.brought[peer] for peer in range(self.world_size)]
-        if any(theirs.shape != words.shape for theirs in gathered):
-            raise self._poisoned(PlanMismatch("a peer is not in agree", rank=self.rank, **where._asdict()))
-        return torch.stack(gathered)
+    def _send(self, message: torch.Tensor, where: Where) -> VirtualWords:
+        self._require_turn()
+        self._raise_abort(where)
+        return VirtualWords(self, self._channel.bring("control", self.rank, message), message, where)
 
     def _require_startable(self) -> None:
         self._require_turn()
@@ -174,7 +184,7 @@ class VirtualTransport(Endpoint):
     def _fail(self, error: MoeTransportError) -> None:
         """Poison this end, tell the peers, raise."""
         self.close(str(error))
-        self._cause = error
+        self.life.cause = error
         raise error
 
 

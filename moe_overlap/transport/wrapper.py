@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import StepRecord
-from moe_overlap.transport.base import Transport, TransportStats, Work
+from moe_overlap.agreement.record import BackwardRecord, StepRecord
+from moe_overlap.transport.base import Announcement, Transport, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
 
 
@@ -27,11 +29,22 @@ class Wrapper:
     def stats(self) -> TransportStats:
         return self.inner.stats
 
+    @property
+    def openings(self) -> int:
+        return self.inner.openings
+
+    @property
+    def group(self) -> Any:
+        return self.inner.group
+
     def open(self, header: Header) -> bool:
         return self.inner.open(header)
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         return self.inner.agree(record)
+
+    def begin_backward(self, record: BackwardRecord) -> Announcement:
+        return self.inner.begin_backward(record)
 
     def start(
         self,
@@ -48,6 +61,12 @@ class Wrapper:
 
     def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
         return self.inner.all_reduce(tensor, action=action)
+
+    def join(self) -> int:
+        return self.inner.join()
+
+    def call_it(self, path: str) -> None:
+        self.inner.call_it(path)
 
     def close(self, reason: str) -> None:
         self.inner.close(reason)

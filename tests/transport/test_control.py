@@ -17,7 +17,7 @@ class SlowStore:
 
     def __init__(self, delay_s):
         self.delay_s = delay_s
-        self.entries = {"who/1": control.SEPARATOR.join(map(str, identity())).encode()}
+        self.entries = {"0/who/1": control.SEPARATOR.join(map(str, identity())).encode()}
 
     def set(self, key, text):
         time.sleep(self.delay_s)
@@ -36,7 +36,7 @@ def test_a_busy_store_may_take_the_whole_limit_while_ranks_meet(monkeypatch):
     monkeypatch.setattr(control, "ASK_LIMIT_S", 0.001)
     store = SlowStore(0.1)
     plane = ControlPlane(store, rank=0, world_size=2)
-    plane.meet(60.0)
+    assert plane.meet(0, 60.0) == 0
     assert plane.suspects() == [] and plane.lost is None
     plane.report(1, Where("D0"))  # beside a wait it may not
     assert plane.lost == "no answer within 0.001 s"
@@ -47,5 +47,5 @@ def test_a_store_that_never_answers_is_lost_at_the_limit(monkeypatch):
     plane = ControlPlane(SlowStore(60.0), rank=0, world_size=2)
     begin_s = time.monotonic()
     with pytest.raises(PeerFailed, match="store of torch.distributed is lost"):
-        plane.meet(0.2)
+        plane.meet(0, 0.2)
     assert time.monotonic() - begin_s < 30

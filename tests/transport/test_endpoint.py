@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_overlap.agreement.message import HEAD_WORDS
 from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, TransportClosed, TransportTimeout
 from moe_overlap.transport import LocalTransport, ProcessGroupTransport, VirtualRank, VirtualTransport, VirtualWorld
 from moe_overlap.transport.base import Transport
@@ -110,7 +111,7 @@ def test_virtual_ranks_count_what_arrived() -> None:
     with pytest.raises(TransportTimeout):
         VirtualWorld(2).run(rank_main)
     assert transports[0].stats == transports[1].stats
-    assert (transports[0].stats.agreements, transports[0].stats.meta_bytes) == (0, 64 * 8)
+    assert (transports[0].stats.agreements, transports[0].stats.meta_bytes) == (0, (HEAD_WORDS + 64) * 8)
 
 
 def test_every_rank_names_the_same_odd_header() -> None:
@@ -136,7 +137,7 @@ def group_counts() -> None:
     for chunk in range(2):
         transport.start(rows_of(rank, plan, chunk, F32), plan, F32, chunk).wait()
     sent = sum(sum(row) - row[rank] for row in plan.send_counts)
-    words = record(counts_of(rank, 2, 4, 0)).to_tensor().numel() + 64
+    words = 2 * HEAD_WORDS + record(counts_of(rank, 2, 4, 0)).to_tensor().numel() + 64
     stats = transport.stats
     assert (stats.exchanges, stats.agreements) == (2, 1)
     assert (stats.payload_bytes, stats.meta_bytes) == (sent * F32.row_bytes, words * 8)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.errors import MoeTransportError, PeerFailed, RemoteAbort, TransportClosed, TransportTimeout
-from moe_overlap.transport import ProcessGroupTransport, process_group
+from moe_overlap.transport import ProcessGroupTransport, connections
 from tests.ranks import Ended, Ranks, gloo_pool, mark
 from tests.transport.worlds import F32, agreed, counts_of, exchange_all, header, received, record, rows_of
 
@@ -260,7 +260,7 @@ def leaving_early() -> str:
     if rank == 1:
         work = transport.start(rows_of(rank, plan, 0, F32), plan, F32, action="D0")
         time.sleep(0.1)
-        process_group._close_unfinished()  # what the end of the interpreter calls
+        connections._close_unfinished()  # what the end of the interpreter calls
         with pytest.raises(TransportClosed, match="ended before"):
             work.wait()
         del work, transport
