@@ -63,7 +63,7 @@ def moe_forward(
         weights = ExpertWeights(w_in=gate_up_proj.detach(), w_out=down_proj.detach(), kind=activation)
         step = Step(transport, weights, phase=PHASES[current_phase()])
         (x_TD,) = step.enter(hidden_TD, gate_up_proj, down_proj, copies=1)
-    except Exception as error:
+    except BaseException as error:
         dispatcher.refuse(error, pair)
     exchange = dispatcher.plan(topk_ids_TK, x_TD, pair)  # the ids as given: a cast could bring one back into the range
     slots_TK = topk_ids_TK.to(torch.int32)

@@ -179,7 +179,7 @@ class MoELayer(Tickets, nn.Module):
         try:
             phase = current_phase()
             x_TD, w_in, w_out = self._entry(x)
-        except Exception as error:
+        except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
             inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, x_TD=x_TD, w_in=w_in, w_out=w_out,
@@ -194,7 +194,7 @@ class MoELayer(Tickets, nn.Module):
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(w_out.dtype)
-        except Exception as error:
+        except BaseException as error:
             self.dispatcher.refuse(error, known)
         start = step.lanes.now()
         exchange = self.dispatcher.plan(slots_TK, rows_TD, known, status=routing.status)

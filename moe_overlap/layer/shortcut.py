@@ -123,4 +123,5 @@ class ShortcutBlock(nn.Module):
                 tapped = self.pre_norm(tapped)
         beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
         h, routed = self.moe(tapped, beside)
-        return h + (routed if self.post_norm is None else self.post_norm(routed))
+        with closing_on_error(self.moe.transport, "what follows the experts"):
+            return h + (routed if self.post_norm is None else self.post_norm(routed))

@@ -80,18 +80,18 @@ def ownership_of(module: nn.Module) -> Ownership | None:
     return _marked.get(module)
 
 
-def marked_modules(model: nn.Module) -> Iterator[tuple[nn.Module, Ownership]]:
-    """The marked modules of `model`, in its order."""
-    for module in model.modules():
+def marked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Ownership]]:
+    """The marked modules of `model`, in its order, and their names."""
+    for name, module in model.named_modules():
         ownership = _marked.get(module)
         if ownership is not None:
-            yield module, ownership
+            yield name, module, ownership
 
 
 def owned_tensors(model: nn.Module) -> dict[torch.Tensor, Ownership]:
     """The parameters and buffers of `model` that are experts of this rank, in its order."""
     found: dict[torch.Tensor, Ownership] = {}
-    for module, ownership in marked_modules(model):
+    for _, module, ownership in marked_modules(model):
         found.update(dict.fromkeys((*module.parameters(), *module.buffers()), ownership))
     for parameter in model.parameters():
         ownership_ = getattr(parameter, _ATTRIBUTE, None)

@@ -38,7 +38,8 @@ def prepare(model: M, *, gradients: Literal["mean", "sum"] = "mean", accumulate_
     guard_optimizers()
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ConfigError("model", "a DistributedDataParallel module", f"{ddp.RECIPE}; {ddp.RELOAD}")
-    for module, ownership in marked_modules(model):
+    for path, module, ownership in marked_modules(model):
+        ownership.transport.call_it(path.rpartition(".")[0] or "the whole model")
         for name, parameter in module.named_parameters():
             refuse_sharded(f"experts.{name}", parameter, ownership.others)
         ownership.mean, ownership.prepared = gradients == "mean", True
@@ -65,7 +66,9 @@ def ignore_experts_for_ddp(model: nn.Module) -> list[str]:
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Backwards in here leave the gradients of experts with replicas to a later one, as DDP's `no_sync` does with its
     own (which the layers follow by themselves). For micro-batches but the last; the result is the same without it."""
-    watched = [(owner.replicas, list(module.parameters())) for module, owner in marked_modules(model) if owner.replicas]
+    watched = [
+        (owner.replicas, list(module.parameters())) for _, module, owner in marked_modules(model) if owner.replicas
+    ]
     for replicas, parameters in watched:
         replicas.synchronise(parameters, False)
     try:

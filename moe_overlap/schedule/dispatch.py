@@ -15,6 +15,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_interrupt
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 WEIGHT_DTYPES = (torch.float32, torch.float64)
@@ -102,10 +103,15 @@ class Dispatcher:
         record = self._record(
             schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, counts, (1, flags) if flags else (0, 0)
         )
-        return self.transport.agree(record)
+        with closing_on_interrupt(self.transport):
+            return self.transport.agree(record)
 
-    def refuse(self, error: Exception, schedule: Schedules) -> NoReturn:
-        """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like."""
+    def refuse(self, error: BaseException, schedule: Schedules) -> NoReturn:
+        """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like. An
+        interrupt waits for nobody: it closes the transport."""
+        if not isinstance(error, Exception):
+            self.transport.close(f"rank {self.transport.rank}: {type(error).__name__}")
+            raise error
         fields = {field: code for code, (field, _) in REFUSALS.items()}
         code, value = fields["x"], NOT_SENT
         if isinstance(error, ConfigError):

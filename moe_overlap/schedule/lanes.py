@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import Variable
 
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.agreement.record import BackwardRecord
@@ -14,7 +15,7 @@ from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Announcement, Transport, Work
-from moe_overlap.transport.closing import closing_on_error
+from moe_overlap.transport.closing import ClosingUnlessCalled, closing_on_error
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
 Note = tuple[str, str, str, Any, Any]  # phase, action, lane and the stamps of its start and end
@@ -57,6 +58,7 @@ class Lanes:
             step = self._plans["forward"].exchange.step
             record = BackwardRecord(step=step, run=self._backwards, digest=schedule, caller=self._caller)
             self._beginning = self.transport.begin_backward(record)
+            Variable._execution_engine.queue_callback(ClosingUnlessCalled(self.transport))
 
     def start(self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None) -> None:
         """Start an exchange. C and Dt carry rows back to where they came from."""

@@ -29,3 +29,30 @@ def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> It
     except BaseException as error:
         transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
         raise
+
+
+@contextmanager
+def closing_on_interrupt(transport: Transport) -> Iterator[None]:
+    """A rank that is interrupted (Ctrl-C, an exit) while it waits for others closes its transport first."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        transport.close(f"rank {transport.rank}: {type(error).__name__}")
+        raise
+
+
+class ClosingUnlessCalled:
+    """For the engine's final callbacks, which it calls at the end of a backward and drops where one is broken off, be
+    it by a hook or a function of the user, in which nothing of ours takes part. The peers learn of that at once."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport: Transport | None = transport
+
+    def __call__(self) -> None:
+        self._transport = None
+
+    def __del__(self) -> None:
+        if self._transport is not None:
+            self._transport.close(f"rank {self._transport.rank}: its backward was broken off")

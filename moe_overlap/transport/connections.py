@@ -117,15 +117,15 @@ class Connections:
             forget_own_store(self._store)
         self.life.renew()
         self.position = 0
-        self._connect()
+        self._connect(again=True)
 
-    def _connect(self) -> Groups:
+    def _connect(self, *, again: bool = False) -> Groups:
         where = Where(action="connect")
         try:
             own = own_store(self._store, self.limit_s)
             prefix = dist.PrefixStore(self._prefix, own)
             self.control = ControlPlane(prefix, rank=self.rank, world_size=self.world_size)
-            self.life.generation = self.control.meet(self.life.generation, self.limit_s)
+            self.life.generation = self.control.meet(self.life.generation, self.limit_s, again=again)
             store = dist.PrefixStore(str(self.life.generation), prefix)
             self.groups = Groups(
                 store, rank=self.rank, world_size=self.world_size, timeout_s=self.limit_s, backend=self.backend

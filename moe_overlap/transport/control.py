@@ -83,12 +83,12 @@ class ControlPlane:
         """Why the store can no longer be asked; None while it can."""
         return self._lost
 
-    def meet(self, generation: int, timeout_s: float) -> int:
+    def meet(self, generation: int, timeout_s: float, *, again: bool = False) -> int:
         """Tell who this rank is and wait until all ranks have. Raises naming those that did not come.
 
         Returns the generation that all ranks meet in: the latest that any of them asks for, since ranks may have tried
-        to meet a different number of times. Here the store is all that is waited for, so a question to it may take
-        what is left of the limit.
+        to meet a different number of times. `again`: a meeting that a peer gave up is followed by the next one. Here
+        the store is all that is waited for, so a question to it may take what is left of the limit.
         """
         begin = time.monotonic()
         self._meeting_until = begin + timeout_s
@@ -98,12 +98,15 @@ class ControlPlane:
         while True:
             keys = [self._key(f"who/{peer}") for peer in self._peers]
             here = not keys or self._must(lambda keys=keys: self._store.check(keys), where)  # type: ignore[misc]
-            latest = generation if here else self._latest(where)
+            latest = self._latest(where)
             if latest > self._generation:
                 self._come(latest, where)
                 continue
             waited = time.monotonic() - begin
             abort = self.read_abort()
+            if abort is not None and again and waited <= timeout_s:
+                self._come(self._generation + 1, where)
+                continue
             if abort is not None:
                 raise abort.error_on(self._rank, where, waited)
             if here:
@@ -124,19 +127,16 @@ class ControlPlane:
     def _come(self, generation: int, where: Where) -> None:
         """Tell who this rank is, in a generation."""
         self._generation = generation
-        self._must(lambda: self._store.set(f"generation/{self._rank}", str(generation)), where)
+        self._must(lambda: self._store.set(f"reached/{generation}", ""), where)
         name = SEPARATOR.join(map(str, identity()))
         self._must(lambda: self._store.set(self._key(f"who/{self._rank}"), name), where)
 
     def _latest(self, where: Where) -> int:
-        """The latest generation that a rank has come to."""
-
-        def ask() -> int:
-            keys = [f"generation/{peer}" for peer in self._peers]
-            known = [bytes(self._store.get(key)) for key in keys if self._store.check([key])]
-            return max((int(text) for text in known if text.isdigit()), default=0)
-
-        return max(self._generation, self._must(ask, where))
+        """The latest generation that a rank has come to: none is left out, so the next one tells."""
+        latest = self._generation
+        while self._must(lambda: self._store.check([f"reached/{latest + 1}"]), where):
+            latest += 1
+        return latest
 
     def _key(self, name: str) -> str:
         return f"{self._generation}/{name}"

@@ -26,9 +26,9 @@ E = TypeVar("E", bound=BaseException)
 
 @dataclass(eq=False, kw_only=True)
 class Life:
-    """What transports that share connections have in common. `cause`: what poisoned them; `ended`: for good; `generation`: how often they
-    were renewed; `capacity`: words that a message has room for, which grows when a layer with more experts is opened;
-    `paths`: what layers are called, by the numbers of their transports."""
+    """What transports that share connections have in common. `cause`: what poisoned them; `ended`: for good;
+    `generation`: how often they were renewed; `capacity`: words that a message has room for, which grows when a layer
+    with more experts is opened; `paths`: what layers are called, by the numbers of their transports."""
 
     cause: BaseException | None = None
     ended: bool = False
