@@ -134,7 +134,7 @@ class ControlPlane:
     def _latest(self, where: Where) -> int:
         """The latest generation that a rank has come to: none is left out, so the next one tells."""
         latest = self._generation
-        while self._must(lambda: self._store.check([f"reached/{latest + 1}"]), where):
+        while self._must(lambda after=latest + 1: self._store.check([f"reached/{after}"]), where):  # type: ignore[misc]
             latest += 1
         return latest
 
