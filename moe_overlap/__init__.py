@@ -18,7 +18,9 @@ from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.native.build_info import VERSION
+from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
 from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare
+from moe_overlap.parallel.state import mark_experts
 
 __version__ = VERSION
 
@@ -37,8 +39,11 @@ __all__ = [
     "TransportTimeout",
     "aux_loss",
     "ignore_experts_for_ddp",
+    "load_optimizer_state_dict",
+    "mark_experts",
     "moe_forward",
     "no_sync",
+    "optimizer_state_dict",
     "param_groups",
     "prepare",
     "sac_policy",

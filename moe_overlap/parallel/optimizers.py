@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.parallel.optimizer_state import attend
 from moe_overlap.parallel.ownership import Ownership, owners
 
 _registered = False
@@ -36,6 +37,7 @@ def before_step(optimizer: Optimizer, *_: Any) -> None:
     if not owned:
         return
     _refuse_sharded_states(optimizer, owned)
+    attend(optimizer, owned)
     _refuse_sums_beside_means(parameters, owned)
     for parameter, owner in owned.items():
         if parameter.grad is None:

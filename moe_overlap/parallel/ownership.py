@@ -10,10 +10,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.parallel.replicas import Replicas
 from moe_overlap.transport.base import Transport
 
@@ -28,7 +30,7 @@ class Ownership:
 
     transport: over the ranks that share the layer's experts out among them; expert_ids: those held here, in the order
     of the weights; num_experts: of the whole layer; replicas: the ranks that hold the same ones, None where this rank
-    alone does.
+    alone does; mesh: the DeviceMesh (replicas, experts) that the layer was made with, if it was.
 
     Gradients of experts are, by definition, those of the sum over all ranks of the ranks' losses, or of the mean where
     `mean` is set: `grad_scale` is what backward multiplies them by for that. `prepared`: the caller has said which.
@@ -40,6 +42,7 @@ class Ownership:
     replicas: Replicas | None = None
     mean: bool = False
     prepared: bool = False
+    mesh: Any = None
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
@@ -59,6 +62,13 @@ class Ownership:
     def grad_scale(self) -> float:
         """Rows of this layer's own ranks are summed by its exchanges; `Replicas` makes the mean of the replicas."""
         return 1.0 / self.transport.world_size if self.mean else float(self.num_replicas)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises ConfigError where one rank is not the layer: a pickled one would be a part that looks like the whole."""
+        if self.others or self.replicas is not None:
+            held = f"a layer with experts {self.expert_ids} of {self.num_experts}, on one rank of several"
+            raise ConfigError("torch.save", held, "its state_dict(), by torch.distributed.checkpoint.save on all ranks")
+        return self.__dict__
 
     def __deepcopy__(self, memo: dict[int, object]) -> Ownership:
         return self

@@ -1,0 +1,108 @@
+"""The state that an optimizer keeps of experts says which experts they are, as the model's does (`state.py`).
+
+Two hooks of the optimizer: what `state_dict()` shows, and what `load_state_dict` takes. They are there from the first
+step on, which torch's own `get_optimizer_state_dict` and `set_optimizer_state_dict` make of a new optimizer, and from the
+functions here on. What a new optimizer loads before that is looked at when it steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from moe_overlap.parallel.ownership import Ownership, owners
+from moe_overlap.parallel.state import IDS, alone, refused, shown, taken
+
+Found = Callable[[str, torch.Tensor, torch.Tensor, Ownership], torch.Tensor]
+
+
+def optimizer_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> dict[str, Any]:
+    """The state of `optimizer` by the names of the parameters of `model`, flat, for torch.distributed.checkpoint:
+    tensors of experts are DTensors of all experts, as in `model.state_dict()`. On every rank; nothing is sent.
+
+    As torch's function it makes a step of an optimizer that has no state yet, with gradients of zero and a learning
+    rate of zero.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    _attend_all(optimizer)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    return dict(get_optimizer_state_dict(model, optimizer, options=options))
+
+
+def load_optimizer_state_dict(
+    model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], state: dict[str, Any]
+) -> None:
+    """Load what `optimizer_state_dict` has given, here or on another number of ranks, and torch.distributed.checkpoint
+    has filled; or the same with whole tensors [E, ...]. Raises ConfigError for parts that are another rank's."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    _attend_all(optimizer)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, dict(state), options=options)
+
+
+def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
+    """Before a step, or before states are saved or loaded: the hooks are there, and the state is this rank's.
+
+    Raises ConfigError for a state that is another rank's, from a file, before it has changed a weight.
+    """
+    spread = {parameter: owner for parameter, owner in owned.items() if owner.others}
+    if not spread:
+        return
+    if _show not in optimizer._optimizer_state_dict_post_hooks.values():
+        optimizer.register_state_dict_post_hook(_show)
+        optimizer.register_load_state_dict_pre_hook(_take)
+    for parameter, owner in spread.items():
+        state = optimizer.state[parameter] if parameter in optimizer.state else {}
+        for key, value in state.items():
+            if hasattr(value, IDS):
+                state[key] = _taken(f"the optimizer's {key}", value, parameter, owner)
+
+
+def _attend_all(optimizers: Optimizer | Iterable[Optimizer]) -> None:
+    for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
+        attend(optimizer, owners(parameter for group in optimizer.param_groups for parameter in group["params"]))
+
+
+def _show(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return _with(optimizer, state_dict, _shown)
+
+
+def _take(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return _with(optimizer, state_dict, _taken)
+
+
+def _with(optimizer: Optimizer, state_dict: dict[str, Any], found: Found) -> dict[str, Any]:
+    """`state_dict` with other tensors for experts. Its keys, numbers or names, stand for parameters by their place."""
+    states = dict(state_dict["state"])
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        owned = owners(group["params"])
+        for parameter, key in zip(group["params"], packed["params"], strict=False):
+            owner = owned.get(parameter)
+            if owner is not None and owner.others and key in states:
+                states[key] = {
+                    name: found(f"{name} of {key}", value, parameter, owner)
+                    if isinstance(value, torch.Tensor) and value.dim()
+                    else value
+                    for name, value in states[key].items()
+                }
+    return {**state_dict, "state": states}
+
+
+def _shown(name: str, value: torch.Tensor, parameter: torch.Tensor, owner: Ownership) -> torch.Tensor:
+    """Tensors with a row for each expert as those of the model; others, of whatever form, for this rank alone."""
+    if value.shape[0] == parameter.shape[0]:
+        return shown(name, value, owner)
+    return refused(value.view_as(value), owner.expert_ids)
+
+
+def _taken(name: str, value: torch.Tensor, parameter: torch.Tensor, owner: Ownership) -> torch.Tensor:
+    target = parameter
+    if value.shape[1:] != parameter.shape[1:]:  # a mean over columns, for instance
+        target = torch.empty(parameter.shape[0], *value.shape[1:], device="meta")
+    return alone(taken(name, value, target, owner))
