@@ -1,8 +1,8 @@
 """Whose weight is this: which parameters are experts of this rank, and which ranks hold others, or the same ones.
 
 A layer marks the module that has its experts. The parameters are looked up there when the question is asked, by
-identity: whatever wraps, shards, parametrizes or copies a model makes new parameters or new names, and does not make the
-answer old. A parameter that stands in no such module can be marked by itself (`mark_parameter`).
+identity: whatever wraps, shards, parametrizes or copies a model makes new parameters or new names, and the answer does
+not grow old. A parameter that stands in no such module can be marked by itself (`mark_parameter`).
 """
 
 from __future__ import annotations
@@ -120,3 +120,19 @@ def owners(parameters: Iterable[torch.Tensor]) -> dict[torch.Tensor, Ownership]:
         if owner is not None:
             found[parameter] = owner
     return found
+
+
+def refuse_sharded(name: str, value: object, ranks: frozenset[int]) -> None:
+    """Raises ConfigError for an expert weight that is sharded over `ranks`, which hold other experts.
+
+    Every rank of the layer's group has its own experts; FSDP over these ranks would mix them, and silently.
+    """
+    mesh = getattr(value, "device_mesh", None)
+    others = set() if mesh is None else ranks & set(mesh.mesh.reshape(-1).tolist())
+    if others:
+        raise ConfigError(
+            name,
+            f"sharded over rank(s) {sorted(others)}, which hold other experts of this layer",
+            "fully_shard(..., ignored_params=set(layer.experts.parameters())), or a mesh of ranks that hold the same "
+            "experts",
+        )
