@@ -18,11 +18,8 @@ from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.native.build_info import VERSION
-<<<<<<< HEAD
-from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
-=======
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
->>>>>>> main
+from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
 from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare
 from moe_overlap.parallel.state import mark_experts
 

@@ -165,7 +165,9 @@ def make_ownership(placement: Placement, transport: Transport, replicas: Replica
     ids = tuple(placement.slot_to_expert[slot] for slot in slots)
     guard_optimizers()
     mesh = group if getattr(group, "ndim", 1) == 2 else None
-    return Ownership(transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas, mesh=mesh)
+    return Ownership(
+        transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas, mesh=mesh
+    )
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:

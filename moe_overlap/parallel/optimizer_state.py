@@ -1,7 +1,7 @@
 """The state that an optimizer keeps of experts says which experts they are, as the model's does (`state.py`).
 
-Two hooks of the optimizer: what `state_dict()` shows, and what `load_state_dict` takes. They are there from the first
-step on, which torch's own `get_optimizer_state_dict` and `set_optimizer_state_dict` make of a new optimizer, and from the
+Two hooks of the optimizer: what `state_dict()` shows, and what `load_state_dict` takes. They are there from its first
+step on, which torch's own `get_optimizer_state_dict` and `set_optimizer_state_dict` make of a new one, or from the
 functions here on. What a new optimizer loads before that is looked at when it steps.
 """
 

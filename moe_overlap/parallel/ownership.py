@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Ownership:
     mean: bool = False
     prepared: bool = False
     mesh: Any = None
+    shown_on: dict[tuple[str, bool], Any] = field(default_factory=dict)  # meshes of state dicts (state.py)
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
@@ -64,7 +65,7 @@ class Ownership:
         return 1.0 / self.transport.world_size if self.mean else float(self.num_replicas)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Raises ConfigError where one rank is not the layer: a pickled one would be a part that looks like the whole."""
+        """Raises ConfigError where one rank is not the layer: pickled, a part would look like the whole."""
         if self.others or self.replicas is not None:
             held = f"a layer with experts {self.expert_ids} of {self.num_experts}, on one rank of several"
             raise ConfigError("torch.save", held, "its state_dict(), by torch.distributed.checkpoint.save on all ranks")

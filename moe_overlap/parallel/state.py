@@ -1,9 +1,9 @@
 """A checkpoint is the model: experts in state dicts say which experts they are.
 
 Parameters are plain tensors [e, ...] with the same names and shapes on every rank, and hold other experts on each: who
-saves one rank's saves a part, and nothing tells. So the state dict of a module that is marked shows them as DTensors of
-the whole [E, ...], Shard(0) over the ranks that share them out: torch.distributed.checkpoint then saves all of them once
-and loads them on any number of ranks. Each tensor shown also says itself which experts it holds (`expert_ids`), which
+saves one rank's saves a part, and nothing tells. So the state dict of a marked module shows them as DTensors of the
+whole [E, ...], Shard(0) over the ranks that share them out: torch.distributed.checkpoint saves all of them once and
+loads them on any number of ranks. Each tensor shown also says itself which experts it holds (`expert_ids`), which
 torch.save keeps: another rank's file is refused. Loading takes DTensors, whole tensors [E, ...] and marked parts.
 
 Where no DTensor can be shown (virtual ranks, experts in an order of their own, a group that is destroyed) the tensors
@@ -12,12 +12,14 @@ stay plain, say which experts they are, and are refused by torch.distributed.che
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed import get_process_group_ranks, is_initialized
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 from moe_overlap.errors import ConfigError
@@ -29,8 +31,6 @@ State = TypeVar("State", torch.Tensor, dict[str, Any])
 IDS, REPLICA = "expert_ids", "expert_replica"  # what a shown tensor says of itself
 WRITE, READ = "__create_write_items__", "__create_chunk_list__"  # torch.distributed.checkpoint asks tensors for these
 MARK = "moe_overlap.mark_experts(state, expert_ids), which says which experts they are"
-
-_meshes: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()  # by process group
 
 
 # ---------------------------------------------------------------- modules
@@ -84,7 +84,7 @@ def tensors_of(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- one tensor
 
 
-def shown(name: str, tensor: torch.Tensor, ownership: Ownership) -> torch.Tensor:
+def shown(name: str, tensor: Any, ownership: Ownership) -> torch.Tensor:
     """`tensor` of this rank's experts, [e * k, ...], as a state dict has it: a DTensor [E * k, ...] with `expert_ids`.
 
     A tensor that fully_shard has spread over the replicas is shown on both kinds of ranks, with its own placement
@@ -99,16 +99,16 @@ def shown(name: str, tensor: torch.Tensor, ownership: Ownership) -> torch.Tensor
         raise ConfigError(name, f"a tensor {tuple(tensor.shape)} in a state dict", expected)
     replicas = getattr(tensor, "device_mesh", None)
     if replicas is not None and replicas.size() == 1:
-        tensor, replicas = tensor.to_local(), None  # type: ignore[operator]
+        tensor, replicas = tensor.to_local(), None
     mesh = _mesh(name, ownership, tensor.device.type, replicas)
     if mesh is None:
         return refused(tensor.view_as(tensor), ids)
     placements: list[Placement] = [Shard(0)]
     order = sorted(range(len(ids)), key=ids.__getitem__)
     if replicas is not None:
-        placements += tensor.placements  # type: ignore[attr-defined]
+        placements += tensor.placements
         whole = torch.Size((tensor.shape[0] * ownership.transport.world_size, *tensor.shape[1:]))
-        local = tensor.to_local()  # type: ignore[operator]
+        local = tensor.to_local()
         found = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole, stride=tensor.stride())
         setattr(found, REPLICA, mesh.get_local_rank(1))
     else:
@@ -117,7 +117,7 @@ def shown(name: str, tensor: torch.Tensor, ownership: Ownership) -> torch.Tensor
     return found
 
 
-def taken(name: str, value: torch.Tensor, target: torch.Tensor, ownership: Ownership) -> torch.Tensor:
+def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Tensor:
     """What of `value`, from a state dict, is this rank's: like `target` [e * k, ...], sharded as it is.
 
     value: as `shown`, a whole tensor [E * k, ...], another DTensor of it, or a part that is marked with the experts it
@@ -126,19 +126,19 @@ def taken(name: str, value: torch.Tensor, target: torch.Tensor, ownership: Owner
     """
     ours, held = ownership.expert_ids, getattr(value, IDS, None)
     if getattr(value, "device_mesh", None) is not None and held is None:
-        shared = _like_shown(value, target, ownership)
+        shared = _like_shown(name, value, target, ownership)
         if shared is not None:
             held, value = tuple(sorted(ours)), shared
         elif value.shape == target.shape:
             raise _partial(name, value, ours)
         else:
-            value = value.full_tensor()  # type: ignore[operator]
+            value = value.full_tensor()
     if held is not None and not set(ours) <= set(held):
         raise ConfigError(name, f"experts {tuple(held)}", f"{ours}, which this rank has: another rank's file")
     if getattr(value, "device_mesh", None) is not None:
-        if value.device_mesh.ndim == 2:  # type: ignore[attr-defined]
+        if value.device_mesh.ndim == 2:
             return _on_replicas(name, value, target, ownership)
-        value = value.to_local()  # type: ignore[operator]
+        value = value.to_local()
     value = value.detach()
     if held is None:
         if value.shape == target.shape:
@@ -150,7 +150,7 @@ def taken(name: str, value: torch.Tensor, target: torch.Tensor, ownership: Owner
     own = _rows(value, len(held), [held.index(expert) for expert in ours])
     if not hasattr(target, "device_mesh"):
         return own
-    return distribute_tensor(own, target.device_mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return distribute_tensor(own, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
@@ -205,43 +205,39 @@ def _partial(name: str, value: torch.Tensor, ours: tuple[int, ...]) -> ConfigErr
 
 def _mesh(name: str, ownership: Ownership, device: str, replicas: Any) -> Any:
     """The mesh on which tensors are shown; None where there is none."""
-    group = getattr(ownership.transport, "group", None)
+    group: Any = getattr(ownership.transport, "group", None)
     rank, count = ownership.transport.rank, len(ownership.expert_ids)
     if sorted(ownership.expert_ids) != list(range(rank * count, (rank + 1) * count)) or not _is_alive(group):
         return None
     if device == "meta":
-        device = ownership.transport.device.type  # type: ignore[attr-defined]
+        device = getattr(ownership.transport, "device", torch.device("cpu")).type
+    grid, key = ownership.mesh, (device, replicas is not None)
     if replicas is None:
-        return _once(group, device, lambda new: new.from_group(group, device))
-    grid = ownership.mesh
-    if grid is None or replicas.ndim != 1 or grid.get_group(0) != replicas.get_group():
+        make = partial(DeviceMesh.from_group, group, device)
+    # By ranks: torch may give back an equal mesh that is older, with another group.
+    elif grid is None or get_process_group_ranks(grid.get_group(0)) != replicas.mesh.tolist():
         given = "sharded by fully_shard over ranks that the layer was not told of"
         raise ConfigError(name, given, "group=mesh with dimensions (replicas, experts), and fully_shard over its first")
-    groups, names, ranks = [group, grid.get_group(0)], ("experts", "replicas"), grid.mesh.T.contiguous()
-    return _once(group, f"{device} {ranks.tolist()}", lambda new: new.from_group(groups, device, ranks, mesh_dim_names=names))
-
-
-def _once(group: Any, key: str, make: Callable[[Any], Any]) -> Any:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    made = _meshes.setdefault(group, {})
-    if key not in made:
-        made[key] = make(DeviceMesh)
-    return made[key]
+    else:
+        groups, ranks = [group, grid.get_group(0)], grid.mesh.T.contiguous()
+        make = partial(DeviceMesh.from_group, groups, device, ranks, mesh_dim_names=("experts", "replicas"))
+    if key not in ownership.shown_on:
+        ownership.shown_on[key] = make()
+    return ownership.shown_on[key]
 
 
 def _is_alive(group: Any) -> bool:
-    if group is None or not torch.distributed.is_initialized():
+    if group is None or not is_initialized():
         return False
     try:
-        return bool(torch.distributed.get_process_group_ranks(group))
+        return bool(get_process_group_ranks(group))
     except (KeyError, ValueError, RuntimeError):
         return False
 
 
-def _like_shown(value: Any, target: torch.Tensor, ownership: Ownership) -> Any:
+def _like_shown(name: str, value: Any, target: torch.Tensor, ownership: Ownership) -> Any:
     """`value`, a DTensor that does not say what it holds, where it lies as `shown` would have it: what it has here."""
-    example = shown("", target.detach(), ownership)
+    example = shown(name, target.detach(), ownership)
     same = isinstance(example, DTensor) and (value.device_mesh, value.placements, value.shape) == (
         example.device_mesh, example.placements, example.shape
     )  # fmt: skip
@@ -265,7 +261,7 @@ def _on_replicas(name: str, value: Any, target: Any, ownership: Ownership) -> to
 
 
 def refused(tensor: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
-    """`tensor`, which from now on says which experts it holds, and does not let torch.distributed.checkpoint have it."""
+    """`tensor`, which from now on says which experts it holds and keeps away torch.distributed.checkpoint."""
     setattr(tensor, IDS, tuple(ids))
     setattr(tensor, WRITE, refuse_to_write)
     setattr(tensor, READ, refuse_to_read)

@@ -1,6 +1,6 @@
-"""A small model whose ranks share one global batch, so that runs on any number of ranks can be compared, and its states.
+"""A small model whose ranks share one global batch, so that runs on any number of ranks are alike, and its states.
 
-    Linear -> MoELayer(E = 12, K = 2, shared expert) -> Linear
+Linear -> MoELayer(E = 12, K = 2, shared expert) -> Linear
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def model_of(group: Any, seed: int = 3) -> nn.Sequential:
 
 
 def optimizer_of(model: nn.Module, kind: str) -> torch.optim.Optimizer:
-    """Each with a tensor for every parameter; experts are a group of their own, as foreach wants where meshes differ."""
+    """With tensors for every parameter. Experts are a group of their own, as foreach wants where meshes differ."""
     groups = moe_overlap.param_groups(model, expert={"lr": 0.02})
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=0.01)
