@@ -7,7 +7,8 @@ functions here on. What a new optimizer loads before that is looked at when it s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optim
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    _attend_all(optimizer)
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    return dict(get_optimizer_state_dict(model, optimizer, options=options))
+    with _attended(optimizer):
+        return dict(get_optimizer_state_dict(model, optimizer, options=options))
 
 
 def load_optimizer_state_dict(
@@ -41,9 +42,9 @@ def load_optimizer_state_dict(
     has filled; or the same with whole tensors [E, ...]. Raises ConfigError for parts that are another rank's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    _attend_all(optimizer)
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, dict(state), options=options)
+    with _attended(optimizer):
+        set_optimizer_state_dict(model, optimizer, dict(state), options=options)
 
 
 def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
@@ -64,9 +65,24 @@ def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
                 state[key] = _taken(f"the optimizer's {key}", value, parameter, owner)
 
 
-def _attend_all(optimizers: Optimizer | Iterable[Optimizer]) -> None:
+@contextmanager
+def _attended(optimizers: Optimizer | Iterable[Optimizer]) -> Iterator[None]:
+    """Torch's functions give a new optimizer gradients of zero in the dtype of the parameters, where another one may be
+    asked for (findings/first_state_and_grad_dtype.sh)."""
+    asked = []
     for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
-        attend(optimizer, owners(parameter for group in optimizer.param_groups for parameter in group["params"]))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        attend(optimizer, owners(parameters))
+        asked += [
+            (p, p.grad_dtype) for p in parameters if p.grad is None and getattr(p, "grad_dtype", None) is not None
+        ]
+    for parameter, _ in asked:
+        parameter.grad_dtype = None  # any
+    try:
+        yield
+    finally:
+        for parameter, dtype in asked:
+            parameter.grad_dtype = dtype
 
 
 def _show(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

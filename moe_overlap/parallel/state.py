@@ -44,7 +44,7 @@ class Saving:
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name, value in state_dict.items():
-            if name.startswith(prefix) and isinstance(value, torch.Tensor):
+            if self.ownership.others and name.startswith(prefix) and isinstance(value, torch.Tensor):
                 state_dict[name] = shown(name, value, self.ownership)
 
 
@@ -60,15 +60,17 @@ class Loading:
         assign = bool(metadata.get("assign_to_params_buffers"))
         for name, target in tensors_of(module, prefix).items():
             value = state_dict.get(name)
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and (self.ownership.others or hasattr(value, IDS)):
                 part = taken(name, value, target, self.ownership)
-                state_dict[name] = alone(part) if assign else part
+                if part is not value:
+                    state_dict[name] = part = alone(part) if assign else part
+                    setattr(part, IDS, self.ownership.expert_ids)  # for a marked module within this one
 
 
 def mark(module: nn.Module, ownership: Ownership) -> None:
     """All that `module` has is experts of this rank, and its state dicts say which ones."""
     marks.mark(module, ownership)
-    if ownership.others and not any(isinstance(hook, Saving) for hook in module._state_dict_hooks.values()):
+    if not any(isinstance(hook, Saving) for hook in module._state_dict_hooks.values()):
         module.register_state_dict_post_hook(Saving(ownership))
         module.register_load_state_dict_pre_hook(Loading(ownership))
 
@@ -136,6 +138,8 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
     if held is not None and not set(ours) <= set(held):
         raise ConfigError(name, f"experts {tuple(held)}", f"{ours}, which this rank has: another rank's file")
     if getattr(value, "device_mesh", None) is not None:
+        if value.device_mesh == getattr(target, "device_mesh", None) and value.shape == target.shape:
+            return value  # by a marked module around this one
         if value.device_mesh.ndim == 2:
             return _on_replicas(name, value, target, ownership)
         value = value.to_local()
