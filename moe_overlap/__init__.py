@@ -21,6 +21,7 @@ from moe_overlap.native.build_info import VERSION
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
 from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
 from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare
+from moe_overlap.parallel.sharded_files import load_safetensors, save_safetensors
 from moe_overlap.parallel.state import mark_experts
 
 __version__ = VERSION
@@ -45,6 +46,7 @@ __all__ = [
     "gradients_are_finite",
     "ignore_experts_for_ddp",
     "load_optimizer_state_dict",
+    "load_safetensors",
     "mark_experts",
     "moe_forward",
     "no_sync",
@@ -52,4 +54,5 @@ __all__ = [
     "param_groups",
     "prepare",
     "sac_policy",
+    "save_safetensors",
 ]

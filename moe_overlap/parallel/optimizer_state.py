@@ -73,9 +73,8 @@ def _attended(optimizers: Optimizer | Iterable[Optimizer]) -> Iterator[None]:
     for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         attend(optimizer, owners(parameters))
-        asked += [
-            (p, p.grad_dtype) for p in parameters if p.grad is None and getattr(p, "grad_dtype", None) is not None
-        ]
+        asked += [(p, p.grad_dtype) for p in parameters if getattr(p, "grad_dtype", p.dtype) not in (p.dtype, None)]
+    asked = [(parameter, dtype) for parameter, dtype in asked if parameter.grad is None]
     for parameter, _ in asked:
         parameter.grad_dtype = None  # any
     try:
