@@ -60,8 +60,9 @@ def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
         optimizer.register_load_state_dict_pre_hook(_take)
     for parameter, owner in spread.items():
         state = optimizer.state[parameter] if parameter in optimizer.state else {}
+        mesh = getattr(parameter, "device_mesh", None)
         for key, value in state.items():
-            if hasattr(value, IDS):
+            if hasattr(value, IDS) or getattr(value, "device_mesh", mesh) != mesh:
                 state[key] = _taken(f"the optimizer's {key}", value, parameter, owner)
 
 

@@ -3,8 +3,9 @@
 Parameters are plain tensors [e, ...] with the same names and shapes on every rank, and hold other experts on each: who
 saves one rank's saves a part, and nothing tells. So the state dict of a marked module shows them as DTensors of the
 whole [E, ...], Shard(0) over the ranks that share them out: torch.distributed.checkpoint saves all of them once and
-loads them on any number of ranks. Each tensor shown also says itself which experts it holds (`expert_ids`), which
-torch.save keeps: another rank's file is refused. Loading takes DTensors, whole tensors [E, ...] and marked parts.
+loads them on any number of ranks. Each tensor shown also says itself which experts it holds (`expert_ids`, and the name
+of its mesh), which torch.save keeps: another rank's file is refused. Loading takes DTensors, whole tensors [E, ...] and
+marked parts.
 
 Where no DTensor can be shown (virtual ranks, experts in an order of their own, a group that is destroyed) the tensors
 stay plain, say which experts they are, and are refused by torch.distributed.checkpoint.
@@ -12,6 +13,7 @@ stay plain, say which experts they are, and are refused by torch.distributed.che
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -28,7 +30,9 @@ from moe_overlap.parallel.ownership import Ownership
 
 State = TypeVar("State", torch.Tensor, dict[str, Any])
 
-IDS, REPLICA = "expert_ids", "expert_replica"  # what a shown tensor says of itself
+IDS = "expert_ids"  # what a shown tensor says of itself
+# Copies and casts of a DTensor lose that, and keep the mesh, equal ones for one another: so its name says it too.
+MESH, MESH_NAME = "experts_{}_to_{}", re.compile(r"experts_(\d+)_to_(\d+)")
 WRITE, READ = "__create_write_items__", "__create_chunk_list__"  # torch.distributed.checkpoint asks tensors for these
 MARK = "moe_overlap.mark_experts(state, expert_ids), which says which experts they are"
 
@@ -112,7 +116,6 @@ def shown(name: str, tensor: Any, ownership: Ownership) -> torch.Tensor:
         whole = torch.Size((tensor.shape[0] * ownership.transport.world_size, *tensor.shape[1:]))
         local = tensor.to_local()
         found = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole, stride=tensor.stride())
-        setattr(found, REPLICA, mesh.get_local_rank(1))
     else:
         found = DTensor.from_local(_rows(tensor, len(ids), order), mesh, placements, run_check=False)
     setattr(found, IDS, tuple(sorted(ids)))
@@ -126,23 +129,17 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
     holds. One whose shape fits nothing is returned as it is, for torch to complain of. Raises ConfigError for a part
     that is not marked, and for one that lacks experts of this rank.
     """
-    ours, held = ownership.expert_ids, getattr(value, IDS, None)
-    if getattr(value, "device_mesh", None) is not None and held is None:
-        shared = _like_shown(name, value, target, ownership)
-        if shared is not None:
-            held, value = tuple(sorted(ours)), shared
-        elif value.shape == target.shape:
-            raise _partial(name, value, ours)
-        else:
-            value = value.full_tensor()
+    ours, held, sharded = ownership.expert_ids, _held_by(value), hasattr(value, "device_mesh")
     if held is not None and not set(ours) <= set(held):
-        raise ConfigError(name, f"experts {tuple(held)}", f"{ours}, which this rank has: another rank's file")
-    if getattr(value, "device_mesh", None) is not None:
+        raise ConfigError(name, f"experts {held}", f"{ours}, which this rank has: another rank's file")
+    if sharded and held is not None:
         if value.device_mesh == getattr(target, "device_mesh", None) and value.shape == target.shape:
             return value  # by a marked module around this one
         if value.device_mesh.ndim == 2:
             return _on_replicas(name, value, target, ownership)
         value = value.to_local()
+    elif sharded and value.shape != target.shape:
+        value = value.full_tensor()
     value = value.detach()
     if held is None:
         if value.shape == target.shape:
@@ -216,15 +213,17 @@ def _mesh(name: str, ownership: Ownership, device: str, replicas: Any) -> Any:
     if device == "meta":
         device = getattr(ownership.transport, "device", torch.device("cpu")).type
     grid, key = ownership.mesh, (device, replicas is not None)
+    says = MESH.format(rank * count, (rank + 1) * count - 1)
     if replicas is None:
-        make = partial(DeviceMesh.from_group, group, device)
+        make = partial(DeviceMesh.from_group, group, device, mesh_dim_names=(says,))
     # By ranks: torch may give back an equal mesh that is older, with another group.
     elif grid is None or get_process_group_ranks(grid.get_group(0)) != replicas.mesh.tolist():
         given = "sharded by fully_shard over ranks that the layer was not told of"
         raise ConfigError(name, given, "group=mesh with dimensions (replicas, experts), and fully_shard over its first")
     else:
         groups, ranks = [group, grid.get_group(0)], grid.mesh.T.contiguous()
-        make = partial(DeviceMesh.from_group, groups, device, ranks, mesh_dim_names=("experts", "replicas"))
+        names = (says, f"replica_{replicas.get_local_rank()}")
+        make = partial(DeviceMesh.from_group, groups, device, ranks, mesh_dim_names=names)
     if key not in ownership.shown_on:
         ownership.shown_on[key] = make()
     return ownership.shown_on[key]
@@ -239,23 +238,24 @@ def _is_alive(group: Any) -> bool:
         return False
 
 
-def _like_shown(name: str, value: Any, target: torch.Tensor, ownership: Ownership) -> Any:
-    """`value`, a DTensor that does not say what it holds, where it lies as `shown` would have it: what it has here."""
-    example = shown(name, target.detach(), ownership)
-    same = isinstance(example, DTensor) and (value.device_mesh, value.placements, value.shape) == (
-        example.device_mesh, example.placements, example.shape
-    )  # fmt: skip
-    return value if same else None
+def _held_by(value: Any) -> tuple[int, ...] | None:
+    """The experts that a tensor says it holds, by itself or by its mesh; None where it says nothing."""
+    held = getattr(value, IDS, None)
+    if held is not None:
+        return tuple(held)
+    if not isinstance(value, DTensor) or value.placements[0] != Shard(0):
+        return None
+    found = MESH_NAME.fullmatch((value.device_mesh.mesh_dim_names or ("",))[0])
+    return None if found is None else tuple(range(int(found[1]), int(found[2]) + 1))
 
 
 def _on_replicas(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Tensor:
     """A tensor shown on experts and replicas, for the replica that it is of."""
-    example = shown(name, target.detach(), ownership)
-    at = getattr(value, REPLICA, getattr(example, REPLICA, None))
-    if value.shape != example.shape or value.placements != getattr(example, "placements", None):
-        raise ConfigError(name, f"sharded as {value.placements}", f"{getattr(example, 'placements', 'not sharded')}")
-    if at != getattr(example, REPLICA, None):
-        raise ConfigError(name, f"the part of replica {at}", f"that of replica {getattr(example, REPLICA, None)}")
+    example: Any = shown(name, target.detach(), ownership)
+    for what in ("shape", "device_mesh", "placements"):
+        if getattr(value, what) != getattr(example, what, None):
+            expected = f"{getattr(example, what, None)}, that of this rank"
+            raise ConfigError(f"{name}.{what}", getattr(value, what), expected)
     local = value.to_local().detach()
     mesh, placements = target.device_mesh, target.placements
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=target.shape, stride=target.stride())
