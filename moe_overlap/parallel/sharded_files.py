@@ -23,11 +23,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.parallel.ownership import Ownership, marked_modules
+from moe_overlap.parallel.ownership import Ownership, owned_tensors
 from moe_overlap.parallel.state import IDS, tensors_of
 
 SINGLE, INDEX, FORMAT = "model.safetensors", "model.safetensors.index.json", "model-{:05}-of-{:05}.safetensors"
 SOURCE, FOLDER = "source", "folder"
+HIDDEN = "_checkpoint_wrapped_module."  # by torch's checkpoint_wrapper, from state dicts only
 MAX_SHARD_BYTES = 5_000_000_000
 Slices = tuple[slice, ...]
 
@@ -92,7 +93,7 @@ def save_safetensors(
     writer = _Writer(target, max_shard_bytes) if _is_first() else None
     _agree(target, None if writer is None else writer.begin())
     seen: set[int] = set()
-    tensors = tensors_of(model)
+    tensors = _named(model)
     with _cleaning_up(writer):
         for name, value in state.items():
             if not isinstance(value, torch.Tensor) or id(tensors.get(name, value)) in seen:
@@ -109,19 +110,19 @@ def save_safetensors(
 
 def _wanted(model: nn.Module) -> dict[str, _Wanted]:
     """What this rank has of each tensor of the state dict."""
-    owners: dict[str, Ownership] = {}
-    marked = dict(marked_modules(model))
-    for path, module in model.named_modules(remove_duplicate=False):
-        if module in marked:
-            owners.update(dict.fromkeys(tensors_of(module, f"{path}."), marked[module]))
-    tensors, found = tensors_of(model), {}
+    owned, tensors, found = owned_tensors(model), _named(model), {}
     for name in model.state_dict():
         if name not in tensors:
             raise ConfigError("model", f"{name} in its state dict", "parameters and buffers only")
         if tensors[name].is_meta:
             raise ConfigError("model", f"{name} on the meta device", "model.to_empty(device=...) first")
-        found[name] = _part(tensors[name], owners.get(name))
+        found[name] = _part(tensors[name], owned.get(tensors[name]))
     return found
+
+
+def _named(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by the names that the state dict has for them."""
+    return {name.replace(HIDDEN, ""): tensor for name, tensor in tensors_of(model).items()}
 
 
 def _part(tensor: Any, owner: Ownership | None) -> _Wanted:

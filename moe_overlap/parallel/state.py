@@ -64,7 +64,7 @@ class Loading:
         assign = bool(metadata.get("assign_to_params_buffers"))
         for name, target in tensors_of(module, prefix).items():
             value = state_dict.get(name)
-            if isinstance(value, torch.Tensor) and (self.ownership.others or hasattr(value, IDS)):
+            if isinstance(value, torch.Tensor) and (self.ownership.others or _held_by(value) is not None):
                 part = taken(name, value, target, self.ownership)
                 if part is not value:
                     state_dict[name] = part = alone(part) if assign else part
@@ -130,6 +130,7 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
     that is not marked, and for one that lacks experts of this rank.
     """
     ours, held, sharded = ownership.expert_ids, _held_by(value), hasattr(value, "device_mesh")
+    each, left = divmod(target.shape[0], len(ours)) if target.dim() else (0, 0)
     if held is not None and not set(ours) <= set(held):
         raise ConfigError(name, f"experts {held}", f"{ours}, which this rank has: another rank's file")
     if sharded and held is not None:
@@ -137,6 +138,8 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
             return value  # by a marked module around this one
         if value.device_mesh.ndim == 2:
             return _on_replicas(name, value, target, ownership)
+        if value.shape[0] != each * ownership.num_experts:
+            return value
         value = value.to_local()
     elif sharded and value.shape != target.shape:
         value = value.full_tensor()
@@ -145,7 +148,6 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
         if value.shape == target.shape:
             raise _partial(name, value, ours)
         held = tuple(range(ownership.num_experts))
-    each, left = divmod(target.shape[0], len(ours)) if target.dim() else (0, 0)
     if left or (each * len(held), *target.shape[1:]) != tuple(value.shape):
         return value
     own = _rows(value, len(held), [held.index(expert) for expert in ours])

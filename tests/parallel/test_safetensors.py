@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from moe_overlap import ConfigError, MoELayer, load_safetensors, save_safetensors
 from moe_overlap.parallel import sharded_files
@@ -148,15 +151,38 @@ def test_sources(tmp_path):
         load_safetensors(model, source)
         for name, value in model.state_dict().items():
             same_bits(value, want[name].float().double() if source is parts else want[name])
-    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+
+
+def test_shared_parameters_and_single_numbers(tmp_path):
+    """A parameter with two names is there by one of them."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
     model[1].weight = model[0].weight
+    model(torch.randn(3, 8))
     save_safetensors(model, tmp_path / "tied")
-    assert list(contents(tmp_path / "tied")) == ["0.weight"]
+    assert contents(tmp_path / "tied").keys() == model.state_dict().keys() - {"1.weight"}
+    before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
-        before = model[0].weight.clone()
-        model[0].weight.zero_()
+        for value in model.state_dict().values():
+            value.zero_()
     load_safetensors(model, tmp_path / "tied")
-    same_bits(model[1].weight.detach(), before)
+    check_same(model.state_dict(), before)
+    assert int(before["2.num_batches_tracked"]) == 1
+
+
+def in_a_wrapper(folder: str) -> None:
+    """Whose state dict and parameters do without its name."""
+    want = model_of(dist.group.WORLD)
+    for at, wrap in enumerate((checkpoint_wrapper, partial(torch.compile, backend="eager"))):
+        model, other = (model_of(dist.group.WORLD, seed) for seed in (3, 8))
+        model[1], other[1] = wrap(model[1]), wrap(other[1])
+        save_safetensors(model, f"{folder}/{at}")
+        load_safetensors(other, f"{folder}/{at}")
+        for got, expected in zip(other.parameters(), want.parameters(), strict=True):
+            same_bits(got.detach(), expected.detach())
+
+
+def test_layers_in_wrappers(tmp_path):
+    gloo_pool(WORLD).run(in_a_wrapper, str(tmp_path))
 
 
 # ---------------------------------------------------------------- what is refused

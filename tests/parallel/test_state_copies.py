@@ -126,6 +126,20 @@ def test_dtensors_of_other_kinds():
     gloo_pool(WORLD).run(on_all_ranks)
 
 
+def another_model(path: str) -> None:
+    """With more experts, of which a rank's file has those that are wanted."""
+    larger, layer = (MoELayer(D, F, experts, 2, group=dist.group.WORLD) for experts in (16, 12))
+    state = {name: value for name, value in larger.state_dict().items() if "experts." in name}
+    torch.save(state, f"{path}-{dist.get_rank()}")
+    for read in (state, torch.load(f"{path}-0", weights_only=True)):
+        with pytest.raises((ConfigError, RuntimeError), match=f"size mismatch|{OTHERS}"):
+            layer.load_state_dict(read, strict=False)
+
+
+def test_experts_of_another_model_are_refused(tmp_path):
+    gloo_pool(WORLD).run(another_model, str(tmp_path / "file"))
+
+
 class App(Stateful):
     """As torch's tutorial of distributed checkpoints has it."""
 

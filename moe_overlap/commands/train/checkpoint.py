@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,12 +119,7 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
             raise ConfigError(FIELD, str(file), "an existing shard")
         if not isinstance(shard, dict) or _fingerprint(file) != (shard.get("bytes"), shard.get("sha256")):
             raise ConfigError(FIELD, str(file), f"the whole shard, {_expected_bytes(shard)} with its SHA-256")
-    total = run["experts"]
-    assert isinstance(total, int)
-    in_order = list(torch.arange(total).chunk(ranks))
-    experts = tuple(tuple(shard.get("experts", in_order[rank].tolist())) for rank, shard in enumerate(shards))
-    if sorted(expert for held in experts for expert in held) != list(range(total)):
-        raise ConfigError(FIELD, str(folder), f"a {MANIFEST} whose shards have each of {total} experts once")
+    experts = _experts_in(shards, run["experts"], folder)
     return Checkpoint(folder=folder, step=step, experts=experts)
 
 
@@ -227,6 +223,17 @@ def _check_run(saved: object, run: dict[str, object], folder: Path) -> int:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(flag, value, f"{saved.get(name)!r}, as in the checkpoint {folder}")
     return int(saved["ranks"])
+
+
+def _experts_in(shards: list[dict[str, Any]], total: object, folder: Path) -> tuple[tuple[int, ...], ...]:
+    """The experts of each shard. ConfigError unless these are each of `total` experts once."""
+    assert isinstance(total, int)
+    in_order = torch.arange(total).chunk(len(shards))
+    listed = [shard.get("experts", part.tolist()) for shard, part in zip(shards, in_order, strict=True)]
+    every = [expert for held in listed if isinstance(held, list) for expert in held]
+    if any(not isinstance(expert, int) for expert in every) or sorted(every) != list(range(total)):
+        raise ConfigError(FIELD, str(folder), f"a {MANIFEST} whose shards have each of {total} experts once")
+    return tuple(tuple(held) for held in listed)
 
 
 def _newest(root: Path) -> Path | None:
