@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import moe_overlap
 from moe_overlap import ConfigError, MoELayer, mark_experts, prepare
-from tests.parallel.saved import D, E, F, Job, optimizer_of, whole
+from tests.parallel.saved import D, E, F, Job, model_of, optimizer_of, whole
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import same_bits
 
@@ -136,6 +136,33 @@ def test_torchs_own_functions_lose_no_rank(m, tmp_path):
     for got in gloo_pool(m).run(loaded_by_torch, str(tmp_path)):
         check_same({n: v for n, v in got.items() if isinstance(v, torch.Tensor)},
                    {n: v for n, v in want.items() if isinstance(v, torch.Tensor)})  # fmt: skip
+
+
+def from_one_process() -> None:
+    """The file of a process with all experts, in a new optimizer and in one that has stepped."""
+    whole_model = model_of(None)
+    of_all = torch.optim.AdamW(whole_model.parameters())
+    for parameter in whole_model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    of_all.step()
+    for fresh in (True, False):
+        model = moe_overlap.prepare(model_of(dist.group.WORLD, 8))
+        optimizer = torch.optim.AdamW(model.parameters())
+        for steps in range(2 - fresh):
+            if steps == 1 - fresh:
+                optimizer.load_state_dict(copy.deepcopy(of_all.state_dict()))
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        first = dist.get_rank() * E // WORLD
+        want = of_all.state[whole_model[1].experts.down_proj]["exp_avg"][first : first + E // WORLD]
+        got = optimizer.state[model[1].experts.down_proj]["exp_avg"]
+        same_bits(got, want * 0.9)
+        assert got.untyped_storage().nbytes() == got.nbytes
+
+
+def test_whole_states_by_the_optimizers_own_function():
+    gloo_pool(WORLD).run(from_one_process)
 
 
 # ---------------------------------------------------------------- what is refused
