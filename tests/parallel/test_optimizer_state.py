@@ -282,7 +282,11 @@ def test_virtual_ranks(tmp_path):
 
     kept: list[Any] = []
     virtual_world(WORLD).run(rank)
-    (layer, optimizer, mine), (_, _, others) = kept
+    (layer, optimizer, mine), (_, other, others) = kept
+    fresh = torch.optim.AdamW(layer.parameters())
+    fresh.load_state_dict(other.state_dict())
+    with pytest.raises(ConfigError, match=OTHERS):
+        fresh.step()
     moe_overlap.load_optimizer_state_dict(layer, optimizer, mine)
     with pytest.raises(ConfigError, match=OTHERS):
         moe_overlap.load_optimizer_state_dict(layer, optimizer, others)

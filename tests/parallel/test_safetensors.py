@@ -18,8 +18,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from moe_overlap import ConfigError, MoELayer, load_safetensors, save_safetensors
 from moe_overlap.parallel import sharded_files
-from tests.parallel.saved import E, Job, model_of, whole
-from tests.parallel.test_state import placed
+from tests.parallel.saved import E, F, Job, model_of, whole
+from tests.parallel.test_state import Adapted, placed
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import same_bits
 
@@ -179,6 +179,22 @@ def in_a_wrapper(folder: str) -> None:
         load_safetensors(other, f"{folder}/{at}")
         for got, expected in zip(other.parameters(), want.parameters(), strict=True):
             same_bits(got.detach(), expected.detach())
+
+
+def with_adapters(folder: str) -> None:
+    """Two rows of an adapter for each expert."""
+    model, other = (model_of(dist.group.WORLD, seed) for seed in (3, 8))
+    for one in (model, other):
+        one[1].experts = Adapted(one[1].experts)
+    save_safetensors(model, folder)
+    assert contents(folder)["1.experts.lora_A"].shape == (2 * E, F)
+    load_safetensors(other, folder)
+    same_bits(other[1].experts.lora_A.detach(), model[1].experts.lora_A.detach())
+    same_bits(other[1].experts.down_proj.detach(), model[1].experts.down_proj.detach())
+
+
+def test_tensors_with_several_rows_for_each_expert(tmp_path):
+    gloo_pool(WORLD).run(with_adapters, str(tmp_path / "model"))
 
 
 def test_layers_in_wrappers(tmp_path):
