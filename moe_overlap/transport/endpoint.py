@@ -73,6 +73,7 @@ class Endpoint(ABC):
     """
 
     name = "transport"
+    group: Any = None  # the group of torch.distributed whose ranks these are
     _device_type: str | None = None  # where rows must be; None: anywhere
 
     def __init__(
@@ -86,7 +87,6 @@ class Endpoint(ABC):
         self.life = life or Life()
         self.number = number
         self.openings = 0
-        self.group: Any = None
         self._users = 0
         self._header: Header | None = None
         self._opened_in = -1
