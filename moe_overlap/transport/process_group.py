@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_overlap.agreement.header import Header
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.connections import Connections, connections_of
 from moe_overlap.transport.endpoint import Endpoint, checked_timeout
@@ -97,9 +98,18 @@ class ProcessGroupTransport(Endpoint):
         self._device_type = self.device.type
         self.name = f"process_group({self.backend})"
         self._seen = self.life.generation
+        self._made_after_failure = self.life.cause is not None
         self._options = dist.AllToAllOptions()
         if hasattr(self._options, "asyncOp"):
             self._options.asyncOp = True
+
+    def open(self, header: Header) -> bool:
+        """As the contract says. One that was made after a failure of the group, on all ranks, renews the connections."""
+        if self._made_after_failure:
+            self._made_after_failure = False
+            if self.life.cause is not None:
+                self.connections.reopen()
+        return super().open(header)
 
     def _send(self, message: torch.Tensor, where: Where) -> GroupWork:
         table = torch.empty(self.world_size, message.numel(), dtype=torch.int64)

@@ -182,7 +182,7 @@ def test_a_timeout_of_a_probe_speaks_of_no_loss():
 
     with measured_as(cost_model(1)):
         (action, text), _ = virtual_world(2).run(rank)
-    assert action == "Ct0" and "attach" not in text
+    assert action == "Ut" and "attach" not in text
 
 
 def test_ranks_of_which_only_one_had_finished_calibrate_again_after_reopen():
