@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from moe_overlap.verify.adapter import State
+from moe_overlap.verify.adapter import State, gathered
 from moe_overlap.verify.compare import describe, named_factor, near
 from moe_overlap.verify.kit import LOOK_GRADS, LOOK_OUTPUT, TRAINED, Kit
 from moe_overlap.verify.sides import TOKENS, Tokens, dense_weights, random_state, routed, seed_for
@@ -199,10 +199,11 @@ def auxiliary_loss(kit: Kit) -> None:
     tokens = [Tokens(its.x, torch.zeros_like(its.c)) for its in kit.tokens()]
     results, got = many.grads(kit.share_of(tokens, many), aux=True)
     results_1, want = one.grads(kit.share_of(tokens, one), aux=True)
-    losses = results_1[0].aux
-    loss = losses[0] if len(losses) == 1 else losses[kit.rank]
     look = "over which tokens it counts: this rank's, or all ranks' (together = True), and what is averaged"
-    kit.compare("the auxiliary loss", results[0].aux[0], loss, look)
+    got_aux, losses = results[0].aux[0], results_1[0].aux
+    if one.adapter.together and not kit.setup.same_tokens:  # whose mean it has to be
+        got_aux = gathered(got_aux.reshape(1), kit.group).mean()
+    kit.compare("the auxiliary loss", got_aux, losses[0] if len(losses) == 1 else losses[kit.rank], look)
     if not any(grad.any() for grad in want.values()):
         kit.note("dead", "one rank's auxiliary loss", "has no gradient: nothing is compared", "the adapter's aux_loss")
     kit.compare("the auxiliary loss's gradient of the input", results[0].input_grads[0],
