@@ -24,6 +24,7 @@ FLOORS = (
     ("__main__",),
     ("commands",),
     ("__init__",),
+    ("verify",),
     ("layer",),
     ("auto",),
     ("planning", "measure"),
