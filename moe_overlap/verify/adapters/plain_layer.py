@@ -65,8 +65,8 @@ class PlainMoE(nn.Module):
         self.capacity_factor, self.aux_coef, self.recompute = capacity_factor, aux_coef, recompute
         self.activation = activation
         self.router = nn.Linear(hidden, experts, bias=False, dtype=dtype)
-        self.up = nn.Parameter(torch.randn(experts // self.ranks, ffn, hidden, dtype=dtype) * hidden**-0.5)
-        self.down = nn.Parameter(torch.randn(experts // self.ranks, hidden, ffn, dtype=dtype) * ffn**-0.5)
+        self.expert_up = nn.Parameter(torch.randn(experts // self.ranks, ffn, hidden, dtype=dtype) * hidden**-0.5)
+        self.expert_down = nn.Parameter(torch.randn(experts // self.ranks, hidden, ffn, dtype=dtype) * ffn**-0.5)
         self.shared_up = nn.Linear(hidden, ffn, bias=False, dtype=dtype) if shared else None
         self.shared_down = nn.Linear(ffn, hidden, bias=False, dtype=dtype) if shared else None
         self.register_buffer("bias", torch.zeros(experts, dtype=dtype))
@@ -88,7 +88,7 @@ class PlainMoE(nn.Module):
         if not self._again:
             self.counts += counts_E
         aux = self._aux_loss(probs_TE, counts_E)
-        keep_TK = self._within_capacity(ids_TK, weights_TK, int(counts_E.sum()))
+        keep_TK = self.within_capacity(ids_TK, weights_TK)
         y_TD = self._routed(x_TD, ids_TK, weights_TK, keep_TK)
         if self.shared_up is not None and self.shared_down is not None:
             y_TD = y_TD + self.shared_down(self.activation(self.shared_up(x_TD)))
@@ -108,13 +108,13 @@ class PlainMoE(nn.Module):
         tokens = counts_E.sum() / self.top_k
         return self.aux_coef * self.experts * (f_E * probs_TE.sum(dim=0) * self.ranks / tokens).sum()
 
-    def _within_capacity(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, slots: int) -> torch.Tensor:
+    def within_capacity(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """bool [T, K]: what is sent. All ranks sort the slots of all ranks: their number does not matter."""
         if self.capacity_factor is None:
             return torch.ones_like(ids_TK, dtype=torch.bool)
-        capacity = math.ceil(self.capacity_factor * slots / self.experts)
         sizes = self.gather(torch.tensor([ids_TK.numel()]), [1] * self.ranks).tolist()
         ids_S, weights_S = (self.gather(t.detach().flatten(), sizes) for t in (ids_TK, weights_TK))
+        capacity = math.ceil(self.capacity_factor * len(ids_S) / self.experts)
         order_S = weights_S.argsort(descending=True, stable=True)
         order_S = order_S[ids_S[order_S].argsort(stable=True)]
         counts_E = torch.bincount(ids_S, minlength=self.experts)
@@ -141,7 +141,9 @@ class PlainMoE(nn.Module):
         order = expert.argsort(stable=True)
         outputs = [
             nn.functional.linear(self.activation(nn.functional.linear(of_one, up)), down)
-            for of_one, up, down in zip(rows[order].split(recv_We.sum(0).tolist()), self.up, self.down, strict=True)
+            for of_one, up, down in zip(
+                rows[order].split(recv_We.sum(0).tolist()), self.expert_up, self.expert_down, strict=True
+            )
         ]
         back = self._exchange(torch.cat(outputs)[order.argsort()], recv, send)
         weighted = back * weights_TK.flatten()[kept_S, None]
