@@ -70,7 +70,7 @@ class PlainMoE(nn.Module):
         self.shared_up = nn.Linear(hidden, ffn, bias=False, dtype=dtype) if shared else None
         self.shared_down = nn.Linear(ffn, hidden, bias=False, dtype=dtype) if shared else None
         self.register_buffer("bias", torch.zeros(experts, dtype=dtype))
-        self.register_buffer("counts", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("counts", torch.zeros(experts, dtype=torch.int64))
         self._again = False
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,11 +139,10 @@ class PlainMoE(nn.Module):
         # They come by source rank, then expert; the experts want them by expert, then source rank.
         expert = torch.arange(recv_We.shape[1]).repeat(self.ranks).repeat_interleave(recv_We.flatten())
         order = expert.argsort(stable=True)
+        of_expert = rows[order].split(recv_We.sum(0).tolist())
         outputs = [
-            nn.functional.linear(self.activation(nn.functional.linear(of_one, up)), down)
-            for of_one, up, down in zip(
-                rows[order].split(recv_We.sum(0).tolist()), self.expert_up, self.expert_down, strict=True
-            )
+            nn.functional.linear(self.activation(nn.functional.linear(x_RD, up_FD)), down_DF)
+            for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up, self.expert_down, strict=True)
         ]
         back = self._exchange(torch.cat(outputs)[order.argsort()], recv, send)
         weighted = back * weights_TK.flatten()[kept_S, None]
