@@ -87,7 +87,7 @@ def main():
 
     torch.manual_seed(0)
     model = LanguageModel(group)
-    mo.ignore_experts_for_ddp(model)
+    mo.prepare(model)
     trained = nn.parallel.DistributedDataParallel(model) if group else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     order = torch.Generator().manual_seed(rank)  # every rank reads its own part of the text

@@ -13,11 +13,12 @@ from moe_overlap.errors import (
 from moe_overlap.layer.experts import Experts
 from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
-from moe_overlap.layer.model import aux_loss, ignore_experts_for_ddp
+from moe_overlap.layer.model import aux_loss
 from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.native.build_info import VERSION
+from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare
 
 __version__ = VERSION
 
@@ -37,5 +38,8 @@ __all__ = [
     "aux_loss",
     "ignore_experts_for_ddp",
     "moe_forward",
+    "no_sync",
+    "param_groups",
+    "prepare",
     "sac_policy",
 ]

@@ -26,7 +26,7 @@ FLOORS = (
     ("__init__",),
     ("verify",),
     ("layer",),
-    ("auto",),
+    ("auto", "parallel"),
     ("planning", "measure"),
     ("schedule",),
     ("transport", "routing"),
@@ -41,6 +41,7 @@ AT_THE_ROOT = {"__main__.py", "__init__.py", "errors.py", "config.py", "py.typed
 ONLY = {
     "planning": {"schedule", "agreement", "native"},
     "measure": {"schedule"},
+    "parallel": {"transport", "agreement"},
     "schedule": {"agreement", "native"},
     "transport": {"agreement"},
     "routing": {"ops"},

@@ -22,7 +22,7 @@ from moe_overlap import (
     ShortcutBlock,
     TransportClosed,
     TransportTimeout,
-    ignore_experts_for_ddp,
+    prepare,
 )
 from tests.ranks import Ranks, gloo_pool
 from tests.tolerances import close, same_bits
@@ -65,7 +65,7 @@ def tokens(rank, count=7):
 def ddp_gradients(options, steps):
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Model(dist.group.WORLD)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     wrapped = DistributedDataParallel(model, **options)
     for step in range(steps):
         wrapped(tokens(rank + world * step)).square().mean().backward()

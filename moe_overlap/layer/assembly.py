@@ -15,6 +15,9 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.experts import Experts, check_weights, refuse_sharded, w_in_name, weights_of
 from moe_overlap.layer.shared_expert import SharedExpert
+from moe_overlap.parallel.optimizers import guard_optimizers
+from moe_overlap.parallel.ownership import Ownership
+from moe_overlap.parallel.replicas import Replicas, check_replicas, replicas_of
 from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.routing.linear import LinearRouter
@@ -63,9 +66,32 @@ def make_shared_expert(
 
 
 def make_transport(
+    given: Transport | None,
+    dispatcher: Dispatcher | None,
+    group: Any,
+    replicate_group: Any,
+    *,
+    timeout_s: float | None,
+    device: Any,
+) -> tuple[Transport, Replicas | None]:
+    """The transport given, by itself or in a dispatcher, or one for `group`; and the replicas of `replicate_group`, or
+    of the first dimension of a two-dimensional `group`."""
+    if getattr(group, "ndim", 1) == 2:
+        if replicate_group is not None:
+            raise ConfigError("replicate_group", replicate_group, "None beside a two-dimensional mesh, which has it")
+        replicate_group, group = group.get_group(0), group.get_group(1)
+    transport = _expert_transport(given, dispatcher, group, timeout_s=timeout_s, device=device)
+    if replicate_group is None:
+        return transport, None
+    replicas = replicas_of(replicate_group, timeout_s=timeout_s, device=device)
+    if replicas is not None and transport.world_size > 1:
+        check_replicas(replicas.transport, transport.global_ranks)
+    return transport, replicas
+
+
+def _expert_transport(
     given: Transport | None, dispatcher: Dispatcher | None, group: Any, *, timeout_s: float | None, device: Any
 ) -> Transport:
-    """The transport given, by itself or in a dispatcher, or one for `group`."""
     if dispatcher is not None:
         if not isinstance(dispatcher, Dispatcher):
             raise ConfigError("dispatcher", type(dispatcher).__name__, "None or a Dispatcher")
@@ -97,19 +123,16 @@ def make_experts(
     hidden_size: int,
     ffn_hidden_size: int,
     *,
-    placement: Placement,
-    transport: Transport,
+    ownership: Ownership,
     activation: str,
     factory: dict[str, Any],
 ) -> nn.Module:
     """The experts of this rank: the module given, checked against the layer, or new ones."""
-    slots = placement.slots_of_rank(transport.rank)
-    ids = tuple(placement.slot_to_expert[slot] for slot in slots)
-    others = frozenset(transport.global_ranks) - {transport.global_ranks[transport.rank]}
+    ids, others = ownership.expert_ids, ownership.others
     if given is not None:
         _refuse_unread(given, w_in_name(activation))
     else:
-        given = Experts(hidden_size, ffn_hidden_size, placement.num_experts, expert_ids=ids, activation=activation,
+        given = Experts(hidden_size, ffn_hidden_size, ownership.num_experts, expert_ids=ids, activation=activation,
                         **factory)  # fmt: skip
     name = w_in_name(activation)
     if not isinstance(getattr(given, name, None), torch.Tensor):
@@ -134,6 +157,14 @@ def _refuse_unread(experts: nn.Module, w_in: str) -> None:
     if isinstance(experts, Experts) and type(experts).forward is not Experts.forward:
         text = f"{type(experts).__name__} has a forward of its own, which a MoELayer never calls"
         warnings.warn(f"{text}: it reads the weights and the activation", stacklevel=4)
+
+
+def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None) -> Ownership:
+    """What the experts of this rank are to the other ranks."""
+    slots = placement.slots_of_rank(transport.rank)
+    ids = tuple(placement.slot_to_expert[slot] for slot in slots)
+    guard_optimizers()
+    return Ownership(transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas)
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:

@@ -34,6 +34,8 @@ from moe_overlap.layer.arguments import (
 from moe_overlap.layer.experts import check_weights, take_old_names, warn_of_hooks, weights_of
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.layer.tickets import Ticket, Tickets
+from moe_overlap.parallel import ddp
+from moe_overlap.parallel.ownership import mark
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
@@ -48,6 +50,9 @@ class MoELayer(Tickets, nn.Module):
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
+    replicate_group: the ranks that hold the same experts as this one (expert parallel in data parallel), likewise; or
+    one DeviceMesh of two dimensions as `group`, replicas first and experts second. Gradients of experts are reduced over
+    them when backward is over, unless fully_shard has sharded the experts over them, which does it then.
     schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
     "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
     the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
@@ -65,8 +70,8 @@ class MoELayer(Tickets, nn.Module):
     those of `router`, `experts` (this rank's only) and `shared_expert`; state dicts from before the experts were a
     module of their own can be loaded.
 
-    Gradient convention: an expert's gradient is the sum over all ranks' tokens; `ignore_experts_for_ddp` divides it by
-    the number of ranks, which is what DDP does to every other parameter.
+    Gradient convention: an expert's gradient is that of the sum over all ranks (replicas too) of the ranks' losses;
+    after `prepare(model)` that of their mean, which is what DDP and FSDP2 make of every other gradient.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class MoELayer(Tickets, nn.Module):
         top_k: int,
         *,
         group: Any = None,
+        replicate_group: Any = None,
         schedule: str | AnySchedule = "serial",
         overlap: bool = True,
         max_in_flight_bytes: int | None = None,
@@ -106,7 +112,9 @@ class MoELayer(Tickets, nn.Module):
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "bad_logits": bad_logits}  # fmt: skip
-        self.transport = assembly.make_transport(transport, dispatcher, group, timeout_s=timeout_s, device=device)
+        self.transport, replicas = assembly.make_transport(
+            transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device
+        )
         # First among the parameters, as before the experts were a module, since states of optimizers go by position;
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
@@ -120,15 +128,16 @@ class MoELayer(Tickets, nn.Module):
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
+        self.ownership = assembly.make_ownership(placement, self.transport, replicas)
         self.experts = assembly.make_experts(
-            experts, hidden_size, ffn_hidden_size, placement=placement, transport=self.transport,
-            activation=activation, factory=factory,
+            experts, hidden_size, ffn_hidden_size, ownership=self.ownership, activation=activation, factory=factory
         )  # fmt: skip
+        if replicas is not None:
+            replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
             dispatcher, placement, self.transport, bad_logits, hidden=hidden_size, ffn_hidden=ffn_hidden_size,
             top_k=top_k, activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
-        self.expert_grad_scale = 1.0
         self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
 
@@ -178,7 +187,7 @@ class MoELayer(Tickets, nn.Module):
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
-                                    grad_scale=self.expert_grad_scale)  # fmt: skip
+                                    grad_scale=self.ownership.grad_scale)  # fmt: skip
             step = Step(self.transport, weights, phase=PHASES[phase])
             x_router, x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=3)
             routing = as_decision(self.router(x_router))
@@ -243,6 +252,8 @@ class MoELayer(Tickets, nn.Module):
         d, activation = self.dispatcher, self.experts.activation
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
+        if not torch.compiler.is_compiling():
+            ddp.check(self.ownership, self.experts)
         w_in, w_out = weights_of(self.experts)
         dtype = rows_dtype(x, w_out, d.hidden)
         check_weights(w_in, w_out, d.activation, count=d.placement.slots_per_rank, hidden=d.hidden, ffn=d.ffn_hidden)
@@ -272,4 +283,10 @@ class MoELayer(Tickets, nn.Module):
         memo[id(self.transport)] = self.transport
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        mark(copied.experts, self.ownership)
         return copied
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "experts":  # the first ones, or those that an adapter library puts in their place
+            mark(value, self.ownership)

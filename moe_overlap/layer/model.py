@@ -20,20 +20,3 @@ def aux_loss(model: nn.Module) -> torch.Tensor:
             if loss is not None:
                 total = total + loss
     return total
-
-
-def ignore_experts_for_ddp(model: nn.Module) -> list[str]:
-    """Tell DistributedDataParallel to leave the expert weights of `model` alone; call it before wrapping.
-
-    Their gradients are already sums over all ranks; they are divided by the number of ranks, as DDP does with all
-    other gradients. Returns the names of the parameters.
-    """
-    names: list[str] = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            module.expert_grad_scale = 1.0 / module.transport.world_size
-            own = f"{prefix}.experts." if prefix else "experts."
-            names += [f"{own}{name}" for name, _ in module.experts.named_parameters()]
-    already = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*already, *names])
-    return names

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import ConfigError, ShortcutBlock, ignore_experts_for_ddp
+from moe_overlap import ConfigError, ShortcutBlock, prepare
 from moe_overlap.auto.planned import pair_of
 from moe_overlap.measure.timeline import record
 from moe_overlap.routing.decision import RoutingDecision
@@ -242,7 +242,7 @@ def in_mode(mode, folder):
     rank, results = dist.get_rank(), []
     for schedule in ("serial", "auto"):
         block = build("block", ProcessGroupTransport(timeout_s=20.0), schedule, mode=mode)
-        ignore_experts_for_ddp(block)
+        prepare(block)
         model = Shell(block, mode if mode in ("block", "selective", "nested") else "none")
         call = DistributedDataParallel(model) if mode == "ddp" else model
         around = torch.autocast("cpu", dtype=torch.bfloat16) if mode == "autocast" else nullcontext()
@@ -281,7 +281,7 @@ def sharded(folder, mode, units):
     results = []
     for schedule in ("serial", "auto"):
         block = build("block", ProcessGroupTransport(timeout_s=20.0), schedule, mode=mode)
-        ignore_experts_for_ddp(block)
+        prepare(block)
         model = Shell(block, mode)
         mesh = init_device_mesh("cpu", (2,))
         for unit in [*(block.backbone if units == "ops" else ()), model]:

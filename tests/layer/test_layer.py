@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import ConfigError, aux_loss, ignore_experts_for_ddp
+from moe_overlap import ConfigError, aux_loss, prepare
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.transport.local import LocalTransport
 from tests import oracle
@@ -171,7 +171,7 @@ def test_initial_weights_and_mean_gradients_do_not_depend_on_the_number_of_ranks
 
     def rank(me):
         layer = make(me.transport(), schedule=schedule)
-        ignore_experts_for_ddp(layer)
+        prepare(layer)
         layer(tokens(counts[me.rank], me.rank)).square().mean().backward()
         return {name: p.grad for name, p in layer.named_parameters()}
 
@@ -181,14 +181,16 @@ def test_initial_weights_and_mean_gradients_do_not_depend_on_the_number_of_ranks
         close(torch.cat([r[name] for r in results]), want[name])
 
 
-def test_ignore_experts_for_ddp_names_the_expert_parameters():
-    model = nn.Sequential(make(), nn.Linear(D, D), make(activation="relu"))
-    names = ignore_experts_for_ddp(model)
-    assert names == ["0.experts.gate_up_proj", "0.experts.down_proj", "2.experts.up_proj", "2.experts.down_proj"]
-    assert model._ddp_params_and_buffers_to_ignore == names
-    layer = make()
-    assert ignore_experts_for_ddp(layer) == ["experts.gate_up_proj", "experts.down_proj"]
-    assert set(layer._ddp_params_and_buffers_to_ignore) <= {name for name, _ in layer.named_parameters()}
+def test_prepare_names_the_experts_that_ranks_share_out():
+    def rank(me):
+        model = nn.Sequential(make(me.transport()), nn.Linear(D, D), make(), make(me.transport(), activation="relu"))
+        assert prepare(model) is model
+        return set(model._ddp_params_and_buffers_to_ignore)
+
+    want = {"0.experts.gate_up_proj", "0.experts.down_proj", "3.experts.up_proj", "3.experts.down_proj"}
+    assert virtual_world(2).run(rank) == [want] * 2
+    alone = prepare(make())
+    assert alone._ddp_params_and_buffers_to_ignore == []
 
 
 @pytest.mark.parametrize("schedule", ["serial", "chunked(2)", "chunked(2,experts)"])

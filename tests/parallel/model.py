@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from moe_overlap import MoELayer, ShortcutBlock, ignore_experts_for_ddp, sac_policy
+from moe_overlap import MoELayer, ShortcutBlock, prepare, sac_policy
 from moe_overlap.measure.timeline import TimelineEvent, record
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
@@ -314,7 +314,7 @@ def train(
 def bare(mode: str, times: int, batches: int, options: dict[str, Any]) -> dict[str, Tensor]:
     """`train` on a gloo rank with no wrapper around the model: dense gradients are this rank's own."""
     model = Model(dist.group.WORLD, mode, times=times, **options)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     return train(model, dist.get_rank(), batches=batches)
 
 

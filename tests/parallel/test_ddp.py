@@ -1,6 +1,6 @@
 """DistributedDataParallel around both kinds of layers, in every checkpoint mode.
 
-The user's part: `ignore_experts_for_ddp(model)` before wrapping. DDP then reduces the dense gradients only, and the
+The user's part: `prepare(model)` before wrapping. DDP then reduces the dense gradients only, and the
 experts' gradients are scaled like the mean that DDP makes.
 """
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_overlap import ConfigError, ignore_experts_for_ddp
+from moe_overlap import ConfigError, prepare
 from tests.parallel.expected import WORLD, check_averaged
 from tests.parallel.model import MODES, Model, loss_of, train
 from tests.ranks import gloo_pool
@@ -31,7 +31,7 @@ def run(mode, times, batches, options, plan="by_hand"):
     model = Model(dist.group.WORLD, mode, times=times, plan=plan)
     if "find_unused_parameters" in options:
         model.unused = nn.Linear(3, 3, dtype=torch.float64)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     ddp = DistributedDataParallel(model, **options)
     if "static_graph" in options and batches > 1:
         # Torch itself fails where the first backward of a static graph is under no_sync, with dense models too.
@@ -50,7 +50,7 @@ def test_averaged_gradients(mode, options, times, batches):
 
 def reentrant():
     model = Model(dist.group.WORLD, "reentrant")
-    ignore_experts_for_ddp(model)
+    prepare(model)
     loss = loss_of(DistributedDataParallel(model), dist.get_rank())
     with pytest.raises(ConfigError, match="use_reentrant=False"):
         loss.backward()

@@ -1,7 +1,7 @@
 """FSDP2 (`fully_shard`) around both kinds of layers, in every checkpoint mode.
 
 Expert weights are spread over the ranks already. Sharding them again over the ranks of the layer's group would take
-slices of different experts for slices of one tensor. What is right, always after `ignore_experts_for_ddp(model)`, which
+slices of different experts for slices of one tensor. What is right, always after `prepare(model)`, which
 scales their gradients like the mean that FSDP makes of all others:
 
 - "ignored": `fully_shard(unit, ignored_params=expert weights)`. They stay plain tensors, whatever the unit.
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_overlap import ConfigError, MoELayer, ignore_experts_for_ddp
+from moe_overlap import ConfigError, MoELayer, prepare
 from tests.parallel.expected import WORLD, check_averaged
 from tests.parallel.model import EXPERTS, MODES, D, F, Model, loss_of, meshes, train, whole
 from tests.ranks import gloo_pool
@@ -74,7 +74,7 @@ def shard(model: Model, unit: str, experts: str, **options: Any) -> None:
 
 def run(mode, times, batches, unit, experts):
     model = Model(dist.group.WORLD, mode, times=times)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     shard(model, unit, experts)
 
     @contextmanager
@@ -114,7 +114,7 @@ def test_blocks_used_twice_and_accumulation(mode, unit, experts, times, batches)
 def clip_and_step(experts):
     """(norm of all gradients, weights after one clipped step), as docs/parallel.md says."""
     model = Model(dist.group.WORLD)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     shard(model, "block", experts)
     expert = [weight for layer in model.layers for weight in layer.expert_weights]
     dense = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in expert)]
@@ -164,7 +164,7 @@ def test_a_reentrant_checkpoint_is_refused():
 def layer_of_a_shortcut_block(mode):
     """The layer inside a ShortcutBlock as a unit of its own."""
     model = Model(dist.group.WORLD, mode)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     mesh = meshes()
     make_unit_of_its_own(model.shortcut.moe, mesh)
     fully_shard(model, mesh=mesh["data"], ignored_params=set(model.moe.experts.parameters()))
@@ -178,7 +178,7 @@ def test_the_layer_of_a_shortcut_block_as_its_own_unit(mode):
 
 def added_in_place(batched):
     model = Model(dist.group.WORLD)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     block = model.shells[0].block
 
     def forward(h):
@@ -213,7 +213,7 @@ def test_experts_sharded_over_the_ranks_they_are_spread_over_are_refused():
 
 def experts_alone():
     model = Model(dist.group.WORLD)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     fully_shard(model.moe.experts, mesh=meshes()["own"])
     with pytest.raises(ConfigError, match="not its experts alone"):
         loss_of(model, dist.get_rank())

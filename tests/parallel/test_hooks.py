@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap import ignore_experts_for_ddp
+from moe_overlap import prepare
 from tests.parallel.expected import WORLD, run_once, unwrapped
 from tests.parallel.model import MODES, Model, gradients, loss_of, train
 from tests.ranks import gloo_pool
@@ -17,7 +17,7 @@ from tests.tolerances import close, same_bits
 
 def make(mode, times=1, *, group="world"):
     model = Model(dist.group.WORLD if group == "world" else None, mode, times=times)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     return model
 
 

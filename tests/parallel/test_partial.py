@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_overlap import ignore_experts_for_ddp
+from moe_overlap import prepare
 from tests.parallel.expected import WORLD, run_once, unwrapped
 from tests.parallel.model import EXPERTS, MODES, Model, loss_of, meshes, tokens, whole
 from tests.ranks import gloo_pool
@@ -19,7 +19,7 @@ WRAPPERS = ("bare", "ddp", "fsdp")
 
 def wrap(model, wrapper):
     """What to call in the model's place."""
-    ignore_experts_for_ddp(model)
+    prepare(model)
     if wrapper == "ddp":
         return DistributedDataParallel(model)
     if wrapper == "fsdp":
@@ -89,7 +89,7 @@ def test_a_rank_without_tokens(wrapper, mode):
 
 def twice_through_one_graph(mode):
     model = Model(dist.group.WORLD, mode)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     loss = loss_of(model, dist.get_rank())
     loss.backward(retain_graph=True)
     first = {name: grad.clone() for name, grad in all_gradients(model).items()}
@@ -123,7 +123,7 @@ def loss_of_first_block(model, rank, reaches):
 
 def first_block(mode, reaches):
     model = Model(dist.group.WORLD, mode, aux_loss_coef=0.1)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     loss_of_first_block(model, dist.get_rank(), reaches).backward()
     exchanges = model.moe.transport.stats.exchanges
     return {name: p.grad for name, p in model.shells[0].named_parameters()}, exchanges

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from moe_overlap import ConfigError, ignore_experts_for_ddp
+from moe_overlap import ConfigError, prepare
 from tests.parallel.expected import WORLD, run_once
 from tests.parallel.model import MODES, Model, gradients, tokens, watch
 from tests.parallel.test_fsdp import has_own_meshes, shard
@@ -19,7 +19,7 @@ POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.flo
 
 def make(mode):
     model = Model(dist.group.WORLD, mode).float()
-    ignore_experts_for_ddp(model)
+    prepare(model)
     return model
 
 

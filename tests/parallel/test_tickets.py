@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_overlap import MoELayer, ignore_experts_for_ddp
+from moe_overlap import MoELayer, prepare
 from moe_overlap.measure.timeline import record
 from tests.parallel.expected import WORLD, run_once
 from tests.parallel.model import CALLS, EXPERTS, MODES, D, E, F, Op, Shell, gradients, meshes, tokens
@@ -39,7 +39,7 @@ def run(wrapper, mode):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(D, D, dtype=torch.float64), Shell(Staged(mode, dist.group.WORLD), mode))
     staged, call = model[1].block, model
-    ignore_experts_for_ddp(model)
+    prepare(model)
     if wrapper == "ddp":
         call = DistributedDataParallel(model, bucket_cap_mb=0.001)
     if wrapper == "fsdp":

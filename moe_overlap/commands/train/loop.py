@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_overlap import aux_loss, ignore_experts_for_ddp
+from moe_overlap import aux_loss, prepare
 from moe_overlap.commands.launch import World
 from moe_overlap.commands.train.checkpoint import Checkpoint, identity, load_checkpoint, save_checkpoint
 from moe_overlap.commands.train.model import LanguageModel, decay_groups, initialise, moe_layers, split_parameters
@@ -57,7 +57,7 @@ def train(
     torch.manual_seed(options.seed)
     model = LanguageModel(options, world.group)
     initialise(model, seed=options.seed, rank=world.rank)
-    ignore_experts_for_ddp(model)  # Expert gradients are then means over ranks, as the dense ones below.
+    prepare(model)  # Expert gradients are then means over ranks, as the dense ones below.
     optimizer = torch.optim.AdamW(decay_groups(model, options.weight_decay), lr=options.lr, betas=BETAS)
     dense_gradients = DenseGradients(model)
     first = 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap import ignore_experts_for_ddp
+from moe_overlap import prepare
 from moe_overlap.commands.launch import World
 from moe_overlap.commands.train import command as train_command
 from moe_overlap.commands.train.command import differences, run_rank
@@ -143,7 +143,7 @@ def save_gradients(argv, folder):
     corpus = corpus_of(options.text, options.out, options)
     model = LanguageModel(options, world.group)
     initialise(model, seed=0, rank=world.rank)
-    ignore_experts_for_ddp(model)
+    prepare(model)
     windows = corpus.batch(0, seed=0, batch=options.batch, seq=options.seq, rank=world.rank, ranks=world.size)
     model.cross_entropy(windows).backward()
     dense, expert = split_parameters(model)

@@ -1,0 +1,1 @@
+"""The training job around the layers: whose weight is this, replicas, one norm, checkpoints, optimizers."""

@@ -1,0 +1,106 @@
+"""Before an optimizer steps: what it must not do to experts, and what it needs done to their gradients.
+
+A hook that torch runs before every step of every optimizer: the last moment at which a mistake has not changed a weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.parallel.ownership import Ownership, owners
+
+_registered = False
+_rounded: weakref.WeakKeyDictionary[torch.Tensor, None] = weakref.WeakKeyDictionary()  # in the step under way
+
+
+def guard_optimizers() -> None:
+    """Register the hooks, once."""
+    global _registered
+    if not _registered:
+        _registered = True
+        register_optimizer_step_pre_hook(before_step)
+        register_optimizer_step_post_hook(after_step)
+
+
+def before_step(optimizer: Optimizer, *_: Any) -> None:
+    """Raises ConfigError for an optimizer or gradients with which replicas or experts would be mixed or drift apart."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    owned = owners(parameters)
+    if not owned:
+        return
+    _refuse_sharded_states(optimizer, owned)
+    _refuse_sums_beside_means(parameters, owned)
+    for parameter, owner in owned.items():
+        if parameter.grad is None:
+            continue
+        if owner.replicas is not None and not hasattr(parameter, "device_mesh"):
+            _finish_replicas(parameter, owner)
+        if parameter.grad.dtype != parameter.dtype:
+            _round(parameter)
+
+
+def _refuse_sharded_states(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
+    """ZeroRedundancyOptimizer sends every parameter from the one rank that steps it to all ranks of its group."""
+    group = getattr(optimizer, "process_group", None)
+    if group is None or not hasattr(optimizer, "_partition_parameters"):
+        return
+    ranks = set(dist.get_process_group_ranks(group))
+    mixed = sorted({rank for owner in owned.values() for rank in owner.others & ranks})
+    if mixed:
+        given = (
+            f"{type(optimizer).__name__} over ranks {sorted(ranks)}, with experts, of which ranks {mixed} hold others"
+        )
+        expected = "dense parameters only: give the experts (moe_overlap.param_groups) an optimizer that is not sharded"
+        raise ConfigError("optimizer", given, expected)
+
+
+def _refuse_sums_beside_means(parameters: list[torch.Tensor], owned: dict[torch.Tensor, Ownership]) -> None:
+    """FSDP2 makes means over its mesh, and experts have sums unless the model was prepared."""
+    sums = {rank for owner in owned.values() if not owner.mean and not owner.prepared for rank in owner.others}
+    for parameter in parameters:
+        mesh = getattr(parameter, "device_mesh", None)
+        if sums and mesh is not None and parameter not in owned and sums & set(mesh.mesh.reshape(-1).tolist()):
+            raise ConfigError(
+                "model",
+                "sharded over ranks by FSDP2, with experts whose gradients are sums over the same ranks",
+                "moe_overlap.prepare(model), for means as FSDP2 makes them, or with gradients='sum'",
+            )
+
+
+def _finish_replicas(parameter: torch.Tensor, owner: Ownership) -> None:
+    """An optimizer that steps inside backward finds the gradients under way: wait for them."""
+    assert owner.replicas is not None
+    owner.replicas.finish()
+    if not owner.replicas.watches(parameter):
+        given = f"an expert parameter {tuple(parameter.shape)} that came after its layer, with replicas on other ranks"
+        raise ConfigError("optimizer", given, "moe_overlap.prepare(model) after parametrizations, adapters and copies")
+    if owner.replicas.is_local(parameter):
+        given = f"gradients of one replica alone for an expert parameter {tuple(parameter.shape)}"
+        raise ConfigError("optimizer", given, "a backward outside of no_sync() before the step")
+
+
+def _round(parameter: torch.Tensor) -> None:
+    """A gradient that was accumulated in float32, in the dtype of the parameter: optimizers want no other."""
+    assert parameter.grad is not None
+    rounded = parameter.grad.to(parameter.dtype)
+    parameter.grad = None
+    parameter.grad_dtype = None  # any
+    parameter.grad = rounded
+    _rounded[parameter] = None
+
+
+def after_step(*_: Any) -> None:
+    """The next micro-batches are accumulated in float32 again."""
+    for parameter in list(_rounded):
+        grad = parameter.grad
+        parameter.grad = None
+        parameter.grad_dtype = torch.float32
+        parameter.grad = None if grad is None else grad.float()
+    _rounded.clear()

@@ -1,0 +1,211 @@
+"""R: the mean of the experts' gradients over the ranks that hold the same experts (expert parallel in data parallel).
+
+A hook of each parameter starts R as soon as its gradient of a backward is complete, beside the rest of that backward,
+on connections of its own; the engine waits for it in its final callback. One rank adds up one slice of the gradient, in
+float32 (float64 for float64) and in the order of the replicas, rounds once, and sends the sum to all: every replica has
+the same bits, whatever arrived first. A gradient that was a mean already stays one, so that R may run after every
+micro-batch or after the last alone (`no_sync`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.record import DTYPES, digest
+from moe_overlap.errors import ConfigError, PlanMismatch
+from moe_overlap.transport.base import Work
+from moe_overlap.transport.closing import closing_on_error
+from moe_overlap.transport.endpoint import Endpoint
+from moe_overlap.transport.groups import resolve_group
+from moe_overlap.transport.opening import open_transport
+from moe_overlap.transport.where import Where
+
+# What replicas must have in common of a parameter, in the words of the table that they compare.
+COMPARED = ("its place among the parameters", "its number of elements", "its dtype", "its experts", "its values")
+
+
+@dataclass(eq=False, kw_only=True)
+class _Watched:
+    """What is known of one parameter. `number`: its place, which travels with its rows; `agreed`: the replicas were
+    compared; `local`: its gradient has parts that no other replica has."""
+
+    number: int
+    expert_ids: tuple[int, ...]
+    synchronise: bool = True
+    agreed: bool = False
+    local: bool = False
+
+
+@dataclass(eq=False, kw_only=True)
+class _Pending:
+    """One parameter's gradient under way. The work returns [R, n + 1]: from every replica the slice that this rank adds
+    up, and the parameter's number."""
+
+    parameter: nn.Parameter
+    work: Work
+
+
+class Replicas:
+    """One rank's end of R, for the layers whose experts lie alike on the ranks of `transport`.
+
+    Raises what the transport raises, and PlanMismatch where replicas differ in weights or in what they reduce.
+    """
+
+    def __init__(self, transport: Endpoint) -> None:
+        self.transport = transport
+        self.count = transport.world_size
+        self._watched: weakref.WeakKeyDictionary[torch.Tensor, _Watched] = weakref.WeakKeyDictionary()
+        self._numbers = 0
+        self._pending: list[_Pending] = []
+        self._task = -1
+        self._steps = 0
+
+    def watch(self, parameters: Iterable[nn.Parameter], expert_ids: tuple[int, ...]) -> None:
+        """Reduce the gradients of `parameters` from now on. DTensors are left to what sharded them."""
+        for parameter in parameters:
+            if parameter.requires_grad and parameter not in self._watched and not hasattr(parameter, "device_mesh"):
+                self._numbers += 1
+                self._watched[parameter] = _Watched(number=self._numbers, expert_ids=expert_ids)
+                parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def watches(self, parameter: torch.Tensor) -> bool:
+        return parameter in self._watched
+
+    def is_local(self, parameter: torch.Tensor) -> bool:
+        """Whether the gradient of `parameter` has parts that the other replicas do not have."""
+        watched = self._watched.get(parameter)
+        return watched is not None and watched.local and parameter.grad is not None
+
+    def synchronise(self, parameters: Iterable[torch.Tensor], on: bool) -> None:
+        """Whether the coming backwards end with R for `parameters`."""
+        for parameter in parameters:
+            if parameter in self._watched:
+                self._watched[parameter].synchronise = on
+
+    # ---------------------------------------------------------------- in backward
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        """The gradient of a backward is complete: start its exchange."""
+        watched = self._watched[parameter]
+        watched.local = True
+        if not watched.synchronise:
+            return
+        task = torch._C._current_graph_task_id()
+        with closing_on_error(self.transport, "R"):
+            if task != self._task and self._pending:
+                self._pending.clear()
+                raise RuntimeError("the last backward was broken off before its gradients were reduced over replicas")
+            if not watched.agreed:
+                self._agree(parameter, watched)
+            self._pending.append(_Pending(parameter=parameter, work=self._start(parameter, watched.number)))
+        if task != self._task:
+            self._task = task
+            Variable._execution_engine.queue_callback(self.finish)
+
+    def _start(self, parameter: nn.Parameter, number: int) -> Work:
+        """Slices of the gradient to the ranks that add them up, each with the parameter's number behind it."""
+        assert parameter.grad is not None
+        grad = parameter.grad.detach()
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        size = -(-grad.numel() // self.count)
+        flat = torch.zeros(self.count * size, dtype=wide, device=grad.device)
+        flat[: grad.numel()] = grad.reshape(-1)
+        return self._exchange(torch.cat([flat.view(self.count, size), flat.new_full((self.count, 1), number)], dim=1))
+
+    def finish(self) -> None:
+        """Wait for what is under way: the gradients are means over the replicas then."""
+        pending, self._pending, self._task = self._pending, [], -1
+        with closing_on_error(self.transport, "R"), torch.no_grad():
+            means = [self._exchange(self._mean(one).expand(self.count, -1).contiguous()) for one in pending]
+            for one, work in zip(pending, means, strict=True):
+                grad = one.parameter.grad
+                assert grad is not None
+                grad.copy_(work.wait().reshape(-1)[: grad.numel()].view_as(grad))
+                self._watched[one.parameter].local = False
+
+    def _mean(self, pending: _Pending) -> torch.Tensor:
+        """The mean of this rank's slice, rounded once: [n] in the dtype of the gradient."""
+        rows = pending.work.wait()
+        number = self._watched[pending.parameter].number
+        other = (rows[:, -1] != number).nonzero()
+        if len(other):
+            rank = self.transport.global_ranks[int(other[0])]
+            text = f"rank {rank} reduces the gradient of expert parameter {int(rows[other[0], -1])}, this one that of"
+            self.transport.close("replicas reduce different gradients")
+            raise PlanMismatch(f"{text} {number}: replicas have to run the same layers", rank=self.transport.rank)
+        total = rows[0, :-1].clone()
+        for row in rows[1:, :-1]:  # in the order of the replicas
+            total += row
+        assert pending.parameter.grad is not None
+        return (total / self.count).to(pending.parameter.grad.dtype)
+
+    def _exchange(self, rows: torch.Tensor) -> Work:
+        """Row r of [R, n] to replica r; the result has a row from each."""
+        self._steps += 1
+        plan = _one_row_each(self.transport.rank, self.count, self._steps)
+        return self.transport.start(rows, plan, RowLayout(width=rows.shape[1], dtype=rows.dtype), action="R")
+
+    def _agree(self, parameter: nn.Parameter, watched: _Watched) -> None:
+        """Before the first reduction of a parameter: replicas that differ would train different models."""
+        flat = parameter.detach().reshape(-1)
+        bits = flat.view(torch.int16 if parameter.dtype.itemsize == 2 else torch.int32)
+        words = [watched.number, flat.numel(), DTYPES.index(flat.dtype), digest(watched.expert_ids), int(bits.sum())]
+        table = self.transport.gather(torch.tensor(words, dtype=torch.int64), Where(action="R"))
+        different = (table != table[0]).nonzero()
+        if len(different):
+            replica, column = (int(n) for n in different[0])
+            first, second = self.transport.global_ranks[0], self.transport.global_ranks[replica]
+            text = (
+                f"ranks {first} and {second} hold the same experts and differ in {COMPARED[column]}: an expert parameter "
+                f"{tuple(parameter.shape)}, number {watched.number}; load the same weights, or start from one seed"
+            )
+            raise PlanMismatch(text, rank=self.transport.rank, action="R")
+        watched.agreed = True
+
+
+_of_group: weakref.WeakKeyDictionary[Any, Replicas] = weakref.WeakKeyDictionary()
+
+
+def replicas_of(group: Any, *, timeout_s: float | None, device: torch.device | str | None) -> Replicas | None:
+    """R over `group`, a ProcessGroup or a one-dimensional DeviceMesh: one for all layers; None for a single rank.
+
+    The first one for a group is made by all its ranks.
+    """
+    resolved, ranks = resolve_group(group)
+    if len(ranks) == 1:
+        return None
+    if resolved not in _of_group:
+        transport = open_transport(resolved, timeout_s=timeout_s, device=device)
+        assert isinstance(transport, Endpoint)
+        _of_group[resolved] = Replicas(transport)
+    return _of_group[resolved]
+
+
+def check_replicas(transport: Endpoint, expert_ranks: tuple[int, ...]) -> None:
+    """Raises ConfigError where a rank is to hold the same experts as this one and other ones as well."""
+    own = transport.global_ranks[transport.rank]
+    both = sorted(set(transport.global_ranks) & set(expert_ranks) - {own})
+    if own not in expert_ranks or both:
+        raise ConfigError(
+            "replicate_group",
+            list(transport.global_ranks),
+            f"ranks that hold the same experts as this one; group {list(expert_ranks)} holds other ones",
+        )
+
+
+def _one_row_each(rank: int, count: int, step: int) -> ChunkPlan:
+    """A row from every rank to every rank."""
+    counts = np.zeros((count, BLOCKS, count), dtype=np.int64)
+    counts[:, 0] = 1
+    return ExchangePlan(rank=rank, world_size=count, step=step, phase="backward", grad_enabled=True,
+                        x_requires_grad=True, counts=counts).chunked(1)  # fmt: skip
