@@ -1,9 +1,9 @@
-"""Mutants of the plain layer, and of the recipe that every adapter inherits. A bug that is the same on one rank and on
+"""Mutants of the plain layer and of the recipe around it. A bug that is the same on one rank and on
 n is one of no parallelism: where the reported one was in the parallel path alone, so is the patch."""
 
 from __future__ import annotations
 
-from tests.verify.mutants import Mutant, mutant
+from tests.verify.mutants import Mutant, mutant, recipe
 from tests.verify.patching import Patch
 
 CAPACITY = {"options": {"aux_coef": 0.01, "capacity_factor": 0.8}}
@@ -16,63 +16,6 @@ def layer(old: str, new: str) -> Patch:
 def adapter(old: str, new: str) -> Patch:
     return Patch("verify.adapters.plain", old, new)
 
-
-def recipe(old: str, new: str) -> Patch:
-    return Patch("verify.adapter", old, new)
-
-
-RECIPE: tuple[Mutant, ...] = (
-    mutant(
-        "expert gradients EP times too large",
-        "pytorch/pytorch#160285",
-        "gradients",
-        recipe("                if parameter.grad is not None:\n                    parameter.grad /= ranks\n", ""),
-    ),
-    mutant(
-        "expert gradients divided by EP twice",
-        "databricks/megablocks#86",
-        "gradients",
-        recipe("                    parameter.grad /= ranks\n", "                    parameter.grad /= ranks**2\n"),
-    ),
-    mutant(
-        "dense gradients summed, not averaged",
-        "ByteDance-Seed/VeOmni#184",
-        "gradients",
-        recipe("            parameter.grad /= ranks\n\n", "\n"),
-    ),
-    mutant(
-        "router gradient of this rank's tokens alone",
-        "pytorch/torchtitan#2387",
-        "gradients",
-        recipe(
-            "            if parameter.grad is None:\n                parameter.grad = torch.zeros_like(parameter)\n",
-            '            if self.kind_of(name) == "router":\n                continue\n',
-        ),
-    ),
-    mutant(
-        "dense gradients averaged over one rank",
-        "NVIDIA/Megatron-LM#5916",
-        "gradients",
-        recipe(
-            "            dist.all_reduce(parameter.grad, group=self.group)\n            parameter.grad /= ranks\n", ""
-        ),
-    ),
-    mutant(
-        "different experts averaged over the ranks",
-        "microsoft/Swin-Transformer#223",
-        "gradients",
-        recipe(
-            '            if self.kind_of(name) == "experts":\n                if parameter.grad is not',
-            '            if self.kind_of(name) == "none":\n                if parameter.grad is not',
-        ),
-    ),
-    mutant(
-        "experts placed under another rank's numbers",
-        "vllm-project/vllm#46441",
-        "output",
-        recipe("full.chunk(group.size())[group.rank()]", "full.chunk(group.size())[-1 - group.rank()]"),
-    ),
-)
 
 STEP: tuple[Mutant, ...] = (
     mutant(
@@ -110,8 +53,8 @@ STEP: tuple[Mutant, ...] = (
         "huggingface/trl#5712",
         "norm, clip",
         adapter(
-            "        for grad in gradients.values():\n            grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))\n",
-            "",
+            "            grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))\n",
+            "            pass\n",
         ),
     ),
     mutant(
@@ -130,7 +73,8 @@ STEP: tuple[Mutant, ...] = (
         recipe(
             "        ranks = size_of(self.group)\n        for name, parameter",
             "        ranks = size_of(self.group)\n"
-            "        self.early = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}\n"
+            "        early = {n: p.grad for n, p in self.module.named_parameters() if p.grad is not None}\n"
+            "        self.early = {n: grad.clone() for n, grad in early.items()}\n"
             "        for name, parameter",
         ),
         adapter(
@@ -211,8 +155,8 @@ ROUTING: tuple[Mutant, ...] = (
         "pytorch/torchtitan#1448",
         "routing, output",
         layer(
-            "return probs_TE, ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True)",
-            "return probs_TE, ids_TK, weights_TK / (weights_TK.sum(dim=-1, keepdim=True) if self.ranks == 1 else 1)",
+            "        if self.normalize:\n",
+            "        if self.normalize and self.ranks == 1:\n",
         ),
     ),
     mutant(
@@ -330,7 +274,9 @@ ROWS: tuple[Mutant, ...] = (
         "output",
         layer(
             "rows = self._exchange(x_TD[token_R], send, recv)",
-            "weight_R = weights_TK.flatten()[kept_S, None]\n        rows = self._exchange(x_TD[token_R] * (weight_R if self.ranks > 1 else 1), send, recv)",
+            "weight_R = weights_TK.flatten()[kept_S, None]\n"
+            "        early_R = weight_R if self.ranks > 1 else 1\n"
+            "        rows = self._exchange(x_TD[token_R] * early_R, send, recv)",
         ),
         layer(
             "weighted = back * weights_TK.flatten()[kept_S, None]",
@@ -439,4 +385,4 @@ ROWS: tuple[Mutant, ...] = (
     ),
 )
 
-PLAIN = (*RECIPE, *STEP, *CHECKPOINTS, *ROUTING, *LOSS, *ROWS)
+PLAIN = (*STEP, *CHECKPOINTS, *ROUTING, *LOSS, *ROWS)

@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
 PACKAGE = "moe_overlap"
 KEPT = tuple(f"{PACKAGE}.{name}" for name in ("ops", "native", "errors", "config"))
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -75,6 +77,7 @@ class _Finder(MetaPathFinder):
 def patched(patches: Sequence[Patch]) -> Iterator[None]:
     """While it lasts, what is imported of the package is made from changed source; afterwards all is as before."""
     before = {name: module for name, module in sys.modules.items() if _is_remade(name)}
+    hooks = [(table, dict(table)) for table in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)]
     finder = _Finder(patches)
     _forget()
     sys.meta_path.insert(0, finder)
@@ -84,6 +87,9 @@ def patched(patches: Sequence[Patch]) -> Iterator[None]:
         sys.meta_path.remove(finder)
         _forget()
         sys.modules.update(before)
+        for table, entries in hooks:
+            table.clear()
+            table.update(entries)
 
 
 def _forget() -> None:

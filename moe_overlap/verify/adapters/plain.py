@@ -33,6 +33,7 @@ class PlainAdapter(Adapter):
         self.module = PlainMoE(
             self.hidden, self.ffn, self.experts, self.top_k, group=group, dtype=dtype, **self.options
         )
+        torch.nn.init.normal_(self.module.bias, std=0.02)  # as after some steps: zeros would show nothing
         self._optimizer = torch.optim.AdamW(self.module.parameters(), lr=self.learning_rate)
 
     def routing_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

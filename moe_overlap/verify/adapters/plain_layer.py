@@ -40,6 +40,7 @@ class AllToAll(torch.autograd.Function):
 class PlainMoE(nn.Module):
     """Softmax router with top-k, stacked experts (up, activation, down), a shared expert of the same size.
 
+    normalize: the K weights of a token add up to one.
     group: None for one process that holds all experts; else rank r holds experts [r * e, (r + 1) * e).
     capacity_factor: an expert takes at most ceil(factor * tokens of all ranks * K / E) rows, those of highest weight;
     between equal weights the earlier token wins, counted through all ranks in their order.
@@ -55,7 +56,7 @@ class PlainMoE(nn.Module):
 
     def __init__(
         self, hidden: int, ffn: int, experts: int, top_k: int, *, group: Any = None, shared: bool = True,
-        capacity_factor: float | None = None, aux_coef: float = 0.0, recompute: bool = False,
+        normalize: bool = True, capacity_factor: float | None = None, aux_coef: float = 0.0, recompute: bool = False,
         activation: Callable[[torch.Tensor], torch.Tensor] = nn.functional.silu, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -63,7 +64,7 @@ class PlainMoE(nn.Module):
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.capacity_factor, self.aux_coef, self.recompute = capacity_factor, aux_coef, recompute
-        self.activation = activation
+        self.activation, self.normalize = activation, normalize
         self.router = nn.Linear(hidden, experts, bias=False, dtype=dtype)
         self.expert_up = nn.Parameter(torch.randn(experts // self.ranks, ffn, hidden, dtype=dtype) * hidden**-0.5)
         self.expert_down = nn.Parameter(torch.randn(experts // self.ranks, hidden, ffn, dtype=dtype) * ffn**-0.5)
@@ -95,12 +96,14 @@ class PlainMoE(nn.Module):
         return y_TD, aux
 
     def route(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(probabilities [T, E], ids [T, K], weights [T, K] that add up to one); ties go to the lower id."""
+        """(probabilities [T, E], ids [T, K], weights [T, K]); ties go to the lower id."""
         probs_TE = self.router(x_TD).softmax(dim=-1)
         by_score = (probs_TE.detach() + self.bias).argsort(dim=-1, descending=True, stable=True)
         ids_TK = by_score[:, : self.top_k]
         weights_TK = probs_TE.gather(1, ids_TK)
-        return probs_TE, ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        if self.normalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return probs_TE, ids_TK, weights_TK
 
     def _aux_loss(self, probs_TE: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """coef * E * sum_i f_i * P_i over all ranks' tokens; times W, as gradients are averaged over ranks."""
