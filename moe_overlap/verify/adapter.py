@@ -23,7 +23,7 @@ class Adapter:
     """One MoE module. The defaults are for an nn.Module whose expert parameters have the experts in dim 0, rank r of n
     holding the r-th n-th of them, and whose other parameters every rank has whole.
 
-    hidden, experts, top_k: sizes of the module that `build` makes. Choose small ones, `experts` a multiple of the ranks.
+    hidden, experts, top_k: sizes of the module that `build` makes: small ones, `experts` a multiple of the ranks.
     same_tokens: True where all ranks of the group compute the same tokens (as under tensor parallelism), not their own.
     together: True where one call sees all ranks' tokens (a global capacity, an auxiliary loss over all tokens): then
     one rank computes all tokens in one call, else each rank's tokens in a call of their own.

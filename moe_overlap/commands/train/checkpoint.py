@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train.files import read_json, read_tensors, write_json, write_tensors
 from moe_overlap.commands.train.model import LanguageModel, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions
 from moe_overlap.commands.train.text import Corpus
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.launch import World
 from moe_overlap.layer.experts import old_name
 
 FORMAT = 1
