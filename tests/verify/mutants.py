@@ -25,8 +25,8 @@ class Mutant:
 def mutant(
     name: str, source: str, named_by: str, *patches: Patch, attributes: Mapping[str, Any] | None = None
 ) -> Mutant:
-    """named_by: checks, separated by commas."""
-    return Mutant(name=name, source=source, named_by=tuple(check.strip() for check in named_by.split(",")),
+    """named_by: checks, with " | " between them."""
+    return Mutant(name=name, source=source, named_by=tuple(named_by.split(" | ")),
                   patches=patches, attributes=attributes or {})  # fmt: skip
 
 

@@ -60,7 +60,7 @@ SCALES: tuple[Mutant, ...] = (
     mutant(
         "the second micro-batch overwrites the first",
         "NVIDIA/Megatron-LM#6279",
-        "micro-batches",
+        "two micro-batches",
         layer(
             "        start = step.lanes.now()\n", "        self.experts.zero_grad()\n        start = step.lanes.now()\n"
         ),
@@ -118,7 +118,7 @@ ROUTER: tuple[Mutant, ...] = (
     mutant(
         "auxiliary loss without gradient",
         "NVIDIA-NeMo/Automodel#1408",
-        "aux loss",
+        "auxiliary loss",
         Patch(
             "layer.last_call",
             "        self._remember(LastStep.of(step, routing))\n",
@@ -193,14 +193,14 @@ ROWS: tuple[Mutant, ...] = (
     mutant(
         "experts that never train",
         "unslothai/unsloth#11014",
-        "trains",
+        "training",
         layer("step.enter(x_TD, w_in, w_out, copies=3)", "step.enter(x_TD, w_in.detach(), w_out.detach(), copies=3)"),
         layer("ops.expert_mlp(x_RD, w_in, w_out, offs", "ops.expert_mlp(x_RD, w_in.detach(), w_out.detach(), offs"),
     ),
     mutant(
         "the last expert of each rank never trains",
         "unslothai/unsloth#6936",
-        "gradients, trains",
+        "gradients | training",
         rows("local * (group + 1) // groups)", "local * (group + 1) // groups - (group + 1 == groups))"),
         rows("torch.empty_like(saved.w_in)", "torch.zeros_like(saved.w_in)"),
         rows("torch.empty_like(saved.w_out)", "torch.zeros_like(saved.w_out)"),
@@ -208,7 +208,7 @@ ROWS: tuple[Mutant, ...] = (
     mutant(
         "a rank without tokens leaves its experts without gradient",
         "NVIDIA-NeMo/Automodel#2995",
-        "zero tokens",
+        "a rank without tokens",
         rows(
             "            local = self.plan.local_slots\n",
             "            if not len(self.saved.slot_to_row):\n"

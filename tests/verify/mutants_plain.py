@@ -21,7 +21,7 @@ STEP: tuple[Mutant, ...] = (
     mutant(
         "norm averaged over the ranks",
         "deepspeedai/DeepSpeed#8475",
-        "norm",
+        "norm and clip",
         adapter(
             'norm = (self.module.sum_over_ranks(squares["experts"]) + squares["dense"]).sqrt()',
             'norm = self.module.sum_over_ranks((squares["experts"] + squares["dense"]).sqrt()) / self.module.ranks',
@@ -30,19 +30,19 @@ STEP: tuple[Mutant, ...] = (
     mutant(
         "norm of this rank's experts alone",
         "NVIDIA-NeMo/Automodel#3816",
-        "norm",
+        "norm and clip",
         adapter('self.module.sum_over_ranks(squares["experts"])', 'squares["experts"]'),
     ),
     mutant(
         "norm without experts",
         "NVIDIA/Megatron-LM#5916",
-        "norm",
+        "norm and clip",
         adapter('(self.module.sum_over_ranks(squares["experts"]) + squares["dense"])', 'squares["dense"]'),
     ),
     mutant(
         "norm counts dense gradients once a rank",
         "NVIDIA/Megatron-LM#2263",
-        "norm",
+        "norm and clip",
         adapter(
             'self.module.sum_over_ranks(squares["experts"]) + squares["dense"]',
             'self.module.sum_over_ranks(squares["experts"] + squares["dense"])',
@@ -51,7 +51,7 @@ STEP: tuple[Mutant, ...] = (
     mutant(
         "clip skipped",
         "huggingface/trl#5712",
-        "norm, clip",
+        "norm and clip",
         adapter(
             "            grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))\n",
             "            pass\n",
@@ -60,7 +60,7 @@ STEP: tuple[Mutant, ...] = (
     mutant(
         "clip leaves experts alone",
         "huggingface/trl#5712",
-        "norm, clip",
+        "norm and clip",
         adapter(
             "        for grad in gradients.values():\n",
             '        for grad in (g for name, g in gradients.items() if self.kind_of(name) != "experts"):\n',
@@ -69,7 +69,7 @@ STEP: tuple[Mutant, ...] = (
     mutant(
         "step before the gradients are averaged",
         "NVIDIA/Megatron-LM#599",
-        "step",
+        "AdamW step",
         recipe(
             "        ranks = size_of(self.group)\n        for name, parameter",
             "        ranks = size_of(self.group)\n"
@@ -87,13 +87,13 @@ STEP: tuple[Mutant, ...] = (
     mutant(
         "a model that never trains",
         "NVIDIA-NeMo/Automodel#3701",
-        "trains",
+        "training",
         adapter("lr=self.learning_rate", "lr=0.0"),
     ),
     mutant(
         "experts missing in the optimizer",
         "unslothai/unsloth#6936",
-        "trains, step",
+        "training | AdamW step",
         adapter(
             "torch.optim.AdamW(self.module.parameters(), lr",
             'torch.optim.AdamW([p for n, p in self.module.named_parameters() if "expert" not in n], lr',
@@ -105,13 +105,13 @@ CHECKPOINTS: tuple[Mutant, ...] = (
     mutant(
         "one rank's experts saved",
         "KempnerInstitute/KempnerForge#202",
-        "checkpoint",
+        "save, reshard, load",
         adapter("range(self.module.rank * count, (self.module.rank + 1) * count)", "range(count)"),
     ),
     mutant(
         "optimizer state of one rank saved",
         "huggingface/nanotron#107",
-        "checkpoint",
+        "save, reshard, load",
         adapter(
             'parts = [f"{name}.{expert}" for expert in self._held()]',
             'parts = [f"{name}.{n}" for n in (range(len(tensor)) if "exp_avg" in name else self._held())]',
@@ -120,7 +120,7 @@ CHECKPOINTS: tuple[Mutant, ...] = (
     mutant(
         "optimizer state not saved",
         "EvolvingLMMs-Lab/OneVision-Encoder#65",
-        "checkpoint",
+        "save, reshard, load",
         adapter(
             "        for name, parameter in self.module.named_parameters():\n            state",
             "        for name, parameter in ():\n            state",
@@ -129,13 +129,13 @@ CHECKPOINTS: tuple[Mutant, ...] = (
     mutant(
         "step count of the optimizer lost",
         "EvolvingLMMs-Lab/OneVision-Encoder#65",
-        "checkpoint",
+        "save, reshard, load",
         adapter("for key, value in state.items()}", 'for key, value in state.items() if key != "step"}'),
     ),
     mutant(
         "shards loaded in another order of ranks",
         "vllm-project/vllm#27025",
-        "checkpoint",
+        "save, reshard, load",
         adapter(
             'parts = [f"{name}.{expert}" for expert in self._held()]',
             'parts = [f"{name}.{(n + len(tensor)) % self.experts}" for n in self._held()]',
@@ -144,7 +144,7 @@ CHECKPOINTS: tuple[Mutant, ...] = (
     mutant(
         "selection bias not saved",
         "pytorch/torchtitan#1222",
-        "checkpoint",
+        "save, reshard, load",
         adapter("found = dict(self._tensors())", 'found = {n: t for n, t in self._tensors().items() if n != "bias"}'),
     ),
 )
@@ -153,7 +153,7 @@ ROUTING: tuple[Mutant, ...] = (
     mutant(
         "weights not normalised",
         "pytorch/torchtitan#1448",
-        "routing, output",
+        "routing | output",
         layer(
             "        if self.normalize:\n",
             "        if self.normalize and self.ranks == 1:\n",
@@ -162,7 +162,7 @@ ROUTING: tuple[Mutant, ...] = (
     mutant(
         "selection bias in the weights",
         "PaddlePaddle/PaddleFormers#3452",
-        "routing, output, step, checkpoint",
+        "routing | output | AdamW step | save, reshard, load",
         layer(
             "weights_TK = probs_TE.gather(1, ids_TK)",
             "weights_TK = (probs_TE + (self.bias if self.ranks > 1 else 0)).gather(1, ids_TK)",
@@ -171,13 +171,13 @@ ROUTING: tuple[Mutant, ...] = (
     mutant(
         "selection bias left behind",
         "deepspeedai/DeepSpeed#8358",
-        "routing, output, step, checkpoint",
+        "routing | output | AdamW step | save, reshard, load",
         layer("(probs_TE.detach() + self.bias)", "(probs_TE.detach() + (self.bias if self.ranks == 1 else 0))"),
     ),
     mutant(
         "bias update from this rank's counts",
         "pytorch/torchtitan#1114",
-        "step, counts",
+        "AdamW step",
         layer("self.counts += counts_E", "self.counts += torch.bincount(ids_TK.flatten(), minlength=self.experts)"),
     ),
     mutant(
@@ -219,7 +219,7 @@ ROUTING: tuple[Mutant, ...] = (
     mutant(
         "router without gradient",
         "davidmrau/mixture-of-experts#27",
-        "trains",
+        "training",
         layer("weighted = back * weights_TK", "weighted = back * weights_TK.detach()"),
         attributes={"options": {}},
     ),
@@ -229,7 +229,7 @@ LOSS: tuple[Mutant, ...] = (
     mutant(
         "auxiliary loss from this rank's counts",
         "pytorch/torchtitan#2061",
-        "aux loss",
+        "auxiliary loss",
         layer(
             "aux = self._aux_loss(probs_TE, counts_E)",
             "aux = self._aux_loss(probs_TE, torch.bincount(ids_TK.flatten(), minlength=self.experts))",
@@ -238,7 +238,7 @@ LOSS: tuple[Mutant, ...] = (
     mutant(
         "auxiliary loss without gradient",
         "NVIDIA-NeMo/Automodel#1408",
-        "aux loss",
+        "auxiliary loss",
         layer(
             "(f_E * probs_TE.sum(dim=0) * self.ranks",
             "(f_E * (probs_TE if self.ranks == 1 else probs_TE.detach()).sum(dim=0) * self.ranks",
@@ -247,13 +247,13 @@ LOSS: tuple[Mutant, ...] = (
     mutant(
         "auxiliary loss divided by the ranks",
         "NVIDIA-NeMo/Automodel#1412",
-        "aux loss",
+        "auxiliary loss",
         layer("* self.ranks / tokens", "/ tokens"),
     ),
     mutant(
         "means over this rank's tokens: NaN where there are none",
         "huggingface/transformers#48205",
-        "zero tokens, aux loss",
+        "a rank without tokens | auxiliary loss",
         layer("probs_TE.sum(dim=0) * self.ranks / tokens", "probs_TE.mean(dim=0)"),
     ),
 )
@@ -319,7 +319,7 @@ ROWS: tuple[Mutant, ...] = (
     mutant(
         "experts that never train",
         "unslothai/unsloth#11014",
-        "trains",
+        "training",
         layer(
             "zip(of_expert, self.expert_up, self.expert_down",
             "zip(of_expert, self.expert_up.detach(), self.expert_down.detach()",
@@ -340,7 +340,7 @@ ROWS: tuple[Mutant, ...] = (
     mutant(
         "the second micro-batch overwrites the first",
         "NVIDIA/Megatron-LM#6279",
-        "micro-batches",
+        "two micro-batches",
         layer(
             "        probs_TE, ids_TK, weights_TK = self.route(x_TD)\n        counts_E",
             "        probs_TE, ids_TK, weights_TK = self.route(x_TD)\n"
@@ -373,7 +373,7 @@ ROWS: tuple[Mutant, ...] = (
     mutant(
         "a rank without rows leaves its experts without gradient",
         "NVIDIA-NeMo/Automodel#2995",
-        "zero tokens, step",
+        "a rank without tokens | AdamW step",
         layer(
             "        of_expert = rows[order]",
             "        if not len(x_TD):\n            rows = rows.detach()\n        of_expert = rows[order]",
