@@ -18,6 +18,7 @@ from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.native.build_info import VERSION
+from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
 from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare
 
 __version__ = VERSION
@@ -26,6 +27,7 @@ __all__ = [
     "CapacityExceeded",
     "ConfigError",
     "Experts",
+    "GradScaler",
     "LayerStats",
     "MoELayer",
     "MoeTransportError",
@@ -36,6 +38,9 @@ __all__ = [
     "TransportClosed",
     "TransportTimeout",
     "aux_loss",
+    "clip_grad_norm_",
+    "grad_norm",
+    "gradients_are_finite",
     "ignore_experts_for_ddp",
     "moe_forward",
     "no_sync",

@@ -51,8 +51,8 @@ class MoELayer(Tickets, nn.Module):
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
     replicate_group: the ranks that hold the same experts as this one (expert parallel in data parallel), likewise; or
-    one DeviceMesh of two dimensions as `group`, replicas first and experts second. Gradients of experts are reduced over
-    them when backward is over, unless fully_shard has sharded the experts over them, which does it then.
+    one DeviceMesh of two dimensions as `group`, replicas first and experts second. Gradients of experts are reduced
+    over them when backward is over, unless fully_shard has sharded the experts over them, which does it then.
     schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
     "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
     the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.

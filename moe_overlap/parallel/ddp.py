@@ -1,4 +1,4 @@
-"""DistributedDataParallel: what it is told to leave alone, and whether it does. What is private in torch is used here only.
+"""DistributedDataParallel: what it is told to leave alone, and whether it does. The one file that uses what is private.
 
 Torch 2.13.0. DDP takes the names of what it is to ignore from an attribute of the module that it is given, once, in its
 constructor, which has by then sent the first rank's weights over those of all others. `_module_parameters` and
@@ -34,10 +34,14 @@ def ignore(model: nn.Module, tensors: Iterable[torch.Tensor]) -> list[str]:
     DDP looks them up by two kinds of names, which differ where a wrapper hides its own.
     """
     wanted = {id(tensor) for tensor in tensors}
-    shown = [name for name, tensor in (*model.named_parameters(remove_duplicate=False),
-                                       *model.named_buffers(remove_duplicate=False)) if id(tensor) in wanted]  # fmt: skip
-    paths = [f"{path}.{name}" for path, module in model.named_modules(remove_duplicate=False)
-             for name, tensor in (*module._parameters.items(), *module._buffers.items()) if id(tensor) in wanted]  # fmt: skip
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    shown = [name for name, tensor in named if id(tensor) in wanted]
+    paths = [
+        f"{path}.{name}"
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if id(tensor) in wanted
+    ]
     names = list(dict.fromkeys([*getattr(model, _IGNORED, []), *shown, *paths]))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return shown
@@ -55,7 +59,7 @@ def check(ownership: Ownership, experts: nn.Module) -> None:
     if taken is None:
         taken = _taken[ddp] = frozenset(id(t) for t in (*ddp._module_parameters, *ddp.modules_buffers))
     ranks = dist.get_process_group_ranks(ddp.process_group)
-    mine = {name: t for name, t in (*experts.named_parameters(), *experts.named_buffers())}
+    mine = dict((*experts.named_parameters(), *experts.named_buffers()))
     averaged = sorted(name for name, tensor in mine.items() if id(tensor) in taken)
     mixed = sorted(ownership.others & set(ranks))
     if mixed and averaged:

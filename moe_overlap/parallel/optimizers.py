@@ -1,23 +1,23 @@
 """Before an optimizer steps: what it must not do to experts, and what it needs done to their gradients.
 
-A hook that torch runs before every step of every optimizer: the last moment at which a mistake has not changed a weight.
+A hook that torch runs before every step of every optimizer: the last moment before a mistake has changed a weight.
 """
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.parallel.ownership import Ownership, owners
 
 _registered = False
-_rounded: weakref.WeakKeyDictionary[torch.Tensor, None] = weakref.WeakKeyDictionary()  # in the step under way
+_rounded = WeakTensorKeyDictionary()  # in the step under way
 
 
 def guard_optimizers() -> None:

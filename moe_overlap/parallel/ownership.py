@@ -1,8 +1,8 @@
 """Whose weight is this: which parameters are experts of this rank, and which ranks hold others, or the same ones.
 
 A layer marks the module that has its experts. The parameters are looked up there when the question is asked, by
-identity: whatever wraps, shards, parametrizes or copies a model makes new parameters or new names, and does not make the
-answer old. A parameter that stands in no such module can be marked by itself (`mark_parameter`).
+identity: whatever wraps, shards, parametrizes or copies a model makes new parameters or new names, and the answer does
+not grow old. A parameter that stands in no such module can be marked by itself (`mark_parameter`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ micro-batch or after the last alone (`no_sync`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
@@ -64,7 +65,7 @@ class Replicas:
     def __init__(self, transport: Endpoint) -> None:
         self.transport = transport
         self.count = transport.world_size
-        self._watched: weakref.WeakKeyDictionary[torch.Tensor, _Watched] = weakref.WeakKeyDictionary()
+        self._watched: MutableMapping[torch.Tensor, _Watched] = WeakTensorKeyDictionary()
         self._numbers = 0
         self._pending: list[_Pending] = []
         self._task = -1
@@ -91,6 +92,13 @@ class Replicas:
         for parameter in parameters:
             if parameter in self._watched:
                 self._watched[parameter].synchronise = on
+
+    def reopen(self) -> None:
+        """Usable again after a failure; collective over the replicas. What was under way is forgotten."""
+        self._pending, self._task = [], -1
+        for watched in self._watched.values():
+            watched.agreed = False
+        self.transport.reopen()
 
     # ---------------------------------------------------------------- in backward
 
@@ -166,8 +174,9 @@ class Replicas:
             replica, column = (int(n) for n in different[0])
             first, second = self.transport.global_ranks[0], self.transport.global_ranks[replica]
             text = (
-                f"ranks {first} and {second} hold the same experts and differ in {COMPARED[column]}: an expert parameter "
-                f"{tuple(parameter.shape)}, number {watched.number}; load the same weights, or start from one seed"
+                f"ranks {first} and {second} hold the same experts and differ in {COMPARED[column]}: an expert "
+                f"parameter {tuple(parameter.shape)}, number {watched.number}; load the same weights, or start from "
+                "one seed"
             )
             raise PlanMismatch(text, rank=self.transport.rank, action="R")
         watched.agreed = True

@@ -1,0 +1,186 @@
+"""What every check works with: the values and tokens of a run, sides to compare, and where findings are noted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moe_overlap.verify.adapter import Adapter, State, size_of
+from moe_overlap.verify.compare import describe
+from moe_overlap.verify.sides import TOKENS, Result, Side, Tokens, built, tokens_for
+
+
+def new_group(world: dist.ProcessGroup, size: int, timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group of the first ranks of `world`, all of which call this; no wait in it is longer than `timeout_s`."""
+    ranks = dist.get_process_group_ranks(world)[:size]
+    limit = timedelta(seconds=timeout_s)
+    return dist.new_group(ranks, timeout=limit, backend="gloo", use_local_synchronization=True)
+
+
+Factory = Callable[[], Adapter]
+KINDS = ("router", "experts", "shared", "other", "buffer")
+TRAINED = KINDS[:-1]
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """What the checks of one run share. state, seed and kinds are found by the first check."""
+
+    factory: Factory
+    dtype: torch.dtype
+    same_tokens: bool
+    timeout_s: float
+    state: State = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Note:
+    """A finding of this rank. `key` joins those of several ranks to one line."""
+
+    key: str
+    what: str
+    how: str
+    look: str
+
+
+class Kit:
+    """One check's view of the run, with a group of its own, so that no check meets what another one left behind."""
+
+    def __init__(self, setup: Setup, world: dist.ProcessGroup) -> None:
+        self.setup = setup
+        self.world = world
+        self.group = group = new_group(world, world.size(), setup.timeout_s)
+        self.rank, self.ranks = group.rank(), group.size()
+        self.notes: list[Note] = []
+
+    # ------------------------------------------------------------------------------------ sides and tokens
+
+    def many(self) -> Side:
+        """A fresh module on all ranks, with the run's values."""
+        return self.side(self.group)
+
+    def one(self) -> Side:
+        """A fresh module of this rank alone, which computes all ranks' tokens."""
+        return self.side(None)
+
+    def side(self, group: dist.ProcessGroup | None, *, load: bool = True) -> Side:
+        """A fresh module on the ranks of a group, which together compute the tokens of all."""
+        adapter = built(self.setup.factory, group, self.setup.dtype)
+        if load:
+            adapter.load_full(self.setup.state)
+        share = 1.0 if self.setup.same_tokens else size_of(group) / self.ranks
+        return Side(adapter=adapter, share=share)
+
+    def subgroup(self, size: int) -> dist.ProcessGroup:
+        """Of the first ranks, on which alone it is of use; all ranks call this."""
+        return new_group(self.world, size, self.setup.timeout_s)
+
+    def tokens(self, counts: Sequence[int] | None = None, *, batch: int = 0) -> list[Tokens]:
+        """All ranks' tokens. batch: another number, other tokens."""
+        counts = [TOKENS] * self.ranks if counts is None else counts
+        hidden = self.setup.factory().hidden
+        seed = self.setup.seed + 100 * batch
+        return tokens_for(counts, hidden, self.setup.dtype, seed=seed, same=self.setup.same_tokens)
+
+    def share_of(self, tokens: Sequence[Tokens], side: Side) -> list[Tokens]:
+        """What this rank computes of all ranks' tokens on a side: all on one rank, its own on n; and on fewer than n
+        ranks every m-th. None without tokens, but on n ranks."""
+        if self.setup.same_tokens:
+            return [tokens[0]]
+        group = side.adapter.group
+        size = size_of(group)
+        if size == self.ranks:
+            return [tokens[self.rank]]
+        mine = [one for one in tokens if len(one.x)] if group is None else list(tokens[group.rank() :: size])
+        if len(tokens) % size:  # as many calls on every rank
+            return [Tokens(torch.cat([one.x for one in mine]), torch.cat([one.c for one in mine]))]
+        return mine
+
+    def own(self, results: Sequence[torch.Tensor], tokens: Sequence[Tokens]) -> torch.Tensor:
+        """Of the results of `one` for all ranks' tokens those for this rank's."""
+        if self.setup.same_tokens:
+            return results[0]
+        if not len(tokens[self.rank].x):
+            return tokens[self.rank].x
+        return results[sum(len(one.x) > 0 for one in tokens[: self.rank])]
+
+    # ------------------------------------------------------------------------------------ findings
+
+    def note(self, key: str, what: str, how: str, look: str) -> None:
+        self.notes.append(Note(key, what, how, look))
+
+    def compare(
+        self,
+        what: str,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        look: str,
+        *,
+        parts: Sequence[torch.Tensor] = (),
+        experts: bool = False,
+    ) -> bool:
+        """Note how `got` of n ranks differs from `want` of one; whether it does not."""
+        how = describe(got, want, dtype=self.setup.dtype, ranks=self.ranks, top_k=self.setup.factory().top_k,
+                       parts=parts, experts=experts)  # fmt: skip
+        if how is not None:
+            self.note(what, what, how, look)
+        return how is None
+
+    def compare_kinds(
+        self,
+        what: str,
+        got: State,
+        want: State,
+        look: dict[str, str],
+        *,
+        parts: Callable[[], Sequence[State]] = tuple,
+        kinds: Sequence[str] = KINDS,
+    ) -> bool:
+        """`compare` for all tensors, one finding for each kind: that of its first tensor which differs."""
+        right = True
+        for kind in kinds:
+            names = [name for name in self.setup.state if self.setup.kinds[name] == kind and name in want]
+            lines = []
+            for name in names:
+                how = "is not there" if name not in got else self._how(name, got[name], want[name])
+                if how is not None and name in got:
+                    some = [part[name] for part in parts() if name in part]
+                    how = self._how(name, got[name], want[name], some)
+                if how is not None:
+                    lines.append((name, how))
+            if lines:
+                right = False
+                others = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+                called = {"buffer": "the buffers", "other": "the other parameters"}.get(kind, f"the {kind}")
+                self.note(f"{what} {kind}", f"{what} of {called} ({lines[0][0]}{others})", str(lines[0][1]), look[kind])
+        return right
+
+    def _how(self, name: str, got: torch.Tensor, want: torch.Tensor, parts: Sequence[torch.Tensor] = ()) -> str | None:
+        return describe(got, want, dtype=self.setup.dtype, ranks=self.ranks, top_k=self.setup.factory().top_k,
+                        parts=parts, experts=self.setup.kinds[name] == "experts")  # fmt: skip
+
+    def compare_results(self, got: Result, one: Result, tokens: Sequence[Tokens], *, what: str = "") -> bool:
+        """Outputs and input gradients of this rank."""
+        right = self.compare(f"{what}the output", got.outputs[0], self.own(one.outputs, tokens), LOOK_OUTPUT)
+        want = self.own(one.input_grads, tokens)
+        return self.compare(f"{what}the gradient of the input", got.input_grads[0], want, LOOK_GRADS["input"]) and right
+
+
+LOOK_OUTPUT = (
+    "the order in which rows come back, dropped tokens, and the routing weights, which belong once to each row"
+)
+_DENSE = "what averages the gradients of replicated parameters over the ranks, and whether it does so once"
+LOOK_GRADS = {
+    "input": "the backward of dispatch (a token sums the gradients of its K rows) and the router's",
+    "router": "the gradient of the routing weights of tokens whose experts are on other ranks; " + _DENSE,
+    "experts": "who divides by the number of ranks: sums over all ranks' tokens want 1/EP once, and no average",
+    "shared": _DENSE,
+    "other": _DENSE,
+    "buffer": "what changes buffers",
+}
