@@ -194,20 +194,30 @@ def micro_batches(kit: Kit) -> None:
 
 
 def auxiliary_loss(kit: Kit) -> None:
-    """Its value, and its gradient alone."""
+    """Its value, and its gradient alone; where ranks have other numbers of tokens, too, the last one none."""
+    _auxiliary_loss(kit, [TOKENS] * kit.ranks, "")
+    found = float(kit.mean(torch.tensor(float(len(kit.notes)))))  # alike on all ranks
+    if not found and not kit.setup.same_tokens:
+        counts = [*(UNEVEN[rank % len(UNEVEN)] for rank in range(kit.ranks - 1)), 0]
+        _auxiliary_loss(kit, counts, f"with {', '.join(map(str, counts))} tokens on the ranks, ")
+
+
+def _auxiliary_loss(kit: Kit, counts: list[int], what: str) -> None:
     many, one = kit.many(), kit.one()
-    tokens = [Tokens(its.x, torch.zeros_like(its.c)) for its in kit.tokens()]
+    tokens = [Tokens(its.x, torch.zeros_like(its.c)) for its in kit.tokens(counts)]
     results, got = many.grads(kit.share_of(tokens, many), aux=True)
     results_1, want = one.grads(kit.share_of(tokens, one), aux=True)
-    losses = results_1[0].aux
-    loss = losses[0] if len(losses) == 1 else losses[kit.rank]
     look = "over which tokens it counts: this rank's, or all ranks' (together = True), and what is averaged"
-    kit.compare("the auxiliary loss", results[0].aux[0], loss, look)
+    mine, losses = results[0].aux[0], results_1[0].aux
+    if one.adapter.together and not kit.setup.same_tokens:  # each rank has its part of it, or all have the whole
+        kit.compare(f"{what}the mean of the ranks' auxiliary losses", kit.mean(mine), losses[0], look)
+    elif len(tokens[kit.rank].x):
+        kit.compare(f"{what}the auxiliary loss", mine, kit.own(losses, tokens), look)
     if not any(grad.any() for grad in want.values()):
         kit.note("dead", "one rank's auxiliary loss", "has no gradient: nothing is compared", "the adapter's aux_loss")
-    kit.compare("the auxiliary loss's gradient of the input", results[0].input_grads[0],
+    kit.compare(f"{what}the auxiliary loss's gradient of the input", results[0].input_grads[0],
                 kit.own(results_1[0].input_grads, tokens), look)  # fmt: skip
-    kit.compare_kinds("the auxiliary loss's gradient", got, want, dict.fromkeys(LOOK_GRADS, look))
+    kit.compare_kinds(f"{what}the auxiliary loss's gradient", got, want, dict.fromkeys(LOOK_GRADS, look))
 
 
 def no_tokens(kit: Kit) -> None:

@@ -110,6 +110,12 @@ class Kit:
             return tokens[self.rank].x
         return results[sum(len(one.x) > 0 for one in tokens[: self.rank])]
 
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Over the ranks. Collective."""
+        total = value.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total / self.ranks
+
     # ------------------------------------------------------------------------------------ findings
 
     def note(self, key: str, what: str, how: str, look: str) -> None:

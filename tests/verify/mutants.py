@@ -83,7 +83,7 @@ RECIPE: tuple[Mutant, ...] = (
     mutant(
         "experts placed under another rank's numbers",
         "vllm-project/vllm#46441",
-        "output",
+        "values",
         recipe("full.chunk(group.size())[group.rank()]", "full.chunk(group.size())[-1 - group.rank()]"),
     ),
 )

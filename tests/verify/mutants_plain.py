@@ -290,6 +290,15 @@ ROWS: tuple[Mutant, ...] = (
         layer("torch.cat(outputs)[order.argsort()]", "torch.cat(outputs)[order]"),
     ),
     mutant(
+        "rows computed by another expert of the rank",
+        "vllm-project/vllm-gaudi#1796",
+        "output",
+        layer(
+            "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up, self.expert_down, strict=True)",
+            "for x_RD, up_FD, down_DF in zip(of_expert, *(w.roll(self.rank, 0) for w in (self.expert_up, self.expert_down)), strict=True)",
+        ),
+    ),
+    mutant(
         "shared expert once for each rank",
         "vllm-project/vllm#49378",
         "output",
@@ -366,8 +375,8 @@ ROWS: tuple[Mutant, ...] = (
         "NVIDIA-NeMo/Automodel#2635",
         "recompute",
         layer(
-            "probs_TE = self.router(x_TD).softmax(dim=-1)",
-            "probs_TE = (self.router(x_TD) * (1.01 if self._again else 1)).softmax(dim=-1)",
+            "y_TD = self._routed(x_TD, ids_TK, weights_TK, keep_TK)",
+            "y_TD = self._routed(x_TD, ids_TK, weights_TK * (1.01 if self._again else 1), keep_TK)",
         ),
     ),
     mutant(
