@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from moe_overlap.verify.adapter import State, gathered
+from moe_overlap.verify.adapter import State
 from moe_overlap.verify.compare import describe, named_factor, near
 from moe_overlap.verify.kit import LOOK_GRADS, LOOK_OUTPUT, TRAINED, Kit
 from moe_overlap.verify.sides import TOKENS, Tokens, dense_weights, random_state, routed, seed_for
@@ -77,7 +77,7 @@ def output(kit: Kit) -> None:
     if not want.any():
         kit.note("dead", "one rank's output", "is zero: nothing is compared", "the adapter's load_full")
     ids, _ = routed(one.adapter, kit.share_of(tokens, many)[0].x) if not one.adapter.together else (None, None)
-    kit.compare("the output", y, want, f"{_where(kit, y, want, ids)}{LOOK_OUTPUT}")
+    kit.compare("the output", y, want, f"{_where(kit, y, want, ids)}{LOOK_OUTPUT}", topic="output")
 
 
 def _where(kit: Kit, y: torch.Tensor, want: torch.Tensor, ids: torch.Tensor | None) -> str:
@@ -97,7 +97,7 @@ def gradients(kit: Kit) -> None:
     results_1, want = one.grads(kit.share_of(tokens, one))
     _alive(kit, want)
     kit.compare("the gradient of the input", results[0].input_grads[0], kit.own(results_1[0].input_grads, tokens),
-                LOOK_GRADS["input"])  # fmt: skip
+                LOOK_GRADS["input"], topic="input")  # fmt: skip
     kit.compare_kinds("the gradient", got, want, LOOK_GRADS, parts=functools.cache(lambda: _parts(kit, tokens)))
 
 
@@ -194,21 +194,30 @@ def micro_batches(kit: Kit) -> None:
 
 
 def auxiliary_loss(kit: Kit) -> None:
-    """Its value, and its gradient alone."""
+    """Its value, and its gradient alone; where ranks have other numbers of tokens, too, the last one none."""
+    _auxiliary_loss(kit, [TOKENS] * kit.ranks, "")
+    found = float(kit.mean(torch.tensor(float(len(kit.notes)))))  # alike on all ranks
+    if not found and not kit.setup.same_tokens:
+        counts = [*(UNEVEN[rank % len(UNEVEN)] for rank in range(kit.ranks - 1)), 0]
+        _auxiliary_loss(kit, counts, f"with {', '.join(map(str, counts))} tokens on the ranks, ")
+
+
+def _auxiliary_loss(kit: Kit, counts: list[int], what: str) -> None:
     many, one = kit.many(), kit.one()
-    tokens = [Tokens(its.x, torch.zeros_like(its.c)) for its in kit.tokens()]
+    tokens = [Tokens(its.x, torch.zeros_like(its.c)) for its in kit.tokens(counts)]
     results, got = many.grads(kit.share_of(tokens, many), aux=True)
     results_1, want = one.grads(kit.share_of(tokens, one), aux=True)
     look = "over which tokens it counts: this rank's, or all ranks' (together = True), and what is averaged"
-    got_aux, losses = results[0].aux[0], results_1[0].aux
-    if one.adapter.together and not kit.setup.same_tokens:  # whose mean it has to be
-        got_aux = gathered(got_aux.reshape(1), kit.group).mean()
-    kit.compare("the auxiliary loss", got_aux, losses[0] if len(losses) == 1 else losses[kit.rank], look)
+    mine, losses = results[0].aux[0], results_1[0].aux
+    if one.adapter.together and not kit.setup.same_tokens:  # each rank has its part of it, or all have the whole
+        kit.compare(f"{what}the mean of the ranks' auxiliary losses", kit.mean(mine), losses[0], look)
+    elif len(tokens[kit.rank].x):
+        kit.compare(f"{what}the auxiliary loss", mine, kit.own(losses, tokens), look)
     if not any(grad.any() for grad in want.values()):
         kit.note("dead", "one rank's auxiliary loss", "has no gradient: nothing is compared", "the adapter's aux_loss")
-    kit.compare("the auxiliary loss's gradient of the input", results[0].input_grads[0],
-                kit.own(results_1[0].input_grads, tokens), look)  # fmt: skip
-    kit.compare_kinds("the auxiliary loss's gradient", got, want, dict.fromkeys(LOOK_GRADS, look))
+    kit.compare(f"{what}the auxiliary loss's gradient of the input", results[0].input_grads[0],
+                kit.own(results_1[0].input_grads, tokens), look, topic="input")  # fmt: skip
+    kit.compare_kinds(f"{what}the auxiliary loss's gradient", got, want, dict.fromkeys(LOOK_GRADS, look))
 
 
 def no_tokens(kit: Kit) -> None:

@@ -55,8 +55,8 @@ class Side:
         y = torch.cat(ys)
         products = (y * torch.cat([one.c for one in tokens])).sum(dim=1)
         loss = products.sum()
-        for one in auxes:  # of one call: it stands for those of all the ranks whose tokens were in that call
-            loss = loss + one * (len(xs) / len(calls))
+        for one in auxes:  # of one call: where that is for several ranks, it stands for the mean of theirs
+            loss = loss + one / (self.share if self.adapter.together else 1.0)
         (loss * (self.share * factor)).backward()
         counts = [len(x) for x in xs]
         return Result(
