@@ -166,7 +166,8 @@ class Kit:
     ) -> bool:
         """Note how `got` of n ranks differs from `want` of one; whether it does not. ranks: 1 where the number of ranks
         explains nothing."""
-        how = describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=self.setup.factory().top_k)
+        top_k = self.setup.factory().top_k if ranks is None else 0
+        how = describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=top_k)
         if how is not None:
             self.note(what, what, how, look, topic=topic)
         return how is None
@@ -209,7 +210,8 @@ class Kit:
         ranks: int | None = None,
         parts: Sequence[torch.Tensor] = (),
     ) -> str | None:
-        return describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=self.setup.factory().top_k,
+        top_k = self.setup.factory().top_k if ranks is None else 0
+        return describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=top_k,
                         parts=parts, experts=self.setup.kinds[name] == "experts")  # fmt: skip
 
     def compare_results(self, got: Result, one: Result, tokens: Sequence[Tokens], *, what: str = "") -> bool:

@@ -52,10 +52,10 @@ CHECKS = (
     Check("AdamW step", checks_of_training.adamw_step, ("optimizer_step",), steps=True),
     Check("save, reshard, load", checks_of_training.reshard, ("save", "load", "optimizer_step"), apart=True),
     Check("recompute", checks_of_training.recompute, ("checkpointed",), apart=True),
-    Check("auxiliary loss", checks.auxiliary_loss, ("aux_loss",)),
     Check("two micro-batches", checks.micro_batches),
     Check("a rank without tokens", checks.no_tokens, own=True),
     Check("uneven tokens", checks.uneven_tokens, own=True),
+    Check("auxiliary loss", checks.auxiliary_loss, ("aux_loss",)),
     Check("training", checks_of_training.training, ("optimizer_step",), steps=True),
     Check("determinism", checks_of_training.determinism, apart=True),
 )
