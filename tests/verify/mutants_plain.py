@@ -295,7 +295,7 @@ ROWS: tuple[Mutant, ...] = (
         "output",
         layer(
             "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up, self.expert_down, strict=True)",
-            "for x_RD, up_FD, down_DF in zip(of_expert, *(w.roll(self.rank, 0) for w in (self.expert_up, self.expert_down)), strict=True)",
+            "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up.roll(self.rank, 0), self.expert_down, strict=True)",
         ),
     ),
     mutant(
