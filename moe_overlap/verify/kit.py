@@ -15,10 +15,26 @@ from moe_overlap.verify.sides import TOKENS, Result, Side, Tokens, built, tokens
 
 
 def new_group(world: dist.ProcessGroup, size: int, timeout_s: float) -> dist.ProcessGroup:
-    """A gloo group of the first ranks of `world`, all of which call this; no wait in it is longer than `timeout_s`."""
-    ranks = dist.get_process_group_ranks(world)[:size]
+    """A gloo group of the first ranks of `world`, all of which call this; no wait in it is longer than `timeout_s`. The
+    other ranks get a group too, of themselves: torch numbers groups, and wants the same number of them on every rank.
+    """
+    ranks = dist.get_process_group_ranks(world)
+    mine = ranks[:size] if world.rank() < size else ranks[size:]
+    everywhere = world.size() == dist.get_world_size() and size == world.size()
     limit = timedelta(seconds=timeout_s)
-    return dist.new_group(ranks, timeout=limit, backend="gloo", use_local_synchronization=True)
+    return dist.new_group(mine, timeout=limit, backend="gloo", use_local_synchronization=not everywhere)
+
+
+def break_off(group: dist.ProcessGroup) -> None:
+    """Close all connections of a gloo group, so that ranks which wait in it for this one raise at once. A receive that
+    runs out of time does this; whether it found somebody does not matter."""
+    for peer in range(group.size()):
+        if peer != group.rank():
+            try:
+                group.recv([torch.empty(1)], peer, 0).wait(timedelta(milliseconds=1))
+            except RuntimeError as error:
+                if "Timed out" in str(error):
+                    return
 
 
 Factory = Callable[[], Adapter]
@@ -56,6 +72,7 @@ class Kit:
         self.setup = setup
         self.world = world
         self.group = group = new_group(world, world.size(), setup.timeout_s)
+        self._groups = [group]
         self.rank, self.ranks = group.rank(), group.size()
         self.notes: list[Note] = []
 
@@ -79,7 +96,14 @@ class Kit:
 
     def subgroup(self, size: int) -> dist.ProcessGroup:
         """Of the first ranks, on which alone it is of use; all ranks call this."""
-        return new_group(self.world, size, self.setup.timeout_s)
+        group = new_group(self.world, size, self.setup.timeout_s)
+        self._groups.append(group)
+        return group
+
+    def close(self) -> None:
+        """Give the groups back."""
+        for group in self._groups:
+            dist.destroy_process_group(group)
 
     def tokens(self, counts: Sequence[int] | None = None, *, batch: int = 0) -> list[Tokens]:
         """All ranks' tokens. batch: another number, other tokens."""

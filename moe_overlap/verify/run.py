@@ -18,7 +18,7 @@ import torch.distributed as dist
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World, spawn
 from moe_overlap.verify import checks, checks_of_training
-from moe_overlap.verify.kit import Factory, Kit, Note, Setup, new_group
+from moe_overlap.verify.kit import Factory, Kit, Note, Setup, break_off, new_group
 from moe_overlap.verify.report import Finding, Report
 from moe_overlap.verify.tolerances import TOLERANCES
 
@@ -92,6 +92,7 @@ def run(
             stop = f"no verdict, as {check.title} {'differs' if check.title == 'routing' else 'differ'}"
         elif lost:
             stop = f"the ranks went apart in {check.title}"
+    dist.destroy_process_group(world.group)
     report.seconds = round(time.perf_counter() - start_s, 2)
     return report
 
@@ -171,14 +172,16 @@ def _one_check(check: Check, setup: Setup, world: World) -> tuple[list[Finding],
     """What all ranks found, and whether they went apart: one raised and another one did not, or waited in vain."""
     assert world.group is not None
     raised, raised_s, notes = "", 0.0, []
+    kit = Kit(setup, world.group)
     try:
-        kit = Kit(setup, world.group)
         check.run(kit)
         notes = kit.notes
     except Exception as error:
         raised, raised_s = _in_words(error), time.monotonic()
+        break_off(kit.group)
     mine = {"raised": raised, "raised_s": raised_s, "notes": [asdict(note) for note in notes]}
     everyone = [json.loads(text) for text in world.gather_text(json.dumps(mine))]
+    kit.close()
     found = _joined(check.title, [[Note(**note) for note in one["notes"]] for one in everyone])
     failed = {rank: one for rank, one in enumerate(everyone) if one["raised"]}
     if failed:

@@ -330,4 +330,26 @@ NORM: tuple[Mutant, ...] = (
     ),
 )
 
+IN_DDP: tuple[Mutant, ...] = (
+    mutant(
+        "DDP averages different experts",
+        "microsoft/Swin-Transformer#223",
+        "gradients",
+        Patch(
+            "parallel.prepare",
+            "    ddp.ignore(model, [t for t, owner in owned.items()",
+            "    list([t for t, owner in owned.items()",
+        ),
+        layer("            ddp.check(self.ownership, self.experts)\n", "            pass\n"),
+    ),
+    mutant(
+        "a model that was not prepared for DDP",
+        "microsoft/Swin-Transformer#223",
+        "output",
+        adapter("self.module = prepare(MoELayer(", "self.module = nn.Identity().forward(MoELayer("),
+        adapter("from torch.nn.parallel", "from torch import nn\nfrom torch.nn.parallel"),
+    ),
+    *SCALES,
+)
+
 OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM)

@@ -3,7 +3,7 @@ n is one of no parallelism: where the reported one was in the parallel path alon
 
 from __future__ import annotations
 
-from tests.verify.mutants import Mutant, mutant, recipe
+from tests.verify.mutants import RECIPE, Mutant, mutant, recipe
 from tests.verify.patching import Patch
 
 CAPACITY = {"options": {"aux_coef": 0.01, "capacity_factor": 0.8}}
@@ -198,6 +198,13 @@ ROUTING: tuple[Mutant, ...] = (
         attributes=CAPACITY,
     ),
     mutant(
+        "capacity from this rank's tokens",
+        "microsoft/Tutel#250",
+        "uneven tokens",
+        layer("self.capacity_factor * len(ids_S)", "self.capacity_factor * ids_TK.numel() * self.ranks"),
+        attributes=CAPACITY,
+    ),
+    mutant(
         "drops in the order of each rank's tokens",
         "deepseek-ai/DeepSeek-V2#48",
         "routing",
@@ -295,7 +302,7 @@ ROWS: tuple[Mutant, ...] = (
         "output",
         layer(
             "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up, self.expert_down, strict=True)",
-            "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up.roll(self.rank, 0), self.expert_down, strict=True)",
+            "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up.roll(self.rank, 0), self.expert_down)",
         ),
     ),
     mutant(
@@ -394,4 +401,4 @@ ROWS: tuple[Mutant, ...] = (
     ),
 )
 
-PLAIN = (*STEP, *CHECKPOINTS, *ROUTING, *LOSS, *ROWS)
+PLAIN = (*RECIPE, *STEP, *CHECKPOINTS, *ROUTING, *LOSS, *ROWS)

@@ -177,7 +177,7 @@ OURS: tuple[Variant, ...] = (
     ),
     Variant(name="fused optimizer", patches=(ours("lr=1e-2)", "lr=1e-2, fused=True)"),)),
 )
-DDP: tuple[Variant, ...] = (
+IN_DDP: tuple[Variant, ...] = (
     Variant(name="as it comes"),
     Variant(name="three ranks", ranks=3),
     Variant(name="chunks", attributes={"schedule": "chunked(3)"}),
