@@ -77,7 +77,7 @@ def output(kit: Kit) -> None:
     if not want.any():
         kit.note("dead", "one rank's output", "is zero: nothing is compared", "the adapter's load_full")
     ids, _ = routed(one.adapter, kit.share_of(tokens, many)[0].x) if not one.adapter.together else (None, None)
-    kit.compare("the output", y, want, f"{_where(kit, y, want, ids)}{LOOK_OUTPUT}")
+    kit.compare("the output", y, want, f"{_where(kit, y, want, ids)}{LOOK_OUTPUT}", topic="output")
 
 
 def _where(kit: Kit, y: torch.Tensor, want: torch.Tensor, ids: torch.Tensor | None) -> str:
@@ -97,7 +97,7 @@ def gradients(kit: Kit) -> None:
     results_1, want = one.grads(kit.share_of(tokens, one))
     _alive(kit, want)
     kit.compare("the gradient of the input", results[0].input_grads[0], kit.own(results_1[0].input_grads, tokens),
-                LOOK_GRADS["input"])  # fmt: skip
+                LOOK_GRADS["input"], topic="input")  # fmt: skip
     kit.compare_kinds("the gradient", got, want, LOOK_GRADS, parts=functools.cache(lambda: _parts(kit, tokens)))
 
 
@@ -216,7 +216,7 @@ def _auxiliary_loss(kit: Kit, counts: list[int], what: str) -> None:
     if not any(grad.any() for grad in want.values()):
         kit.note("dead", "one rank's auxiliary loss", "has no gradient: nothing is compared", "the adapter's aux_loss")
     kit.compare(f"{what}the auxiliary loss's gradient of the input", results[0].input_grads[0],
-                kit.own(results_1[0].input_grads, tokens), look)  # fmt: skip
+                kit.own(results_1[0].input_grads, tokens), look, topic="input")  # fmt: skip
     kit.compare_kinds(f"{what}the auxiliary loss's gradient", got, want, dict.fromkeys(LOOK_GRADS, look))
 
 

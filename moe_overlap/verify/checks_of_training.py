@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap.verify.adapter import State
-from moe_overlap.verify.kit import KINDS, LOOK_GRADS, TRAINED, Kit
+from moe_overlap.verify.kit import CALLED, KINDS, LOOK_GRADS, TRAINED, Kit
 from moe_overlap.verify.sides import Result, Side
 
 STEPS = 6
@@ -48,18 +48,22 @@ def recompute(kit: Kit) -> None:
     for what in ("outputs", "input_grads"):
         got, want = (getattr(result, what)[0] for result in results)
         kit.compare(
-            f"under recompute, the {'output' if what == 'outputs' else 'gradient of the input'}", got, want, look
+            f"under recompute, the {'output' if what == 'outputs' else 'gradient of the input'}",
+            got,
+            want,
+            look,
+            ranks=1,
         )
     got, want = with_it.adapter.full_grads(), plain.adapter.full_grads()
-    kit.compare_kinds("under recompute, the gradient", got, want, dict.fromkeys(KINDS, look), kinds=TRAINED)
+    kit.compare_kinds("under recompute, the gradient", got, want, dict.fromkeys(KINDS, look), kinds=TRAINED, ranks=1)
     look = "counts and other buffers, which a recompute must not change again"
     got, want = with_it.adapter.full_state(), plain.adapter.full_state()
-    right = kit.compare_kinds("under recompute, the value", got, want, dict.fromkeys(KINDS, look))
+    right = kit.compare_kinds("under recompute, the value", got, want, dict.fromkeys(KINDS, look), ranks=1)
     if right and with_it.adapter.has("optimizer_step"):
         for side in (with_it, plain):
             side.adapter.optimizer_step()
         got, want = with_it.adapter.full_state(), plain.adapter.full_state()
-        kit.compare_kinds("after a step with recompute, the value", got, want, dict.fromkeys(KINDS, look))
+        kit.compare_kinds("after a step with recompute, the value", got, want, dict.fromkeys(KINDS, look), ranks=1)
 
 
 def reshard(kit: Kit) -> None:
@@ -151,17 +155,19 @@ def training(kit: Kit) -> None:
     many, one = kit.many(), kit.one()
     losses, losses_1 = _train(kit, many), _train(kit, one)
     got, want = many.adapter.full_state(), one.adapter.full_state()
-    for where, state, curve in (("", got, losses), ("on one rank, ", want, losses_1)):
-        for kind in TRAINED:
-            still = [n for n in state if kit.setup.kinds[n] == kind and torch.equal(state[n], kit.setup.state[n])]
+    for kind in TRAINED:
+        names = [name for name in got if kit.setup.kinds[name] == kind]
+        for where, state in (("on one rank already, ", want), ("", got)):
+            still = [name for name in names if torch.equal(state[name], kit.setup.state[name])]
             if still:
                 look = "which parameters the optimizer was given, and requires_grad"
-                kit.note(f"still {where}{kind}", f"{where}the {kind} ({', '.join(still)})",
-                         f"did not change in {STEPS} steps", look)  # fmt: skip
+                what = f"{where}{CALLED[kind]} ({', '.join(still)})"
+                kit.note(f"still {kind}", what, f"did not change in {STEPS} steps", look, topic=f"still {kind}")
+                break
+    for where, curve in (("", losses), ("on one rank, ", losses_1)):
         if not curve[-1] < curve[0]:
             how = f"did not fall in {STEPS} steps: from {curve[0]:.6g} to {curve[-1]:.6g}"
-            kit.note(f"loss {where}", f"{where}the loss over all tokens", how,
-                     "the optimizer step")  # fmt: skip
+            kit.note(f"loss {where}", f"{where}the loss over all tokens", how, "the optimizer step")
     if not kit.notes:
         looks = {kind: f"what the checks of one step leave out; {text}" for kind, text in LOOK_GRADS.items()}
         kit.compare_kinds(f"after {STEPS} steps, the value", got, want, looks)

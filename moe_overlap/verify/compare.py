@@ -59,7 +59,8 @@ def named_factor(factor: float, ranks: int, top_k: int = 0) -> str:
         "1/sqrt(EP)": ranks**-0.5, "1/(EP - 1)": 1 / max(1, ranks - 1), "top_k": top_k, "1/top_k": 1 / max(1, top_k),
     }  # fmt: skip
     found = [name for name, value in known.items() if value != 1 and math.isclose(factor, value, rel_tol=1e-3)]
-    return f"{factor:.3g} times" + (f" (= {found[0]})" if found else "")
+    digits = 3 if abs(factor - 1) > 0.01 else 7
+    return f"{factor:.{digits}g} times" + (f" (= {found[0]})" if found else "")
 
 
 def _pattern(
@@ -73,7 +74,7 @@ def _pattern(
         return "is zero"
     factor = _factor(got, want, dtype)
     if factor is not None:
-        return f"is {named_factor(factor, ranks, top_k)} that of one rank"
+        return f"is {named_factor(factor, ranks, top_k)} what it should be"
     for count in range(1, len(parts)):
         for chosen in itertools.combinations(range(len(parts)), count):
             some = torch.stack([parts[rank] for rank in chosen]).sum(dim=0)

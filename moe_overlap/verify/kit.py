@@ -40,6 +40,13 @@ def break_off(group: dist.ProcessGroup) -> None:
 Factory = Callable[[], Adapter]
 KINDS = ("router", "experts", "shared", "other", "buffer")
 TRAINED = KINDS[:-1]
+CALLED = {
+    "router": "the router",
+    "experts": "the experts",
+    "shared": "the shared part",
+    "other": "the other parameters",
+    "buffer": "the buffers",
+}
 
 
 @dataclass(kw_only=True)
@@ -57,12 +64,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Note:
-    """A finding of this rank. `key` joins those of several ranks to one line."""
+    """A finding of this rank. `key` joins those of several ranks to one line; `topic` is what went wrong: "output",
+    "input", a kind of parameter, or the key."""
 
     key: str
     what: str
     how: str
     look: str
+    topic: str
 
 
 class Kit:
@@ -142,8 +151,8 @@ class Kit:
 
     # ------------------------------------------------------------------------------------ findings
 
-    def note(self, key: str, what: str, how: str, look: str) -> None:
-        self.notes.append(Note(key, what, how, look))
+    def note(self, key: str, what: str, how: str, look: str, *, topic: str = "") -> None:
+        self.notes.append(Note(key, what, how, look, topic or key))
 
     def compare(
         self,
@@ -152,14 +161,15 @@ class Kit:
         want: torch.Tensor,
         look: str,
         *,
-        parts: Sequence[torch.Tensor] = (),
-        experts: bool = False,
+        topic: str = "",
+        ranks: int | None = None,
     ) -> bool:
-        """Note how `got` of n ranks differs from `want` of one; whether it does not."""
-        how = describe(got, want, dtype=self.setup.dtype, ranks=self.ranks, top_k=self.setup.factory().top_k,
-                       parts=parts, experts=experts)  # fmt: skip
+        """Note how `got` of n ranks differs from `want` of one; whether it does not. ranks: 1 where the number of ranks
+        explains nothing."""
+        top_k = self.setup.factory().top_k if ranks is None else 0
+        how = describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=top_k)
         if how is not None:
-            self.note(what, what, how, look)
+            self.note(what, what, how, look, topic=topic)
         return how is None
 
     def compare_kinds(
@@ -171,35 +181,45 @@ class Kit:
         *,
         parts: Callable[[], Sequence[State]] = tuple,
         kinds: Sequence[str] = KINDS,
+        ranks: int | None = None,
     ) -> bool:
         """`compare` for all tensors, one finding for each kind: that of its first tensor which differs."""
         right = True
         for kind in kinds:
             names = [name for name in self.setup.state if self.setup.kinds[name] == kind and name in want]
-            lines = []
+            lines: list[tuple[str, str]] = []
             for name in names:
-                how = "is not there" if name not in got else self._how(name, got[name], want[name])
+                how: str | None = "is not there" if name not in got else self._how(name, got[name], want[name], ranks)
                 if how is not None and name in got:
                     some = [part[name] for part in parts() if name in part]
-                    how = self._how(name, got[name], want[name], some)
+                    how = self._how(name, got[name], want[name], ranks, some)
                 if how is not None:
                     lines.append((name, how))
             if lines:
                 right = False
                 others = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
-                called = {"buffer": "the buffers", "other": "the other parameters"}.get(kind, f"the {kind}")
-                self.note(f"{what} {kind}", f"{what} of {called} ({lines[0][0]}{others})", str(lines[0][1]), look[kind])
+                where = f"{CALLED[kind]} ({lines[0][0]}{others})"
+                self.note(f"{what} {kind}", f"{what} of {where}", lines[0][1], look[kind], topic=kind)
         return right
 
-    def _how(self, name: str, got: torch.Tensor, want: torch.Tensor, parts: Sequence[torch.Tensor] = ()) -> str | None:
-        return describe(got, want, dtype=self.setup.dtype, ranks=self.ranks, top_k=self.setup.factory().top_k,
+    def _how(
+        self,
+        name: str,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        ranks: int | None = None,
+        parts: Sequence[torch.Tensor] = (),
+    ) -> str | None:
+        top_k = self.setup.factory().top_k if ranks is None else 0
+        return describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=top_k,
                         parts=parts, experts=self.setup.kinds[name] == "experts")  # fmt: skip
 
     def compare_results(self, got: Result, one: Result, tokens: Sequence[Tokens], *, what: str = "") -> bool:
         """Outputs and input gradients of this rank."""
-        right = self.compare(f"{what}the output", got.outputs[0], self.own(one.outputs, tokens), LOOK_OUTPUT)
-        want = self.own(one.input_grads, tokens)
-        return self.compare(f"{what}the gradient of the input", got.input_grads[0], want, LOOK_GRADS["input"]) and right
+        want, grad = (self.own(found, tokens) for found in (one.outputs, one.input_grads))
+        right = self.compare(f"{what}the output", got.outputs[0], want, LOOK_OUTPUT, topic="output")
+        what = f"{what}the gradient of the input"
+        return self.compare(what, got.input_grads[0], grad, LOOK_GRADS["input"], topic="input") and right
 
 
 LOOK_OUTPUT = (

@@ -10,13 +10,16 @@ OK, FINDINGS, COULD_NOT_RUN = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is wrong: in which check, with what, how, on which ranks, and where to look."""
+    """One thing that is wrong: in which check, with what, how, on which ranks, and where to look. topic: see `Note`.
+    follows: whether it may be no more than a consequence of one before it."""
 
     check: str
     what: str
     how: str
     look: str
     ranks: tuple[int, ...]
+    topic: str
+    follows: bool = False
 
     def line(self, world: int) -> str:
         where = "" if len(self.ranks) == world else f" on rank {', '.join(map(str, self.ranks))} alone"
@@ -42,9 +45,13 @@ class Report:
             return FINDINGS
         return OK if self.passed else COULD_NOT_RUN
 
-    def lines(self) -> list[str]:
-        """The report as text, findings first."""
-        lines = [f"FOUND {finding.line(self.ranks)}" for finding in self.findings]
+    def lines(self, *, every: bool = False) -> list[str]:
+        """The report as text, findings first. every: those that may follow from others too, not their number alone."""
+        lines = [f"FOUND {found.line(self.ranks)}" for found in self.findings if every or not found.follows]
+        more = [] if every else [found for found in self.findings if found.follows]
+        if more:
+            where = ", ".join(dict.fromkeys(found.check for found in more))
+            lines.append(f"and {len(more)} more that may follow from these, in {where}")
         lines += [f"not checked: {text}" for text in self.not_checked]
         lines += [f"right: {', '.join(self.passed)}"] if self.passed else []
         count = f"{len(self.findings)} finding{'' if len(self.findings) == 1 else 's'}"

@@ -7,8 +7,8 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,25 +18,29 @@ import torch.distributed as dist
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World, spawn
 from moe_overlap.verify import checks, checks_of_training
-from moe_overlap.verify.kit import Factory, Kit, Note, Setup, break_off, new_group
+from moe_overlap.verify.kit import KINDS, Factory, Kit, Note, Setup, break_off, new_group
 from moe_overlap.verify.report import Finding, Report
 from moe_overlap.verify.tolerances import TOLERANCES
 
 TIMEOUT_S = 15.0
 LIMIT_S = 300.0
+MOST_APART = 2  # each costs a timeout
 PROGRAM = "moe-overlap verify"
 
 
 @dataclass(frozen=True)
 class Check:
     """needs: optional methods of the adapter. own: only where ranks have tokens of their own. first: without it right,
-    nothing can be said about the rest."""
+    nothing can be said about the rest. apart: it compares n ranks with n ranks, so that what another check found does
+    not show in it. steps: it compares what came of whole steps."""
 
     title: str
     run: Callable[[Kit], None]
     needs: tuple[str, ...] = ()
     own: bool = False
     first: bool = False
+    apart: bool = False
+    steps: bool = False
 
 
 CHECKS = (
@@ -44,16 +48,16 @@ CHECKS = (
     Check("routing", checks.routing, first=True),
     Check("output", checks.output),
     Check("gradients", checks.gradients),
-    Check("norm and clip", checks.clip, ("clip",)),
-    Check("AdamW step", checks_of_training.adamw_step, ("optimizer_step",)),
-    Check("save, reshard, load", checks_of_training.reshard, ("save", "load", "optimizer_step")),
-    Check("recompute", checks_of_training.recompute, ("checkpointed",)),
-    Check("auxiliary loss", checks.auxiliary_loss, ("aux_loss",)),
+    Check("norm and clip", checks.clip, ("clip",), steps=True),
+    Check("AdamW step", checks_of_training.adamw_step, ("optimizer_step",), steps=True),
+    Check("save, reshard, load", checks_of_training.reshard, ("save", "load", "optimizer_step"), apart=True),
+    Check("recompute", checks_of_training.recompute, ("checkpointed",), apart=True),
     Check("two micro-batches", checks.micro_batches),
     Check("a rank without tokens", checks.no_tokens, own=True),
     Check("uneven tokens", checks.uneven_tokens, own=True),
-    Check("training", checks_of_training.training, ("optimizer_step",)),
-    Check("determinism", checks_of_training.determinism),
+    Check("auxiliary loss", checks.auxiliary_loss, ("aux_loss",)),
+    Check("training", checks_of_training.training, ("optimizer_step",), steps=True),
+    Check("determinism", checks_of_training.determinism, apart=True),
 )
 
 
@@ -75,7 +79,7 @@ def run(
     setup = Setup(factory=factory, dtype=dtype, same_tokens=adapter.same_tokens, timeout_s=timeout_s)
     report = Report(adapter=adapter.name, ranks=world.size, dtype=str(dtype).removeprefix("torch."))
     start_s = time.perf_counter()
-    stop = ""
+    stop, apart = "", 0
     for check in CHECKS:
         missing = [name for name in check.needs if not adapter.has(name)]
         reason = stop or (f"the adapter has no {', '.join(missing)}" if missing else "")
@@ -85,13 +89,15 @@ def run(
             report.not_checked.append(f"{check.title} ({reason})")
             continue
         found, lost = _one_check(check, setup, world)
-        report.findings += found
+        known = {finding.topic for finding in report.findings}
+        report.findings += [replace(finding, follows=_follows(finding, check, known)) for finding in found]
         if not found:
             report.passed.append(check.title)
         elif check.first:
             stop = f"no verdict, as {check.title} {'differs' if check.title == 'routing' else 'differ'}"
-        elif lost:
-            stop = f"the ranks went apart in {check.title}"
+        apart += lost
+        if apart == MOST_APART:
+            stop = f"the ranks went apart in {MOST_APART} checks, the last of them {check.title}"
     dist.destroy_process_group(world.group)
     report.seconds = round(time.perf_counter() - start_s, 2)
     return report
@@ -118,7 +124,9 @@ def check(
         if file.exists():
             return Report.from_json(file.read_text(encoding="utf-8"))
     how = f"ended with status {status} before there was a report: see what it wrote to stderr"
-    lost = Finding(check="the run", what="a rank", how=how, look="the first error above", ranks=tuple(range(ranks)))
+    lost = Finding(
+        check="the run", what="a rank", how=how, look="the first error above", ranks=tuple(range(ranks)), topic="lost"
+    )
     report = Report(adapter=factory().name, ranks=ranks, dtype=str(dtype).removeprefix("torch."))
     report.findings.append(lost)
     return report
@@ -189,9 +197,18 @@ def _one_check(check: Check, setup: Setup, world: World) -> tuple[list[Finding],
         first = min(failed, key=lambda rank: failed[rank]["raised_s"])
         ranks = tuple(failed) if len(texts) == 1 else (first,)
         look = "the traceback of that rank's error, its last line in the module"
-        found.append(Finding(check=check.title, what="the module", how=f"raised {failed[first]['raised']}", look=look,
-                             ranks=ranks))  # fmt: skip
+        how = f"raised {failed[first]['raised']}"
+        found.append(Finding(check=check.title, what="the module", how=how, look=look, ranks=ranks, topic=how))
     return found, 0 < len(failed) and (len(failed) < world.size or len({one["raised"] for one in failed.values()}) > 1)
+
+
+def _follows(finding: Finding, check: Check, known: Set[str]) -> bool:
+    """Whether what was found in earlier checks, topics `known`, explains this."""
+    if check.apart or finding.topic == "norm":
+        return False
+    if "output" in known or finding.topic in known:
+        return True
+    return check.steps and finding.topic in KINDS and bool(known & {"input", *KINDS})
 
 
 def _in_words(error: Exception) -> str:
@@ -212,6 +229,6 @@ def _joined(title: str, notes: Sequence[Sequence[Note]]) -> list[Finding]:
             if rank not in ranks[note.key]:
                 ranks[note.key].append(rank)
     return [
-        Finding(check=title, what=note.what, how=note.how, look=note.look, ranks=tuple(ranks[key]))
+        Finding(check=title, what=note.what, how=note.how, look=note.look, ranks=tuple(ranks[key]), topic=note.topic)
         for key, note in first.items()
     ]

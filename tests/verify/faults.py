@@ -42,7 +42,10 @@ class WeighsTwice(Ours):
 
 
 class ExpertsTimesRanks(Ours):
-    found_by, words = "gradients", "the gradient of the experts (experts.gate_up_proj and 1 more) is 2 times (= EP)"
+    found_by, words = (
+        "gradients",
+        "the gradient of the experts (experts.gate_up_proj and 1 more) is 2 times (= EP) what it should be",
+    )
 
     def sync_grads(self):
         super().sync_grads()
@@ -72,7 +75,10 @@ class NormOfThisRank(Ours):
 
 
 class StepsWithoutExperts(Ours):
-    found_by, words = "training", "the experts (experts.gate_up_proj, experts.down_proj) did not change in 6 steps"
+    found_by, words = (
+        "training",
+        "on one rank already, the experts (experts.gate_up_proj, experts.down_proj) did not change in 6 steps",
+    )
 
     def optimizer_step(self):
         if not hasattr(self, "optimizer"):
@@ -92,7 +98,7 @@ class DecaysByRank(Ours):
 
 
 class CountsInRecompute(Ours):
-    found_by, words = "recompute", "the value of the buffers (tokens_seen) is 2 times (= EP)"
+    found_by, words = "recompute", "the value of the buffers (tokens_seen) is 2 times what it should be"
 
     def build(self, group, dtype):
         super().build(group, dtype)
@@ -114,7 +120,7 @@ class AuxOverRanks(Ours):
 
 
 class ForgetsTheFirstBatch(Ours):
-    found_by, words = "two micro-batches", "with two micro-batches, the gradient of the shared"
+    found_by, words = "two micro-batches", "with two micro-batches, the gradient of the shared part"
 
     def forward(self, x):
         if self.group is not None:
