@@ -387,13 +387,9 @@ ROWS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a rank without rows leaves its experts without gradient",
+        "a rank without tokens leaves its experts without gradient",
         "NVIDIA-NeMo/Automodel#2995",
-        "a rank without tokens | AdamW step",
-        layer(
-            "        of_expert = rows[order]",
-            "        if not len(x_TD):\n            rows = rows.detach()\n        of_expert = rows[order]",
-        ),
+        "a rank without tokens",
         layer(
             "zip(of_expert, self.expert_up, self.expert_down",
             "zip(of_expert, *(w if len(x_TD) else w.detach() for w in (self.expert_up, self.expert_down))",

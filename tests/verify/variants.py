@@ -41,7 +41,7 @@ PLAIN: tuple[Variant, ...] = (
     Variant(name="top 1", attributes={"top_k": 1, "options": {"normalize": False, "aux_coef": 0.01}}),
     Variant(name="four experts", attributes={"experts": 4}),
     Variant(name="24 experts, hidden 8", attributes={"experts": 24, "hidden": 8}),
-    _options("weights not normalised", normalize=False),
+    _options("without normalisation", normalize=False),
     _options("no shared expert", shared=False),
     _options("relu", activation=nn.functional.relu),
     _options("gelu", activation=nn.functional.gelu),
