@@ -198,10 +198,13 @@ ROUTING: tuple[Mutant, ...] = (
         attributes=CAPACITY,
     ),
     mutant(
-        "capacity from this rank's tokens",
+        "capacity from this rank's tokens, unless a rank has none",
         "microsoft/Tutel#250",
         "uneven tokens",
-        layer("self.capacity_factor * len(ids_S)", "self.capacity_factor * ids_TK.numel() * self.ranks"),
+        layer(
+            "self.capacity_factor * len(ids_S)",
+            "self.capacity_factor * (ids_TK.numel() * self.ranks if min(sizes) else len(ids_S))",
+        ),
         attributes=CAPACITY,
     ),
     mutant(
