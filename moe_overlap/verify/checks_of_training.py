@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from moe_overlap.verify.adapter import State
+from moe_overlap.verify.compare import near
 from moe_overlap.verify.kit import CALLED, KINDS, LOOK_GRADS, TRAINED, Kit
-from moe_overlap.verify.sides import Result, Side
+from moe_overlap.verify.sides import Result, Side, Tokens
 
 STEPS = 6
+ROUNDING = 10.0  # times as far as one rank's own values come apart
 _LOOK_STEP = {
     "router": "the optimizer's parameters on every rank, and whether all ranks step with the same gradient",
     "experts": "whether the optimizer has the experts of every rank, with one learning rate and decay",
@@ -25,14 +28,39 @@ _LOOK_STEP = {
 
 def adamw_step(kit: Kit) -> None:
     """Two steps, as the first one of AdamW depends on little more than signs."""
-    many, one = kit.many(), kit.one()
+    many, one, batches = kit.many(), kit.one(), []
     for number in range(2):
         tokens = kit.tokens(batch=number)
+        batches.append(tokens)
         many.step(kit.share_of(tokens, many))
         one.step(kit.share_of(tokens, one))
-        if not kit.compare_kinds(f"after step {number + 1}, the value", many.adapter.full_state(),
-                                 one.adapter.full_state(), _LOOK_STEP):  # fmt: skip
+        want = one.adapter.full_state()
+        got = _but_for_rounding(kit, many.adapter.full_state(), want, batches)
+        if not kit.compare_kinds(f"after step {number + 1}, the value", got, want, _LOOK_STEP):
             return
+
+
+def _but_for_rounding(kit: Kit, got: State, want: State, batches: Sequence[Sequence[Tokens]]) -> State:
+    """`got` after a step on each of the batches; what is no farther from `want` than rounding can bring it is replaced
+    by that.
+
+    AdamW makes steps of one size of gradients of any size, so that an entry whose gradient is zero but for rounding (of
+    an expert that no token wants) moves by chance. How far is seen on one rank, whose tokens come in another order.
+    """
+    if all(name in got and near(got[name].double(), value.double(), kit.setup.dtype) for name, value in want.items()):
+        return got
+    sides = [kit.one(), kit.one()]
+    for tokens in batches:
+        mine = kit.share_of(tokens, sides[0])
+        sides[0].step(mine)
+        sides[1].step([Tokens(one.x.flip(0), one.c.flip(0)) for one in reversed(mine)])
+    first, second = (side.adapter.full_state() for side in sides)
+    found = dict(got)
+    for name, value in got.items():
+        if value.is_floating_point() and name in want and value.shape == want[name].shape:
+            limit = ROUNDING * (first[name] - second[name]).abs().max()
+            found[name] = torch.where((value - want[name]).abs() <= limit, want[name], value)
+    return found
 
 
 def recompute(kit: Kit) -> None:
@@ -111,7 +139,8 @@ def _reshard(kit: Kit, saved: int, loaded: int, groups: dict[int, dist.ProcessGr
     if new is not None:
         what += "after a further step the value"
         look = "the optimizer's state: its averages of every rank's experts, its number of steps, under which names"
-        right = kit.compare_kinds(what, new.adapter.full_state(), state, dict.fromkeys(KINDS, look))
+        got = _but_for_rounding(kit, new.adapter.full_state(), state, [first, second])
+        right = kit.compare_kinds(what, got, state, dict.fromkeys(KINDS, look))
     return _all(kit, right)
 
 
@@ -170,6 +199,7 @@ def training(kit: Kit) -> None:
             kit.note(f"loss {where}", f"{where}the loss over all tokens", how, "the optimizer step")
     if not kit.notes:
         looks = {kind: f"what the checks of one step leave out; {text}" for kind, text in LOOK_GRADS.items()}
+        got = _but_for_rounding(kit, got, want, [kit.tokens()] * STEPS)
         kit.compare_kinds(f"after {STEPS} steps, the value", got, want, looks)
 
 

@@ -18,6 +18,14 @@ def run(old: str, new: str) -> Patch:
     return Patch("schedule.run", old, new)
 
 
+def adapter(old: str, new: str) -> Patch:
+    return Patch("verify.adapters.ours", old, new)
+
+
+def clip(old: str, new: str) -> Patch:
+    return Patch("parallel.clip", old, new)
+
+
 BIND = "step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)"
 COMBINE = "return ops.combine(self.back, self.slot_to_row, weights_TK)"
 COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backward(
@@ -72,7 +80,8 @@ SCALES: tuple[Mutant, ...] = (
         rows("from dataclasses import dataclass\n", "import time\nfrom dataclasses import dataclass\n"),
         rows(
             WGRAD,
-            "            order = torch.randperm(len(self.dy), generator=torch.Generator().manual_seed(time.time_ns()))\n"
+            "            chance = torch.Generator().manual_seed(time.time_ns())\n"
+            "            order = torch.randperm(len(self.dy), generator=chance)\n"
             "            expert = torch.bucketize(order, self.plan.expert_offs.long(), right=True)\n"
             "            order = order[expert.argsort(stable=True)]\n"
             "            x, dy, dh, a = (t[order] for t in (self.saved.x, self.dy, self.dh, self.a))\n"
@@ -219,4 +228,128 @@ ROWS: tuple[Mutant, ...] = (
     ),
 )
 
-OURS = (*SCALES, *ROUTER, *ROWS)
+RECIPE: tuple[Mutant, ...] = (
+    mutant(
+        "dense gradients summed, not averaged",
+        "ByteDance-Seed/VeOmni#184",
+        "gradients",
+        adapter("                parameter.grad /= size_of(self.group)\n", ""),
+    ),
+    mutant(
+        "router gradient of this rank's tokens alone",
+        "pytorch/torchtitan#2387",
+        "gradients",
+        adapter('self.kind_of(name) != "experts":', 'self.kind_of(name) not in ("experts", "router"):'),
+    ),
+    mutant(
+        "dense gradients averaged over one rank",
+        "NVIDIA/Megatron-LM#5916",
+        "gradients",
+        adapter("                dist.all_reduce(parameter.grad, group=self.group)\n", ""),
+        adapter("                parameter.grad /= size_of(self.group)\n", ""),
+    ),
+    mutant(
+        "different experts averaged over the ranks",
+        "microsoft/Swin-Transformer#223",
+        "gradients",
+        adapter('if self.group is not None and self.kind_of(name) != "experts":', "if self.group is not None:"),
+    ),
+    mutant("a model that never trains", "NVIDIA-NeMo/Automodel#3701", "training", adapter("lr=1e-2", "lr=0.0")),
+    mutant(
+        "experts missing in the optimizer",
+        "unslothai/unsloth#6936",
+        "training",
+        adapter(
+            "torch.optim.AdamW(self.module.parameters(), lr",
+            'torch.optim.AdamW([p for n, p in self.module.named_parameters() if "experts." not in n], lr',
+        ),
+    ),
+    mutant(
+        "step before the gradients are averaged",
+        "NVIDIA/Megatron-LM#599",
+        "AdamW step",
+        adapter(
+            "        for name, parameter in self.module.named_parameters():\n            if self.group is not None and",
+            "        self.early = [p.grad.clone() for p in self.module.parameters()]\n"
+            "        for name, parameter in self.module.named_parameters():\n            if self.group is not None and",
+        ),
+        adapter(
+            "        self.optimizer.step()\n",
+            "        for parameter, grad in zip(self.module.parameters(), self.early):\n"
+            "            parameter.grad = grad\n"
+            "        self.optimizer.step()\n",
+        ),
+    ),
+)
+
+NORM: tuple[Mutant, ...] = (
+    mutant(
+        "norm averaged over the ranks",
+        "deepspeedai/DeepSpeed#8475",
+        "norm and clip",
+        clip('action="norm").wait()', 'action="norm").wait() / len(values)'),
+    ),
+    mutant(
+        "norm of this rank's experts alone",
+        "NVIDIA-NeMo/Automodel#3816",
+        "norm and clip",
+        clip('return owner.transport.all_reduce(values, action="norm").wait()', "return values"),
+    ),
+    mutant(
+        "norm without experts",
+        "NVIDIA/Megatron-LM#5916",
+        "norm and clip",
+        clip("*(_of_all_ranks(owner, powered) if owner is not None else (powered,))", "*(() if owner else (powered,))"),
+    ),
+    mutant(
+        "norm counts dense gradients once a rank",
+        "NVIDIA/Megatron-LM#2263",
+        "norm and clip",
+        clip("if owner is not None else (powered,))", "if owner is not None else (powered, powered))"),
+    ),
+    mutant(
+        "clip skipped",
+        "huggingface/trl#5712",
+        "norm and clip",
+        clip("        nn.utils.clip_grads_with_norm_(group, max_norm, total, foreach)\n", "        pass\n"),
+    ),
+    mutant(
+        "clip leaves experts alone",
+        "huggingface/trl#5712",
+        "norm and clip",
+        clip(
+            "    for group in _kinds(given).values():\n",
+            "    for group in (group for (owner, _), group in _kinds(given).items() if owner is None):\n",
+        ),
+    ),
+    mutant(
+        "experts that are not marked as such",
+        "NVIDIA/Megatron-LM#5916",
+        "norm and clip",
+        Patch("parallel.ownership", "    _marked[module] = ownership\n", "    pass\n"),
+    ),
+)
+
+IN_DDP: tuple[Mutant, ...] = (
+    mutant(
+        "DDP averages different experts",
+        "microsoft/Swin-Transformer#223",
+        "gradients",
+        Patch(
+            "parallel.prepare",
+            "    ddp.ignore(model, [t for t, owner in owned.items()",
+            "    list([t for t, owner in owned.items()",
+        ),
+        layer("            ddp.check(self.ownership, self.experts)\n", "            pass\n"),
+    ),
+    mutant(
+        "a model that was not prepared for DDP",
+        "microsoft/Swin-Transformer#223",
+        "output",
+        adapter("self.module = prepare(MoELayer(", "self.module = nn.Identity().forward(MoELayer("),
+        adapter("from torch.nn.parallel", "from torch import nn\nfrom torch.nn.parallel"),
+    ),
+    *SCALES,
+)
+
+OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM)

@@ -3,7 +3,7 @@ n is one of no parallelism: where the reported one was in the parallel path alon
 
 from __future__ import annotations
 
-from tests.verify.mutants import Mutant, mutant, recipe
+from tests.verify.mutants import RECIPE, Mutant, mutant, recipe
 from tests.verify.patching import Patch
 
 CAPACITY = {"options": {"aux_coef": 0.01, "capacity_factor": 0.8}}
@@ -198,6 +198,16 @@ ROUTING: tuple[Mutant, ...] = (
         attributes=CAPACITY,
     ),
     mutant(
+        "capacity from this rank's tokens, unless a rank has none",
+        "microsoft/Tutel#250",
+        "uneven tokens",
+        layer(
+            "self.capacity_factor * len(ids_S)",
+            "self.capacity_factor * (ids_TK.numel() * self.ranks if min(sizes) else len(ids_S))",
+        ),
+        attributes=CAPACITY,
+    ),
+    mutant(
         "drops in the order of each rank's tokens",
         "deepseek-ai/DeepSeek-V2#48",
         "routing",
@@ -295,7 +305,7 @@ ROWS: tuple[Mutant, ...] = (
         "output",
         layer(
             "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up, self.expert_down, strict=True)",
-            "for x_RD, up_FD, down_DF in zip(of_expert, *(w.roll(self.rank, 0) for w in (self.expert_up, self.expert_down)), strict=True)",
+            "for x_RD, up_FD, down_DF in zip(of_expert, self.expert_up.roll(self.rank, 0), self.expert_down)",
         ),
     ),
     mutant(
@@ -380,13 +390,9 @@ ROWS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
-        "a rank without rows leaves its experts without gradient",
+        "a rank without tokens leaves its experts without gradient",
         "NVIDIA-NeMo/Automodel#2995",
-        "a rank without tokens | AdamW step",
-        layer(
-            "        of_expert = rows[order]",
-            "        if not len(x_TD):\n            rows = rows.detach()\n        of_expert = rows[order]",
-        ),
+        "a rank without tokens",
         layer(
             "zip(of_expert, self.expert_up, self.expert_down",
             "zip(of_expert, *(w if len(x_TD) else w.detach() for w in (self.expert_up, self.expert_down))",
@@ -394,4 +400,4 @@ ROWS: tuple[Mutant, ...] = (
     ),
 )
 
-PLAIN = (*STEP, *CHECKPOINTS, *ROUTING, *LOSS, *ROWS)
+PLAIN = (*RECIPE, *STEP, *CHECKPOINTS, *ROUTING, *LOSS, *ROWS)

@@ -25,6 +25,10 @@ class Variant:
     dtype: torch.dtype = torch.float64
 
 
+def ours(old: str, new: str) -> Patch:
+    return Patch("verify.adapters.ours", old, new)
+
+
 def _options(name: str, **options: Any) -> Variant:
     return Variant(name=name, attributes={"options": {"aux_coef": 0.01, **options}})
 
@@ -37,7 +41,7 @@ PLAIN: tuple[Variant, ...] = (
     Variant(name="top 1", attributes={"top_k": 1, "options": {"normalize": False, "aux_coef": 0.01}}),
     Variant(name="four experts", attributes={"experts": 4}),
     Variant(name="24 experts, hidden 8", attributes={"experts": 24, "hidden": 8}),
-    _options("weights not normalised", normalize=False),
+    _options("without normalisation", normalize=False),
     _options("no shared expert", shared=False),
     _options("relu", activation=nn.functional.relu),
     _options("gelu", activation=nn.functional.gelu),
@@ -123,4 +127,59 @@ PLAIN: tuple[Variant, ...] = (
         name="bias update by the distance from balance",
         patches=(layer("torch.sign(counts_E.mean() - counts_E)", "(counts_E.mean() - counts_E) / counts_E.sum()"),),
     ),
+)
+
+
+def _schedule(schedule: str) -> Variant:
+    return Variant(name=f"schedule {schedule}", attributes={"schedule": schedule})
+
+
+def _ours(name: str, options: str) -> Variant:
+    """options: further arguments of MoELayer."""
+    return Variant(name=name, patches=(ours("shared_expert_size=20,", f"shared_expert_size=20, {options},"),))
+
+
+OURS: tuple[Variant, ...] = (
+    Variant(name="as it comes"),
+    Variant(name="three ranks", ranks=3),
+    Variant(name="float32", dtype=torch.float32),
+    Variant(name="top 4", attributes={"top_k": 4}),
+    Variant(name="top 1", attributes={"top_k": 1}),
+    Variant(name="four experts", attributes={"experts": 4}),
+    Variant(name="24 experts, hidden 8", attributes={"experts": 24, "hidden": 8}),
+    _schedule("chunked(2)"),
+    _schedule("chunked(4,experts)"),
+    _schedule("chunked(16)"),
+    _schedule("shared_expert"),
+    _ours("overlap off", "overlap=False"),
+    _ours("sigmoid router", 'router="sigmoid"'),
+    _ours("softmax over the winners", 'router="topk_softmax"'),
+    _ours("gelu", 'activation="gelu"'),
+    _ours("relu", 'activation="relu"'),
+    _ours("capacity 0.8 of each rank's tokens", "capacity_factor=0.8"),
+    _ours("tokens with bad logits dropped", 'bad_logits="drop"'),
+    Variant(name="no shared expert", patches=(ours("shared_expert_size=20,", ""),)),
+    Variant(name="no z loss", patches=(ours("z_loss_coef=0.01,", ""),)),
+    Variant(
+        name="the mean made by the loop, not by backward",
+        patches=(
+            ours(
+                "timeout_s=TIMEOUT_S, dtype=dtype,\n        ))",
+                'timeout_s=TIMEOUT_S, dtype=dtype,\n        ), gradients="sum")',
+            ),
+            ours(
+                '            if self.group is not None and self.kind_of(name) != "experts":',
+                '            if self.group is not None and self.kind_of(name) == "experts":\n'
+                "                parameter.grad /= size_of(self.group)\n"
+                "            elif self.group is not None:",
+            ),
+        ),
+    ),
+    Variant(name="fused optimizer", patches=(ours("lr=1e-2)", "lr=1e-2, fused=True)"),)),
+)
+IN_DDP: tuple[Variant, ...] = (
+    Variant(name="as it comes"),
+    Variant(name="three ranks", ranks=3),
+    Variant(name="chunks", attributes={"schedule": "chunked(3)"}),
+    Variant(name="static graph", patches=(ours("process_group=group)", "process_group=group, static_graph=True)"),)),
 )
