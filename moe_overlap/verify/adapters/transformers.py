@@ -30,10 +30,11 @@ class Qwen3MoE(Adapter):
         except ModuleNotFoundError as error:
             raise ConfigError("adapter", "transformers", f"the package transformers installed ({error})") from None
         disable_progress_bar()
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # the others refuse float64
         config = Qwen3MoeConfig(
             hidden_size=self.hidden, moe_intermediate_size=24, num_experts=self.experts, num_experts_per_tok=self.top_k,
-            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=12,
-            norm_topk_prob=True,
+            num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=6, head_dim=4, vocab_size=12,
+            norm_topk_prob=True, **eager,
         )  # fmt: skip
         model: Any = Qwen3MoeModel(config).to(dtype)
         if group is not None:
@@ -43,7 +44,7 @@ class Qwen3MoE(Adapter):
                 config.save_pretrained(folder)  # on every rank, where model.save_pretrained writes on the first alone
                 save_file(model.state_dict(), Path(folder) / "model.safetensors", metadata={"format": "pt"})
                 model = Qwen3MoeModel.from_pretrained(
-                    folder, dtype=dtype, distributed_config=self.parallelism(group.size())
+                    folder, dtype=dtype, distributed_config=self.parallelism(group.size()), **eager
                 )
         self.module = model.train()
 
@@ -85,7 +86,11 @@ class Qwen3MoE(Adapter):
         return {name: _full(p.grad).clone() for name, p in self.module.named_parameters() if p.grad is not None}
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        return _full(torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm))
+        """What the Trainer does where gradients lie on several meshes."""
+        from transformers import Trainer
+
+        norm: torch.Tensor = Trainer._mixed_mesh_grad_norm(None, self.module, max_norm)
+        return norm
 
     def optimizer_step(self) -> None:
         if not hasattr(self, "optimizer"):
@@ -102,14 +107,14 @@ class Qwen3MoE(Adapter):
 
 
 class Qwen3MoESharedBatch(Qwen3MoE):
-    """All ranks have the same sequence, as under tensor parallelism; only the experts are spread."""
+    """Tensor parallelism around the experts: all ranks have the same sequence."""
 
     same_tokens = True
 
     def parallelism(self, ranks: int) -> Any:
         from transformers.distributed import DistributedConfig
 
-        return DistributedConfig(tp_size=ranks, tp_plan={}, ep_size=ranks)
+        return DistributedConfig(tp_size=ranks, ep_size=ranks)
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
