@@ -198,7 +198,9 @@ def auxiliary_loss(kit: Kit) -> None:
     _auxiliary_loss(kit, [TOKENS] * kit.ranks, "")
     found = float(kit.mean(torch.tensor(float(len(kit.notes)))))  # alike on all ranks
     if not found and not kit.setup.same_tokens:
-        counts = [*(UNEVEN[rank % len(UNEVEN)] for rank in range(kit.ranks - 1)), 0]
+        counts = [UNEVEN[rank % len(UNEVEN)] for rank in range(kit.ranks)]
+        if kit.setup.factory().may_be_empty:
+            counts[-1] = 0
         _auxiliary_loss(kit, counts, f"with {', '.join(map(str, counts))} tokens on the ranks, ")
 
 
