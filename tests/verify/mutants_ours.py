@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tests.verify.mutants import Mutant, mutant
 from tests.verify.patching import Patch
 
@@ -349,7 +351,7 @@ IN_DDP: tuple[Mutant, ...] = (
         adapter("self.module = prepare(MoELayer(", "self.module = nn.Identity().forward(MoELayer("),
         adapter("from torch.nn.parallel", "from torch import nn\nfrom torch.nn.parallel"),
     ),
-    *SCALES,
+    *(replace(one, soak=True) for one in SCALES),
 )
 
 OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM)
