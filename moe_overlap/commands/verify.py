@@ -29,7 +29,7 @@ ADAPTERS = {
     "plain": ("moe_overlap.verify.adapters.plain", "PlainAdapter"),
     "transformers": ("moe_overlap.verify.adapters.transformers", "Qwen3MoE"),
 }
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPECTED = f"one of {', '.join(ADAPTERS)}, or package.module:Class, a subclass of moe_overlap.verify.Adapter"
 
 

@@ -84,7 +84,7 @@ def _where(kit: Kit, y: torch.Tensor, want: torch.Tensor, ids: torch.Tensor | No
     """Whether the tokens that are wrong are those that visit one rank's experts."""
     if ids is None or y.shape != want.shape:
         return ""
-    right = torch.tensor([near(a, b, kit.setup.dtype) for a, b in zip(y, want, strict=True)])
+    right = torch.tensor([near(a, b, kit.setup.precision) for a, b in zip(y, want, strict=True)])
     holder = ids // (kit.setup.factory().experts // kit.ranks)
     found = [rank for rank in range(kit.ranks) if torch.equal(~right, (holder == rank).any(dim=1))]
     return f"the experts of rank {found[0]}, as just its visitors are wrong; " if len(found) == 1 else ""
@@ -123,7 +123,7 @@ def clip(kit: Kit) -> None:
     _, before = many.grads(kit.share_of(tokens, many))
     true = _norm(before)  # of the gradients that there are: whether these are right is a check of its own
     norm = float(many.adapter.clip(0.5 * true))
-    how = describe(_as(norm), _as(true), dtype=kit.setup.dtype, ranks=kit.ranks)
+    how = describe(_as(norm), _as(true), dtype=kit.setup.precision, ranks=kit.ranks)
     if how:
         how = f"is {norm:.6g} instead of {true:.6g}: {_norm_of(kit, norm, before) or how}"
         look = "which parameters it counts: all ranks' experts once, replicated parameters once, over the whole group"
@@ -132,7 +132,7 @@ def clip(kit: Kit) -> None:
     looks = dict.fromkeys(TRAINED, "the factor of clipping: the same on all ranks and for all parameters")
     left = many.adapter.full_grads()
     factor = _norm(left) / true  # torch divides by the norm + 1e-6
-    factor = factor if math.isclose(factor, 0.5, rel_tol=max(1e-5, TOLERANCES[kit.setup.dtype].rtol)) else 0.5
+    factor = factor if math.isclose(factor, 0.5, rel_tol=max(1e-5, TOLERANCES[kit.setup.precision].rtol)) else 0.5
     right = {name: factor * grad for name, grad in before.items()}
     kit.compare_kinds("after clipping to half the norm, the gradient", left, right, looks, kinds=TRAINED)
     _, before = many.grads(kit.share_of(tokens, many))
@@ -168,7 +168,7 @@ def _norm_of(kit: Kit, norm: float, grads: State) -> str | None:
         "the sum of the ranks' own norms": sum(each),
     }  # fmt: skip
     for text, value in known.items():
-        if near(_as(norm), _as(value), kit.setup.dtype, 10.0):
+        if near(_as(norm), _as(value), kit.setup.precision, 10.0):
             return text
     whole = _norm(grads)
     return f"{named_factor(norm / whole, kit.ranks)} the norm" if whole else None

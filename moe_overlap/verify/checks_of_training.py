@@ -45,15 +45,17 @@ def _but_for_rounding(kit: Kit, got: State, want: State, batches: Sequence[Seque
     by that.
 
     AdamW makes steps of one size of gradients of any size, so that an entry whose gradient is zero but for rounding (of
-    an expert that no token wants) moves by chance. How far is seen on one rank, whose tokens come in another order.
+    an expert that no token wants) moves by chance. How far is seen on one rank, whose tokens are rounded otherwise.
     """
-    if all(name in got and near(got[name].double(), value.double(), kit.setup.dtype) for name, value in want.items()):
+    if all(
+        name in got and near(got[name].double(), value.double(), kit.setup.precision) for name, value in want.items()
+    ):
         return got
     sides = [kit.one(), kit.one()]
     for tokens in batches:
         mine = kit.share_of(tokens, sides[0])
         sides[0].step(mine)
-        sides[1].step([Tokens(one.x.flip(0), one.c.flip(0)) for one in reversed(mine)])
+        sides[1].step([Tokens(one.x * _roundings(kit, one.x), one.c) for one in mine])
     first, second = (side.adapter.full_state() for side in sides)
     found = dict(got)
     for name, value in got.items():
@@ -61,6 +63,12 @@ def _but_for_rounding(kit: Kit, got: State, want: State, batches: Sequence[Seque
             limit = ROUNDING * (first[name] - second[name]).abs().max()
             found[name] = torch.where((value - want[name]).abs() <= limit, want[name], value)
     return found
+
+
+def _roundings(kit: Kit, like: torch.Tensor) -> torch.Tensor:
+    """Factors of about one, as an operation in the precision of the run rounds."""
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (1 + torch.finfo(kit.setup.precision).eps * drawn).to(like.dtype)
 
 
 def recompute(kit: Kit) -> None:

@@ -38,6 +38,9 @@ def describe(
     parts = [part.detach().double() for part in parts]
     if near(got, want, dtype):
         return None
+    bad = int((~want.isfinite()).sum())
+    if bad:
+        return f"cannot be compared: one rank's has {bad} entries of {want.numel()} that are not finite"
     whole = _pattern(got, want, dtype, ranks, top_k, parts)
     if whole is None and experts and ranks > 1 and got.shape[0] % ranks == 0:
         whole = _by_rank(got, want, dtype, ranks, top_k, parts)

@@ -55,6 +55,7 @@ class Setup:
 
     factory: Factory
     dtype: torch.dtype
+    precision: torch.dtype  # as nearly as which dtype allows results have to agree
     same_tokens: bool
     timeout_s: float
     state: State = field(default_factory=dict)
@@ -167,7 +168,7 @@ class Kit:
         """Note how `got` of n ranks differs from `want` of one; whether it does not. ranks: 1 where the number of ranks
         explains nothing."""
         top_k = self.setup.factory().top_k if ranks is None else 0
-        how = describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=top_k)
+        how = describe(got, want, dtype=self.setup.precision, ranks=ranks or self.ranks, top_k=top_k)
         if how is not None:
             self.note(what, what, how, look, topic=topic)
         return how is None
@@ -211,7 +212,7 @@ class Kit:
         parts: Sequence[torch.Tensor] = (),
     ) -> str | None:
         top_k = self.setup.factory().top_k if ranks is None else 0
-        return describe(got, want, dtype=self.setup.dtype, ranks=ranks or self.ranks, top_k=top_k,
+        return describe(got, want, dtype=self.setup.precision, ranks=ranks or self.ranks, top_k=top_k,
                         parts=parts, experts=self.setup.kinds[name] == "experts")  # fmt: skip
 
     def compare_results(self, got: Result, one: Result, tokens: Sequence[Tokens], *, what: str = "") -> bool:

@@ -23,7 +23,7 @@ from moe_overlap.verify.report import Finding, Report
 from moe_overlap.verify.tolerances import TOLERANCES
 
 TIMEOUT_S = 15.0
-LIMIT_S = 300.0
+LIMIT_S = 120.0
 MOST_APART = 2  # each costs a timeout
 PROGRAM = "moe-overlap verify"
 
@@ -67,16 +67,21 @@ def run(
     *,
     dtype: torch.dtype = torch.float64,
     timeout_s: float = TIMEOUT_S,
+    on_error: Callable[[str], object] = str,
 ) -> Report:
     """Compare the adapter's module on the ranks of `group` (None: all) with that on one rank; the same report on every
     rank. Collective; CPU and gloo, at least two ranks. timeout_s: longest wait for another rank within a check.
+    on_error: called with what the module raised on this rank, at once, for the case that the others never come back.
 
     Raises ConfigError for what cannot be run. Whatever the module raises is a finding.
     """
     world = _world(group, timeout_s)
     adapter = factory()
     _check_arguments(adapter.experts, world.size, dtype)
-    setup = Setup(factory=factory, dtype=dtype, same_tokens=adapter.same_tokens, timeout_s=timeout_s)
+    precision = max(dtype, adapter.coarsest or dtype, key=lambda one: TOLERANCES[one].rtol)
+    setup = Setup(
+        factory=factory, dtype=dtype, precision=precision, same_tokens=adapter.same_tokens, timeout_s=timeout_s
+    )
     report = Report(adapter=adapter.name, ranks=world.size, dtype=str(dtype).removeprefix("torch."))
     start_s = time.perf_counter()
     stop, apart = "", 0
@@ -88,7 +93,7 @@ def run(
         if reason:
             report.not_checked.append(f"{check.title} ({reason})")
             continue
-        found, lost = _one_check(check, setup, world)
+        found, lost = _one_check(check, setup, world, on_error)
         known = {finding.topic for finding in report.findings}
         report.findings += [replace(finding, follows=_follows(finding, check, known)) for finding in found]
         if not found:
@@ -123,9 +128,10 @@ def check(
         status = spawn(main, (), ranks, timeout_s=limit_s, program=PROGRAM)
         if file.exists():
             return Report.from_json(file.read_text(encoding="utf-8"))
-    how = f"ended with status {status} before there was a report: see what it wrote to stderr"
+        said = "; ".join(path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("error-*")))
+    how = f"ended with status {status} before there was a report ({said or 'see what it wrote to stderr'})"
     lost = Finding(
-        check="the run", what="a rank", how=how, look="the first error above", ranks=tuple(range(ranks)), topic="lost"
+        check="the run", what="a rank", how=how, look="the stacks above", ranks=tuple(range(ranks)), topic="lost"
     )
     report = Report(adapter=factory().name, ranks=ranks, dtype=str(dtype).removeprefix("torch."))
     report.findings.append(lost)
@@ -145,7 +151,8 @@ def _rank(
     """What a new process does; rank 0 leaves the report."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(limit_s, exit=True)
-    report = run(factory, world.group, dtype=dtype, timeout_s=timeout_s)
+    error = file.with_name(f"error-{world.rank}")
+    report = run(factory, world.group, dtype=dtype, timeout_s=timeout_s, on_error=error.write_text)
     if world.rank == 0:
         part = file.with_suffix(".part")
         part.write_text(report.to_json(), encoding="utf-8")
@@ -176,7 +183,9 @@ def _check_arguments(experts: int, ranks: int, dtype: torch.dtype) -> None:
         raise ConfigError("dtype", dtype, f"one of {', '.join(map(str, TOLERANCES))}")
 
 
-def _one_check(check: Check, setup: Setup, world: World) -> tuple[list[Finding], bool]:
+def _one_check(
+    check: Check, setup: Setup, world: World, on_error: Callable[[str], object]
+) -> tuple[list[Finding], bool]:
     """What all ranks found, and whether they went apart: one raised and another one did not, or waited in vain."""
     assert world.group is not None
     raised, raised_s, notes = "", 0.0, []
@@ -187,6 +196,7 @@ def _one_check(check: Check, setup: Setup, world: World) -> tuple[list[Finding],
     except Exception as error:
         raised, raised_s = _in_words(error), time.monotonic()
         break_off(kit.group)
+        on_error(f"{check.title}: rank {world.rank} raised {raised}")
     mine = {"raised": raised, "raised_s": raised_s, "notes": [asdict(note) for note in notes]}
     everyone = [json.loads(text) for text in world.gather_text(json.dumps(mine))]
     kit.close()
