@@ -113,11 +113,11 @@ PLAIN: tuple[Variant, ...] = (
         ),
     ),
     Variant(
-        name="routing kept for backward",
+        name="counts added without a branch",
         patches=(
             layer(
-                "        if not self._again:\n            self.counts += counts_E\n",
-                "        self.counts += counts_E * (not self._again)\n",
+                "        if self.training and not self._again:\n            self.counts += counts_E\n",
+                "        self.counts += counts_E * (self.training and not self._again)\n",
             ),
         ),
     ),
