@@ -25,6 +25,7 @@ class Adapter:
 
     hidden, experts, top_k: sizes of the module that `build` makes: small ones, `experts` a multiple of the ranks.
     same_tokens: True where all ranks of the group compute the same tokens (as under tensor parallelism), not their own.
+    may_be_empty: whether a rank may have no tokens (a block with attention may not).
     coarsest: the dtype of the coarsest arithmetic inside, whatever the dtype of the values (a router in float32).
     together: True where one call sees all ranks' tokens (a global capacity, an auxiliary loss over all tokens): then
     one rank computes all tokens in one call, else each rank's tokens in a call of their own.
@@ -35,6 +36,7 @@ class Adapter:
     top_k = 2
     same_tokens = False
     together = False
+    may_be_empty = True
     coarsest: torch.dtype | None = None
 
     module: nn.Module

@@ -197,7 +197,9 @@ def auxiliary_loss(kit: Kit) -> None:
     """Its value, and its gradient alone; where ranks have other numbers of tokens, too, the last one none."""
     _auxiliary_loss(kit, [TOKENS] * kit.ranks, "")
     if kit.agreed(not kit.notes) and not kit.setup.same_tokens:
-        counts = [*(UNEVEN[rank % len(UNEVEN)] for rank in range(kit.ranks - 1)), 0]
+        counts = [UNEVEN[rank % len(UNEVEN)] for rank in range(kit.ranks)]
+        if kit.setup.factory().may_be_empty:
+            counts[-1] = 0
         _auxiliary_loss(kit, counts, f"with {', '.join(map(str, counts))} tokens on the ranks, ")
 
 

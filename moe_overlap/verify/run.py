@@ -24,20 +24,25 @@ from moe_overlap.verify.tolerances import TOLERANCES
 
 TIMEOUT_S = 15.0
 LIMIT_S = 120.0
+REPORT = "report.json"
 MOST_APART = 2  # each costs a timeout
 PROGRAM = "moe-overlap verify"
 
 
 @dataclass(frozen=True)
 class Check:
-    """needs: optional methods of the adapter. own: only where ranks have tokens of their own. first: without it right,
-    nothing can be said about the rest. apart: it compares n ranks with n ranks, so that what another check found does
-    not show in it. steps: it compares what came of whole steps."""
+    """What is done under which name, and when not.
+
+    needs: optional methods of the adapter. own: only where ranks have tokens of their own. empty: only where a rank may
+    have none. first: without it right, nothing can be said about the rest. apart: it compares n ranks with n ranks, so
+    that what another check found does not show in it. steps: it compares what came of whole steps.
+    """
 
     title: str
     run: Callable[[Kit], None]
     needs: tuple[str, ...] = ()
     own: bool = False
+    empty: bool = False
     first: bool = False
     apart: bool = False
     steps: bool = False
@@ -53,7 +58,7 @@ CHECKS = (
     Check("save, reshard, load", checks_of_training.reshard, ("save", "load", "optimizer_step"), apart=True),
     Check("recompute", checks_of_training.recompute, ("checkpointed",), apart=True),
     Check("two micro-batches", checks.micro_batches),
-    Check("a rank without tokens", checks.no_tokens, own=True),
+    Check("a rank without tokens", checks.no_tokens, own=True, empty=True),
     Check("uneven tokens", checks.uneven_tokens, own=True),
     Check("idle experts", checks_of_use.idle_experts),
     Check("two forwards", checks_of_use.two_forwards),
@@ -70,11 +75,12 @@ def run(
     *,
     dtype: torch.dtype = torch.float64,
     timeout_s: float = TIMEOUT_S,
-    on_error: Callable[[str], object] = str,
+    keep: Path | None = None,
 ) -> Report:
     """Compare the adapter's module on the ranks of `group` (None: all) with that on one rank; the same report on every
     rank. Collective; CPU and gloo, at least two ranks. timeout_s: longest wait for another rank within a check.
-    on_error: called with what the module raised on this rank, at once, for the case that the others never come back.
+    keep: a folder for what is known so far, in case that some rank never comes back: error-RANK, what the module raised
+    on that rank, and report.json, which rank 0 writes after every check.
 
     Raises ConfigError for what cannot be run. Whatever the module raises is a finding.
     """
@@ -93,10 +99,12 @@ def run(
         reason = stop or (f"the adapter has no {', '.join(missing)}" if missing else "")
         if check.own and adapter.same_tokens:
             reason = reason or "all ranks compute the same tokens"
+        if check.empty and not adapter.may_be_empty:
+            reason = reason or "the adapter's ranks always have tokens"
         if reason:
             report.not_checked.append(f"{check.title} ({reason})")
             continue
-        found, lost = _one_check(check, setup, world, on_error)
+        found, lost = _one_check(check, setup, world, keep)
         known = {finding.topic for finding in report.findings}
         report.findings += [replace(finding, follows=_follows(finding, check, known)) for finding in found]
         if not found:
@@ -106,8 +114,9 @@ def run(
         apart += lost
         if apart == MOST_APART:
             stop = f"the ranks went apart in {MOST_APART} checks, the last of them {check.title}"
+        _keep(report, keep if world.rank == 0 else None, start_s)
+    _keep(report, keep if world.rank == 0 else None, start_s)
     dist.destroy_process_group(world.group)
-    report.seconds = round(time.perf_counter() - start_s, 2)
     return report
 
 
@@ -126,18 +135,18 @@ def check(
     """
     _check_arguments(factory().experts, ranks, dtype)
     with tempfile.TemporaryDirectory(prefix="moe_overlap-verify-") as folder:
-        file = Path(folder) / "report.json"
-        main = partial(_rank, factory=factory, dtype=dtype, timeout_s=timeout_s, limit_s=limit_s, file=file)
+        keep = Path(folder)
+        main = partial(_rank, factory=factory, dtype=dtype, timeout_s=timeout_s, limit_s=limit_s, keep=keep)
         status = spawn(main, (), ranks, timeout_s=limit_s, program=PROGRAM)
-        if file.exists():
-            return Report.from_json(file.read_text(encoding="utf-8"))
-        said = "; ".join(path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("error-*")))
-    how = f"ended with status {status} before there was a report ({said or 'see what it wrote to stderr'})"
-    lost = Finding(
-        check="the run", what="a rank", how=how, look="the stacks above", ranks=tuple(range(ranks)), topic="lost"
-    )
-    report = Report(adapter=factory().name, ranks=ranks, dtype=str(dtype).removeprefix("torch."))
-    report.findings.append(lost)
+        report = Report(adapter=factory().name, ranks=ranks, dtype=str(dtype).removeprefix("torch."))
+        if (keep / REPORT).exists():
+            report = Report.from_json((keep / REPORT).read_text(encoding="utf-8"))
+        said = "; ".join(path.read_text(encoding="utf-8") for path in sorted(keep.glob("error-*")))
+    if status:
+        last = report.passed[-1] if report.passed else "the beginning"
+        how = f"ended with status {status} after {last} ({said or 'no rank raised: see the stacks it wrote to stderr'})"
+        report.findings.append(Finding(check="the run", what="a rank", how=how, look="what that rank does there",
+                                       ranks=tuple(range(ranks)), topic="lost"))  # fmt: skip
     return report
 
 
@@ -149,19 +158,24 @@ def _rank(
     dtype: torch.dtype,
     timeout_s: float,
     limit_s: float,
-    file: Path,
+    keep: Path,
 ) -> int:
-    """What a new process does; rank 0 leaves the report."""
+    """What a new process does."""
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(limit_s, exit=True)
-    error = file.with_name(f"error-{world.rank}")
-    report = run(factory, world.group, dtype=dtype, timeout_s=timeout_s, on_error=error.write_text)
-    if world.rank == 0:
-        part = file.with_suffix(".part")
-        part.write_text(report.to_json(), encoding="utf-8")
-        part.replace(file)
+    run(factory, world.group, dtype=dtype, timeout_s=timeout_s, keep=keep)
     faulthandler.cancel_dump_traceback_later()
     return 0
+
+
+def _keep(report: Report, folder: Path | None, start_s: float) -> None:
+    """What the report is so far."""
+    report.seconds = round(time.perf_counter() - start_s, 2)
+    if folder is None:
+        return
+    part = folder / f"{REPORT}.part"
+    part.write_text(report.to_json(), encoding="utf-8")
+    part.replace(folder / REPORT)
 
 
 def _world(group: dist.ProcessGroup | None, timeout_s: float) -> World:
@@ -186,9 +200,7 @@ def _check_arguments(experts: int, ranks: int, dtype: torch.dtype) -> None:
         raise ConfigError("dtype", dtype, f"one of {', '.join(map(str, TOLERANCES))}")
 
 
-def _one_check(
-    check: Check, setup: Setup, world: World, on_error: Callable[[str], object]
-) -> tuple[list[Finding], bool]:
+def _one_check(check: Check, setup: Setup, world: World, keep: Path | None) -> tuple[list[Finding], bool]:
     """What all ranks found, and whether they went apart: one raised and another one did not, or waited in vain."""
     assert world.group is not None
     raised, raised_s, notes = "", 0.0, []
@@ -199,7 +211,10 @@ def _one_check(
     except Exception as error:
         raised, raised_s = _in_words(error), time.monotonic()
         break_off(kit.group)
-        on_error(f"{check.title}: rank {world.rank} raised {raised}")
+        if keep is not None:
+            (keep / f"error-{world.rank}").write_text(
+                f"{check.title}: rank {world.rank} raised {raised}", encoding="utf-8"
+            )
     mine = {"raised": raised, "raised_s": raised_s, "notes": [asdict(note) for note in notes]}
     everyone = [json.loads(text) for text in world.gather_text(json.dumps(mine))]
     kit.close()

@@ -139,6 +139,7 @@ class NeedsTokens(Ours):
 class AveragesByTokens(Ours):
     """Right only where all ranks have as many tokens."""
 
+    may_be_empty = False
     found_by, words = "uneven tokens", "with 24, 5 tokens on the ranks, the gradient of the router"
 
     def forward(self, x):

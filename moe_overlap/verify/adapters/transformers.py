@@ -1,6 +1,6 @@
 """A tiny Qwen3-MoE of transformers (5.2x) under its own expert parallelism, the MoE block and what surrounds it.
 
-The package transformers is imported when a module is built. `group` has to be all ranks, since its meshes are.
+Needs the packages transformers and accelerate. `group` has to be all ranks, since its meshes are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import Qwen3MoeConfig, Qwen3MoeModel, Trainer
+from transformers.distributed import DistributedConfig
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.verify.adapter import Adapter, State
@@ -21,19 +24,17 @@ from moe_overlap.verify.adapter import Adapter, State
 class Qwen3MoE(Adapter):
     """One decoder layer; every rank has a sequence of its own. FSDP2 shards what is not experts, and averages."""
 
+    may_be_empty = False
     coarsest = torch.float32  # its router and its norms compute in float32 whatever the input
 
     def build(self, group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
-        try:
-            from transformers import Qwen3MoeConfig, Qwen3MoeModel
-            from transformers.utils.logging import disable_progress_bar
-        except ModuleNotFoundError as error:
-            raise ConfigError("adapter", "transformers", f"the package transformers installed ({error})") from None
         disable_progress_bar()
+        set_verbosity_error()
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # the others refuse float64
         config = Qwen3MoeConfig(
             hidden_size=self.hidden, moe_intermediate_size=24, num_experts=self.experts, num_experts_per_tok=self.top_k,
-            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=12,
-            norm_topk_prob=True,
+            num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=6, head_dim=4, vocab_size=12,
+            norm_topk_prob=True, **eager,
         )  # fmt: skip
         model: Any = Qwen3MoeModel(config).to(dtype)
         if group is not None:
@@ -43,14 +44,12 @@ class Qwen3MoE(Adapter):
                 config.save_pretrained(folder)  # on every rank, where model.save_pretrained writes on the first alone
                 save_file(model.state_dict(), Path(folder) / "model.safetensors", metadata={"format": "pt"})
                 model = Qwen3MoeModel.from_pretrained(
-                    folder, dtype=dtype, distributed_config=self.parallelism(group.size())
+                    folder, dtype=dtype, distributed_config=self.parallelism(group.size()), **eager
                 )
         self.module = model.train()
 
     def parallelism(self, ranks: int) -> Any:
         """Experts spread over the ranks, all else sharded over the same ranks."""
-        from transformers.distributed import DistributedConfig
-
         return DistributedConfig(fsdp_size=ranks, ep_size=ranks)
 
     def kind_of(self, name: str) -> str:
@@ -85,7 +84,9 @@ class Qwen3MoE(Adapter):
         return {name: _full(p.grad).clone() for name, p in self.module.named_parameters() if p.grad is not None}
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        return _full(torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm))
+        """What the Trainer does where gradients lie on several meshes."""
+        norm: torch.Tensor = Trainer._mixed_mesh_grad_norm(None, self.module, max_norm)
+        return norm
 
     def optimizer_step(self) -> None:
         if not hasattr(self, "optimizer"):
@@ -102,14 +103,12 @@ class Qwen3MoE(Adapter):
 
 
 class Qwen3MoESharedBatch(Qwen3MoE):
-    """All ranks have the same sequence, as under tensor parallelism; only the experts are spread."""
+    """Tensor parallelism around the experts: all ranks have the same sequence."""
 
     same_tokens = True
 
     def parallelism(self, ranks: int) -> Any:
-        from transformers.distributed import DistributedConfig
-
-        return DistributedConfig(tp_size=ranks, tp_plan={}, ep_size=ranks)
+        return DistributedConfig(tp_size=ranks, ep_size=ranks)
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
