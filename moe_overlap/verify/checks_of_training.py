@@ -78,7 +78,7 @@ def recompute(kit: Kit) -> None:
     results = []
     for side, on in ((with_it, True), (plain, False)):
         side.adapter.zero_grad()
-        results.append(side.backward(mine, checkpointed=on))
+        results.append(side.backward(mine, checkpointed=on, aux=side.adapter.has("aux_loss")))
         side.adapter.sync_grads()
     look = "what a recompute does again that it must not: random numbers, another routing, counts, hooks"
     for what in ("outputs", "input_grads"):

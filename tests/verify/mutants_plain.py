@@ -261,6 +261,15 @@ LOSS: tuple[Mutant, ...] = (
         ),
     ),
     mutant(
+        "auxiliary loss without gradient under recompute",
+        "NVIDIA-NeMo/Automodel#1408",
+        "recompute",
+        layer(
+            "aux = self._aux_loss(probs_TE, counts_E)",
+            "aux = self._aux_loss(probs_TE.detach() if self.recompute else probs_TE, counts_E)",
+        ),
+    ),
+    mutant(
         "auxiliary loss divided by the ranks",
         "NVIDIA-NeMo/Automodel#1412",
         "auxiliary loss",
