@@ -28,6 +28,7 @@ ADAPTERS = {
     "ours-ddp": ("moe_overlap.verify.adapters.ours", "OursInDDP"),
     "plain": ("moe_overlap.verify.adapters.plain", "PlainAdapter"),
     "transformers": ("moe_overlap.verify.adapters.transformers", "Qwen3MoE"),
+    "transformers-tp": ("moe_overlap.verify.adapters.transformers", "Qwen3MoESharedBatch"),
 }
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPECTED = f"one of {', '.join(ADAPTERS)}, or package.module:Class, a subclass of moe_overlap.verify.Adapter"

@@ -201,5 +201,5 @@ def test_transformers():
     pytest.importorskip("accelerate", reason="transformers needs accelerate for its own parallelism")
     from moe_overlap.verify.adapters.transformers import Qwen3MoE
 
-    report = verify.check(Qwen3MoE)
-    assert "gradients" in report.passed, lines(report)
+    report = verify.check(Qwen3MoE, dtype=torch.float32)
+    assert not report.findings and "gradients" in report.passed, lines(report)
