@@ -196,8 +196,7 @@ def micro_batches(kit: Kit) -> None:
 def auxiliary_loss(kit: Kit) -> None:
     """Its value, and its gradient alone; where ranks have other numbers of tokens, too, the last one none."""
     _auxiliary_loss(kit, [TOKENS] * kit.ranks, "")
-    found = float(kit.mean(torch.tensor(float(len(kit.notes)))))  # alike on all ranks
-    if not found and not kit.setup.same_tokens:
+    if kit.agreed(not kit.notes) and not kit.setup.same_tokens:
         counts = [UNEVEN[rank % len(UNEVEN)] for rank in range(kit.ranks)]
         if kit.setup.factory().may_be_empty:
             counts[-1] = 0

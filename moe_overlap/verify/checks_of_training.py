@@ -17,7 +17,7 @@ from moe_overlap.verify.sides import Result, Side, Tokens
 
 STEPS = 6
 ROUNDING = 10.0  # times as far as one rank's own values come apart
-_LOOK_STEP = {
+LOOK_STEP = {
     "router": "the optimizer's parameters on every rank, and whether all ranks step with the same gradient",
     "experts": "whether the optimizer has the experts of every rank, with one learning rate and decay",
     "shared": "the optimizer's parameters on every rank, and whether all ranks step with the same gradient",
@@ -35,12 +35,12 @@ def adamw_step(kit: Kit) -> None:
         many.step(kit.share_of(tokens, many))
         one.step(kit.share_of(tokens, one))
         want = one.adapter.full_state()
-        got = _but_for_rounding(kit, many.adapter.full_state(), want, batches)
-        if not kit.compare_kinds(f"after step {number + 1}, the value", got, want, _LOOK_STEP):
+        got = but_for_rounding(kit, many.adapter.full_state(), want, batches)
+        if not kit.compare_kinds(f"after step {number + 1}, the value", got, want, LOOK_STEP):
             return
 
 
-def _but_for_rounding(kit: Kit, got: State, want: State, batches: Sequence[Sequence[Tokens]]) -> State:
+def but_for_rounding(kit: Kit, got: State, want: State, batches: Sequence[Sequence[Tokens]]) -> State:
     """`got` after a step on each of the batches; what is no farther from `want` than rounding can bring it is replaced
     by that.
 
@@ -78,7 +78,7 @@ def recompute(kit: Kit) -> None:
     results = []
     for side, on in ((with_it, True), (plain, False)):
         side.adapter.zero_grad()
-        results.append(side.backward(mine, checkpointed=on))
+        results.append(side.backward(mine, checkpointed=on, aux=side.adapter.has("aux_loss")))
         side.adapter.sync_grads()
     look = "what a recompute does again that it must not: random numbers, another routing, counts, hooks"
     for what in ("outputs", "input_grads"):
@@ -138,7 +138,7 @@ def _reshard(kit: Kit, saved: int, loaded: int, groups: dict[int, dist.ProcessGr
     if new is not None:
         look = "whether the file has the experts of every rank, and which of them a rank takes"
         right = kit.compare_kinds(f"{what}the value", new.adapter.full_state(), state, dict.fromkeys(KINDS, look))
-    if not _all(kit, right):
+    if not kit.agreed(right):
         return False
     for side in (old, new):
         if side is not None:
@@ -147,9 +147,9 @@ def _reshard(kit: Kit, saved: int, loaded: int, groups: dict[int, dist.ProcessGr
     if new is not None:
         what += "after a further step the value"
         look = "the optimizer's state: its averages of every rank's experts, its number of steps, under which names"
-        got = _but_for_rounding(kit, new.adapter.full_state(), state, [first, second])
+        got = but_for_rounding(kit, new.adapter.full_state(), state, [first, second])
         right = kit.compare_kinds(what, got, state, dict.fromkeys(KINDS, look))
-    return _all(kit, right)
+    return kit.agreed(right)
 
 
 class _Folder:
@@ -180,13 +180,6 @@ def _from_rank_0(kit: Kit, state: State) -> State:
     return found
 
 
-def _all(kit: Kit, right: bool) -> bool:
-    """Whether it is so on every rank."""
-    wrong = torch.tensor([int(not right)])
-    dist.all_reduce(wrong, group=kit.group)
-    return not int(wrong)
-
-
 def training(kit: Kit) -> None:
     """After some steps everything that is trained has changed, the loss fell, and both sides are at the same point."""
     many, one = kit.many(), kit.one()
@@ -207,7 +200,7 @@ def training(kit: Kit) -> None:
             kit.note(f"loss {where}", f"{where}the loss over all tokens", how, "the optimizer step")
     if not kit.notes:
         looks = {kind: f"what the checks of one step leave out; {text}" for kind, text in LOOK_GRADS.items()}
-        got = _but_for_rounding(kit, got, want, [kit.tokens()] * STEPS)
+        got = but_for_rounding(kit, got, want, [kit.tokens()] * STEPS)
         kit.compare_kinds(f"after {STEPS} steps, the value", got, want, looks)
 
 

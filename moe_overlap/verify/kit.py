@@ -150,6 +150,10 @@ class Kit:
         dist.all_reduce(total, group=self.group)
         return total / self.ranks
 
+    def agreed(self, right: bool) -> bool:
+        """Whether it is so on every rank. Collective."""
+        return float(self.mean(torch.tensor(float(right)))) == 1.0
+
     # ------------------------------------------------------------------------------------ findings
 
     def note(self, key: str, what: str, how: str, look: str, *, topic: str = "") -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World, spawn
-from moe_overlap.verify import checks, checks_of_training
+from moe_overlap.verify import checks, checks_of_training, checks_of_use
 from moe_overlap.verify.kit import KINDS, Factory, Kit, Note, Setup, break_off, new_group
 from moe_overlap.verify.report import Finding, Report
 from moe_overlap.verify.tolerances import TOLERANCES
@@ -60,6 +60,9 @@ CHECKS = (
     Check("two micro-batches", checks.micro_batches),
     Check("a rank without tokens", checks.no_tokens, own=True, empty=True),
     Check("uneven tokens", checks.uneven_tokens, own=True),
+    Check("idle experts", checks_of_use.idle_experts),
+    Check("two forwards", checks_of_use.two_forwards),
+    Check("evaluation", checks_of_use.evaluation),
     Check("auxiliary loss", checks.auxiliary_loss, ("aux_loss",)),
     Check("training", checks_of_training.training, ("optimizer_step",), steps=True),
     Check("determinism", checks_of_training.determinism, apart=True),

@@ -13,13 +13,14 @@ from tests.verify.patching import Patch
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
     """source: where the bug was reported, as repository#number. named_by: the checks of the kit of which one at least
-    has to have a finding. attributes: what the adapter's class is given beyond its defaults."""
+    has to have a finding. attributes: what the adapter's class is given beyond its defaults. soak: not in CI."""
 
     name: str
     source: str
     named_by: tuple[str, ...]
     patches: tuple[Patch, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    soak: bool = False
 
 
 def mutant(

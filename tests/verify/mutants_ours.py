@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tests.verify.mutants import Mutant, mutant
 from tests.verify.patching import Patch
 
@@ -200,6 +202,24 @@ ROWS: tuple[Mutant, ...] = (
         Patch("schedule.nodes", "sum_in_order(dx_rows, *grads[:-1])", "sum_in_order(dx_rows, *grads[1:-1])"),
     ),
     mutant(
+        "a rank without rows leaves its experts without gradient",
+        "NVIDIA-NeMo/Automodel#2995",
+        "idle experts",
+        run("        if g is None:\n", "        if g is None or not len(g.saved.x):\n"),
+    ),
+    mutant(
+        "one buffer for the rows of every call",
+        "ByteDance-Seed/VeOmni#857",
+        "two forwards",
+        rows("\n\nclass ForwardRows", "\n\nBUFFERS = {}\n\n\nclass ForwardRows"),
+        rows(
+            "        self.h = x_TD.new_empty(self.x.shape[0], weights.w_in.shape[1])\n",
+            "        shape = (self.x.shape[0], weights.w_in.shape[1])\n"
+            '        kept = BUFFERS.setdefault("h", x_TD.new_empty(1 << 20))\n'
+            "        self.h = kept.data[: shape[0] * shape[1]].view(shape)\n",
+        ),
+    ),
+    mutant(
         "experts that never train",
         "unslothai/unsloth#11014",
         "training",
@@ -349,7 +369,7 @@ IN_DDP: tuple[Mutant, ...] = (
         adapter("self.module = prepare(MoELayer(", "self.module = nn.Identity().forward(MoELayer("),
         adapter("from torch.nn.parallel", "from torch import nn\nfrom torch.nn.parallel"),
     ),
-    *SCALES,
+    *(replace(one, soak=True) for one in SCALES),
 )
 
 OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM)

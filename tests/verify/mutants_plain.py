@@ -184,7 +184,13 @@ ROUTING: tuple[Mutant, ...] = (
         "counts taken again in the recompute",
         "pytorch/torchtitan#1593",
         "recompute",
-        layer("        if not self._again:\n            self.counts", "        if True:\n            self.counts"),
+        layer("if self.training and not self._again:", "if self.training:"),
+    ),
+    mutant(
+        "counts taken in evaluation",
+        "pytorch/torchtitan#4148",
+        "evaluation",
+        layer("if self.training and not self._again:", "if not self._again:"),
     ),
     mutant(
         "capacity and drops of each rank for itself",
@@ -252,6 +258,15 @@ LOSS: tuple[Mutant, ...] = (
         layer(
             "(f_E * probs_TE.sum(dim=0) * self.ranks",
             "(f_E * (probs_TE if self.ranks == 1 else probs_TE.detach()).sum(dim=0) * self.ranks",
+        ),
+    ),
+    mutant(
+        "auxiliary loss without gradient under recompute",
+        "NVIDIA-NeMo/Automodel#1408",
+        "recompute",
+        layer(
+            "aux = self._aux_loss(probs_TE, counts_E)",
+            "aux = self._aux_loss(probs_TE.detach() if self.recompute else probs_TE, counts_E)",
         ),
     ),
     mutant(
@@ -333,6 +348,25 @@ ROWS: tuple[Mutant, ...] = (
             "        first = sum(send[: dist.get_rank(group)])\n"
             "        keep[first : first + send[dist.get_rank(group)]] = 1\n"
             "        return back * keep, None, None, None\n",
+        ),
+    ),
+    mutant(
+        "a rank without rows leaves its experts without gradient",
+        "NVIDIA-NeMo/Automodel#2995",
+        "idle experts",
+        layer(
+            "zip(of_expert, self.expert_up, self.expert_down",
+            "zip(of_expert, *(w if len(rows) else w.detach() for w in (self.expert_up, self.expert_down))",
+        ),
+    ),
+    mutant(
+        "counts of the last call kept for every backward",
+        "ByteDance-Seed/VeOmni#857",
+        "two forwards",
+        layer(
+            "        send, recv = send_We.sum(1).tolist(), recv_We.sum(1).tolist()\n",
+            '        send, recv = self.__dict__.setdefault("kept", ([], []))\n'
+            "        send[:], recv[:] = send_We.sum(1).tolist(), recv_We.sum(1).tolist()\n",
         ),
     ),
     mutant(

@@ -8,18 +8,23 @@ from moe_overlap.verify.run import CHECKS
 from tests.verify.cases import MUTANTS, VARIANTS
 from tests.verify.judging import judged
 
-MUTANT_CASES = [pytest.param(layer, one, id=f"{layer}: {one.name}") for layer in MUTANTS for one in MUTANTS[layer]]
-VARIANT_CASES = [pytest.param(layer, one, id=f"{layer}: {one.name}") for layer in VARIANTS for one in VARIANTS[layer]]
+
+def _cases(by_layer):
+    return [
+        pytest.param(layer, one, id=f"{layer}: {one.name}", marks=[pytest.mark.soak] if one.soak else [])
+        for layer in by_layer
+        for one in by_layer[layer]
+    ]
 
 
-@pytest.mark.parametrize(("layer", "mutant"), MUTANT_CASES)
+@pytest.mark.parametrize(("layer", "mutant"), _cases(MUTANTS))
 def test_mutant_is_named(layer, mutant):
     report = judged(layer, patches=mutant.patches, attributes=mutant.attributes)
     found = {finding.check for finding in report.findings if not finding.follows}
     assert found & set(mutant.named_by), f"{mutant.source}: expected {mutant.named_by}\n" + "\n".join(report.lines())
 
 
-@pytest.mark.parametrize(("layer", "variant"), VARIANT_CASES)
+@pytest.mark.parametrize(("layer", "variant"), _cases(VARIANTS))
 def test_right_variant_is_right(layer, variant):
     report = judged(layer, patches=variant.patches, attributes=variant.attributes, ranks=variant.ranks,
                     dtype=variant.dtype)  # fmt: skip

@@ -24,6 +24,11 @@ class Variant:
     ranks: int = 2
     dtype: torch.dtype = torch.float64
 
+    @property
+    def soak(self) -> bool:
+        """Not in CI."""
+        return self.name in SOAK
+
 
 def ours(old: str, new: str) -> Patch:
     return Patch("verify.adapters.ours", old, new)
@@ -32,6 +37,13 @@ def ours(old: str, new: str) -> Patch:
 def _options(name: str, **options: Any) -> Variant:
     return Variant(name=name, attributes={"options": {"aux_coef": 0.01, **options}})
 
+
+# One of several of a kind.
+SOAK = {
+    "top 1", "four experts", "capacity 2", "a larger auxiliary loss", "no bias update", "gelu", "shared expert first",
+    "dense gradients divided before they are added up", "schedule chunked(16)", "softmax over the winners",
+    "tokens with bad logits dropped", "no z loss", "fused optimizer", "chunks",
+}  # fmt: skip
 
 PLAIN: tuple[Variant, ...] = (
     Variant(name="as it comes"),
@@ -101,11 +113,11 @@ PLAIN: tuple[Variant, ...] = (
         ),
     ),
     Variant(
-        name="routing kept for backward",
+        name="counts added without a branch",
         patches=(
             layer(
-                "        if not self._again:\n            self.counts += counts_E\n",
-                "        self.counts += counts_E * (not self._again)\n",
+                "        if self.training and not self._again:\n            self.counts += counts_E\n",
+                "        self.counts += counts_E * (self.training and not self._again)\n",
             ),
         ),
     ),

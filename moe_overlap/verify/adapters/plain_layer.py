@@ -86,7 +86,7 @@ class PlainMoE(nn.Module):
     def _forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probs_TE, ids_TK, weights_TK = self.route(x_TD)
         counts_E = self.sum_over_ranks(torch.bincount(ids_TK.flatten(), minlength=self.experts))
-        if not self._again:
+        if self.training and not self._again:
             self.counts += counts_E
         aux = self._aux_loss(probs_TE, counts_E)
         keep_TK = self.within_capacity(ids_TK, weights_TK)
