@@ -122,7 +122,7 @@ class Adapter:
         return found
 
     def _tensors(self) -> State:
-        """This rank's parameters and persistent buffers; not as a state dict may show them, which is its own business."""
+        """This rank's parameters and persistent buffers themselves: a state dict may show them otherwise."""
         own = dict(self.module.named_parameters())
         return own | {n: t for n, t in self.module.state_dict(keep_vars=True).items() if n not in own}
 
