@@ -367,6 +367,21 @@ def test_old_checkpoints_of_mixed_ranks_are_refused(tmp_path):
     gloo_pool(WORLD).run(mixed_ranks, str(tmp_path))
 
 
+def raw_parameters(folder: str) -> None:
+    for model in (model_of(dist.group.WORLD), copy.deepcopy(model_of(dist.group.WORLD))):
+        with pytest.raises(dcp.CheckpointException, match="a part of the experts"):
+            dcp.save(dict(model.named_parameters()), checkpoint_id=folder)
+    file = io.BytesIO()
+    torch.save(dict(model.named_parameters()), file)
+    file.seek(0)
+    with pytest.raises(ConfigError, match="mark_experts"):
+        model.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_parameters_instead_of_a_state_dict(tmp_path):
+    gloo_pool(WORLD).run(raw_parameters, str(tmp_path))
+
+
 def pickled() -> None:
     layer = model_of(dist.group.WORLD)[1]
     for part in (layer, nn.Sequential(layer), layer.experts, AveragedModel(layer)):
