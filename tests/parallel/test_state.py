@@ -320,8 +320,8 @@ def plain_parts() -> None:
         experts = [value for name, value in state.items() if "_proj" in name]
         for ids in ((0, 1, 2, 3, 4, 5), other[1]):
             marked = {n: mark_experts(v.clone(), ids) if "_proj" in n else v for n, v in state.items()}
-            if dist.get_rank() == 0 or ids is other[1]:
-                other = model_of(dist.group.WORLD, 8)
+            other = model_of(dist.group.WORLD, 8)
+            if dist.get_rank() == 0 or isinstance(ids, MoELayer):
                 other.load_state_dict(marked)
                 same_bits(other[1].experts.down_proj, model[1].experts.down_proj)
             else:
