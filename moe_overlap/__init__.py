@@ -20,7 +20,7 @@ from moe_overlap.layer.stats import LayerStats
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
 from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
-from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare
+from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare, reopen
 from moe_overlap.parallel.sharded_files import load_safetensors, save_safetensors
 from moe_overlap.parallel.state import mark_experts
 
@@ -53,6 +53,7 @@ __all__ = [
     "optimizer_state_dict",
     "param_groups",
     "prepare",
+    "reopen",
     "sac_policy",
     "save_safetensors",
 ]

@@ -52,7 +52,7 @@ def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
 
     Raises ConfigError for a state that is another rank's, from a file, before it has changed a weight.
     """
-    spread = {parameter: owner for parameter, owner in owned.items() if owner.others}
+    spread = {parameter: owner for parameter, owner in owned.items() if owner.others and parameter.dim()}
     if not spread:
         return
     if _show not in optimizer._optimizer_state_dict_post_hooks.values():
@@ -102,7 +102,7 @@ def _with(optimizer: Optimizer, state_dict: dict[str, Any], found: Found) -> dic
         owned = owners(group["params"])
         for parameter, key in zip(group["params"], packed["params"], strict=False):
             owner = owned.get(parameter)
-            if owner is not None and owner.others and key in states:
+            if owner is not None and owner.others and parameter.dim() and key in states:
                 states[key] = {
                     name: found(f"{name} of {key}", value, parameter, owner)
                     if isinstance(value, torch.Tensor) and value.dim()

@@ -1,0 +1,74 @@
+"""`moe_overlap.MoELayer` with a shared expert and an auxiliary loss: in a plain loop, and wrapped by DDP."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from moe_overlap.layer.layer import MoELayer
+from moe_overlap.parallel.clip import clip_grad_norm_
+from moe_overlap.parallel.prepare import prepare
+from moe_overlap.verify.adapter import Adapter, size_of
+
+TIMEOUT_S = 10.0
+
+
+class Ours(Adapter):
+    """In a plain loop, which averages the gradients of router and shared expert itself. schedule: any but "auto"."""
+
+    schedule = "serial"
+
+    module: MoELayer
+
+    def build(self, group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
+        self.module = prepare(MoELayer(
+            self.hidden, 24, self.experts, self.top_k, group=group, schedule=self.schedule, shared_expert_size=20,
+            aux_loss_coef=0.1, z_loss_coef=0.01, timeout_s=TIMEOUT_S, dtype=dtype,
+        ))  # fmt: skip
+
+    def routing_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        decision = self.module.router(x)
+        return decision.topk_ids_TK, decision.topk_weights_TK
+
+    def sync_grads(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            if self.group is not None and self.kind_of(name) != "experts":  # theirs are means already: `prepare`
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad, group=self.group)
+                parameter.grad /= size_of(self.group)
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        return clip_grad_norm_(self.module.parameters(), max_norm)
+
+    def optimizer_step(self) -> None:
+        if not hasattr(self, "optimizer"):
+            self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2)
+        self.optimizer.step()
+
+    def aux_loss(self) -> torch.Tensor:
+        loss = self.module.take_aux_loss()
+        assert loss is not None
+        return loss
+
+    def checkpointed(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = checkpoint(self.forward, x, use_reentrant=False)
+        return y
+
+
+class OursInDDP(Ours):
+    """In DistributedDataParallel, which averages the gradients of router and shared expert during backward."""
+
+    schedule = "shared_expert"
+
+    def build(self, group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
+        super().build(group, dtype)
+        self.wrapped = self.module if group is None else DistributedDataParallel(self.module, process_group=group)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.wrapped(x)
+        return y
+
+    def sync_grads(self) -> None:
+        pass
