@@ -187,15 +187,15 @@ class ProcessGroupTransport(Endpoint):
         self._connect()
 
     def _connect(self) -> Groups:
+        """All within about the limit: to meet in the store, and then at least a quarter of it to connect."""
         where = Where(action="connect")
+        begin = time.perf_counter()
         try:
             own = own_store(self._store, self.timeout_s)
-            store = dist.PrefixStore(f"{self._prefix}/{self._generation}", own)
-            self._control = ControlPlane(store, rank=self.rank, world_size=self.world_size)
+            prefix = f"{self._prefix}/{self._generation}"
+            self._control = ControlPlane(dist.PrefixStore(prefix, own), rank=self.rank, world_size=self.world_size)
             self._control.meet(self.timeout_s)
-            self._groups = Groups(
-                store, rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, backend=self.backend
-            )
+            self._groups = self._make_groups(prefix, where, begin)
         except MoeTransportError as error:
             self._poison(error)
             raise
@@ -203,8 +203,42 @@ class ProcessGroupTransport(Endpoint):
             text = f"the key-value store of torch.distributed is lost ({error})"
             raise self._failed(PeerFailed(text, rank=self.rank, action="connect"), None) from error
         except RuntimeError as error:
-            raise self._diagnose(error, where, 0.0) from error
+            raise self._diagnose(error, where, time.perf_counter() - begin) from error
+        self._control.report(0, where)
         return self._groups
+
+    def _make_groups(self, prefix: str, where: Where, begin: float) -> Groups:
+        """Connections to all peers. Raises naming those that are dead, or not known to be connecting or connected."""
+        assert self._control is not None
+        control = self._control
+        met = time.perf_counter()
+        limit_s = max(self.timeout_s - (met - begin), self.timeout_s / 4)
+        reported = False
+
+        def watch() -> None:
+            nonlocal reported
+            now = time.perf_counter()
+            self._raise_peer_trouble(where, now - begin)
+            if now - met >= limit_s / 2 and not reported:
+                control.report(0, where)
+                reported = True
+            if now - met >= limit_s:
+                raise self._timed_out(where, 0, now - begin)
+
+        # A connection to the store for this alone: gloo keeps it to itself while it waits there for a peer's address.
+        store = dist.PrefixStore(prefix, own_store(self._store, limit_s, "connect"))
+        try:
+            return Groups(
+                store,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout_s=self.timeout_s,
+                backend=self.backend,
+                watch=watch,
+            )
+        except Exception:
+            forget_own_store(self._store, "connect")
+            raise
 
     def _finish(self, work: Any, where: Where, position: int, timeout_s: float | None) -> None:
         """Wait for `work` within the limit; raises what went wrong, after telling the peers."""
