@@ -11,6 +11,7 @@ from moe_overlap.commands.plan.machine import OP_NAMES, WINDOW_OPS, agreement_s,
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.picture import rate_text, write_png
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep
+from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.explain import Change, explain, in_ms
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     out = check_folder("--out", options.out, OUTPUTS)
     points = {kind: asked(options, kind) for kind in options.kinds}
     point = points[options.kinds[0]]
+    if point.time_s <= 0:
+        raise ConfigError("--cost-model", "figures that are all 0", "a step in which something takes time")
     sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
     sections += [[text] for text in _explained(points, point)]
     found = sweep(options) if bandwidths(options) else None
