@@ -240,7 +240,6 @@ def test_files_that_are_no_cost_model(text, capsys, tmp_path):
     assert status == 2 and "--cost-model" in said.err and len(said.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", ["--kind top2", "--flops 1tflops", "--launch 1us", "--compute-slowdown 1.5"])
 def test_a_cost_model_in_which_nothing_takes_time(capsys, tmp_path):
     def zeros(value):
         if isinstance(value, dict):
@@ -254,6 +253,7 @@ def test_a_cost_model_in_which_nothing_takes_time(capsys, tmp_path):
     assert status == 2 and "takes time" in said.err and said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", ["--kind top2", "--flops 1tflops", "--launch 1us", "--compute-slowdown 1.5"])
 def test_what_a_cost_model_says_is_not_asked_twice(words, capsys, tmp_path):
     file = tmp_path / "model.json"
     file.write_text(json.dumps(asked(OPTIONS, "top2").model.to_json()))
