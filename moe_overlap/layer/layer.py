@@ -41,7 +41,8 @@ from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.nodes import SameRouting
 from moe_overlap.schedule.rows import ExpertWeights
-from moe_overlap.schedule.run import Step, check_result
+from moe_overlap.schedule.run import Step
+from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 

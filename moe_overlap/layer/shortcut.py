@@ -21,7 +21,7 @@ from moe_overlap.layer.layer import MoELayer
 from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.nodes import Tap
-from moe_overlap.schedule.run import check_result
+from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.closing import closing_on_error
 
 COMBINE = ("add", "gated")

@@ -18,40 +18,21 @@ from typing import Any, ClassVar
 import torch
 
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
-from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.lanes import Lanes
-from moe_overlap.schedule.nodes import (
-    DetachedNode,
-    Fork,
-    Marker,
-    Stage,
-    check_same_routing,
-    routing_digest,
-)
+from moe_overlap.schedule.nodes import DetachedNode, Fork, Marker, Stage, check_same_routing, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.order import Node, backward_groups
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
+from moe_overlap.schedule.user_ops import Mistakes
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 
 Tensors = tuple[torch.Tensor | None, ...]
-
-
-def check_result(field: str, result: object, like: torch.Tensor) -> None:
-    """Raises ConfigError unless the result of a user's op is a tensor as `like` is, whatever its dtype: one of another
-    shape would be broadcast."""
-    if not isinstance(result, torch.Tensor):
-        raise ConfigError(field, type(result).__name__, f"a tensor {tuple(like.shape)}, as its input is")
-    if result.shape != like.shape:
-        raise ConfigError(
-            field, f"a result of shape {tuple(result.shape)}", f"the shape of its input, {tuple(like.shape)}"
-        )
-    if result.device != like.device:
-        raise ConfigError(field, f"a result on {result.device}", f"the device of its input, {like.device}")
 
 
 class Step:
@@ -68,11 +49,11 @@ class Step:
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
-        self._unfit: ConfigError | None = None  # the first mistake of a user's op
         self._received: dict[int, torch.Tensor] = {}
         # Forward: where the walk stands.
         self._position = 0
         self._waited: set[int] = set()
+        self._mistakes = Mistakes(transport)
         # Backward: its nodes and their order (None without gradients), and the run under way.
         self._numbers: SequenceNumbers | None = None
         self._nodes: dict[Node, Any] = {}
@@ -130,12 +111,8 @@ class Step:
         backbone: Sequence[Callable[[torch.Tensor], torch.Tensor]] = (),
         shared: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Walk the forward schedule from where it stands to its end; returns the routed output y_TD.
-
-        An op with a mistake (ConfigError, or a result that does not fit) is raised at the end: until then the exchanges
-        go on, so that ranks that all have the same mistake all raise it, and not one of them that another gave up.
-        """
-        with self._releasing_on_error(), self._raising_unfit():
+        """Walk the forward schedule from where it stands to its end; returns the routed output y_TD."""
+        with self._releasing_on_error():
             while self._position < len(self.pair.forward):
                 action = self.pair.forward.actions[self._position]
                 if action.verb == "B":
@@ -146,7 +123,7 @@ class Step:
                     self._run_op(action, lambda _, op=shared: op())  # type: ignore[misc]
                 else:
                     self._run_next()
-        with self._releasing_on_error():
+            self._mistakes.raise_first()
             return self._finish()
 
     def run_until_op(self) -> None:
@@ -177,16 +154,10 @@ class Step:
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
         self._before_op()
         start = self.lanes.now()
-        with closing_on_error(self.transport, action.text):
-            try:
-                result = op(self.hidden)
-                if action.verb == "B":
-                    assert self.hidden is not None
-                    check_result(f"backbone op {action.index}", result, self.hidden)
-            except ConfigError as error:
-                self._unfit = self._unfit or error
-                self._position += 1
-                return
+        self._position += 1
+        result = self._mistakes.result_of(action, op, self.hidden)
+        if result is None:
+            return
         self.lanes.note(action.text, "comp", start, self.lanes.now())
         if self.grad and result.requires_grad:
             backward = f"{action.verb}t{'' if action.index is None else action.index}"
@@ -195,7 +166,6 @@ class Step:
             self.hidden = result
         else:
             self.shared = result
-        self._position += 1
 
     def _before_op(self) -> None:
         """Reserve the numbers of the nodes that run, in backward, right after the coming op."""
@@ -236,23 +206,11 @@ class Step:
         """Also where the walk ends early: by an error, or in U by the end of a checkpoint's recompute."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._release()
             self.hidden = self.shared = None
+            self._mistakes.replace(error)
             raise
-
-    @contextmanager
-    def _raising_unfit(self) -> Iterator[None]:
-        """At the end raise what was wrong with a user's op, after telling the peers."""
-        try:
-            yield
-        except MoeTransportError as error:
-            if self._unfit is None:
-                raise
-            raise self._unfit from error
-        if self._unfit is not None:
-            with closing_on_error(self.transport, "the ops beside the exchanges"):
-                raise self._unfit
 
     # ---------------------------------------------------------------- forward: the bodies
 
