@@ -187,14 +187,14 @@ class ProcessGroupTransport(Endpoint):
         self._connect()
 
     def _connect(self) -> Groups:
-        """All within about the limit: to meet in the store, and then at least a quarter of it to connect."""
+        """All within about the limit: reach the store, meet there, connect; at least a quarter of it for each."""
         where = Where(action="connect")
         begin = time.perf_counter()
         try:
             own = own_store(self._store, self.timeout_s)
             prefix = f"{self._prefix}/{self._generation}"
             self._control = ControlPlane(dist.PrefixStore(prefix, own), rank=self.rank, world_size=self.world_size)
-            self._control.meet(self.timeout_s)
+            self._control.meet(self._left_s(begin))
             self._groups = self._make_groups(prefix, where, begin)
         except MoeTransportError as error:
             self._poison(error)
@@ -207,12 +207,15 @@ class ProcessGroupTransport(Endpoint):
         self._control.report(0, where)
         return self._groups
 
+    def _left_s(self, begin: float) -> float:
+        return max(self.timeout_s - (time.perf_counter() - begin), self.timeout_s / 4)
+
     def _make_groups(self, prefix: str, where: Where, begin: float) -> Groups:
         """Connections to all peers. Raises naming those that are dead, or not known to be connecting or connected."""
         assert self._control is not None
         control = self._control
         met = time.perf_counter()
-        limit_s = max(self.timeout_s - (met - begin), self.timeout_s / 4)
+        limit_s = self._left_s(begin)
         reported = False
 
         def watch() -> None:
