@@ -6,6 +6,8 @@ A mistake in an argument is a `ConfigError` (a `ValueError`). Everything that go
 
 from __future__ import annotations
 
+LONGEST_VALUE = 500  # characters of a value in an error
+
 
 class ConfigError(ValueError):
     """An argument that cannot be used: names the field, the value given and what was expected."""
@@ -14,10 +16,18 @@ class ConfigError(ValueError):
         self.field = field
         self.value = value
         self.expected = expected
-        super().__init__(f"{field} = {value!r}: expected {expected}")
+        super().__init__(f"{field} = {_shown(value)}: expected {expected}")
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.field, self.value, self.expected)
+
+
+def _shown(value: object) -> str:
+    """repr of a value, not endless; of a number that has too many digits to write out, how many bits it has."""
+    if isinstance(value, int) and value.bit_length() > 4096:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
 
 
 class MoeTransportError(RuntimeError):

@@ -62,6 +62,7 @@ EXECUTOR = {
     "schedule/rows.py": {"ops"},
     "schedule/clocks.py": set(),
     "schedule/numbers.py": set(),
+    "schedule/user_ops.py": {"transport"},
 }
 NO_DISTRIBUTED = {"routing", "placement", "ops", "schedule", "planning"}
 NO_TORCH = {"planning", "schedule"}  # the executor excepted

@@ -173,7 +173,7 @@ def _run_probes(
     first = [timed(pair) for pair in pairs]
     runs = [(pair, [times]) for pair, (times, _) in zip(pairs, first, strict=True)]
     round_s, used_s = slowest(sum(seconds for _, seconds in first))
-    for _ in range(1, min(max(1 + int((budget_s - used_s) / round_s), ROUNDS[0]), ROUNDS[1])):
+    for _ in range(1, min(max(1 + int((budget_s - used_s) / max(round_s, 1e-6)), ROUNDS[0]), ROUNDS[1])):
         for pair, found in runs:
             found.append(run(pair))
     return runs

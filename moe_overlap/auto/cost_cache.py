@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from moe_overlap.agreement.record import digest
 from moe_overlap.auto.calibrate import Nodes, gathered, wires
 from moe_overlap.config import EXCHANGE_SMS, cache_dir
 from moe_overlap.errors import ConfigError
+from moe_overlap.measure.files import read_regular, write_atomically
 from moe_overlap.measure.machine import hardware
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.ops import registry
@@ -33,6 +32,7 @@ from moe_overlap.transport.control import host_name
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 3
+MOST_BYTES = 1 << 20  # of a file
 
 
 def cache_key(
@@ -88,7 +88,7 @@ def load(key: dict[str, Any]) -> CostModel | None:
     if path in _unwritten:
         return _unwritten[path]
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = json.loads(read_regular(path, most_bytes=MOST_BYTES))
         if entry["key"] != key:
             raise ValueError("it is of another measurement")
         return fitting(CostModel.from_json(entry["model"]), key)
@@ -113,16 +113,11 @@ def store(key: dict[str, Any], model: CostModel) -> tuple[Path | None, str | Non
     """Keep a model; (where, or None; why not). A directory that cannot be written costs the next process a calibration,
     but not the other layers of this one."""
     path = cache_file(key)
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"key": key, "model": model.to_json()}, indent=1), encoding="utf-8")
-        os.replace(part, path)
+        write_atomically(path, json.dumps({"key": key, "model": model.to_json()}, indent=1).encode())
         _unwritten.pop(path, None)
     except OSError as error:
         logger.warning("the cost model is kept for this process only: %s cannot be written: %s", path, error)
         _unwritten[path] = model
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         return None, f"{path} cannot be written: {error}"
     return path, None

@@ -1,12 +1,16 @@
-"""From measured probes to a cost model. All times are seconds; nothing here measures."""
+"""From measured probes to a cost model. All times are seconds; nothing here measures.
+
+Most figures are differences of measured times, which are never negative on paper: `figure` makes them so.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape, figure
 from moe_overlap.planning.predict import predict
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.actions import VERBS, Phase
@@ -53,24 +57,24 @@ def fit(
     """The model of the probes: `joined` with different numbers of chunks, `overlapped` with that of one of them,
     `grouped` by expert groups. within_node: (bytes, seconds) of exchanges that stayed within the nodes."""
     phases = list(joined[0].host_s)
-    issue_s = sum(_slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in phases) / len(phases)
+    issue_s = figure(sum(_slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in phases) / len(phases))
     scale = {phase: median(_scale(p, phase, issue_s) for p in joined) for phase in ("forward", "backward")}
 
     def median_of(word: str) -> float:
-        return median(p.seconds.get(word, 0.0) for p in joined) * scale[_phase(word)]
+        return figure(median(p.seconds.get(word, 0.0) for p in joined) * scale[_phase(word)])
 
     def chain(verb: str) -> tuple[float, ...]:
         words = [word for word in joined[0].seconds if _verb(word) == verb]
         return tuple(median_of(word) for word in sorted(words, key=lambda word: int(word[len(verb) :])))
 
     def per_row(word: str, rows: int) -> AlphaBeta:
-        return AlphaBeta(alpha_s=0.0, beta_s=median_of(word) / max(1, rows))
+        return AlphaBeta.measured(0.0, median_of(word) / max(1, rows))
 
     def outside(phase: Phase) -> float:
         if phase not in phases:
             return 0.0
         rest = median(p.host_s[phase] - 4 * issue_s * p.chunks for p in joined)
-        return max(0.0, rest) * scale[phase]
+        return figure(rest * scale[phase])
 
     ops, slots_rows = chain("B"), joined[0].shape.slots_rows
     experts, expert_s = _experts(joined, grouped, "E", scale["forward"])
@@ -92,7 +96,7 @@ def fit(
         shared_backward_s=median_of("St"),
         outside_s=outside("forward"),
         outside_backward_s=outside("backward"),
-        measured_rows=slots_rows,
+        measured_rows=figure(slots_rows),
         issue_s=issue_s,
         slowdown=Slowdown(compute=_compute_slowdown(joined, overlapped)),
         source=source,
@@ -127,9 +131,9 @@ def _slope(points: Sequence[tuple[int, float]]) -> float:
 
 def _line(points: Sequence[tuple[float, float]]) -> AlphaBeta:
     """The line through measured (n, seconds); nothing was measured where nothing moved."""
-    used = [(n, seconds) for n, seconds in points if n > 0 and seconds > 0]
+    used = [(n, seconds) for n, seconds in points if n > 0 and 0 < seconds < math.inf]
     if len({n for n, _ in used}) < 2:
-        return AlphaBeta(alpha_s=0.0, beta_s=median(s / n for n, s in used) if used else 0.0)
+        return AlphaBeta.measured(0.0, median(s / n for n, s in used) if used else 0.0)
     return AlphaBeta.fit(used)
 
 
@@ -145,8 +149,9 @@ def _experts(joined: Sequence[Probe], grouped: Probe | None, verb: str, scale: f
         for c in range(grouped.chunks)
     )
     all_experts, few = joined[0].shape.experts[0], grouped.shape.experts[0]
-    expert_s = min(max(0.0, line.alpha_s - rest) / (all_experts - few), line.alpha_s / all_experts)
-    return AlphaBeta(alpha_s=line.alpha_s - expert_s * all_experts, beta_s=line.beta_s), expert_s
+    expert_s = figure(min((line.alpha_s - rest) / (all_experts - few), line.alpha_s / all_experts))
+    # All of alpha may be the experts': the rest is then nothing, but for rounding.
+    return AlphaBeta.measured(line.alpha_s - expert_s * all_experts, line.beta_s), expert_s
 
 
 def _exchange(probes: Sequence[Probe], within_node: Sequence[tuple[float, float]]) -> dict[str, AlphaBeta]:

@@ -6,9 +6,7 @@ It does what the first forward call of a layer with schedule="auto" does, for a 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,10 +17,19 @@ import torch
 
 from moe_overlap import config
 from moe_overlap.auto.auto import AutoSchedule
-from moe_overlap.commands.parser import OneLineParser
+from moe_overlap.commands.parser import (
+    MOST_THREADS,
+    OneLineParser,
+    check_count,
+    check_output,
+    check_timeout,
+    flag_of,
+    one_line,
+)
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.layer.layer import MoELayer
+from moe_overlap.measure.files import write_atomically
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
@@ -31,7 +38,6 @@ from moe_overlap.transport.process_group import ProcessGroupTransport
 PROGRAM = "moe-overlap calibrate"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 PHASES = ("infer", "train")
-MIN_TIMEOUT_S, MAX_TIMEOUT_S = 1.0, 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +61,18 @@ class CalibrateOptions:
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:  # nan is neither
-            raise ConfigError("--timeout-s", self.timeout_s, f"from {MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:g} seconds")
-        for name in "ranks_per_node threads tokens".split():
-            if getattr(self, name) < 1:
-                raise ConfigError(_flag(name), getattr(self, name), "an integer of at least 1")
-        if self.ranks < 2:
-            raise ConfigError("--ranks", self.ranks, "at least 2: one rank exchanges nothing")
+        check_timeout(self.timeout_s)
+        for name in "ranks_per_node tokens hidden ffn experts top_k".split():
+            check_count(name, getattr(self, name))
+        check_count("shared", self.shared, least=0)
+        check_count("threads", self.threads, most=MOST_THREADS)
+        check_count("ranks", self.ranks, least=2)  # one rank exchanges nothing
+        if self.top_k > self.experts:
+            raise ConfigError("--top-k", self.top_k, f"an integer from 1 to --experts ({self.experts})")
         if self.ranks % self.ranks_per_node:
             raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
+        if self.experts % self.ranks:
+            raise ConfigError("--experts", self.experts, f"a multiple of --ranks ({self.ranks})")
         if self.dtype not in DTYPES:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if self.phase not in PHASES:
@@ -106,7 +115,7 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
     defaults = CalibrateOptions()
     for name, text in HELP.items():
         default = getattr(defaults, name)
-        parser.add_argument(_flag(name), type=type(default), default=default, help=text)
+        parser.add_argument(flag_of(name), type=type(default), default=default, help=text)
     values = vars(parser.parse_args(argv))
     if ranks is not None:
         values["ranks"] = ranks
@@ -116,8 +125,8 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
 def main(argv: Sequence[str]) -> int:
     """Calibrate on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
     options = parse(argv, ranks=torchrun_world_size())
-    if options.out:
-        _check_writable(Path(options.out))
+    if options.out and not config.torchrun("RANK"):  # rank 0 alone writes
+        check_output("--out", options.out)
     cuda = options.device == "cuda"
     if cuda and torchrun_world_size() is None and options.ranks > torch.cuda.device_count():
         raise ConfigError("--ranks", options.ranks, f"at most the {torch.cuda.device_count()} CUDA devices here")
@@ -146,7 +155,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
         print(layer.explain())
         print(f"\nready after {seconds:.1f} s; {f'not kept: {not_kept}' if kept_in is None else f'kept in {kept_in}'}")
         if options.out:
-            Path(options.out).write_text(json.dumps(schedule.model.to_json(), indent=1) + "\n", encoding="utf-8")
+            write_atomically(Path(options.out), (json.dumps(schedule.model.to_json(), indent=1) + "\n").encode())
             print(f"wrote {options.out}")
     return 0
 
@@ -176,26 +185,7 @@ def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float
     return layer, time.perf_counter() - start_s
 
 
-def _check_writable(path: Path) -> None:
-    """Raises ConfigError before the work where a file cannot be written to; leaves nothing but its folder."""
-    if config.torchrun("RANK"):  # rank 0 alone writes
-        return
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError("--out", str(path), f"a file that can be written ({error.strerror})") from None
-
-
 def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:
     if world.rank == 0 or not only_first:
-        print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr, flush=True)
     return status
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -1,20 +1,21 @@
 """The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate`, `verify` and `bench`.
 
-Exit status: 0 done, 1 a correctness check failed, 2 bad input, said in one line that names the option, the value and
-what was expected.
+Exit status: 0 done, 1 a correctness check or a rank failed, 2 bad input, said in one line that names the option, the
+value and what was expected, or a file or memory that could not be had, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from moe_overlap.commands.parser import EXIT_BAD_INPUT, OneLineParser
-from moe_overlap.errors import ConfigError
+from moe_overlap.commands.parser import EXIT_BAD_INPUT, OneLineParser, complaint, one_line, print_anything
 from moe_overlap.native.build_info import VERSION
 
+EXIT_INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 COMMANDS = {
     "info": ("moe_overlap.commands.info", "versions, what is compiled, the chosen implementations and why"),
     "kernels": ("moe_overlap.commands.kernels", "registers, spills, shared memory and occupancy of the CUDA kernels"),
@@ -34,15 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().print_help()
         return EXIT_BAD_INPUT
     command, rest = words[0], words[1:]
+    print_anything()
     try:
         module = importlib.import_module(COMMANDS[command][0])
         status: int | None = module.main(rest)
-    except ConfigError as error:
-        return _complain(command, str(error))
+        sys.stdout.flush()  # here, where it is said that it cannot be
+    except KeyboardInterrupt:
+        print(f"moe-overlap {command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "moe_overlap":
             raise
         return _complain(command, f"needs the package {error.name}: pip install 'moe-overlap[cli]'")
+    except Exception as error:
+        text = complaint(error)
+        if text is None:
+            raise
+        if isinstance(error, OSError):
+            _drop_output()
+        return _complain(command, text)
     return status or 0
 
 
@@ -57,5 +68,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _complain(command: str, text: str) -> int:
-    print(f"moe-overlap {command}: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"moe-overlap {command}: error: {one_line(text)}", file=sys.stderr)
     return EXIT_BAD_INPUT
+
+
+def _drop_output() -> None:
+    """What stdout could not take, as a full disk or a closed pipe, is not tried again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moe_overlap.measure.files import write_atomically
 from moe_overlap.native import build_info, native
 
 BUILT = native.PACKAGE_DIR / "_kernels.json"
@@ -85,7 +86,7 @@ def read(path: Path) -> Report | None:
 def write(report: Report, path: Path) -> None:
     """Save in the form of the committed table: one line for each kernel and architecture, so that a diff shows it."""
     rows = ",\n".join(f"    {json.dumps(asdict(row))}" for row in report.kernels)
-    path.write_text(f'{{\n  "nvcc": "{report.nvcc}",\n  "kernels": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
+    write_atomically(path, f'{{\n  "nvcc": "{report.nvcc}",\n  "kernels": [\n{rows}\n  ]\n}}\n'.encode())
 
 
 def lines(report: Report) -> list[str]:
@@ -109,15 +110,17 @@ def lines(report: Report) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """The command. Exit status 1 where there is nothing to print."""
-    from moe_overlap.commands.parser import OneLineParser
+    from moe_overlap.commands.parser import OneLineParser, check_output
 
     parser = OneLineParser(prog="moe-overlap kernels", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="save the report of this build as a table")
+    parser.add_argument("--write", metavar="FILE", help="save the report of this build as a table")
     options = parser.parse_args(argv)
+    if options.write is not None:
+        check_output("--write", options.write)
     report = read(BUILT)
     if report is None:
         print(f"no CUDA kernels in this install: {build_info.why_not_built('cuda')}")
-        if options.write:
+        if options.write is not None:
             return 1
         report = read(COMMITTED)
         if report is None:
@@ -125,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"the committed table, from nvcc {report.nvcc}:")
     else:
         print(f"built here with nvcc {report.nvcc}:")
-    if options.write:
-        write(report, options.write)
+    if options.write is not None:
+        write(report, Path(options.write))
     print("\n".join(lines(report)))
     return 0

@@ -1,15 +1,105 @@
-"""The argument parser of every command: an error is one line."""
+"""What every command says in one line: the argument parser, ranges of numbers, paths to write to, and errors."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import io
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.measure.files import check_writable
 
 EXIT_BAD_INPUT = 2
+MOST = 10**9  # of anything that is counted
+MOST_THREADS = 1024  # of a rank
+TIMEOUT_S = (1.0, 86400.0)  # shortest and longest wait for another rank
+LONGEST_LINE = 1000
+_NO_MEMORY = re.compile(r"allocate memory|not enough memory|size calculation overflowed|numel: integer")
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which makes an empty list of the value in `--option=--`."""
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected a value, not '--'")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def print_anything() -> None:
+    """From here on stdout writes out what its encoding does not have, such as the odd bytes of a file's name."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and what a terminal would obey, and not endless."""
+    line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}... ({len(line)} characters)"
+
+
+def complaint(error: BaseException) -> str | None:
+    """What to say of an error that the user or the machine made; None for one of ours, which needs a traceback."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return f"{reason}: {error.filename}" if error.filename else reason
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return f"not enough memory: {str(error).partition(chr(10))[0] or 'an allocation failed'}"
+    return None
+
+
+def flag_of(name: str) -> str:
+    """The option of a field: `top_k` is --top-k."""
+    return "--" + name.replace("_", "-")
+
+
+def check_count(name: str, value: int, *, least: int = 1, most: int = MOST) -> None:
+    """Refuse an integer outside a range; `name` is the field's."""
+    if not least <= value <= most:
+        raise ConfigError(flag_of(name), value, f"an integer from {least} to {most}")
+
+
+def check_number(name: str, value: float, least: float, most: float, unit: str = "") -> None:
+    """Refuse a number outside a range, and NaN."""
+    if not least <= value <= most:
+        raise ConfigError(flag_of(name), value, f"a number from {least:g} to {most:g}{unit}")
+
+
+def check_timeout(value: float) -> None:
+    """Refuse a limit that no wait can have."""
+    check_number("timeout_s", value, *TIMEOUT_S, unit=" seconds")
+
+
+def check_output(flag: str, path: str | Path) -> None:
+    """Refuse, before the work, a file that cannot be written or that is no regular one; leaves only its folder."""
+    try:
+        if not str(path):
+            raise ValueError("no name")
+        check_writable(Path(path))
+    except OSError as error:
+        raise ConfigError(flag, str(path), f"a file that can be written ({error.strerror})") from None
+    except ValueError as error:  # a zero byte
+        raise ConfigError(flag, str(path), f"a file that can be written ({error})") from None
+
+
+def check_folder(flag: str, folder: str, files: Iterable[str]) -> Path:
+    """The folder, made, where all of `files` can be written; else refused as by `check_output`."""
+    if not folder:
+        raise ConfigError(flag, folder, "the name of a folder")
+    for name in files:
+        try:
+            check_output(flag, Path(folder) / name)
+        except ConfigError as error:
+            raise ConfigError(flag, error.value if Path(folder).is_dir() else folder, error.expected) from None
+    return Path(folder)

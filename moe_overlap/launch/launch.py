@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -20,11 +21,14 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap import config
+from moe_overlap.commands.parser import EXIT_BAD_INPUT, complaint, one_line, print_anything
 from moe_overlap.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+MOST_RANKS = 1024
 GRACE_S = 5.0
 START_LIMIT_S = 120.0
+SHOW_CURSOR = "\x1b[?25h"  # for a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,8 @@ def run(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, pr
             dist.destroy_process_group()
     if ranks == 1:
         return main(World(), argv)
+    if ranks > MOST_RANKS:
+        raise ConfigError("--ranks", ranks, f"at most {MOST_RANKS} on one machine (torchrun starts them on several)")
     return spawn(main, argv, ranks, timeout_s=timeout_s, program=program, cuda=cuda)
 
 
@@ -121,7 +127,7 @@ def spawn(
     children = [
         context.Process(
             target=_child,
-            args=(main, tuple(argv), rank, ranks, store.port, timeout_s, cuda),
+            args=(main, tuple(argv), rank, ranks, store.port, timeout_s, cuda, program),
             name=f"rank {rank}",
             daemon=True,
         )
@@ -133,6 +139,9 @@ def spawn(
         return _watch(children, program)
     finally:
         _end(children)
+        if sys.stderr.isatty():  # a rank that was ended may have had a progress bar there
+            sys.stderr.write(SHOW_CURSOR)
+            sys.stderr.flush()
 
 
 def _watch(children: Sequence[process.BaseProcess], program: str) -> int:
@@ -166,7 +175,11 @@ def _end(children: Sequence[process.BaseProcess]) -> None:
             child.join(GRACE_S)
 
 
-def _child(main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int, timeout_s: float, cuda: bool) -> None:
+def _child(
+    main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int, timeout_s: float, cuda: bool, program: str
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says so and ends its ranks
+    print_anything()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     config.listen_on_loopback()
     store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timedelta(seconds=START_LIMIT_S))
@@ -175,6 +188,12 @@ def _child(main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int
     status = 1
     try:
         status = main(World(rank=rank, size=ranks, local_rank=rank, group=dist.group.WORLD), argv)
+    except Exception as error:
+        text = complaint(error)
+        if text is None:
+            raise
+        print(f"{program}: error: rank {rank}: {one_line(text)}", file=sys.stderr, flush=True)
+        status = EXIT_BAD_INPUT
     finally:
         if status == 0:
             dist.destroy_process_group()

@@ -42,6 +42,7 @@ from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_pha
 from moe_overlap.schedule.nodes import SameRouting
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
+from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
@@ -263,8 +264,7 @@ class MoELayer(Tickets, nn.Module):
     def _shared(self, x_TD: torch.Tensor) -> torch.Tensor:
         assert self.shared_expert is not None
         shared: torch.Tensor = self.shared_expert(x_TD)
-        if shared.shape != x_TD.shape:
-            raise ConfigError("shared_expert", tuple(shared.shape), f"a result of the shape of x, {tuple(x_TD.shape)}")
+        check_result("shared_expert", shared, x_TD)
         return shared
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -21,6 +21,7 @@ from moe_overlap.layer.layer import MoELayer
 from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.nodes import Tap
+from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.closing import closing_on_error
 
 COMBINE = ("add", "gated")
@@ -41,6 +42,7 @@ class SharedExpertOp(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.branch(h)
+        check_result("shared_expert", y, h)
         return h + (y if self.gate is None else torch.sigmoid(self.gate(h)) * y)
 
 
@@ -116,12 +118,20 @@ class ShortcutBlock(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
         with closing_on_error(self.moe.transport, "the backbone before the tap"):
-            for op in self.backbone[: self.tap]:
-                h = op(h)
+            if not isinstance(h, torch.Tensor):
+                raise ConfigError("h", type(h).__name__, f"a tensor [..., {self.moe.dispatcher.hidden}]")
+            for index, op in enumerate(self.backbone[: self.tap]):
+                before, h = h, op(h)
+                check_result(f"backbone op {index} before the tap", h, before)
             hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
             if self.pre_norm is not None:
                 tapped = self.pre_norm(tapped)
+                check_result("pre_norm", tapped, hidden)
         beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
         h, routed = self.moe(tapped, beside)
         with closing_on_error(self.moe.transport, "what follows the experts"):
-            return h + (routed if self.post_norm is None else self.post_norm(routed))
+            if self.post_norm is None:
+                return h + routed
+            normed = self.post_norm(routed)
+            check_result("post_norm", normed, routed)
+            return h + normed

@@ -33,6 +33,7 @@ def hardware() -> str:
         memory = f", {total_kib / 2**20:.0f} GiB"
     except (OSError, ValueError, IndexError):
         pass
+    name = "".join(char for char in name if char.isprintable())[:200]
     return f"{name}, {cores_here()} cores{memory}"
 
 

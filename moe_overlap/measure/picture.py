@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moe_overlap.measure.files import write_atomically
 from moe_overlap.schedule.recorder import TimelineEvent
 
 LANES = ("comp", "wire")
@@ -118,8 +120,7 @@ def write_png(path: Path, panels: Sequence[Panel], *, title: str) -> None:
     figure.legend(
         handles=handles, loc="outside lower center", ncols=4 if len(columns) == 1 else 9, fontsize=9, frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
 def draw_panel(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
@@ -203,6 +204,12 @@ def chrome_trace(panels: Sequence[Panel]) -> dict[str, Any]:
     return {"traceEvents": found, "displayTimeUnit": "ms"}
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """A figure of matplotlib as PNG, whole or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_atomically(path, data.getvalue())
+
+
 def write_trace(path: Path, panels: Sequence[Panel]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(chrome_trace(panels)) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(chrome_trace(panels)) + "\n").encode())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from moe_overlap.measure.files import write_atomically
 
 Row = Mapping[str, Any]
 
@@ -32,13 +33,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
     """One JSON object per line. The file appears whole or not at all. ValueError for NaN or infinity."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
 
 
 def append_jsonl(path: Path, rows: Sequence[Row]) -> None:

@@ -51,6 +51,11 @@ def _fits(got: Sequence[int], want: Sequence[int | None]) -> bool:
     return True
 
 
+def autocast_on(device: torch.device) -> bool:
+    """Whether operands on this device are to be cast; torch's own question raises for the meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def check_kind(kind: str) -> None:
     """Refuse an activation that does not exist."""
     if kind not in KINDS:

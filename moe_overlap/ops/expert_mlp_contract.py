@@ -297,7 +297,7 @@ def _check_weights(
     checks.check_kind(kind)
     checks.check_tensor(rows_field, rows, (None, None), checks.FLOATS, what="[R, D]")
     hidden, device = rows.shape[1], rows.device
-    dtypes = checks.FLOATS if cast and torch.is_autocast_enabled(device.type) else (rows.dtype,)
+    dtypes = checks.FLOATS if cast and checks.autocast_on(device) else (rows.dtype,)
     checks.check_tensor("w_in", w_in, (None, None, hidden), dtypes, what=f"[{count}, F', D]", device=device)
     experts, width_in = w_in.shape[0], w_in.shape[1]
     if kind == "swiglu" and width_in % 2 != 0:

@@ -31,7 +31,7 @@ from moe_overlap.ops.row_groups import aligned
 OLDEST_NVIDIA = (9, 0)
 CUDA_DTYPES = (torch.bfloat16,)
 STRIDE_BYTES = 16
-"""What it asks of rows and weights: strides that are multiples of this."""
+"""What it asks of rows and weights: addresses and strides that are multiples of this."""
 
 _activation, _activation_backward = map(registry.kernel, ("activation", "activation_backward"))
 
@@ -46,10 +46,10 @@ def _expert_mlp(call: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor]:
 def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = call.wanted
     x, h_RF, kind, row_scale, offs = call.x, call.h, call.kind, call.row_scale, call.offs
-    dy_RD, nothing = aligned(call.dy), call.nothing()
+    dy_RD, w_in, w_out, nothing = _operand(call.dy), _operand(call.w_in), _operand(call.w_out), call.nothing()
     dx = dw_in = dw_out = nothing
     with _budget(call.device, call.num_sms):
-        da_RF = functional.grouped_mm(dy_RD, call.w_out, offs=offs)
+        da_RF = functional.grouped_mm(dy_RD, w_out, offs=offs)
         dh_RF, dscale = _activation_backward(da_RF, h_RF, kind, row_scale, offs)
         if wants_dw_out:
             a_RF = _activation(h_RF, kind, row_scale, offs)
@@ -57,7 +57,7 @@ def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.T
         if wants_dw_in:
             dw_in = functional.grouped_mm(dh_RF.t(), _rows_of_x(call), offs=offs)
         if wants_dx:
-            dx = maps.clear_tail(functional.grouped_mm(dh_RF, call.w_in, offs=offs), offs)
+            dx = maps.clear_tail(functional.grouped_mm(dh_RF, w_in, offs=offs), offs)
     if wants_dx and call.row_to_token is not None:
         dx = maps.add_rows(dx, call.row_to_token, x.shape[0], checks.accumulation_dtype(x.dtype)).to(x.dtype)
     return dx, dw_in, dw_out, dscale if wants_dscale else nothing
@@ -66,7 +66,7 @@ def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.T
 def _forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
     used = call.groups.used
     with _budget(call.device, call.num_sms):
-        y_nD, h_nF = _through(call, aligned(call.x)[:used], _offs(call), None)
+        y_nD, h_nF = _through(call, _operand(call.x)[:used], _offs(call), None)
     y, h = call.outputs()
     y[:used], h[:used] = y_nD, h_nF
     return y, h
@@ -75,11 +75,11 @@ def _forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
 def _dgrad(call: Dgrad) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     used, offs = call.groups.used, _offs(call)
     with _budget(call.device, call.num_sms):
-        da_nF = functional.grouped_mm(aligned(call.dy)[:used], call.w_out, offs=offs)
+        da_nF = functional.grouped_mm(_operand(call.dy)[:used], _operand(call.w_out), offs=offs)
         h_nF = call.h[:used]
         dh_nF, _ = _activation_backward(da_nF, h_nF, call.kind, None, None)
         a_nF = _activation(h_nF, call.kind, None, None)
-        dx_nD = functional.grouped_mm(dh_nF, call.w_in, offs=offs)
+        dx_nD = functional.grouped_mm(dh_nF, _operand(call.w_in), offs=offs)
     dx, dh, a = call.outputs()
     dx[:used], dh[:used], a[:used] = dx_nD, dh_nF, a_nF
     return dx, dh, a
@@ -92,23 +92,38 @@ def _wgrad(call: Wgrad) -> None:
         return
     begin, end = ranges[0][0], ranges[-1][1]
     offs = torch.tensor([stop - begin for _, stop in ranges], dtype=torch.int32).to(call.device)
-    x_nD, dy_nD = aligned(call.x)[begin:end], aligned(call.dy)[begin:end]
+    x_nD, dy_nD, dh_nF, a_nF = (_operand(rows)[begin:end] for rows in (call.x, call.dy, call.dh, call.a))
     with _budget(call.device, call.num_sms):
-        call.dw_in[first:last] = functional.grouped_mm(call.dh[begin:end].t(), x_nD, offs=offs)
-        call.dw_out[first:last] = functional.grouped_mm(dy_nD.t(), call.a[begin:end], offs=offs)
+        call.dw_in[first:last] = functional.grouped_mm(dh_nF.t(), x_nD, offs=offs)
+        call.dw_out[first:last] = functional.grouped_mm(dy_nD.t(), a_nF, offs=offs)
 
 
 def _through(
     call: ExpertMlp | Forward, x_RD: torch.Tensor, offs: torch.Tensor, row_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, h) of these rows."""
-    h_RF = functional.grouped_mm(x_RD, call.w_in.transpose(1, 2), offs=offs)
+    w_in, w_out = _operand(call.w_in), _operand(call.w_out)
+    h_RF = functional.grouped_mm(x_RD, w_in.transpose(1, 2), offs=offs)
     a_RF = _activation(h_RF, call.kind, row_scale, offs)
-    return functional.grouped_mm(a_RF, call.w_out.transpose(1, 2), offs=offs), h_RF
+    return functional.grouped_mm(a_RF, w_out.transpose(1, 2), offs=offs), h_RF
 
 
 def _rows_of_x(call: Operator) -> torch.Tensor:
-    return call.x if call.row_to_token is None else maps.take_rows(call.x, call.row_to_token)
+    return _operand(call.x) if call.row_to_token is None else maps.take_rows(call.x, call.row_to_token)
+
+
+def _operand(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where the kernel reads it as it lies, either way round, else a copy that it does read."""
+    *outer, rows, columns = tensor.stride()
+    if columns == 1:
+        step, least = rows, tensor.shape[-1]
+    elif rows == 1:
+        step, least = columns, tensor.shape[-2]
+    else:
+        return aligned(tensor)
+    unit = STRIDE_BYTES // tensor.element_size()
+    fits = step >= least and not any(stride % unit for stride in (step, *outer))
+    return tensor if fits and tensor.data_ptr() % STRIDE_BYTES == 0 else aligned(tensor)
 
 
 def _offs(call: Piece) -> torch.Tensor:

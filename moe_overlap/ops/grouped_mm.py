@@ -33,7 +33,7 @@ def grouped_mm(
         ConfigError: naming the argument, its value and what was expected.
     """
     checks.check_tensor("a", a_RK, (None, None), checks.FLOATS, what="[R, K]")
-    dtypes = checks.FLOATS if torch.is_autocast_enabled(a_RK.device.type) else (a_RK.dtype,)
+    dtypes = checks.FLOATS if checks.autocast_on(a_RK.device) else (a_RK.dtype,)
     inner = a_RK.shape[1]
     shape, what = ((None, None, inner), "[E, N, K]") if transpose_b else ((None, inner, None), "[E, K, N]")
     checks.check_tensor("b", b_ENK, shape, dtypes, what=what, device=a_RK.device)

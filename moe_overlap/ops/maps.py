@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import torch
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.ops import workspace
 
 
 def invert(slot_to_row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """row -> slot (= token * K + k) as int64 [num_rows], -1 where no slot points. Each row has at most one slot.
+    """row -> slot (= token * K + k) as int64 [num_rows], -1 where no slot points.
 
-    Example: slot_to_row [[1, -1], [0, 2]] and 4 rows give [2, 0, 3, -1].
+    Example: slot_to_row [[1, -1], [0, 2]] and 4 rows give [2, 0, 3, -1]. ConfigError (on CPU) for two slots on one row.
     """
     rows = slot_to_row_TK.reshape(-1).long()
     # Unused slots write to one row more, which is cut off: no selection whose size the host would have to know.
     row_to_slot = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=rows.device)
     slots = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device)
     row_to_slot.index_copy_(0, torch.where(rows < 0, num_rows, rows), slots)
-    return row_to_slot[:num_rows]
+    found = row_to_slot[:num_rows]
+    if rows.device.type == "cpu" and int((found >= 0).sum()) < int((rows >= 0).sum()):
+        twice = int(rows[rows >= 0].bincount().argmax())
+        raise ConfigError("slot_to_row", f"row {twice} more than once", "one slot at most on each row")
+    return found
 
 
 def zero_rows(out_RD: torch.Tensor, unused_R: torch.Tensor) -> torch.Tensor:

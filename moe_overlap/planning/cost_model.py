@@ -24,13 +24,24 @@ from moe_overlap.schedule.actions import Phase
 # The two kinds of wire: between ranks of different nodes, and of the same one.
 WIRES = ("inter", "intra")
 
-
-MOST = 1e9  # seconds, or rows: what nothing real reaches, and sums and products of which still fit a float
+# Of seconds, or rows: what nothing real reaches. Sums, products and quotients of figures between still fit a float.
+LEAST, MOST = 1e-30, 1e9
+MOST_OPS, LONGEST_SOURCE = 256, 1000  # ops beside the exchanges, and characters, in a file
 
 
 def _check_seconds(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
-        raise ConfigError(field, value, f"a finite number from 0 to {MOST:.0e}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value == 0 or LEAST <= value <= MOST):  # type: ignore[operator]
+        raise ConfigError(field, value, f"0, or a finite number from {LEAST:.0e} to {MOST:.0e}")
+
+
+def figure(measured: float) -> float:
+    """The nearest figure that a model may hold: a difference of measured times can be a rounding error below zero.
+
+    >>> figure(-1.08e-19), figure(5e-324), figure(0.25), figure(float("nan"))
+    (0.0, 0.0, 0.25, 0.0)
+    """
+    return min(measured, MOST) if measured >= LEAST else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,11 @@ class AlphaBeta:
     def __post_init__(self) -> None:
         _check_seconds("alpha_s", self.alpha_s)
         _check_seconds("beta_s", self.beta_s)
+
+    @classmethod
+    def measured(cls, alpha_s: float, beta_s: float) -> AlphaBeta:
+        """The model of two fitted figures, each the nearest that it may hold."""
+        return cls(alpha_s=figure(alpha_s), beta_s=figure(beta_s))
 
     def __call__(self, n: float) -> float:
         return self.alpha_s + self.beta_s * n if n else 0.0
@@ -67,7 +83,7 @@ class AlphaBeta:
                     lines.append((seconds - beta_s * n, beta_s))
         possible = [line for line in lines if min(line) >= 0]
         best = min(possible, key=lambda line: (sum(abs(line[0] + line[1] * n - s) / s for n, s in found), line))
-        return cls(alpha_s=best[0], beta_s=best[1])
+        return cls.measured(*best)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +166,8 @@ class CostModel:
         for name in _OPS:
             if not isinstance(given[name], list):
                 raise ConfigError(name, given[name], "a list of seconds")
+            if len(given[name]) > MOST_OPS:
+                raise ConfigError(name, f"{len(given[name])} ops", f"at most {MOST_OPS}")
             values[name] = tuple(given[name])
         if not isinstance(given["exchange"], Mapping):
             raise ConfigError("exchange", given["exchange"], "an object of wires")
@@ -157,9 +175,10 @@ class CostModel:
             lane: AlphaBeta(**_object(f"exchange.{lane}", line, _LINE)) for lane, line in given["exchange"].items()
         }
         values["slowdown"] = Slowdown(**_object("slowdown", given["slowdown"], ["compute", "wire"]))
-        if not isinstance(given["source"], str):
-            raise ConfigError("source", given["source"], "a text")
-        return cls(source=given["source"], **values)
+        source = given["source"]
+        if not isinstance(source, str) or not source.isprintable() or len(source) > LONGEST_SOURCE:
+            raise ConfigError("source", source, f"a text of one line, of at most {LONGEST_SOURCE} characters")
+        return cls(source=source, **values)
 
 
 _LINE = ["alpha_s", "beta_s"]

@@ -40,7 +40,8 @@ class Slowdown:
     def __post_init__(self) -> None:
         for name in ("compute", "wire"):
             factor = getattr(self, name)
-            if not 1 <= factor <= MOST_SLOWDOWN:
+            number = isinstance(factor, int | float) and not isinstance(factor, bool)
+            if not number or not 1 <= factor <= MOST_SLOWDOWN:
                 raise ConfigError(f"slowdown.{name}", factor, f"a factor from 1 to {MOST_SLOWDOWN:.0e}")
 
 

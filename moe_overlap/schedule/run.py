@@ -24,18 +24,12 @@ from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.lanes import Lanes
-from moe_overlap.schedule.nodes import (
-    DetachedNode,
-    Fork,
-    Marker,
-    Stage,
-    check_same_routing,
-    routing_digest,
-)
+from moe_overlap.schedule.nodes import DetachedNode, Fork, Marker, Stage, check_same_routing, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.order import Node, backward_groups
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
+from moe_overlap.schedule.user_ops import Mistakes
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 
@@ -62,6 +56,7 @@ class Step:
         # Forward: where the walk stands.
         self._position = 0
         self._waited: set[int] = set()
+        self._mistakes = Mistakes(transport)
         # Backward: its nodes and their order (None without gradients), and the run under way.
         self._numbers: SequenceNumbers | None = None
         self._nodes: dict[Node, Any] = {}
@@ -131,6 +126,7 @@ class Step:
                     self._run_op(action, lambda _, op=shared: op())  # type: ignore[misc]
                 else:
                     self._run_next()
+            self._mistakes.raise_first()
             return self._finish()
 
     def run_until_op(self) -> None:
@@ -161,8 +157,10 @@ class Step:
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
         self._before_op()
         start = self.lanes.now()
-        with closing_on_error(self.transport, action.text):
-            result = op(self.hidden)
+        self._position += 1
+        result = self._mistakes.result_of(action, op, self.hidden)
+        if result is None:
+            return
         self.lanes.note(action.text, "comp", start, self.lanes.now())
         if self.grad and result.requires_grad:
             backward = f"{action.verb}t{'' if action.index is None else action.index}"
@@ -171,7 +169,6 @@ class Step:
             self.hidden = result
         else:
             self.shared = result
-        self._position += 1
 
     def _before_op(self) -> None:
         """Reserve the numbers of the nodes that run, in backward, right after the coming op."""
@@ -212,9 +209,10 @@ class Step:
         """Also where the walk ends early: by an error, or in U by the end of a checkpoint's recompute."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._release()
             self.hidden = self.shared = None
+            self._mistakes.replace(error)
             raise
 
     # ---------------------------------------------------------------- forward: the bodies

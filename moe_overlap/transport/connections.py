@@ -88,9 +88,9 @@ class Connections:
         finally:
             self._in_use.release()
 
-    def begin(self, make: Any, where: Where) -> tuple[Any, int]:
-        """(work, position) of the operation that `make(groups)` starts."""
-        groups = self.groups or self._connect()
+    def begin(self, make: Any, where: Where, limit_s: float) -> tuple[Any, int]:
+        """(work, position) of the operation that `make(groups)` starts. `limit_s`: for connecting, the first time."""
+        groups = self.groups or self._connect(limit_s)
         self.position += 1
         try:
             work = make(groups)
@@ -109,7 +109,7 @@ class Connections:
         """Whether a rank has poisoned them, this one or a peer that this one has not heard of yet."""
         return self.life.cause is not None or (self.control is not None and self.control.read_abort() is not None)
 
-    def reopen(self) -> None:
+    def reopen(self, limit_s: float) -> None:
         """Fresh groups under a new generation: collective, a barrier. PeerFailed when the store is gone."""
         self.close("the transport was reopened")
         self._end_groups(None)  # still there when the ranks agreed on the error
@@ -117,19 +117,22 @@ class Connections:
             forget_own_store(self._store)
         self.life.renew()
         self.position = 0
-        self._connect(again=True)
+        self._connect(limit_s, again=True)
 
-    def _connect(self, *, again: bool = False) -> Groups:
+    def _connect(self, limit_s: float, *, again: bool = False) -> Groups:
+        """All within about the limit: reach the store, meet there, connect; at least a quarter of it for each."""
         where = Where(action="connect")
+        begin = time.perf_counter()
+
+        def left_s() -> float:
+            return max(limit_s - (time.perf_counter() - begin), limit_s / 4)
+
         try:
-            own = own_store(self._store, self.limit_s)
+            own = own_store(self._store, limit_s)
             prefix = dist.PrefixStore(self._prefix, own)
             self.control = ControlPlane(prefix, rank=self.rank, world_size=self.world_size)
-            self.life.generation = self.control.meet(self.life.generation, self.limit_s, again=again)
-            store = dist.PrefixStore(str(self.life.generation), prefix)
-            self.groups = Groups(
-                store, rank=self.rank, world_size=self.world_size, timeout_s=self.limit_s, backend=self.backend
-            )
+            self.life.generation = self.control.meet(self.life.generation, left_s(), again=again)
+            self.groups = self._make_groups(where, begin, left_s())
         except MoeTransportError as error:
             self._poison(error)
             raise
@@ -137,8 +140,38 @@ class Connections:
             text = f"the key-value store of torch.distributed is lost ({error})"
             raise self._failed(PeerFailed(text, rank=self.rank, action="connect"), None) from error
         except RuntimeError as error:
-            raise self.diagnose(error, where, 0.0) from error
+            raise self.diagnose(error, where, time.perf_counter() - begin) from error
+        self.control.report(0, where)
         return self.groups
+
+    def _make_groups(self, where: Where, begin: float, limit_s: float) -> Groups:
+        """Connections to all peers. Raises naming those that are dead, or not known to be connecting or connected."""
+        assert self.control is not None
+        control = self.control
+        met = time.perf_counter()
+        reported = False
+
+        def watch() -> None:
+            nonlocal reported
+            now = time.perf_counter()
+            self._raise_peer_trouble(where, now - begin)
+            if now - met >= limit_s / 2 and not reported:
+                control.report(0, where)
+                reported = True
+            if now - met >= limit_s:
+                raise self._timed_out(where, 0, now - begin)
+
+        # A connection to the store for this alone: gloo keeps it to itself while it waits there for a peer's address.
+        own = own_store(self._store, limit_s, "connect")
+        store = dist.PrefixStore(f"{self._prefix}/{self.life.generation}", own)
+        try:
+            return Groups(
+                store, rank=self.rank, world_size=self.world_size, timeout_s=self.limit_s, backend=self.backend,
+                watch=watch,
+            )  # fmt: skip
+        except Exception:
+            forget_own_store(self._store, "connect")
+            raise
 
     def finish(self, work: Any, where: Where, position: int, limit_s: float) -> None:
         """Wait for `work` within the limit; raises what went wrong, after telling the peers."""

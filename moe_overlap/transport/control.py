@@ -154,7 +154,10 @@ class ControlPlane:
         self._try(lambda: self._store.set(self._key(f"at/{self._rank}"), f"{position}{SEPARATOR}{where}"))
 
     def late(self, position: int) -> list[tuple[int, str]]:
-        """(peer, what it is known to do) of the peers not known to have come to this rank's `position`."""
+        """(peer, what it is known to do) of the peers not known to have come to this rank's `position`.
+
+        Position 0 is to connect, and whoever is further has done that.
+        """
         late = []
         for peer in self._peers:
             text = self._try(self._getter(f"at/{peer}", checked=True))
@@ -163,7 +166,7 @@ class ControlPlane:
             number, _, where = (text or "").partition(SEPARATOR)
             if not number.isdecimal() or int(number) < position:
                 late.append((peer, f"last seen waiting in {where[:80]}" if where else "never seen waiting"))
-            elif int(number) > position:
+            elif int(number) > position > 0:
                 late.append((peer, f"waits in {where[:80]}"))
         return late
 
@@ -233,24 +236,24 @@ def bounded(question: Callable[[], T], limit_s: float) -> T:
     raise StoreLost(type(errors[0]).__name__ if errors else f"no answer within {limit_s:.3f} s")
 
 
-def own_store(store: dist.Store, limit_s: float) -> dist.Store:
+def own_store(store: dist.Store, limit_s: float, use: str = "control") -> dist.Store:
     """A connection of our own to `store`: a question that is stuck must not block the rest of the process.
 
-    One for all transports of the process: connecting to a TCPStore was seen to stall for 5 s now and then. Raises
-    StoreLost when there is no connection within the limit.
+    One for all transports of the process and each `use`: connecting to a TCPStore was seen to stall for 5 s now and
+    then. Raises StoreLost when there is no connection within the limit.
     """
-    own = _own_stores.get(store)
-    if own is None:
-        own = _own_stores[store] = bounded(store.clone, limit_s) if hasattr(store, "clone") else store
-    return own
+    own = _own_stores.setdefault(store, {})
+    if use not in own:
+        own[use] = bounded(store.clone, limit_s) if hasattr(store, "clone") else store
+    return own[use]
 
 
-def forget_own_store(store: dist.Store) -> None:
-    """After it was lost: the next `own_store` connects again."""
-    _own_stores.pop(store, None)
+def forget_own_store(store: dist.Store, use: str = "control") -> None:
+    """After it was lost or may be stuck: the next `own_store` connects again."""
+    _own_stores.get(store, {}).pop(use, None)
 
 
-_own_stores: weakref.WeakKeyDictionary[dist.Store, dist.Store] = weakref.WeakKeyDictionary()
+_own_stores: weakref.WeakKeyDictionary[dist.Store, dict[str, dist.Store]] = weakref.WeakKeyDictionary()
 
 
 def host_name() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -21,6 +20,7 @@ from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.where import Where
 from moe_overlap.transport.work import DoneWork
 
+SHORTEST_S, LONGEST_S = 1e-3, 1e7  # of a limit; the libraries below count in milliseconds
 E = TypeVar("E", bound=BaseException)
 
 
@@ -295,13 +295,12 @@ class Endpoint(ABC):
 
 
 def checked_timeout(timeout_s: float | None) -> float:
-    """Seconds; None means the environment's default. Raises ConfigError unless finite and above zero."""
+    """Seconds; None means the environment's default. Raises ConfigError for what no wait can have."""
     if timeout_s is None:
         return TIMEOUT_S.read()
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not math.isfinite(timeout_s):
-        raise ConfigError("timeout_s", timeout_s, "a finite number of seconds above 0")
-    if timeout_s <= 0:
-        raise ConfigError("timeout_s", timeout_s, "a finite number of seconds above 0")
+    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not number or not SHORTEST_S <= timeout_s <= LONGEST_S:
+        raise ConfigError("timeout_s", timeout_s, f"a finite number of seconds from {SHORTEST_S:g} to {LONGEST_S:g}")
     return float(timeout_s)
 
 

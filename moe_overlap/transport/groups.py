@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,18 +12,37 @@ import torch.distributed as dist
 
 from moe_overlap.errors import ConfigError
 
+LOOK_S = 0.05  # between two looks at the peers while connections are made
+
 
 class Groups:
-    """The process groups of one generation."""
+    """The process groups of one generation.
 
-    def __init__(self, store: dist.Store, *, rank: int, world_size: int, timeout_s: float, backend: str) -> None:
+    `watch` is called every LOOK_S while connections are made, and raises to give up. `store` is taken for as long as
+    that may last: questions to it have to wait for the library's own.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        backend: str,
+        watch: Callable[[], None],
+    ) -> None:
         # Twice our own limit: the library's error, if it comes to that, must come after ours.
         limit = timedelta(seconds=2 * timeout_s)
         self.rank, self.world_size = rank, world_size
-        self.control: Any = dist.ProcessGroupGloo(dist.PrefixStore("control", store), rank, world_size, limit)
+
+        def gloo(name: str) -> Any:
+            return watched(lambda: dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, world_size, limit), watch)
+
+        self.control: Any = gloo("control")
         self.payload: Any
         if backend == "gloo":
-            self.payload = dist.ProcessGroupGloo(dist.PrefixStore("payload", store), rank, world_size, limit)
+            self.payload = gloo("payload")
         else:
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options._timeout = limit
@@ -42,6 +63,33 @@ class Groups:
                 except RuntimeError as error:
                     if "Timed out" in str(error):
                         break  # this closed every connection of the group; else that one was closed before: the next
+
+
+def watched(make: Callable[[], Any], watch: Callable[[], None]) -> Any:
+    """What `make` returns or raises, unless `watch`, called every LOOK_S meanwhile, raises first.
+
+    gloo waits five times its limit for a peer that has told its address and does not connect. After `watch` has raised,
+    the thread that waits in there is left to itself.
+    """
+    made: list[Any] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="moe_overlap connecting", daemon=True)
+    thread.start()
+    while True:
+        thread.join(LOOK_S)
+        if not thread.is_alive():
+            break
+        watch()
+    if errors:
+        raise errors[0]
+    return made[0]
 
 
 def resolve_group(group: Any) -> tuple[Any, list[int]]:

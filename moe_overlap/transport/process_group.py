@@ -104,11 +104,11 @@ class ProcessGroupTransport(Endpoint):
             self._options.asyncOp = True
 
     def open(self, header: Header) -> bool:
-        """As the contract says. One that was made after a failure of the group, on all ranks, renews the connections."""
+        """As the contract says. One made after a failure of the group, on all ranks, renews the connections."""
         if self._made_after_failure:
             self._made_after_failure = False
             if self.life.cause is not None:
-                self.connections.reopen()
+                self.connections.reopen(self.timeout_s)
         return super().open(header)
 
     def _send(self, message: torch.Tensor, where: Where) -> GroupWork:
@@ -133,7 +133,7 @@ class ProcessGroupTransport(Endpoint):
         self._require_usable()
         self._seen = self.life.generation
         with self.connections.in_use():
-            return self.connections.begin(make, where)
+            return self.connections.begin(make, where, self.timeout_s)
 
     def close(self, reason: str) -> None:
         self.connections.close(reason)
@@ -142,5 +142,5 @@ class ProcessGroupTransport(Endpoint):
         """Collective over the ranks of the group, and a barrier. Nothing is left to do where another transport of the
         group was reopened since this one was used."""
         if self._seen == self.life.generation or self.connections.failed():
-            self.connections.reopen()
+            self.connections.reopen(self.timeout_s)
         self._seen = self.life.generation

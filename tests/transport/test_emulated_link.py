@@ -23,6 +23,8 @@ from moe_overlap.transport import (
 from tests.ranks import gloo_pool
 from tests.transport.worlds import F32, agreed, counts_of, exchange_all, header, received, record, rows_of
 
+ATTEMPTS = 20  # of which one has to be quick: the machine may be busy
+
 
 def emulated(text: str, ranks_per_node: int = 1, timeout_s: float = 20.0) -> EmulatedLinkTransport:
     link = LinkSpec.parse(text)
@@ -68,15 +70,18 @@ def test_never_earlier_than_the_model_and_the_core_is_free() -> None:
     link = LinkSpec.parse("200mbit:200us")
     assert link is not None
     model_s = link.seconds(1 << 20)
-    pairs = list(zip(*gloo_pool(2).run(timing, 1 << 20, str(link), 5), strict=True))
-    for pair in pairs:
-        assert all(
-            mine["end"] >= other["begin"] + model_s - 1e-6 for mine in pair for other in pair if mine is not other
-        )
-        assert all(mine["wire"] >= model_s - link.latency_s - 1e-6 for mine in pair)
-    best_s = min(max(one["end"] for one in pair) - max(one["begin"] for one in pair) for pair in pairs)
-    assert best_s < 1.5 * model_s
-    assert min(one["own_cpu"] for pair in pairs for one in pair) < 0.3 * model_s
+    for _ in range(ATTEMPTS):
+        pairs = list(zip(*gloo_pool(2).run(timing, 1 << 20, str(link), 5), strict=True))
+        for pair in pairs:
+            assert all(
+                mine["end"] >= other["begin"] + model_s - 1e-6 for mine in pair for other in pair if mine is not other
+            )
+            assert all(mine["wire"] >= model_s - link.latency_s - 1e-6 for mine in pair)
+        best_s = min(max(one["end"] for one in pair) - max(one["begin"] for one in pair) for pair in pairs)
+        own_s = min(one["own_cpu"] for pair in pairs for one in pair)
+        if best_s < 1.5 * model_s and own_s < 0.3 * model_s:
+            return
+    pytest.fail(f"never near the model's {model_s:.3f} s: {best_s:.3f} s, of them {own_s:.3f} s on the core")
 
 
 def queueing() -> dict[str, list[float]]:
@@ -100,13 +105,16 @@ def queueing() -> dict[str, list[float]]:
 
 
 def test_chunks_queue_on_the_link() -> None:
-    both = gloo_pool(2).run(queueing)
-    for mine, other in (both, both[::-1]):
-        for chunk in range(4):
-            assert mine["ready"][chunk] >= other["given"][0] + (chunk + 1) * 6.4e-3 + 1e-3 - 1e-6
-        for chunk in range(3):
-            assert mine["wire"][chunk + 1] >= mine["wire"][chunk] + 6.4e-3 - 1e-6
-        assert mine["given"][3] - mine["given"][0] < 4 * 6.4e-3, "start must return at once"
+    for _ in range(ATTEMPTS):
+        both = gloo_pool(2).run(queueing)
+        for mine, other in (both, both[::-1]):
+            for chunk in range(4):
+                assert mine["ready"][chunk] >= other["given"][0] + (chunk + 1) * 6.4e-3 + 1e-3 - 1e-6
+            for chunk in range(3):
+                assert mine["wire"][chunk + 1] >= mine["wire"][chunk] + 6.4e-3 - 1e-6
+        if all(mine["given"][3] - mine["given"][0] < 4 * 6.4e-3 for mine in both):
+            return
+    pytest.fail("start must return at once")
 
 
 def two_transports() -> None:
@@ -142,10 +150,14 @@ def nodes() -> None:
     counts = torch.zeros(BLOCKS, 4, dtype=torch.int64)
     counts[0, rank ^ 1] = 4  # only to the other rank of this node
     plan = transport.agree(record(counts, step=1)).chunked(1)
-    work = transport.start(rows[:4], plan, layout)
-    work.wait()
-    wire = work.interval()
-    assert wire is not None and wire[1] - wire[0] < 1e-3
+    taken_s = []
+    for _ in range(ATTEMPTS):
+        work = transport.start(rows[:4], plan, layout)
+        work.wait()
+        wire = work.interval()
+        assert wire is not None
+        taken_s.append(wire[1] - wire[0])
+    assert min(taken_s) < 1e-3
 
 
 def test_only_bytes_that_leave_the_node_pay() -> None:

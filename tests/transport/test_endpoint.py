@@ -12,6 +12,7 @@ from moe_overlap.agreement.message import HEAD_WORDS
 from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, TransportClosed, TransportTimeout
 from moe_overlap.transport import LocalTransport, ProcessGroupTransport, VirtualRank, VirtualTransport, VirtualWorld
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.endpoint import checked_timeout
 from moe_overlap.transport.exchange import Exchange
 from tests.ranks import gloo_pool
 from tests.transport.worlds import F32, agreed, counts_of, header, plan_of, record, rows_of
@@ -172,3 +173,14 @@ def test_the_first_cause_stays() -> None:
         assert str(caught.value.__cause__) == "the first"
 
     in_each_world(rank_main)
+
+
+BAD_LIMITS = [0, -1.0, 1e-320, 1e-4, 1e8, 1e30, 10**400, float("nan"), float("inf"), True, "1", [1.0]]
+
+
+@pytest.mark.parametrize("bad", BAD_LIMITS, ids=lambda bad: str(bad)[:8])
+def test_a_limit_that_no_wait_can_have(bad: object) -> None:
+    """1e30 was an OverflowError in the first exchange."""
+    with pytest.raises(ConfigError, match="timeout_s"):
+        checked_timeout(bad)  # type: ignore[arg-type]
+    assert checked_timeout(1e7) == 1e7 and checked_timeout(1e-3) == 1e-3

@@ -23,7 +23,7 @@ from tests.ranks import Ended, Ranks, gloo_pool, mark
 from tests.transport.worlds import F32, agreed, counts_of, exchange_all, header, received, record, rows_of
 
 BIG = RowLayout(width=4096, dtype=torch.float32)
-LIMIT_S = 3.0
+LIMIT_S = 8.0  # less than what a wait for the limit would take, more than a busy machine makes of it
 
 
 def even_plan(transport: ProcessGroupTransport, rows: int, chunks: int, step: int = 0) -> ChunkPlan:
@@ -66,7 +66,7 @@ def exchange_until_error(timeout_s: float, idle_rank: int | None = None, before:
         transport.agree(record(torch.zeros(BLOCKS, dist.get_world_size(), dtype=torch.int64)))
     assert isinstance(closed.value.__cause__, MoeTransportError)
     del transport, works
-    assert time.time() - begin < 2.0, "taking the transport down must not wait for dead operations"
+    assert time.time() - begin < LIMIT_S, "taking the transport down must not wait for dead operations"
     return result
 
 
@@ -273,7 +273,7 @@ def leaving_early() -> str:
 
 def test_the_end_of_a_process_waits_for_nobody() -> None:
     _, seconds = gloo_pool(2).run(leaving_early)
-    assert float(seconds) < 2.0
+    assert float(seconds) < LIMIT_S
 
 
 ORPHAN_SCRIPT = """

@@ -130,7 +130,7 @@ def reopened_by_some():
     one = layer()
     one(x())
     one.transport.close("a fault")
-    one.transport.connections.limit_s = 0.5
+    one.transport.timeout_s = 0.5
     begin = time.monotonic()
     if dist.get_rank() < 2:
         with pytest.raises(MoeTransportError, match="no sign of rank 2|rank . reports") as caught:
@@ -327,9 +327,9 @@ def two_threads():
     if dist.get_rank() == 0:
         original = one.transport.connections.begin
 
-        def slow(make, where):
+        def slow(make, where, limit_s):
             time.sleep(0.5)
-            return original(make, where)
+            return original(make, where, limit_s)
 
         one.transport.connections.begin = slow
 

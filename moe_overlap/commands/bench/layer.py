@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from moe_overlap import config
 from moe_overlap.commands.bench.options import LayerOptions, parse
 from moe_overlap.commands.bench.phase import CheckFailed, PhaseResult, measure_phase
-from moe_overlap.commands.bench.routing import load
+from moe_overlap.commands.bench.routing import load, read_file, routing_file
 from moe_overlap.commands.bench.setting import Setting
+from moe_overlap.commands.parser import check_folder, one_line
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.measure.picture import write_png, write_trace
@@ -30,7 +32,11 @@ OUTPUTS = ("results.jsonl", "timeline.png", "trace.json")
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
     options = parse(argv, ranks=torchrun_world_size())
-    _load_routing(options, 0)
+    path = routing_file(options.routing, options.out)
+    if path is not None:
+        read_file(path, experts=options.experts, top_k=options.top_k)
+    if not config.torchrun("RANK"):  # rank 0 alone writes
+        check_folder("--out", options.out, OUTPUTS)
     return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
 
 
@@ -104,5 +110,5 @@ def _say(world: World) -> Callable[[str], None]:
 
 def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:
     if world.rank == 0 or not only_first:
-        print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr, flush=True)
     return status

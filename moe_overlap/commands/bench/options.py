@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,13 @@ import torch
 
 from moe_overlap.commands.bench.cases import CASES, HEAD, Sizes
 from moe_overlap.commands.bench.routing import KINDS
-from moe_overlap.commands.parser import OneLineParser
+from moe_overlap.commands.parser import (
+    MOST_THREADS,
+    OneLineParser,
+    check_count,
+    check_timeout,
+    flag_of,
+)
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport.link import LinkSpec
 
@@ -49,9 +54,9 @@ class LayerOptions:
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in "ranks ranks_per_node threads tokens hidden ffn experts repeats".split():
-            if getattr(self, name) < 1:
-                raise ConfigError(_flag(name), getattr(self, name), "an integer of at least 1")
+        for name in "ranks ranks_per_node tokens hidden ffn experts repeats".split():
+            check_count(name, getattr(self, name))
+        check_count("threads", self.threads, most=MOST_THREADS)
         if not 2 <= self.top_k <= self.experts:
             expected = f"an integer from 2 to --experts ({self.experts}); the shared-expert cases route to one less"
             raise ConfigError("--top-k", self.top_k, expected)
@@ -71,9 +76,8 @@ class LayerOptions:
             chosen = getattr(self, name)
             unknown = [word for word in chosen if word not in known]
             if unknown or not chosen:
-                raise ConfigError(_flag(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise ConfigError("--timeout-s", self.timeout_s, "a number above 0")
+                raise ConfigError(flag_of(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
+        check_timeout(self.timeout_s)
         self._check_link()
 
     def _check_link(self) -> None:
@@ -137,10 +141,10 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
     for name, text in HELP.items():
         default = getattr(defaults, name)
         if isinstance(default, tuple):
-            parser.add_argument(_flag(name), type=_words, default=default, help=text)
+            parser.add_argument(flag_of(name), type=_words, default=default, help=text)
         else:
             kind = float if name == "comm_share" else type(default)
-            parser.add_argument(_flag(name), type=kind, default=default, help=text)
+            parser.add_argument(flag_of(name), type=kind, default=default, help=text)
     values = vars(parser.parse_args(argv))
     if ranks is not None:
         values["ranks"] = ranks
@@ -149,7 +153,3 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -57,10 +57,18 @@ def load(
         return ids_TK.to(torch.int32), torch.full((tokens, top_k), 1.0 / top_k)
     if routing == "zipf":
         return _zipf(tokens, experts, top_k, torch.Generator().manual_seed(1000 + rank))
-    path = Path(out) / REAL_FILE if routing == "real" else Path(routing)
+    path = routing_file(routing, out)
+    assert path is not None
     ids_NK, weights_NK = read_file(path, experts=experts, top_k=top_k)
     rows_T = (rank * tokens + torch.arange(tokens)) % ids_NK.shape[0]
     return ids_NK[rows_T, :top_k].contiguous(), weights_NK[rows_T, :top_k].contiguous()
+
+
+def routing_file(routing: str, out: str) -> Path | None:
+    """The file that `routing` means; None where it is drawn."""
+    if routing in ("balanced", "zipf"):
+        return None
+    return Path(out) / REAL_FILE if routing == "real" else Path(routing)
 
 
 def read_file(path: Path, *, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from moe_overlap.commands.parser import check_folder
 from moe_overlap.commands.plan.machine import OP_NAMES, WINDOW_OPS, agreement_s, weights_read_s
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.picture import rate_text, write_png
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep
 from moe_overlap.errors import ConfigError
+from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.explain import Change, explain, in_ms
 
 OUTPUTS = ("plan.png", "plan.json")
@@ -23,31 +23,24 @@ TEXT_COLUMNS = 7
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status. ConfigError for bad input."""
     options = parse(argv)
-    out = _folder(options)
+    out = check_folder("--out", options.out, OUTPUTS)
     points = {kind: asked(options, kind) for kind in options.kinds}
     point = points[options.kinds[0]]
+    if point.time_s <= 0:
+        raise ConfigError("--cost-model", "figures that are all 0", "a step in which something takes time")
     sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
     sections += [[text] for text in _explained(points, point)]
     found = sweep(options) if bandwidths(options) else None
     if found is not None:
         sections.append(_map(found, point))
-    _write_json(out / "plan.json", _record(options, points, found))
+    record = json.dumps(_record(options, points, found), indent=1, allow_nan=False)
+    write_atomically(out / "plan.json", (record + "\n").encode())
     if found is not None:
         write_png(out / "plan.png", options, point, found)
     print("\n\n".join("\n".join(lines) for lines in sections))
     written = OUTPUTS if found is not None else OUTPUTS[1:]
     print(f"\nwrote {', '.join(str(out / name) for name in written)}")
     return 0
-
-
-def _folder(options: PlanOptions) -> Path:
-    """Made before the work, so that a name that cannot be a folder is said at once."""
-    out = Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("--out", options.out, f"a folder that can be made ({error.strerror})") from None
-    return out
 
 
 def _heading(options: PlanOptions, point: Prediction) -> list[str]:
@@ -188,16 +181,6 @@ def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | 
         record["grid"] = [one.to_json() for row in found.grid for one in row]
         record["kinds"] = [one.to_json() for line in found.lines.values() for one in line]
     return record
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _us(seconds: float) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moe_overlap.commands.parser import OneLineParser
+from moe_overlap.commands.parser import OneLineParser, check_count, check_number, flag_of
 from moe_overlap.errors import ConfigError
+from moe_overlap.measure.files import read_regular
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.transport.link import LinkSpec
@@ -20,7 +21,6 @@ KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 PHASES = ("infer", "train")
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MAX_FILE_BYTES = 1 << 20
-MOST = 10**9  # of anything that is counted
 LONGEST_S = 3600.0
 FASTEST_FLOPS = 1e24
 
@@ -66,8 +66,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name in "ranks ranks_per_node tokens hidden ffn experts top_k sequence".split():
-            if not 1 <= getattr(self, name) <= MOST:
-                raise ConfigError(_flag(name), getattr(self, name), f"an integer from 1 to {MOST}")
+            check_count(name, getattr(self, name))
         larger, smaller = max(self.ranks, self.experts), min(self.ranks, self.experts)
         if larger % smaller:
             expected = f"a multiple or a divisor of --experts ({self.experts}): ranks have equally many experts"
@@ -80,9 +79,7 @@ class PlanOptions:
         if self.phase not in PHASES:
             raise ConfigError("--phase", self.phase, f"one of {', '.join(PHASES)}")
         for name in ("compute_slowdown", "wire_slowdown"):
-            factor = getattr(self, name)
-            if not (math.isfinite(factor) and 1 <= factor <= 100):
-                raise ConfigError(_flag(name), factor, "a factor from 1 to 100")
+            check_number(name, getattr(self, name), 1, 100)
         self._check_kind()
 
     def _check_kind(self) -> None:
@@ -160,17 +157,13 @@ def _cost_model(flag: str, path: str) -> CostModel | None:
     if not path:
         return None
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ConfigError(flag, path, f"a file of at most {MAX_FILE_BYTES} bytes")
-        return CostModel.from_json(json.loads(data))
+        return CostModel.from_json(json.loads(read_regular(Path(path), most_bytes=MAX_FILE_BYTES)))
     except OSError as error:
         raise ConfigError(flag, path, f"a file that can be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ConfigError(flag, path, "a JSON file of moe-overlap calibrate") from None
     except ConfigError as error:
         raise ConfigError(flag, path, f"a cost model: {error}") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(flag, path, "a JSON file of moe-overlap calibrate") from None
 
 
 # Option -> (how its text is read, default as text, help).
@@ -221,20 +214,24 @@ def parse(argv: Sequence[str]) -> PlanOptions:
     for field in fields(PlanOptions):
         if field.name in TEXTS:
             _, default, text = TEXTS[field.name]
-            parser.add_argument(_flag(field.name), metavar="TEXT", help=f"{text} (default: {default or 'none'})")
+            parser.add_argument(flag_of(field.name), metavar="TEXT", help=f"{text} (default: {default or 'none'})")
         else:
             value = getattr(defaults, field.name)
             said = HELP[field.name] if value is None else f"{HELP[field.name]} (default: {value})"
-            parser.add_argument(_flag(field.name), type=str if value is None else type(value), default=value, help=said)
+            parser.add_argument(
+                flag_of(field.name), type=str if value is None else type(value), default=value, help=said
+            )
     values = vars(parser.parse_args(_with_negative_values(argv)))
+    if values["cost_model"] == "":
+        raise ConfigError("--cost-model", "", "a file of moe-overlap calibrate --out")
     calibrated = values["cost_model"] is not None
     for name in CALIBRATED:
         if calibrated and values[name] not in (None, getattr(defaults, name)):
-            raise ConfigError(_flag(name), values[name], "no such option beside --cost-model, which says what it is")
+            raise ConfigError(flag_of(name), values[name], "no such option beside --cost-model, which says what it is")
     for name, (read, default, _) in TEXTS.items():
         if values[name] is None and calibrated and name in WIRES:
             continue
-        values[name] = read(_flag(name), default if values[name] is None else values[name])
+        values[name] = read(flag_of(name), default if values[name] is None else values[name])
     return PlanOptions(**values)
 
 
@@ -247,7 +244,3 @@ def _with_negative_values(argv: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -9,7 +9,7 @@ from typing import Any
 from moe_overlap.commands.plan.machine import CHUNKS, op_names
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.commands.plan.sweep import PhasePlan, Prediction, Sweep, speedups_over
-from moe_overlap.measure.picture import Panel, draw_panel
+from moe_overlap.measure.picture import Panel, draw_panel, write_figure
 from moe_overlap.planning.search import timeline
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -81,7 +81,7 @@ def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep)
         axes.set_yticks([0, 1], ["compute", "wire"], fontsize=9)
     axes.set_xlabel("ms")
     figure.suptitle(_title(options, point), fontsize=12)
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
 def _title(options: PlanOptions, point: Prediction) -> str:

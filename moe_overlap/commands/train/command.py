@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from moe_overlap import config
+from moe_overlap.commands.parser import check_folder, check_output, one_line
 from moe_overlap.commands.train.checkpoint import find_checkpoint, identity
-from moe_overlap.commands.train.loop import Trained, evaluate, train
+from moe_overlap.commands.train.loop import CHECKPOINTS, Trained, evaluate, train
 from moe_overlap.commands.train.model import moe_layers, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions, parse
 from moe_overlap.commands.train.report import RunLog
@@ -35,11 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     torchrun = torchrun_world_size()
     options = parse(words, ranks=torchrun)
+    if not config.torchrun("RANK"):  # rank 0 alone writes
+        _check_outputs(options)
     if torchrun is None:  # before any rank is started
         corpus = _corpus(options)
         if options.resume is not None:
             find_checkpoint(options.resume, identity(options, corpus))
     return run(run_rank, words, options.ranks, timeout_s=options.timeout_s, program="moe-overlap train")
+
+
+def _check_outputs(options: TrainOptions) -> None:
+    """Refuse, before the work, what could not be written at its end."""
+    folder = check_folder("--out", options.out, (LOG_NAME,))
+    if options.checkpoint_every:
+        check_folder("--out", str(folder / CHECKPOINTS), (LOG_NAME,))
+    if options.save_routing is not None:
+        check_output("--save-routing", options.save_routing)
 
 
 def run_rank(world: World, argv: Sequence[str]) -> int:
@@ -55,10 +68,10 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     except ConfigError as error:
         if world.size == 1:
             raise
-        print(f"moe-overlap train: error: rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        print(f"moe-overlap train: error: rank {world.rank}: {one_line(str(error))}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
     except MoeTransportError as error:
-        print(f"moe-overlap train: error: rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        print(f"moe-overlap train: error: rank {world.rank}: {one_line(str(error))}", file=sys.stderr, flush=True)
         return EXIT_DIFFERENT
     finally:
         torch.set_num_threads(threads_before)

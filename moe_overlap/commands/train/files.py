@@ -1,9 +1,8 @@
-"""Files that are either whole or not there: temporary name, fsync, rename. safetensors and JSON only."""
+"""safetensors and JSON, as files that are either whole or not there."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.measure.files import read_regular, write_atomically
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: a reader, or a run after a crash, sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # The rename itself must survive a power cut.
-    finally:
-        os.close(folder)
+MOST_JSON_BYTES = 1 << 24
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -58,10 +41,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path, *, field: str) -> dict[str, Any]:
     """A JSON object. ConfigError, naming `field`, for a file that is missing, truncated or something else."""
     try:
-        value = json.loads(path.read_bytes())
-    except OSError:
-        raise ConfigError(field, str(path), "an existing JSON file") from None
-    except ValueError:
+        value = json.loads(read_regular(path, most_bytes=MOST_JSON_BYTES))
+    except OSError as error:
+        raise ConfigError(field, str(path), f"an existing JSON file ({error.strerror})") from None
+    except (ValueError, RecursionError):
         raise ConfigError(field, str(path), "a whole JSON file") from None
     if not isinstance(value, dict):
         raise ConfigError(field, str(path), "a JSON object")

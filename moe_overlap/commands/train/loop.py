@@ -20,6 +20,7 @@ from moe_overlap.commands.train.text import Corpus
 from moe_overlap.launch.launch import World
 from moe_overlap.transport import EmulatedLinkTransport, ProcessGroupTransport
 
+CHECKPOINTS = "checkpoints"  # the folder of them in --out
 BETAS = (0.9, 0.95)
 FINAL_LR_SHARE = 0.1
 ALIGNMENT_ELEMENTS = 16  # 64 bytes of float32
@@ -81,7 +82,7 @@ def train(
             }
         )
         if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0:
-            folder = Path(options.out) / "checkpoints"
+            folder = Path(options.out) / CHECKPOINTS
             run = identity(options, corpus)
             save_checkpoint(folder, model, optimizer, run=run, world=world, step=step + 1)
     return Trained(

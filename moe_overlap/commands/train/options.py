@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from moe_overlap.commands.parser import OneLineParser
+from moe_overlap.commands.parser import (
+    MOST_THREADS,
+    OneLineParser,
+    check_count,
+    check_number,
+    check_timeout,
+    flag_of,
+)
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import parse_choice
 from moe_overlap.transport.link import LinkSpec
 
+MOST_SEED = 2**64 - 1
+MOST_VOCAB = 1 << 20
+MOST_LAYERS = 4096
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
 # The options that decide a run's numbers, bit for bit (the overlap does not).
@@ -139,28 +148,22 @@ class TrainOptions:
 
 
 def _check_ranges(options: TrainOptions) -> None:
-    for name in "steps batch seq layers hidden ffn experts ranks eval_tokens chunks".split():
-        if getattr(options, name) < 1:
-            raise ConfigError(_flag(name), getattr(options, name), "an integer of at least 1")
-    for name in "threads warmup checkpoint_every seed".split():
-        if getattr(options, name) < 0:
-            raise ConfigError(_flag(name), getattr(options, name), "an integer of at least 0")
-    if options.vocab < 257:
-        raise ConfigError("--vocab", options.vocab, "an integer of at least 257 (all bytes and the end of a document)")
+    for name in "ranks steps batch seq hidden ffn experts eval_tokens".split():
+        check_count(name, getattr(options, name))
+    for name in "warmup checkpoint_every".split():
+        check_count(name, getattr(options, name), least=0)
+    check_count("layers", options.layers, most=MOST_LAYERS)
+    check_count("threads", options.threads, least=0, most=MOST_THREADS)
+    check_count("seed", options.seed, least=0, most=MOST_SEED)
+    check_count("chunks", options.chunks, most=16)
+    if not 257 <= options.vocab <= MOST_VOCAB:
+        expected = f"an integer from 257 (all bytes and the end of a document) to {MOST_VOCAB}"
+        raise ConfigError("--vocab", options.vocab, expected)
     if options.slot is not None and options.slot < 0:
         raise ConfigError("--slot", options.slot, "an integer of at least 0")
-    if options.chunks > 16:
-        raise ConfigError("--chunks", options.chunks, "an integer from 1 to 16")
-    for name in ("lr", "timeout_s"):
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(_flag(name), value, "a number above 0")
-    if not (math.isfinite(options.weight_decay) and options.weight_decay >= 0):
-        raise ConfigError("--weight-decay", options.weight_decay, "a number of at least 0")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    check_number("lr", options.lr, 1e-12, 1e3)
+    check_number("weight_decay", options.weight_decay, 0.0, 1e3)
+    check_timeout(options.timeout_s)
 
 
 HELP = {
@@ -207,10 +210,10 @@ def parse(argv: Sequence[str] | None, *, ranks: int | None = None) -> TrainOptio
     )
     for field in fields(TrainOptions):
         if field.type == "bool":
-            parser.add_argument(_flag(field.name), action="store_true", help=HELP[field.name])
+            parser.add_argument(flag_of(field.name), action="store_true", help=HELP[field.name])
         else:
             kind = _TYPES[str(field.type)]
-            parser.add_argument(_flag(field.name), type=kind, default=field.default, help=HELP[field.name])
+            parser.add_argument(flag_of(field.name), type=kind, default=field.default, help=HELP[field.name])
     values = vars(parser.parse_args(argv))
     if ranks is not None:
         values["ranks"] = ranks

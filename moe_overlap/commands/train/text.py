@@ -5,23 +5,33 @@ from __future__ import annotations
 import hashlib
 import math
 import subprocess
+import sys
 import sysconfig
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from moe_overlap.commands.train.files import read_tensors, write_atomically, write_tensors
+from moe_overlap.commands.train.files import read_tensors, write_tensors
 from moe_overlap.commands.train.seeds import generator
 from moe_overlap.errors import ConfigError
+from moe_overlap.measure.files import read_regular, write_atomically
 
 SUFFIXES = (".txt", ".rst", ".md", ".py", ".c", ".h", ".html", ".tex")
 END_OF_DOCUMENT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.05
 DEBIAN_PACKAGE = "python3.11-doc"
 _NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-_FORMAT = b"moe_overlap text 1"
+MOST_BYTES = 1 << 30  # of all documents
+# Bytes of one piece, within which pairs are merged: the time that takes grows with the square of the longest piece.
+# Words and runs of blanks of ordinary text are shorter.
+LONGEST_PIECE = 256
+SAY_EVERY_S = 5.0  # while the tokenizer is trained
+_FORMAT = b"moe_overlap text 2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +76,15 @@ def load_corpus(text: str | None, out: str, *, vocab: int, batch: int, seq: int)
     ConfigError when there is no such text or too little of it for one batch of held-out tokens.
     """
     documents, source = find_documents(text)
+    needed = math.ceil((batch * seq + 1) / HELD_OUT_SHARE)
+    most = sum(map(len, documents)) + len(documents)
+    if most < needed:  # said before the tokenizer is trained, where that is clear
+        raise ConfigError("--text", source, f"at least {needed} tokens of text (it has {most} bytes)")
     key = _digest(documents, vocab)
     stream = _token_stream(documents, Path(out), vocab, key)
     split = len(stream) - math.ceil(len(stream) * HELD_OUT_SHARE)
     corpus = Corpus(train=stream[:split], held_out=stream[split:], vocab=vocab, key=key, source=source)
     if len(corpus.held_out) <= batch * seq:
-        needed = math.ceil((batch * seq + 1) / HELD_OUT_SHARE)
         raise ConfigError("--text", source, f"at least {needed} tokens of text (it has {len(stream)})")
     return corpus
 
@@ -86,7 +99,7 @@ def find_documents(text: str | None) -> tuple[list[bytes], str]:
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in root.rglob("*.py") if not _NOT_LIBRARY & set(path.relative_to(root).parts)]
         source = "the standard library's sources"
-    documents = [_read_document(path, asked_for=text) for path in paths]
+    documents = list(_read_documents(paths, asked_for=text))
     # Sorted by hash: a fixed shuffle, so that the held-out end of the stream is a fair sample of files.
     documents.sort(key=lambda document: hashlib.sha256(document).digest())
     return documents, source
@@ -94,9 +107,9 @@ def find_documents(text: str | None) -> tuple[list[bytes], str]:
 
 def _user_files(text: str) -> list[Path]:
     path = Path(text)
-    if path.is_file():
+    if text and path.is_file():
         return [path]
-    if not path.is_dir():
+    if not text or not path.is_dir():
         raise ConfigError("--text", text, "an existing text file or a folder of text files")
     paths = [child for child in path.rglob("*") if child.suffix in SUFFIXES and child.is_file()]
     if not paths:
@@ -114,30 +127,73 @@ def _debian_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _read_document(path: Path, *, asked_for: str | None) -> bytes:
-    try:
-        document = path.read_bytes()
-    except OSError as error:
-        raise ConfigError("--text", asked_for or str(path), f"readable files ({path}: {error.strerror})") from None
-    if b"\0" in document:
-        raise ConfigError("--text", asked_for or str(path), f"text, not binary data ({path} has zero bytes)")
-    return document
+def _read_documents(paths: Iterable[Path], *, asked_for: str | None) -> Iterator[bytes]:
+    """The contents of text files. ConfigError where one cannot be read or is binary, or where all are too much."""
+    left = MOST_BYTES
+    for path in paths:
+        try:
+            document = read_regular(path, most_bytes=left)
+        except OSError as error:
+            expected = f"readable files of at most {MOST_BYTES} bytes in all ({path}: {error.strerror})"
+            raise ConfigError("--text", asked_for or str(path), expected) from None
+        if b"\0" in document:
+            raise ConfigError("--text", asked_for or str(path), f"text, not binary data ({path} has zero bytes)")
+        left -= len(document)
+        yield document
 
 
 def _token_stream(documents: list[bytes], out: Path, vocab: int, key: str) -> torch.Tensor:
     """int32 [N]: the documents' tokens, an end token after each. Cached under `out`."""
     tokens_file = out / f"tokens-{key}.safetensors"
     tokenizer_file = out / f"tokenizer-{key}.json"
-    if tokens_file.exists() and tokenizer_file.exists():
-        try:
-            return read_tensors(tokens_file)[0]["tokens"]
-        except ConfigError:
-            pass  # A damaged cache is made again.
+    cached = _cached(tokens_file, tokenizer_file)
+    if cached is not None:
+        return cached
     texts = [document.decode("utf-8", errors="replace") for document in documents]
-    tokenizer_json, stream = _train_and_encode(texts, vocab)
+    with _saying(f"training a tokenizer of {vocab} tokens on {sum(map(len, documents)):,} bytes of text"):
+        tokenizer_json, stream = _train_and_encode(texts, vocab)
     write_atomically(tokenizer_file, tokenizer_json.encode())
-    write_tensors(tokens_file, {"tokens": stream}, {})
+    write_tensors(tokens_file, {"tokens": stream}, _digests(stream, tokenizer_json.encode()))
     return stream
+
+
+def _cached(tokens_file: Path, tokenizer_file: Path) -> torch.Tensor | None:
+    """The tokens, if both files are there as they were written: a damaged cache is made again."""
+    try:
+        tensors, digests = read_tensors(tokens_file)
+        tokenizer = read_regular(tokenizer_file, most_bytes=MOST_BYTES)
+    except (ConfigError, OSError):
+        return None
+    stream = tensors.get("tokens")
+    if stream is None or stream.dtype != torch.int32 or stream.dim() != 1:
+        return None
+    return stream if digests == _digests(stream, tokenizer) else None
+
+
+def _digests(stream: torch.Tensor, tokenizer: bytes) -> dict[str, str]:
+    """What the file of tokens says about itself and about the tokenizer beside it."""
+    return {
+        "sha256": hashlib.sha256(stream.contiguous().numpy().tobytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+    }
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Every SAY_EVERY_S seconds until the block ends, one line on stderr: what is done, and since when."""
+    over, begin_s = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not over.wait(SAY_EVERY_S):
+            print(f"{what}: {time.monotonic() - begin_s:.0f} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=say, name="moe_overlap progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _digest(documents: Iterable[bytes], vocab: int) -> str:
@@ -149,10 +205,12 @@ def _digest(documents: Iterable[bytes], vocab: int) -> str:
 
 def _train_and_encode(texts: list[str], vocab: int) -> tuple[str, torch.Tensor]:
     """(tokenizer as JSON, int32 tokens). The result does not depend on the number of threads."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # After ByteLevel a character is a byte.
+    bounded = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_PIECE}}}"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False), bounded])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,

@@ -69,7 +69,7 @@ def test_every_contender_is_checked_and_measured(tiny: None, tmp_path: Path) -> 
                 assert {(shape.name, routing, name, None, phase) for routing in cases.ROUTINGS} <= seen
             assert {(shape.name, "uniform", "triton", count, phase) for count in (1, 2, 3)} <= seen
     for row in timed:
-        assert row["error_over_tolerance"] <= 1 and row["share"] > 0 and row["peak_gib"] >= 0
+        assert row["error_over_tolerance"] <= 1 and row["share"] >= 0 and row["peak_gib"] >= 0
         assert ("blocks" in row) == (row["implementation"] == "triton")
         judged = row["implementation"] in ways.IMPLEMENTATIONS and "num_sms" not in row
         deepseek_backward = row["case"] == DEEPSEEK.name and row["phase"] == "backward"

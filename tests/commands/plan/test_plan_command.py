@@ -240,6 +240,19 @@ def test_files_that_are_no_cost_model(text, capsys, tmp_path):
     assert status == 2 and "--cost-model" in said.err and len(said.err.strip().splitlines()) == 1
 
 
+def test_a_cost_model_in_which_nothing_takes_time(capsys, tmp_path):
+    def zeros(value):
+        if isinstance(value, dict):
+            return {key: zeros(one) for key, one in value.items()}
+        return [zeros(one) for one in value] if isinstance(value, list) else value if isinstance(value, str) else 0
+
+    model = cost_model(OPTIONS, "top2", place(OPTIONS, ranks=64, bytes_per_s=1e9)).to_json()
+    (tmp_path / "model.json").write_text(json.dumps(zeros(model) | {"slowdown": model["slowdown"]}))
+    words = ["--cost-model", str(tmp_path / "model.json"), "--ranks", "1", "--ranks-per-node", "1"]
+    status, said = run([*words, "--out", str(tmp_path / "out")], capsys)
+    assert status == 2 and "takes time" in said.err and said.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", ["--kind top2", "--flops 1tflops", "--launch 1us", "--compute-slowdown 1.5"])
 def test_what_a_cost_model_says_is_not_asked_twice(words, capsys, tmp_path):
     file = tmp_path / "model.json"

@@ -11,7 +11,7 @@ from moe_overlap.errors import ConfigError
     ("options", "words"),
     [
         (["--text", "nothing/here"], ["--text", "nothing/here", "text file"]),
-        (["--steps", "0"], ["--steps", "0", "at least 1"]),
+        (["--steps", "0"], ["--steps", "0", "from 1"]),
         (["--steps", "many"], ["--steps", "many", "int"]),
     ],
 )

@@ -1,8 +1,13 @@
 """The text of the job: found, cut into tokens, shared out."""
 
+import os
+import time
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from moe_overlap.commands.train import text as text_module
 from moe_overlap.commands.train.text import find_documents
 from moe_overlap.errors import ConfigError
 from tests.commands.train.jobs import corpus_of
@@ -42,9 +47,6 @@ def test_tokens_depend_on_contents_only_and_are_cached(text, tmp_path):
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "a").iterdir()}
     corpus_of(text, tmp_path / "a")
     assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "a").iterdir()}
-    (cached,) = (tmp_path / "a").glob("tokens-*")
-    cached.write_bytes(cached.read_bytes()[:100])
-    assert torch.equal(corpus_of(text, tmp_path / "a").train, first.train), "a damaged cache is made again"
 
 
 def test_tokens_decode_to_the_text(tmp_path):
@@ -78,3 +80,112 @@ def test_unigram_entropy_is_that_of_the_targets(text, tmp_path):
     shares = torch.tensor([targets.count(token) / 512 for token in set(targets)], dtype=torch.float64)
     expected = -(shares * shares.log()).sum().item()
     assert corpus.unigram_entropy(tokens=512, batch=4, seq=32) == pytest.approx(expected, rel=1e-12)
+
+
+def cut_short(tokens, tokenizer):
+    tokens.write_bytes(tokens.read_bytes()[:100])
+
+
+def flip_a_bit(tokens, tokenizer):
+    data = bytearray(tokens.read_bytes())
+    data[-5] ^= 1
+    tokens.write_bytes(data)
+
+
+def other_tokens(tokens, tokenizer):
+    save_file({"tokens": torch.zeros(5000, dtype=torch.int32)}, tokens)
+
+
+def another_name(tokens, tokenizer):
+    save_file({"words": torch.zeros(5000, dtype=torch.int32)}, tokens)
+
+
+def another_dtype(tokens, tokenizer):
+    save_file({"tokens": torch.zeros(5000)}, tokens)
+
+
+def another_tokenizer(tokens, tokenizer):
+    tokenizer.write_text(tokenizer.read_text().replace("a", "b", 1))
+
+
+def no_tokenizer(tokens, tokenizer):
+    tokenizer.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_short, flip_a_bit, other_tokens, another_name, another_dtype, another_tokenizer, no_tokenizer]
+)
+def test_a_damaged_cache_is_made_again(damage, text, tmp_path):
+    first = corpus_of(text, tmp_path)
+    (tokens,), (tokenizer,) = tmp_path.glob("tokens-*"), tmp_path.glob("tokenizer-*")
+    before = tokens.read_bytes(), tokenizer.read_bytes()
+    damage(tokens, tokenizer)
+    again = corpus_of(text, tmp_path)
+    assert torch.equal(again.train, first.train) and torch.equal(again.held_out, first.held_out)
+    assert tokens.read_bytes()[-4000:] == before[0][-4000:] and tokenizer.read_bytes() == before[1]
+
+
+def test_a_special_file_in_the_caches_place_is_not_replaced(text, tmp_path):
+    corpus_of(text, tmp_path)
+    (tokens,) = tmp_path.glob("tokens-*")
+    tokens.unlink()
+    os.mkfifo(tokens)
+    with pytest.raises(OSError, match="egular file"):
+        corpus_of(text, tmp_path)
+    assert tokens.is_fifo()
+
+
+LETTERS = "".join(chr(97 + 7 * n * n % 11) for n in range(200_000))
+ENDLESS = {
+    "one letter": "a" * 400_000,
+    "letters": LETTERS,
+    "blanks": " " * 400_000,
+    "signs": "=" * 400_000,
+    "a word of another alphabet": "\N{GREEK SMALL LETTER ALPHA}" * 200_000,
+    "lines": "\n" * 400_000,
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_text_without_words_is_cut_into_pieces(kind, tmp_path):
+    """Pieces of any length took minutes: 10 s for 100,000 letters, and four times that for twice as many."""
+    from tokenizers import Tokenizer
+
+    (tmp_path / "text.txt").write_text(ENDLESS[kind] + "".join(f" word {n}" for n in range(2000)), encoding="utf-8")
+    before = time.process_time()
+    corpus = corpus_of(tmp_path / "text.txt", tmp_path / "out")
+    assert time.process_time() - before < 20, "CPU time, which a busy machine does not change"
+    (file,) = (tmp_path / "out").glob("tokenizer-*.json")
+    stream = torch.cat([corpus.train, corpus.held_out]).tolist()
+    assert Tokenizer.from_file(str(file)).decode(stream[:-1]) == (tmp_path / "text.txt").read_text(encoding="utf-8")
+
+
+def test_a_long_training_is_not_silent(capsys, monkeypatch):
+    monkeypatch.setattr(text_module, "SAY_EVERY_S", 0.02)
+    with text_module._saying("training a tokenizer"):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2 and all(line.startswith("training a tokenizer: ") for line in lines)
+    with pytest.raises(ConfigError), text_module._saying("quick"):
+        raise ConfigError("x", 1, "2")
+    assert not capsys.readouterr().err
+
+
+def test_too_much_text_and_special_files_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x" * 600)
+    (tmp_path / "b.txt").write_text("y" * 600)
+    os.mkfifo(tmp_path / "c.txt")  # not looked at
+    assert len(find_documents(str(tmp_path))[0]) == 2
+    monkeypatch.setattr(text_module, "MOST_BYTES", 1000)
+    with pytest.raises(ConfigError, match="at most 1000 bytes"):
+        find_documents(str(tmp_path))
+    for bad in (str(tmp_path / "c.txt"), "", "a\0b"):
+        with pytest.raises(ConfigError, match="--text"):
+            find_documents(bad)
+
+
+def test_too_little_text_is_refused_before_the_tokenizer_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("a few words " * 10)
+    monkeypatch.setattr(text_module, "_train_and_encode", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="at least .* tokens of text"):
+        corpus_of(tmp_path / "text.txt", tmp_path / "out")
