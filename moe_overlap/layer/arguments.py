@@ -87,6 +87,60 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
     return weight.dtype
 
 
+def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None) -> None:
+    """Raises ConfigError for a top_k out of range, or a dtype that rows cannot have."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError("dtype", dtype, f"None or one of {DTYPES}")
+
+
+def check_mode(mode: object) -> None:
+    """Raises ConfigError for a mode that does not exist."""
+    if mode == "static":
+        raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
+    if mode != "host":
+        raise ConfigError("mode", mode, "'host' (or 'static', once it exists)")
+
+
+def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
+    """Raises ConfigError for a budget that is no integer above 0, or that nobody would keep."""
+    if max_in_flight_bytes is None:
+        return
+    if isinstance(max_in_flight_bytes, bool) or not isinstance(max_in_flight_bytes, int) or max_in_flight_bytes < 1:
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None or an integer of at least 1")
+    if schedule != "auto":
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, 'None, or schedule="auto", which plans within it')
+
+
+def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
+    """The dtype of the rows of x [..., D] beside an expert weight: the weight's, or autocast's.
+
+    Raises ConfigError for an x that does not fit.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ConfigError("x", type(x).__name__, f"a tensor [..., {hidden}]")
+    if x.dim() < 1 or x.shape[-1] != hidden:
+        raise ConfigError("x.shape[-1]", x.shape[-1] if x.dim() else 0, f"hidden_size = {hidden}")
+    if not x.is_floating_point():
+        raise ConfigError("x.dtype", x.dtype, f"a floating-point dtype: that of the expert weights, {weight.dtype}")
+    if x.device != weight.device:
+        raise ConfigError("x.device", x.device, f"the device of the expert weights, {weight.device}")
+    if hasattr(weight, "device_mesh"):
+        raise ConfigError(
+            "experts.down_proj",
+            "a DTensor in forward",
+            "a plain one: make the layer or what contains it an FSDP unit, not its experts alone, as the layer reads "
+            "their weights and does not call them",
+        )
+    # Autocast leaves float64 alone, here as everywhere in torch.
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != weight.dtype:
+        raise ConfigError("x.dtype", x.dtype, f"the dtype of the expert weights, {weight.dtype}, or autocast")
+    return weight.dtype
+
+
 def check_transform(*, inline: bool) -> None:
     """Raises ConfigError inside a transform of torch.func that cannot see through a call. `inline`: its ops run in a
     row, through which grad and vjp can see."""

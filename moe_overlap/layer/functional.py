@@ -11,9 +11,10 @@ from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, check_transform, rows_dtype
+from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, rows_dtype
 from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
+from moe_overlap.ops.checks import check_transform
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
@@ -77,10 +78,10 @@ class _Call:
     activation: str
     unused_id: int | None
 
-    def fit(self, num_experts: int, *, inline: bool) -> None:
+    def fit(self, num_experts: int) -> None:
         """Raises ConfigError; after this, all are of the dtypes that rows, routing and weights have. Ids stay as given:
         a cast could bring one back into the range."""
-        check_transform(inline=inline)
+        check_transform()
         for name, value in (("x", self.x_TD), ("topk_ids", self.ids_TK), ("topk_weights", self.weights_TK)):
             if not isinstance(value, torch.Tensor):
                 raise ConfigError(name, type(value).__name__, "a tensor")
@@ -112,7 +113,7 @@ class _Call:
 
 def _inline(call: _Call) -> torch.Tensor:
     experts = call.w_out.shape[0]
-    call.fit(experts, inline=True)
+    call.fit(experts)
     check_choice(call.ids_TK, experts)
     ids_TK = call.ids_TK.to(torch.int32)
     y_TD, slot_to_row = one_rank(call.x_TD, ids_TK, call.weights_TK, call.w_in, call.w_out, call.activation)
@@ -159,7 +160,7 @@ def _scheduled(call: _Call, schedule: str | SchedulePair, overlap: bool, transpo
         known = pair if overlap else pair.join()
     try:
         phase = current_phase()
-        call.fit(experts, inline=False)
+        call.fit(experts)
     except Exception as error:
         dispatcher.refuse(error, known)
     if schedule == "auto":

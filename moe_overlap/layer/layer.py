@@ -28,12 +28,12 @@ from moe_overlap.layer.arguments import (
     check_choices,
     check_mode,
     check_positive,
-    check_transform,
     rows_dtype,
 )
 from moe_overlap.layer.experts import check_weights, reset, take_old_names, warn_of_hooks, weights_of
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
+from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel import ddp
 from moe_overlap.parallel.ownership import mark
 from moe_overlap.routing.decision import RoutingDecision, as_decision
@@ -246,7 +246,7 @@ class MoELayer(Tickets, nn.Module):
         d, activation = self.dispatcher, self.experts.activation
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
-        check_transform(inline=self._runs_inline)
+        check_transform()
         if not torch.compiler.is_compiling():
             ddp.check(self.ownership, self.experts)
         w_in, w_out = weights_of(self.experts)

@@ -66,6 +66,17 @@ def check_values(field: str, value: torch.Tensor, low: int, high: int, *, why: s
         raise ConfigError(field, least if least < low else most, f"entries in [{low}, {high}) ({why})")
 
 
+def check_transform() -> None:
+    """Raises ConfigError inside grad, vjp, vmap and the other transforms of torch.func: operators with a backward of
+    their own, and exchanges, are not seen through by these. Alike on one rank and on several."""
+    if torch.compiler.is_compiling():
+        return
+    top = torch._C._functorch.peek_interpreter_stack()
+    if top is not None:
+        expected = "none (torch.autograd.grad has the same gradients; functional_call works by itself)"
+        raise ConfigError("transform", f"torch.func, {top.key()}", expected)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are made in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops.checks import check_transform
 from moe_overlap.ops.gate import gate_topk
 from moe_overlap.routing.balance import Reduce, load_balancing_loss, router_probabilities, z_loss
 from moe_overlap.routing.decision import RoutingDecision
@@ -112,8 +113,9 @@ class LinearRouter(nn.Module):
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
 
-        Raises ConfigError for a wrong shape, dtype or device; never for bad logits (see `bad_logits`).
+        Raises ConfigError for a wrong shape, dtype or device, and inside a transform of torch.func; never for bad logits (see `bad_logits`).
         """
+        check_transform()
         self._check_input(x_TD)
         if local_experts is not None:
             raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from moe_overlap.agreement.counts import BLOCKS, block_counts
 from moe_overlap.agreement.header import Header
@@ -107,9 +108,10 @@ class Dispatcher:
                 value = max(-(1 << 61), min(error.value, 1 << 61))
             elif isinstance(error.value, torch.dtype) and error.value in DTYPES:
                 value = DTYPES.index(error.value)
-        counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
         try:
-            self.transport.agree(self._record(schedule, 0, False, counts, (code, value)))
+            with temporarily_clear_interpreter_stack():  # also where a transform of torch.func is what is refused
+                counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
+                self.transport.agree(self._record(schedule, 0, False, counts, (code, value)))
         except ConfigError:
             # All ranks raise; this one knows more about the cause than the record could carry.
             raise error from None

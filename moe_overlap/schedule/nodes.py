@@ -15,6 +15,7 @@ of x in a fixed order, and hands the weight gradients over when all of them are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,24 @@ class BackwardStep(Protocol):
         """(dw_in, dw_out), complete."""
 
 
+def only_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """For a backward without a derivative. torch's `once_differentiable` lets a gradient pass as a constant where the one
+    that came in needs none: here a second derivative is refused there too, as the ops of one rank do."""
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        text = b"trying to differentiate twice a function that was marked with @once_differentiable"
+        refused = torch._C._functions.DelayedError(text, len(results))
+        leaves = [None if one is None else one.detach().requires_grad_() for one in results]
+        return tuple(refused(*leaves))
+
+    return wrapper
+
+
 class Fork(torch.autograd.Function):
     """The entry of a layer: copies of x for its consumers, and one token for the weight gradients.
 
@@ -62,7 +81,7 @@ class Fork(torch.autograd.Function):
         return (*(x.view_as(x) for _ in range(copies)), anchor.new_empty(0))
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         step: BackwardStep = ctx.step
         dx_rows = step.run_missing_backward()
@@ -81,7 +100,7 @@ class Stage(torch.autograd.Function):
         return step.node_output(node, ctx)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         grads = ctx.step.run_backward(ctx.node, ctx, grad)
         return (None, None, *grads)
@@ -102,9 +121,12 @@ class Tap(torch.autograd.Function):
     """The point of a backbone that feeds the experts: (for the backbone, for the experts); one fixed-order sum."""
 
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.set_materialize_grads(False)
+    def forward(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return h.view_as(h), h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
