@@ -40,16 +40,19 @@ def current_phase() -> int:
 
 def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> None:
     """Raises ConfigError unless a router's choice fits the tokens (`block_counts` looks at the values of the ids)."""
-    shape = f"[{x_TD.shape[0]}, K] on {x_TD.device}"
-    given = f"{ids_TK.dtype} {tuple(ids_TK.shape)} on {ids_TK.device}"
-    if ids_TK.dim() != 2 or ids_TK.shape[0] != x_TD.shape[0] or ids_TK.dtype != torch.int32:
-        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
-    if ids_TK.device != x_TD.device:
-        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
-    if weights_TK.shape != ids_TK.shape or weights_TK.device != x_TD.device or weights_TK.dtype not in WEIGHT_DTYPES:
-        given = f"{weights_TK.dtype} {tuple(weights_TK.shape)} on {weights_TK.device}"
-        expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {x_TD.device}"
-        raise ConfigError("topk_weights", given, expected)
+    # Nothing is printed before it is wrong: a size in a text is a number to torch.compile, no longer any number.
+    device = x_TD.device
+    if ids_TK.dim() != 2 or ids_TK.dtype != torch.int32 or ids_TK.device != device:
+        raise ConfigError("topk_ids", _kind(ids_TK), f"torch.int32 [{x_TD.shape[0]}, K] on {device}")
+    if ids_TK.shape[0] != x_TD.shape[0]:
+        raise ConfigError("topk_ids", _kind(ids_TK), f"torch.int32 [{x_TD.shape[0]}, K] on {device}")
+    if weights_TK.shape != ids_TK.shape or weights_TK.device != device or weights_TK.dtype not in WEIGHT_DTYPES:
+        expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {device}"
+        raise ConfigError("topk_weights", _kind(weights_TK), expected)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 @dataclass

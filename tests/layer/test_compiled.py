@@ -196,10 +196,24 @@ def test_what_a_step_does_with_gradients(backend):
     layer = make()
     compiled = torch.compile(layer, backend=backend)
     compiled(tokens(6)).square().sum().backward()
-    norm = torch.compile(moe_overlap.grad_norm, backend=backend)(layer)
-    close(norm.double(), torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]).double(), torch.float32)
-    assert moe_overlap.gradients_are_finite(layer)
-    moe_overlap.clip_grad_norm_(layer, 0.1)
+    parameters = list(layer.parameters())
+    norm = torch.compile(lambda: moe_overlap.grad_norm(parameters), backend=backend)()
+    close(norm.double(), torch.nn.utils.get_total_norm([p.grad for p in parameters]).double(), torch.float32)
+    assert torch.compile(lambda: moe_overlap.gradients_are_finite(parameters), backend=backend)()
+    torch.compile(lambda: moe_overlap.clip_grad_norm_(parameters, 0.1), backend=backend)()
+    assert torch.nn.utils.get_total_norm([p.grad for p in parameters]) < 0.1001
+
+
+@pytest.mark.parametrize("name", ["layer", "functional"])
+def test_another_number_of_tokens_is_compiled_twice_at_most(name):
+    """The second time for any number."""
+    build, options = CALLS[name]
+    call = build(make(**options))
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(call if name == "functional" else make(**options), backend="aot_eager", fullgraph=True)
+    for count in (5, 6, 7, 8, 9):
+        compiled(tokens(count))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 # ---------------------------------------------------------------- torch.export
