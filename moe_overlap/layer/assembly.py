@@ -77,6 +77,9 @@ def make_transport(
     """The transport given, by itself or in a dispatcher, or one for `group`; and the replicas of `replicate_group`, or
     of the first dimension of a two-dimensional `group`."""
     if getattr(group, "ndim", 1) == 2:
+        names = group.mesh_dim_names or ("", "")
+        if names[0] in ("ep", "expert", "experts") or names[1] in ("dp", "replica", "replicas"):
+            raise ConfigError("group", f"a mesh {names}", "replicas first, and experts second")
         if replicate_group is not None:
             raise ConfigError("replicate_group", replicate_group, "None beside a two-dimensional mesh, which has it")
         replicate_group, group = group.get_group(0), group.get_group(1)
@@ -159,12 +162,15 @@ def _refuse_unread(experts: nn.Module, w_in: str) -> None:
         warnings.warn(f"{text}: it reads the weights and the activation", stacklevel=4)
 
 
-def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None) -> Ownership:
+def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None, group: Any) -> Ownership:
     """What the experts of this rank are to the other ranks."""
     slots = placement.slots_of_rank(transport.rank)
     ids = tuple(placement.slot_to_expert[slot] for slot in slots)
     guard_optimizers()
-    return Ownership(transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas)
+    mesh = group if getattr(group, "ndim", 1) == 2 else None
+    return Ownership(
+        transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas, mesh=mesh
+    )
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:

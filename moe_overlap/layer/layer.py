@@ -34,8 +34,8 @@ from moe_overlap.layer.experts import check_weights, reset, take_old_names, warn
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
 from moe_overlap.ops.checks import check_transform
-from moe_overlap.parallel import ddp
-from moe_overlap.parallel.ownership import mark
+from moe_overlap.parallel.entering import adopt, entered
+from moe_overlap.parallel.state import mark
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
@@ -127,7 +127,7 @@ class MoELayer(Tickets, nn.Module):
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
-        self.ownership = assembly.make_ownership(placement, self.transport, replicas)
+        self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(
             experts, hidden_size, ffn_hidden_size, ownership=self.ownership, activation=activation, factory=factory
         )  # fmt: skip
@@ -239,7 +239,7 @@ class MoELayer(Tickets, nn.Module):
 
     @property
     def _runs_inline(self) -> bool:
-        return runs_inline(self.transport, self.schedule)
+        return self.ownership.grad_scale == 1.0 and runs_inline(self.transport, self.schedule)
 
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""
@@ -247,8 +247,8 @@ class MoELayer(Tickets, nn.Module):
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
         check_transform()
-        if not torch.compiler.is_compiling():
-            ddp.check(self.ownership, self.experts)
+        if not torch.compiler.is_compiling():  # a graph that writes an attribute cannot be inside a checkpoint
+            self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)
         dtype = rows_dtype(x, w_out, d.hidden)
         check_weights(w_in, w_out, d.activation, count=d.placement.slots_per_rank, hidden=d.hidden, ffn=d.ffn_hidden)
@@ -278,10 +278,10 @@ class MoELayer(Tickets, nn.Module):
         memo[id(self.transport)] = self.transport
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        mark(copied.experts, self.ownership)
+        mark(copied.experts, copied.ownership)
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "experts":  # the first ones, or those that an adapter library puts in their place
-            mark(value, self.ownership)
+            self.ownership = adopt(value, self.ownership)

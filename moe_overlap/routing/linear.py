@@ -113,7 +113,8 @@ class LinearRouter(nn.Module):
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
 
-        Raises ConfigError for a wrong shape, dtype or device, and inside a transform of torch.func; never for bad logits (see `bad_logits`).
+        Raises ConfigError for a wrong shape, dtype or device, and inside a transform of torch.func; never for
+        bad logits (see `bad_logits`).
         """
         check_transform()
         self._check_input(x_TD)

@@ -42,8 +42,8 @@ class BackwardStep(Protocol):
 
 
 def only_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """For a backward without a derivative. torch's `once_differentiable` lets a gradient pass as a constant where the one
-    that came in needs none: here a second derivative is refused there too, as the ops of one rank do."""
+    """For a backward without a derivative. torch's `once_differentiable` lets a gradient pass as a constant where the
+    one that came in needs none: here a second derivative is refused there too, as the ops of one rank do."""
 
     @wraps(backward)
     def wrapper(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:

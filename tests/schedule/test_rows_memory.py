@@ -1,5 +1,5 @@
-"""The row buffers of a step come from the workspace pool: no number is read that was not written, and none changes while
-somebody can still read it. Here every tensor, however small, comes from the pool, and fresh memory holds NaN."""
+"""The row buffers of a step come from the workspace pool: no number is read that was not written, and none changes
+while somebody can still read it. Here every tensor, however small, comes from the pool, and fresh memory holds NaN."""
 
 from __future__ import annotations
 
