@@ -54,7 +54,7 @@ def only_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[A
         text = b"trying to differentiate twice a function that was marked with @once_differentiable"
         refused = torch._C._functions.DelayedError(text, len(results))
         leaves = [None if one is None else one.detach().requires_grad_() for one in results]
-        return tuple(refused(*leaves))
+        return tuple(refused(*leaves))  # type: ignore[arg-type]
 
     return wrapper
 
