@@ -14,7 +14,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, rows_dtype
 from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
-from moe_overlap.ops.checks import check_transform
+from moe_overlap.ops.checks import check_transform, inside_transform
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
@@ -78,10 +78,10 @@ class _Call:
     activation: str
     unused_id: int | None
 
-    def fit(self, num_experts: int) -> None:
+    def fit(self, num_experts: int, *, inline: bool) -> None:
         """Raises ConfigError; after this, all are of the dtypes that rows, routing and weights have. Ids stay as given:
         a cast could bring one back into the range."""
-        check_transform()
+        check_transform(inline=inline)
         for name, value in (("x", self.x_TD), ("topk_ids", self.ids_TK), ("topk_weights", self.weights_TK)):
             if not isinstance(value, torch.Tensor):
                 raise ConfigError(name, type(value).__name__, "a tensor")
@@ -113,13 +113,14 @@ class _Call:
 
 def _inline(call: _Call) -> torch.Tensor:
     experts = call.w_out.shape[0]
-    call.fit(experts)
+    call.fit(experts, inline=True)
     check_choice(call.ids_TK, experts)
     ids_TK = call.ids_TK.to(torch.int32)
     y_TD, slot_to_row = one_rank(call.x_TD, ids_TK, call.weights_TK, call.w_in, call.w_out, call.activation)
     if y_TD.requires_grad and not torch.compiler.is_compiling():
         current_phase()  # refuses a reentrant checkpoint
-        y_TD = Keep.apply(y_TD, routing_digest(slot_to_row), None, y_TD.shape)
+        digest = None if inside_transform() else routing_digest(slot_to_row)
+        y_TD = Keep.apply(y_TD, digest, None, y_TD.shape)
     return y_TD
 
 
@@ -160,7 +161,7 @@ def _scheduled(call: _Call, schedule: str | SchedulePair, overlap: bool, transpo
         known = pair if overlap else pair.join()
     try:
         phase = current_phase()
-        call.fit(experts)
+        call.fit(experts, inline=False)
     except Exception as error:
         dispatcher.refuse(error, known)
     if schedule == "auto":

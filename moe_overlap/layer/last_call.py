@@ -13,6 +13,7 @@ from moe_overlap.layer.experts import weights_of
 from moe_overlap.layer.explain import explain
 from moe_overlap.layer.left import Left, leave_compiled
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
+from moe_overlap.ops.checks import inside_transform
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.dispatch import Dispatcher, current_phase
@@ -65,7 +66,7 @@ class LastCall:
         recompute = current_phase() > 0
         if not recompute:
             self._left.last = LastStep.of_one_rank(self.schedule, routing.topk_ids_TK, routing.dropped_tokens)
-        digest = routing_digest(slot_to_row) if y_TD.requires_grad else None
+        digest = routing_digest(slot_to_row) if y_TD.requires_grad and not inside_transform() else None
         return self._left.keep(y_TD, shape, loss=routing.aux_loss, digest=digest, recompute=recompute)
 
     @property

@@ -246,7 +246,7 @@ class MoELayer(Tickets, nn.Module):
         d, activation = self.dispatcher, self.experts.activation
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
-        check_transform()
+        check_transform(inline=self._runs_inline)
         if not torch.compiler.is_compiling():  # a graph that writes an attribute cannot be inside a checkpoint
             self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)

@@ -66,15 +66,20 @@ def check_values(field: str, value: torch.Tensor, low: int, high: int, *, why: s
         raise ConfigError(field, least if least < low else most, f"entries in [{low}, {high}) ({why})")
 
 
-def check_transform() -> None:
-    """Raises ConfigError inside grad, vjp, vmap and the other transforms of torch.func: operators with a backward of
-    their own, and exchanges, are not seen through by these. Alike on one rank and on several."""
-    if torch.compiler.is_compiling():
+def inside_transform() -> bool:
+    """Whether a transform of torch.func (grad, vjp, vmap, ...) runs this."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def check_transform(*, inline: bool) -> None:
+    """Raises ConfigError inside a transform of torch.func that cannot see through a call. grad and vjp see through ops
+    in a row (`inline`); exchanges and a scheduled backward are part of autograd's own graph."""
+    if not inside_transform():
         return
-    top = torch._C._functorch.peek_interpreter_stack()
-    if top is not None:
-        expected = "none (torch.autograd.grad has the same gradients; functional_call works by itself)"
-        raise ConfigError("transform", f"torch.func, {top.key()}", expected)
+    kind = torch._C._functorch.peek_interpreter_stack().key()
+    if not inline or kind != torch._C._functorch.TransformType.Grad:
+        expected = "grad or vjp where one rank runs its ops in a row, else none (functional_call is no transform)"
+        raise ConfigError("transform", f"torch.func, {kind}", expected)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

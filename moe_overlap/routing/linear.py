@@ -113,10 +113,10 @@ class LinearRouter(nn.Module):
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
 
-        Raises ConfigError for a wrong shape, dtype or device, and inside a transform of torch.func; never for
+        Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
         bad logits (see `bad_logits`).
         """
-        check_transform()
+        check_transform(inline=True)
         self._check_input(x_TD)
         if local_experts is not None:
             raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
