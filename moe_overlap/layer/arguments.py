@@ -14,6 +14,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
 
 AnySchedule = SchedulePair | AutoSchedule
+NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,6 +68,8 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
         raise ConfigError("x", type(x).__name__, f"a tensor [..., {hidden}]")
     if x.dim() < 1 or x.shape[-1] != hidden:
         raise ConfigError("x.shape[-1]", x.shape[-1] if x.dim() else 0, f"hidden_size = {hidden}")
+    if not x.is_floating_point():
+        raise ConfigError("x.dtype", x.dtype, f"a floating-point dtype: that of the expert weights, {weight.dtype}")
     if x.device != weight.device:
         raise ConfigError("x.device", x.device, f"the device of the expert weights, {weight.device}")
     if hasattr(weight, "device_mesh"):
@@ -84,17 +87,22 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
     return weight.dtype
 
 
-def check_status(status: torch.Tensor) -> None:
-    """Raises ConfigError where the router saw bad logits: one rank's form of the agreement's refusal."""
+def check_choice(ids_TK: torch.Tensor, num_experts: int, status: torch.Tensor | None = None) -> None:
+    """Raises ConfigError for an id outside -1..num_experts-1 or where the router saw bad logits: one rank's form of
+    what ranks agree on. One device-to-host read; none where torch.compile traces, which checks on the device."""
+    ids = ((ids_TK < -1) | (ids_TK >= num_experts)).any()
+    logits = torch.zeros_like(ids) if status is None else (status != 0).any()
+    logits_text = "logits: a row with NaN or +inf, or with -inf everywhere"
+    ids_text = f"expert ids from -1 to {num_experts - 1}"
     if torch.compiler.is_compiling():
-        torch._assert_async((status == 0).all(), "logits: a row with NaN or +inf, or with -inf everywhere")
-    elif int(status):
-        raise ConfigError(
-            "logits", int(status), "no row with NaN or +inf, none that is all -inf (or bad_logits='drop')"
-        )
-
-
-def shaped(y_TD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """y in the shape of x, and no view: a view that is changed in place loses the backward hooks of wrappers."""
-    y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TD, shape)
-    return y
+        torch._assert_async(~ids, f"topk_ids: not {ids_text}")
+        torch._assert_async(~logits, logits_text)
+        return
+    bad_ids, bad_logits = torch.stack((ids, logits)).tolist()
+    if bad_ids:
+        bad = ids_TK[(ids_TK < -1) | (ids_TK >= num_experts)]
+        raise ConfigError("topk_ids", int(bad.reshape(-1)[0]), ids_text)
+    if bad_logits:
+        assert status is not None
+        expected = "no row with NaN or +inf, none that is all -inf (or bad_logits='drop')"
+        raise ConfigError("logits", int(status.max()), expected)

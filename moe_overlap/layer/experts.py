@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
@@ -63,8 +64,9 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of std fan_in ** -0.5. Every expert of the layer is drawn in turn and those held here are
-        kept, so that any number of ranks starts alike. Weights on the meta device stay: call it after `to_empty`.
+        """Normal weights of std fan_in ** -0.5. One number comes from torch's generator of the CPU, on every rank
+        alike; each expert of the layer has its own generator, seeded from it, so that any number of ranks starts alike
+        and a rank pays for the experts that it holds. Weights on the meta device stay: call it after `to_empty`.
 
         Raises ConfigError for parametrized weights, which are computed and cannot be written.
         """
@@ -73,15 +75,15 @@ class Experts(nn.Module):
         weights = weights_of(self)
         if weights[0].is_meta:
             return
-        place = {expert: at for at, expert in enumerate(self.expert_ids)}
+        with _disable_current_modes():  # a fake mode has no number to give
+            seed = int(torch.randint(1 << 62, (), device="cpu"))
         with torch.no_grad():
             whole = [_whole(weight) for weight in weights]
-            for expert in range(self.num_experts):
-                for weight in whole:
-                    drawn = torch.empty(weight.shape[1:], device=weight.device, dtype=weight.dtype)
-                    drawn.normal_(std=weight.shape[2] ** -0.5)
-                    if expert in place:
-                        weight[place[expert]].copy_(drawn)
+            generator = torch.Generator(whole[0].device)
+            for at, expert in enumerate(self.expert_ids):
+                for number, weight in enumerate(whole):
+                    generator.manual_seed(seed + len(whole) * expert + number)
+                    weight[at].normal_(std=weight.shape[2] ** -0.5, generator=generator)
             for weight, values in zip(weights, whole, strict=True):
                 if weight is not values:
                     weight.copy_(_as_sharded(values, weight))
@@ -128,6 +130,22 @@ def check_weights(
             raise ConfigError(name, tuple(weight.shape), f"{shape}, the experts of this rank")
     if (w_in.dtype, w_in.device) != (w_out.dtype, w_out.device):
         raise ConfigError("down_proj", f"{w_out.dtype} on {w_out.device}", f"{w_in.dtype} on {w_in.device}")
+
+
+def reset(module: nn.Module | None) -> None:
+    """Have a part of a layer reset itself, or each of its parts. Raises ConfigError where one has values and cannot."""
+    if module is None:
+        return
+    own = getattr(module, "reset_parameters", None)
+    if own is not None:
+        own()
+        return
+    if any(value is not None for value in (*module._parameters.values(), *module._buffers.values())):
+        raise ConfigError(
+            type(module).__name__, "no reset_parameters()", "a module that can reset what it holds itself"
+        )
+    for part in module.children():
+        reset(part)
 
 
 def warn_of_hooks(experts: nn.Module) -> None:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from moe_overlap.agreement.record import PHASES
+from moe_overlap.auto.auto import AutoSchedule, Outgrown
+from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
+from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, rows_dtype
 from moe_overlap.layer.experts import w_in_rows
+from moe_overlap.layer.one_rank import one_rank
+from moe_overlap.ops.checks import check_transform, inside_transform
 from moe_overlap.placement.placement import Placement
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
+from moe_overlap.schedule.nodes import Keep, routing_digest
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
+INLINE = ("serial", "auto")  # on one rank, where no order is faster
 
 
 def moe_forward(
@@ -29,77 +39,157 @@ def moe_forward(
     activation: str = "swiglu",
     schedule: str | SchedulePair = "serial",
     overlap: bool = True,
+    unused_id: int | None = None,
     transport: Transport | None = None,
 ) -> torch.Tensor:
-    """sum_k topk_weights[t, k] * expert(topk_ids[t, k])(hidden[t]) -> [T, D], in hidden's dtype. Differentiable.
+    """sum_k topk_weights[t, k] * expert(topk_ids[t, k])(hidden[t]) -> [T, D]. Differentiable.
 
-    hidden_TD: [T, D]. topk_ids_TK: integer [T, K], experts 0..E-1 of the whole group, -1 = unused. topk_weights_TK:
-    floating [T, K]. gate_up_proj: [e, 2F, D] ([e, F, D] for gelu and relu), down_proj: [e, D, F], this rank's experts
-    (Hugging Face's layout and argument order). transport: None for one rank; it belongs to this shape of call.
+    hidden_TD: [T, D] in the dtype of the expert weights, which is the result's; under autocast any floating dtype, and
+    autocast's is the result's. topk_ids_TK: integer [T, K], experts 0..E-1 of the whole group, -1 = unused.
+    topk_weights_TK: floating [T, K]. gate_up_proj: [e, 2F, D] ([e, F, D] for gelu and relu), down_proj: [e, D, F], this
+    rank's experts (Hugging Face's layout and argument order). schedule: as in MoELayer, "auto" too, whose figures are
+    kept with the transport. unused_id: another id that means unused, below 0 or from E on (transformers uses E).
+    transport: None for one rank; it belongs to this shape of call.
 
     Raises ConfigError for arguments that do not fit (on every rank alike), MoeTransportError and its subclasses.
     """
-    transport = transport or LocalTransport()
-    pair = layer_schedule(schedule, shared=False)
-    pair = pair if overlap else pair.join()
     if activation not in ACTIVATIONS:
         raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise ConfigError(
             "gate_up_proj", tuple(gate_up_proj.shape), "three dimensions, [e, 2F, D], as down_proj [e, D, F]"
         )
+    call = _Call(hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, activation, unused_id)
+    if (transport is None or transport.name == "local") and schedule in INLINE:
+        return _inline(call)
+    return _scheduled(call, schedule, overlap, transport or LocalTransport())
+
+
+@dataclass
+class _Call:
+    """The arguments of one call; `fit` casts them and says what does not fit."""
+
+    x_TD: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    activation: str
+    unused_id: int | None
+
+    def fit(self, num_experts: int, *, inline: bool) -> None:
+        """Raises ConfigError; after this, all are of the dtypes that rows, routing and weights have. Ids stay as given:
+        a cast could bring one back into the range."""
+        check_transform(inline=inline)
+        for name, value in (("x", self.x_TD), ("topk_ids", self.ids_TK), ("topk_weights", self.weights_TK)):
+            if not isinstance(value, torch.Tensor):
+                raise ConfigError(name, type(value).__name__, "a tensor")
+        experts, hidden, ffn = self.w_out.shape
+        first = (experts, w_in_rows(self.activation, ffn), hidden)
+        if tuple(self.w_in.shape) != first:
+            raise ConfigError(
+                "gate_up_proj", tuple(self.w_in.shape), f"{first} beside down_proj {(*self.w_out.shape,)}"
+            )
+        if self.w_out.dtype != self.w_in.dtype or self.w_out.device != self.w_in.device:
+            given, expected = (f"{w.dtype} on {w.device}" for w in (self.w_out, self.w_in))
+            raise ConfigError("down_proj", given, expected)
+        if self.x_TD.dim() != 2:
+            raise ConfigError("x", tuple(self.x_TD.shape), f"a tensor [T, D] with D = {hidden}")
+        dtype = rows_dtype(self.x_TD, self.w_out, hidden)
+        if self.ids_TK.dtype not in ID_DTYPES:
+            raise ConfigError("topk_ids", str(self.ids_TK.dtype), f"integers, one of {ID_DTYPES}")
+        if not self.weights_TK.dtype.is_floating_point:
+            raise ConfigError("topk_weights", str(self.weights_TK.dtype), "a floating-point dtype")
+        self.weights_TK = self.weights_TK.to(torch.float64 if self.x_TD.dtype == torch.float64 else torch.float32)
+        check_routing(self.ids_TK.to(torch.int32), self.weights_TK, self.x_TD)
+        if self.unused_id is not None:
+            if not isinstance(self.unused_id, int) or 0 <= self.unused_id < num_experts:
+                raise ConfigError("unused_id", self.unused_id, f"None, or an integer below 0 or from {num_experts} on")
+            self.ids_TK = self.ids_TK.to(torch.int64)  # which can hold any `unused_id`
+            self.ids_TK = self.ids_TK.masked_fill(self.ids_TK == self.unused_id, -1)
+        self.x_TD, self.w_in, self.w_out = self.x_TD.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
+
+
+def _inline(call: _Call) -> torch.Tensor:
+    experts = call.w_out.shape[0]
+    call.fit(experts, inline=True)
+    check_choice(call.ids_TK, experts)
+    ids_TK = call.ids_TK.to(torch.int32)
+    y_TD, slot_to_row = one_rank(call.x_TD, ids_TK, call.weights_TK, call.w_in, call.w_out, call.activation)
+    if y_TD.requires_grad and not torch.compiler.is_compiling():
+        current_phase()  # refuses a reentrant checkpoint
+        digest = None if inside_transform() else routing_digest(slot_to_row)
+        y_TD = Keep.apply(y_TD, digest, None, y_TD.shape)
+    return y_TD
+
+
+@dataclass(eq=False)
+class _Calls:
+    """What the calls on one transport share: the count of their steps, and the figures of "auto"."""
+
+    dispatcher: Dispatcher
+    autos: dict[bool, AutoSchedule] = field(default_factory=dict)  # by overlap
+    outgrown: Outgrown = field(default_factory=Outgrown)
+
+
+_CALLS = "_moe_forward_calls"  # an attribute of the transport, with which it ends
+
+
+@torch.compiler.disable(reason=NOT_TRACEABLE)
+def _scheduled(call: _Call, schedule: str | SchedulePair, overlap: bool, transport: Transport) -> torch.Tensor:
+    experts = call.w_in.shape[0] * transport.world_size
     dispatcher = Dispatcher(
         transport=transport,
-        placement=Placement.identity(gate_up_proj.shape[0] * transport.world_size, transport.world_size),
-        hidden=gate_up_proj.shape[2],
-        ffn_hidden=down_proj.shape[2],
+        placement=Placement.identity(experts, transport.world_size),
+        hidden=call.w_in.shape[2],
+        ffn_hidden=call.w_out.shape[2],
         top_k=0,  # any: it may differ from call to call
-        activation=activation,
-        dtype=gate_up_proj.dtype,
-        steps=transport.stats.agreements,
+        activation=call.activation,
+        dtype=call.w_in.dtype,
     )
+    calls: _Calls | None = getattr(transport, _CALLS, None)
+    if calls is None or calls.dispatcher.header != dispatcher.header:
+        calls = _Calls(dispatcher)
+        setattr(transport, _CALLS, calls)
+    dispatcher = calls.dispatcher
+    known: Schedules
+    if schedule == "auto":
+        auto = calls.autos.setdefault(overlap, AutoSchedule(op_verb="B", num_ops=0, overlap=overlap))
+        known = auto.unplanned
+    else:
+        pair = layer_schedule(schedule, shared=False)
+        known = pair if overlap else pair.join()
     try:
-        _check(hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, activation)
-        weights = ExpertWeights(w_in=gate_up_proj.detach(), w_out=down_proj.detach(), kind=activation)
-        step = Step(transport, weights, phase=PHASES[current_phase()])
-        (x_TD,) = step.enter(hidden_TD, gate_up_proj, down_proj, copies=1)
+        phase = current_phase()
+        call.fit(experts, inline=False)
     except BaseException as error:
-        dispatcher.refuse(error, pair)
-    exchange = dispatcher.plan(topk_ids_TK, x_TD, pair)  # the ids as given: a cast could bring one back into the range
-    slots_TK = topk_ids_TK.to(torch.int32)
-    accumulate = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-    step.bind(pair, exchange, x_TD, slots_TK, topk_weights_TK.to(accumulate))
-    return step.run()
+        dispatcher.refuse(error, known)
+    if schedule == "auto":
+        known = _planned(auto, calls, call, phase)
+    try:
+        weights = ExpertWeights(w_in=call.w_in.detach(), w_out=call.w_out.detach(), kind=call.activation)
+        step = Step(transport, weights, phase=PHASES[phase])
+        (x_TD,) = step.enter(call.x_TD, call.w_in, call.w_out, copies=1)
+    except BaseException as error:
+        dispatcher.refuse(error, known)
+    exchange = dispatcher.plan(call.ids_TK, x_TD, known)
+    step.bind(known, exchange, x_TD, call.ids_TK.to(torch.int32), call.weights_TK)
+    y_TD = step.run()
+    if phase == 0:
+        calls.outgrown.note(step)
+    return y_TD
 
 
-def _check(
-    hidden_TD: torch.Tensor,
-    topk_ids_TK: torch.Tensor,
-    topk_weights_TK: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    activation: str,
-) -> None:
-    for name, value in (("x", hidden_TD), ("topk_ids", topk_ids_TK), ("topk_weights", topk_weights_TK)):
-        if not isinstance(value, torch.Tensor):
-            raise ConfigError(name, type(value).__name__, "a tensor")
-    experts, hidden, ffn = w_out.shape
-    first = (experts, w_in_rows(activation, ffn), hidden)
-    if tuple(w_in.shape) != first:
-        raise ConfigError("gate_up_proj", tuple(w_in.shape), f"{first} beside down_proj {tuple(w_out.shape)}")
-    if w_out.dtype != w_in.dtype or w_out.device != w_in.device:
-        raise ConfigError("down_proj", f"{w_out.dtype} on {w_out.device}", f"{w_in.dtype} on {w_in.device}")
-    if hidden_TD.dim() != 2:
-        raise ConfigError("x", tuple(hidden_TD.shape), f"a tensor [T, D] with D = {hidden}")
-    if hidden_TD.shape[1] != hidden:
-        raise ConfigError("x.shape[-1]", hidden_TD.shape[-1], f"a tensor [T, D] with D = {hidden}")
-    if hidden_TD.dtype != w_in.dtype:
-        raise ConfigError("x.dtype", hidden_TD.dtype, f"the dtype of the expert weights, {w_in.dtype}")
-    if hidden_TD.device != w_in.device:
-        raise ConfigError("x.device", hidden_TD.device, f"the device of the expert weights, {w_in.device}")
-    if topk_ids_TK.dtype not in ID_DTYPES:
-        raise ConfigError("topk_ids", str(topk_ids_TK.dtype), f"integers, one of {ID_DTYPES}")
-    if not topk_weights_TK.dtype.is_floating_point:
-        raise ConfigError("topk_weights", str(topk_weights_TK.dtype), "a floating-point dtype")
-    accumulate = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-    check_routing(topk_ids_TK.to(torch.int32), topk_weights_TK.to(accumulate), hidden_TD)
+def _planned(auto: AutoSchedule, calls: _Calls, call: _Call, phase: int) -> Schedules:
+    """What the coming step of "auto" runs; the first one calibrates, on its own tokens."""
+    dispatcher = calls.dispatcher
+    dispatcher.open()
+    found = auto.get(dispatcher.openings, call.w_out.dtype)
+    if found is not None and (phase > 0 or found not in calls.outgrown):
+        return found
+    status = torch.zeros(1, dtype=torch.int32, device=call.x_TD.device)
+    given = RoutingDecision(topk_ids_TK=call.ids_TK.to(torch.int32), topk_weights_TK=call.weights_TK, status=status,
+                            tokens_per_expert_E=status, dropped_tokens=status)  # fmt: skip
+    inputs = ProbeInputs(dispatcher=dispatcher, router=lambda _: given, x_TD=call.x_TD, w_in=call.w_in,
+                         w_out=call.w_out)  # fmt: skip
+    return auto.calibrate(inputs, old=found, waiting=calls.outgrown.waiting)

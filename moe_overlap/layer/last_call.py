@@ -11,10 +11,13 @@ from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.experts import weights_of
 from moe_overlap.layer.explain import explain
+from moe_overlap.layer.left import Left, leave_compiled
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
+from moe_overlap.ops.checks import inside_transform
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.dispatch import Dispatcher
-from moe_overlap.schedule.nodes import Attach
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.dispatch import Dispatcher, current_phase
+from moe_overlap.schedule.nodes import Attach, routing_digest
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
@@ -30,30 +33,54 @@ class LastCall:
 
     def _forget(self) -> None:
         """Before the first call."""
-        self._last_step: LastStep | None = None
-        self._aux_loss: torch.Tensor | None = None
-        self._tail: torch.Tensor | None = None
+        self._left = Left()
         self._outgrown = Outgrown()
 
-    def _end(self, step: Step, routing: RoutingDecision, y_TD: torch.Tensor) -> None:
-        """At the end of a call: numbers for stats() and explain(), and the tail for attach(). Not of a recompute."""
-        if step.phase != "forward":
-            return
-        self._outgrown.note(step)
-        self._remember(LastStep.of(step, routing))
-        if step.grad and self.transport.world_size > 1:
-            self._tail = y_TD.reshape(-1)[:0]
+    def _end(
+        self,
+        step: Step,
+        routing: RoutingDecision,
+        y_TD: torch.Tensor,
+        shape: torch.Size,
+        shared_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """At the end of a call: its result, and what it leaves behind. A recompute leaves nothing."""
+        recompute = step.phase != "forward"
+        if not recompute:
+            self._outgrown.note(step)
+            self._left.last = LastStep.of(step, routing.topk_ids_TK, routing.dropped_tokens)
+        tail = y_TD.reshape(-1)[:0] if step.grad and self.transport.world_size > 1 else None
+        node = y_TD.grad_fn
+        y_TD = y_TD if shared_TD is None else y_TD + shared_TD
+        return self._left.keep(y_TD, shape, loss=routing.aux_loss, tail=tail, node=node, recompute=recompute)
 
-    def _remember(self, last: LastStep) -> None:
-        self._last_step = last
-        self._aux_loss = last.routing.aux_loss
+    def _end_inline(
+        self, routing: RoutingDecision, y_TD: torch.Tensor, shape: torch.Size, slot_to_row: torch.Tensor
+    ) -> torch.Tensor:
+        """The same where one rank ran its ops in a row, traced by torch.compile or not."""
+        assert isinstance(self.schedule, SchedulePair)
+        if torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():
+                leave_compiled(self._left, self.schedule, routing)
+            return y_TD.reshape(shape)
+        recompute = current_phase() > 0
+        if not recompute:
+            self._left.last = LastStep.of_one_rank(self.schedule, routing.topk_ids_TK, routing.dropped_tokens)
+        digest = routing_digest(slot_to_row) if y_TD.requires_grad and not inside_transform() else None
+        return self._left.keep(y_TD, shape, loss=routing.aux_loss, digest=digest, recompute=recompute)
 
+    @property
+    def _last_step(self) -> LastStep | None:
+        return self._left.last
+
+    @torch.compiler.disable(reason="it reads what calls left behind: one graph break")
     def stats(self) -> LayerStats:
         """The last forward call. Raises RuntimeError before the first one."""
         if self._last_step is None:
             raise RuntimeError("no forward call yet")
         return layer_stats(self._last_step, self.dispatcher.placement, self._computes())
 
+    @torch.compiler.disable(reason="it reads what calls left behind: one graph break")
     def explain(self) -> str:
         """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
         last = self._last_step
@@ -83,18 +110,25 @@ class LastCall:
             raise RuntimeError("no forward call yet that exchanged rows")
         return self._last_step.plan.exchange
 
+    @torch.compiler.disable(reason="it reads what calls left behind: one graph break")
     def attach(self, loss: torch.Tensor) -> torch.Tensor:
-        """`loss`, made to reach this layer's last call with a zero gradient.
+        """`loss`, made to reach with a zero gradient every call of this layer since the last `attach`, but for those
+        whose backward is over or whose output is gone (the last call's may be).
 
         For a rank whose loss does not depend on this layer: its experts computed other ranks' rows, so it has to take
         part in their backward.
         """
-        if self._tail is None:
+        tails = self._left.take_tails()
+        if not tails:
             return loss
-        attached: torch.Tensor = Attach.apply(loss, self._tail)
+        attached: torch.Tensor = Attach.apply(loss, *tails)
         return attached
 
+    @torch.compiler.disable(reason="it reads what calls left behind: one graph break")
     def take_aux_loss(self) -> torch.Tensor | None:
-        """The auxiliary loss of the last forward call, once: reading clears it."""
-        loss, self._aux_loss = self._aux_loss, None
-        return loss
+        """The sum of the auxiliary losses of all forward calls since the last time, once.
+
+        None: there is none. Calls without gradients and recomputes do not count. A loss is dropped, with one warning a
+        layer, when the output of its call is gone or its backward is over, except that of the very last call.
+        """
+        return self._left.take_losses()

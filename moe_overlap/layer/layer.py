@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_overlap import ops
 from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.beside import Op
@@ -21,25 +20,25 @@ from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer import assembly
 from moe_overlap.layer.arguments import (
+    NOT_TRACEABLE,
     AnySchedule,
     Beside,
     check_budget,
+    check_choice,
     check_choices,
     check_mode,
     check_positive,
-    check_status,
     rows_dtype,
-    shaped,
 )
-from moe_overlap.layer.experts import check_weights, take_old_names, warn_of_hooks, weights_of
-from moe_overlap.layer.stats import LastStep
+from moe_overlap.layer.experts import check_weights, reset, take_old_names, warn_of_hooks, weights_of
+from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
+from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel.entering import adopt, entered
 from moe_overlap.parallel.state import mark
 from moe_overlap.routing.decision import RoutingDecision, as_decision
-from moe_overlap.schedule.builders import SchedulePair, Schedules
+from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
-from moe_overlap.schedule.nodes import SameRouting
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.schedule.user_ops import check_result
@@ -154,23 +153,20 @@ class MoELayer(Tickets, nn.Module):
             return self._forward_beside(x, beside)
         return self._forward_one_rank(x) if self._runs_inline else self._forward_scheduled(x)
 
-    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
+    @torch.compiler.disable(reason=NOT_TRACEABLE)
     def _forward_scheduled(self, x: torch.Tensor) -> torch.Tensor:
         """The sentence: route and agree, run the schedule, add the shared expert."""
         step, routing, x_shared = self._begin(x, self.schedule)
         y_TD = step.run(shared=lambda: self._shared(x_shared))
-        self._end(step, routing, y_TD)
-        shared_TD = step.take_shared()
-        return shaped(y_TD if shared_TD is None else y_TD + shared_TD, x.shape)
+        return self._end(step, routing, y_TD, x.shape, step.take_shared())
 
-    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
+    @torch.compiler.disable(reason=NOT_TRACEABLE)
     def _forward_beside(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with backbone ops: part of the layer's own call, so that hooks and wrappers of the layer see it."""
         step, routing, _ = self._begin(x, beside.schedule, beside.backbone, beside.hidden)
         step.hidden = beside.hidden
         y_TD = step.run(backbone=beside.backbone)
-        self._end(step, routing, y_TD)
-        return step.take_hidden(), shaped(y_TD, x.shape)
+        return step.take_hidden(), self._end(step, routing, y_TD, x.shape)
 
     def _begin(
         self, x: torch.Tensor, schedule: AnySchedule, backbone: Sequence[Op] = (), h: torch.Tensor | None = None
@@ -210,33 +206,31 @@ class MoELayer(Tickets, nn.Module):
         if found is not None and (phase > 0 or found not in self._outgrown):
             return found
         if found is not None and torch.is_grad_enabled():
-            self._tail = None  # the last call's, which this one follows: without it that call may be seen to be over
+            self._left.forget_last_tail()  # which this call follows: without it that call may be seen to be over
         return schedule.calibrate(inputs, old=found, waiting=self._outgrown.waiting)
 
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
         routing = as_decision(self.router(x_TD))
-        check_status(routing.status)
+        check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
         placement = self.dispatcher.placement
+        check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)
         ids_TK = placement.to_physical(routing.topk_ids_TK)
-        _, offs, slot_to_row, _ = ops.row_map(ids_TK, num_experts=placement.num_experts)
-        x_RD = ops.permute(x_TD.to(w_out.dtype), slot_to_row, offs, num_rows=ids_TK.numel())
-        y_RD = ops.expert_mlp(x_RD, w_in, w_out, offs, kind=self.dispatcher.activation)
-        y_TD = ops.combine(y_RD, slot_to_row, routing.topk_weights_TK)
-        if y_TD.requires_grad and not torch.compiler.is_compiling():
-            y_TD = SameRouting.apply(y_TD, slot_to_row)
+        y_TD, slot_to_row = one_rank(x_TD, ids_TK, routing.topk_weights_TK, w_in, w_out, self.dispatcher.activation)
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
-        if not torch.compiler.is_compiling() and current_phase() == 0:
-            assert isinstance(self.schedule, SchedulePair)
-            self._remember(LastStep.of_one_rank(self.schedule, routing))
-        return y_TD.reshape(x.shape)
+        return self._end_inline(routing, y_TD, x.shape, slot_to_row)
 
     @property
     def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up_proj or up_proj, down_proj) of `experts`."""
         return weights_of(self.experts)
+
+    def reset_parameters(self) -> None:
+        """Router, shared expert and experts as they start, in the order in which they are built (after `to_empty`)."""
+        for part in (self.router, self.shared_expert, self.experts):
+            reset(part)
 
     def extra_repr(self) -> str:
         d = self.dispatcher
@@ -246,15 +240,16 @@ class MoELayer(Tickets, nn.Module):
 
     @property
     def _runs_inline(self) -> bool:
-        one_rank = self.transport.name == "local" and self.ownership.grad_scale == 1.0
-        return one_rank and isinstance(self.schedule, SchedulePair) and self.schedule.chunks == 1
+        return self.ownership.grad_scale == 1.0 and runs_inline(self.transport, self.schedule)
 
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""
         d, activation = self.dispatcher, self.experts.activation
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
-        self.ownership = entered(self.experts, self.ownership)
+        check_transform(inline=self._runs_inline)
+        if not torch.compiler.is_compiling():  # a graph that writes an attribute cannot be inside a checkpoint
+            self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)
         dtype = rows_dtype(x, w_out, d.hidden)
         check_weights(w_in, w_out, d.activation, count=d.placement.slots_per_rank, hidden=d.hidden, ffn=d.ffn_hidden)
@@ -276,7 +271,7 @@ class MoELayer(Tickets, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The layer without what its last call left behind."""
-        return self.__dict__ | dict.fromkeys(("_last_step", "_aux_loss", "_tail", "_ticket"))
+        return self.__dict__ | {"_ticket": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
         """Parameters of its own, the same transport: a copy of a model (an average of weights, say) on every rank."""

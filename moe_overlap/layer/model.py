@@ -8,10 +8,11 @@ from torch import nn
 from moe_overlap.layer.layer import MoELayer
 
 
+@torch.compiler.disable(reason="it reads what calls left behind: one graph break")
 def aux_loss(model: nn.Module) -> torch.Tensor:
-    """The sum of the auxiliary losses of all MoE layers of `model` since the last call; reading clears them.
+    """The auxiliary losses of all calls of all MoE layers of `model`, summed, since the last time. Reading clears them.
 
-    A float32 scalar, zero where no layer has one.
+    A float32 scalar (float64 for float64 losses), zero where there is none. See `MoELayer.take_aux_loss`.
     """
     total = torch.zeros((), dtype=torch.float32, device=next((p.device for p in model.parameters()), None))
     for module in model.modules():

@@ -16,7 +16,8 @@ from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.auto.beside import Op, as_module
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import AnySchedule, Beside, check_budget
+from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, check_budget
+from moe_overlap.layer.experts import reset
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.check import check
@@ -114,7 +115,14 @@ class ShortcutBlock(nn.Module):
             pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
             self.schedule = pair if overlap else pair.join()
 
-    @torch.compiler.disable(reason="exchanges and the order of backward are not traceable: one graph break")
+    def reset_parameters(self) -> None:
+        """The layer's and the gate's; the backbone and the norms are the caller's."""
+        self.moe.reset_parameters()
+        for op in self.backbone:
+            if isinstance(op, SharedExpertOp):
+                reset(op.gate)
+
+    @torch.compiler.disable(reason=NOT_TRACEABLE)
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
         with closing_on_error(self.moe.transport, "the backbone before the tap"):

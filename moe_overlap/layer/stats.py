@@ -9,7 +9,6 @@ import torch
 
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.placement.placement import Placement
-from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -37,9 +36,10 @@ class LayerStats:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastStep:
     """What a layer remembers of its last forward call. `plan` and `lanes` are None where one rank ran its ops in a
-    row."""
+    row. Nothing here leads into the graph of the call."""
 
-    routing: RoutingDecision
+    topk_ids_TK: torch.Tensor
+    dropped_tokens: torch.Tensor
     plan: ChunkPlan | None
     payload_bytes: int
     schedule: Schedules
@@ -47,17 +47,18 @@ class LastStep:
     lanes: Lanes | None
 
     @classmethod
-    def of(cls, step: Step, routing: RoutingDecision) -> LastStep:
+    def of(cls, step: Step, ids_TK: torch.Tensor, dropped: torch.Tensor) -> LastStep:
         """At the end of a step's forward."""
         counts = (step.plan.send_counts, step.plan.recv_counts)
         rows = sum(sum(chunk) - chunk[step.plan.rank] for half in counts for chunk in half)
-        return cls(routing=routing, plan=step.plan, payload_bytes=rows * step.layout.row_bytes, schedule=step.schedule,
-                   pair=step.pair, lanes=step.lanes)  # fmt: skip
+        return cls(topk_ids_TK=ids_TK, dropped_tokens=dropped, plan=step.plan, schedule=step.schedule, pair=step.pair,
+                   payload_bytes=rows * step.layout.row_bytes, lanes=step.lanes)  # fmt: skip
 
     @classmethod
-    def of_one_rank(cls, pair: SchedulePair, routing: RoutingDecision) -> LastStep:
+    def of_one_rank(cls, pair: SchedulePair, ids_TK: torch.Tensor, dropped: torch.Tensor) -> LastStep:
         """Of a call whose ops ran in a row; `pair`: what that stands for."""
-        return cls(routing=routing, plan=None, payload_bytes=0, schedule=pair, pair=pair, lanes=None)
+        return cls(topk_ids_TK=ids_TK, dropped_tokens=dropped, plan=None, payload_bytes=0, schedule=pair, pair=pair,
+                   lanes=None)  # fmt: skip
 
     @property
     def events(self) -> list[TimelineEvent]:
@@ -68,7 +69,7 @@ class LastStep:
 def layer_stats(last: LastStep, placement: Placement, computes: Sequence[str]) -> LayerStats:
     """The statistics of one call. `computes`: the registry's lines."""
     if last.plan is None:
-        ids = last.routing.topk_ids_TK.reshape(-1).cpu()
+        ids = last.topk_ids_TK.reshape(-1).cpu()
         counts_E = torch.bincount(ids[ids >= 0].long(), minlength=placement.num_experts)
         overload = 1.0
     else:
@@ -79,7 +80,7 @@ def layer_stats(last: LastStep, placement: Placement, computes: Sequence[str]) -
         overload = max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0
     return LayerStats(
         tokens_per_expert=counts_E,
-        dropped_tokens=int(last.routing.dropped_tokens),
+        dropped_tokens=int(last.dropped_tokens),
         payload_bytes=last.payload_bytes,
         overload=overload,
         schedule=last.pair.forward.text,

@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import AnySchedule, shaped
+from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule
 from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import window
@@ -49,6 +49,7 @@ class Tickets(LastCall):
     def _begin(self, x: torch.Tensor, schedule: AnySchedule) -> tuple[Step, RoutingDecision, torch.Tensor]:
         raise NotImplementedError
 
+    @torch.compiler.disable(reason=NOT_TRACEABLE)
     def begin(self, x: torch.Tensor) -> Ticket:
         """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`.
 
@@ -70,14 +71,15 @@ class Tickets(LastCall):
         self._ticket = weakref.ref(ticket) if current_phase() == 0 else None
         return ticket
 
+    @torch.compiler.disable(reason=NOT_TRACEABLE)
     def run_experts(self, ticket: Ticket) -> None:
         """Wait for the rows of each chunk, compute the experts and start the combine."""
         with ticket.advance("begun", "computed"):
             ticket.step.run_until_op()
 
+    @torch.compiler.disable(reason=NOT_TRACEABLE)
     def finish(self, ticket: Ticket) -> torch.Tensor:
         """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
         with ticket.advance("computed", "finished"):
             y_TD = ticket.step.run()
-        self._end(ticket.step, ticket.routing, y_TD)
-        return shaped(y_TD, ticket.shape)
+        return self._end(ticket.step, ticket.routing, y_TD, ticket.shape)

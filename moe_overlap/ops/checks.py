@@ -71,6 +71,22 @@ def check_values(field: str, value: torch.Tensor, low: int, high: int, *, why: s
         raise ConfigError(field, least if least < low else most, f"entries in [{low}, {high}) ({why})")
 
 
+def inside_transform() -> bool:
+    """Whether a transform of torch.func (grad, vjp, vmap, ...) runs this."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def check_transform(*, inline: bool) -> None:
+    """Raises ConfigError inside a transform of torch.func that cannot see through a call. grad and vjp see through ops
+    in a row (`inline`); exchanges and a scheduled backward are part of autograd's own graph."""
+    if not inside_transform():
+        return
+    kind = torch._C._functorch.peek_interpreter_stack().key()
+    if not inline or kind != torch._C._functorch.TransformType.Grad:
+        expected = "grad or vjp where one rank runs its ops in a row, else none (functional_call is no transform)"
+        raise ConfigError("transform", f"torch.func, {kind}", expected)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are made in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

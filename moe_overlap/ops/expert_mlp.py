@@ -200,6 +200,7 @@ for _op, _reference in (("expert_mlp", _expert_mlp), ("expert_mlp_backward", _ex
         misfit=expert_mlp_choice.misfit("reference"),
     )
 LIBRARY.impl("expert_mlp", _compose, "CompositeImplicitAutograd")
+LIBRARY.impl("expert_mlp", _compose, "FuncTorchDynamicLayerFrontMode")  # before a transform looks: see `differentiate`
 implement("_expert_mlp", _kernel("expert_mlp", ExpertMlp), _fake)
 implement("_expert_mlp_backward", _kernel("expert_mlp_backward", ExpertMlpBackward), _backward_fake)
 differentiate("_expert_mlp", _backward, _setup_context)

@@ -30,8 +30,19 @@ def implement(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give an operator its backward."""
+    """Give an operator its backward, under grad and vjp of torch.func too, which `register_autograd` leaves out."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+    def forward(*args: Any) -> Any:
+        return getattr(getattr(torch.ops, NAMESPACE), name).default(*args)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+
+    methods = {"forward": forward, "setup_context": setup, "backward": backward}
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(one) for key, one in methods.items()})
+    # What a transform looks at first. One level is done by the function, whose forward meets the next level here again.
+    LIBRARY.impl(name, lambda *args: function.apply(*args), "FuncTorchDynamicLayerFrontMode")
 
 
 def refuse_derivative(name: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops.checks import check_transform
 from moe_overlap.ops.gate import gate_topk
 from moe_overlap.routing.balance import Reduce, load_balancing_loss, router_probabilities, z_loss
 from moe_overlap.routing.decision import RoutingDecision
@@ -25,7 +28,8 @@ class LinearRouter(nn.Module):
     the winners: Mixtral, ScMoE eq. 2-5) or "sigmoid" (each expert for itself: DeepSeek-V3). Ties go to the lower id.
     renormalize: divide the K weights by their sum. scale: multiply them. n_group, topk_group: choose the experts
     from the best `topk_group` of `n_group` groups. bias: a buffer `expert_bias_E` that is added for the selection
-    only, never to the weights (arXiv 2408.15664). aux_loss_coef, z_loss_coef: see `balance.py`.
+    only, never to the weights (arXiv 2408.15664). It is float32 whatever the module is cast to (float64 too) or loaded
+    from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`.
     capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
     highest weight (equal weights: earlier token first).
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
@@ -80,8 +84,26 @@ class LinearRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small normal weights (std 0.02): near-uniform probabilities, so that training starts balanced."""
+        """Small normal weights (std 0.02): near-uniform probabilities, so that training starts balanced. Bias 0."""
         nn.init.normal_(self.weight, std=INIT_STD)
+        if self.expert_bias_E is not None:
+            nn.init.zeros_(self.expert_bias_E)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LinearRouter:
+        """What `to`, `bfloat16`, `cuda`, `to_empty` and the like do: the bias takes the device, not the dtype."""
+        before_E = self.expert_bias_E
+        super()._apply(fn, recurse)
+        self._restore_bias(before_E)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._restore_bias(self.expert_bias_E)  # assign=True takes over the dtype of what was saved
+
+    def _restore_bias(self, exact_E: torch.Tensor | None) -> None:
+        """The bias in float32 again, with the values of `exact_E`, where something has changed its dtype."""
+        if exact_E is not None and self.expert_bias_E is not None and self.expert_bias_E.dtype != torch.float32:
+            self.expert_bias_E = exact_E.to(self.expert_bias_E.device, torch.float32)
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
@@ -91,8 +113,10 @@ class LinearRouter(nn.Module):
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
 
-        Raises ConfigError for a wrong shape, dtype or device; never for bad logits (see `bad_logits`).
+        Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
+        bad logits (see `bad_logits`).
         """
+        check_transform(inline=True)
         self._check_input(x_TD)
         if local_experts is not None:
             raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")

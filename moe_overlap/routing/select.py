@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 
 import torch
 
+FACTOR_DENOMINATOR = 1_000_000
+
 
 def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
-    """Slots per expert and rank: ceil(factor * T * K / E). Example: factor 1.25, T 8, K 2, E 4 -> 5."""
-    return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    """Slots per expert and rank: ceil(factor * T * K / E). Example: factor 1.25, T 8, K 2, E 4 -> 5.
+
+    In integers, the factor as the simplest fraction that it stands for: no rounding of floats beside a whole number,
+    and a number of tokens that is a symbol (torch.export) stays one that can be saved.
+    """
+    factor = Fraction(capacity_factor).limit_denominator(FACTOR_DENOMINATOR)
+    return -(-factor.numerator * num_tokens * top_k // (factor.denominator * num_experts))
 
 
 def drop_over_capacity(

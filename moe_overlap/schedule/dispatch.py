@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from moe_overlap.agreement.counts import BLOCKS, block_counts
 from moe_overlap.agreement.header import Header
@@ -40,16 +41,19 @@ def current_phase() -> int:
 
 def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> None:
     """Raises ConfigError unless a router's choice fits the tokens (`block_counts` looks at the values of the ids)."""
-    shape = f"[{x_TD.shape[0]}, K] on {x_TD.device}"
-    given = f"{ids_TK.dtype} {tuple(ids_TK.shape)} on {ids_TK.device}"
-    if ids_TK.dim() != 2 or ids_TK.shape[0] != x_TD.shape[0] or ids_TK.dtype != torch.int32:
-        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
-    if ids_TK.device != x_TD.device:
-        raise ConfigError("topk_ids", given, f"torch.int32 {shape}")
-    if weights_TK.shape != ids_TK.shape or weights_TK.device != x_TD.device or weights_TK.dtype not in WEIGHT_DTYPES:
-        given = f"{weights_TK.dtype} {tuple(weights_TK.shape)} on {weights_TK.device}"
-        expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {x_TD.device}"
-        raise ConfigError("topk_weights", given, expected)
+    # Nothing is printed before it is wrong: a size in a text is a number to torch.compile, no longer any number.
+    device = x_TD.device
+    if ids_TK.dim() != 2 or ids_TK.dtype != torch.int32 or ids_TK.device != device:
+        raise ConfigError("topk_ids", _kind(ids_TK), f"torch.int32 [{x_TD.shape[0]}, K] on {device}")
+    if ids_TK.shape[0] != x_TD.shape[0]:
+        raise ConfigError("topk_ids", _kind(ids_TK), f"torch.int32 [{x_TD.shape[0]}, K] on {device}")
+    if weights_TK.shape != ids_TK.shape or weights_TK.device != device or weights_TK.dtype not in WEIGHT_DTYPES:
+        expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {device}"
+        raise ConfigError("topk_weights", _kind(weights_TK), expected)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 @dataclass
@@ -120,9 +124,10 @@ class Dispatcher:
                 value = max(-(1 << 61), min(error.value, 1 << 61))
             elif isinstance(error.value, torch.dtype) and error.value in DTYPES:
                 value = DTYPES.index(error.value)
-        counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
         try:
-            self.transport.agree(self._record(schedule, 0, False, counts, (code, value)))
+            with temporarily_clear_interpreter_stack():  # also where a transform of torch.func is what is refused
+                counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
+                self.transport.agree(self._record(schedule, 0, False, counts, (code, value)))
         except ConfigError:
             # All ranks raise; this one knows more about the cause than the record could carry.
             raise error from None

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import Variable
 
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
-from moe_overlap.agreement.record import BackwardRecord
+from moe_overlap.agreement.record import BackwardRecord, digest
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.recorder import TimelineEvent, recording
@@ -51,12 +51,13 @@ class Lanes:
 
     # ---------------------------------------------------------------- wire
 
-    def begin_backward(self, schedule: int) -> None:
-        """Tell all ranks that one begins; heard before its first exchange. `schedule`: a digest of what it will do."""
+    def begin_backward(self, schedule: str) -> None:
+        """Tell all ranks that one begins; heard before its first exchange. `schedule`: its text."""
         self._backwards += 1
         if self.transport.world_size > 1:
-            step = self._plans["forward"].exchange.step
-            record = BackwardRecord(step=step, run=self._backwards, digest=schedule, caller=self._caller)
+            plan = self._plans["backward"]
+            what = digest(schedule, plan.chunks, plan.by, plan.exchange.x_requires_grad)
+            record = BackwardRecord(step=plan.exchange.step, run=self._backwards, digest=what, caller=self._caller)
             self._beginning = self.transport.begin_backward(record)
             Variable._execution_engine.queue_callback(ClosingUnlessCalled(self.transport))
 

@@ -15,6 +15,7 @@ of x in a fixed order, and hands the weight gradients over when all of them are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,24 @@ class BackwardStep(Protocol):
         """(dw_in, dw_out), complete."""
 
 
+def only_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """For a backward without a derivative. torch's `once_differentiable` lets a gradient pass as a constant where the
+    one that came in needs none: here a second derivative is refused there too, as the ops of one rank do."""
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        text = b"trying to differentiate twice a function that was marked with @once_differentiable"
+        refused = torch._C._functions.DelayedError(text, len(results))
+        leaves = [None if one is None else one.detach().requires_grad_() for one in results]
+        return tuple(refused(*leaves))  # type: ignore[arg-type]
+
+    return wrapper
+
+
 class Fork(torch.autograd.Function):
     """The entry of a layer: copies of x for its consumers, and one token for the weight gradients.
 
@@ -62,7 +81,7 @@ class Fork(torch.autograd.Function):
         return (*(x.view_as(x) for _ in range(copies)), anchor.new_empty(0))
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         step: BackwardStep = ctx.step
         dx_rows = step.run_missing_backward()
@@ -81,7 +100,7 @@ class Stage(torch.autograd.Function):
         return step.node_output(node, ctx)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
         grads = ctx.step.run_backward(ctx.node, ctx, grad)
         return (None, None, *grads)
@@ -102,9 +121,12 @@ class Tap(torch.autograd.Function):
     """The point of a backbone that feeds the experts: (for the backbone, for the experts); one fixed-order sum."""
 
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.set_materialize_grads(False)
+    def forward(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return h.view_as(h), h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
@@ -127,20 +149,31 @@ class Marker(torch.autograd.Function):
         return None, grad
 
 
-class SameRouting(torch.autograd.Function):
-    """y unchanged; its backward refuses a recompute that routed otherwise (where no `Ut` does: one rank, one chunk)."""
+class Keep(torch.autograd.Function):
+    """The output of a call: y in the shape of x, and no view, so that it may be changed in place like any result.
+
+    As long as this node is there, and no longer, `kept` is: what the call leaves behind (see `layer/left.py`), to which
+    a layer itself has a weak reference. `digest` (one rank and one chunk, where no `Ut` does it; else None):
+    backward refuses a recompute that routed otherwise. An identity, also to a second derivative.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, slot_to_row: torch.Tensor) -> torch.Tensor:
-        ctx.routing_digest = routing_digest(slot_to_row)
+    def forward(y_TD: torch.Tensor, digest: torch.Tensor | None, kept: object, shape: torch.Size) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._unsafe_view.default(y_TD, shape)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        y_TD, ctx.routing_digest, ctx.kept, _ = inputs
+        ctx.shape = y_TD.shape
         ctx.save_for_backward(ctx.routing_digest)
-        return y.view_as(y)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        check_same_routing(ctx.saved_tensors[0], ctx.routing_digest)
-        return grad, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (digest,) = ctx.saved_tensors
+        if digest is not None:
+            check_same_routing(digest, ctx.routing_digest)
+        return grad.reshape(ctx.shape), None, None, None
 
 
 def routing_digest(slot_to_row: torch.Tensor, *, cut: int = 0) -> torch.Tensor:
@@ -165,18 +198,18 @@ def check_same_routing(saved: torch.Tensor, kept: torch.Tensor) -> None:
 
 
 class Attach(torch.autograd.Function):
-    """The loss unchanged, with a zero gradient for `tail`: the layer behind it takes part in backward."""
+    """The loss unchanged, with a zero gradient for each of `tails`: the layer behind them takes part in backward."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
-        ctx.tail_like = (tail.shape, tail.dtype, tail.device)
+    def forward(ctx: Any, loss: torch.Tensor, *tails: torch.Tensor) -> torch.Tensor:
+        ctx.tails_like = [(tail.shape, tail.dtype, tail.device) for tail in tails]
         return loss.view_as(loss)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shape, dtype, device = ctx.tail_like
-        return grad, torch.zeros(shape, dtype=dtype, device=device)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.tails_like)
+        return (grad, *zeros)
 
 
 def sum_in_order(*grads: torch.Tensor | None) -> torch.Tensor | None:

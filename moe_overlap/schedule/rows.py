@@ -6,6 +6,9 @@ Buffers (rows of D elements; see `ChunkPlan` for the orders):
     x     [Re, D]   rows received, in the experts' order               dy     gradients of the experts' outputs
     h     [Re, F']  pre-activation                                     dh, a  its gradient, the activation
     back  [R, D]    rows returned, in send order                       dback  their gradients
+
+They, and the weight gradients, come from the workspace pool: ordinary tensors, whose memory is given out again when
+nobody holds it any longer, whoever that was: this step, autograd's saved tensors, a parameter's `.grad`, an exchange.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 
 from moe_overlap import config, ops
 from moe_overlap.agreement.plan import ChunkPlan
+from moe_overlap.ops import workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +104,10 @@ class ForwardRows(_Chunks):
         self._slots_TK = slots_TK
         self.slot_to_row, offs = send_order(plan, slots_TK)
         self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
-        self.x = x_TD.new_empty(sum(plan.recv_rows), x_TD.shape[1])
-        self.y = torch.empty_like(self.x)
-        self.h = x_TD.new_empty(self.x.shape[0], weights.w_in.shape[1])
-        self.back = torch.empty_like(self.send)
+        self.x = workspace.empty((sum(plan.recv_rows), x_TD.shape[1]), like=x_TD)
+        self.y = workspace.empty(self.x.shape, like=x_TD)
+        self.h = workspace.empty((self.x.shape[0], weights.w_in.shape[1]), like=x_TD)
+        self.back = workspace.empty(self.send.shape, like=x_TD)
 
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
@@ -150,11 +154,11 @@ class BackwardRows(_Chunks):
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
         )
         x, h = saved.x, saved.h
-        self.dsend = torch.empty_like(self.dback) if need_dx else None
-        self.dy, self.dx, self.dh = torch.empty_like(x), torch.empty_like(x), torch.empty_like(h)
-        self.a = x.new_empty(x.shape[0], saved.w_out.shape[2])
-        self.dw_in = torch.empty_like(saved.w_in) if need_dw else None
-        self.dw_out = torch.empty_like(saved.w_out) if need_dw else None
+        self.dsend = workspace.empty(self.dback.shape, like=self.dback) if need_dx else None
+        self.dy, self.dx, self.dh = (workspace.empty(one.shape, like=one) for one in (x, x, h))
+        self.a = workspace.empty((x.shape[0], saved.w_out.shape[2]), like=x)
+        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
+        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
 
     def _back_in_order(self) -> torch.Tensor:
         """The returned rows of forward in the send order of backward."""

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
-from moe_overlap.agreement.record import digest
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
@@ -287,7 +286,7 @@ class Step:
     def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
         routed, *saved = ctx.saved_tensors
         check_same_routing(routed, ctx.routing_digest)
-        self._announce()
+        self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
         self._grads = BackwardRows(
             self._backward_plan,
             # Detached: the router's weights lead to the nodes, which hold this step.
@@ -300,12 +299,6 @@ class Step:
         )
         self._grads_of = torch._C._current_graph_task_id()
         return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
-
-    def _announce(self) -> None:
-        """Tell all ranks which backward begins, after what a recompute had to say."""
-        plan = self._backward_plan
-        needed = self.plan.exchange.x_requires_grad
-        self.lanes.begin_backward(digest(self.pair.backward.text, plan.chunks, plan.by, needed))
 
     def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
         self.lanes.start(Action("Ct", c), self._rows_of_backward.of(self._rows_of_backward.dback, c))

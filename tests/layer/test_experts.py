@@ -134,14 +134,17 @@ def test_bad_construction_names_the_field(field, options):
 
 
 def test_weights_are_drawn_expert_by_expert_after_router_and_shared_expert():
-    """A seed stands for the same start as ever."""
+    """What a seed stands for: one number of the CPU's generator for all experts, one generator for each weight."""
     layer = make(shared_expert_size=F)
     torch.manual_seed(3)
     for part in (layer.router, layer.shared_expert.up, layer.shared_expert.down):
         part.reset_parameters()
+    seed = int(torch.randint(1 << 62, ()))
     for i in range(E):
-        for weight in layer.expert_weights:
-            same_bits(torch.empty_like(weight[i]).normal_(std=weight.shape[2] ** -0.5), weight[i].detach())
+        for number, weight in enumerate(layer.expert_weights):
+            generator = torch.Generator().manual_seed(seed + 2 * i + number)
+            drawn = torch.empty_like(weight[i]).normal_(std=weight.shape[2] ** -0.5, generator=generator)
+            same_bits(drawn, weight[i].detach())
 
 
 def test_parametrized_weights_are_not_reset_silently():
