@@ -13,10 +13,10 @@ from moe_overlap.agreement.record import DTYPES
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule
-from moe_overlap.layer.experts import Experts, check_weights, refuse_sharded, w_in_name, weights_of
+from moe_overlap.layer.experts import Experts, check_weights, w_in_name, weights_of
 from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.parallel.optimizers import guard_optimizers
-from moe_overlap.parallel.ownership import Ownership
+from moe_overlap.parallel.ownership import Ownership, refuse_sharded
 from moe_overlap.parallel.replicas import Replicas, check_replicas, replicas_of
 from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import check_positive
+from moe_overlap.parallel.ownership import refuse_sharded
 from moe_overlap.schedule.dispatch import ACTIVATIONS
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -147,22 +148,6 @@ def take_old_names(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         old, new = f"{prefix}{name}", f"{prefix}experts.{name}"
         if old in state_dict and new not in state_dict and name not in layer._parameters:
             state_dict[new] = state_dict.pop(old)
-
-
-def refuse_sharded(name: str, value: object, ranks: frozenset[int]) -> None:
-    """Raises ConfigError for an expert weight that is sharded over `ranks`, which hold other experts.
-
-    Every rank of the layer's group has its own experts; FSDP over these ranks would mix them, and silently.
-    """
-    mesh = getattr(value, "device_mesh", None)
-    others = set() if mesh is None else ranks & set(mesh.mesh.reshape(-1).tolist())
-    if others:
-        raise ConfigError(
-            name,
-            f"sharded over rank(s) {sorted(others)}, which hold other experts of this layer",
-            "fully_shard(..., ignored_params=set(layer.experts.parameters())), or a mesh of ranks that hold the same "
-            "experts",
-        )
 
 
 def _checked_ids(given: Sequence[int], num_experts: int) -> tuple[int, ...]:

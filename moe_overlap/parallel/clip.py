@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moe_overlap.errors import ConfigError
@@ -53,10 +55,8 @@ def grad_norm(parameters: Parameters, norm_type: float = 2.0, *, foreach: bool |
     given = _listed(parameters)
     sums: dict[Ownership | None, torch.Tensor] = {}
     device = given[0].device if given else torch.device("cpu")
-    for (owner, _), group in _kinds(given).items():
-        norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None], order, foreach=foreach)
-        norm = _whole(norm).to(device, torch.float64)
-        powered = norm if math.isinf(order) else norm**order
+    for (owner, _, _), group in _kinds(given).items():
+        powered = _powered(group, order, foreach).to(device)
         sums[owner] = _joined(order, sums[owner], powered) if owner in sums else powered
     total = torch.zeros((), dtype=torch.float64, device=device)
     for owner, powered in sums.items():
@@ -83,38 +83,60 @@ class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler whose ranks skip a step together: an overflow in the experts of one rank is found by all."""
 
     def _unscale_grads_(self, optimizer: torch.optim.Optimizer, *args: Any) -> dict[torch.device, torch.Tensor]:
-        found: dict[torch.device, torch.Tensor] = super()._unscale_grads_(optimizer, *args)
         given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not given:
-            return found
+            return {}
         device = given[0].device
         worst = torch.zeros((), device=device)
-        for one in found.values():
-            worst = torch.maximum(worst, _whole(one).to(device).reshape(()))
-        worst = _anywhere(given, worst)
-        if not found:  # no gradient at all, on this rank
-            return {device: worst}
-        for one in found.values():
-            _local(one).copy_(worst)
-        return found
+        for group in _kinds(given).values():  # torch's own takes one kind of tensors at a time
+            some: Any = SimpleNamespace(param_groups=[{"params": group}])
+            for found in super()._unscale_grads_(some, *args).values():
+                worst = torch.maximum(worst, _whole(found).to(device).reshape(()))
+        return {device: _anywhere(given, worst)}  # also where no parameter has a gradient on this rank
 
 
 def _listed(parameters: Parameters) -> list[torch.Tensor]:
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
-def _kinds(parameters: list[torch.Tensor]) -> dict[tuple[Ownership | None, object], list[torch.Tensor]]:
-    """Parameters that torch's functions can treat together, dense ones (owner None) and experts apart. One owner stands
-    for all layers that the same ranks share out."""
+Kind = tuple[Ownership | None, object, object]
+
+
+def _kinds(parameters: list[torch.Tensor]) -> dict[Kind, list[torch.Tensor]]:
+    """Parameters that are reduced alike: (owner, mesh, placements), dense ones without an owner, plain ones without a
+    mesh. One owner stands for all layers that the same ranks share out."""
     owned = owners(parameters)
     first: dict[tuple[int, ...], Ownership] = {}
-    kinds: dict[tuple[Ownership | None, object], list[torch.Tensor]] = {}
+    kinds: dict[Kind, list[torch.Tensor]] = {}
     for parameter in parameters:
         owner = owned.get(parameter)
         if owner is not None:
             owner = first.setdefault(owner.expert_ranks, owner) if owner.others else None
-        kinds.setdefault((owner, getattr(parameter, "device_mesh", None)), []).append(parameter)
+        key = owner, getattr(parameter, "device_mesh", None), getattr(parameter, "placements", None)
+        kinds.setdefault(key, []).append(parameter)
     return kinds
+
+
+def _powered(group: list[torch.Tensor], order: float, foreach: bool | None) -> torch.Tensor:
+    """The sum of |g| ** order over the gradients of one kind (the maximum for inf), float64, the whole of DTensors."""
+    grads = [_without_sums(parameter.grad) for parameter in group if parameter.grad is not None]
+    parts = [local for local in map(_local, grads) if local.numel()]  # torch has no maximum of an empty shard
+    norm = nn.utils.get_total_norm(parts, order, foreach=foreach).double()
+    powered = norm if math.isinf(order) else norm**order
+    mesh: Any = getattr(group[0], "device_mesh", None)
+    if mesh is not None:
+        powered = powered.to(mesh.device_type)
+        for dim, placement in enumerate(group[0].placements):  # type: ignore[attr-defined]
+            if placement.is_shard():
+                op = dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM
+                dist.all_reduce(powered, op=op, group=mesh.get_group(dim))
+    return powered
+
+
+def _without_sums(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient whose sum over ranks is still to be made (Partial) is made whole."""
+    placements = getattr(grad, "placements", ())
+    return _whole(grad) if any(placement.is_partial() for placement in placements) else grad
 
 
 def _of_all_ranks(owner: Ownership, value: torch.Tensor) -> torch.Tensor:
@@ -126,7 +148,7 @@ def _of_all_ranks(owner: Ownership, value: torch.Tensor) -> torch.Tensor:
 
 def _anywhere(parameters: list[torch.Tensor], flag: torch.Tensor) -> torch.Tensor:
     """The largest flag of all ranks that share any of the experts."""
-    for owner in dict.fromkeys(owner for owner, _ in _kinds(parameters) if owner is not None):
+    for owner in dict.fromkeys(owner for owner, _, _ in _kinds(parameters) if owner is not None):
         flag = torch.maximum(flag, _of_all_ranks(owner, flag).max())
     return flag
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.parallel.ownership import Ownership, owners
+from moe_overlap.parallel.ownership import Ownership, owners, refuse_sharded
 
 _registered = False
 _rounded = WeakTensorKeyDictionary()  # in the step under way
@@ -38,6 +38,7 @@ def before_step(optimizer: Optimizer, *_: Any) -> None:
     _refuse_sharded_states(optimizer, owned)
     _refuse_sums_beside_means(parameters, owned)
     for parameter, owner in owned.items():
+        refuse_sharded("experts", parameter, owner.others)
         if parameter.grad is None:
             continue
         if owner.replicas is not None and not hasattr(parameter, "device_mesh"):

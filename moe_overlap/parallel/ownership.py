@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.parallel.replicas import Replicas
 from moe_overlap.transport.base import Transport
 
@@ -110,3 +111,19 @@ def owners(parameters: Iterable[torch.Tensor]) -> dict[torch.Tensor, Ownership]:
         if owner is not None:
             found[parameter] = owner
     return found
+
+
+def refuse_sharded(name: str, value: object, ranks: frozenset[int]) -> None:
+    """Raises ConfigError for an expert weight that is sharded over `ranks`, which hold other experts.
+
+    Every rank of the layer's group has its own experts; FSDP over these ranks would mix them, and silently.
+    """
+    mesh = getattr(value, "device_mesh", None)
+    others = set() if mesh is None else ranks & set(mesh.mesh.reshape(-1).tolist())
+    if others:
+        raise ConfigError(
+            name,
+            f"sharded over rank(s) {sorted(others)}, which hold other experts of this layer",
+            "fully_shard(..., ignored_params=set(layer.experts.parameters())), or a mesh of ranks that hold the same "
+            "experts",
+        )

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_overlap.errors import ConfigError
 from moe_overlap.parallel import ddp
 from moe_overlap.parallel.optimizers import guard_optimizers
-from moe_overlap.parallel.ownership import marked_modules, owned_tensors
+from moe_overlap.parallel.ownership import marked_modules, owned_tensors, refuse_sharded
 
 M = TypeVar("M", bound=nn.Module)
 GRADIENTS = ("mean", "sum")
@@ -39,6 +39,8 @@ def prepare(model: M, *, gradients: Literal["mean", "sum"] = "mean", accumulate_
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ConfigError("model", "a DistributedDataParallel module", f"{ddp.RECIPE}; {ddp.RELOAD}")
     for module, ownership in marked_modules(model):
+        for name, parameter in module.named_parameters():
+            refuse_sharded(f"experts.{name}", parameter, ownership.others)
         ownership.mean, ownership.prepared = gradients == "mean", True
         parameters = list(module.parameters())
         if ownership.replicas is not None:

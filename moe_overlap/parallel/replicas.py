@@ -10,7 +10,9 @@ micro-batch or after the last alone (`no_sync`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, MutableMapping
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +51,7 @@ class _Watched:
 
 @dataclass(eq=False, kw_only=True)
 class _Pending:
-    """One parameter's gradient under way. The work returns [R, n + 1]: from every replica the slice that this rank adds
-    up, and the parameter's number."""
+    """A parameter's gradient under way: first its slices, [R, n + 1] with its number behind each, then their means."""
 
     parameter: nn.Parameter
     work: Work
@@ -59,17 +60,20 @@ class _Pending:
 class Replicas:
     """One rank's end of R, for the layers whose experts lie alike on the ranks of `transport`.
 
-    Raises what the transport raises, and PlanMismatch where replicas differ in weights or in what they reduce.
+    Slices and means have a transport each, so that on both of them the order of the parameters is the order of the
+    exchanges, however far each rank has come with the other one.
+
+    Raises what the transports raise, and PlanMismatch where replicas differ in weights or in what they reduce.
     """
 
-    def __init__(self, transport: Endpoint) -> None:
-        self.transport = transport
+    def __init__(self, transport: Endpoint, returning: Endpoint) -> None:
+        self.transport, self.returning = transport, returning
         self.count = transport.world_size
         self._watched: MutableMapping[torch.Tensor, _Watched] = WeakTensorKeyDictionary()
         self._numbers = 0
-        self._pending: list[_Pending] = []
+        self._slices: deque[_Pending] = deque()
+        self._means: deque[_Pending] = deque()
         self._task = -1
-        self._steps = 0
 
     def watch(self, parameters: Iterable[nn.Parameter], expert_ids: tuple[int, ...]) -> None:
         """Reduce the gradients of `parameters` from now on. DTensors are left to what sharded them."""
@@ -95,10 +99,11 @@ class Replicas:
 
     def reopen(self) -> None:
         """Usable again after a failure; collective over the replicas. What was under way is forgotten."""
-        self._pending, self._task = [], -1
+        self._forget()
         for watched in self._watched.values():
             watched.agreed = False
         self.transport.reopen()
+        self.returning.reopen()
 
     # ---------------------------------------------------------------- in backward
 
@@ -109,16 +114,38 @@ class Replicas:
         if not watched.synchronise:
             return
         task = torch._C._current_graph_task_id()
-        with closing_on_error(self.transport, "R"):
-            if task != self._task and self._pending:
-                self._pending.clear()
+        with self._closing_on_error():
+            if task != self._task and (self._slices or self._means):
+                self._forget()
                 raise RuntimeError("the last backward was broken off before its gradients were reduced over replicas")
             if not watched.agreed:
                 self._agree(parameter, watched)
-            self._pending.append(_Pending(parameter=parameter, work=self._start(parameter, watched.number)))
+            self._slices.append(_Pending(parameter=parameter, work=self._start(parameter, watched.number)))
+            self._advance(wait=False)
         if task != self._task:
             self._task = task
             Variable._execution_engine.queue_callback(self.finish)
+
+    def finish(self) -> None:
+        """Wait for what is under way: the gradients are means over the replicas then."""
+        self._task = -1
+        with self._closing_on_error():
+            self._advance(wait=True)
+
+    @torch.no_grad()
+    def _advance(self, *, wait: bool) -> None:
+        """Send the means of slices that have come, and take those that have. `wait`: until there are none."""
+        while self._slices and (wait or self._slices[0].work.done()):
+            one = self._slices.popleft()
+            mean = self._mean(one).expand(self.count, -1).contiguous()
+            work = self._exchange(self.returning, mean, self._watched[one.parameter].number)
+            self._means.append(_Pending(parameter=one.parameter, work=work))
+        while self._means and (wait or self._means[0].work.done()):
+            one = self._means.popleft()
+            grad = one.parameter.grad
+            assert grad is not None
+            grad.copy_(one.work.wait().reshape(-1)[: grad.numel()].view_as(grad))
+            self._watched[one.parameter].local = False
 
     def _start(self, parameter: nn.Parameter, number: int) -> Work:
         """Slices of the gradient to the ranks that add them up, each with the parameter's number behind it."""
@@ -128,18 +155,8 @@ class Replicas:
         size = -(-grad.numel() // self.count)
         flat = torch.zeros(self.count * size, dtype=wide, device=grad.device)
         flat[: grad.numel()] = grad.reshape(-1)
-        return self._exchange(torch.cat([flat.view(self.count, size), flat.new_full((self.count, 1), number)], dim=1))
-
-    def finish(self) -> None:
-        """Wait for what is under way: the gradients are means over the replicas then."""
-        pending, self._pending, self._task = self._pending, [], -1
-        with closing_on_error(self.transport, "R"), torch.no_grad():
-            means = [self._exchange(self._mean(one).expand(self.count, -1).contiguous()) for one in pending]
-            for one, work in zip(pending, means, strict=True):
-                grad = one.parameter.grad
-                assert grad is not None
-                grad.copy_(work.wait().reshape(-1)[: grad.numel()].view_as(grad))
-                self._watched[one.parameter].local = False
+        rows = torch.cat([flat.view(self.count, size), flat.new_full((self.count, 1), number)], dim=1)
+        return self._exchange(self.transport, rows, number)
 
     def _mean(self, pending: _Pending) -> torch.Tensor:
         """The mean of this rank's slice, rounded once: [n] in the dtype of the gradient."""
@@ -149,7 +166,7 @@ class Replicas:
         if len(other):
             rank = self.transport.global_ranks[int(other[0])]
             text = f"rank {rank} reduces the gradient of expert parameter {int(rows[other[0], -1])}, this one that of"
-            self.transport.close("replicas reduce different gradients")
+            self._close("replicas reduce different gradients")
             raise PlanMismatch(f"{text} {number}: replicas have to run the same layers", rank=self.transport.rank)
         total = rows[0, :-1].clone()
         for row in rows[1:, :-1]:  # in the order of the replicas
@@ -157,18 +174,19 @@ class Replicas:
         assert pending.parameter.grad is not None
         return (total / self.count).to(pending.parameter.grad.dtype)
 
-    def _exchange(self, rows: torch.Tensor) -> Work:
-        """Row r of [R, n] to replica r; the result has a row from each."""
-        self._steps += 1
-        plan = _one_row_each(self.transport.rank, self.count, self._steps)
-        return self.transport.start(rows, plan, RowLayout(width=rows.shape[1], dtype=rows.dtype), action="R")
+    def _exchange(self, transport: Endpoint, rows: torch.Tensor, number: int) -> Work:
+        """Row r of [R, n] to replica r; the result has a row from each. `number`: the parameter's, for errors."""
+        plan = _one_row_each(self.transport.rank, self.count, number)
+        return transport.start(rows, plan, RowLayout(width=rows.shape[1], dtype=rows.dtype), action="R")
 
     def _agree(self, parameter: nn.Parameter, watched: _Watched) -> None:
         """Before the first reduction of a parameter: replicas that differ would train different models."""
         flat = parameter.detach().reshape(-1)
         bits = flat.view(torch.int16 if parameter.dtype.itemsize == 2 else torch.int32)
         words = [watched.number, flat.numel(), DTYPES.index(flat.dtype), digest(watched.expert_ids), int(bits.sum())]
-        table = self.transport.gather(torch.tensor(words, dtype=torch.int64), Where(action="R"))
+        said = torch.tensor(words, dtype=torch.int64)
+        # On both: connections are made when first used, and here all ranks are at the same point.
+        table, _ = (transport.gather(said, Where(action="R")) for transport in (self.transport, self.returning))
         different = (table != table[0]).nonzero()
         if len(different):
             replica, column = (int(n) for n in different[0])
@@ -180,6 +198,21 @@ class Replicas:
             )
             raise PlanMismatch(text, rank=self.transport.rank, action="R")
         watched.agreed = True
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        """A rank that fails tells its peers on both transports."""
+        with closing_on_error(self.transport, "R"), closing_on_error(self.returning, "R"):
+            yield
+
+    def _close(self, reason: str) -> None:
+        self.transport.close(reason)
+        self.returning.close(reason)
+
+    def _forget(self) -> None:
+        self._slices.clear()
+        self._means.clear()
+        self._task = -1
 
 
 _of_group: weakref.WeakKeyDictionary[Any, Replicas] = weakref.WeakKeyDictionary()
@@ -194,9 +227,9 @@ def replicas_of(group: Any, *, timeout_s: float | None, device: torch.device | s
     if len(ranks) == 1:
         return None
     if resolved not in _of_group:
-        transport = open_transport(resolved, timeout_s=timeout_s, device=device)
-        assert isinstance(transport, Endpoint)
-        _of_group[resolved] = Replicas(transport)
+        first, second = (open_transport(resolved, timeout_s=timeout_s, device=device) for _ in range(2))
+        assert isinstance(first, Endpoint) and isinstance(second, Endpoint)
+        _of_group[resolved] = Replicas(first, second)
     return _of_group[resolved]
 
 

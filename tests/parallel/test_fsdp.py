@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_overlap import ConfigError, MoELayer, prepare
+from moe_overlap import ConfigError, MoELayer, clip_grad_norm_, param_groups, prepare
 from tests.parallel.expected import WORLD, check_averaged
 from tests.parallel.model import EXPERTS, MODES, D, F, Model, loss_of, meshes, train, whole
 from tests.ranks import gloo_pool
@@ -116,17 +116,11 @@ def clip_and_step(experts):
     model = Model(dist.group.WORLD)
     prepare(model)
     shard(model, "block", experts)
-    expert = [weight for layer in model.layers for weight in layer.expert_weights]
-    dense = [parameter for parameter in model.parameters() if not any(parameter is weight for weight in expert)]
-    optimizer = torch.optim.SGD([{"params": dense}, {"params": expert}], lr=0.1, momentum=0.9, foreach=True)
+    optimizer = torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9, foreach=True)
     loss_of(model, dist.get_rank()).backward()
-    squared = sum(whole(weight.grad).square().sum() for weight in expert)
-    dist.all_reduce(squared)
-    squared = squared + torch.nn.utils.get_total_norm([parameter.grad for parameter in dense]).full_tensor() ** 2
-    for group in (dense, expert):
-        torch.nn.utils.clip_grads_with_norm_(group, 0.5, squared.sqrt(), foreach=True)
+    norm = clip_grad_norm_(model.parameters(), 0.5, foreach=True)
     optimizer.step()
-    return squared.sqrt(), {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    return norm, {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("experts", ["ignored", "own_mesh"])

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_overlap import ConfigError, MoELayer, PlanMismatch, no_sync, prepare
+from moe_overlap import ConfigError, MoELayer, MoeTransportError, PlanMismatch, no_sync, prepare
 from tests.parallel.model import EXPERTS, D, F, Model, gradients, loss_of
 from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits
@@ -357,3 +357,59 @@ def groups_that_do_not_fit():
 
 def test_groups_that_do_not_fit():
     gloo_pool(RANKS).run(groups_that_do_not_fit)
+
+
+# ---------------------------------------------------------------- failures: nobody waits for ever
+
+
+class Fails(torch.autograd.Function):
+    """An identity whose backward fails on one rank."""
+
+    @staticmethod
+    def forward(ctx, x, rank):
+        ctx.rank = rank
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if dist.get_rank() == ctx.rank:
+            raise RuntimeError("planted")
+        return grad, None
+
+
+def failing_in_backward(where):
+    torch.manual_seed(3)
+    first, second = (MoELayer(D, F, 4, 2, group=mesh(), dtype=torch.float64, timeout_s=2.0) for _ in range(2))
+    replicas_of_own = first.ownership.replicas
+    both = (replicas_of_own.transport, replicas_of_own.returning)
+    usual_s = both[0].timeout_s
+    for transport in both:
+        transport.timeout_s = 2.0
+    x = rows(0)
+    h = first(Fails.apply(x.requires_grad_(), 0) if where == "last" else x)
+    h = second(Fails.apply(h, 0) if where == "middle" else h)
+    error = "none"
+    try:
+        h.square().sum().backward()
+    except (RuntimeError, MoeTransportError) as caught:
+        error = type(caught).__name__
+    dist.barrier()
+    for layer in (first, second):
+        layer.transport.reopen()
+    replicas_of_own.reopen()
+    for transport in both:
+        transport.timeout_s = usual_s
+    second(first(rows(0))).square().sum().backward()
+    return error, [w.grad for w in (*first.experts.parameters(), *second.experts.parameters())]
+
+
+@pytest.mark.parametrize("where", ["middle", "last"])
+def test_a_rank_that_fails_in_backward_leaves_nobody_waiting(where):
+    """And everything can be opened again. In the middle R of the second layer is under way when the first one is never
+    reached; at the end all exchanges of rows are over, and only what R still misses can fail elsewhere."""
+    results = gloo_pool(RANKS).run(failing_in_backward, where)
+    assert results[0][0] == "RuntimeError"
+    assert where == "last" or "none" not in [error for error, _ in results]
+    for rank in range(SPREAD):
+        for got, want in zip(results[rank + SPREAD][1], results[rank][1], strict=True):
+            same_bits(got, want)

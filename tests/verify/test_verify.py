@@ -132,11 +132,10 @@ def test_a_rank_that_dies_is_a_finding():
     assert "ended with status" in report.findings[0].how
 
 
-def test_a_rank_that_hangs_is_a_finding(capfd):
+def test_a_rank_that_hangs_is_a_finding():
     report = verify.check(NeverComesBack, timeout_s=2.0, limit_s=25.0)
     assert report.exit_code == 1
-    assert "output: rank 0 raised TransportTimeout" in report.findings[0].how
-    assert "time.sleep" in capfd.readouterr().err or "in forward" in capfd.readouterr().err
+    assert "after routing (output: rank 0 raised TransportTimeout" in report.findings[-1].how
 
 
 @pytest.mark.parametrize(
