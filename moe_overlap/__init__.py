@@ -19,7 +19,7 @@ from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
-from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare
+from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare, reopen
 
 __version__ = VERSION
 
@@ -46,5 +46,6 @@ __all__ = [
     "no_sync",
     "param_groups",
     "prepare",
+    "reopen",
     "sac_policy",
 ]

@@ -77,6 +77,9 @@ def make_transport(
     """The transport given, by itself or in a dispatcher, or one for `group`; and the replicas of `replicate_group`, or
     of the first dimension of a two-dimensional `group`."""
     if getattr(group, "ndim", 1) == 2:
+        names = group.mesh_dim_names or ("", "")
+        if names[0] in ("ep", "expert", "experts") or names[1] in ("dp", "replica", "replicas"):
+            raise ConfigError("group", f"a mesh {names}", "replicas first, and experts second")
         if replicate_group is not None:
             raise ConfigError("replicate_group", replicate_group, "None beside a two-dimensional mesh, which has it")
         replicate_group, group = group.get_group(0), group.get_group(1)

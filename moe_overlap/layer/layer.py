@@ -34,8 +34,8 @@ from moe_overlap.layer.arguments import (
 from moe_overlap.layer.experts import check_weights, take_old_names, warn_of_hooks, weights_of
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.layer.tickets import Ticket, Tickets
-from moe_overlap.parallel import ddp
-from moe_overlap.parallel.ownership import mark
+from moe_overlap.parallel.entering import entered
+from moe_overlap.parallel.ownership import adopt, mark
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
@@ -245,15 +245,15 @@ class MoELayer(Tickets, nn.Module):
 
     @property
     def _runs_inline(self) -> bool:
-        return self.transport.name == "local" and isinstance(self.schedule, SchedulePair) and self.schedule.chunks == 1
+        one_rank = self.transport.name == "local" and self.ownership.grad_scale == 1.0
+        return one_rank and isinstance(self.schedule, SchedulePair) and self.schedule.chunks == 1
 
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""
         d, activation = self.dispatcher, self.experts.activation
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
-        if not torch.compiler.is_compiling():
-            ddp.check(self.ownership, self.experts)
+        self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)
         dtype = rows_dtype(x, w_out, d.hidden)
         check_weights(w_in, w_out, d.activation, count=d.placement.slots_per_rank, hidden=d.hidden, ffn=d.ffn_hidden)
@@ -283,10 +283,10 @@ class MoELayer(Tickets, nn.Module):
         memo[id(self.transport)] = self.transport
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        mark(copied.experts, self.ownership)
+        mark(copied.experts, copied.ownership)
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "experts":  # the first ones, or those that an adapter library puts in their place
-            mark(value, self.ownership)
+            self.ownership = adopt(value, self.ownership)

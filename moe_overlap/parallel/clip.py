@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.parallel.optimizers import require_reduced
 from moe_overlap.parallel.ownership import Ownership, owners
 
 Parameters = torch.Tensor | Iterable[torch.Tensor]
@@ -53,6 +54,7 @@ def grad_norm(parameters: Parameters, norm_type: float = 2.0, *, foreach: bool |
     if not order > 0:
         raise ConfigError("norm_type", norm_type, "a number above 0, or inf")
     given = _listed(parameters)
+    require_reduced(owners(given))
     sums: dict[Ownership | None, torch.Tensor] = {}
     device = given[0].device if given else torch.device("cpu")
     for (owner, _, _), group in _kinds(given).items():
@@ -72,10 +74,14 @@ def gradients_are_finite(parameters: Parameters) -> bool:
     waits."""
     given = _listed(parameters)
     device = given[0].device if given else torch.device("cpu")
+    require_reduced(owners(given))
     bad = torch.zeros((), device=device)
-    for parameter in given:
-        if parameter.grad is not None:
-            bad = torch.maximum(bad, (~_local(parameter.grad).isfinite().all()).float())
+    for group in _kinds(given).values():
+        flag = torch.zeros((), device=device)
+        for parameter in group:
+            if parameter.grad is not None:
+                flag = torch.maximum(flag, (~_local(parameter.grad).isfinite().all()).float())
+        bad = torch.maximum(bad, _over_mesh(group, flag, dist.ReduceOp.MAX))
     return not bool(_anywhere(given, bad))
 
 
@@ -123,14 +129,19 @@ def _powered(group: list[torch.Tensor], order: float, foreach: bool | None) -> t
     parts = [local for local in map(_local, grads) if local.numel()]  # torch has no maximum of an empty shard
     norm = nn.utils.get_total_norm(parts, order, foreach=foreach).double()
     powered = norm if math.isinf(order) else norm**order
+    return _over_mesh(group, powered, dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM)
+
+
+def _over_mesh(group: list[torch.Tensor], value: torch.Tensor, op: Any) -> torch.Tensor:
+    """What each rank found in its shards of the gradients of one kind, over all of them; plain ones are whole."""
     mesh: Any = getattr(group[0], "device_mesh", None)
-    if mesh is not None:
-        powered = powered.to(mesh.device_type)
-        for dim, placement in enumerate(group[0].placements):  # type: ignore[attr-defined]
-            if placement.is_shard():
-                op = dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM
-                dist.all_reduce(powered, op=op, group=mesh.get_group(dim))
-    return powered
+    if mesh is None:
+        return value
+    value = value.to(mesh.device_type)
+    for dim, placement in enumerate(group[0].placements):  # type: ignore[attr-defined]
+        if placement.is_shard():
+            dist.all_reduce(value, op=op, group=mesh.get_group(dim))
+    return value
 
 
 def _without_sums(grad: torch.Tensor) -> torch.Tensor:

@@ -65,9 +65,14 @@ def check(ownership: Ownership, experts: nn.Module) -> None:
     if mixed and averaged:
         held = f"averages experts ({', '.join(averaged)}) with ranks {mixed}, which hold other ones"
         raise ConfigError("DistributedDataParallel", held, f"{RECIPE}; {RELOAD}")
-    if mixed and not ownership.mean:
+    sums_itself = ownership.prepared and ddp._comm_hooks
+    if mixed and not ownership.mean and not sums_itself:
         held = "makes means over ranks, and the experts' gradients are sums"
         raise ConfigError("DistributedDataParallel", held, RECIPE)
+    if len(ranks) > ownership.ranks_reached and (mixed or ownership.replicas is not None):
+        held = f"makes means over {len(ranks)} ranks, and those of experts are made over {ownership.ranks_reached}"
+        expected = "replicate_group= (or a two-dimensional group=) with all ranks that hold the same experts"
+        raise ConfigError("DistributedDataParallel", held, expected)
     if averaged and ownership.replicas is not None:
         held = f"averages experts ({', '.join(averaged)}), as the layer does by its replicas"
         raise ConfigError("DistributedDataParallel", held, RECIPE)
@@ -76,5 +81,5 @@ def check(ownership: Ownership, experts: nn.Module) -> None:
         if left:
             held = f"ignores experts ({', '.join(left)}) that all its ranks {ranks} hold alike: they would drift apart"
             raise ConfigError("DistributedDataParallel", held, "a list of ignored parameters from moe_overlap.prepare")
-    if ownership.replicas is not None:
+    if ownership.replicas is not None and torch.is_grad_enabled():
         ownership.replicas.synchronise(experts.parameters(), bool(ddp.require_backward_grad_sync))

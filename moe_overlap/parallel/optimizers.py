@@ -29,22 +29,63 @@ def guard_optimizers() -> None:
         register_optimizer_step_post_hook(after_step)
 
 
-def before_step(optimizer: Optimizer, *_: Any) -> None:
-    """Raises ConfigError for an optimizer or gradients with which replicas or experts would be mixed or drift apart."""
+@torch.compiler.disable
+def before_step(
+    optimizer: Optimizer, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Raises ConfigError for an optimizer or gradients with which replicas or experts would be mixed or drift apart.
+
+    An optimizer that is given a closure makes its gradients there: they are looked at after each call of it.
+    """
+    kwargs = kwargs or {}
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _check(optimizer)
+        return None
+
+    def checked() -> Any:
+        loss = closure()
+        _check(optimizer)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": checked}
+    return (args[0], checked, *args[2:]), kwargs
+
+
+def _check(optimizer: Optimizer) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     owned = owners(parameters)
     if not owned:
         return
     _refuse_sharded_states(optimizer, owned)
     _refuse_sums_beside_means(parameters, owned)
+    require_reduced(owned)
     for parameter, owner in owned.items():
-        refuse_sharded("experts", parameter, owner.others)
         if parameter.grad is None:
             continue
-        if owner.replicas is not None and not hasattr(parameter, "device_mesh"):
-            _finish_replicas(parameter, owner)
+        if owner.accumulate_fp32 and parameter.dtype.itemsize == 2 and parameter.grad.dtype != torch.float32:
+            given = (
+                f"gradients in {parameter.grad.dtype} of an expert parameter that came after prepare(accumulate_fp32)"
+            )
+            raise ConfigError("optimizer", given, "moe_overlap.prepare(model) after copies and other new parameters")
         if parameter.grad.dtype != parameter.dtype:
             _round(parameter)
+
+
+def require_reduced(owned: dict[torch.Tensor, Ownership]) -> None:
+    """Raises ConfigError for gradients that are not those of all ranks. Waits for replicas whose exchange is under way:
+    an optimizer that steps inside backward finds them so."""
+    for parameter, owner in owned.items():
+        refuse_sharded("experts", parameter, owner.others)
+        mesh = getattr(parameter, "device_mesh", None)
+        if parameter.grad is None:
+            continue
+        if mesh is not None and mesh.size() > 1 and owner.replicas is None and not owner.mean:
+            given = "sums, of experts that fully_shard has spread over replicas which the layer was not told of"
+            raise ConfigError("gradients", given, "replicate_group=, or means: moe_overlap.prepare(model)")
+        if owner.replicas is not None and mesh is None:
+            _finish_replicas(parameter, owner)
 
 
 def _refuse_sharded_states(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
@@ -65,8 +106,13 @@ def _refuse_sharded_states(optimizer: Optimizer, owned: dict[torch.Tensor, Owner
 def _refuse_sums_beside_means(parameters: list[torch.Tensor], owned: dict[torch.Tensor, Ownership]) -> None:
     """FSDP2 makes means over its mesh, and experts have sums unless the model was prepared."""
     sums = {rank for owner in owned.values() if not owner.mean and not owner.prepared for rank in owner.others}
+    fewest = min(owner.ranks_reached for owner in owned.values())
     for parameter in parameters:
         mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and parameter not in owned and mesh.size() > fewest > 1:
+            given = f"dense gradients over {mesh.size()} ranks, and those of experts over {fewest}"
+            expected = "replicate_group= (or a two-dimensional group=) with all ranks that hold the same experts"
+            raise ConfigError("model", given, expected)
         if sums and mesh is not None and parameter not in owned and sums & set(mesh.mesh.reshape(-1).tolist()):
             raise ConfigError(
                 "model",
@@ -82,7 +128,8 @@ def _finish_replicas(parameter: torch.Tensor, owner: Ownership) -> None:
     if not owner.replicas.watches(parameter):
         given = f"an expert parameter {tuple(parameter.shape)} that came after its layer, with replicas on other ranks"
         raise ConfigError("optimizer", given, "moe_overlap.prepare(model) after parametrizations, adapters and copies")
-    if owner.replicas.is_local(parameter):
+    assert parameter.grad is not None
+    if owner.replicas.is_local(parameter) and bool(parameter.grad.any()):
         given = f"gradients of one replica alone for an expert parameter {tuple(parameter.shape)}"
         raise ConfigError("optimizer", given, "a backward outside of no_sync() before the step")
 
@@ -97,6 +144,7 @@ def _round(parameter: torch.Tensor) -> None:
     _rounded[parameter] = None
 
 
+@torch.compiler.disable
 def after_step(*_: Any) -> None:
     """The next micro-batches are accumulated in float32 again."""
     for parameter in list(_rounded):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ _ATTRIBUTE = "_moe_overlap_ownership"
 
 @dataclass(eq=False, kw_only=True)
 class Ownership:
-    """What the experts of one layer are to the ranks of a job; copies of the layer share it.
+    """What the experts of one layer are to the ranks of a job; layers with tied experts share it.
 
     transport: over the ranks that share the layer's experts out among them; expert_ids: those held here, in the order
     of the weights; num_experts: of the whole layer; replicas: the ranks that hold the same ones, None where this rank
@@ -33,6 +33,7 @@ class Ownership:
 
     Gradients of experts are, by definition, those of the sum over all ranks of the ranks' losses, or of the mean where
     `mean` is set: `grad_scale` is what backward multiplies them by for that. `prepared`: the caller has said which.
+    `accumulate_fp32`: half-precision gradients are kept in float32 until a step.
     """
 
     transport: Transport
@@ -41,6 +42,7 @@ class Ownership:
     replicas: Replicas | None = None
     mean: bool = False
     prepared: bool = False
+    accumulate_fp32: bool = False
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
@@ -61,8 +63,18 @@ class Ownership:
         """Rows of this layer's own ranks are summed by its exchanges; `Replicas` makes the mean of the replicas."""
         return 1.0 / self.transport.world_size if self.mean else float(self.num_replicas)
 
+    @property
+    def ranks_reached(self) -> int:
+        """How many ranks an expert's gradient comes from."""
+        return self.transport.world_size * self.num_replicas
+
+    def holds_like(self, other: Ownership) -> bool:
+        """Whether the experts of both are the same ones on the same ranks."""
+        alike = (self.expert_ids, self.expert_ranks) == (other.expert_ids, other.expert_ranks)
+        return alike and self.replicas is other.replicas
+
     def __deepcopy__(self, memo: dict[int, object]) -> Ownership:
-        return self
+        return replace(self)
 
 
 def mark(module: nn.Module, ownership: Ownership) -> None:
@@ -70,14 +82,19 @@ def mark(module: nn.Module, ownership: Ownership) -> None:
     _marked[module] = ownership
 
 
+def adopt(module: nn.Module, ownership: Ownership) -> Ownership:
+    """Mark the experts of a layer with what they are to it, or, where another layer with the same experts on the same
+    ranks has marked them (tied weights), take that: what is said of one is said of both."""
+    known = _marked.get(module)
+    if known is not None and (known is ownership or known.holds_like(ownership)):
+        return known
+    mark(module, ownership)
+    return ownership
+
+
 def mark_parameter(parameter: nn.Parameter, ownership: Ownership) -> None:
     """`parameter`, which stands in no marked module, holds or adapts experts of this rank."""
     setattr(parameter, _ATTRIBUTE, ownership)
-
-
-def ownership_of(module: nn.Module) -> Ownership | None:
-    """The mark of a module; None where it has none."""
-    return _marked.get(module)
 
 
 def marked_modules(model: nn.Module) -> Iterator[tuple[nn.Module, Ownership]]:

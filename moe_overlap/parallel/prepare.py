@@ -20,35 +20,38 @@ M = TypeVar("M", bound=nn.Module)
 GRADIENTS = ("mean", "sum")
 
 
-def prepare(model: M, *, gradients: Literal["mean", "sum"] = "mean", accumulate_fp32: bool = False) -> M:
+def prepare(model: M, *, gradients: Literal["mean", "sum"] | None = None, accumulate_fp32: bool = False) -> M:
     """Make `model` ready for data parallelism; returns it. The last step before DistributedDataParallel, which is given
     this very module; before or after fully_shard; again after parametrizations and adapters came to the experts.
 
     gradients: what an expert's gradient is, over all ranks: of the "mean" of the ranks' losses, which is what DDP and
-    FSDP2 make of all other gradients, or of their "sum". accumulate_fp32: gradients of bfloat16 and float16 experts are
-    kept in float32 over micro-batches, and rounded once when an optimizer steps.
+    FSDP2 make of all other gradients, or of their "sum"; None: as an earlier call has said, else the mean.
+    accumulate_fp32: gradients of bfloat16 and float16 experts are kept in float32 over micro-batches, and rounded once
+    when an optimizer steps (plain tensors; FSDP2 has a policy of its own).
 
     DDP is told to leave experts alone that lie spread over ranks. New parameters of experts that have replicas are
     reduced over them. On one rank nothing of this is needed, and nothing happens.
 
     Raises ConfigError for a model that DDP has already wrapped: its experts are overwritten.
     """
-    if gradients not in GRADIENTS:
-        raise ConfigError("gradients", gradients, f"one of {GRADIENTS}")
+    if gradients not in (None, *GRADIENTS):
+        raise ConfigError("gradients", gradients, f"None or one of {GRADIENTS}")
     guard_optimizers()
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ConfigError("model", "a DistributedDataParallel module", f"{ddp.RECIPE}; {ddp.RELOAD}")
     for module, ownership in marked_modules(model):
         for name, parameter in module.named_parameters():
             refuse_sharded(f"experts.{name}", parameter, ownership.others)
-        ownership.mean, ownership.prepared = gradients == "mean", True
-        parameters = list(module.parameters())
-        if ownership.replicas is not None:
-            ownership.replicas.watch(parameters, ownership.expert_ids)
-        if accumulate_fp32:
-            for parameter in parameters:
-                _accumulate_fp32(parameter)
+        if gradients is not None or not ownership.prepared:
+            ownership.mean, ownership.prepared = gradients != "sum", True
+        ownership.accumulate_fp32 |= accumulate_fp32
     owned = owned_tensors(model)
+    for tensor, owner in owned.items():
+        if isinstance(tensor, nn.Parameter):
+            if owner.replicas is not None:
+                owner.replicas.watch([tensor], owner.expert_ids)
+            if owner.accumulate_fp32:
+                _accumulate_fp32(tensor)
     ddp.ignore(model, [t for t, owner in owned.items() if owner.others or owner.replicas is not None])
     return model
 
@@ -59,6 +62,18 @@ def ignore_experts_for_ddp(model: nn.Module) -> list[str]:
     prepare(model)
     spread = [t for t, owner in owned_tensors(model).items() if owner.others or owner.replicas is not None]
     return ddp.ignore(model, spread)
+
+
+def reopen(model: nn.Module) -> None:
+    """Make the layers of `model` usable again after an error between ranks: their transports, and what reduces their
+    experts over replicas. Collective: all ranks of the job call it."""
+    replicas = {}
+    for _, ownership in marked_modules(model):
+        ownership.transport.reopen()
+        if ownership.replicas is not None:
+            replicas[id(ownership.replicas)] = ownership.replicas
+    for one in replicas.values():
+        one.reopen()
 
 
 @contextmanager
@@ -97,6 +112,12 @@ def param_groups(
 def _accumulate_fp32(parameter: nn.Parameter) -> None:
     """Gradients of a half-precision parameter stay float32 until a step (see `optimizers.py`)."""
     if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        if hasattr(parameter, "device_mesh"):
+            raise NotImplementedError(
+                "accumulate_fp32 for sharded experts: mp_policy=MixedPrecisionPolicy(reduce_dtype=)"
+            )
         if not hasattr(parameter, "grad_dtype"):
             raise NotImplementedError("accumulate_fp32 before torch 2.10, whose tensors have no grad_dtype")
+        grad, parameter.grad = parameter.grad, None
         parameter.grad_dtype = torch.float32
+        parameter.grad = None if grad is None else grad.float()

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,11 @@ from moe_overlap.transport.opening import open_transport
 from moe_overlap.transport.where import Where
 
 # What replicas must have in common of a parameter, in the words of the table that they compare.
-COMPARED = ("its place among the parameters", "its number of elements", "its dtype", "its experts", "its values")
+COMPARED = ("its place among the parameters: they run other layers, or made them in another order",
+            "its number of elements", "its dtype", "its experts")  # fmt: skip
+EXTRA = 4  # behind each row: the parameter's number, and a digest of its values in three parts
+PART = 1 << 21  # which float32 holds exactly
+LINE = 4096
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,10 +55,12 @@ class _Watched:
 
 @dataclass(eq=False, kw_only=True)
 class _Pending:
-    """A parameter's gradient under way: first its slices, [R, n + 1] with its number behind each, then their means."""
+    """A parameter's gradient under way: first its slices, [R, n + EXTRA], then their means. `seen`: the gradient and
+    its version when its slices left."""
 
     parameter: nn.Parameter
     work: Work
+    seen: tuple[torch.Tensor, int]
 
 
 class Replicas:
@@ -117,10 +123,11 @@ class Replicas:
         with self._closing_on_error():
             if task != self._task and (self._slices or self._means):
                 self._forget()
-                raise RuntimeError("the last backward was broken off before its gradients were reduced over replicas")
+                text = "the last backward was broken off before its gradients were reduced over replicas"
+                raise RuntimeError(f"{text}: moe_overlap.reopen(model) on all ranks")
             if not watched.agreed:
                 self._agree(parameter, watched)
-            self._slices.append(_Pending(parameter=parameter, work=self._start(parameter, watched.number)))
+            self._slices.append(self._start(parameter, watched.number))
             self._advance(wait=False)
         if task != self._task:
             self._task = task
@@ -139,40 +146,66 @@ class Replicas:
             one = self._slices.popleft()
             mean = self._mean(one).expand(self.count, -1).contiguous()
             work = self._exchange(self.returning, mean, self._watched[one.parameter].number)
-            self._means.append(_Pending(parameter=one.parameter, work=work))
+            self._means.append(replace(one, work=work))
         while self._means and (wait or self._means[0].work.done()):
             one = self._means.popleft()
-            grad = one.parameter.grad
-            assert grad is not None
+            grad = self._unchanged(one)
             grad.copy_(one.work.wait().reshape(-1)[: grad.numel()].view_as(grad))
             self._watched[one.parameter].local = False
 
-    def _start(self, parameter: nn.Parameter, number: int) -> Work:
-        """Slices of the gradient to the ranks that add them up, each with the parameter's number behind it."""
+    def _start(self, parameter: nn.Parameter, number: int) -> _Pending:
+        """Slices of the gradient to the ranks that add them up, each with the parameter's number behind it, and a
+        digest of its values: replicas that differ would train different models."""
         assert parameter.grad is not None
         grad = parameter.grad.detach()
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         size = -(-grad.numel() // self.count)
         flat = torch.zeros(self.count * size, dtype=wide, device=grad.device)
         flat[: grad.numel()] = grad.reshape(-1)
-        rows = torch.cat([flat.view(self.count, size), flat.new_full((self.count, 1), number)], dim=1)
-        return self._exchange(self.transport, rows, number)
+        said = torch.cat([flat.new_tensor([number]), _digest_of(parameter.detach()).to(wide)])
+        rows = torch.cat([flat.view(self.count, size), said.expand(self.count, -1)], dim=1)
+        work = self._exchange(self.transport, rows, number)
+        return _Pending(parameter=parameter, work=work, seen=(parameter.grad, parameter.grad._version))
+
+    def _unchanged(self, pending: _Pending) -> torch.Tensor:
+        """The gradient, which R is about to write. Raises ConfigError where somebody has changed it meanwhile."""
+        grad, version = pending.seen
+        if pending.parameter.grad is not grad or grad._version != version:
+            given = f"a gradient {tuple(grad.shape)} of experts that a hook changed while it is reduced over replicas"
+            expected = "hooks of the parameter (register_hook), which run before, or changes after backward"
+            raise ConfigError("experts", given, expected)
+        return grad
 
     def _mean(self, pending: _Pending) -> torch.Tensor:
         """The mean of this rank's slice, rounded once: [n] in the dtype of the gradient."""
         rows = pending.work.wait()
-        number = self._watched[pending.parameter].number
-        other = (rows[:, -1] != number).nonzero()
-        if len(other):
-            rank = self.transport.global_ranks[int(other[0])]
-            text = f"rank {rank} reduces the gradient of expert parameter {int(rows[other[0], -1])}, this one that of"
-            self._close("replicas reduce different gradients")
-            raise PlanMismatch(f"{text} {number}: replicas have to run the same layers", rank=self.transport.rank)
-        total = rows[0, :-1].clone()
-        for row in rows[1:, :-1]:  # in the order of the replicas
+        self._require_same(pending, rows[:, -EXTRA:])
+        total = rows[0, :-EXTRA].clone()
+        for row in rows[1:, :-EXTRA]:  # in the order of the replicas
             total += row
-        assert pending.parameter.grad is not None
-        return (total / self.count).to(pending.parameter.grad.dtype)
+        return (total / self.count).to(self._unchanged(pending).dtype)
+
+    def _require_same(self, pending: _Pending, said: torch.Tensor) -> None:
+        """Raises PlanMismatch, alike on all replicas, where they mean other parameters or have other values."""
+        different = (said != said[0]).nonzero()
+        if not len(different):
+            return
+        replica, column = (int(n) for n in different[0])
+        first, second = self.transport.global_ranks[0], self.transport.global_ranks[replica]
+        if column == 0:
+            numbers = f"{int(said[0, 0])} and {int(said[replica, 0])}"
+            text = (
+                f"ranks {first} and {second} reduce the gradients of expert parameters {numbers}: replicas have to run"
+            )
+            text += " the same layers"
+        else:
+            shape, number = tuple(pending.parameter.shape), int(said[0, 0])
+            text = (
+                f"ranks {first} and {second} hold the same experts and differ in the values of an expert parameter "
+                f"{shape}, number {number}: load the same weights, or start from one seed"
+            )
+        self._close(text)
+        raise PlanMismatch(text, rank=self.transport.rank, action="R")
 
     def _exchange(self, transport: Endpoint, rows: torch.Tensor, number: int) -> Work:
         """Row r of [R, n] to replica r; the result has a row from each. `number`: the parameter's, for errors."""
@@ -180,10 +213,9 @@ class Replicas:
         return transport.start(rows, plan, RowLayout(width=rows.shape[1], dtype=rows.dtype), action="R")
 
     def _agree(self, parameter: nn.Parameter, watched: _Watched) -> None:
-        """Before the first reduction of a parameter: replicas that differ would train different models."""
-        flat = parameter.detach().reshape(-1)
-        bits = flat.view(torch.int16 if parameter.dtype.itemsize == 2 else torch.int32)
-        words = [watched.number, flat.numel(), DTYPES.index(flat.dtype), digest(watched.expert_ids), int(bits.sum())]
+        """Before the first reduction of a parameter, whose rows could not be exchanged if they had other lengths."""
+        kind = DTYPES.index(parameter.dtype)
+        words = [watched.number, parameter.numel(), kind, digest(watched.expert_ids)]
         said = torch.tensor(words, dtype=torch.int64)
         # On both: connections are made when first used, and here all ranks are at the same point.
         table, _ = (transport.gather(said, Where(action="R")) for transport in (self.transport, self.returning))
@@ -192,9 +224,8 @@ class Replicas:
             replica, column = (int(n) for n in different[0])
             first, second = self.transport.global_ranks[0], self.transport.global_ranks[replica]
             text = (
-                f"ranks {first} and {second} hold the same experts and differ in {COMPARED[column]}: an expert "
-                f"parameter {tuple(parameter.shape)}, number {watched.number}; load the same weights, or start from "
-                "one seed"
+                f"ranks {first} and {second} are replicas and differ in {COMPARED[column]} (an expert parameter "
+                f"{tuple(parameter.shape)}, number {watched.number})"
             )
             raise PlanMismatch(text, rank=self.transport.rank, action="R")
         watched.agreed = True
@@ -243,6 +274,19 @@ def check_replicas(transport: Endpoint, expert_ranks: tuple[int, ...]) -> None:
             list(transport.global_ranks),
             f"ranks that hold the same experts as this one; group {list(expert_ranks)} holds other ones",
         )
+
+
+def _digest_of(values: torch.Tensor) -> torch.Tensor:
+    """Three integers from 0 to PART - 1 that change with the bits of `values` and with their order (int64 sums are
+    exact, in whatever order they are made)."""
+    flat = values.reshape(-1)
+    bits = flat.view(torch.int16 if values.dtype.itemsize == 2 else torch.int32)
+    full = bits[: bits.numel() // LINE * LINE].view(-1, LINE)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for sums in (full.sum(dim=0, dtype=torch.int64), full.sum(dim=1, dtype=torch.int64), bits[full.numel() :].long()):
+        weights = torch.arange(1, sums.numel() + 1, device=bits.device, dtype=torch.int64)
+        total = total * 1_000_003 + (sums * weights * 2_654_435_761).sum()
+    return torch.stack([total % PART, (total >> 21) % PART, (total >> 42) % PART])
 
 
 def _one_row_each(rank: int, count: int, step: int) -> ChunkPlan:

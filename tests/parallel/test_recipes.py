@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,12 +25,19 @@ def ranks_of(program: str) -> int:
     return 4 if "(2, 2)" in program else 2
 
 
+def run_program(program):
+    """The names that a program leaves behind."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(program)
+        file.flush()
+        return runpy.run_path(file.name)
+
+
 def run(program):
     """What a program leaves in `model`, whole where sharded. In float64, so that nothing else than rounding differs."""
-    names = {}
     torch.set_default_dtype(torch.float64)
     try:
-        exec(compile(PREAMBLE + program, "docs/parallel.md", "exec"), names)
+        names = run_program(PREAMBLE + program)
     finally:
         torch.set_default_dtype(torch.float32)
     if program not in TRAINING:
@@ -39,11 +48,10 @@ def run(program):
 @lru_cache(maxsize=2)
 def one_process(ranks):
     """The same training with all experts here and the tokens of all ranks."""
-    names = {}
     torch.set_default_dtype(torch.float64)
     here = dist.get_rank
     try:
-        exec(compile(PREAMBLE, "docs/parallel.md", "exec"), names)
+        names = run_program(PREAMBLE)
         model = names["make"](None)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for step in range(3):
