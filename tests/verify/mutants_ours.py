@@ -338,8 +338,9 @@ NORM: tuple[Mutant, ...] = (
         "huggingface/trl#5712",
         "norm and clip",
         clip(
-            "    for group in _kinds(given).values():\n",
-            "    for group in (group for (owner, _), group in _kinds(given).items() if owner is None):\n",
+            "    for group in _kinds(given).values():\n        nn.utils.clip",
+            "    for group in (group for (owner, _), group in _kinds(given).items() if owner is None):\n"
+            "        nn.utils.clip",
         ),
     ),
     mutant(
