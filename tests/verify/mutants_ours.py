@@ -361,7 +361,7 @@ IN_DDP: tuple[Mutant, ...] = (
             "    ddp.ignore(model, [t for t, owner in owned.items()",
             "    list([t for t, owner in owned.items()",
         ),
-        layer("            ddp.check(self.ownership, self.experts)\n", "            pass\n"),
+        Patch("parallel.entering", "    ddp.check(ownership, experts)\n", "    pass\n"),
     ),
     mutant(
         "a model that was not prepared for DDP",
