@@ -122,7 +122,9 @@ class Adapter:
         return found
 
     def _tensors(self) -> State:
-        return self.module.state_dict(keep_vars=True)
+        """This rank's parameters and persistent buffers themselves: a state dict may show them otherwise."""
+        own = dict(self.module.named_parameters())
+        return own | {n: t for n, t in self.module.state_dict(keep_vars=True).items() if n not in own}
 
     # ------------------------------------------------------------------------------------ optional
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.parallel.clip import clip_grad_norm_
+from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
 from moe_overlap.parallel.prepare import prepare
 from moe_overlap.verify.adapter import Adapter, size_of
 
@@ -44,9 +52,26 @@ class Ours(Adapter):
         return clip_grad_norm_(self.module.parameters(), max_norm)
 
     def optimizer_step(self) -> None:
+        self._optimizer().step()
+
+    def save(self, folder: Path) -> None:
+        with _without_a_warning():
+            dcp.save(self._state(), checkpoint_id=folder, process_group=self.group, no_dist=self.group is None)
+
+    def load(self, folder: Path) -> None:
+        state = self._state()
+        with _without_a_warning():
+            dcp.load(state, checkpoint_id=folder, process_group=self.group, no_dist=self.group is None)
+        self.module.load_state_dict(state["model"])
+        load_optimizer_state_dict(self.module, self._optimizer(), state["optimizer"])
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.module.state_dict(), "optimizer": optimizer_state_dict(self.module, self._optimizer())}
+
+    def _optimizer(self) -> torch.optim.AdamW:
         if not hasattr(self, "optimizer"):
             self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-2)
-        self.optimizer.step()
+        return self.optimizer
 
     def aux_loss(self) -> torch.Tensor:
         loss = self.module.take_aux_loss()
@@ -73,3 +98,11 @@ class OursInDDP(Ours):
 
     def sync_grads(self) -> None:
         pass
+
+
+@contextmanager
+def _without_a_warning() -> Iterator[None]:
+    """Of one rank, which saves alone on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
