@@ -294,10 +294,10 @@ RECIPE: tuple[Mutant, ...] = (
             "        for name, parameter in self.module.named_parameters():\n            if self.group is not None and",
         ),
         adapter(
-            "        self.optimizer.step()\n",
+            "        self._optimizer().step()\n",
             "        for parameter, grad in zip(self.module.parameters(), self.early):\n"
             "            parameter.grad = grad\n"
-            "        self.optimizer.step()\n",
+            "        self._optimizer().step()\n",
         ),
     ),
 )
@@ -351,6 +351,21 @@ NORM: tuple[Mutant, ...] = (
     ),
 )
 
+CHECKPOINTS: tuple[Mutant, ...] = (
+    mutant(
+        "one rank's experts saved",
+        "KempnerInstitute/KempnerForge#202",
+        "save, reshard, load",
+        Patch("parallel.state", "if self.ownership.others and name.startswith(prefix)", "if False"),
+    ),
+    mutant(
+        "optimizer state not loaded",
+        "EvolvingLMMs-Lab/OneVision-Encoder#65",
+        "save, reshard, load",
+        adapter('        load_optimizer_state_dict(self.module, self._optimizer(), state["optimizer"])\n', ""),
+    ),
+)
+
 IN_DDP: tuple[Mutant, ...] = (
     mutant(
         "DDP averages different experts",
@@ -373,4 +388,4 @@ IN_DDP: tuple[Mutant, ...] = (
     *(replace(one, soak=True) for one in SCALES),
 )
 
-OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM)
+OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM, *CHECKPOINTS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
 from moe_overlap.commands.launch import World
+
 from moe_overlap.commands.train import model
 from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint, load_checkpoint, save_checkpoint
 from moe_overlap.commands.train.command import run_rank
