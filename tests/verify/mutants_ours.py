@@ -362,7 +362,7 @@ CHECKPOINTS: tuple[Mutant, ...] = (
         "optimizer state not loaded",
         "EvolvingLMMs-Lab/OneVision-Encoder#65",
         "save, reshard, load",
-        adapter('        load_optimizer_state_dict(self.module, self._optimizer(), state["optimizer"])\n', ""),
+        adapter("dcp.load(state,", 'dcp.load({"model": state["model"]},'),
     ),
 )
 
