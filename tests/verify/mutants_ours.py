@@ -132,9 +132,8 @@ ROUTER: tuple[Mutant, ...] = (
         "auxiliary loss",
         Patch(
             "layer.last_call",
-            "        self._remember(LastStep.of(step, routing))\n",
-            "        self._remember(LastStep.of(step, routing))\n"
-            "        self._aux_loss = None if self._aux_loss is None else self._aux_loss.detach().requires_grad_()\n",
+            "loss=routing.aux_loss, tail=tail",
+            "loss=None if routing.aux_loss is None else routing.aux_loss.detach() + 0 * y_TD.sum(), tail=tail",
         ),
     ),
 )
@@ -173,7 +172,8 @@ ROWS: tuple[Mutant, ...] = (
         "shared expert once for each rank",
         "vllm-project/vllm#49378",
         "output",
-        layer(
+        Patch(
+            "layer.last_call",
             "y_TD if shared_TD is None else y_TD + ",
             "y_TD if shared_TD is None else y_TD + self.transport.world_size * ",
         ),
@@ -213,7 +213,7 @@ ROWS: tuple[Mutant, ...] = (
         "two forwards",
         rows("\n\nclass ForwardRows", "\n\nBUFFERS = {}\n\n\nclass ForwardRows"),
         rows(
-            "        self.h = x_TD.new_empty(self.x.shape[0], weights.w_in.shape[1])\n",
+            "        self.h = workspace.empty((self.x.shape[0], weights.w_in.shape[1]), like=x_TD)\n",
             "        shape = (self.x.shape[0], weights.w_in.shape[1])\n"
             '        kept = BUFFERS.setdefault("h", x_TD.new_empty(1 << 20))\n'
             "        self.h = kept.data[: shape[0] * shape[1]].view(shape)\n",
@@ -224,15 +224,19 @@ ROWS: tuple[Mutant, ...] = (
         "unslothai/unsloth#11014",
         "training",
         layer("step.enter(x_TD, w_in, w_out, copies=3)", "step.enter(x_TD, w_in.detach(), w_out.detach(), copies=3)"),
-        layer("ops.expert_mlp(x_RD, w_in, w_out, offs", "ops.expert_mlp(x_RD, w_in.detach(), w_out.detach(), offs"),
+        Patch(
+            "layer.one_rank",
+            "ops.expert_mlp(x_RD, w_in, w_out, offs",
+            "ops.expert_mlp(x_RD, w_in.detach(), w_out.detach(), offs",
+        ),
     ),
     mutant(
         "the last expert of each rank never trains",
         "unslothai/unsloth#6936",
         "gradients | training",
         rows("local * (group + 1) // groups)", "local * (group + 1) // groups - (group + 1 == groups))"),
-        rows("torch.empty_like(saved.w_in)", "torch.zeros_like(saved.w_in)"),
-        rows("torch.empty_like(saved.w_out)", "torch.zeros_like(saved.w_out)"),
+        rows("workspace.empty(saved.w_in.shape, like=saved.w_in)", "torch.zeros_like(saved.w_in)"),
+        rows("workspace.empty(saved.w_out.shape, like=saved.w_out)", "torch.zeros_like(saved.w_out)"),
     ),
     mutant(
         "a rank without tokens leaves its experts without gradient",
