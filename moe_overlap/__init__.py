@@ -19,7 +19,10 @@ from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
+from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
 from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare, reopen
+from moe_overlap.parallel.sharded_files import load_safetensors, save_safetensors
+from moe_overlap.parallel.state import mark_experts
 
 __version__ = VERSION
 
@@ -42,10 +45,15 @@ __all__ = [
     "grad_norm",
     "gradients_are_finite",
     "ignore_experts_for_ddp",
+    "load_optimizer_state_dict",
+    "load_safetensors",
+    "mark_experts",
     "moe_forward",
     "no_sync",
+    "optimizer_state_dict",
     "param_groups",
     "prepare",
     "reopen",
     "sac_policy",
+    "save_safetensors",
 ]

@@ -1,4 +1,4 @@
-"""The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate` and `bench`.
+"""The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate`, `verify` and `bench`.
 
 Exit status: 0 done, 1 a correctness check or a rank failed, 2 bad input, said in one line that names the option, the
 value and what was expected, or a file or memory that could not be had, 130 interrupted.
@@ -12,7 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moe_overlap.commands.parser import EXIT_BAD_INPUT, OneLineParser, complaint, one_line, print_anything
+from moe_overlap.commands.parser import OneLineParser
+from moe_overlap.launch.saying import EXIT_BAD_INPUT, complaint, one_line, print_anything
 from moe_overlap.native.build_info import VERSION
 
 EXIT_INTERRUPTED = 130  # as shells say it: 128 + SIGINT
@@ -22,6 +23,7 @@ COMMANDS = {
     "plan": ("moe_overlap.commands.plan", "predict from numbers alone which schedule wins on a cluster"),
     "train": ("moe_overlap.commands.train", "train a small MoE language model on real text, overlap on or off"),
     "calibrate": ("moe_overlap.commands.calibrate", 'measure the cost model of a layer, for schedule="auto"'),
+    "verify": ("moe_overlap.commands.verify", "compare a MoE module on n ranks with itself on one, ours or yours"),
     "bench": ("moe_overlap.commands.bench", "measure schedules against each other: moe-overlap bench layer"),
 }
 

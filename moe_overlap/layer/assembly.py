@@ -162,12 +162,15 @@ def _refuse_unread(experts: nn.Module, w_in: str) -> None:
         warnings.warn(f"{text}: it reads the weights and the activation", stacklevel=4)
 
 
-def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None) -> Ownership:
+def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None, group: Any) -> Ownership:
     """What the experts of this rank are to the other ranks."""
     slots = placement.slots_of_rank(transport.rank)
     ids = tuple(placement.slot_to_expert[slot] for slot in slots)
     guard_optimizers()
-    return Ownership(transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas)
+    mesh = group if getattr(group, "ndim", 1) == 2 else None
+    return Ownership(
+        transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas, mesh=mesh
+    )
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:

@@ -34,8 +34,8 @@ from moe_overlap.layer.arguments import (
 from moe_overlap.layer.experts import check_weights, take_old_names, warn_of_hooks, weights_of
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.layer.tickets import Ticket, Tickets
-from moe_overlap.parallel.entering import entered
-from moe_overlap.parallel.ownership import adopt, mark
+from moe_overlap.parallel.entering import adopt, entered
+from moe_overlap.parallel.state import mark
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
@@ -129,7 +129,7 @@ class MoELayer(Tickets, nn.Module):
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
-        self.ownership = assembly.make_ownership(placement, self.transport, replicas)
+        self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(
             experts, hidden_size, ffn_hidden_size, ownership=self.ownership, activation=activation, factory=factory
         )  # fmt: skip

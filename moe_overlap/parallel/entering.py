@@ -7,7 +7,8 @@ from torch import nn
 
 from moe_overlap.parallel import ddp
 from moe_overlap.parallel.optimizers import after_step
-from moe_overlap.parallel.ownership import Ownership, adopt
+from moe_overlap.parallel.ownership import Ownership, ownership_of
+from moe_overlap.parallel.state import mark
 
 
 def entered(experts: nn.Module, ownership: Ownership) -> Ownership:
@@ -17,4 +18,14 @@ def entered(experts: nn.Module, ownership: Ownership) -> Ownership:
     ownership = adopt(experts, ownership)  # they may have come by add_module
     after_step()  # of a step that failed
     ddp.check(ownership, experts)
+    return ownership
+
+
+def adopt(module: nn.Module, ownership: Ownership) -> Ownership:
+    """Mark the experts of a layer with what they are to it, or, where another layer with the same experts on the same
+    ranks has marked them (tied weights), take that: what is said of one is said of both."""
+    known = ownership_of(module)
+    if known is not None and (known is ownership or known.holds_like(ownership)):
+        return known
+    mark(module, ownership)
     return ownership

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.parallel.optimizer_state import attend
 from moe_overlap.parallel.ownership import Ownership, owners, refuse_sharded
 
 _registered = False
@@ -59,12 +60,13 @@ def _check(optimizer: Optimizer) -> None:
     if not owned:
         return
     _refuse_sharded_states(optimizer, owned)
+    attend(optimizer, owned)
     _refuse_sums_beside_means(parameters, owned)
     require_reduced(owned)
     for parameter, owner in owned.items():
         if parameter.grad is None:
             continue
-        if owner.accumulate_fp32 and parameter.dtype.itemsize == 2 and parameter.grad.dtype != torch.float32:
+        if owner.accumulate_fp32 and parameter.dtype.itemsize == 2 and parameter.grad_dtype == parameter.dtype:
             given = (
                 f"gradients in {parameter.grad.dtype} of an expert parameter that came after prepare(accumulate_fp32)"
             )

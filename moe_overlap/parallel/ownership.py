@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class Ownership:
 
     transport: over the ranks that share the layer's experts out among them; expert_ids: those held here, in the order
     of the weights; num_experts: of the whole layer; replicas: the ranks that hold the same ones, None where this rank
-    alone does.
+    alone does; mesh: the DeviceMesh (replicas, experts) that the layer was made with, if it was.
 
     Gradients of experts are, by definition, those of the sum over all ranks of the ranks' losses, or of the mean where
     `mean` is set: `grad_scale` is what backward multiplies them by for that. `prepared`: the caller has said which.
@@ -43,6 +44,8 @@ class Ownership:
     mean: bool = False
     prepared: bool = False
     accumulate_fp32: bool = False
+    mesh: Any = None
+    shown_on: dict[tuple[str, bool], Any] = field(default_factory=dict)  # meshes of state dicts (state.py)
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
@@ -73,6 +76,13 @@ class Ownership:
         alike = (self.expert_ids, self.expert_ranks) == (other.expert_ids, other.expert_ranks)
         return alike and self.replicas is other.replicas
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises ConfigError where one rank is not the layer: pickled, a part would look like the whole."""
+        if self.others or self.replicas is not None:
+            held = f"a layer with experts {self.expert_ids} of {self.num_experts}, on one rank of several"
+            raise ConfigError("torch.save", held, "its state_dict(), by torch.distributed.checkpoint.save on all ranks")
+        return self.__dict__
+
     def __deepcopy__(self, memo: dict[int, object]) -> Ownership:
         return replace(self)
 
@@ -82,14 +92,9 @@ def mark(module: nn.Module, ownership: Ownership) -> None:
     _marked[module] = ownership
 
 
-def adopt(module: nn.Module, ownership: Ownership) -> Ownership:
-    """Mark the experts of a layer with what they are to it, or, where another layer with the same experts on the same
-    ranks has marked them (tied weights), take that: what is said of one is said of both."""
-    known = _marked.get(module)
-    if known is not None and (known is ownership or known.holds_like(ownership)):
-        return known
-    mark(module, ownership)
-    return ownership
+def ownership_of(module: nn.Module) -> Ownership | None:
+    """The mark of a module; None where it has none."""
+    return _marked.get(module)
 
 
 def mark_parameter(parameter: nn.Parameter, ownership: Ownership) -> None:

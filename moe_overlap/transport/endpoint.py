@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ class Endpoint(ABC):
     """
 
     name = "transport"
+    group: Any = None  # the group of torch.distributed whose ranks these are
     _device_type: str | None = None  # where rows must be; None: anywhere
 
     def __init__(self, *, rank: int, world_size: int, timeout_s: float | None) -> None:

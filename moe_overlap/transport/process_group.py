@@ -112,6 +112,7 @@ class ProcessGroupTransport(Endpoint):
     ) -> None:
         resolved, ranks = resolve_group(group)
         super().__init__(rank=ranks.index(dist.get_rank()), world_size=len(ranks), timeout_s=timeout_s)
+        self.group = resolved
         self.global_ranks = tuple(ranks)
         self.device = device_of(resolved, device)
         self._device_type = self.device.type

@@ -22,6 +22,7 @@ class Wrapper:
         self.world_size = inner.world_size
         self.global_ranks = inner.global_ranks
         self.timeout_s = inner.timeout_s
+        self.group = getattr(inner, "group", None)
 
     @property
     def stats(self) -> TransportStats:

@@ -99,7 +99,7 @@ def test_on_virtual_ranks_and_one():
 
     def rank(me):
         layer = MoELayer(D, F, 4, 2, dtype=torch.float64, transport=me.transport())
-        layer.load_state_dict(shard_of(whole_layer, layer, me.rank))
+        layer.load_state_dict(whole_layer.state_dict())
         layer(tokens(me.rank)).square().sum().backward()
         return clip_grad_norm_(layer.experts.parameters(), 1.0)
 
@@ -108,14 +108,6 @@ def test_on_virtual_ranks_and_one():
     want = torch.nn.utils.clip_grad_norm_(whole_layer.experts.parameters(), 1.0)
     for norm in results:
         close(norm, want)
-
-
-def shard_of(whole_layer, layer, rank):
-    count = len(layer.experts.expert_ids)
-    return {
-        name: value[rank * count : (rank + 1) * count] if name.startswith("experts.") else value
-        for name, value in whole_layer.state_dict().items()
-    }
 
 
 def test_arguments():

@@ -2,11 +2,16 @@
 
     OUT/checkpoints/step-000020/rank-0.safetensors   dense parameters, rank 0's experts, optimizer state, RNG state
                                 rank-1.safetensors   rank 1's experts, their optimizer state, RNG state
-                                checkpoint.json      written last: step, run, size and SHA-256 of each shard
+                                checkpoint.json      written last: step, run; size, SHA-256 and experts of each shard
 
 A folder without `checkpoint.json` is no checkpoint. The data position is the step (see `Corpus.batch`). Equal bits need
-the same number of threads too, since matmuls split their sums by it; that is not checked. All ranks read rank 0's
-shard: on several machines the folder has to be shared.
+the same number of ranks, and of threads too, since matmuls split their sums by it. On another number of ranks a run
+goes on with the same batches: a rank takes its experts from the shards that have them. Its numbers are then the same
+but for rounding, and for the loss that balances the experts, which is one of a rank's own tokens. With more steps than
+before the rest of the run follows the learning rates of the longer run.
+
+A rank reads rank 0's shard and those with its experts: on several machines the folder has to be shared. Shards of
+format 1 do not say their experts, and have them in order.
 """
 
 from __future__ import annotations
@@ -14,19 +19,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train.files import read_json, read_tensors, write_json, write_tensors
-from moe_overlap.commands.train.model import LanguageModel, split_parameters
+from moe_overlap.commands.train.model import LanguageModel, moe_layers, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions
 from moe_overlap.commands.train.text import Corpus
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.launch import World
 from moe_overlap.layer.experts import old_name
 
-FORMAT = 1
+FORMATS = (1, 2)  # the last one is written
 MANIFEST = "checkpoint.json"
 FIELD = "--resume"
 _RNG = "rng.torch"
@@ -34,14 +40,15 @@ _RNG = "rng.torch"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk, whose shards have been found whole."""
+    """A complete checkpoint on disk, whose shards have been found whole; `experts`: those that each of them has."""
 
     folder: Path
     step: int
+    experts: tuple[tuple[int, ...], ...]
 
 
 def identity(options: TrainOptions, corpus: Corpus) -> dict[str, object]:
-    """What a run must share with the checkpoint it resumes: everything that decides its numbers."""
+    """What decides a run's numbers; what it must share with the checkpoint it resumes is checked in `_check_run`."""
     return {"text": corpus.key} | {name: getattr(options, name) for name in IDENTITY}
 
 
@@ -67,13 +74,19 @@ def save_checkpoint(
     # Every rank vouches for its own shard; the digest travels as bytes.
     mine = torch.tensor([*size_bytes.to_bytes(8, "little"), *bytes.fromhex(sha256)], dtype=torch.uint8)
     shards = [bytes(part.tolist()) for part in world.gather(mine)]
+    experts = world.gather(torch.tensor(_experts_of(model)))
     if world.rank == 0:
         manifest = {
-            "format": FORMAT,
+            "format": FORMATS[-1],
             "step": step,
             "run": run,
             "shards": [
-                {"bytes": int.from_bytes(part[:8], "little"), "file": _shard_name(rank), "sha256": part[8:].hex()}
+                {
+                    "bytes": int.from_bytes(part[:8], "little"),
+                    "experts": experts[rank].tolist(),
+                    "file": _shard_name(rank),
+                    "sha256": part[8:].hex(),
+                }
                 for rank, part in enumerate(shards)
             ],
         }
@@ -93,42 +106,90 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
     if folder is None:
         raise ConfigError(FIELD, path, f"a checkpoint folder ({MANIFEST} and its shards) or a folder of them")
     manifest = read_json(folder / MANIFEST, field=FIELD)
-    if manifest.get("format") != FORMAT:
-        raise ConfigError(FIELD, str(folder), f"a checkpoint of format {FORMAT} (it has {manifest.get('format')!r})")
-    _check_run(manifest.get("run"), run, folder)
+    if manifest.get("format") not in FORMATS:
+        expected = f"a checkpoint of format {' or '.join(map(str, FORMATS))} (it has {manifest.get('format')!r})"
+        raise ConfigError(FIELD, str(folder), expected)
+    ranks = _check_run(manifest.get("run"), run, folder)
     step, shards = manifest.get("step"), manifest.get("shards")
-    if not isinstance(step, int) or not isinstance(shards, list) or len(shards) != run["ranks"]:
-        raise ConfigError(FIELD, str(folder), f"a {MANIFEST} with a step and {run['ranks']} shards")
+    if not isinstance(step, int) or not isinstance(shards, list) or len(shards) != ranks:
+        raise ConfigError(FIELD, str(folder), f"a {MANIFEST} with a step and {ranks} shards")
     for rank, shard in enumerate(shards):
         file = folder / _shard_name(rank)
         if not file.is_file():
             raise ConfigError(FIELD, str(file), "an existing shard")
         if not isinstance(shard, dict) or _fingerprint(file) != (shard.get("bytes"), shard.get("sha256")):
             raise ConfigError(FIELD, str(file), f"the whole shard, {_expected_bytes(shard)} with its SHA-256")
-    return Checkpoint(folder=folder, step=step)
+    experts = _experts_in(shards, run["experts"], folder)
+    return Checkpoint(folder=folder, step=step, experts=experts)
 
 
 def load_checkpoint(
     checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
-    """Put a checkpoint's state into `model`, `optimizer` and torch's random generator. Every rank reads two shards."""
-    state: dict[str, torch.Tensor] = {}
-    for rank in sorted({0, world.rank}):
-        file = checkpoint.folder / _shard_name(rank)
-        tensors, _ = read_tensors(file, field=FIELD)
-        state.update(tensors if rank == world.rank else {k: v for k, v in tensors.items() if k.startswith("dense.")})
+    """Put a checkpoint's state into `model`, `optimizer` and torch's random generator. A rank reads the shards that it
+    needs."""
+    shards = _Shards(checkpoint, _experts_of(model))
     dense, expert = split_parameters(model)
-    names = {id(p): f"dense.{n}" for n, p in dense.items()} | {id(p): f"expert.{n}" for n, p in expert.items()}
     with torch.no_grad():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                name = names[id(parameter)]
-                parameter.copy_(_take(state, name, parameter, checkpoint))
+                name = next((f"dense.{n}" for n, p in dense.items() if p is parameter), None)
+                name = name or next(f"expert.{n}" for n, p in expert.items() if p is parameter)
+                parameter.copy_(shards.take(name, parameter))
                 optimizer.state[parameter] = {
-                    key: _take(state, f"{name}/{key}", parameter if key != "step" else None, checkpoint).clone()
+                    key: shards.take(f"{name}/{key}", parameter if key != "step" else None)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-    torch.set_rng_state(_take(state, _RNG, None, checkpoint))
+    # Nothing in this job draws from it, so that a rank that was not there before may take another one's.
+    torch.set_rng_state(shards.read(world.rank % len(checkpoint.experts))[_RNG])
+
+
+class _Shards:
+    """What one rank, with experts `own`, takes from the shards of a checkpoint; each one is read when it is needed."""
+
+    def __init__(self, checkpoint: Checkpoint, own: tuple[int, ...]) -> None:
+        self.checkpoint, self.own = checkpoint, own
+        self.where = {
+            expert: (rank, row) for rank, held in enumerate(checkpoint.experts) for row, expert in enumerate(held)
+        }
+        self._read: dict[int, dict[str, torch.Tensor]] = {}
+
+    def take(self, name: str, like: torch.Tensor | None) -> torch.Tensor:
+        """A tensor of its own: a dense one, or the rows of this rank's experts. ConfigError unless it is as `like`."""
+        first = self.where[self.own[0]][0] if name.startswith("expert.") else 0
+        tensor = self._named(first, name)
+        if name.startswith("expert.") and tensor.dim():
+            tensor = torch.stack([self._row(name, expert) for expert in self.own])
+        if like is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype):
+            raise self._other_model(name)
+        return tensor.clone()
+
+    def read(self, rank: int) -> dict[str, torch.Tensor]:
+        if rank not in self._read:
+            self._read[rank], _ = read_tensors(self.checkpoint.folder / _shard_name(rank), field=FIELD)
+        return self._read[rank]
+
+    def _row(self, name: str, expert: int) -> torch.Tensor:
+        rank, row = self.where[expert]
+        tensor = self._named(rank, name)
+        if len(tensor) != len(self.checkpoint.experts[rank]):
+            raise self._other_model(name)
+        return tensor[row]
+
+    def _named(self, rank: int, name: str) -> torch.Tensor:
+        state = self.read(rank)
+        tensor = state.get(name, state.get(old_name(name)))
+        if tensor is None:
+            raise self._other_model(name)
+        return tensor
+
+    def _other_model(self, name: str) -> ConfigError:
+        return ConfigError(FIELD, str(self.checkpoint.folder), f"a checkpoint of this model (tensor {name})")
+
+
+def _experts_of(model: nn.Module) -> tuple[int, ...]:
+    """The experts of this rank, which are the same in each of its layers."""
+    return moe_layers(model)[0].ownership.expert_ids
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> dict[str, torch.Tensor]:
@@ -145,20 +206,34 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> 
     return state
 
 
-def _take(state: dict[str, torch.Tensor], name: str, like: torch.Tensor | None, checkpoint: Checkpoint) -> torch.Tensor:
-    tensor = state.get(name, state.get(old_name(name)))
-    if tensor is None or (like is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype)):
-        raise ConfigError(FIELD, str(checkpoint.folder), f"a checkpoint of this model (tensor {name})")
-    return tensor
-
-
-def _check_run(saved: object, run: dict[str, object], folder: Path) -> None:
-    if not isinstance(saved, dict):
+def _check_run(saved: object, run: dict[str, object], folder: Path) -> int:
+    """Raises ConfigError unless the checkpoint is of this run, or of one with fewer steps or other ranks. The ranks."""
+    if (
+        not isinstance(saved, dict)
+        or not isinstance(saved.get("ranks"), int)
+        or not isinstance(saved.get("steps"), int)
+    ):
         raise ConfigError(FIELD, str(folder), f"a {MANIFEST} that says which run it is of")
     for name, value in run.items():
-        if name not in saved or saved[name] != value:
+        if name == "steps":
+            assert isinstance(value, int)
+            if value < saved[name]:
+                raise ConfigError("--steps", value, f"at least {saved[name]}, as in the checkpoint {folder}")
+        elif name != "ranks" and (name not in saved or saved[name] != value):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(flag, value, f"{saved.get(name)!r}, as in the checkpoint {folder}")
+    return int(saved["ranks"])
+
+
+def _experts_in(shards: list[dict[str, Any]], total: object, folder: Path) -> tuple[tuple[int, ...], ...]:
+    """The experts of each shard. ConfigError unless these are each of `total` experts once."""
+    assert isinstance(total, int)
+    in_order = torch.arange(total).chunk(len(shards))
+    listed = [shard.get("experts", part.tolist()) for shard, part in zip(shards, in_order, strict=True)]
+    every = [expert for held in listed if isinstance(held, list) for expert in held]
+    if any(not isinstance(expert, int) for expert in every) or sorted(every) != list(range(total)):
+        raise ConfigError(FIELD, str(folder), f"a {MANIFEST} whose shards have each of {total} experts once")
+    return tuple(tuple(held) for held in listed)
 
 
 def _newest(root: Path) -> Path | None:

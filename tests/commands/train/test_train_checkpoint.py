@@ -3,13 +3,22 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint
+from moe_overlap.commands.train import model
+from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint, load_checkpoint, save_checkpoint
+from moe_overlap.commands.train.command import run_rank
 from moe_overlap.commands.train.files import read_tensors, write_atomically, write_json, write_tensors
+from moe_overlap.commands.train.options import parse
 from moe_overlap.errors import ConfigError
-from tests.commands.train.jobs import events, losses, run, run_on_two
+from moe_overlap.launch.launch import World
+from tests.commands.train.jobs import arguments, events, losses, run, run_on_two
+from tests.ranks import gloo_pool
+from tests.tolerances import close, same_bits
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +53,21 @@ def give_old_names(folder):
     write_json(folder / MANIFEST, manifest)
 
 
-@pytest.mark.parametrize("names", ["new", "old"])
-def test_resume_at_step_20_continues_bit_for_bit(names, text, whole_run, tmp_path):
+def give_format_1(folder):
+    """The checkpoint as it was written before shards said which experts they have."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert [shard.pop("experts") for shard in manifest["shards"]] == [[0, 1], [2, 3]]
+    write_json(folder / MANIFEST, manifest | {"format": 1})
+
+
+@pytest.mark.parametrize("made", ["now", "with_old_names", "in_format_1"])
+def test_resume_at_step_20_continues_bit_for_bit(made, text, whole_run, tmp_path):
     """Also from names that expert weights had before; what is written then has the new ones."""
     checkpoint = copy_of_checkpoint(whole_run, tmp_path)
-    if names == "old":
+    if made == "with_old_names":
         give_old_names(checkpoint)
+    if made == "in_format_1":
+        give_format_1(checkpoint)
     options = ("--steps", 40, "--checkpoint-every", 20, "--resume", checkpoint)
     assert run_on_two(text, tmp_path, *options) == [0, 0]
     assert losses(tmp_path) == losses(whole_run)[20:]
@@ -58,6 +76,81 @@ def test_resume_at_step_20_continues_bit_for_bit(names, text, whole_run, tmp_pat
         assert (tmp_path / shard).read_bytes() == (whole_run / shard).read_bytes()
     for key in ("held_out_loss", "expert_load"):
         assert events(tmp_path, "end")[0][key] == events(whole_run, "end")[0][key]
+
+
+RESHARDED = ("--experts", 12, "--batch", 6, "--kind", "top2", "--checkpoint-every", 4)
+
+
+def without_balance(argv):
+    """One rank of the command, without the loss that balances the experts: it is one of a rank's own tokens, so that a
+    run on other ranks has another one."""
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=dist.get_rank(), group=dist.group.WORLD)
+    coefficient, model.AUX_LOSS_COEF = model.AUX_LOSS_COEF, 0.0
+    try:
+        return run_rank(world, argv)
+    finally:
+        model.AUX_LOSS_COEF = coefficient
+
+
+def run_on(ranks, text, out, *options):
+    argv = arguments(text, out, *RESHARDED, *options)
+    assert gloo_pool(ranks).run(without_balance, argv) == [0] * ranks
+
+
+def test_a_run_goes_on_with_other_ranks(text, tmp_path):
+    """2 -> 1 -> 3 ranks: the same batches and losses, but for rounding."""
+    run_on(2, text, tmp_path / "whole", "--steps", 12)
+    want = losses(tmp_path / "whole")
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    run_on(1, text, tmp_path / "b", "--steps", 12, "--resume", checkpoints / "step-000004")
+    run_on(3, text, tmp_path / "c", "--steps", 12, "--resume", tmp_path / "b" / "checkpoints" / "step-000008")
+    assert [len(losses(tmp_path / name)) for name in ("b", "c")] == [8, 4]
+    close(torch.tensor(losses(tmp_path / "b")), torch.tensor(want[4:]))
+    close(torch.tensor(losses(tmp_path / "c")), torch.tensor(want[8:]))
+    manifest = json.loads((tmp_path / "c" / "checkpoints" / "step-000012" / MANIFEST).read_text())
+    assert [shard["experts"] for shard in manifest["shards"]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def merged(folder):
+    """All tensors of a checkpoint, experts of all shards together."""
+    found = {}
+    for file in sorted(folder.glob("rank-*.safetensors")):
+        for name, tensor in read_tensors(file)[0].items():
+            if tensor.dim() and name.startswith("expert.") and name in found:
+                found[name] = torch.cat([found[name], tensor])
+            else:
+                found.setdefault(name, tensor)
+    return found
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 3), (2, 1), (3, 2)])
+def test_other_ranks_have_the_same_state(first, then, text, tmp_path):
+    """Resumed where nothing is left to do but to save again."""
+    run_on(first, text, tmp_path / "a", "--steps", 4)
+    checkpoint = find_checkpoint(str(tmp_path / "a" / "checkpoints"), json.loads(
+        (tmp_path / "a/checkpoints/step-000004" / MANIFEST).read_text())["run"])  # fmt: skip
+    gloo_pool(then).run(saved_again, checkpoint, arguments(text, tmp_path, *RESHARDED), str(tmp_path / "b"))
+    before, after = merged(checkpoint.folder), merged(tmp_path / "b" / "step-000004")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        same_bits(after[name], tensor)
+
+
+def saved_again(checkpoint, argv, folder):
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=dist.get_rank(), group=dist.group.WORLD)
+    options = parse(argv, ranks=world.size)
+    fresh = model.LanguageModel(options, world.group)
+    optimizer = torch.optim.AdamW(model.decay_groups(fresh, 0.1))
+    load_checkpoint(checkpoint, fresh, optimizer, world)
+    save_checkpoint(Path(folder), fresh, optimizer, run={}, world=world, step=checkpoint.step)
+
+
+def test_more_steps_follow_the_learning_rates_of_the_longer_run(text, tmp_path):
+    run_on(1, text, tmp_path / "a", "--steps", 4)
+    run_on(1, text, tmp_path / "b", "--steps", 8, "--resume", tmp_path / "a" / "checkpoints")
+    run_on(1, text, tmp_path / "whole", "--steps", 8)
+    rates = [[event["lr"] for event in events(tmp_path / name, "step")] for name in ("b", "whole")]
+    assert rates[0] == rates[1][4:] and len(rates[0]) == 4
 
 
 def test_the_newest_complete_checkpoint_is_taken(text, whole_run, tmp_path):
@@ -105,11 +198,18 @@ def other_format(folder):
     (folder / MANIFEST).write_text('{"format": 99}')
 
 
+def experts_twice(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["shards"][1]["experts"] = manifest["shards"][0]["experts"]
+    write_json(folder / MANIFEST, manifest)
+
+
 def not_an_object(folder):
     (folder / MANIFEST).write_text("[]")
 
 
-DAMAGES = [truncate, flip_a_bit, remove_a_shard, truncate_manifest, remove_manifest, other_format, not_an_object]
+DAMAGES = [truncate, flip_a_bit, remove_a_shard, truncate_manifest, remove_manifest, other_format, experts_twice,
+           not_an_object]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -122,7 +222,7 @@ def test_a_damaged_checkpoint_is_refused(damage, text, whole_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--lr", 0.001), ("--steps", 50), ("--ranks", 1), ("--seed", 1), ("--kind", "top2")]
+    ("option", "value"), [("--lr", 0.001), ("--steps", 39), ("--batch", 8), ("--seed", 1), ("--kind", "top2")]
 )
 def test_a_checkpoint_of_another_run_is_refused(option, value, text, whole_run, tmp_path):
     options = {"--ranks": 2, "--steps": 40, "--resume": whole_run / "checkpoints", option: value}

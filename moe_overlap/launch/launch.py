@@ -1,4 +1,4 @@
-"""One world of ranks: this process alone, ranks that this process spawns, or torchrun's. For the commands.
+"""One world of ranks: this process alone, ranks that this process spawns, or those of torchrun.
 
 `spawn` runs a function in new processes of this machine; when one of them ends badly, all end, and none outlives the
 process that spawned it. The key-value store lives in the parent: no race for a port, and it survives any rank.
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap import config
-from moe_overlap.commands.parser import EXIT_BAD_INPUT, complaint, one_line, print_anything
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.saying import EXIT_BAD_INPUT, complaint, one_line, print_anything
 
 LOOPBACK = "127.0.0.1"
 MOST_RANKS = 1024
