@@ -76,7 +76,7 @@ def _pattern(
     if not got.any():
         return "is zero"
     factor = _factor(got, want, dtype)
-    if factor is not None:
+    if factor is not None and not math.isclose(factor, 1, rel_tol=1e-5):
         return f"is {named_factor(factor, ranks, top_k)} what it should be"
     for count in range(1, len(parts)):
         for chosen in itertools.combinations(range(len(parts)), count):

@@ -294,10 +294,10 @@ RECIPE: tuple[Mutant, ...] = (
             "        for name, parameter in self.module.named_parameters():\n            if self.group is not None and",
         ),
         adapter(
-            "        self.optimizer.step()\n",
+            "        self._optimizer().step()\n",
             "        for parameter, grad in zip(self.module.parameters(), self.early):\n"
             "            parameter.grad = grad\n"
-            "        self.optimizer.step()\n",
+            "        self._optimizer().step()\n",
         ),
     ),
 )
@@ -338,8 +338,9 @@ NORM: tuple[Mutant, ...] = (
         "huggingface/trl#5712",
         "norm and clip",
         clip(
-            "    for group in _kinds(given).values():\n",
-            "    for group in (group for (owner, _), group in _kinds(given).items() if owner is None):\n",
+            "    for group in _kinds(given).values():\n        nn.utils.clip",
+            "    for group in (group for (owner, _), group in _kinds(given).items() if owner is None):\n"
+            "        nn.utils.clip",
         ),
     ),
     mutant(
@@ -347,6 +348,21 @@ NORM: tuple[Mutant, ...] = (
         "NVIDIA/Megatron-LM#5916",
         "norm and clip",
         Patch("parallel.ownership", "    _marked[module] = ownership\n", "    pass\n"),
+    ),
+)
+
+CHECKPOINTS: tuple[Mutant, ...] = (
+    mutant(
+        "one rank's experts saved",
+        "KempnerInstitute/KempnerForge#202",
+        "save, reshard, load",
+        Patch("parallel.state", "if self.ownership.others and name.startswith(prefix)", "if False"),
+    ),
+    mutant(
+        "optimizer state not loaded",
+        "EvolvingLMMs-Lab/OneVision-Encoder#65",
+        "save, reshard, load",
+        adapter("dcp.load(state,", 'dcp.load({"model": state["model"]},'),
     ),
 )
 
@@ -360,7 +376,7 @@ IN_DDP: tuple[Mutant, ...] = (
             "    ddp.ignore(model, [t for t, owner in owned.items()",
             "    list([t for t, owner in owned.items()",
         ),
-        layer("            ddp.check(self.ownership, self.experts)\n", "            pass\n"),
+        Patch("parallel.entering", "    ddp.check(ownership, experts)\n", "    pass\n"),
     ),
     mutant(
         "a model that was not prepared for DDP",
@@ -372,4 +388,4 @@ IN_DDP: tuple[Mutant, ...] = (
     *(replace(one, soak=True) for one in SCALES),
 )
 
-OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM)
+OURS = (*SCALES, *ROUTER, *ROWS, *RECIPE, *NORM, *CHECKPOINTS)

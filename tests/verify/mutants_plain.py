@@ -264,10 +264,7 @@ LOSS: tuple[Mutant, ...] = (
         "auxiliary loss without gradient under recompute",
         "NVIDIA-NeMo/Automodel#1408",
         "recompute",
-        layer(
-            "aux = self._aux_loss(probs_TE, counts_E)",
-            "aux = self._aux_loss(probs_TE.detach() if self.recompute else probs_TE, counts_E)",
-        ),
+        layer("        return result\n", "        return result[0], result[1].detach()\n"),
     ),
     mutant(
         "auxiliary loss divided by the ranks",

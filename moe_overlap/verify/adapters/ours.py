@@ -43,7 +43,8 @@ class Ours(Adapter):
     def sync_grads(self) -> None:
         for name, parameter in self.module.named_parameters():
             if self.group is not None and self.kind_of(name) != "experts":  # theirs are means already: `prepare`
-                assert parameter.grad is not None
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, group=self.group)
                 parameter.grad /= size_of(self.group)
 
