@@ -24,10 +24,10 @@ from moe_overlap.commands.parser import (
     check_output,
     check_timeout,
     flag_of,
-    one_line,
 )
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
+from moe_overlap.launch.saying import one_line
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.transport.base import Transport

@@ -12,7 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moe_overlap.commands.parser import EXIT_BAD_INPUT, OneLineParser, complaint, one_line, print_anything
+from moe_overlap.commands.parser import OneLineParser
+from moe_overlap.launch.saying import EXIT_BAD_INPUT, complaint, one_line, print_anything
 from moe_overlap.native.build_info import VERSION
 
 EXIT_INTERRUPTED = 130  # as shells say it: 128 + SIGINT

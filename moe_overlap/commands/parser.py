@@ -1,24 +1,20 @@
-"""What every command says in one line: the argument parser, ranges of numbers, paths to write to, and errors."""
+"""What the options of every command share: a parser whose errors are one line, ranges of numbers, paths to write to."""
 
 from __future__ import annotations
 
 import argparse
-import io
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.saying import EXIT_BAD_INPUT, one_line
 from moe_overlap.measure.files import check_writable
 
-EXIT_BAD_INPUT = 2
 MOST = 10**9  # of anything that is counted
 MOST_THREADS = 1024  # of a rank
-TIMEOUT_S = (1.0, 86400.0)  # shortest and longest wait for another rank
-LONGEST_LINE = 1000
-_NO_MEMORY = re.compile(r"allocate memory|not enough memory|size calculation overflowed|numel: integer")
+LIMITS_S = (1.0, 86400.0)  # shortest and longest wait for another rank
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -33,30 +29,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
-
-
-def print_anything() -> None:
-    """From here on stdout writes out what its encoding does not have, such as the odd bytes of a file's name."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def one_line(text: str) -> str:
-    """`text` without line breaks and what a terminal would obey, and not endless."""
-    line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}... ({len(line)} characters)"
-
-
-def complaint(error: BaseException) -> str | None:
-    """What to say of an error that the user or the machine made; None for one of ours, which needs a traceback."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, OSError):
-        reason = error.strerror or str(error) or type(error).__name__
-        return f"{reason}: {error.filename}" if error.filename else reason
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
-        return f"not enough memory: {str(error).partition(chr(10))[0] or 'an allocation failed'}"
-    return None
 
 
 def flag_of(name: str) -> str:
@@ -78,7 +50,7 @@ def check_number(name: str, value: float, least: float, most: float, unit: str =
 
 def check_timeout(value: float) -> None:
     """Refuse a limit that no wait can have."""
-    check_number("timeout_s", value, *TIMEOUT_S, unit=" seconds")
+    check_number("timeout_s", value, *LIMITS_S, unit=" seconds")
 
 
 def check_output(flag: str, path: str | Path) -> None:

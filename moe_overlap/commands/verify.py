@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_overlap.commands.parser import OneLineParser
+from moe_overlap import config
+from moe_overlap.commands.parser import LIMITS_S, OneLineParser, check_count, check_number, check_output, check_timeout
 from moe_overlap.errors import ConfigError
-from moe_overlap.launch.launch import join_torchrun, torchrun_world_size
+from moe_overlap.launch.launch import MOST_RANKS, join_torchrun, torchrun_world_size
+from moe_overlap.measure.files import write_atomically
 from moe_overlap.verify.adapter import Adapter
 from moe_overlap.verify.report import Report
 from moe_overlap.verify.run import LIMIT_S, PROGRAM, TIMEOUT_S, check, run
@@ -47,9 +49,9 @@ class VerifyOptions:
     limit_s: float
 
     def __post_init__(self) -> None:
-        for name in ("timeout_s", "limit_s"):
-            if not 1 <= getattr(self, name) <= 86400:  # nan is neither
-                raise ConfigError("--" + name.replace("_", "-"), getattr(self, name), "from 1 to 86400 seconds")
+        check_count("ranks", self.ranks, most=MOST_RANKS)
+        check_timeout(self.timeout_s)
+        check_number("limit_s", self.limit_s, *LIMITS_S, unit=" seconds")
 
 
 def parse(argv: Sequence[str]) -> VerifyOptions:
@@ -69,6 +71,8 @@ def parse(argv: Sequence[str]) -> VerifyOptions:
 def main(argv: Sequence[str]) -> int:
     """Run the kit and print its report; the exit status. ConfigError for bad input."""
     options = parse(argv)
+    if options.json and not config.torchrun("RANK"):  # rank 0 alone writes
+        check_output("--json", options.json)
     factory = adapter_named(options.adapter)
     dtype = DTYPES[options.dtype]
     if torchrun_world_size() is None:
@@ -95,7 +99,7 @@ def adapter_named(name: str) -> type[Adapter]:
         sys.path.insert(0, os.getcwd())
     try:
         adapter = getattr(importlib.import_module(module), found, None)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError, TypeError) as error:  # the last two: no name, or a relative one
         raise ConfigError("adapter", name, f"a module that can be imported ({error})") from None
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
         raise ConfigError("adapter", name, EXPECTED)
@@ -104,9 +108,6 @@ def adapter_named(name: str) -> type[Adapter]:
 
 def _tell(report: Report, options: VerifyOptions) -> int:
     if options.json:
-        try:
-            Path(options.json).write_text(report.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError("--json", options.json, f"a file that can be written ({error.strerror})") from None
+        write_atomically(Path(options.json), (report.to_json() + "\n").encode())
     print("\n".join(report.lines(every=options.all)))
     return report.exit_code

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap import config
-from moe_overlap.commands.parser import EXIT_BAD_INPUT, complaint, one_line, print_anything
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.saying import EXIT_BAD_INPUT, complaint, one_line, print_anything
 
 LOOPBACK = "127.0.0.1"
 MOST_RANKS = 1024

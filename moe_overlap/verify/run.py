@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World, spawn
@@ -208,7 +209,7 @@ def _one_check(check: Check, setup: Setup, world: World, keep: Path | None) -> t
     try:
         check.run(kit)
         notes = kit.notes
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # which is no Exception
         raised, raised_s = _in_words(error), time.monotonic()
         break_off(kit.group)
         if keep is not None:
@@ -239,7 +240,7 @@ def _follows(finding: Finding, check: Check, known: Set[str]) -> bool:
     return check.steps and finding.topic in KINDS and bool(known & {"input", *KINDS})
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     """Type, text and place of an error, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     text = " ".join(str(error).split())[:300]

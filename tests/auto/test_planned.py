@@ -10,7 +10,7 @@ import pytest
 
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.auto.planned import PlannedSchedule, StepKind, pair_of, rounded
-from moe_overlap.planning.cost_model import CostModel, window
+from moe_overlap.planning.cost_model import LEAST, CostModel, window
 from moe_overlap.planning.search import evaluate, search
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.builders import serial
@@ -97,7 +97,7 @@ def test_only_sums_that_all_ranks_know_count():
 def test_the_digest_tells_models_and_settings_apart():
     base = planned(cost_model())
     others = [
-        planned(cost_model(alpha_s=np.nextafter(0.0, 1.0).item())),
+        planned(cost_model(alpha_s=LEAST)),
         planned(replace(cost_model(), slowdown=Slowdown(compute=1.5))),
         planned(cost_model(), overlap=False),
         planned(cost_model(), op_verb="S"),

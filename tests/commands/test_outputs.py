@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_overlap.commands import calibrate, cli, launch
+from moe_overlap.commands import calibrate, cli, verify
 from moe_overlap.commands.bench import layer as bench_layer
 from moe_overlap.commands.plan import command as plan
 from moe_overlap.commands.train import command as train
+from moe_overlap.launch import launch
 from tests.commands.train.jobs import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +39,19 @@ def fifo_at(path):
         ("plan --out {0}/out", "out/plan.png"),
         ("calibrate --out {0}/model.json", "model.json"),
         ("kernels --write {0}/table.json", "table.json"),
+        ("verify --json {0}/report.json", "report.json"),
     ],
 )
 def test_a_special_file_in_the_way_is_refused_before_the_work(words, special, tmp_path, capsys, monkeypatch):
     runs = []
-    for module, name in ((train, "run"), (bench_layer, "run"), (calibrate, "run"), (plan, "asked"), (train, "_corpus")):
+    for module, name in (
+        (train, "run"),
+        (bench_layer, "run"),
+        (calibrate, "run"),
+        (plan, "asked"),
+        (train, "_corpus"),
+        (verify, "check"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, **__: runs.append(1))
     path = fifo_at(tmp_path / special)
     assert cli.main(words.format(tmp_path).split()) == 2 and not runs

@@ -18,9 +18,10 @@ from moe_overlap.commands.bench.options import LayerOptions, parse
 from moe_overlap.commands.bench.phase import CheckFailed, PhaseResult, measure_phase
 from moe_overlap.commands.bench.routing import load, read_file, routing_file
 from moe_overlap.commands.bench.setting import Setting
-from moe_overlap.commands.parser import check_folder, one_line
+from moe_overlap.commands.parser import check_folder
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
+from moe_overlap.launch.saying import one_line
 from moe_overlap.measure.picture import write_png, write_trace
 from moe_overlap.measure.report import print_table, write_jsonl
 

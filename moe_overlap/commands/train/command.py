@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_overlap import config
-from moe_overlap.commands.parser import check_folder, check_output, one_line
+from moe_overlap.commands.parser import check_folder, check_output
 from moe_overlap.commands.train.checkpoint import find_checkpoint, identity
 from moe_overlap.commands.train.loop import CHECKPOINTS, Trained, evaluate, train
 from moe_overlap.commands.train.model import moe_layers, split_parameters
@@ -23,6 +23,7 @@ from moe_overlap.commands.train.routing_file import save_routing
 from moe_overlap.commands.train.text import Corpus, load_corpus
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
+from moe_overlap.launch.saying import one_line
 from moe_overlap.measure.machine import commit, hardware
 
 LOG_NAME = "train.jsonl"
