@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from moe_overlap import MoELayer
-from moe_overlap.commands.launch import World, spawn
+from moe_overlap.launch.launch import World, spawn
 from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.schedule.builders import chunked
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport

@@ -24,13 +24,14 @@ FLOORS = (
     ("__main__",),
     ("commands",),
     ("__init__",),
+    ("verify",),
     ("layer",),
     ("auto", "parallel"),
     ("planning", "measure"),
     ("schedule",),
     ("transport", "routing"),
     ("ops", "agreement"),
-    ("placement", "native"),
+    ("placement", "native", "launch"),
     ("errors", "config"),
 )
 ALWAYS = {"errors", "config"}
@@ -48,6 +49,7 @@ ONLY = {
     "agreement": {"placement"},
     "placement": set(),
     "native": set(),
+    "launch": set(),
 }
 # The executor alone brings ops (through rows.py) and transport together, and the autograd nodes it drives. Its files,
 # and what they may import beyond the others of the schedule room. Who imports one of them has torch, ops and transport

@@ -20,12 +20,14 @@ import torch
 
 from moe_overlap import ConfigError, ops
 from moe_overlap.ops import registry
+from moe_overlap.verify.run import CHECKS
 from tests import oracle
 from tests.tolerances import close
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "ops.md").read_text()
 README = (ROOT / "README.md").read_text()
+VERIFY = (ROOT / "docs" / "verify.md").read_text()
 FINDINGS = (ROOT / "findings" / "README.md").read_text()
 OPERATORS = [name for name in ops.__all__ if not inspect.ismodule(getattr(ops, name))]
 
@@ -140,6 +142,23 @@ def test_the_first_program_of_the_readme_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     # Its last line is the overload of a rank that has all the rows.
     assert result.stdout.splitlines()[-1] == "1.0"
+
+
+def test_the_programs_of_the_kits_page_run(tmp_path):
+    for program in blocks(VERIFY, "python"):
+        (name,) = re.findall(r"^# (\w+\.py)$", program, re.MULTILINE)
+        (tmp_path / name).write_text(program)
+    assert len((tmp_path / "mine.py").read_text().splitlines()) <= 40
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for words in (["mine.py"], ["-m", "pytest", "-q", "test_mine.py"]):
+        result = subprocess.run([sys.executable, *words], env=environment, cwd=tmp_path, capture_output=True, text=True,
+                                timeout=120)  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_kits_page_has_its_checks():
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", VERIFY, re.MULTILINE)[1:]
+    assert ", ".join(rows) == ", ".join(check.title for check in CHECKS)
 
 
 def test_the_skeleton_of_a_finding_is_a_shell_script():

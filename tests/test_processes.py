@@ -95,7 +95,7 @@ def bad_groups():
     only_zero = dist.new_group([0])
     with pytest.raises(ConfigError, match="group") if rank else nullcontext():
         MoELayer(D, F, E, K, group=only_zero)
-    mesh = init_device_mesh("cpu", (1, 2))
+    mesh = init_device_mesh("cpu", (1, 1, 2))
     with pytest.raises(ConfigError, match="group"):
         MoELayer(D, F, E, K, group=mesh)
     with pytest.raises(ConfigError):

@@ -1,30 +1,10 @@
-"""The one table of tolerances: how far a result in a dtype may lie from the float64 oracle.
-
-`close` compares relative to the largest entry of the reference, as the sums of a matmul have errors of that size. Never
-loosened for one test: a test that needs more has found something.
-"""
+"""Comparisons with the float64 oracle. The tolerances are the package's: moe_overlap/verify/tolerances.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """|got - want| <= atol + rtol * max(|want|)."""
-
-    rtol: float
-    atol: float
-
-
-TOLERANCES = {
-    torch.float64: Tolerance(rtol=1e-12, atol=1e-12),
-    torch.float32: Tolerance(rtol=1e-5, atol=1e-6),
-    torch.float16: Tolerance(rtol=4e-3, atol=1e-4),
-    torch.bfloat16: Tolerance(rtol=2e-2, atol=1e-3),
-}
+from moe_overlap.verify.tolerances import TOLERANCES
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -37,7 +17,7 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = Non
     assert got.shape == want.shape, (got.shape, want.shape)
     tolerance = TOLERANCES[dtype or got.dtype]
     scale = want.double().abs().max().item() if want.numel() else 0.0
-    limit = tolerance.atol + tolerance.rtol * scale
+    limit = tolerance.limit(scale)
     worst = error(got, want)
     assert worst <= limit, f"error {worst:.3g} > {limit:.3g} (largest entry {scale:.3g}, {dtype or got.dtype})"
 

@@ -19,9 +19,9 @@ import torch
 
 from moe_overlap import config
 from moe_overlap.auto.auto import AutoSchedule
-from moe_overlap.commands.launch import World, run, torchrun_world_size
 from moe_overlap.commands.parser import OneLineParser
 from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport

@@ -1,4 +1,4 @@
-"""The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate` and `bench`.
+"""The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate`, `verify` and `bench`.
 
 Exit status: 0 done, 1 a correctness check failed, 2 bad input, said in one line that names the option, the value and
 what was expected.
@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("moe_overlap.commands.plan", "predict from numbers alone which schedule wins on a cluster"),
     "train": ("moe_overlap.commands.train", "train a small MoE language model on real text, overlap on or off"),
     "calibrate": ("moe_overlap.commands.calibrate", 'measure the cost model of a layer, for schedule="auto"'),
+    "verify": ("moe_overlap.commands.verify", "compare a MoE module on n ranks with itself on one, ours or yours"),
     "bench": ("moe_overlap.commands.bench", "measure schedules against each other: moe-overlap bench layer"),
 }
 

@@ -72,8 +72,11 @@ class Loading:
 
 
 def mark(module: nn.Module, ownership: Ownership) -> None:
-    """All that `module` has is experts of this rank, and its state dicts say which ones."""
+    """All that `module` has is experts of this rank, and its state dicts say which ones. Its parameters as they are do
+    not, and torch.distributed.checkpoint is kept away from them."""
     marks.mark(module, ownership)
+    for parameter in module.parameters() if ownership.others else ():
+        _keep_away(parameter)
     if not any(isinstance(hook, Saving) for hook in module._state_dict_hooks.values()):
         module.register_state_dict_post_hook(Saving(ownership))
         module.register_load_state_dict_pre_hook(Loading(ownership))
@@ -269,6 +272,10 @@ def _on_replicas(name: str, value: Any, target: Any, ownership: Ownership) -> to
 def refused(tensor: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
     """`tensor`, which from now on says which experts it holds and keeps away torch.distributed.checkpoint."""
     setattr(tensor, IDS, tuple(ids))
+    return _keep_away(tensor)
+
+
+def _keep_away(tensor: torch.Tensor) -> torch.Tensor:
     setattr(tensor, WRITE, refuse_to_write)
     setattr(tensor, READ, refuse_to_read)
     return tensor
@@ -276,8 +283,9 @@ def refused(tensor: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
 
 def refuse_to_write(name: str, *_: object) -> NoReturn:
     """Raises ConfigError."""
-    given = "a part of the experts, of one rank, without a process group that knows the others"
-    raise ConfigError(name, given, "experts on ranks of torch.distributed, or a file for each rank by torch.save")
+    given = "a part of the experts, of one rank, that does not stand for the whole"
+    expected = "what state_dict() has of experts on ranks of torch.distributed, or a file for each rank by torch.save"
+    raise ConfigError(name, given, expected)
 
 
 def refuse_to_read() -> NoReturn:

@@ -242,8 +242,7 @@ def in_mode(mode, folder):
     rank, results = dist.get_rank(), []
     for schedule in ("serial", "auto"):
         block = build("block", ProcessGroupTransport(timeout_s=20.0), schedule, mode=mode)
-        prepare(block)
-        model = Shell(block, mode if mode in ("block", "selective", "nested") else "none")
+        model = prepare(Shell(block, mode if mode in ("block", "selective", "nested") else "none"))
         call = DistributedDataParallel(model) if mode == "ddp" else model
         around = torch.autocast("cpu", dtype=torch.bfloat16) if mode == "autocast" else nullcontext()
         if mode == "autocast":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from moe_overlap.commands.bench.cases import BlockPair, Sizes
-from moe_overlap.commands.launch import World
+from moe_overlap.launch.launch import World
 from moe_overlap.transport.local import LocalTransport
 
 # The largest error of an output, relative to its largest entry, by dtype: the rtol of the project's tolerance table,

@@ -17,8 +17,8 @@ from moe_overlap.commands.bench.options import LayerOptions, parse
 from moe_overlap.commands.bench.phase import CheckFailed, PhaseResult, measure_phase
 from moe_overlap.commands.bench.routing import load
 from moe_overlap.commands.bench.setting import Setting
-from moe_overlap.commands.launch import World, run, torchrun_world_size
 from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.measure.picture import write_png, write_trace
 from moe_overlap.measure.report import print_table, write_jsonl
 

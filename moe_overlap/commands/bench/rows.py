@@ -11,7 +11,7 @@ import torch
 from moe_overlap.commands.bench.cases import BlockPair
 from moe_overlap.commands.bench.timing import Samples
 from moe_overlap.commands.bench.wires import Exchanges
-from moe_overlap.commands.launch import World
+from moe_overlap.launch.launch import World
 from moe_overlap.measure import overlap as formulas
 from moe_overlap.measure.overlap import median, percentile
 from moe_overlap.measure.timeline import overlap

@@ -16,7 +16,7 @@ from moe_overlap.commands.bench.check import reference
 from moe_overlap.commands.bench.options import LayerOptions
 from moe_overlap.commands.bench.slept import Calibration, calibrate
 from moe_overlap.commands.bench.wires import Wires
-from moe_overlap.commands.launch import World
+from moe_overlap.launch.launch import World
 from moe_overlap.measure.machine import commit, cores_here, hardware, ranks_here
 
 SEED = 1234

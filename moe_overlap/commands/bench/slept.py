@@ -19,7 +19,7 @@ from torch import nn
 from moe_overlap import ops
 from moe_overlap.commands.bench.cases import ACTIVATION, Attention, Branch
 from moe_overlap.commands.bench.options import LayerOptions
-from moe_overlap.commands.launch import World
+from moe_overlap.launch.launch import World
 from moe_overlap.measure.overlap import median
 
 REPEATS = 5

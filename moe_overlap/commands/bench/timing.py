@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_overlap.commands.bench.cases import BlockPair
-from moe_overlap.commands.launch import World
+from moe_overlap.launch.launch import World
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.transport.base import Transport

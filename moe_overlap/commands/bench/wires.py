@@ -12,8 +12,8 @@ import torch
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.commands.bench.cases import BlockPair
 from moe_overlap.commands.bench.timing import Runner, Variant
-from moe_overlap.commands.launch import World
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.launch import World
 from moe_overlap.measure.overlap import comm_share, median
 from moe_overlap.schedule.builders import SchedulePair, serial
 from moe_overlap.transport.accounting import CommCpu

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train.files import read_json, read_tensors, write_json, write_tensors
 from moe_overlap.commands.train.model import LanguageModel, moe_layers, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions
 from moe_overlap.commands.train.text import Corpus
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.launch import World
 from moe_overlap.layer.experts import old_name
 
 FORMATS = (1, 2)  # the last one is written

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from moe_overlap.commands.launch import World, run, torchrun_world_size
 from moe_overlap.commands.train.checkpoint import find_checkpoint, identity
 from moe_overlap.commands.train.loop import Trained, evaluate, train
 from moe_overlap.commands.train.model import moe_layers, split_parameters
@@ -21,6 +20,7 @@ from moe_overlap.commands.train.report import RunLog
 from moe_overlap.commands.train.routing_file import save_routing
 from moe_overlap.commands.train.text import Corpus, load_corpus
 from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.measure.machine import commit, hardware
 
 LOG_NAME = "train.jsonl"

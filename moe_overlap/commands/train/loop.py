@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from moe_overlap import aux_loss, prepare
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train.checkpoint import Checkpoint, identity, load_checkpoint, save_checkpoint
 from moe_overlap.commands.train.model import LanguageModel, decay_groups, initialise, moe_layers, split_parameters
 from moe_overlap.commands.train.options import TrainOptions
 from moe_overlap.commands.train.text import Corpus
+from moe_overlap.launch.launch import World
 from moe_overlap.transport import EmulatedLinkTransport, ProcessGroupTransport
 
 BETAS = (0.9, 0.95)

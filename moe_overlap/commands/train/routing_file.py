@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_overlap import aux_loss
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train.files import write_tensors
 from moe_overlap.commands.train.loop import held_out_batches
 from moe_overlap.commands.train.model import LanguageModel, moe_layers
 from moe_overlap.commands.train.options import TrainOptions
 from moe_overlap.commands.train.text import Corpus
+from moe_overlap.launch.launch import World
 from moe_overlap.ops.gate import gate_topk
 from moe_overlap.routing import LinearRouter
 

@@ -19,7 +19,7 @@ from moe_overlap.commands.bench.cases import BlockPair, Sizes
 from moe_overlap.commands.bench.planned import CasePlan
 from moe_overlap.commands.bench.routing import load
 from moe_overlap.commands.bench.rows import KEYS, flag_of
-from moe_overlap.commands.launch import World
+from moe_overlap.launch.launch import World
 from moe_overlap.measure.report import read_jsonl
 from moe_overlap.schedule.builders import serial
 from moe_overlap.transport.local import LocalTransport

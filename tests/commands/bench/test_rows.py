@@ -8,7 +8,7 @@ import pytest
 
 from moe_overlap.commands.bench.rows import RowPlan, Terms, bound_s
 from moe_overlap.commands.bench.wires import Exchanges
-from moe_overlap.commands.launch import World
+from moe_overlap.launch.launch import World
 from moe_overlap.schedule.builders import chunked, shared_expert, shortcut
 
 INFER = Terms(whole=20.0, experts=8.0, dgrad=0.0, wgrad=0.0, window=6.0, window_backward=0.0)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train.command import main, run_rank
 from moe_overlap.commands.train.options import TrainOptions
 from moe_overlap.commands.train.text import load_corpus
+from moe_overlap.launch.launch import World
 from tests.ranks import gloo_pool
 
 SIZES = (

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap import prepare
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train import command as train_command
 from moe_overlap.commands.train.command import differences, run_rank
 from moe_overlap.commands.train.files import read_tensors, write_tensors
 from moe_overlap.commands.train.loop import DenseGradients
 from moe_overlap.commands.train.model import LanguageModel, initialise, split_parameters
 from moe_overlap.commands.train.options import KINDS, parse
+from moe_overlap.launch.launch import World
 from tests.commands.train.jobs import SIZES, arguments, corpus_of, events, losses, run, run_on_two
 from tests.ranks import gloo_pool
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap.commands.launch import World
 from moe_overlap.commands.train import model
 from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint, load_checkpoint, save_checkpoint
 from moe_overlap.commands.train.command import run_rank
 from moe_overlap.commands.train.files import read_tensors, write_atomically, write_json, write_tensors
 from moe_overlap.commands.train.options import parse
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.launch import World
 from tests.commands.train.jobs import arguments, events, losses, run, run_on_two
 from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_overlap.commands.launch import GRACE_S, World, spawn
+from moe_overlap.launch.launch import GRACE_S, World, spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0
@@ -78,12 +78,12 @@ def test_a_dead_rank_ends_the_others(function, capfd):
 
 def test_ranks_do_not_outlive_the_process_that_spawned_them(tmp_path):
     program = (
-        "import sys; sys.path.insert(0, 'tests/commands'); from test_launch import start, write_pid_and_sleep\n"
+        "import sys; sys.path.insert(0, 'tests/launch'); from test_launch import start, write_pid_and_sleep\n"
         f"if __name__ == '__main__': start(write_pid_and_sleep, {str(tmp_path)!r})"
     )
     script = tmp_path / "parent.py"
     script.write_text(program)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/commands")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/launch")])}
     parent = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env=environment)
     try:
         files = [tmp_path / f"pid-{rank}" for rank in range(2)]

@@ -1,4 +1,4 @@
-"""One world of ranks: this process alone, ranks that this process spawns, or torchrun's. For the commands.
+"""One world of ranks: this process alone, ranks that this process spawns, or those of torchrun.
 
 `spawn` runs a function in new processes of this machine; when one of them ends badly, all end, and none outlives the
 process that spawned it. The key-value store lives in the parent: no race for a port, and it survives any rank.

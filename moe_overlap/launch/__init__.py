@@ -1,0 +1,1 @@
+"""Ranks: this process alone, new processes of this machine, or those of torchrun."""

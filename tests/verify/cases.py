@@ -1,0 +1,10 @@
+"""All mutants and right variants, by the layer that they are of (`judging.ADAPTERS`)."""
+
+from __future__ import annotations
+
+from tests.verify import variants
+from tests.verify.mutants_ours import IN_DDP, OURS
+from tests.verify.mutants_plain import PLAIN
+
+MUTANTS = {"plain": PLAIN, "ours": OURS, "ours in DDP": IN_DDP}
+VARIANTS = {"plain": variants.PLAIN, "ours": variants.OURS, "ours in DDP": variants.IN_DDP}
