@@ -112,13 +112,13 @@ class LastCall:
 
     @torch.compiler.disable(reason="it reads what calls left behind: one graph break")
     def attach(self, loss: torch.Tensor) -> torch.Tensor:
-        """`loss`, made to reach with a zero gradient every call of this layer since the last `attach`, but for those
-        whose backward is over or whose output is gone (the last call's may be).
+        """`loss`, made to reach with a zero gradient this layer's last call, and the calls before it that no `attach`
+        has reached yet, but for those whose backward is over or whose output is gone (the last call's may be).
 
         For a rank whose loss does not depend on this layer: its experts computed other ranks' rows, so it has to take
         part in their backward.
         """
-        tails = self._left.take_tails()
+        tails = self._left.tails()
         if not tails:
             return loss
         attached: torch.Tensor = Attach.apply(loss, *tails)

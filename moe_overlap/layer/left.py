@@ -23,10 +23,11 @@ DROPPED = (
 
 
 class Call:
-    """One call: its loss and its tail, a part without numbers of its output, until these are taken."""
+    """One call: its loss and its tail, a part without numbers of its output, until it is taken."""
 
     def __init__(self, loss: torch.Tensor | None, tail: torch.Tensor | None, *, compiled: bool = False) -> None:
         self.loss, self.tail, self.compiled = loss, tail, compiled
+        self.attached = False
         self._node: weakref.ref[Any] | None = None
 
     def watch(self, node: Any) -> None:
@@ -110,14 +111,16 @@ class Left:
         self._held = [call for call in self._held if call.tail is not None]
         return total
 
-    def take_tails(self) -> list[torch.Tensor]:
-        """The tails of all calls since the last time whose backward is still to come."""
-        tails = []
-        for call in self._alive():
-            if call.tail is not None and not call.is_over:
-                tails.append(call.tail)
-                call.tail = None
-        return tails
+    def tails(self) -> list[torch.Tensor]:
+        """The tails of the calls whose backward is still to come: of the last one, and of those that nobody has asked
+        for. What is returned may be thrown away, so the last one's stays."""
+        wanted = []
+        calls = self._alive()
+        for call in calls:
+            if call.tail is not None and not call.is_over and (call is calls[-1] or not call.attached):
+                wanted.append(call.tail)
+                call.attached = True
+        return wanted
 
     def forget_last_tail(self) -> None:
         """The last call may be over then: nothing here keeps the way into its backward."""
