@@ -377,6 +377,18 @@ def test_hooks_of_the_module(path):
 # ---------------------------------------------------------------- what only the functional form has
 
 
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+def test_a_penalty_on_a_gradient_through_constant_weights_is_refused(schedule):
+    """Nothing that comes into the backward needs a gradient, and yet x stands in it."""
+    layer, x = make(), tokens(6).requires_grad_()
+    routing = layer.router(x.detach())
+    constant = [one.detach() for one in (routing.topk_weights_TK, *layer.expert_weights)]
+    y = moe_forward(x, routing.topk_ids_TK, *constant, schedule=schedule)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|no derivative"):
+        (grad.square().sum() + x.pow(3).sum()).backward()
+
+
 @pytest.mark.parametrize("path", ["functional", "functional ranks"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8])
 def test_an_id_of_others_may_mean_unused(path, dtype):

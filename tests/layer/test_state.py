@@ -162,7 +162,7 @@ def test_a_state_dict_brings_the_bias_back_as_float32(assign, saved):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    second.load_state_dict(torch.load(file), assign=assign)
+    second.load_state_dict(torch.load(file, weights_only=True), assign=assign)
     same_bits(second.expert_bias_E, first.expert_bias_E.to(saved).float())
     assert second.state_dict()["expert_bias_E"].dtype == torch.float32
 
