@@ -1,5 +1,8 @@
-"""A rank is killed or stopped in the middle of any action, under any schedule: all others raise a typed error that
-names it, in time; a stopped one that goes on learns of it, and after reopen() the next step is the first, bit for bit."""
+"""A rank is killed or stopped in the middle of any action, under any schedule.
+
+All others raise a typed error that names it, in time. A stopped one that goes on learns of it, and after reopen() the
+next step is the first one, bit for bit.
+"""
 
 from __future__ import annotations
 

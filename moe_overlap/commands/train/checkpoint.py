@@ -2,13 +2,16 @@
 
     OUT/checkpoints/step-000020/rank-0.safetensors   dense parameters, rank 0's experts, optimizer state, RNG state
                                 rank-1.safetensors   rank 1's experts, their optimizer state, RNG state
-                                checkpoint.json      written last: step, run; size, SHA-256 and experts of each shard
+                                checkpoint.json      written last: step, run; size, SHA-256 and experts of each shard;
+                                                     a digest of all that
 
-A folder without `checkpoint.json` is no checkpoint. The data position is the step (see `Corpus.batch`). Equal bits need
-the same number of ranks, and of threads too, since matmuls split their sums by it. On another number of ranks a run
-goes on with the same batches: a rank takes its experts from the shards that have them. Its numbers are then the same
-but for rounding, and for the loss that balances the experts, which is one of a rank's own tokens. With more steps than
-before the rest of the run follows the learning rates of the longer run.
+A folder without `checkpoint.json` is no checkpoint. Where a step is saved again, its shards get other names, and the
+old ones stay until the new `checkpoint.json` has taken their place: whenever a run dies, one of both is whole. The data
+position is the step (see `Corpus.batch`). Equal bits need the same number of ranks, and of threads too, since matmuls
+split their sums by it. On another number of ranks a run goes on with the same batches: a rank takes its experts from
+the shards that have them. Its numbers are then the same but for rounding, and for the loss that balances the experts,
+which is one of a rank's own tokens. With more steps than before the rest of the run follows the learning rates of the
+longer run.
 
 A rank reads rank 0's shard and those with its experts: on several machines the folder has to be shared. Shards of
 format 1 do not say their experts, and have them in order.
@@ -17,6 +20,8 @@ format 1 do not say their experts, and have them in order.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +39,19 @@ from moe_overlap.layer.experts import old_name
 
 FORMATS = (1, 2)  # the last one is written
 MANIFEST = "checkpoint.json"
+MOST_STEPS = 10**9
 FIELD = "--resume"
 _RNG = "rng.torch"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk, whose shards have been found whole; `experts`: those that each of them has."""
+    """A complete checkpoint on disk, whose shards, `files`, have been found whole; `experts`: those that each has."""
 
     folder: Path
     step: int
     experts: tuple[tuple[int, ...], ...]
+    files: tuple[Path, ...]
 
 
 def identity(options: TrainOptions, corpus: Corpus) -> dict[str, object]:
@@ -63,10 +70,13 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step` steps to folder/step-<step>; collective. `run`: see `identity`."""
     target = folder / f"step-{step:06d}"
+    times = torch.zeros((), dtype=torch.int64)
     if world.rank == 0:
-        (target / MANIFEST).unlink(missing_ok=True)  # While shards are replaced this is no checkpoint.
-    world.barrier()
-    shard = target / _shard_name(world.rank)
+        for left in target.glob(".*.tmp"):  # by a run that was killed
+            left.unlink(missing_ok=True)
+        times.fill_(_times_saved(target))
+    times = world.gather(times)[0]
+    shard = target / _shard_name(world.rank, int(times))
     state = _state(model, optimizer, rank=world.rank)
     state[_RNG] = torch.get_rng_state()
     write_tensors(shard, state, {"step": str(step)})
@@ -76,7 +86,7 @@ def save_checkpoint(
     shards = [bytes(part.tolist()) for part in world.gather(mine)]
     experts = world.gather(torch.tensor(_experts_of(model)))
     if world.rank == 0:
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMATS[-1],
             "step": step,
             "run": run,
@@ -84,15 +94,26 @@ def save_checkpoint(
                 {
                     "bytes": int.from_bytes(part[:8], "little"),
                     "experts": experts[rank].tolist(),
-                    "file": _shard_name(rank),
+                    "file": _shard_name(rank, int(times)),
                     "sha256": part[8:].hex(),
                 }
                 for rank, part in enumerate(shards)
             ],
         }
-        write_json(target / MANIFEST, manifest)
+        write_json(target / MANIFEST, sealed(manifest))
+        kept = {shard["file"] for shard in manifest["shards"]}
+        for old in target.glob("rank-*.safetensors"):
+            if old.name not in kept:
+                old.unlink(missing_ok=True)
     world.barrier()
     return target
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with a digest of all else that it says: one flipped bit would resume at another step."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return {**said, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
@@ -101,6 +122,8 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
     ConfigError naming --resume when there is none, when it belongs to another run, or when a shard is missing,
     truncated or altered.
     """
+    if not path:
+        raise ConfigError(FIELD, path, "a folder")
     root = Path(path)
     folder = root if (root / MANIFEST).is_file() else _newest(root)
     if folder is None:
@@ -109,18 +132,27 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
     if manifest.get("format") not in FORMATS:
         expected = f"a checkpoint of format {' or '.join(map(str, FORMATS))} (it has {manifest.get('format')!r})"
         raise ConfigError(FIELD, str(folder), expected)
+    if manifest["format"] > 1 and sealed(manifest) != manifest:
+        raise ConfigError(FIELD, str(folder / MANIFEST), "what was written: its digest is another one's")
     ranks = _check_run(manifest.get("run"), run, folder)
     step, shards = manifest.get("step"), manifest.get("shards")
-    if not isinstance(step, int) or not isinstance(shards, list) or len(shards) != ranks:
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MOST_STEPS:
+        raise ConfigError(FIELD, str(folder), f"a {MANIFEST} with a step from 0 to {MOST_STEPS}")
+    if not isinstance(shards, list) or len(shards) != ranks:
         raise ConfigError(FIELD, str(folder), f"a {MANIFEST} with a step and {ranks} shards")
+    files = []
     for rank, shard in enumerate(shards):
-        file = folder / _shard_name(rank)
+        name = shard.get("file") if isinstance(shard, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(rf"rank-{rank}(-\d+)?\.safetensors", name):
+            raise ConfigError(FIELD, str(folder), f"a {MANIFEST} that names the shard of rank {rank}")
+        file = folder / name
+        files.append(file)
         if not file.is_file():
             raise ConfigError(FIELD, str(file), "an existing shard")
         if not isinstance(shard, dict) or _fingerprint(file) != (shard.get("bytes"), shard.get("sha256")):
             raise ConfigError(FIELD, str(file), f"the whole shard, {_expected_bytes(shard)} with its SHA-256")
     experts = _experts_in(shards, run["experts"], folder)
-    return Checkpoint(folder=folder, step=step, experts=experts)
+    return Checkpoint(folder=folder, step=step, experts=experts, files=tuple(files))
 
 
 def load_checkpoint(
@@ -166,7 +198,7 @@ class _Shards:
 
     def read(self, rank: int) -> dict[str, torch.Tensor]:
         if rank not in self._read:
-            self._read[rank], _ = read_tensors(self.checkpoint.folder / _shard_name(rank), field=FIELD)
+            self._read[rank], _ = read_tensors(self.checkpoint.files[rank], field=FIELD)
         return self._read[rank]
 
     def _row(self, name: str, expert: int) -> torch.Tensor:
@@ -241,8 +273,15 @@ def _newest(root: Path) -> Path | None:
     return max(complete, key=lambda folder: (len(folder.name), folder.name), default=None)
 
 
-def _shard_name(rank: int) -> str:
-    return f"rank-{rank}.safetensors"
+def _shard_name(rank: int, times: int) -> str:
+    """`times`: how often this step was saved in this folder before."""
+    return f"rank-{rank}-{times}.safetensors" if times else f"rank-{rank}.safetensors"
+
+
+def _times_saved(target: Path) -> int:
+    """One more than the shards in `target` say, whole or not."""
+    said = [re.fullmatch(r"rank-\d+(?:-(\d+))?\.safetensors", file.name) for file in target.glob("rank-*.safetensors")]
+    return max((int(one[1] or 0) + 1 for one in said if one), default=0)
 
 
 def _fingerprint(file: Path) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap.commands.train import model
-from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint, load_checkpoint, save_checkpoint
+from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint, load_checkpoint, save_checkpoint, sealed
 from moe_overlap.commands.train.command import run_rank
 from moe_overlap.commands.train.files import read_tensors, write_atomically, write_json, write_tensors
 from moe_overlap.commands.train.options import parse
@@ -50,7 +50,7 @@ def give_old_names(folder):
         write_tensors(file, renamed, metadata)
         data = file.read_bytes()
         shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, sealed(manifest))
 
 
 def give_format_1(folder):
@@ -171,6 +171,54 @@ def test_shards_hold_what_each_rank_owns(whole_run):
     assert all({name, f"{name}/exp_avg", f"{name}/exp_avg_sq", f"{name}/step"} <= set(shards[1]) for name in experts)
 
 
+def saved_twice(folder, fail):
+    """The same step again, in the folder that has it; `fail`: all ranks die when rank 0's shard is there."""
+    from moe_overlap.commands.train import checkpoint
+
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=dist.get_rank(), group=dist.group.WORLD)
+    argv = arguments(Path(folder) / "text", Path(folder), *RESHARDED)
+    options = parse(argv, ranks=world.size)
+    made = model.LanguageModel(options, world.group)
+    optimizer = torch.optim.AdamW(model.decay_groups(made, 0.1))
+    for parameter in made.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    run = {"ranks": world.size, "steps": 4, "experts": options.experts}
+    where = save_checkpoint(Path(folder), made, optimizer, run=run, world=world, step=4)
+    if fail:
+        write = checkpoint.write_tensors
+
+        def failing(path, *rest):
+            if world.rank == 0:
+                write(path, *rest)
+            raise OSError("no space left")
+
+        checkpoint.write_tensors = failing
+        try:
+            with pytest.raises(OSError):
+                save_checkpoint(Path(folder), made, optimizer, run=run, world=world, step=4)
+        finally:
+            checkpoint.write_tensors = write
+    else:
+        (where / ".rank-0.safetensors.1.abcd.tmp").write_bytes(b"left by a run that was killed")
+        world.barrier()
+        save_checkpoint(Path(folder), made, optimizer, run=run, world=world, step=4)
+    world.barrier()
+    found = find_checkpoint(folder, run)
+    return found.step, sorted(file.name for file in where.iterdir()), [file.name for file in found.files]
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_step_that_is_saved_again_never_leaves_none(fail, tmp_path):
+    for step, names, files in gloo_pool(2).run(saved_twice, str(tmp_path), fail):
+        assert step == 4
+        if fail:
+            assert files == ["rank-0.safetensors", "rank-1.safetensors"] and set(files) < set(names)
+        else:
+            assert files == ["rank-0-1.safetensors", "rank-1-1.safetensors"]
+            assert names == ["checkpoint.json", *files]
+
+
 def truncate(folder):
     file = folder / "rank-1.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -201,7 +249,30 @@ def other_format(folder):
 def experts_twice(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["shards"][1]["experts"] = manifest["shards"][0]["experts"]
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, sealed(manifest))
+
+
+def another_step(folder):
+    """One flipped bit: it would resume at another place in the data."""
+    text = (folder / MANIFEST).read_text()
+    assert '"step": 20' in text
+    (folder / MANIFEST).write_text(text.replace('"step": 20', '"step": 21'))
+
+
+def impossible_step(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    write_json(folder / MANIFEST, sealed(manifest | {"step": 10**30}))
+
+
+def negative_step(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    write_json(folder / MANIFEST, sealed(manifest | {"step": -1}))
+
+
+def shard_elsewhere(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["shards"][0]["file"] = "../step-000040/rank-0.safetensors"
+    write_json(folder / MANIFEST, sealed(manifest))
 
 
 def not_an_object(folder):
@@ -209,7 +280,7 @@ def not_an_object(folder):
 
 
 DAMAGES = [truncate, flip_a_bit, remove_a_shard, truncate_manifest, remove_manifest, other_format, experts_twice,
-           not_an_object]  # fmt: skip
+           another_step, impossible_step, negative_step, shard_elsewhere, not_an_object]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
