@@ -17,7 +17,6 @@ from moe_overlap.commands import calibrate, cli, verify
 from moe_overlap.commands.bench import layer as bench_layer
 from moe_overlap.commands.plan import command as plan
 from moe_overlap.commands.train import command as train
-from moe_overlap.launch import launch
 from tests.commands.train.jobs import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,10 +113,18 @@ def failing_rank(world, argv):
     return 0
 
 
-def test_a_rank_that_cannot_write_says_so_in_one_line(capfd):
-    assert launch.spawn(failing_rank, [], 2, timeout_s=20, program="test") == 2
-    said = capfd.readouterr().err
-    assert said.splitlines() == ["test: error: rank 1: No space left on device: somewhere"]
+SPAWN = """
+from moe_overlap.launch.launch import spawn
+from tests.commands.test_outputs import failing_rank
+raise SystemExit(spawn(failing_rank, [], 2, timeout_s=20, program="test"))
+"""
+
+
+def test_a_rank_that_cannot_write_says_so_in_one_line():
+    """In a process of its own: ranks write where the first one that started the fork server did."""
+    done = subprocess.run([sys.executable, "-c", SPAWN], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["test: error: rank 1: No space left on device: somewhere"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
