@@ -137,9 +137,9 @@ class ShortcutBlock(nn.Module):
                 check_result("pre_norm", tapped, hidden)
         beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
         h, routed = self.moe(tapped, beside)
-        with closing_on_error(self.moe.transport, "what follows the experts"):
-            if self.post_norm is None:
-                return h + routed
+        if self.post_norm is None:
+            return h + routed
+        with closing_on_error(self.moe.transport, "post_norm"):
             normed = self.post_norm(routed)
-            check_result("post_norm", normed, routed)
-            return h + normed
+        check_result("post_norm", normed, routed)  # alike on all ranks, and nothing is under way
+        return h + normed

@@ -51,7 +51,8 @@ DIAGNOSE_S = 0.6
 _parked: list[tuple[Groups, list[Any]]] = []
 # The connections of each process group, by what they are for.
 _of_group: weakref.WeakKeyDictionary[Any, dict[str, Connections]] = weakref.WeakKeyDictionary()
-_ended = 0  # how often all were ended: part of the prefix, so that the next ones do not meet old keys
+# How many were made for a name, on all its ranks alike: the next ones must not meet the keys of the last ones.
+_made: dict[str, int] = {}
 
 
 class Connections:
@@ -70,7 +71,10 @@ class Connections:
         self.control: ControlPlane | None = None
         self.groups: Groups | None = None
         self._store = dist.distributed_c10d._get_default_store()
-        self._prefix = f"moe_overlap/{group.group_name}/{lane}/{_ended}"
+        # Groups of the same ranks may have one name after another: old keys lead to addresses that are gone.
+        name = f"{group.group_name}/{lane}"
+        _made[name] = _made.get(name, 0) + 1
+        self._prefix = f"moe_overlap/{name}/{_made[name]}"
         self._pending: set[Any] = set()
         self._slow_s = SLOW_PEER_S.read()
         self._warned = False
@@ -306,13 +310,11 @@ def connections_of(group: Any, ranks: list[int], *, backend: str, lane: str = ""
 def end_all() -> None:
     """End the connections of all groups of this process, as before the end of torch.distributed. What was made on them
     is closed; what is made later connects anew. All ranks do this at the same point, or not at all."""
-    global _ended
     for lanes in list(_of_group.values()):
         for one in lanes.values():
             one.close("all connections were ended")
             one.life.ended = True
     _of_group.clear()
-    _ended += 1
 
 
 @atexit.register

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_overlap import ConfigError, MoELayer, MoeTransportError, PlanMismatch, no_sync, prepare
+from moe_overlap import ConfigError, MoELayer, MoeTransportError, PlanMismatch, no_sync, prepare, reopen
 from tests.parallel.model import EXPERTS, D, F, Model, gradients, loss_of
 from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits
@@ -238,7 +238,7 @@ def other_layers():
     chosen = first if dist.get_rank() < SPREAD else second
     with pytest.raises(PlanMismatch, match="have to run the same layers"):
         chosen(rows(0)).sum().backward()
-    first.ownership.replicas.reopen()
+    reopen(nn.ModuleList([first, second]))
     for layer in (first, second):
         layer(rows(0)).sum().backward()
 
