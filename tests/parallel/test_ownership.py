@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
-from moe_overlap import ConfigError, MoELayer, param_groups, prepare
+from moe_overlap import ConfigError, MoELayer, ignore_experts_for_ddp, param_groups, prepare
 from moe_overlap.parallel.ownership import mark_parameter, owned_tensors, owners
 from tests.parallel.model import EXPERTS, D, F, Model, gradients, loss_of, meshes, tokens
 from tests.ranks import gloo_pool
@@ -308,6 +308,19 @@ def test_marks_live_as_long_as_their_modules():
     del layers
     gc.collect()
     assert len(ownership._marked) <= before
+
+
+def old_name():
+    model = Model(dist.group.WORLD)
+    with pytest.warns(DeprecationWarning, match="prepare"):
+        names = ignore_experts_for_ddp(model)
+    assert set(names) == {name for name, _ in model.named_parameters() if name.endswith(EXPERTS)}
+    assert all(layer.ownership.mean for layer in model.layers)
+    DistributedDataParallel(model)(tokens(dist.get_rank()))
+
+
+def test_the_old_name_of_prepare():
+    gloo_pool(WORLD).run(old_name)
 
 
 def test_one_rank_needs_nothing():
