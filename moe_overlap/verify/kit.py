@@ -17,12 +17,18 @@ from moe_overlap.verify.sides import TOKENS, Result, Side, Tokens, built, tokens
 def new_group(world: dist.ProcessGroup, size: int, timeout_s: float) -> dist.ProcessGroup:
     """A gloo group of the first ranks of `world`, all of which call this; no wait in it is longer than `timeout_s`. The
     other ranks get a group too, of themselves: torch numbers groups, and wants the same number of them on every rank.
+
+    Where `world` is all ranks of the job, all of them make both: a group that its members alone make is named after
+    them, and a second one of that name, after the first was destroyed, finds the first one's addresses (torch 2.13.0).
     """
     ranks = dist.get_process_group_ranks(world)
-    mine = ranks[:size] if world.rank() < size else ranks[size:]
-    everywhere = world.size() == dist.get_world_size() and size == world.size()
+    parts = [part for part in (ranks[:size], ranks[size:]) if part]
+    mine = parts[0] if world.rank() < size else parts[1]
     limit = timedelta(seconds=timeout_s)
-    return dist.new_group(mine, timeout=limit, backend="gloo", use_local_synchronization=not everywhere)
+    if world.size() < dist.get_world_size():
+        return dist.new_group(mine, timeout=limit, backend="gloo", use_local_synchronization=True)
+    made = [dist.new_group(part, timeout=limit, backend="gloo") for part in parts]
+    return made[parts.index(mine)]
 
 
 def break_off(group: dist.ProcessGroup) -> None:

@@ -23,6 +23,7 @@ LIMIT_S = 120.0
 # Ranks keep what a verdict leaves behind: groups of layers, old modules.
 VERDICTS_PER_PROCESS = 30
 _verdicts = 0
+_MADE: dict[str, int] = {}
 
 
 def judged(
@@ -47,6 +48,8 @@ def _judge(layer: str, attributes: dict[str, Any], patches: Sequence[Patch], dty
     """The report, as JSON: its class here is not that of the caller."""
     module, name = ADAPTERS[layer]
     with patched(patches):
+        # The keys of connections that other modules of the same name have made in this process.
+        importlib.import_module("moe_overlap.transport.connections")._made = _MADE  # type: ignore[attr-defined]
         base = getattr(importlib.import_module(module), name)
         factory = type(name, (base,), attributes)
         report: Any = importlib.import_module("moe_overlap.verify.run").run(factory, dtype=dtype, timeout_s=TIMEOUT_S)
