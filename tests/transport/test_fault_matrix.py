@@ -26,6 +26,7 @@ from tests.tolerances import same_bits
 D, F, E = 16, 24, 12
 PHASES = ("route", "N", "D0", "E0", "C0", "Ut", "Ct0", "Ed0")
 SCHEDULES = ("serial", "chunked(2)", "chunked(2,experts)", "shortcut")
+OPENING_S = 60.0  # of a busy machine
 LIMIT_S = 3.0
 MARGIN_S = 15.0  # a busy machine may be late; a hang would be later
 
@@ -33,9 +34,9 @@ MARGIN_S = 15.0  # a busy machine may be late; a hang would be later
 def model(schedule):
     torch.manual_seed(0)
     if schedule == "shortcut":
-        moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=LIMIT_S)
+        moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=OPENING_S)
         return ShortcutBlock([nn.Linear(D, D, dtype=torch.float64) for _ in range(3)], moe, tap=1, slot=1), moe
-    moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=LIMIT_S, schedule=schedule)
+    moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=OPENING_S, schedule=schedule)
     return moe, moe
 
 
@@ -83,6 +84,7 @@ def one_fault(phase: str, schedule: str, number: int, victim: int) -> Any:
     rank = dist.get_rank()
     made, moe = model(schedule)
     want = step(made, rank)
+    moe.transport.timeout_s = LIMIT_S
     begin = time.monotonic()
     if rank == victim:
         with hit_in(phase, moe, number):
@@ -98,7 +100,7 @@ def one_fault(phase: str, schedule: str, number: int, victim: int) -> Any:
                 step(made, rank)
         found = type(caught.value).__name__, caught.value.peer, time.monotonic() - begin
     if number == signal.SIGSTOP:
-        moe.transport.timeout_s = 30.0
+        moe.transport.timeout_s = OPENING_S
         moe.transport.reopen()
         for got, wanted in zip(step(made, rank), want, strict=True):
             same_bits(got, wanted)
