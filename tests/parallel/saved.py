@@ -5,16 +5,20 @@ Linear -> MoELayer(E = 12, K = 2, shared expert) -> Linear
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import moe_overlap
 from moe_overlap import MoELayer, prepare
@@ -22,6 +26,7 @@ from moe_overlap import MoELayer, prepare
 D, F, E, TOKENS = 8, 12, 12, 12
 EXPERTS = ("1.experts.gate_up_proj", "1.experts.down_proj")
 WRAPS = ("plain", "ddp", "fsdp")
+WRAPPERS = ("bare", "ddp", "compiled", "checkpointed", "fsdp", "fsdp_own", "averaged", "deepcopied")
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -110,3 +115,34 @@ def whole(state: dict[str, Any]) -> dict[str, Any]:
         value = value.full_tensor() if isinstance(value, DTensor) else value
         found[name] = value.detach().clone() if isinstance(value, Tensor) else value
     return found
+
+
+def wrapped(kind: str, seed: int = 3) -> nn.Module:
+    """The model in one of the wrappers, with its experts spread over all ranks."""
+    model = model_of(dist.group.WORLD, seed)
+    prepare(model)
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("own", "data"))
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "compiled":
+        return torch.compile(model, backend="eager")
+    if kind == "checkpointed":
+        model[1] = checkpoint_wrapper(model[1])
+    if kind == "fsdp":
+        return fully_shard(model, mesh=mesh["data"], ignored_params=set(model[1].experts.parameters()))
+    if kind == "fsdp_own":
+        for child in (model[1].router, model[1].shared_expert):
+            fully_shard(child, mesh=mesh["data"])
+        fully_shard(model[1], mesh=mesh["own"])
+        return fully_shard(model, mesh=mesh["data"])
+    if kind == "averaged":
+        return AveragedModel(model)
+    return copy.deepcopy(model) if kind == "deepcopied" else model
+
+
+def through_files(state: dict[str, Any]) -> dict[str, Any]:
+    """What torch.load makes of what torch.save writes."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
