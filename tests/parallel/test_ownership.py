@@ -204,9 +204,13 @@ def test_prepared_last_every_wrapper_is_right(how):
 def ddp_over_replicas_of_experts():
     """DDP over a group in which nobody holds other experts averages them: that is right."""
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    model = Model(dist.group.WORLD)
-    DistributedDataParallel(model, process_group=alone)(tokens(dist.get_rank())).sum().backward()
-    assert set(gradients(model))
+    found = []
+    for wrap in (lambda model: DistributedDataParallel(model, process_group=alone), lambda model: model):
+        model = Model(dist.group.WORLD)
+        loss_of(wrap(model), dist.get_rank()).backward()
+        found.append(gradients(model))
+    for name, want in found[1].items():
+        same_bits(found[0][name], want)
 
 
 def test_ddp_over_other_ranks_is_none_of_our_business():
@@ -249,12 +253,19 @@ def sums_beside_means(gradients):
         with pytest.raises(ConfigError, match=r"prepare\(model\), for means as FSDP2"):
             optimizer.step()
     prepare(model, gradients=gradients or "mean")
+    model.zero_grad()
+    loss_of(model, dist.get_rank()).backward()
     optimizer.step()
+    return [weight.grad for weight in model.moe.experts.parameters()]
 
 
 @pytest.mark.parametrize("gradients", [None, "mean", "sum"])
 def test_fsdp_makes_means_and_the_experts_too_or_the_caller_says_so(gradients):
-    gloo_pool(WORLD).run(sums_beside_means, gradients)
+    results = gloo_pool(WORLD).run(sums_beside_means, gradients)
+    whole = Model(None)
+    sum(loss_of(whole, rank) for rank in range(WORLD)).backward()
+    for at, weight in enumerate(whole.moe.experts.parameters()):
+        close(torch.cat([result[at] for result in results]), weight.grad / (1 if gradients == "sum" else WORLD))
 
 
 def groups():
