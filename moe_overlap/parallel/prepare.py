@@ -46,14 +46,13 @@ def prepare(model: M, *, gradients: Literal["mean", "sum"] | None = None, accumu
         if gradients is not None or not ownership.prepared:
             ownership.mean, ownership.prepared = gradients != "sum", True
         ownership.accumulate_fp32 |= accumulate_fp32
-    owned = owned_tensors(model)
-    for tensor, owner in owned.items():
+    for tensor, owner in owned_tensors(model).items():
         if isinstance(tensor, nn.Parameter):
             if owner.replicas is not None:
                 owner.replicas.watch([tensor], owner.expert_ids)
             if owner.accumulate_fp32:
                 _accumulate_fp32(tensor)
-    ddp.ignore(model, [t for t, owner in owned.items() if owner.others or owner.replicas is not None])
+    ddp.ignore(model, _left_alone(model))
     return model
 
 
@@ -61,8 +60,7 @@ def ignore_experts_for_ddp(model: nn.Module) -> list[str]:
     """The old name of `prepare`; returns the names of the experts that DDP is to ignore."""
     warnings.warn("use moe_overlap.prepare(model)", DeprecationWarning, stacklevel=2)
     prepare(model)
-    spread = [t for t, owner in owned_tensors(model).items() if owner.others or owner.replicas is not None]
-    return ddp.ignore(model, spread)
+    return ddp.ignore(model, _left_alone(model))
 
 
 def reopen(model: nn.Module) -> None:
@@ -110,6 +108,11 @@ def param_groups(
             group = groups.setdefault(key, {"params": [], **((expert if is_expert else dense) or {})})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def _left_alone(model: nn.Module) -> list[torch.Tensor]:
+    """What DDP is to leave alone: experts that ranks share out among them, or that the layer itself reduces."""
+    return [tensor for tensor, owner in owned_tensors(model).items() if owner.others or owner.replicas is not None]
 
 
 def _accumulate_fp32(parameter: nn.Parameter) -> None:
