@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils import deterministic
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 SMALLEST_BYTES = 1 << 18
 """Smaller tensors are left to the C allocator, which recycles them itself."""
@@ -65,7 +65,7 @@ class Workspace:
             or device.type != "cpu"
             or _use_count is None
             or torch.compiler.is_compiling()
-            or is_in_torch_dispatch_mode()
+            or _get_current_dispatch_mode() is not None  # torch's own flag of it stays set after some errors
         ):
             return torch.empty(shape, dtype=dtype, device=device)
         bucket_bytes = _bucket(size_bytes)

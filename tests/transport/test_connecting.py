@@ -47,8 +47,16 @@ def misbehave(how: str) -> None:
     time.sleep(60)
 
 
+def reach_the_store() -> None:
+    """Beforehand, as connecting to it stalls for some seconds now and then, which is not what is looked at here."""
+    store = dist.distributed_c10d._get_default_store()
+    for use in ("control", "connect"):
+        control.own_store(store, 60.0, use)
+
+
 def connect(victim: int, when: str, how: str, far: bool) -> dict[str, Any]:
     """Open a transport; `victim` misbehaves before or after it has told gloo's address, in one of the two groups."""
+    reach_the_store()
     if far:
         control._host_name = f"host of rank {dist.get_rank()}"  # no look at each other's processes
     if dist.get_rank() == victim and how == "sleep":
@@ -113,6 +121,7 @@ def test_who_ends_or_hangs_while_connecting_is_named_in_time(
 
 def connect_late() -> bool:
     """Rank 1 comes to gloo's connecting after rank 0 has given up; reopened on both, the transport works."""
+    reach_the_store()
     transport = ProcessGroupTransport(timeout_s=1.5)
     rank, real = dist.get_rank(), groups.watched
 
