@@ -39,7 +39,7 @@ from moe_overlap.transport.control import (
     ranks_text,
 )
 from moe_overlap.transport.endpoint import Life
-from moe_overlap.transport.groups import Groups
+from moe_overlap.transport.groups import LOOK_S, Groups
 from moe_overlap.transport.where import Where
 
 logger = logging.getLogger(__name__)
@@ -173,9 +173,14 @@ class Connections:
                 store, rank=self.rank, world_size=self.world_size, timeout_s=self.limit_s, backend=self.backend,
                 watch=watch,
             )  # fmt: skip
-        except Exception:
+        except Exception as error:
             forget_own_store(self._store, "connect")
-            raise
+            if isinstance(error, MoeTransportError) or "connect" not in str(error).lower():
+                raise
+            # A peer on another machine refuses: who it is, the others' reports tell until the limit is reached.
+            while True:
+                watch()
+                time.sleep(LOOK_S)
 
     def finish(self, work: Any, where: Where, position: int, limit_s: float) -> None:
         """Wait for `work` within the limit; raises what went wrong, after telling the peers."""
