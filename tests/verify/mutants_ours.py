@@ -377,8 +377,8 @@ IN_DDP: tuple[Mutant, ...] = (
         "gradients",
         Patch(
             "parallel.prepare",
-            "    ddp.ignore(model, [t for t, owner in owned.items()",
-            "    list([t for t, owner in owned.items()",
+            "    ddp.ignore(model, _left_alone(model))\n",
+            "",
         ),
         Patch("parallel.entering", "    ddp.check(ownership, experts)\n", "    pass\n"),
     ),
