@@ -25,10 +25,11 @@ CHUNK_BY: tuple[ChunkBy, ...] = ("tokens", "experts")
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """What one row of an exchange carries: `width` elements of `dtype`."""
+    """What one row of an exchange carries: `width` elements of `dtype`. `metadata`: it goes beside a row."""
 
     width: int
     dtype: torch.dtype
+    metadata: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -63,6 +64,10 @@ class ExchangePlan:
 
     def chunked(self, chunks: int, by: ChunkBy = "tokens") -> ChunkPlan:
         """The exchange cut into `chunks` (1..16) by token blocks or by groups of each rank's slots."""
+        return ChunkPlan(exchange=self, chunks=chunks, by=by, matrix=self.cut_counts(chunks, by))
+
+    def cut_counts(self, chunks: int, by: ChunkBy) -> np.ndarray:
+        """int64 [C, W, P]: the counts of each chunk. Raises ConfigError for a cut that does not exist."""
         if not isinstance(chunks, int) or not 1 <= chunks <= BLOCKS:
             raise ConfigError("chunks", chunks, f"an integer from 1 to {BLOCKS}")
         if by not in CHUNK_BY:
@@ -76,7 +81,7 @@ class ExchangePlan:
                 totals = self.counts.sum(axis=1).reshape(self.world_size, self.world_size, local)
                 group = slice(local * c // chunks, local * (c + 1) // chunks)
                 matrix[c].reshape(self.world_size, self.world_size, local)[:, :, group] = totals[:, :, group]
-        return ChunkPlan(exchange=self, chunks=chunks, by=by, matrix=matrix)
+        return matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,11 @@ class ChunkPlan:
     @property
     def local_slots(self) -> int:
         return self.exchange.num_slots // self.world_size
+
+    def counts(self, chunk: int, *, reverse: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(rows to each rank, rows from each rank), [W] both, of an exchange of a chunk; `reverse`: of its adjoint."""
+        send, recv = self.send_counts[chunk], self.recv_counts[chunk]
+        return (recv, send) if reverse else (send, recv)
 
     @cached_property
     def send_counts(self) -> tuple[tuple[int, ...], ...]:

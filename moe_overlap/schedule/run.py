@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from moe_overlap.agreement.distinct import distinct_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.clocks import clock_for
+from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctForward, DistinctSaved
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.nodes import DetachedNode, Fork, Marker, Stage, check_same_routing, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
@@ -60,7 +62,7 @@ class Step:
         self._numbers: SequenceNumbers | None = None
         self._nodes: dict[Node, Any] = {}
         self._output_node: weakref.ref[Any] | None = None
-        self._grads: BackwardRows | None = None
+        self._grads: BackwardRows | DistinctBackward | None = None
         self._grads_of = -1  # the run of the engine that they belong to
 
     @property
@@ -97,7 +99,8 @@ class Step:
         """The schedules, the agreed counts and this rank's tokens: after this, the schedule can run."""
         self.schedule = schedule
         self.pair = pair = schedule.pair_for(exchange)
-        self.plan = exchange.chunked(pair.chunks, pair.by)
+        self._distinct = pair.deduplicated
+        self.plan = (distinct_plan if self._distinct else ExchangePlan.chunked)(exchange, pair.chunks, pair.by)
         self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         self._needs = dependencies(pair.forward)
         if self._numbers is not None:
@@ -105,6 +108,7 @@ class Step:
         self.layout = RowLayout(width=x_TD.shape[1], dtype=x_TD.dtype)
         self.lanes.bind(self.plan, self._backward_plan, self.layout, joined=pair.joined)
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
+        self._weights_dtype = weights_TK.dtype
 
     # ---------------------------------------------------------------- forward: the walk
 
@@ -217,10 +221,21 @@ class Step:
     # ---------------------------------------------------------------- forward: the bodies
 
     def _permute(self, _: int | None) -> None:
-        self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK, num_sms=self._num_sms)
+        rows = DistinctForward if self._distinct else ForwardRows
+        self._rows: Any = rows(self.plan, self._weights, self._x_TD, self._slots_TK, self._weights_TK,
+                               num_sms=self._num_sms)  # fmt: skip
+
+    def _start_metadata(self, _: int | None) -> None:
+        self.lanes.start(Action("M"), self._rows.metadata(), layout=self._rows.metadata_layout)
+
+    def _wait_metadata(self, _: int | None) -> None:
+        self._rows.take_metadata(self.lanes.wait(Action("M")))
+
+    def _own(self, _: int | None) -> None:
+        self._rows.own()
 
     def _start_dispatch(self, c: int) -> None:
-        self.lanes.start(Action("D", c), self._rows.of(self._rows.send, c))
+        self.lanes.start(Action("D", c), self._rows.outgoing(c))
 
     def _wait_dispatch(self, c: int) -> None:
         self._received[c] = self.lanes.wait(Action("D", c))
@@ -229,13 +244,13 @@ class Step:
         self._received[c] = self._rows.experts(c, self._received.pop(c))
 
     def _start_combine(self, c: int) -> None:
-        self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.of(self._rows.back, c))
+        self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.incoming(c))
 
     def _wait_combine(self, c: int) -> None:
         self.lanes.wait(Action("C", c))
 
     def _unpermute(self, _: int | None) -> None:
-        self._y_TD = self._rows.combine(self._weights_TK)
+        self._y_TD = self._rows.combine()
 
     # ---------------------------------------------------------------- forward: the nodes
 
@@ -247,15 +262,21 @@ class Step:
 
     def _make_nodes(self) -> torch.Tensor:
         """All nodes of the backward schedule, from Pt to Ut, whose forward gives y_TD."""
-        pt = self._node(Node(Action("Pt")), self._x_TD, self._weight_token)
+        late, early = ((self._weights_TK,), ()) if self._distinct else ((), (self._weights_TK,))
+        pt = self._node(Node(Action("Pt")), self._x_TD, *late, self._weight_token)
         gates = [self._node(Node(a), self._weight_token) for a in self.pair.backward if a.verb == "Ew"]
         starts = []
+        after_experts = gates
+        if self._distinct:
+            starts.append(self._node(Node(Action("Od")), pt, *gates))
+            metadata = self._node(Node(Action("Mt"), "start"), self._node(Node(Action("Mt"), "wait"), pt))
+            after_experts = [metadata, *gates]
         for c in range(self.pair.backward_chunks):
             dt, ed, ct = Action("Dt", c), Action("Ed", c), Action("Ct", c)
             rows = self._node(Node(dt, "start"), self._node(Node(dt, "wait"), pt))
-            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *gates))
+            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *after_experts))
             starts.append(self._node(Node(ct, "start"), rows))
-        return self._node(Node(Action("Ut")), self._weights_TK, *starts)
+        return self._node(Node(Action("Ut")), *early, *starts)
 
     def node_output(self, node: Node, ctx: Any) -> torch.Tensor:
         """The forward of a node: y_TD for Ut, an empty token for all others."""
@@ -263,9 +284,9 @@ class Step:
             return self._empty.new_empty(0)
         # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
         # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
-        saved = self._rows.saved(self._weights_TK, self._backward_plan)
+        saved = self._rows.saved(self._backward_plan)
         plan = self._backward_plan
-        ctx.routing_digest = routing_digest(saved.slot_to_row, cut=2 * plan.chunks + (plan.by == "experts"))
+        ctx.routing_digest = routing_digest(saved.choice, cut=2 * plan.chunks + (plan.by == "experts"))
         ctx.save_for_backward(ctx.routing_digest, *saved.tensors())
         del self._rows
         return self._y_TD
@@ -287,21 +308,27 @@ class Step:
         routed, *saved = ctx.saved_tensors
         check_same_routing(routed, ctx.routing_digest)
         self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
-        self._grads = BackwardRows(
+        backward, kept = (DistinctBackward, DistinctSaved) if self._distinct else (BackwardRows, Saved)
+        self._grads = backward(  # type: ignore[operator]
             self._backward_plan,
             # Detached: the router's weights lead to the nodes, which hold this step.
-            Saved(**{n: t.detach() for n, t in zip(Saved.__dataclass_fields__, saved, strict=True)}),
+            kept(**{n: t.detach() for n, t in zip(kept.__dataclass_fields__, saved, strict=True)}),
             self._kind,
             dy_TD,
             need_dx=self.plan.exchange.x_requires_grad,
             need_dw=self._need_dw,
+            over_h=not torch._C._autograd._get_current_graph_task_keep_graph(),
             num_sms=self._num_sms,
         )
         self._grads_of = torch._C._current_graph_task_id()
-        return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
+        return () if self._distinct else (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
+
+    def _own_gradients(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        self._rows_of_backward.own()
+        return ()
 
     def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self.lanes.start(Action("Ct", c), self._rows_of_backward.of(self._rows_of_backward.dback, c))
+        self.lanes.start(Action("Ct", c), self._rows_of_backward.outgoing(c))
         return ()
 
     def _wait_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
@@ -315,14 +342,23 @@ class Step:
         return ()
 
     def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        g = self._rows_of_backward
-        if g.dsend is not None:
-            self.lanes.start(Action("Dt", c), self._received.pop(c), out=g.of(g.dsend, c))
+        out = self._rows_of_backward.incoming(c)
+        if out is not None:
+            self.lanes.start(Action("Dt", c), self._received.pop(c), out=out)
         return ()
 
     def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        if self._rows_of_backward.dsend is not None:
+        if self._rows_of_backward.incoming(c) is not None:
             self.lanes.wait(Action("Dt", c))
+        return ()
+
+    def _start_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        g = self._rows_of_backward
+        self.lanes.start(Action("Mt"), g.weight_gradients(), layout=g.gradient_layout)
+        return ()
+
+    def _wait_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        self._rows_of_backward.take_weight_gradients(self.lanes.wait(Action("Mt")))
         return ()
 
     def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
@@ -330,10 +366,14 @@ class Step:
         return ()
 
     def _pt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        return (self._rows_of_backward.dx_TD() if self._need_dx else None,)
+        g = self._rows_of_backward
+        dx_TD = g.dx_TD() if self._need_dx else None
+        if not self._distinct:
+            return (dx_TD,)
+        return dx_TD, g.dweights_TK.to(self._weights_dtype)
 
     @property
-    def _rows_of_backward(self) -> BackwardRows:
+    def _rows_of_backward(self) -> Any:
         assert self._grads is not None, "the backward schedule begins at Ut"
         return self._grads
 
@@ -379,6 +419,9 @@ class Step:
     # (verb, half) -> what it does.
     _FORWARD: ClassVar[dict[tuple[str, str], Callable[..., None]]] = {
         ("P", ""): _permute,
+        ("M", "start"): _start_metadata,
+        ("M", "wait"): _wait_metadata,
+        ("O", ""): _own,
         ("D", "start"): _start_dispatch,
         ("D", "wait"): _wait_dispatch,
         ("E", ""): _experts,
@@ -388,11 +431,14 @@ class Step:
     }
     _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., Tensors]]] = {
         ("Ut", ""): _ut,
+        ("Od", ""): _own_gradients,
         ("Ct", "start"): _start_ct,
         ("Ct", "wait"): _wait_ct,
         ("Ed", ""): _ed,
         ("Dt", "start"): _start_dt,
         ("Dt", "wait"): _wait_dt,
+        ("Mt", "start"): _start_mt,
+        ("Mt", "wait"): _wait_mt,
         ("Ew", ""): _ew,
         ("Pt", ""): _pt,
     }
