@@ -1,4 +1,5 @@
-"""The executor: one call of one layer, forward and backward. Here ops (by `rows.py`) and transport meet.
+"""The executor: one call of one layer, forward and, in `backward.py`, backward. Here ops (by `rows.py`, or by
+`distinct_rows.py` where rows are deduplicated) and transport meet.
 
 `Step` walks the forward schedule: compute actions run inline, exchanges are started where they stand and waited for
 just before the first action that reads their result (or at once, where the schedule pair is `joined`). At its end it
@@ -19,61 +20,37 @@ import torch
 
 from moe_overlap.agreement.distinct import distinct_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
-from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
+from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import Schedules
-from moe_overlap.schedule.clocks import clock_for
-from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctForward, DistinctSaved
-from moe_overlap.schedule.lanes import Lanes
-from moe_overlap.schedule.nodes import DetachedNode, Fork, Marker, Stage, check_same_routing, routing_digest
+from moe_overlap.schedule.distinct_rows import DistinctForward
+from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
-from moe_overlap.schedule.order import Node, backward_groups
-from moe_overlap.schedule.recorder import TimelineEvent
-from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
+from moe_overlap.schedule.order import Node
+from moe_overlap.schedule.rows import ExpertWeights, ForwardRows
 from moe_overlap.schedule.user_ops import Mistakes
 from moe_overlap.transport.base import Transport
-from moe_overlap.transport.closing import closing_on_error
-
-Tensors = tuple[torch.Tensor | None, ...]
 
 
-class Step:
+class Step(Backward):
     """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer.
     `probe`: it is a calibration's; `caller`: the dispatcher's."""
 
     def __init__(
         self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool = False, caller: int = 0
     ) -> None:
-        self.transport = transport
+        super().__init__(transport, weights, phase=phase, probe=probe, caller=caller)
         self._weights = weights
-        self._kind, self._grad_scale = weights.kind, weights.grad_scale
-        self._num_sms = experts_sms(weights.w_in.device)
-        self.phase = phase
-        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe, caller=caller)
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
-        self._received: dict[int, torch.Tensor] = {}
-        # Forward: where the walk stands.
+        # Where the walk stands.
         self._position = 0
         self._waited: set[int] = set()
         self._mistakes = Mistakes(transport)
-        # Backward: its nodes and their order (None without gradients), and the run under way.
+        # The nodes of backward and their order (None without gradients).
         self._numbers: SequenceNumbers | None = None
         self._nodes: dict[Node, Any] = {}
-        self._output_node: weakref.ref[Any] | None = None
-        self._grads: BackwardRows | DistinctBackward | None = None
-        self._grads_of = -1  # the run of the engine that they belong to
-
-    @property
-    def events(self) -> list[TimelineEvent]:
-        """What was executed so far."""
-        return self.lanes.events
-
-    @property
-    def awaits_backward(self) -> bool:
-        """Whether a backward, and a recompute in it, may still come: none has begun, and the output's node is there."""
-        return self._grads_of < 0 and self._output_node is not None and self._output_node() is not None
 
     # ---------------------------------------------------------------- entry
 
@@ -291,131 +268,6 @@ class Step:
         del self._rows
         return self._y_TD
 
-    # ---------------------------------------------------------------- backward: the bodies
-
-    def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> Tensors:
-        """The backward body of `node`; returns the gradients of its tensors, empty ones for its tokens."""
-        if self.phase == "recompute":
-            # A recompute is for its tensors alone; only a reentrant checkpoint runs its backward too.
-            raise ConfigError("checkpoint", "use_reentrant=True", "torch.utils.checkpoint.checkpoint(..., "
-                              "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
-        self.lanes.close_op()
-        with self.lanes.acting(node.action.text, self._empty.device.type, timed=not node.half):
-            result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
-        return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
-
-    def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
-        routed, *saved = ctx.saved_tensors
-        check_same_routing(routed, ctx.routing_digest)
-        self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
-        backward, kept = (DistinctBackward, DistinctSaved) if self._distinct else (BackwardRows, Saved)
-        self._grads = backward(  # type: ignore[operator]
-            self._backward_plan,
-            # Detached: the router's weights lead to the nodes, which hold this step.
-            kept(**{n: t.detach() for n, t in zip(kept.__dataclass_fields__, saved, strict=True)}),
-            self._kind,
-            dy_TD,
-            need_dx=self.plan.exchange.x_requires_grad,
-            need_dw=self._need_dw,
-            over_h=not torch._C._autograd._get_current_graph_task_keep_graph(),
-            num_sms=self._num_sms,
-        )
-        self._grads_of = torch._C._current_graph_task_id()
-        return () if self._distinct else (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
-
-    def _own_gradients(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        self._rows_of_backward.own()
-        return ()
-
-    def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self.lanes.start(Action("Ct", c), self._rows_of_backward.outgoing(c))
-        return ()
-
-    def _wait_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self._received[c] = self.lanes.wait(Action("Ct", c))
-        return ()
-
-    def _ed(self, ctx: Any, c: int, _: Any) -> Tensors:
-        gradients = self._rows_of_backward.dgrad(c, self._received.pop(c))
-        if gradients is not None:
-            self._received[c] = gradients
-        return ()
-
-    def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        out = self._rows_of_backward.incoming(c)
-        if out is not None:
-            self.lanes.start(Action("Dt", c), self._received.pop(c), out=out)
-        return ()
-
-    def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        if self._rows_of_backward.incoming(c) is not None:
-            self.lanes.wait(Action("Dt", c))
-        return ()
-
-    def _start_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        g = self._rows_of_backward
-        self.lanes.start(Action("Mt"), g.weight_gradients(), layout=g.gradient_layout)
-        return ()
-
-    def _wait_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        self._rows_of_backward.take_weight_gradients(self.lanes.wait(Action("Mt")))
-        return ()
-
-    def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
-        self._rows_of_backward.weight_gradient(group, self.pair.backward.count("Ew"))
-        return ()
-
-    def _pt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        g = self._rows_of_backward
-        dx_TD = g.dx_TD() if self._need_dx else None
-        if not self._distinct:
-            return (dx_TD,)
-        return dx_TD, g.dweights_TK.to(self._weights_dtype)
-
-    @property
-    def _rows_of_backward(self) -> Any:
-        assert self._grads is not None, "the backward schedule begins at Ut"
-        return self._grads
-
-    # ---------------------------------------------------------------- backward: its end
-
-    def run_missing_backward(self) -> torch.Tensor | None:
-        """Called by Fork: where the loss did not reach y, run the backward schedule with a zero gradient of y.
-
-        Peers' rows went through this rank's experts and wait for their gradients. Returns the rows' gradient of x
-        where the schedule had to be run here, else None.
-        """
-        if self._grads is not None and self._grads_of == torch._C._current_graph_task_id():
-            return None
-        self._grads = None
-        node = self._output_node() if self._output_node is not None else None
-        if node is None and self.transport.world_size == 1:
-            return None
-        if node is None:
-            self.transport.close(f"rank {self.transport.rank}: the loss does not reach the layer's output")
-            raise ConfigError(
-                "loss",
-                "a loss that reaches the layer's input but not its output, which is gone",
-                "a loss that depends on the layer's output on every rank, or layer.attach(loss)",
-            )
-        results: Tensors = ()
-        with closing_on_error(self.transport, "Ut"):
-            detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
-        for member in (member for group in backward_groups(self.pair) for member in group):
-            results = self.run_backward(member, detached, None)
-        return results[0]
-
-    def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""
-        self.lanes.close_op()
-        g, self._grads = self._grads, None
-        if g is None:
-            return None, None
-        if g.dw_in is not None and g.dw_out is not None and self._grad_scale != 1.0:
-            g.dw_in.mul_(self._grad_scale)
-            g.dw_out.mul_(self._grad_scale)
-        return g.dw_in, g.dw_out
-
     # (verb, half) -> what it does.
     _FORWARD: ClassVar[dict[tuple[str, str], Callable[..., None]]] = {
         ("P", ""): _permute,
@@ -428,17 +280,4 @@ class Step:
         ("C", "start"): _start_combine,
         ("C", "wait"): _wait_combine,
         ("U", ""): _unpermute,
-    }
-    _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., Tensors]]] = {
-        ("Ut", ""): _ut,
-        ("Od", ""): _own_gradients,
-        ("Ct", "start"): _start_ct,
-        ("Ct", "wait"): _wait_ct,
-        ("Ed", ""): _ed,
-        ("Dt", "start"): _start_dt,
-        ("Dt", "wait"): _wait_dt,
-        ("Mt", "start"): _start_mt,
-        ("Mt", "wait"): _wait_mt,
-        ("Ew", ""): _ew,
-        ("Pt", ""): _pt,
     }
