@@ -40,8 +40,10 @@ class RowLayout:
 class ExchangePlan:
     """The counts of one step, known alike on every rank.
 
-    `counts` is int64 [W, BLOCKS, P]: rows that block b of rank w sends to slot p. `x_requires_grad` is the OR over
-    the ranks: whether the exchanges of the input gradient run in backward.
+    `counts` is int64 [W, BLOCKS, P]: (token, k) choices of block b of rank w that fall on slot p. `x_requires_grad` is
+    the OR over the ranks: whether the exchanges of the input gradient run in backward. `dedup`: see `DEDUP` in
+    `record.py`; with "on", `first` and `last`, int64 [W, BLOCKS, P], count the rows of block b of rank w, one for each
+    (token, rank) pair, at the lowest and at the highest slot that the token chose on that rank.
     """
 
     rank: int
@@ -51,6 +53,9 @@ class ExchangePlan:
     grad_enabled: bool
     x_requires_grad: bool
     counts: np.ndarray
+    dedup: int = 0
+    first: np.ndarray | None = None
+    last: np.ndarray | None = None
 
     @property
     def num_slots(self) -> int:
