@@ -100,13 +100,15 @@ class DistinctForward:
     def metadata(self) -> torch.Tensor:
         """M: ids and weights of the rows sent, by rank and token."""
         sent = self.plan.outgoing_rows
-        words = self._weights_RK[:sent].contiguous().view(torch.int32)
-        return torch.cat([self._ids_RK[:sent], words], dim=1)
+        words = self._weights_RK[:sent].reshape(-1).view(torch.int32)
+        words = words.view(sent, self.metadata_layout.width - self._slots_TK.shape[1])
+        return torch.cat([words, self._ids_RK[:sent]], dim=1)  # in this order words of 8 bytes are aligned
 
     def take_metadata(self, received: torch.Tensor) -> None:
-        top_k = self._slots_TK.shape[1]
-        weights = received[:, top_k:].contiguous().view(self._weights_RK.dtype)
-        self._maps.take(received[:, :top_k], weights)
+        count, top_k = received.shape[0], self._slots_TK.shape[1]
+        words = received.shape[1] - top_k
+        weights = received[:, :words].reshape(-1).view(self._weights_RK.dtype)
+        self._maps.take(received[:, words:], weights.view(count, top_k))
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The rows of chunk c to send."""
