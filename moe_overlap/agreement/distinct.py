@@ -15,6 +15,7 @@ Letters as in `plan.py`; Rd distinct rows and Re rows of experts on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,7 +48,7 @@ class DistinctPlan(ChunkPlan):
     @cached_property
     def own_rows(self) -> int:
         """Rows that stay: tokens of this rank with an expert here."""
-        return int(self.exchange.first[self.rank, :, self._slots].sum())
+        return int(_ends(self.exchange)[0][self.rank, :, self._slots].sum())
 
     @cached_property
     def outgoing_rows(self) -> int:
@@ -153,7 +154,7 @@ class DistinctPlan(ChunkPlan):
     @cached_property
     def _incoming(self) -> np.ndarray:
         """int64 [W, BLOCKS]: distinct rows that each block of each other rank sends here."""
-        rows = self.exchange.first[:, :, self._slots].sum(axis=2).astype(np.int64)
+        rows = _ends(self.exchange)[0][:, :, self._slots].sum(axis=2).astype(np.int64)
         rows[self.rank] = 0
         return rows
 
@@ -176,25 +177,25 @@ class DistinctPlan(ChunkPlan):
         table = histogram[:, :, self._slots]
         return self._without_own(lambda slots, blocks: table[:, blocks, slots].sum(axis=(1, 2)))
 
-    def _without_own(self, rows_of) -> Counts:  # type: ignore[no-untyped-def]
+    def _without_own(self, rows_of: Callable[[slice, slice], np.ndarray]) -> Counts:
         tables = [rows_of(*self._part_of(c)) for c in range(self.chunks)]
         return tuple(tuple(0 if rank == self.rank else int(n) for rank, n in enumerate(table)) for table in tables)
 
     @cached_property
     def _first_to_others(self) -> Counts:
-        return self._to_others(self.exchange.first)
+        return self._to_others(_ends(self.exchange)[0])
 
     @cached_property
     def _first_from_others(self) -> Counts:
-        return self._from_others(self.exchange.first)
+        return self._from_others(_ends(self.exchange)[0])
 
     @cached_property
     def _last_to_others(self) -> Counts:
-        return self._to_others(self.exchange.last)
+        return self._to_others(_ends(self.exchange)[1])
 
     @cached_property
     def _last_from_others(self) -> Counts:
-        return self._from_others(self.exchange.last)
+        return self._from_others(_ends(self.exchange)[1])
 
 
 def distinct_plan(exchange: ExchangePlan, chunks: int, by: ChunkBy = "tokens") -> DistinctPlan:
@@ -213,9 +214,15 @@ def pays(exchange: ExchangePlan) -> bool:
     off_rank = ~np.eye(world, dtype=bool)
     rows, distinct = (
         int(table.sum(axis=1).reshape(world, world, local).sum(axis=2)[off_rank].sum())
-        for table in (exchange.counts, exchange.first)
+        for table in (exchange.counts, _ends(exchange)[0])
     )
     return 0 < distinct <= PAYS_BELOW * rows
+
+
+def _ends(exchange: ExchangePlan) -> tuple[np.ndarray, np.ndarray]:
+    """(first, last), which a step has that was agreed on with deduplication."""
+    assert exchange.first is not None and exchange.last is not None
+    return exchange.first, exchange.last
 
 
 def _offsets(counts: Counts) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action
@@ -77,18 +78,19 @@ class Backward:
         routed, *saved = ctx.saved_tensors
         check_same_routing(routed, ctx.routing_digest)
         self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
-        backward, kept = (DistinctBackward, DistinctSaved) if self._distinct else (BackwardRows, Saved)
-        self._grads = backward(  # type: ignore[operator]
-            self._backward_plan,
-            # Detached: the router's weights lead to the nodes, which hold this step.
-            kept(**{n: t.detach() for n, t in zip(kept.__dataclass_fields__, saved, strict=True)}),
-            self._kind,
-            dy_TD,
-            need_dx=self.plan.exchange.x_requires_grad,
-            need_dw=self._need_dw,
-            over_h=not torch._C._autograd._get_current_graph_task_keep_graph(),
-            num_sms=self._num_sms,
-        )
+        # Detached: the router's weights lead to the nodes, which hold this step.
+        tensors = [tensor.detach() for tensor in saved]
+        needs = {
+            "need_dx": self.plan.exchange.x_requires_grad,
+            "need_dw": self._need_dw,
+            "over_h": not torch._C._autograd._get_current_graph_task_keep_graph(),
+        }
+        plan = self._backward_plan
+        if isinstance(plan, DistinctPlan):
+            self._grads = DistinctBackward(plan, DistinctSaved.of(tensors), self._kind, dy_TD, **needs,
+                                           num_sms=self._num_sms)  # fmt: skip
+        else:
+            self._grads = BackwardRows(plan, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
         self._grads_of = torch._C._current_graph_task_id()
         return () if self._distinct else (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
 

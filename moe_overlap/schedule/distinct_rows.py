@@ -15,6 +15,7 @@ Letters: Rs rows sent, Rd distinct rows on this rank, Re rows of its experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,11 @@ class DistinctSaved:
     weights_RK: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> DistinctSaved:
+        """From what `tensors` returned."""
+        return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.slots_TK, self.x, self.h, self.ids_RK, self.weights_RK, self.w_in, self.w_out

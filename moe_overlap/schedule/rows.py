@@ -13,6 +13,7 @@ nobody holds it any longer, whoever that was: this step, autograd's saved tensor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,11 @@ class Saved:
     def choice(self) -> torch.Tensor:
         """What a recompute must choose again."""
         return self.slot_to_row
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Saved:
+        """From what `tensors` returned."""
+        return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.back, self.slot_to_row, self.slot_to_dback, self.weights_TK, self.x, self.h, self.w_in, self.w_out

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from moe_overlap.agreement.distinct import distinct_plan
+from moe_overlap.agreement.distinct import DistinctPlan, distinct_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.backward import Backward
@@ -198,9 +198,12 @@ class Step(Backward):
     # ---------------------------------------------------------------- forward: the bodies
 
     def _permute(self, _: int | None) -> None:
-        rows = DistinctForward if self._distinct else ForwardRows
-        self._rows: Any = rows(self.plan, self._weights, self._x_TD, self._slots_TK, self._weights_TK,
-                               num_sms=self._num_sms)  # fmt: skip
+        given = (self._weights, self._x_TD, self._slots_TK, self._weights_TK)
+        self._rows: Any
+        if isinstance(self.plan, DistinctPlan):
+            self._rows = DistinctForward(self.plan, *given, num_sms=self._num_sms)
+        else:
+            self._rows = ForwardRows(self.plan, *given, num_sms=self._num_sms)
 
     def _start_metadata(self, _: int | None) -> None:
         self.lanes.start(Action("M"), self._rows.metadata(), layout=self._rows.metadata_layout)
