@@ -78,8 +78,9 @@ BACKWARD_FIELDS = ("step", "run", "schedule")
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """What one rank says at the start of a step. Integers only; `counts` is int64 [BLOCKS, P] on the CPU. `dedup`: a
-    position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. `caller`: which of those
-    that share a transport, copies of one layer for example."""
+    position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. `ranks_per_node`: 0 where
+    that is not known; `node_rows` [BLOCKS, nodes] goes with `hierarchical` alone. `caller`: which of those that share a
+    transport, copies of one layer for example."""
 
     step: int
     phase: int
@@ -97,24 +98,27 @@ class StepRecord:
     schedule_digest: int
     counts: torch.Tensor
     dedup: int = 0
+    ranks_per_node: int = 0
+    hierarchical: int = 0
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    node_rows: torch.Tensor | None = None
     caller: int = 0
 
     @property
     def tables(self) -> list[torch.Tensor]:
-        """What is sent beside the named fields, [BLOCKS, P] each."""
-        return [one for one in (self.counts, self.first, self.last) if one is not None]
+        """What is sent beside the named fields, [BLOCKS, P] each but for `node_rows`."""
+        return [one for one in (self.counts, self.first, self.last, self.node_rows) if one is not None]
 
     def to_tensor(self) -> torch.Tensor:
-        """int64 [record_words(P, tables)]: the named fields in order, then the counts, then `first` and `last`."""
+        """int64 [record_words(P, tables, nodes)]: the named fields in order, then the tables."""
         head = torch.tensor([int(getattr(self, name)) for name in RECORD_FIELDS], dtype=torch.int64)
         return torch.cat([head, *(one.reshape(-1).to(torch.int64) for one in self.tables)])
 
 
 # `caller` is in the head of the message.
 RECORD_FIELDS: tuple[str, ...] = tuple(
-    field.name for field in fields(StepRecord) if field.name not in ("counts", "first", "last", "caller")
+    field.name for field in fields(StepRecord) if field.name not in ("counts", "first", "last", "node_rows", "caller")
 )
 # The fields that must be equal on all ranks. `status` and `x_requires_grad` may differ.
 AGREED_FIELDS: tuple[str, ...] = tuple(
@@ -122,9 +126,9 @@ AGREED_FIELDS: tuple[str, ...] = tuple(
 )
 
 
-def record_words(num_slots: int, tables: int) -> int:
-    """Words of a record: `tables` is 3 with deduplication, else 1."""
-    return len(RECORD_FIELDS) + tables * BLOCKS * num_slots
+def record_words(num_slots: int, tables: int, nodes: int = 0) -> int:
+    """Words of a record: `tables` is 3 with deduplication, else 1; `nodes`, 0 where `node_rows` is not sent."""
+    return len(RECORD_FIELDS) + BLOCKS * (tables * num_slots + nodes)
 
 
 DIGEST_HINT = (
@@ -170,11 +174,20 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePla
                 step=step,
                 action="N",
             )
-    dedup = int(column["dedup"][0])
-    tables = table[:, len(RECORD_FIELDS) : record_words(num_slots, 3 if dedup == 1 else 1)]
-    counts, *ends = np.split(tables.reshape(world_size, -1, num_slots), tables.shape[1] // (BLOCKS * num_slots), axis=1)
+    dedup, ranks_per_node = int(column["dedup"][0]), int(column["ranks_per_node"][0])
+    count = 3 if dedup == 1 else 1
+    tables = table[:, len(RECORD_FIELDS) : record_words(num_slots, count)]
+    counts, *ends = np.split(tables.reshape(world_size, -1, num_slots), count, axis=1)
     bad = _impossible(counts, *ends)
-    if not 0 <= dedup < len(DEDUP):
+    fits = 0 <= ranks_per_node <= world_size and world_size % max(1, ranks_per_node) == 0
+    node_rows = None
+    if column["hierarchical"][0]:
+        fits &= dedup == 1 and ranks_per_node > 0
+        nodes = world_size // ranks_per_node if fits else 0
+        node_rows = table[:, record_words(num_slots, count) : record_words(num_slots, count, nodes)]
+        node_rows = node_rows.reshape(world_size, BLOCKS, nodes)
+        bad |= impossible(node_rows, ends[0]) if fits else True
+    if not 0 <= dedup < len(DEDUP) or not fits:
         bad[:] = True
     if bad.any():
         peer = int(np.nonzero(bad)[0][0])
@@ -191,7 +204,18 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePla
         dedup=dedup,
         first=ends[0] if ends else None,
         last=ends[1] if ends else None,
+        ranks_per_node=ranks_per_node,
+        node_rows=node_rows,
     )
+
+
+def impossible(node_rows: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """bool [W]: the ranks whose (token, node) pairs, int64 [W, BLOCKS, nodes], do not go with their (token, rank)
+    pairs, int64 [W, BLOCKS, P]: at least those of any rank of the node, and at most those of all."""
+    world_size, blocks, nodes = node_rows.shape
+    rows = first.reshape(world_size, blocks, nodes, world_size // nodes, -1).sum(axis=4)
+    found: np.ndarray = ((node_rows < rows.max(axis=3)) | (node_rows > rows.sum(axis=3))).any(axis=(1, 2))
+    return found
 
 
 def _impossible(counts: np.ndarray, first: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:

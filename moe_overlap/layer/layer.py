@@ -26,7 +26,6 @@ from moe_overlap.layer.arguments import (
     check_budget,
     check_choice,
     check_choices,
-    check_dedup,
     check_mode,
     check_positive,
     rows_dtype,
@@ -60,6 +59,8 @@ class MoELayer(Tickets, nn.Module):
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     dedup: "on": one row for each (token, rank), with its ids and weights beside it, and one partial sum back, however
     many of the token's experts are there; "auto": in the steps in which that pays; results are equal to tolerance.
+    ranks_per_node: so many ranks in a row share a node, where the transport does not know. hierarchical, beside dedup:
+    one row for each (token, node) crosses nodes and is passed on there; equal results, bit for bit in float32/64.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
@@ -89,6 +90,8 @@ class MoELayer(Tickets, nn.Module):
         schedule: str | AnySchedule = "serial",
         overlap: bool = True,
         dedup: str = "off",
+        ranks_per_node: int | None = None,
+        hierarchical: bool = False,
         max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         experts: nn.Module | None = None,
@@ -113,14 +116,13 @@ class MoELayer(Tickets, nn.Module):
         activation = assembly.activation_of(experts, activation)
         check_mode(mode)
         check_budget(max_in_flight_bytes, schedule)
-        check_dedup(dedup)
-        self.dedup = dedup
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "bad_logits": bad_logits}  # fmt: skip
         self.transport, replicas = assembly.make_transport(
             transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device
         )
+        self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
         # First among the parameters, as before the experts were a module, since states of optimizers go by position;
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
@@ -130,7 +132,7 @@ class MoELayer(Tickets, nn.Module):
         )
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
-            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, dedup=dedup,
+            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
@@ -141,8 +143,9 @@ class MoELayer(Tickets, nn.Module):
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, bad_logits, dedup, hidden=hidden_size, ffn_hidden=ffn_hidden_size,
-            top_k=top_k, activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(),
+            dispatcher, placement, self.transport, bad_logits, self.rows, hidden=hidden_size,
+            ffn_hidden=ffn_hidden_size, top_k=top_k, activation=activation,
+            dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._ticket: weakref.ref[Ticket] | None = None
         self._forget()

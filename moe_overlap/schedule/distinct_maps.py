@@ -17,7 +17,7 @@ UNUSED = 1 << 30  # stands for -1 where slots are sorted: after all others, on a
 
 
 class TokenMaps:
-    """The rows of this rank's tokens: one for each rank that a token goes to.
+    """The rows of this rank's tokens: one for each rank that a token is sent to (`carrier_of` of the plan).
 
     A token's choices stand sorted by slot (`slots_TK`; `choice_TK` says which choice it was), so those of one rank
     stand together and sums over them go by slot. slots_TK: int32 [T, K], -1 = unused.
@@ -29,7 +29,11 @@ class TokenMaps:
         sortable = torch.where(slots_TK >= 0, slots_TK, UNUSED)
         self.slots_TK, self.choice_TK = sortable.sort(dim=1, stable=True)
         self._used = self.slots_TK < UNUSED
-        self.rank_TK = torch.where(self._used, self.slots_TK.div(plan.local_slots, rounding_mode="floor"), -1)
+        rank_TK = self.slots_TK.div(plan.local_slots, rounding_mode="floor")
+        if plan.carrier_of != tuple(range(plan.world_size)):
+            carrier_of = torch.tensor(plan.carrier_of, dtype=rank_TK.dtype).to(rank_TK.device)
+            rank_TK = carrier_of[rank_TK.clamp(max=plan.world_size - 1).long()]
+        self.rank_TK = torch.where(self._used, rank_TK, -1)
         apart = self.rank_TK[:, 1:] != self.rank_TK[:, :-1]
         edge = torch.ones_like(self._used[:, :1])
         self._first = torch.cat([edge, apart], dim=1) & self._used
@@ -78,9 +82,26 @@ class TokenMaps:
         by_tokens = self.plan.chunks == 1 or self.plan.by == "tokens"
         return self.outgoing if by_tokens else self._rows(self._last, chunked=True)
 
+    def sum(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """[T, D]: the sum of each token's rows, in the order of `returning`: over the ranks of a node, then over the
+        nodes, both in their order; rounded once."""
+        places_TK, _ = self.returning
+        carriers, world = self.plan.carriers, self.plan.world_size
+        if len(carriers) == 1:
+            return ops.combine(rows_RD, places_TK)
+        places_TW = places_TK.new_full((self.tokens, world + 1), -1)  # one more, for choices without a row
+        places_TW.scatter_(1, torch.where(places_TK >= 0, self.rank_TK, world).long(), places_TK)
+        wide_RD = rows_RD.to(weights_dtype(rows_RD.dtype))
+        sum_TD: torch.Tensor | None = None
+        for ranks in carriers:
+            columns = places_TW[:, ranks[0] : ranks[-1] + 1].contiguous()
+            sum_TD = ops.combine(wide_RD, columns, None, sum_TD)
+        assert sum_TD is not None
+        return sum_TD.to(rows_RD.dtype)
+
     def metadata(self, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What goes beside each row, by rank and token, then own rows: local slots int32 [R, K], -1 where the choice is
-        another rank's, and weights [R, K], 0 there."""
+        """What goes beside each row, by rank and token, then own rows: slots int32 [R, K], numbered from the first one
+        that the rank is sent rows for, -1 where the choice is another rank's, and weights [R, K], 0 there."""
         _, token_R = self.plain
         plan = self.plan
         slots_RK = self.slots_TK.index_select(0, token_R)
@@ -90,9 +111,10 @@ class TokenMaps:
             torch.arange(plan.world_size + 1), torch.tensor([*counts, plan.own_rows]), output_size=token_R.shape[0]
         )
         rank_R[rank_R == plan.world_size] = plan.rank
-        first_R = (rank_R * plan.local_slots).to(torch.int32).to(slots_RK.device)[:, None]
-        local_RK = slots_RK - first_R
-        here = (local_RK >= 0) & (local_RK < plan.local_slots)
+        slots_of = torch.tensor([plan.slots_behind(rank) for rank in range(plan.world_size)], dtype=torch.int32)
+        first_R, count_R = slots_of[rank_R].to(slots_RK.device).unbind(1)
+        local_RK = slots_RK - first_R[:, None]
+        here = (local_RK >= 0) & (local_RK < count_R[:, None])
         return torch.where(here, local_RK, -1).to(torch.int32), torch.where(here, weights_RK, 0)
 
     def weight_gradients(self, dweights_RK: torch.Tensor) -> torch.Tensor:
@@ -193,6 +215,11 @@ class ExpertMaps:
     def _sorted(self, slot_R: torch.Tensor) -> torch.Tensor:
         """The rows of the others by the group of `slot_R`; within a group by source rank and token."""
         return self.distinct_order[slot_groups(slot_R, self.plan).sort(stable=True).indices]
+
+
+def weights_dtype(rows: torch.dtype) -> torch.dtype:
+    """In what router weights travel, multiply and are summed."""
+    return torch.float64 if rows == torch.float64 else torch.float32
 
 
 def slot_groups(slots: torch.Tensor, plan: DistinctPlan) -> torch.Tensor:

@@ -102,7 +102,8 @@ class Endpoint(ABC):
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header, self._opened_in = header, self.life.generation
-        self.life.capacity = max(self.life.capacity, record_words(header.num_slots, _tables(header.dedup)))
+        needed = record_words(header.num_slots, _tables(header.dedup), header.nodes)
+        self.life.capacity = max(self.life.capacity, needed)
         self.openings += 1
         return True
 
@@ -264,10 +265,14 @@ class Endpoint(ABC):
         if self._header is None or self._opened_in != self.life.generation:
             raise self._refusing(ConfigError("transport", self.name, "a transport that open(header) was called on"))
         shape = (BLOCKS, self._header.num_slots)
-        tables = record.tables
+        tables = [one for one in record.tables if one is not record.node_rows]
         if any(tuple(one.shape) != shape or one.dtype not in (torch.int64, torch.int32) for one in tables):
             given = [(tuple(one.shape), one.dtype) for one in tables]
             raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
+        nodes = 0 if record.node_rows is None else record.node_rows.shape[1]
+        if nodes not in (0, self._header.nodes) or (record.status == 0 and record.hierarchical and not nodes):
+            expected = f"the {self._header.nodes} nodes of the header"
+            raise self._refusing(ConfigError("record.node_rows", nodes, expected))
         # A refusal need not count.
         most = _tables(self._header.dedup)
         if len(tables) > most or (record.status == 0 and len(tables) != _tables(record.dedup)):
@@ -285,10 +290,13 @@ class Endpoint(ABC):
         """Called by `_move`, which alone knows when nothing forbids the exchange any longer."""
         self.stats.exchanges += 1
         sent = (exchange.rows.shape[0] - send[self.rank]) * exchange.layout.row_bytes
+        across = exchange.plan.exchange.off_node(send) * exchange.layout.row_bytes
         if exchange.layout.metadata:
             self.stats.row_meta_bytes += sent
+            self.stats.inter_node_meta_bytes += across
         else:
             self.stats.payload_bytes += sent
+            self.stats.inter_node_bytes += across
 
     def _refusing(self, error: ConfigError) -> ConfigError:
         """A mistake of this rank alone: the peers learn of it before it is raised here."""
