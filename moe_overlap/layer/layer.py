@@ -23,10 +23,9 @@ from moe_overlap.layer.arguments import (
     NOT_TRACEABLE,
     AnySchedule,
     Beside,
-    check_budget,
     check_choice,
     check_choices,
-    check_mode,
+    check_options,
     check_positive,
     rows_dtype,
 )
@@ -58,10 +57,12 @@ class MoELayer(Tickets, nn.Module):
     "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
     the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
+    dedup: "on": one row for each (token, rank), with its ids and weights beside it, and one partial sum back, however
+    many of the token's experts are there; "auto": in the steps in which that pays; results are equal to tolerance.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
-    latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, the combined sum
-    back to D; rows on the wire and experts have width L, a dispatcher or experts that are given too. None: no such thing.
+    latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
+    back to D after combine; experts and rows on the wire have width L, given experts or a given dispatcher too. None: D.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
@@ -88,6 +89,7 @@ class MoELayer(Tickets, nn.Module):
         replicate_group: Any = None,
         schedule: str | AnySchedule = "serial",
         overlap: bool = True,
+        dedup: str = "off",
         max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         experts: nn.Module | None = None,
@@ -108,12 +110,11 @@ class MoELayer(Tickets, nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
-        optional = {"shared_expert_size": shared_expert_size, "latent_size": latent_size}
-        check_positive(**sizes, **{name: size for name, size in optional.items() if size is not None})
+        check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
-        check_mode(mode)
-        check_budget(max_in_flight_bytes, schedule)
+        check_options(mode, dedup, max_in_flight_bytes, schedule)
+        self.dedup = dedup
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "bad_logits": bad_logits}  # fmt: skip
@@ -131,7 +132,7 @@ class MoELayer(Tickets, nn.Module):
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
-            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap,
+            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, dedup=dedup,
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
@@ -142,7 +143,7 @@ class MoELayer(Tickets, nn.Module):
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, bad_logits, hidden=row_width, ffn_hidden=ffn_hidden_size,
+            dispatcher, placement, self.transport, bad_logits, dedup, hidden=row_width, ffn_hidden=ffn_hidden_size,
             top_k=top_k, activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._ticket: weakref.ref[Ticket] | None = None

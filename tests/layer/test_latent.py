@@ -89,8 +89,10 @@ def check_dense(results, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"schedule": "chunked(3)"}, {"schedule": "chunked(2,experts)"}, SHARED,
-                                     {"capacity_factor": 0.5, "schedule": "chunked(2)"}],
-                         ids=["serial", "tokens", "experts", "shared", "capacity"])  # fmt: skip
+                                     {"capacity_factor": 0.5, "schedule": "chunked(2)"},
+                                     {"dedup": "on", "schedule": "chunked(2)"}, {"dedup": "on", **SHARED}],
+                         ids=["serial", "tokens", "experts", "shared", "capacity", "dedup", "dedup shared"],
+)  # fmt: skip
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_overlap_on_equals_off_and_projections_by_hand(world, options):
     def rank(me):
