@@ -62,7 +62,7 @@ class MoELayer(Tickets, nn.Module):
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
-    back to D after combine; experts and rows on the wire have width L, given experts or a given dispatcher too. None: D.
+    back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
