@@ -157,8 +157,8 @@ class BackwardRows(_Chunks):
         self.dsend = workspace.empty(self.dback.shape, like=self.dback) if need_dx else None
         self.dy, self.dx, self.dh = (workspace.empty(one.shape, like=one) for one in (x, x, h))
         self.a = workspace.empty((x.shape[0], saved.w_out.shape[2]), like=x)
-        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
-        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
+        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False) if need_dw else None
+        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out, rows=False) if need_dw else None
 
     def _back_in_order(self) -> torch.Tensor:
         """The returned rows of forward in the send order of backward."""
