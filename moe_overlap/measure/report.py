@@ -65,7 +65,7 @@ def print_table(rows: Sequence[Row], *, title: str, file: TextIO | None = None) 
         table.add_row(*(cell(row, key, form) for _, key, form in COLUMNS))
     console = Console(file=file)
     if not console.is_terminal:
-        console = Console(file=file, width=150)
+        console = Console(file=file, width=162)
     console.print(table)
 
 
