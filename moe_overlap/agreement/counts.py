@@ -2,6 +2,11 @@
 
 Block b of a rank's T tokens is [b*T//16, (b+1)*T//16): from counts of this granularity any chunk count from 1 to 16
 follows without asking the ranks again.
+
+With deduplication a token has one row on a rank, whatever number of that rank's slots it chose. How many rows a chunk
+then has does not follow from counts of choices. It does from two more histograms: a row is dispatched with the first
+chunk that needs it, so it counts at the token's lowest slot on that rank, and returned with the last one, so it counts
+once more at the highest.
 """
 
 from __future__ import annotations
@@ -18,15 +23,57 @@ def block_counts(slots_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
 
     Raises ConfigError("topk_ids") for an id outside -1..P-1. One device-to-host read.
     """
-    tokens, top_k = slots_TK.shape
-    bounds = torch.tensor([b * tokens // BLOCKS for b in range(1, BLOCKS)], dtype=torch.int64, device=slots_TK.device)
-    block_T = torch.bucketize(torch.arange(tokens, device=slots_TK.device), bounds, right=True)
     ids = slots_TK.to(torch.int64)
-    valid = (ids >= 0) & (ids < num_slots)
-    flat = torch.where(valid, block_T[:, None] * num_slots + ids, BLOCKS * num_slots)
-    flat = torch.where((ids < -1) | (ids >= num_slots), BLOCKS * num_slots + 1, flat)
-    counts = torch.bincount(flat.reshape(-1), minlength=BLOCKS * num_slots + 2).cpu()
-    if int(counts[-1]) > 0:
-        bad = ids[(ids < -1) | (ids >= num_slots)]
-        raise ConfigError("topk_ids", int(bad.reshape(-1)[0]), f"expert ids from -1 to {num_slots - 1}")
-    return counts[: BLOCKS * num_slots].reshape(BLOCKS, num_slots)
+    wrong = (ids < -1) | (ids >= num_slots)
+    histograms, bad = _histograms([(ids, (ids >= 0) & ~wrong)], wrong, num_slots)
+    if bad:
+        raise _outside(ids[wrong], num_slots)
+    return histograms[0]
+
+
+def block_counts_of_rows(
+    slots_TK: torch.Tensor, num_slots: int, world_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(counts, first, last), each int64 [BLOCKS, P] on the CPU: `block_counts`, and of the (token, rank) pairs of each
+    block how many have slot p as their lowest and as their highest on that rank.
+
+    Raises ConfigError("topk_ids") for an id outside -1..P-1, and for one that stands twice in a token. One
+    device-to-host read.
+    """
+    ids = slots_TK.to(torch.int64).sort(dim=1).values
+    outside = (ids < -1) | (ids >= num_slots)
+    used = (ids >= 0) & ~outside
+    again, starts = torch.zeros_like(used), torch.ones_like(used)
+    again[:, 1:] = used[:, 1:] & (ids[:, 1:] == ids[:, :-1])
+    rank = torch.div(ids, num_slots // world_size, rounding_mode="floor")  # of the unused: -1
+    starts[:, 1:] = rank[:, 1:] != rank[:, :-1]
+    ends = starts.roll(-1, dims=1)
+    ends[:, -1:] = True
+    parts = [(ids, used), (ids, used & starts), (ids, used & ends)]
+    histograms, bad = _histograms(parts, outside | again, num_slots)
+    if bad and bool(outside.any()):
+        raise _outside(ids[outside], num_slots)
+    if bad:
+        raise ConfigError("topk_ids", int(ids[again][0]), "no id twice in a token where rows are deduplicated")
+    return histograms[0], histograms[1], histograms[2]
+
+
+def _histograms(
+    parts: list[tuple[torch.Tensor, torch.Tensor]], wrong_TK: torch.Tensor, num_slots: int
+) -> tuple[torch.Tensor, int]:
+    """(int64 [len(parts), BLOCKS, P], how many are wrong) on the CPU, of (ids_TK, which of them count) each."""
+    tokens, device = wrong_TK.shape[0], wrong_TK.device
+    bounds = torch.tensor([b * tokens // BLOCKS for b in range(1, BLOCKS)], dtype=torch.int64, device=device)
+    block_T = torch.bucketize(torch.arange(tokens, device=device), bounds, right=True)
+    size = BLOCKS * num_slots
+    nowhere = len(parts) * size
+    flat = []
+    for index, (ids_TK, counts_TK) in enumerate(parts):
+        flat.append(torch.where(counts_TK, index * size + block_T[:, None] * num_slots + ids_TK, nowhere))
+    flat[0] = torch.where(wrong_TK, nowhere + 1, flat[0])
+    found = torch.bincount(torch.cat(flat).reshape(-1), minlength=nowhere + 2).cpu()
+    return found[:nowhere].reshape(len(parts), BLOCKS, num_slots), int(found[-1])
+
+
+def _outside(ids: torch.Tensor, num_slots: int) -> ConfigError:
+    return ConfigError("topk_ids", int(ids[0]), f"expert ids from -1 to {num_slots - 1}")

@@ -13,7 +13,8 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What one layer configuration fixes for the life of a transport; compared on all ranks when it opens."""
+    """What one layer configuration fixes for the life of a transport; compared on all ranks when it opens. `dedup`:
+    whether its records have room for what deduplication needs."""
 
     num_experts: int
     num_slots: int
@@ -22,6 +23,7 @@ class Header:
     top_k: int
     weight_dtype: int
     activation: int
+    dedup: int = 0
 
     def to_tensor(self, *, world_size: int) -> torch.Tensor:
         """int64 [64]: magic, version, world size, then the fields in order; the rest is zero."""

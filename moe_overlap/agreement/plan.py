@@ -25,10 +25,11 @@ CHUNK_BY: tuple[ChunkBy, ...] = ("tokens", "experts")
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """What one row of an exchange carries: `width` elements of `dtype`."""
+    """What one row of an exchange carries: `width` elements of `dtype`. `metadata`: it goes beside a row."""
 
     width: int
     dtype: torch.dtype
+    metadata: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -39,8 +40,10 @@ class RowLayout:
 class ExchangePlan:
     """The counts of one step, known alike on every rank.
 
-    `counts` is int64 [W, BLOCKS, P]: rows that block b of rank w sends to slot p. `x_requires_grad` is the OR over
-    the ranks: whether the exchanges of the input gradient run in backward.
+    `counts` is int64 [W, BLOCKS, P]: (token, k) choices of block b of rank w that fall on slot p. `x_requires_grad` is
+    the OR over the ranks: whether the exchanges of the input gradient run in backward. `dedup`: see `DEDUP` in
+    `record.py`; with "on", `first` and `last`, int64 [W, BLOCKS, P], count the rows of block b of rank w, one for each
+    (token, rank) pair, at the lowest and at the highest slot that the token chose on that rank.
     """
 
     rank: int
@@ -50,6 +53,9 @@ class ExchangePlan:
     grad_enabled: bool
     x_requires_grad: bool
     counts: np.ndarray
+    dedup: int = 0
+    first: np.ndarray | None = None
+    last: np.ndarray | None = None
 
     @property
     def num_slots(self) -> int:
@@ -63,6 +69,10 @@ class ExchangePlan:
 
     def chunked(self, chunks: int, by: ChunkBy = "tokens") -> ChunkPlan:
         """The exchange cut into `chunks` (1..16) by token blocks or by groups of each rank's slots."""
+        return ChunkPlan(exchange=self, chunks=chunks, by=by, matrix=self.cut_counts(chunks, by))
+
+    def cut_counts(self, chunks: int, by: ChunkBy) -> np.ndarray:
+        """int64 [C, W, P]: the counts of each chunk. Raises ConfigError for a cut that does not exist."""
         if not isinstance(chunks, int) or not 1 <= chunks <= BLOCKS:
             raise ConfigError("chunks", chunks, f"an integer from 1 to {BLOCKS}")
         if by not in CHUNK_BY:
@@ -76,7 +86,7 @@ class ExchangePlan:
                 totals = self.counts.sum(axis=1).reshape(self.world_size, self.world_size, local)
                 group = slice(local * c // chunks, local * (c + 1) // chunks)
                 matrix[c].reshape(self.world_size, self.world_size, local)[:, :, group] = totals[:, :, group]
-        return ChunkPlan(exchange=self, chunks=chunks, by=by, matrix=matrix)
+        return matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +119,11 @@ class ChunkPlan:
     @property
     def local_slots(self) -> int:
         return self.exchange.num_slots // self.world_size
+
+    def counts(self, chunk: int, *, reverse: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(rows to each rank, rows from each rank), [W] both, of an exchange of a chunk; `reverse`: of its adjoint."""
+        send, recv = self.send_counts[chunk], self.recv_counts[chunk]
+        return (recv, send) if reverse else (send, recv)
 
     @cached_property
     def send_counts(self) -> tuple[tuple[int, ...], ...]:

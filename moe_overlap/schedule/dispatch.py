@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from moe_overlap.agreement.counts import BLOCKS, block_counts
+from moe_overlap.agreement.counts import BLOCKS, block_counts, block_counts_of_rows
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
 from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
@@ -59,7 +59,8 @@ def _kind(tensor: torch.Tensor) -> str:
 @dataclass
 class Dispatcher:
     """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
-    opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too."""
+    opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too.
+    `dedup`: a position in `record.DEDUP`."""
 
     transport: Transport
     placement: Placement
@@ -73,6 +74,7 @@ class Dispatcher:
     openings: int = 0
     caller: int = 0
     copies: int = 0
+    dedup: int = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Dispatcher:
         """On the same transport, as another caller: ranks whose copies run in another order learn of it."""
@@ -89,6 +91,7 @@ class Dispatcher:
             top_k=self.top_k,
             weight_dtype=DTYPES.index(self.dtype) if self.dtype in DTYPES else -1,
             activation=ACTIVATIONS.index(self.activation),
+            dedup=int(self.dedup == 1),
         )
 
     def plan(
@@ -100,12 +103,12 @@ class Dispatcher:
         status: int32 [1] flag word of the router. Raises ConfigError or PlanMismatch alike on all ranks.
         """
         try:
-            counts = block_counts(slots_TK, self.placement.num_slots)
+            tables = self._count(slots_TK)
         except ConfigError as error:
             self.refuse(error, schedule)
         flags = 0 if status is None else int(status)
         record = self._record(
-            schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, counts, (1, flags) if flags else (0, 0)
+            schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, tables, (1, flags) if flags else (0, 0)
         )
         with closing_on_interrupt(self.transport):
             return self.transport.agree(record)
@@ -127,18 +130,24 @@ class Dispatcher:
         try:
             with temporarily_clear_interpreter_stack():  # also where a transform of torch.func is what is refused
                 counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
-                self.transport.agree(self._record(schedule, 0, False, counts, (code, value)))
+                self.transport.agree(self._record(schedule, 0, False, (counts,), (code, value)))
         except ConfigError:
             # All ranks raise; this one knows more about the cause than the record could carry.
             raise error from None
         raise AssertionError("a refused step cannot be agreed on")
+
+    def _count(self, slots_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The record's counts, and `first` and `last` where rows are deduplicated."""
+        if self.dedup == 1:
+            return block_counts_of_rows(slots_TK, self.placement.num_slots, self.placement.world_size)
+        return (block_counts(slots_TK, self.placement.num_slots),)
 
     def _record(
         self,
         schedule: Schedules,
         dtype: int,
         x_requires_grad: bool,
-        counts: torch.Tensor,
+        tables: tuple[torch.Tensor, ...],
         status: tuple[int, int],
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
@@ -160,7 +169,8 @@ class Dispatcher:
             placement_epoch=self.placement.epoch,
             config_digest=digest(self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert),
             schedule_digest=schedule.digest,
-            counts=counts,
+            **dict(zip(("counts", "first", "last"), tables, strict=False)),
+            dedup=self.dedup,
             caller=self.caller,
         )
 

@@ -29,7 +29,7 @@ import torch
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.message import HEAD_WORDS
 from moe_overlap.agreement.plan import ExchangePlan
-from moe_overlap.agreement.record import BACKWARD_FIELDS, RECORD_FIELDS, BackwardRecord, StepRecord, digest
+from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, digest, record_words
 from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
 from moe_overlap.transport.base import Announcement, Work
 from moe_overlap.transport.exchange import Exchange
@@ -185,7 +185,7 @@ class EmulatedLinkTransport(Wrapper):
     def agree(self, record: StepRecord) -> ExchangePlan:
         if self._board is None:
             return super().agree(record)  # which says that open is missing
-        departure = self._depart((len(RECORD_FIELDS) + record.counts.numel()) * 8 * len(self._off_node))
+        departure = self._depart(record_words(record.counts.shape[1], len(record.tables)) * 8 * len(self._off_node))
         plan = super().agree(record)
         self._arrived(departure, Where(action="N", step=record.step))
         return plan

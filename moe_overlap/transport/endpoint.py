@@ -12,7 +12,7 @@ from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.header import HEADER_WORDS, Header
 from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import BACKWARD_FIELDS, RECORD_FIELDS, BackwardRecord, StepRecord, agree_on, digest
+from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, agree_on, digest, record_words
 from moe_overlap.config import TIMEOUT_S
 from moe_overlap.errors import ConfigError, PlanMismatch, TransportClosed
 from moe_overlap.transport.base import Announcement, TransportStats, Work
@@ -102,15 +102,17 @@ class Endpoint(ABC):
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header, self._opened_in = header, self.life.generation
-        self.life.capacity = max(self.life.capacity, len(RECORD_FIELDS) + BLOCKS * header.num_slots)
+        self.life.capacity = max(self.life.capacity, record_words(header.num_slots, _tables(header.dedup)))
         self.openings += 1
         return True
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         words = self._require_record(record)
-        table = self._said("forward", words, Where(action="N", step=record.step), record.caller)
+        where = Where(action="N", step=record.step)
+        table = self._say("forward", words, where, record.caller).wait()
+        self._require_same_subject(table, where)
         try:
-            return agree_on(table, rank=self.rank, num_slots=record.counts.shape[1])
+            return agree_on(table[:, HEAD_WORDS:], rank=self.rank, num_slots=record.counts.shape[1])
         except PlanMismatch as error:
             self._poisoned(error)
             raise
@@ -139,9 +141,7 @@ class Endpoint(ABC):
         self._require_startable()
         if not 0 <= chunk < plan.chunks:
             raise self._refusing(ConfigError("chunk", chunk, f"an integer from 0 to {plan.chunks - 1}"))
-        send_rows, recv_rows = plan.send_rows[chunk], plan.recv_rows[chunk]
-        if reverse:
-            send_rows, recv_rows = recv_rows, send_rows
+        send_rows, recv_rows = map(sum, plan.counts(chunk, reverse=reverse))
         if not _fits(rows, send_rows, layout):
             raise self._refusing(ConfigError("rows", _describe(rows), _expected(send_rows, layout)))
         if out is not None and not _fits(out, recv_rows, layout):
@@ -264,9 +264,16 @@ class Endpoint(ABC):
         if self._header is None or self._opened_in != self.life.generation:
             raise self._refusing(ConfigError("transport", self.name, "a transport that open(header) was called on"))
         shape = (BLOCKS, self._header.num_slots)
-        if tuple(record.counts.shape) != shape or record.counts.dtype != torch.int64:
-            given = (tuple(record.counts.shape), record.counts.dtype)
+        tables = record.tables
+        if any(tuple(one.shape) != shape or one.dtype not in (torch.int64, torch.int32) for one in tables):
+            given = [(tuple(one.shape), one.dtype) for one in tables]
             raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
+        # A refusal need not count.
+        most = _tables(self._header.dedup)
+        if len(tables) > most or (record.status == 0 and len(tables) != _tables(record.dedup)):
+            text = f"{len(tables)} tables with dedup={record.dedup}"
+            expected = f"3 with dedup=1, else 1, and at most the {most} of the header"
+            raise self._refusing(ConfigError("record.first", text, expected))
         return record.to_tensor()
 
     def _count_words(self, words: torch.Tensor, where: Where) -> None:
@@ -277,7 +284,11 @@ class Endpoint(ABC):
     def _count_rows(self, exchange: Exchange, send: tuple[int, ...]) -> None:
         """Called by `_move`, which alone knows when nothing forbids the exchange any longer."""
         self.stats.exchanges += 1
-        self.stats.payload_bytes += (exchange.rows.shape[0] - send[self.rank]) * exchange.layout.row_bytes
+        sent = (exchange.rows.shape[0] - send[self.rank]) * exchange.layout.row_bytes
+        if exchange.layout.metadata:
+            self.stats.row_meta_bytes += sent
+        else:
+            self.stats.payload_bytes += sent
 
     def _refusing(self, error: ConfigError) -> ConfigError:
         """A mistake of this rank alone: the peers learn of it before it is raised here."""
@@ -302,6 +313,11 @@ def checked_timeout(timeout_s: float | None) -> float:
     if not number or not SHORTEST_S <= timeout_s <= LONGEST_S:
         raise ConfigError("timeout_s", timeout_s, f"a finite number of seconds from {SHORTEST_S:g} to {LONGEST_S:g}")
     return float(timeout_s)
+
+
+def _tables(dedup: int) -> int:
+    """How many tables of counts a record has."""
+    return 3 if dedup == 1 else 1
 
 
 def _fits(tensor: torch.Tensor, count: int, layout: RowLayout) -> bool:

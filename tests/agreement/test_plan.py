@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_overlap.agreement.counts import BLOCKS, block_counts
+from moe_overlap.agreement.counts import BLOCKS, block_counts, block_counts_of_rows
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import (
     AGREED_FIELDS,
@@ -136,6 +136,44 @@ def test_block_counts() -> None:
             block_counts(torch.tensor([[0, bad]], dtype=torch.int32), 5)
 
 
+def distinct_ids(tokens: int, top_k: int, slots: int, seed: int) -> torch.Tensor:
+    """int32 [T, K] with -1 here and there, no slot twice in a token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, slots, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
+    return torch.where(torch.rand(ids.shape, generator=generator) < 0.2, -1, ids).to(torch.int32)
+
+
+@pytest.mark.parametrize("world, local, top_k", [(1, 1, 1), (1, 5, 3), (3, 1, 2), (4, 3, 5), (2, 8, 16)])
+@pytest.mark.parametrize("tokens", [0, 1, 17, 100])
+def test_rows_are_counted_at_their_first_and_last_slot(world: int, local: int, top_k: int, tokens: int) -> None:
+    slots = world * local
+    ids = distinct_ids(tokens, top_k, slots, tokens)
+    counts, first, last = block_counts_of_rows(ids, slots, world)
+    assert torch.equal(counts, block_counts(ids, slots))
+    expected = torch.zeros(2, BLOCKS, slots, dtype=torch.int64)
+    for block in range(BLOCKS):
+        for token in ids[tokens * block // BLOCKS : tokens * (block + 1) // BLOCKS].tolist():
+            for rank in range(world):
+                there = [slot for slot in token if slot >= 0 and slot // local == rank]
+                if there:
+                    expected[0, block, min(there)] += 1
+                    expected[1, block, max(there)] += 1
+    assert torch.equal(torch.stack([first, last]), expected)
+    assert first.dtype == torch.int64 and first.device.type == "cpu"
+
+
+def test_counts_of_rows_refuse_bad_ids() -> None:
+    def of(*token: int) -> tuple[torch.Tensor, ...]:
+        return block_counts_of_rows(torch.tensor([[-1, -1, -1], token], dtype=torch.int32), 6, 2)
+
+    of(-1, -1, 3)
+    for bad in (-2, 6, 2**31 - 1):
+        with pytest.raises(ConfigError, match=f"topk_ids = {bad}"):
+            of(4, bad, 4)
+    with pytest.raises(ConfigError, match="topk_ids = 4.*twice"):
+        of(4, 1, 4)
+
+
 def table_of(world: int, slots: int, **changes: int) -> torch.Tensor:
     """Gathered records of which the last rank's has `changes`."""
     rows = [record(counts_of(rank, world, slots, 0), step=3) for rank in range(world)]
@@ -147,7 +185,7 @@ def test_record_is_its_fields_then_its_counts() -> None:
     counts = counts_of(0, 1, 3, 0)
     one = StepRecord(counts=counts, **{name: 100 + i for i, name in enumerate(RECORD_FIELDS)})  # type: ignore[arg-type]
     words = one.to_tensor()
-    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(range(100, 100 + 14))
+    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(range(100, 100 + 15))
     assert torch.equal(words[len(RECORD_FIELDS) :].reshape(BLOCKS, 3), counts)
 
 
@@ -181,6 +219,69 @@ def test_a_refusal_comes_before_everything_else() -> None:
         assert len(set(errors)) == 1
     with pytest.raises(ConfigError, match="status"):
         agree_on(table_of(2, 2, status=12345), rank=0, num_slots=2)
+
+
+def dedup_table(world: int, local: int) -> torch.Tensor:
+    """Gathered records of ranks that deduplicate, 40 tokens each."""
+    rows = []
+    for rank in range(world):
+        tables = block_counts_of_rows(distinct_ids(40, 3, world * local, rank), world * local, world)
+        rows.append(record(tables[0], first=tables[1], last=tables[2], dedup=1).to_tensor())
+    return torch.stack(rows)
+
+
+def test_the_plan_has_the_rows_where_they_are_deduplicated() -> None:
+    table = dedup_table(2, 3)
+    plan = agree_on(torch.cat([table, torch.full((2, 5), -9)], dim=1), rank=1, num_slots=6)
+    said = table[:, len(RECORD_FIELDS) :].reshape(2, 3, BLOCKS, 6).numpy()
+    assert plan.dedup == 1 and plan.first is not None and plan.last is not None
+    for i, of_plan in enumerate((plan.counts, plan.first, plan.last)):
+        assert np.array_equal(of_plan, said[:, i])
+    plain = agree_on(table_of(2, 6, dedup=0), rank=0, num_slots=6)
+    assert (plain.dedup, plain.first, plain.last) == (0, None, None)
+
+
+COUNT, FIRST, LAST = 0, 1, 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [(FIRST, 0, -2), (LAST, 2, -2)],
+        [(FIRST, 0, 1)],  # more rows begin than end
+        [(LAST, 2, 1)],
+        [(COUNT, 1, -1)],  # a row begins that no choice needs
+        [(FIRST, 0, -1), (FIRST, 2, 1), (LAST, 1, 1), (LAST, 2, -1)],  # ends before it begins
+        [(FIRST, 0, -1), (FIRST, 1, -1), (LAST, 1, -1), (LAST, 2, -1)],  # choices and no row
+        [(COUNT, 0, 9)],  # eleven choices of two rows on three slots
+        [(COUNT, 0, 1 << 41), (FIRST, 0, 1 << 41), (LAST, 0, 1 << 41)],
+    ],
+)
+def test_impossible_rows_are_refused(changes: list[tuple[int, int, int]]) -> None:
+    """Block 0 of rank 0: a row on slots 0 and 2, one on slot 1, none on the other rank."""
+    tables = torch.zeros(3, BLOCKS, 6, dtype=torch.int64)
+    tables[COUNT, 0, :3] = 1
+    tables[FIRST, 0, :2] = 1
+    tables[LAST, 0, 1:3] = 1
+
+    def agree() -> ExchangePlan:
+        said = record(tables[COUNT], first=tables[FIRST], last=tables[LAST], dedup=1).to_tensor()
+        return agree_on(torch.stack([said, said]), rank=1, num_slots=6)
+
+    agree()
+    for table, slot, change in changes:
+        tables[table, 0, slot] += change
+    with pytest.raises(PlanMismatch, match="rank 0 announced an impossible row count"):
+        agree()
+
+
+def test_an_unknown_mode_of_deduplication_is_refused() -> None:
+    table = table_of(2, 2)
+    table[:, RECORD_FIELDS.index("dedup")] = 3
+    with pytest.raises(PlanMismatch, match="rank 0 announced an impossible"):
+        agree_on(table, rank=0, num_slots=2)
+    table[:, RECORD_FIELDS.index("dedup")] = 2
+    assert agree_on(table, rank=0, num_slots=2).dedup == 2
 
 
 @pytest.mark.parametrize("count", [-1, (1 << 40) + 1])

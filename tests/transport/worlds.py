@@ -22,9 +22,13 @@ def header(num_slots: int, **changes: int) -> Header:
     return Header(**{**fields, **changes})
 
 
-def record(counts: torch.Tensor, *, step: int = 0, **changes: int) -> StepRecord:
-    fields = dict.fromkeys(AGREED_FIELDS, 1) | {"phase": 0, "status": 0, "status_value": 0, "x_requires_grad": 1}
-    return StepRecord(counts=counts, **{**fields, "step": step, **changes})
+def record(
+    counts: torch.Tensor, *, step: int = 0, first: torch.Tensor | None = None, last: torch.Tensor | None = None,
+    **changes: int,
+) -> StepRecord:  # fmt: skip
+    fields = dict.fromkeys(AGREED_FIELDS, 1) | {"phase": 0, "status": 0, "status_value": 0, "x_requires_grad": 1,
+                                              "dedup": 0}  # fmt: skip
+    return StepRecord(counts=counts, first=first, last=last, **{**fields, "step": step, **changes})
 
 
 def counts_of(rank: int, world: int, slots: int, seed: int, high: int = 4) -> torch.Tensor:
