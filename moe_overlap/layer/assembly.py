@@ -13,7 +13,7 @@ from moe_overlap.agreement.node_plan import check_cut
 from moe_overlap.agreement.record import DTYPES
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import AnySchedule, check_dedup
+from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.experts import Experts, check_weights, w_in_name, weights_of
 from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.parallel.optimizers import guard_optimizers
@@ -230,7 +230,6 @@ class Rows:
 def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hierarchical: bool) -> Rows:
     """From a layer's arguments and what its transport knows of nodes. Raises ConfigError for what does not go together;
     where all ranks or none share a node, hierarchical exchanges are the direct ones."""
-    check_dedup(dedup)
     known = getattr(transport, "topology", None)
     if ranks_per_node is None:
         ranks_per_node = 0 if known is None else known.ranks_per_node

@@ -77,24 +77,45 @@ class TokenMaps:
         return self.plain if self.plan.chunks == 1 else self._rows(self._first, chunked=True)
 
     @cached_property
-    def returning(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows in the order in which chunks give them back."""
+    def _returning(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [T, K], the rows in the order in which chunks give them back, -1 = none, and which choices have one."""
         by_tokens = self.plan.chunks == 1 or self.plan.by == "tokens"
-        return self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+        choice_to_row, _ = self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+        return choice_to_row, self._first if by_tokens else self._last
+
+    @cached_property
+    def returning(self) -> torch.Tensor:
+        """int32 [T, min(K, W)]: a token's rows, by rank, in the order in which chunks give them back; -1 = none.
+
+        A token has no more of them than ranks: summing over all its choices would mostly add nothing.
+        """
+        _, has_row = self._returning
+        most = min(self.top_k, self.plan.world_size)
+        # Choices without a row are written to one column more.
+        return self._spread(torch.where(has_row, has_row.cumsum(dim=1) - 1, most), most)
+
+    @cached_property
+    def returning_from(self) -> torch.Tensor:
+        """int32 [T, W]: the same with a column for each rank."""
+        world = self.plan.world_size
+        return self._spread(torch.where(self._returning[1], self.rank_TK, world), world)
+
+    def _spread(self, column_TK: torch.Tensor, columns: int) -> torch.Tensor:
+        """int32 [T, columns]: `_returning` in these columns."""
+        choice_to_row, _ = self._returning
+        rows = torch.full((self.tokens, columns + 1), -1, dtype=torch.int32, device=choice_to_row.device)
+        return rows.scatter_(1, column_TK.long(), choice_to_row)[:, :columns].contiguous()
 
     def sum(self, rows_RD: torch.Tensor) -> torch.Tensor:
-        """[T, D]: the sum of each token's rows, in the order of `returning`: over the ranks of a node, then over the
-        nodes, both in their order; rounded once."""
-        places_TK, _ = self.returning
-        carriers, world = self.plan.carriers, self.plan.world_size
+        """[T, D]: the sum of each token's rows, which came back in the order of `returning`: over the ranks of a node,
+        then over the nodes, both in their order; rounded once."""
+        carriers = self.plan.carriers
         if len(carriers) == 1:
-            return ops.combine(rows_RD, places_TK)
-        places_TW = places_TK.new_full((self.tokens, world + 1), -1)  # one more, for choices without a row
-        places_TW.scatter_(1, torch.where(places_TK >= 0, self.rank_TK, world).long(), places_TK)
+            return ops.combine(rows_RD, self.returning)
         wide_RD = rows_RD.to(weights_dtype(rows_RD.dtype))
         sum_TD: torch.Tensor | None = None
         for ranks in carriers:
-            columns = places_TW[:, ranks[0] : ranks[-1] + 1].contiguous()
+            columns = self.returning_from[:, ranks[0] : ranks[-1] + 1].contiguous()
             sum_TD = ops.combine(wide_RD, columns, None, sum_TD)
         assert sum_TD is not None
         return sum_TD.to(rows_RD.dtype)

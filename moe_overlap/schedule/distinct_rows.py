@@ -192,8 +192,8 @@ class DistinctBackward:
         self._dscale_R = torch.empty(plan.expert_total + 1, dtype=saved.weights_RK.dtype, device=x.device)
         self._dscale_R[-1:] = 0
         self._dweights_RK: torch.Tensor | None = None
-        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
-        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
+        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False) if need_dw else None
+        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out, rows=False) if need_dw else None
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The gradients of chunk c to send."""

@@ -46,6 +46,8 @@ class Lanes:
         self._events: list[TimelineEvent] = []
         self._works: dict[Action, tuple[Work, Any, RowLayout]] = {}
         self._waited: dict[Action, Any] = {}  # when the wait for an exchange ended
+        # What rows are computed in, and where they belong, of exchanges whose rows travel in another dtype.
+        self._computed: dict[Action, tuple[torch.dtype, torch.Tensor | None]] = {}
         self._open_op: tuple[str, Any] | None = None
         self.gateway: Gateway | None = None  # of the half that runs, where rows are deduplicated
 
@@ -78,6 +80,9 @@ class Lanes:
         plan = self._plans[action.spec.phase]
         plan, layout = (plan, self._layout) if layout is None else (plan.cut(1, "tokens"), layout)
         reverse, chunk = action.verb in RETURNING, action.index or 0
+        if rows.dtype != layout.dtype:  # the payload's, which is another one
+            self._computed[action] = rows.dtype, out
+            rows, out = rows.to(layout.dtype), None
         if self.gateway is not None and reverse:
             rows = self.gateway.give_back(chunk, rows, layout, partial(self._inside, action, layout))
         work = self.transport.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action.text)
@@ -96,8 +101,10 @@ class Lanes:
             start, end = work.interval() or (end, end)
         self.note(action.text, "wire", start, end)
         if self.gateway is not None and action.verb not in RETURNING:
-            inside = partial(self._inside, action, layout)
-            return self.gateway.pass_on(action.index or 0, rows, layout, inside)
+            rows = self.gateway.pass_on(action.index or 0, rows, layout, partial(self._inside, action, layout))
+        if action in self._computed:
+            dtype, out = self._computed.pop(action)
+            rows = rows.to(dtype) if out is None else out.copy_(rows)
         return rows
 
     def _inside(
@@ -177,6 +184,11 @@ class Lanes:
             self._events.append(TimelineEvent(self.transport.rank, step, phase, action, lane, *times))
         self._notes.clear()
         return self._events
+
+
+def payload_of(rows: torch.dtype, payload: torch.dtype | None) -> torch.dtype:
+    """The dtype in which rows travel: as they are computed, but for float32 ones where another one was asked for."""
+    return payload if payload is not None and rows == torch.float32 else rows
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[object]:
