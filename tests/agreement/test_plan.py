@@ -275,6 +275,38 @@ def test_impossible_rows_are_refused(changes: list[tuple[int, int, int]]) -> Non
         agree()
 
 
+@pytest.mark.parametrize(
+    ("slots", "node_rows", "ranks_per_node", "right"),
+    [
+        ((0, 1), 1, 2, True),  # one token on both ranks of a node, or two on one each
+        ((0, 1), 2, 2, True),
+        ((0, 1), 3, 2, False),
+        ((0, 1), 0, 2, False),
+        ((), 0, 2, True),
+        ((), 1, 2, False),
+        ((0, 1), 1, 3, False),  # four ranks
+        ((0, 1), 1, 0, False),
+        ((0, 1), 1, -2, False),
+    ],
+)
+def test_rows_for_nodes_go_with_those_for_ranks(
+    slots: tuple[int, ...], node_rows: int, ranks_per_node: int, right: bool
+) -> None:
+    counts = torch.zeros(BLOCKS, 4, dtype=torch.int64)
+    counts[3, list(slots)] = 1
+    per_node = torch.zeros(BLOCKS, 2, dtype=torch.int64)
+    per_node[3, 0] = node_rows
+    said = record(counts, first=counts, last=counts, dedup=1, ranks_per_node=ranks_per_node, hierarchical=1)
+    table = torch.stack([replace(said, node_rows=per_node).to_tensor()] * 4)
+    if right:
+        plan = agree_on(torch.cat([table, torch.full((4, 5), -9)], dim=1), rank=1, num_slots=4)
+        assert plan.ranks_per_node == 2 and plan.node_rows is not None
+        assert np.array_equal(plan.node_rows, np.stack([per_node.numpy()] * 4))
+    else:
+        with pytest.raises(PlanMismatch, match="rank 0 announced an impossible row count"):
+            agree_on(table, rank=1, num_slots=4)
+
+
 def test_an_unknown_mode_of_deduplication_is_refused() -> None:
     table = table_of(2, 2)
     table[:, RECORD_FIELDS.index("dedup")] = 3
