@@ -2,11 +2,11 @@
 
     python benchmarks/hierarchical.py --out out/hierarchical [-- --repeats 10 ...]
 
-Runs `moe-overlap bench layer --dedup D` for every D (options after `--` go to each run) on four slept ranks of two nodes
-and gathers the rows in OUT/hierarchical.jsonl, with a table beside them: what was measured and the closed forms.
+Runs `moe-overlap bench layer --dedup D` for every D (options after `--` go to each run) on four slept ranks of two
+nodes and gathers the rows in OUT/hierarchical.jsonl, with a table beside them: what was measured and the closed forms.
 
-Closed forms, for W ranks, L on a node, E experts of which each token wants k, all choices equally likely. Rows of a token
-that cross nodes, each way:
+Closed forms, for W ranks, L on a node, E experts of which each token wants k, all choices equally likely. Rows of a
+token that cross nodes, each way:
 
     off            k (W - L) / W
     on             (W - L) (1 - C(E - E/W, k) / C(E, k))
@@ -74,7 +74,7 @@ def serial_ms(row: Row) -> float:
 def summary(rows: Sequence[Row]) -> list[str]:
     """A line for each row, of a table in Markdown."""
     lines = [
-        "| phase | dedup | schedule | rows a token | between nodes, MB | closed form | step, ms | closed form or bound |",
+        "| phase | dedup | schedule | rows a token | between nodes, MB | closed form | step, ms | closed form, bound |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["phase"], WAYS.index(row["dedup"]))):
