@@ -8,14 +8,16 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.agree import Exchanged, agree_on
+from moe_overlap.agreement.cost import GATHERED_RANKS, record_capacity
+from moe_overlap.agreement.counts import BLOCKS, MOST
 from moe_overlap.agreement.header import HEADER_WORDS, Header
 from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, agree_on, digest, record_words
+from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, compare, digest
 from moe_overlap.config import TIMEOUT_S
 from moe_overlap.errors import ConfigError, PlanMismatch, TransportClosed
-from moe_overlap.transport.base import Announcement, TransportStats, Work
+from moe_overlap.transport.base import Agreement, Announcement, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.where import Where
 from moe_overlap.transport.work import DoneWork
@@ -28,16 +30,18 @@ E = TypeVar("E", bound=BaseException)
 class Life:
     """What transports that share connections have in common. `cause`: what poisoned them; `ended`: for good;
     `generation`: how often they were renewed; `capacity`: words that a message has room for, which grows when a layer
-    with more experts is opened; `paths`: what layers are called, by the numbers of their transports."""
+    with more experts is opened; `paths`: what layers are called, by the numbers of their transports; `asked`: the
+    agreement that has to be waited for before anything else is said."""
 
     cause: BaseException | None = None
     ended: bool = False
     generation: int = 0
     capacity: int = HEADER_WORDS
     paths: dict[int, str] = field(default_factory=dict)
+    asked: object = None
 
     def renew(self) -> None:
-        self.cause, self.capacity = None, HEADER_WORDS
+        self.cause, self.capacity, self.asked = None, HEADER_WORDS, None
         self.generation += 1
 
     def name_of(self, layer: int, caller: int) -> str:
@@ -47,10 +51,21 @@ class Life:
 
 
 class Words(Protocol):
-    """Words under way to all ranks."""
+    """Words under way to all ranks, or others to each."""
 
     def wait(self) -> torch.Tensor:
-        """Those of every rank, int64 [W, n]. Bounded; the host waits."""
+        """What every rank said to this one, [W, n]. Bounded; the host waits."""
+
+
+class Asked:
+    """The record of a step, said to all ranks."""
+
+    def __init__(self, transport: Endpoint, words: Words, record: StepRecord) -> None:
+        self._transport, self._words, self._record = transport, words, record
+
+    def wait(self) -> ExchangePlan:
+        """Once. Raises ConfigError or PlanMismatch alike on all ranks."""
+        return self._transport._agree(self._words.wait(), self._record)
 
 
 class Beginning:
@@ -73,6 +88,7 @@ class Endpoint(ABC):
     """
 
     name = "transport"
+    gathered_ranks = GATHERED_RANKS  # with more ranks, counts go to those whom they concern; before `open`
     group: Any = None  # the group of torch.distributed whose ranks these are
     _device_type: str | None = None  # where rows must be; None: anywhere
 
@@ -94,7 +110,7 @@ class Endpoint(ABC):
     def open(self, header: Header) -> bool:
         if self._is_open_for(header):
             return False
-        table = self._said("open", header.to_tensor(world_size=self.world_size), Where(action="open"))
+        table = self._said("open", self._header_words(header), Where(action="open"))
         different = (table != table[0]).any(dim=1).nonzero()
         if len(different):
             odd = int(different[0])
@@ -102,29 +118,32 @@ class Endpoint(ABC):
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header, self._opened_in = header, self.life.generation
-        self.life.capacity = max(self.life.capacity, record_words(header.num_slots, _tables(header.dedup)))
+        needed = record_capacity(header.num_experts, header.num_slots, header.dedup, gathered=self._gathers)
+        self.life.capacity = max(self.life.capacity, needed)
         self.openings += 1
         return True
 
     def agree(self, record: StepRecord) -> ExchangePlan:
+        return self.begin_agree(record).wait()
+
+    def begin_agree(self, record: StepRecord) -> Agreement:
         words = self._require_record(record)
         where = Where(action="N", step=record.step)
-        table = self._say("forward", words, where, record.caller).wait()
-        self._require_same_subject(table, where)
-        try:
-            return agree_on(table[:, HEAD_WORDS:], rank=self.rank, num_slots=record.counts.shape[1])
-        except PlanMismatch as error:
-            self._poisoned(error)
-            raise
+        asked = Asked(self, self._say("forward", words, where, record.caller), record)
+        if not self._gathers:
+            self.life.asked = asked
+        return asked
 
     def begin_backward(self, record: BackwardRecord) -> Announcement:
         self._require_usable()
+        self._require_nothing_asked()
         where = Where(action="Ut", step=record.step)
         return Beginning(self, self._say("backward", record.to_tensor(), where, record.caller), record)
 
     def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
         """int64 [n] of every rank, as [W, n]; n must be equal on all ranks. Bounded; the host waits."""
         self._require_usable()
+        self._require_nothing_asked()
         return self._said("gather", words, where)
 
     def start(
@@ -163,6 +182,7 @@ class Endpoint(ABC):
         self._require_usable()
         where = Where(action=action)
         if self.world_size > 1:
+            self._require_nothing_asked()
             said = torch.tensor([tensor.numel(), digest(tensor.dtype)], dtype=torch.int64)
             table = self._said("all_reduce", said, where)
             if (table != table[0]).any():
@@ -186,6 +206,10 @@ class Endpoint(ABC):
     @abstractmethod
     def _send(self, message: torch.Tensor, where: Where) -> Words:
         """Start to gather a message of every rank."""
+
+    @abstractmethod
+    def _swap(self, parts: torch.Tensor, where: Where) -> Words:
+        """Start to send row r of `parts` [W, n], int32 or int64, to rank r. All ranks give equal shapes and dtypes."""
 
     @abstractmethod
     def _move(self, exchange: Exchange, out: torch.Tensor) -> Work:
@@ -218,6 +242,47 @@ class Endpoint(ABC):
             text = f"rank 0 is {doing[0]}, rank {odd} {doing[1]}; nothing was sent"
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, **where._asdict()))
+
+    @property
+    def _gathers(self) -> bool:
+        return self.world_size <= self.gathered_ranks
+
+    def _header_words(self, header: Header) -> torch.Tensor:
+        return header.to_tensor(world_size=self.world_size, gathered_ranks=self.gathered_ranks)
+
+    def _agree(self, table: torch.Tensor, record: StepRecord) -> ExchangePlan:
+        """From what all ranks said, and what they say further, to the plan."""
+        where = Where(action="N", step=record.step)
+        self.life.asked = None
+        self._require_same_subject(table, where)
+        said = table[:, HEAD_WORDS:]
+        assert self._header is not None
+        try:
+            if self._gathers:
+                slots = self._header.num_slots
+                return agree_on(said, rank=self.rank, num_slots=slots, placement=record.placement)
+            mine = Exchanged(record, compare(said, rank=self.rank), rank=self.rank)
+            mine.hear(self._swap(mine.parts(), where).wait())
+            return mine.plan(*self._reduced(mine.sums(), mine.most(), where))
+        except PlanMismatch as error:
+            self._poisoned(error)
+            raise
+
+    def _reduced(self, sums: torch.Tensor, most: torch.Tensor, where: Where) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [n] added up over the ranks, int64 [m] reduced to the maximum: every rank reduces a slice for all."""
+        parts = [_slices(one, self.world_size) for one in (sums, most)]
+        width = parts[0].shape[1]
+        heard = self._swap(torch.cat(parts, dim=1), where).wait()
+        slice_ = torch.cat([heard[:, :width].sum(dim=0), heard[:, width:].amax(dim=0)])
+        heard = self._swap(slice_.repeat(self.world_size, 1), where).wait()
+        return heard[:, :width].reshape(-1)[: len(sums)], heard[:, width:].reshape(-1)[: len(most)]
+
+    def _require_nothing_asked(self) -> None:
+        """Exchanged counts take several messages, of which all but the first come when the plan is waited for: nothing
+        else may be said before. Gathered ones take one, which may be answered whenever."""
+        if self.life.asked is not None:
+            text = "a step whose plan nobody has waited for"
+            raise self._refusing(ConfigError("transport", text, "wait() of begin_agree before anything else is said"))
 
     def _compare_backwards(self, table: torch.Tensor, record: BackwardRecord) -> None:
         where = Where(action="Ut", step=record.step)
@@ -263,25 +328,33 @@ class Endpoint(ABC):
     def _require_record(self, record: StepRecord) -> torch.Tensor:
         """The words of `record`, whose length must be the one that the header fixed."""
         self._require_usable()
+        self._require_nothing_asked()
         if self._header is None or self._opened_in != self.life.generation:
             raise self._refusing(ConfigError("transport", self.name, "a transport that open(header) was called on"))
-        shape = (BLOCKS, self._header.num_slots)
         tables = record.tables
-        if any(tuple(one.shape) != shape or one.dtype not in (torch.int64, torch.int32) for one in tables):
-            given = [(tuple(one.shape), one.dtype) for one in tables]
-            raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
+        shapes = [(BLOCKS, self._header.num_experts), *[(BLOCKS, self._header.num_slots)] * (len(tables) - 1)]
+        for table, shape in zip(tables, shapes, strict=True):
+            if tuple(table.shape) != shape or table.dtype not in (torch.int64, torch.int32):
+                given = (tuple(table.shape), table.dtype)
+                raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
+            if table.dtype == torch.int64 and int(table.max()) > MOST:
+                raise self._refusing(ConfigError("record.counts", int(table.max()), f"at most {MOST}"))
         # A refusal need not count.
         most = _tables(self._header.dedup)
         if len(tables) > most or (record.status == 0 and len(tables) != _tables(record.dedup)):
             text = f"{len(tables)} tables with dedup={record.dedup}"
             expected = f"3 with dedup=1, else 1, and at most the {most} of the header"
             raise self._refusing(ConfigError("record.first", text, expected))
-        return record.to_tensor()
+        return record.to_tensor() if self._gathers else record.named_fields
 
     def _count_words(self, words: torch.Tensor, where: Where) -> None:
         """Called by `_send`: a network counts what it is about to send, virtual ranks what has arrived."""
         self.stats.agreements += where.action == "N"
         self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
+
+    def _count_parts(self, parts: torch.Tensor) -> None:
+        """Called by `_swap`, likewise."""
+        self.stats.meta_bytes += parts.nbytes // self.world_size * (self.world_size - 1)
 
     def _count_rows(self, exchange: Exchange, send: tuple[int, ...]) -> None:
         """Called by `_move`, which alone knows when nothing forbids the exchange any longer."""
@@ -316,6 +389,12 @@ def checked_timeout(timeout_s: float | None) -> float:
 def _tables(dedup: int) -> int:
     """How many tables of counts a record has."""
     return 3 if dedup == 1 else 1
+
+
+def _slices(words: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [count, n]: `words` and zeros."""
+    each = -(-len(words) // count)
+    return torch.cat([words, words.new_zeros(count * each - len(words))]).reshape(count, each)
 
 
 def _fits(tensor: torch.Tensor, count: int, layout: RowLayout) -> bool:

@@ -75,6 +75,19 @@ class VirtualWords:
         return torch.stack([self._meeting.brought[peer] for peer in range(transport.world_size)])
 
 
+class VirtualParts:
+    """Words under way from each virtual rank to each."""
+
+    def __init__(self, transport: VirtualTransport, meeting: Meeting, parts: torch.Tensor, where: Where) -> None:
+        self._transport, self._meeting, self._parts, self._where = transport, meeting, parts, where
+
+    def wait(self) -> torch.Tensor:
+        transport = self._transport
+        transport._join(self._meeting, self._where)
+        transport._count_parts(self._parts)
+        return torch.stack([self._meeting.brought[peer][transport.rank] for peer in range(transport.world_size)])
+
+
 class VirtualTransport(Endpoint):
     """One rank's end of a channel of a VirtualWorld. Usable only inside `VirtualWorld.run`, by its own rank."""
 
@@ -88,6 +101,11 @@ class VirtualTransport(Endpoint):
         self._require_turn()
         self._raise_abort(where)
         return VirtualWords(self, self._channel.bring("control", self.rank, message), message, where)
+
+    def _swap(self, parts: torch.Tensor, where: Where) -> VirtualParts:
+        self._require_turn()
+        self._raise_abort(where)
+        return VirtualParts(self, self._channel.bring("parts", self.rank, parts), parts, where)
 
     def _require_startable(self) -> None:
         self._require_turn()

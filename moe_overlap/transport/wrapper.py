@@ -9,7 +9,7 @@ import torch
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import BackwardRecord, StepRecord
-from moe_overlap.transport.base import Announcement, Transport, TransportStats, Work
+from moe_overlap.transport.base import Agreement, Announcement, Transport, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
 
 
@@ -41,7 +41,10 @@ class Wrapper:
         return self.inner.open(header)
 
     def agree(self, record: StepRecord) -> ExchangePlan:
-        return self.inner.agree(record)
+        return self.begin_agree(record).wait()
+
+    def begin_agree(self, record: StepRecord) -> Agreement:
+        return self.inner.begin_agree(record)
 
     def begin_backward(self, record: BackwardRecord) -> Announcement:
         return self.inner.begin_backward(record)
