@@ -39,9 +39,15 @@ class Case:
     chunks: int
     dtype: torch.dtype
     load: str
+    dedup: str = "off"
 
     def __str__(self) -> str:
-        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}"
+        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}-{self.dedup}"
+
+    @property
+    def top_k(self) -> int:
+        """More than one choice on a rank is what deduplication is about."""
+        return K if self.dedup == "off" else 5
 
     def tokens(self, rank: int) -> int:
         if self.load == "no_tokens" and rank == self.world - 1:
@@ -49,15 +55,15 @@ class Case:
         return (5, 17, 2, 33)[rank] if self.load == "uneven" else 16
 
 
-def all_cases(world: int) -> list[Case]:
+def all_cases(world: int, dedup: str = "off") -> list[Case]:
     """Every combination; `serial` has one chunk only."""
     product = itertools.product(SCHEDULES, CHUNKS, DTYPES, LOADS)
-    return [Case(world, s, c, d, load) for s, c, d, load in product if s != "serial" or c == 1]
+    return [Case(world, s, c, d, load, dedup) for s, c, d, load in product if s != "serial" or c == 1]
 
 
-def pairwise_cases(world: int) -> list[Case]:
+def pairwise_cases(world: int, dedup: str = "off") -> list[Case]:
     """Few cases of one world in which every pair of values of two other factors occurs (greedy)."""
-    cases = all_cases(world)
+    cases = all_cases(world, dedup)
 
     def pairs(case: Case) -> set[tuple[object, ...]]:
         values = (("schedule", case.schedule), ("chunks", case.chunks), ("dtype", case.dtype), ("load", case.load))
@@ -112,7 +118,7 @@ def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + rank)
     x, dy = (torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(case.dtype) for _ in range(2))
     kind = case.load if case.load in strategies.ROUTINGS else "uniform"
-    ids, _ = strategies.make_routing(kind, tokens, E, K, seed=rank)
+    ids, _ = strategies.make_routing(kind, tokens, E, case.top_k, seed=rank)
     return x, ids, dy
 
 
@@ -147,8 +153,9 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
         schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
     elif name == "serial":
         schedule = serial()
-    model: nn.Module = MoELayer(D, F, E, K, transport=transport, router=router, schedule=schedule, overlap=overlap,
-                                shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
+    model: nn.Module = MoELayer(D, F, E, case.top_k, transport=transport, router=router, schedule=schedule,
+                                overlap=overlap, dedup=case.dedup, shared_expert_size=shared,
+                                dtype=case.dtype)  # fmt: skip
     if name == "shortcut":
         position = int(variant[-1])
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)

@@ -56,10 +56,13 @@ ONLY = {
 # with it: the rooms of ONLY and the other files of the schedule room do without.
 EXECUTOR = {
     "schedule/run.py": {"transport"},
+    "schedule/backward.py": {"transport"},
     "schedule/lanes.py": {"transport"},
     "schedule/nodes.py": set(),
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
+    "schedule/distinct_rows.py": {"ops"},
+    "schedule/distinct_maps.py": {"ops"},
     "schedule/clocks.py": set(),
     "schedule/numbers.py": set(),
     "schedule/user_ops.py": {"transport"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.equality import (
+    CHUNKS,
     DTYPES,
     LOADS,
     SCHEDULES,
@@ -31,10 +32,26 @@ def test_overlap_on_equals_off_and_the_oracle(world, schedule, load):
         check_right(case, results)
 
 
+@pytest.mark.parametrize("dedup", ["on", "auto"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_deduplicated_overlap_on_equals_off_and_the_oracle(world, schedule, dedup):
+    """`auto` on the loads of which some pay and others do not."""
+    chunks = CHUNKS if dedup == "on" else CHUNKS[:2]
+    cases = [case for case in all_cases(world, dedup) if case.schedule == schedule and case.chunks in chunks]
+    assert {case.load for case in cases} == set(LOADS)
+    for seed, case in enumerate(cases):
+        results = virtual_world(world, seed=seed).run(
+            lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
+        )
+        check_right(case, results)
+
+
+@pytest.mark.parametrize("dedup", ["off", "on"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_pair_of_factors_on_gloo(world):
-    cases = pairwise_cases(world)
-    fields = [(case.world, case.schedule, case.chunks, case.dtype, case.load) for case in cases]
+def test_every_pair_of_factors_on_gloo(world, dedup):
+    cases = pairwise_cases(world, dedup)
+    fields = [(case.world, case.schedule, case.chunks, case.dtype, case.load, case.dedup) for case in cases]
     by_rank = gloo_pool(world).run(run_on_gloo, fields, limit_s=150.0)
     for case, *results in zip(cases, *by_rank, strict=True):
         check_right(case, results)

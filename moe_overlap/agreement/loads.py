@@ -150,12 +150,21 @@ class Counts:
 
     def stays(self, chunks: int, by: ChunkBy) -> np.ndarray:
         """bool [C]: whether no row of a chunk goes to another rank, on any rank."""
+        found: np.ndarray = _of_chunks(self._away(by), chunks) == 0
+        return found
+
+    @property
+    def rows_away(self) -> int:
+        """Rows to other ranks, of all ranks together."""
+        return int(self._away("tokens").sum())
+
+    def _away(self, by: ChunkBy) -> np.ndarray:
+        """int64 [BLOCKS] or [e]: the same by block, or by position of a slot on its rank."""
         if self.table is None:
             assert self.reduced is not None
-            away = self.reduced.away[CHUNK_BY.index(by)]
-        else:
-            world_size = len(self.table)
-            whole = self.table.reshape(world_size, BLOCKS, world_size, -1).sum(axis=3 if by == "tokens" else 1)
-            pairs = whole.transpose(1, 0, 2) if by == "tokens" else whole.transpose(2, 0, 1)  # [n, from, to]
-            away = pairs.sum(axis=(1, 2)) - np.trace(pairs, axis1=1, axis2=2)
-        return _of_chunks(away, chunks) == 0
+            return self.reduced.away[CHUNK_BY.index(by)]
+        world_size = len(self.table)
+        whole = self.table.reshape(world_size, BLOCKS, world_size, -1).sum(axis=3 if by == "tokens" else 1)
+        pairs = whole.transpose(1, 0, 2) if by == "tokens" else whole.transpose(2, 0, 1)  # [n, from, to]
+        away: np.ndarray = pairs.sum(axis=(1, 2)) - np.trace(pairs, axis1=1, axis2=2)
+        return away

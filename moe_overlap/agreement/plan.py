@@ -22,10 +22,11 @@ from moe_overlap.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """What one row of an exchange carries: `width` elements of `dtype`."""
+    """What one row of an exchange carries: `width` elements of `dtype`. `metadata`: it goes beside a row."""
 
     width: int
     dtype: torch.dtype
+    metadata: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -64,6 +65,11 @@ class ExchangePlan:
 
     def chunked(self, chunks: int, by: ChunkBy = "tokens") -> ChunkPlan:
         """The exchange cut into `chunks` (1..16) by token blocks or by groups of each rank's slots."""
+        sent, received = self.cut_counts(chunks, by)
+        return ChunkPlan(exchange=self, chunks=chunks, by=by, sent=sent, received=received)
+
+    def cut_counts(self, chunks: int, by: ChunkBy) -> tuple[np.ndarray, np.ndarray]:
+        """`sent` and `received` of a `ChunkPlan`. Raises ConfigError for a cut that does not exist."""
         if not isinstance(chunks, int) or not 1 <= chunks <= BLOCKS:
             raise ConfigError("chunks", chunks, f"an integer from 1 to {BLOCKS}")
         if by not in CHUNK_BY:
@@ -81,7 +87,7 @@ class ExchangePlan:
                 to = self.counts.sent.sum(axis=0).reshape(self.world_size, local)
                 sent[c].reshape(self.world_size, local)[:, group] = to[:, group]
                 received[c][:, group] = self.counts.received.sum(axis=1)[:, group]
-        return ChunkPlan(exchange=self, chunks=chunks, by=by, sent=sent, received=received)
+        return sent, received
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +122,11 @@ class ChunkPlan:
     @property
     def local_slots(self) -> int:
         return self.exchange.num_slots // self.world_size
+
+    def counts(self, chunk: int, *, reverse: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(rows to each rank, rows from each rank), [W] both, of an exchange of a chunk; `reverse`: of its adjoint."""
+        send, recv = self.send_counts[chunk], self.recv_counts[chunk]
+        return (recv, send) if reverse else (send, recv)
 
     @cached_property
     def send_counts(self) -> tuple[tuple[int, ...], ...]:

@@ -14,6 +14,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
 
 AnySchedule = SchedulePair | AutoSchedule
+DEDUP = ("off", "auto", "on")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
 
@@ -47,6 +48,12 @@ def check_mode(mode: object) -> None:
         raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
     if mode != "host":
         raise ConfigError("mode", mode, "'host' (or 'static', once it exists)")
+
+
+def check_dedup(dedup: object) -> None:
+    """Raises ConfigError for a way of deduplication that does not exist."""
+    if dedup not in DEDUP:
+        raise ConfigError("dedup", dedup, f"one of {DEDUP}")
 
 
 def check_budget(max_in_flight_bytes: object, schedule: object) -> None:

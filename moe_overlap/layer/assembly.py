@@ -21,6 +21,7 @@ from moe_overlap.parallel.replicas import Replicas, check_replicas, replicas_of
 from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.schedule.builders import SchedulePair, deduplicate
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher
 from moe_overlap.transport.base import Transport
@@ -207,9 +208,10 @@ def factory_of(experts: nn.Module | None, device: Any, dtype: torch.dtype | None
 
 
 def make_dispatcher(
-    given: Dispatcher | None, placement: Placement, transport: Transport, bad_logits: str, **options: Any
+    given: Dispatcher | None, placement: Placement, transport: Transport, bad_logits: str, dedup: str, **options: Any
 ) -> Dispatcher:
     """The dispatcher given, checked against the layer, or a new one."""
+    options["dedup"] = int(dedup != "off" and transport.world_size > 1)
     if given is None:
         return Dispatcher(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),
                           **options)  # fmt: skip
@@ -225,10 +227,11 @@ def make_schedule(
     shared: bool,
     ranks: int,
     overlap: bool,
+    dedup: str,
     max_in_flight_bytes: int | None,
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
-    name."""
+    name, and there is nothing to deduplicate."""
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
@@ -243,9 +246,16 @@ def make_schedule(
     elif schedule == "auto":
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, max_in_flight_bytes=max_in_flight_bytes)
     else:
-        pair = layer_schedule(schedule, shared=shared)
+        pair = deduplicated(layer_schedule(schedule, shared=shared), dedup, ranks)
         return pair if overlap else pair.join()
     if ranks > 1:
         return auto
     pair = replace(layer_schedule("serial", shared=shared), name=ONE_RANK)
     return pair if auto.overlap else pair.join()
+
+
+def deduplicated(pair: SchedulePair, dedup: str, ranks: int) -> SchedulePair:
+    """The pair as it runs under `dedup`; with "auto" it becomes another one in the steps in which that pays."""
+    if pair.deduplicated and (dedup == "off" or ranks == 1):
+        raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
+    return deduplicate(pair) if dedup == "on" and ranks > 1 else pair

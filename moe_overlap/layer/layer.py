@@ -26,6 +26,7 @@ from moe_overlap.layer.arguments import (
     check_budget,
     check_choice,
     check_choices,
+    check_dedup,
     check_mode,
     check_positive,
     rows_dtype,
@@ -57,6 +58,8 @@ class MoELayer(Tickets, nn.Module):
     "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
     the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
+    dedup: "on": one row for each (token, rank), with its ids and weights beside it, and one partial sum back, however
+    many of the token's experts are there; "auto": in the steps in which that pays; results are equal to tolerance.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
@@ -85,6 +88,7 @@ class MoELayer(Tickets, nn.Module):
         replicate_group: Any = None,
         schedule: str | AnySchedule = "serial",
         overlap: bool = True,
+        dedup: str = "off",
         max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         experts: nn.Module | None = None,
@@ -109,6 +113,8 @@ class MoELayer(Tickets, nn.Module):
         activation = assembly.activation_of(experts, activation)
         check_mode(mode)
         check_budget(max_in_flight_bytes, schedule)
+        check_dedup(dedup)
+        self.dedup = dedup
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "bad_logits": bad_logits}  # fmt: skip
@@ -124,7 +130,7 @@ class MoELayer(Tickets, nn.Module):
         )
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
-            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap,
+            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, dedup=dedup,
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
@@ -135,7 +141,7 @@ class MoELayer(Tickets, nn.Module):
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, bad_logits, hidden=hidden_size, ffn_hidden=ffn_hidden_size,
+            dispatcher, placement, self.transport, bad_logits, dedup, hidden=hidden_size, ffn_hidden=ffn_hidden_size,
             top_k=top_k, activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._ticket: weakref.ref[Ticket] | None = None

@@ -17,6 +17,7 @@ from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.auto.beside import Op, as_module
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, check_budget
+from moe_overlap.layer.assembly import deduplicated
 from moe_overlap.layer.experts import reset
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.schedule.builders import window
@@ -111,6 +112,7 @@ class ShortcutBlock(nn.Module):
         else:
             pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
                           backward_chunks=backward_chunks)  # fmt: skip
+            pair = deduplicated(pair, moe.dedup, moe.transport.world_size)
             check(pair)
             pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
             self.schedule = pair if overlap else pair.join()

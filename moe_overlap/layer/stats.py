@@ -49,8 +49,11 @@ class LastStep:
     @classmethod
     def of(cls, step: Step, ids_TK: torch.Tensor, dropped: torch.Tensor) -> LastStep:
         """At the end of a step's forward."""
-        counts = (step.plan.send_counts, step.plan.recv_counts)
-        rows = sum(sum(chunk) - chunk[step.plan.rank] for half in counts for chunk in half)
+        plan, rows = step.plan, 0
+        for chunk in range(plan.chunks):
+            for reverse in (False, True):
+                sent, _ = plan.counts(chunk, reverse=reverse)
+                rows += sum(sent) - sent[plan.rank]
         return cls(topk_ids_TK=ids_TK, dropped_tokens=dropped, plan=step.plan, schedule=step.schedule, pair=step.pair,
                    payload_bytes=rows * step.layout.row_bytes, lanes=step.lanes)  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up; for the others F wide. `forward_into` and
 `backward_into` work on a block of rows in buffers of the caller, right after the matmul while the block is in cache.
+With a factor for each row everything is computed in the factor's dtype, that of accumulation, and rounded once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from moe_overlap.ops import checks, maps, registry, workspace
 from moe_overlap.ops.library import define, differentiate, implement, refuse_derivative
 
 _aten = torch.ops.aten
+
+BLOCK_ELEMENTS = 1 << 15
+"""Elements of `a` for each thread in the blocks of rows with a factor: their temporaries stay in cache."""
 
 
 def activation(
@@ -51,9 +56,13 @@ def width(h_width: int, kind: str) -> int:
     return h_width // 2 if kind == "swiglu" else h_width
 
 
-def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor) -> None:
-    """a = act(h) for a block of rows."""
-    if kind == "swiglu":
+def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None = None) -> None:
+    """a = act(h) for a block of rows, or act(h) * scale in the dtype of `scale`, rounded once."""
+    if scale_n is not None:
+        for rows in _blocks(a_nF):
+            wide_nF, _ = _activated(h_nF[rows].to(scale_n.dtype), kind)
+            torch.mul(wide_nF, scale_n[rows, None], out=a_nF[rows])
+    elif kind == "swiglu":
         gate_nF, up_nF = h_nF.chunk(2, dim=1)
         _aten.silu.out(gate_nF, out=a_nF)
         a_nF.mul_(up_nF)
@@ -63,18 +72,35 @@ def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor) -> None:
         torch.clamp(h_nF, min=0, out=a_nF)
 
 
-def backward_into(da_nF: torch.Tensor, h_nF: torch.Tensor, kind: str, dh_nF: torch.Tensor, a_nF: torch.Tensor) -> None:
+def backward_into(
+    da_nF: torch.Tensor,
+    h_nF: torch.Tensor,
+    kind: str,
+    dh_nF: torch.Tensor,
+    a_nF: torch.Tensor,
+    scale_n: torch.Tensor | None = None,
+    dscale_n: torch.Tensor | None = None,
+) -> None:
     """dh = act'(h) * da, and a = act(h) once more for the weight gradient, for a block of rows.
 
-    `da` is overwritten for swiglu; for the others it may be the same memory as `dh`.
+    With `scale` a = act(h) * scale, dh = act'(h) * da * scale and, where a buffer is given, dscale = sum(da * act(h))
+    over the row, all in the dtype of `scale` before they are rounded. `dh` may be the memory of `h`. `da` is
+    overwritten for swiglu; for the others it may be the same memory as `dh`, but not as `h`.
     """
-    if kind == "swiglu":
+    if scale_n is not None:
+        for rows in _blocks(a_nF):
+            dscale = None if dscale_n is None else dscale_n[rows]
+            _scaled_backward(da_nF[rows], h_nF[rows], kind, dh_nF[rows], a_nF[rows], scale_n[rows], dscale)
+    elif kind == "swiglu":
         gate_nF, up_nF = h_nF.chunk(2, dim=1)
         dgate_nF, dup_nF = dh_nF.chunk(2, dim=1)
+        in_place = same_memory(dh_nF, h_nF)
         _aten.silu.out(gate_nF, out=a_nF)
-        torch.mul(da_nF, a_nF, out=dup_nF)
+        product_nF = torch.mul(da_nF, a_nF, out=workspace.empty(a_nF.shape, like=a_nF) if in_place else dup_nF)
         a_nF.mul_(up_nF)
         da_nF.mul_(up_nF)
+        if in_place:
+            dup_nF.copy_(product_nF)
         _aten.silu_backward.grad_input(da_nF, gate_nF, grad_input=dgate_nF)
     elif kind == "gelu":
         _aten.gelu.out(h_nF, out=a_nF)
@@ -84,14 +110,65 @@ def backward_into(da_nF: torch.Tensor, h_nF: torch.Tensor, kind: str, dh_nF: tor
         _aten.threshold_backward.grad_input(da_nF, h_nF, 0, grad_input=dh_nF)
 
 
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of the same shape begin at the same address, as a buffer given for `dh` may with `h`."""
+    return one.data_ptr() == other.data_ptr()
+
+
+def _scaled_backward(
+    da_nF: torch.Tensor,
+    h_nF: torch.Tensor,
+    kind: str,
+    dh_nF: torch.Tensor,
+    a_nF: torch.Tensor,
+    scale_n: torch.Tensor,
+    dscale_n: torch.Tensor | None,
+) -> None:
+    """`backward_into` with a scale, for few rows. All is read, or is a temporary, before dh is written."""
+    h_nF, da_nF, scale_n1 = h_nF.to(scale_n.dtype), da_nF.to(scale_n.dtype), scale_n[:, None]
+    act_nF, silu_nF = _activated(h_nF, kind)
+    if dscale_n is not None:
+        dscale_n.copy_((da_nF * act_nF).sum(dim=1))
+    torch.mul(act_nF, scale_n1, out=a_nF)
+    da_nF = da_nF * scale_n1
+    if kind == "swiglu":
+        gate_nF, up_nF = h_nF.chunk(2, dim=1)
+        dgate_nF, dup_nF = dh_nF.chunk(2, dim=1)
+        from_gate_nF = _aten.silu_backward(da_nF * up_nF, gate_nF)
+        dup_nF.copy_(da_nF.mul_(silu_nF))
+        dgate_nF.copy_(from_gate_nF)
+    elif kind == "gelu":
+        dh_nF.copy_(_aten.gelu_backward(da_nF, h_nF))
+    else:
+        dh_nF.copy_(_aten.threshold_backward(da_nF, h_nF, 0))
+
+
+def _activated(h_nF: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(act(h), and for swiglu silu(gate)), new."""
+    if kind == "swiglu":
+        gate_nF, up_nF = h_nF.chunk(2, dim=1)
+        silu_nF = _aten.silu(gate_nF)
+        return silu_nF * up_nF, silu_nF
+    a_nF = _aten.gelu(h_nF) if kind == "gelu" else torch.clamp(h_nF, min=0)
+    return a_nF, a_nF
+
+
+def _blocks(a_nF: torch.Tensor) -> Iterator[slice]:
+    """The rows in blocks, on a CPU; elsewhere all of them."""
+    rows, columns = a_nF.shape
+    elements = BLOCK_ELEMENTS * torch.get_num_threads() if a_nF.device.type == "cpu" else a_nF.numel()
+    step = max(1, elements // max(1, columns))
+    for first in range(0, rows, step):
+        yield slice(first, first + step)
+
+
 def _activation(
     h_RF: torch.Tensor, kind: str, row_scale: torch.Tensor | None, offs: torch.Tensor | None
 ) -> torch.Tensor:
     live = maps.live_rows(offs, h_RF.shape[0])
     a_RF = workspace.empty((h_RF.shape[0], width(h_RF.shape[1], kind)), like=h_RF)
-    forward_into(h_RF[:live], kind, a_RF[:live])
-    if row_scale is not None:
-        a_RF[:live].mul_(row_scale[:live, None])
+    scale = None if row_scale is None else row_scale[:live].to(checks.accumulation_dtype(h_RF.dtype))
+    forward_into(h_RF[:live], kind, a_RF[:live], scale)
     return maps.clear_tail(a_RF, offs)
 
 
@@ -101,16 +178,15 @@ def _activation_backward(
     live = maps.live_rows(offs, h_RF.shape[0])
     a_RF = workspace.empty(da_RF.shape, like=h_RF)
     da, h, a = workspace.empty((live, da_RF.shape[1]), like=da_RF).copy_(da_RF[:live]), h_RF[:live], a_RF[:live]
-    dscale = da_RF.new_empty((0,))
-    if row_scale is not None:
-        dtype = checks.accumulation_dtype(h_RF.dtype)
-        forward_into(h, kind, a)
-        dscale = torch.zeros_like(row_scale, memory_format=torch.contiguous_format)
-        dscale[:live] = (da.to(dtype) * a.to(dtype)).sum(dim=1)
-        maps.clear_tail(dscale, offs)
-        da.mul_(row_scale[:live, None])
     dh_RF = workspace.empty(h_RF.shape, like=h_RF)
-    backward_into(da, h, kind, dh_RF[:live], a)
+    if row_scale is None:
+        dscale = da_RF.new_empty((0,))
+        backward_into(da, h, kind, dh_RF[:live], a)
+    else:
+        dscale = torch.zeros_like(row_scale, memory_format=torch.contiguous_format)
+        scale = row_scale[:live].to(checks.accumulation_dtype(h_RF.dtype))
+        backward_into(da, h, kind, dh_RF[:live], a, scale, dscale[:live])
+        maps.clear_tail(dscale, offs)
     return maps.clear_tail(dh_RF, offs), dscale
 
 

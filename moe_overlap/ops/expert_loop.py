@@ -2,7 +2,12 @@
 
 Rows of expert i are [starts[i], ends[i]); with starts = None the groups are adjacent and `ends` is `offs` of row_map.
 Each piece is an entry of the registry. The references here are loops over experts: plain matmuls on contiguous slices
-of rows, into buffers that exist. A weight is used as it lies: y = x @ w.T, no transposed copy.
+of rows, into buffers that exist. A weight is used as it lies: y = x @ w.T, no transposed copy. The loop is also that of
+the operator (`expert_mlp.py`).
+
+Where several experts read one row, `rows` maps the experts' order to the rows there are: the rows of one expert at a
+time are copied into a buffer of the pool, and no copy of all is kept. `scale` puts the router's weight on the experts'
+side, between activation and second matmul, so that its gradient needs no y.
 """
 
 from __future__ import annotations
@@ -10,13 +15,13 @@ from __future__ import annotations
 import torch
 
 from moe_overlap.ops import expert_mlp_choice, registry, workspace
-from moe_overlap.ops.activation import backward_into, forward_into
-from moe_overlap.ops.expert_mlp_contract import Dgrad, Forward, Wgrad
-from moe_overlap.ops.row_groups import Bounds, aligned, weight_gradient
+from moe_overlap.ops.activation import backward_into, forward_into, same_memory
+from moe_overlap.ops.expert_mlp_contract import Dgrad, DgradResult, Forward, Wgrad
+from moe_overlap.ops.row_groups import Bounds, Groups, RowReader, weight_gradient
 
 
 def expert_mlp_forward(
-    x_RD: torch.Tensor,
+    x_ND: torch.Tensor,
     w_in: torch.Tensor,
     w_out: torch.Tensor,
     ends: Bounds,
@@ -25,24 +30,29 @@ def expert_mlp_forward(
     kind: str,
     y: torch.Tensor | None = None,
     h: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
     num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y = act(x @ w_in.T) @ w_out.T for the rows of each expert.
+    """y = (act(x[rows] @ w_in.T) * scale) @ w_out.T for the rows of each expert.
 
     Args:
-        x_RD: [R, D]. w_in: [e, F', D] (F' = 2F for swiglu). w_out: [e, D, F]. One dtype.
+        x_ND: [N, D]. w_in: [e, F', D] (F' = 2F for swiglu). w_out: [e, D, F]. One dtype.
         ends, starts: int32 [e] or integers, the row ranges of the experts.
         kind: the activation.
         y, h: buffers [R, D] and [R, F'] to write, in the ranges only. None: new ones, zero outside the ranges.
+        rows: int32 [R], the row of x that each row of the ranges reads; None: R = N, rows as they lie.
+        scale: [R], float32 (float64 for float64 rows), multiplied in that dtype before a is rounded. None: 1.
         num_sms: multiprocessors a kernel may use, a hint for GPU implementations; the CPU has none.
 
     Returns:
         (y_RD, h_RF'), h being the pre-activation that the backward needs.
 
     Raises:
-        ConfigError: shapes, dtypes or ranges that do not match.
+        ConfigError: shapes, dtypes or ranges that do not match; on a CPU a row in the ranges that x does not have, of
+            which the buffers may be written in part.
     """
-    call = Forward(x_RD, w_in, w_out, ends, starts, kind, y, h, num_sms)
+    call = Forward(x_ND, w_in, w_out, ends, starts, kind, y, h, num_sms, rows, scale)
     call.check()
     with torch.no_grad():
         result: tuple[torch.Tensor, torch.Tensor] = _run_forward(call)
@@ -50,7 +60,7 @@ def expert_mlp_forward(
 
 
 def expert_mlp_dgrad(
-    dy_RD: torch.Tensor,
+    dy_ND: torch.Tensor,
     h_RF: torch.Tensor,
     w_in: torch.Tensor,
     w_out: torch.Tensor,
@@ -61,30 +71,37 @@ def expert_mlp_dgrad(
     dx: torch.Tensor | None = None,
     dh: torch.Tensor | None = None,
     a: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    dscale: torch.Tensor | None = None,
     num_sms: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> DgradResult:
     """The gradient with respect to the rows, and what the weight gradient needs.
 
     Args:
-        dy_RD: [R, D], may be expanded (stride 0). h_RF: what the forward returned. The rest as in the forward.
+        dy_ND: [N, D], may be expanded (stride 0); with `rows` read through them, so that y[i] is given back the
+            gradient dy[rows[i]]. h_RF: what the forward returned. The rest as in the forward.
         dx, dh, a: buffers [R, D], [R, F'] and [R, F], written in the ranges only. None: new ones, zero elsewhere.
+            dh may be h itself, which is then overwritten.
+        dscale: buffer [R] for the gradient of `scale`, in its dtype; as the others.
 
     Returns:
-        (dx_RD, dh_RF', a_RF), with a = act(h) computed again.
+        (dx_RD, dh_RF', a_RF, dscale_R): a = act(h) * scale computed again, dscale the sum of (dy @ w_out) * act(h) over
+        F, or None without a scale.
 
     Raises:
         ConfigError: as the forward.
     """
-    call = Dgrad(dy_RD, h_RF, w_in, w_out, ends, starts, kind, dx, dh, a, num_sms)
+    call = Dgrad(dy_ND, h_RF, w_in, w_out, ends, starts, kind, dx, dh, a, num_sms, rows, scale, dscale)
     call.check()
     with torch.no_grad():
-        result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _run_dgrad(call)
+        result: DgradResult = _run_dgrad(call)
     return result
 
 
 def expert_mlp_wgrad(
-    x_RD: torch.Tensor,
-    dy_RD: torch.Tensor,
+    x_ND: torch.Tensor,
+    dy_ND: torch.Tensor,
     dh_RF: torch.Tensor,
     a_RF: torch.Tensor,
     ends: Bounds,
@@ -93,61 +110,102 @@ def expert_mlp_wgrad(
     dw_in: torch.Tensor,
     dw_out: torch.Tensor,
     experts: tuple[int, int] | None = None,
+    rows: torch.Tensor | None = None,
     num_sms: int | None = None,
 ) -> None:
     """dw_in[i] = dh_i.T @ x_i and dw_out[i] = dy_i.T @ a_i, into buffers; zeros for an expert without rows.
 
     Args:
-        x_RD, dy_RD, dh_RF, a_RF: the rows of the forward and of `expert_mlp_dgrad`.
+        x_ND, dy_ND, dh_RF, a_RF: the rows of the forward and of `expert_mlp_dgrad`; with a scale it is in dh and a.
         ends, starts: the row ranges of all experts.
         dw_in: [e, F', D]. dw_out: [e, D, F]. Overwritten for the experts asked for.
         experts: (first, last), the experts first .. last-1; None: all.
+        rows: as in the forward, for x and dy.
 
     Raises:
         ConfigError: as the forward.
     """
     experts = (0, dw_in.shape[0]) if experts is None else experts
-    call = Wgrad(x_RD, dy_RD, dh_RF, a_RF, ends, starts, dw_in, dw_out, experts, num_sms)
+    call = Wgrad(x_ND, dy_ND, dh_RF, a_RF, ends, starts, dw_in, dw_out, experts, num_sms, rows)
     call.check()
     with torch.no_grad():
         _run_wgrad(call)
 
 
-def _forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
-    groups, x_RD, w_in, w_out = call.groups, aligned(call.x), call.w_in, call.w_out
-    y, h = call.outputs()
-    a_nF = workspace.empty((groups.longest, w_out.shape[2]), like=x_RD)
+def rows_through_experts(
+    groups: Groups,
+    read: RowReader,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    kind: str,
+    scale_R: torch.Tensor | None,
+    y_RD: torch.Tensor,
+    h_RF: torch.Tensor | None,
+) -> None:
+    """Writes y of every group, and h where a buffer is given."""
+    a_nF = workspace.empty((groups.longest, w_out.shape[2]), like=y_RD)
+    h_nF = workspace.empty((groups.longest, w_in.shape[1]), like=y_RD) if h_RF is None else h_RF
     for (begin, end), w_in_FD, w_out_DF in zip(groups.ranges, w_in.unbind(0), w_out.unbind(0), strict=True):
         if begin < end:
             a = a_nF[: end - begin]
-            torch.mm(x_RD[begin:end], w_in_FD.t(), out=h[begin:end])
-            forward_into(h[begin:end], call.kind, a)
-            torch.mm(a, w_out_DF.t(), out=y[begin:end])
+            h = h_nF[: end - begin] if h_RF is None else h_RF[begin:end]
+            torch.mm(read(begin, end), w_in_FD.t(), out=h)
+            forward_into(h, kind, a, None if scale_R is None else scale_R[begin:end])
+            torch.mm(a, w_out_DF.t(), out=y_RD[begin:end])
+
+
+def hidden_gradient(
+    dy_nD: torch.Tensor,
+    w_out_DF: torch.Tensor,
+    h_nF: torch.Tensor,
+    kind: str,
+    dh_nF: torch.Tensor,
+    a_nF: torch.Tensor,
+    da_nF: torch.Tensor | None,
+    scale_n: torch.Tensor | None,
+    dscale_n: torch.Tensor | None,
+) -> None:
+    """Writes dh, a and dscale of one expert. `da` has room for its rows, see `room_for_da`."""
+    da = dh_nF if da_nF is None else da_nF[: dy_nD.shape[0]]
+    torch.mm(dy_nD, w_out_DF, out=da)
+    backward_into(da, h_nF, kind, dh_nF, a_nF, scale_n, dscale_n)
+
+
+def room_for_da(groups: Groups, kind: str, like_RF: torch.Tensor, ffn: int, *, in_place: bool) -> torch.Tensor | None:
+    """A buffer where da cannot be written into dh: that of swiglu is twice as wide, or it is h, which is still read."""
+    return workspace.empty((groups.longest, ffn), like=like_RF) if kind == "swiglu" or in_place else None
+
+
+def _forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+    y, h = call.outputs()
+    read = RowReader(call.x, call.rows, call.groups, padded=False)
+    rows_through_experts(call.groups, read, call.w_in, call.w_out, call.kind, call.scale, y, h)
     return y, h
 
 
-def _dgrad(call: Dgrad) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    groups, dy_RD, h_RF, w_in, w_out = call.groups, aligned(call.dy), call.h, call.w_in, call.w_out
-    dx, dh, a = call.outputs()
-    # Where da cannot be written into dh: that of swiglu is twice as wide.
-    da_nF = workspace.empty((groups.longest, w_out.shape[2]), like=dy_RD) if call.kind == "swiglu" else None
+def _dgrad(call: Dgrad) -> DgradResult:
+    groups, h_RF, w_in, w_out, scale = call.groups, call.h, call.w_in, call.w_out, call.scale
+    (dx, dh, a), dscale = call.outputs(), call.new_dscale()
+    read = RowReader(call.dy, call.rows, groups, padded=False)
+    da_nF = room_for_da(groups, call.kind, dh, call.ffn, in_place=same_memory(dh, h_RF))
     for (begin, end), w_in_FD, w_out_DF in zip(groups.ranges, w_in.unbind(0), w_out.unbind(0), strict=True):
         if begin < end:
             dh_e = dh[begin:end]
-            da = dh_e if da_nF is None else da_nF[: end - begin]
-            torch.mm(dy_RD[begin:end], w_out_DF, out=da)
-            backward_into(da, h_RF[begin:end], call.kind, dh_e, a[begin:end])
+            scale_e, dscale_e = (None if one is None else one[begin:end] for one in (scale, dscale))
+            hidden_gradient(
+                read(begin, end), w_out_DF, h_RF[begin:end], call.kind, dh_e, a[begin:end], da_nF, scale_e, dscale_e
+            )
             torch.mm(dh_e, w_in_FD, out=dx[begin:end])
-    return dx, dh, a
+    return DgradResult(dx, dh, a, dscale)
 
 
 def _wgrad(call: Wgrad) -> None:
-    x_RD, dy_RD = aligned(call.x), aligned(call.dy)
+    read_x, read_dy = (RowReader(rows, call.rows, call.groups, padded=False) for rows in (call.x, call.dy))
     ranges = call.groups.ranges
     for i in range(*call.experts):
         begin, end = ranges[i]
-        weight_gradient(call.dh[begin:end], x_RD[begin:end], call.dw_in[i])
-        weight_gradient(dy_RD[begin:end], call.a[begin:end], call.dw_out[i])
+        weight_gradient(call.dh[begin:end], read_x(begin, end), call.dw_in[i])
+        weight_gradient(read_dy(begin, end), call.a[begin:end], call.dw_out[i])
 
 
 for _op, _piece in (("expert_mlp_forward", _forward), ("expert_mlp_dgrad", _dgrad), ("expert_mlp_wgrad", _wgrad)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_overlap.ops import checks, expert_mlp_choice, maps, registry, workspace
-from moe_overlap.ops.activation import backward_into, forward_into
+from moe_overlap.ops.expert_loop import hidden_gradient, room_for_da, rows_through_experts
 from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward
 from moe_overlap.ops.library import (
     LIBRARY,
@@ -23,7 +23,7 @@ from moe_overlap.ops.library import (
     implement,
     refuse_derivative,
 )
-from moe_overlap.ops.row_groups import aligned, weight_gradient
+from moe_overlap.ops.row_groups import RowReader, weight_gradient
 
 
 def expert_mlp(
@@ -62,21 +62,13 @@ def expert_mlp(
 
 
 def _expert_mlp(call: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor]:
-    groups, x, w_in, w_out, row_scale = call.groups, aligned(call.x), call.w_in, call.w_out, call.row_scale
-    longest = groups.longest
+    groups, x, w_in, w_out = call.groups, call.x, call.w_in, call.w_out
     y_RD = workspace.empty((groups.num_rows, w_out.shape[1]), like=x)
-    h_RF = workspace.empty((groups.num_rows if call.save_h else longest, w_in.shape[1]), like=x)
-    a_nF = workspace.empty((longest, w_out.shape[2]), like=x)
-    for (begin, end), w_in_FD, w_out_DF in zip(groups.ranges, w_in.unbind(0), w_out.unbind(0), strict=True):
-        if begin < end:
-            h, a = h_RF[begin:end] if call.save_h else h_RF[: end - begin], a_nF[: end - begin]
-            torch.mm(_take(x, call.row_to_token, begin, end), w_in_FD.t(), out=h)
-            forward_into(h, call.kind, a)
-            if row_scale is not None:
-                a.mul_(row_scale[begin:end, None])
-            torch.mm(a, w_out_DF.t(), out=y_RD[begin:end])
+    h_RF = workspace.empty((groups.num_rows, w_in.shape[1]), like=x) if call.save_h else None
+    read = RowReader(x, call.row_to_token, groups, padded=True)
+    rows_through_experts(groups, read, w_in, w_out, call.kind, _scale(call), y_RD, h_RF)
     y_RD[groups.used :].zero_()
-    if not call.save_h:
+    if h_RF is None:
         return y_RD, call.new_h()
     h_RF[groups.used :].zero_()
     return y_RD, h_RF
@@ -85,36 +77,29 @@ def _expert_mlp(call: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor]:
 def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wants_dx, wants_dw_in, wants_dw_out, wants_dscale = call.wanted
     groups, kind, row_to_token, row_scale = call.groups, call.kind, call.row_to_token, call.row_scale
-    x, dy_RD, h_RF, w_in, w_out = aligned(call.x), aligned(call.dy), call.h, call.w_in, call.w_out
-    dtype, longest, nothing = checks.accumulation_dtype(x.dtype), groups.longest, call.nothing()
+    x, h_RF, w_in, w_out = call.x, call.h, call.w_in, call.w_out
+    read_x, read_dy = RowReader(x, row_to_token, groups, padded=True), RowReader(call.dy, None, groups, padded=True)
+    scale, longest, nothing = _scale(call), groups.longest, call.nothing()
     dx_RD = workspace.empty((groups.num_rows, x.shape[1]), like=x) if wants_dx else nothing
     dw_in = workspace.empty(w_in.shape, like=x) if wants_dw_in else nothing
     dw_out = workspace.empty(w_out.shape, like=x) if wants_dw_out else nothing
     dscale = torch.zeros_like(row_scale) if row_scale is not None and wants_dscale else nothing
     a_nF = workspace.empty((longest, w_out.shape[2]), like=x)
     dh_nF = workspace.empty((longest, w_in.shape[1]), like=x)
-    # Where da cannot be written into dh: that of swiglu is twice as wide.
-    da_nF = workspace.empty(a_nF.shape, like=x) if kind == "swiglu" else None
+    da_nF = room_for_da(groups, kind, x, w_out.shape[2], in_place=False)
     for i, ((begin, end), w_in_FD, w_out_DF) in enumerate(
         zip(groups.ranges, w_in.unbind(0), w_out.unbind(0), strict=True)
     ):
         rows = end - begin
-        dy, h, dh, a = dy_RD[begin:end], h_RF[begin:end], dh_nF[:rows], a_nF[:rows]
+        dy, dh, a = read_dy(begin, end), dh_nF[:rows], a_nF[:rows]
         if rows > 0:
-            da = dh if da_nF is None else da_nF[:rows]
-            torch.mm(dy, w_out_DF, out=da)
-            if wants_dscale:
-                forward_into(h, kind, a)
-                dscale[begin:end] = (da.to(dtype) * a.to(dtype)).sum(dim=1)
-            if row_scale is not None:
-                da.mul_(row_scale[begin:end, None])
-            backward_into(da, h, kind, dh, a)
-            if row_scale is not None:
-                a.mul_(row_scale[begin:end, None])
+            scales = None if scale is None else scale[begin:end]
+            dscales = dscale[begin:end] if wants_dscale else None
+            hidden_gradient(dy, w_out_DF, h_RF[begin:end], kind, dh, a, da_nF, scales, dscales)
         if wants_dw_out:
             weight_gradient(dy, a, dw_out[i])
         if wants_dw_in:
-            weight_gradient(dh, _take(x, row_to_token, begin, end), dw_in[i])
+            weight_gradient(dh, read_x(begin, end), dw_in[i])
         if wants_dx and rows > 0:
             torch.mm(dh, w_in_FD, out=dx_RD[begin:end])
     if not wants_dx:
@@ -122,11 +107,13 @@ def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.T
     dx_RD[groups.used :].zero_()
     if row_to_token is None:
         return dx_RD, dw_in, dw_out, dscale
-    return maps.add_rows(dx_RD, row_to_token, x.shape[0], dtype).to(x.dtype), dw_in, dw_out, dscale
+    dx_TD = maps.add_rows(dx_RD, row_to_token, x.shape[0], checks.accumulation_dtype(x.dtype))
+    return dx_TD.to(x.dtype), dw_in, dw_out, dscale
 
 
-def _take(x: torch.Tensor, row_to_token: torch.Tensor | None, begin: int, end: int) -> torch.Tensor:
-    return x[begin:end] if row_to_token is None else maps.take_rows(x, row_to_token[begin:end])
+def _scale(call: ExpertMlp | ExpertMlpBackward) -> torch.Tensor | None:
+    """row_scale in the dtype of sums."""
+    return None if call.row_scale is None else call.row_scale.to(checks.accumulation_dtype(call.dtype))
 
 
 def _kernel(name: str, call_type: type[ExpertMlp] | type[ExpertMlpBackward]) -> Any:

@@ -14,24 +14,32 @@ from moe_overlap.ops.expert_mlp_tiles_triton import inner_length, load_rows, loa
 
 @triton.jit(do_not_specialize=["capacity", "num_rows"])
 def hidden_gradient_kernel(
-    tiles, capacity, dy, w_out, h, row_scale, dh, a, dscale_parts, num_rows, hidden, ffn, dy_stride, w_stride_expert,
-    w_stride_inner,
-    KIND: tl.constexpr, SCALED: tl.constexpr, WANTS_DSCALE: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    tiles, capacity, dy, row_map, w_out, h, row_scale, dh, a, dscale_parts, num_rows, hidden, ffn, dy_stride,
+    w_stride_expert, w_stride_inner,
+    KIND: tl.constexpr, MAPPED: tl.constexpr, SCALED: tl.constexpr, WANTS_DSCALE: tl.constexpr, A_TMA: tl.constexpr,
+    B_TMA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """da = dy @ w_out[expert]; from it and the saved h: dh, a = act(h) * scale, and this tile's part of dscale.
+    """da = dy[map] @ w_out[expert]; from it and the saved h: dh, a = act(h) * scale, and this tile's part of dscale.
 
-    dscale_parts: float32 [column tiles, R], summed over the first dimension afterwards, in that order.
+    dscale_parts: float32 [column tiles, R], summed over the first dimension by `sum_parts_kernel`. dh may be h: a
+    program reads h where it writes dh, and nowhere else.
     """
     num_row_tiles = tl.load(tiles + 3 * capacity)
     num_columns = tl.cdiv(ffn, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_columns, tl.num_programs(0)):
         row_tile, column_tile = place(tile, num_row_tiles, num_columns, GROUP)
         expert, begin, row_M, live_M, used_M = tile_rows(tiles, capacity, row_tile, BLOCK_M)
+        if MAPPED:
+            dy_row_M = tl.load(row_map + row_M, mask=used_M, other=-1).to(tl.int64)
+            read_M = dy_row_M >= 0
+        else:
+            dy_row_M = row_M
+            read_M = live_M
         column = column_tile * BLOCK_N
         da_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in tl.range(0, inner_length(expert, hidden), BLOCK_K):
-            dy_MK = load_rows(dy, row_M, live_M, begin, dy_stride, k, hidden, BLOCK_K, A_TMA, EVEN_K)
+            dy_MK = load_rows(dy, dy_row_M, read_M, begin, dy_stride, k, hidden, BLOCK_K, A_TMA, EVEN_K)
             w_KN = load_weights(
                 w_out, expert, column, ffn, k, hidden, w_stride_expert, 1, w_stride_inner,
                 BLOCK_N, BLOCK_K, B_TMA, False, EVEN_K,
@@ -81,6 +89,7 @@ def through_activation(
         scale_M = tl.load(row_scale + row_M, mask=used_M, other=0.0)
         a_MN *= scale_M[:, None]
         da_MN *= scale_M[:, None]
+    # a needs all of h that was read: where dh is h, nothing of it is overwritten before.
     tl.store(a + row_M[:, None] * ffn + column_N[None, :], a_MN.to(a.dtype.element_ty), mask=stored_MN)
     dgate_MN, dup_MN = differentiate(da_MN, gate_MN, up_MN, KIND)
     tl.store(dh + place_MN + first_up, dup_MN.to(dh.dtype.element_ty), mask=stored_MN)
@@ -91,15 +100,15 @@ def through_activation(
 
 @triton.jit(do_not_specialize=["num_rows", "first_expert", "last_expert"])
 def weights_kernel(
-    left, right, row_to_token, out, starts, ends, first_expert, last_expert, num_rows, left_width, right_width,
+    left, right, row_map, out, starts, ends, first_expert, last_expert, num_rows, left_width, right_width,
     left_stride, right_stride,
-    HAS_STARTS: tl.constexpr, MAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    HAS_STARTS: tl.constexpr, MAP_LEFT: tl.constexpr, MAP_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[expert] = left.T @ right over the rows of the expert: [E, left_width, right_width], zeros without rows.
 
-    With MAPPED the rows of `right` are read through row_to_token, -1 giving zeros. The sum runs over the rows in their
-    order, in blocks of BLOCK_K.
+    With MAP_LEFT or MAP_RIGHT the rows of that side are read through row_map, -1 giving zeros. The sum runs over the
+    rows in their order, in blocks of BLOCK_K.
     """
     num_left = tl.cdiv(left_width, BLOCK_M)
     num_right = tl.cdiv(right_width, BLOCK_N)
@@ -119,15 +128,19 @@ def weights_kernel(
         for row in tl.range(begin, end, BLOCK_K):
             row_K = (row + tl.arange(0, BLOCK_K)).to(tl.int64)
             live_K = row_K < end
-            if MAPPED:
-                right_row_K = tl.load(row_to_token + row_K, mask=live_K, other=-1).to(tl.int64)
+            left_row_K = row_K
+            right_row_K = row_K
+            left_live_K = live_K
+            right_live_K = live_K
+            if MAP_LEFT:
+                left_row_K = tl.load(row_map + row_K, mask=live_K, other=-1).to(tl.int64)
+                left_live_K = left_row_K >= 0
+            if MAP_RIGHT:
+                right_row_K = tl.load(row_map + row_K, mask=live_K, other=-1).to(tl.int64)
                 right_live_K = right_row_K >= 0
-            else:
-                right_row_K = row_K
-                right_live_K = live_K
             left_MK = tl.load(
-                left + left_M[:, None] + row_K[None, :] * left_stride,
-                mask=(left_M < left_width)[:, None] & live_K[None, :],
+                left + left_M[:, None] + left_row_K[None, :] * left_stride,
+                mask=(left_M < left_width)[:, None] & left_live_K[None, :],
                 other=0.0,
             )
             right_KN = tl.load(
@@ -140,6 +153,17 @@ def weights_kernel(
         out_at_MN += left_M.to(tl.int64)[:, None] * right_width + right_N[None, :]
         stored_MN = (left_M < left_width)[:, None] & (right_N < right_width)[None, :]
         tl.store(out_at_MN, acc_MN.to(out.dtype.element_ty), mask=stored_MN)
+
+
+@triton.jit(do_not_specialize=["capacity", "num_rows"])
+def sum_parts_kernel(tiles, capacity, parts, dscale, num_rows, num_parts, BLOCK_M: tl.constexpr):
+    """dscale[row] = sum over the column tiles, in order, of parts [num_parts, num_rows]. One program a row tile."""
+    if tl.program_id(0) < tl.load(tiles + 3 * capacity):
+        _, _, row_M, live_M, _ = tile_rows(tiles, capacity, tl.program_id(0), BLOCK_M)
+        sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for part in range(num_parts):
+            sum_M += tl.load(parts + part * num_rows.to(tl.int64) + row_M, mask=live_M, other=0.0)
+        tl.store(dscale + row_M, sum_M.to(dscale.dtype.element_ty), mask=live_M)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ Nobody changes a call; to freeze it would double the time it takes to make one, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,15 @@ from moe_overlap.ops.row_groups import Bounds, Groups
 
 OPS = ("expert_mlp", "expert_mlp_backward", "expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad")
 """The registry's operators that make up the expert MLP. Their calls are below, in this order."""
+
+
+class DgradResult(NamedTuple):
+    """What `expert_mlp_dgrad` gives: dx [R, D], dh [R, F'], a [R, F], and with a scale its gradient [R], else None."""
+
+    dx: torch.Tensor
+    dh: torch.Tensor
+    a: torch.Tensor
+    dscale: torch.Tensor | None
 
 
 class Call:
@@ -160,10 +170,18 @@ class ExpertMlpBackward(Operator):
 
 
 class Piece(Call):
-    """A call of a piece of the schedule. It writes its buffers in the groups only."""
+    """A call of a piece of the schedule. It writes its buffers in the groups only.
+
+    With `rows`, int32 [R], row i of the experts' order is read from row rows[i] of x and dy [N, D]; None: N = R.
+    """
 
     ends: Bounds
     starts: Bounds | None
+    rows: torch.Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        return (self.operands[0] if self.rows is None else self.rows).shape[0]
 
     @property
     def bounds(self) -> tuple[Bounds, Bounds | None]:
@@ -175,11 +193,21 @@ class Piece(Call):
 
     def check_buffers(self) -> None:
         """Refuse buffers that the rows do not fit into."""
-        rows, _ = self.operands
         for field, (given, columns) in self.buffers().items():
             if given is not None:
-                shape = (rows.shape[0], columns)
-                checks.check_tensor(field, given, shape, rows.dtype, what="[rows, width]", device=rows.device)
+                shape = (self.num_rows, columns)
+                checks.check_tensor(field, given, shape, self.dtype, what="[rows, width]", device=self.device)
+
+    def check_rows(self) -> None:
+        """Refuse a map that is none. Its values are looked at where they are read."""
+        if self.rows is not None:
+            checks.check_tensor("rows", self.rows, (None,), torch.int32, what="[R]", device=self.device)
+
+    def check_scale(self, field: str, scale: torch.Tensor | None) -> None:
+        """Refuse factors, or a buffer for their gradients, that are not one for each row in the dtype of sums."""
+        if scale is not None:
+            dtype = checks.accumulation_dtype(self.dtype)
+            checks.check_tensor(field, scale, (self.num_rows,), dtype, what="[R]", device=self.device)
 
     def outputs(self) -> list[torch.Tensor]:
         """The buffers given, and new ones for the others, which are zero outside the groups."""
@@ -203,6 +231,8 @@ class Forward(Piece):
     y: torch.Tensor | None
     h: torch.Tensor | None
     num_sms: int | None
+    rows: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     @property
     def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,13 +243,15 @@ class Forward(Piece):
 
     def check(self) -> None:
         _check_weights(self.x, self.w_in, self.w_out, self.kind, count="e")
+        self.check_rows()
+        self.check_scale("scale", self.scale)
         self.check_buffers()
         self.check_num_sms()
 
 
 @dataclass(eq=False)
 class Dgrad(Piece):
-    """`ops.expert_mlp_dgrad` -> its outputs (dx, dh, a)."""
+    """`ops.expert_mlp_dgrad` -> its outputs. The memory of dh may be that of h."""
 
     dy: torch.Tensor
     h: torch.Tensor
@@ -232,6 +264,9 @@ class Dgrad(Piece):
     dh: torch.Tensor | None
     a: torch.Tensor | None
     num_sms: int | None
+    rows: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    dscale: torch.Tensor | None = None
 
     @property
     def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,10 +277,19 @@ class Dgrad(Piece):
 
     def check(self) -> None:
         _check_weights(self.dy, self.w_in, self.w_out, self.kind, count="e", rows_field="dy")
+        self.check_rows()
+        self.check_scale("scale", self.scale)
+        self.check_scale("dscale", self.dscale)
+        if self.scale is None and self.dscale is not None:
+            raise ConfigError("dscale", f"shape {tuple(self.dscale.shape)}", "None, as there is no scale")
         shape = (self.num_rows, self.w_in.shape[1])
         checks.check_tensor("h", self.h, shape, self.dtype, what="[R, F']", device=self.device)
         self.check_buffers()
         self.check_num_sms()
+
+    def new_dscale(self) -> torch.Tensor | None:
+        """The buffer given for the scale's gradient or a new one, zero outside the groups; None without a scale."""
+        return torch.zeros_like(self.scale) if self.scale is not None and self.dscale is None else self.dscale
 
 
 @dataclass(eq=False)
@@ -262,6 +306,7 @@ class Wgrad(Piece):
     dw_out: torch.Tensor
     experts: tuple[int, int]
     num_sms: int | None
+    rows: torch.Tensor | None = None
 
     @property
     def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,14 +317,15 @@ class Wgrad(Piece):
         if not 0 <= first <= last <= self.num_experts:
             raise ConfigError("experts", self.experts, f"0 <= first <= last <= {self.num_experts}")
         checks.check_tensor("x", self.x, (None, None), checks.FLOATS, what="[R, D]")
-        rows, hidden, dtype, device = *self.x.shape, self.dtype, self.device
+        self.check_rows()
+        hidden, dtype, device = self.x.shape[1], self.dtype, self.device
         # A buffer of another shape would be resized, and what lies beside a view of it overwritten.
         checks.check_tensor("dw_out", self.dw_out, (None, hidden, None), dtype, what="[e, D, F]", device=device)
         shape = (self.num_experts, None, hidden)
         checks.check_tensor("dw_in", self.dw_in, shape, dtype, what="[e, F', D]", device=device)
-        widths = {"dy": (self.dy, hidden), "dh": (self.dh, self.dw_in.shape[1]), "a": (self.a, self.ffn)}
-        for field, (value, columns) in widths.items():
-            checks.check_tensor(field, value, (rows, columns), dtype, what="[rows, width]", device=device)
+        checks.check_tensor("dy", self.dy, self.x.shape, dtype, what="[rows, width]", device=device)
+        for field, value, columns in (("dh", self.dh, self.dw_in.shape[1]), ("a", self.a, self.ffn)):
+            checks.check_tensor(field, value, (self.num_rows, columns), dtype, what="[rows, width]", device=device)
         self.check_num_sms()
 
 

@@ -19,6 +19,7 @@ from moe_overlap.ops import checks, expert_mlp_choice, hardware, maps, registry,
 from moe_overlap.ops.expert_mlp_contract import (
     Call,
     Dgrad,
+    DgradResult,
     ExpertMlp,
     ExpertMlpBackward,
     Forward,
@@ -66,23 +67,28 @@ def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.T
 def _forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
     used = call.groups.used
     with _budget(call.device, call.num_sms):
-        y_nD, h_nF = _through(call, _operand(call.x)[:used], _offs(call), None)
+        scale = None if call.scale is None else call.scale[:used]
+        y_nD, h_nF = _through(call, _read(call, call.x, 0, used), _offs(call), scale)
     y, h = call.outputs()
     y[:used], h[:used] = y_nD, h_nF
     return y, h
 
 
-def _dgrad(call: Dgrad) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _dgrad(call: Dgrad) -> DgradResult:
     used, offs = call.groups.used, _offs(call)
+    scale = None if call.scale is None else call.scale[:used]
     with _budget(call.device, call.num_sms):
-        da_nF = functional.grouped_mm(_operand(call.dy)[:used], _operand(call.w_out), offs=offs)
+        da_nF = functional.grouped_mm(_read(call, call.dy, 0, used), _operand(call.w_out), offs=offs)
         h_nF = call.h[:used]
-        dh_nF, _ = _activation_backward(da_nF, h_nF, call.kind, None, None)
-        a_nF = _activation(h_nF, call.kind, None, None)
+        dh_nF, dscale_n = _activation_backward(da_nF, h_nF, call.kind, scale, None)
+        a_nF = _activation(h_nF, call.kind, scale, None)
         dx_nD = functional.grouped_mm(dh_nF, _operand(call.w_in), offs=offs)
-    dx, dh, a = call.outputs()
+    (dx, dh, a), dscale = call.outputs(), call.new_dscale()
+    # After the last look at h, whose memory dh may be.
     dx[:used], dh[:used], a[:used] = dx_nD, dh_nF, a_nF
-    return dx, dh, a
+    if dscale is not None:
+        dscale[:used] = dscale_n
+    return DgradResult(dx, dh, a, dscale)
 
 
 def _wgrad(call: Wgrad) -> None:
@@ -92,7 +98,8 @@ def _wgrad(call: Wgrad) -> None:
         return
     begin, end = ranges[0][0], ranges[-1][1]
     offs = torch.tensor([stop - begin for _, stop in ranges], dtype=torch.int32).to(call.device)
-    x_nD, dy_nD, dh_nF, a_nF = (_operand(rows)[begin:end] for rows in (call.x, call.dy, call.dh, call.a))
+    x_nD, dy_nD = (_read(call, rows, begin, end) for rows in (call.x, call.dy))
+    dh_nF, a_nF = (_operand(rows)[begin:end] for rows in (call.dh, call.a))
     with _budget(call.device, call.num_sms):
         call.dw_in[first:last] = functional.grouped_mm(dh_nF.t(), x_nD, offs=offs)
         call.dw_out[first:last] = functional.grouped_mm(dy_nD.t(), a_nF, offs=offs)
@@ -110,6 +117,13 @@ def _through(
 
 def _rows_of_x(call: Operator) -> torch.Tensor:
     return _operand(call.x) if call.row_to_token is None else maps.take_rows(call.x, call.row_to_token)
+
+
+def _read(call: Forward | Dgrad | Wgrad, x_ND: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """The rows [begin, end) of the experts' order, copied where there is a map."""
+    if call.rows is None:
+        return _operand(x_ND)[begin:end]
+    return maps.pick_rows("rows", x_ND, call.rows[begin:end])
 
 
 def _operand(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,22 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.ops import hardware
 from moe_overlap.ops.activation import width
 from moe_overlap.ops.activation_math_triton import KIND_NUMBERS
-from moe_overlap.ops.expert_mlp_backward_triton import hidden_gradient_kernel, sum_rows_kernel, weights_kernel
+from moe_overlap.ops.expert_mlp_backward_triton import (
+    hidden_gradient_kernel,
+    sum_parts_kernel,
+    sum_rows_kernel,
+    weights_kernel,
+)
 from moe_overlap.ops.expert_mlp_blocks_triton import Blocks, Problem, architecture_class, block_shape
-from moe_overlap.ops.expert_mlp_contract import Call, Dgrad, ExpertMlp, ExpertMlpBackward, Forward, Wgrad
+from moe_overlap.ops.expert_mlp_contract import (
+    Call,
+    Dgrad,
+    DgradResult,
+    ExpertMlp,
+    ExpertMlpBackward,
+    Forward,
+    Wgrad,
+)
 from moe_overlap.ops.expert_mlp_forward_triton import rows_kernel, up_kernel
 from moe_overlap.ops.expert_mlp_tiles_triton import SPLIT_TILES, list_tiles_kernel
 from moe_overlap.ops.launch_triton import blocks, launch, power_of_two
@@ -61,15 +74,15 @@ def expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.Te
     dy_RD, x, w_in, w_out, row_to_token = call.dy, call.x, call.w_in, call.w_out, call.row_to_token
     launcher = _Launcher(call, with_tail=True)
     dh_RF, a_RF = torch.empty_like(call.h), x.new_empty(call.num_rows, call.ffn)
-    wants_dscale = call.row_scale is not None and wants_dscale
-    dscale = launcher.hidden(dy_RD, w_out, call.kind, call.h, call.row_scale, dh_RF, a_RF, wants_dscale)
+    dscale = torch.empty_like(call.row_scale) if call.row_scale is not None and wants_dscale else None
+    launcher.hidden(dy_RD, w_out, call.kind, call.h, None, call.row_scale, dh_RF, a_RF, dscale)
     dx = dw_in = dw_out = call.nothing()
     if wants_dw_out:
         dw_out = torch.empty_like(w_out, memory_format=torch.contiguous_format)
-        launcher.weights(dy_RD, a_RF, None, dw_out)
+        launcher.weights(dy_RD, a_RF, dw_out)
     if wants_dw_in:
         dw_in = torch.empty_like(w_in, memory_format=torch.contiguous_format)
-        launcher.weights(dh_RF, x, row_to_token, dw_in)
+        launcher.weights(dh_RF, x, dw_in, right_map=row_to_token)
     if wants_dx:
         dx = x.new_empty(call.num_rows, x.shape[1])
         launcher.rows(dh_RF, w_in, dx, transposed=False)
@@ -81,16 +94,17 @@ def expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.Te
 def expert_mlp_forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
     """The raw piece `ops.expert_mlp_forward`."""
     launcher, (y, h) = _Launcher(call), _outputs(call)
-    launcher.rows(launcher.up(call.x, call.w_in, call.kind, None, None, h), call.w_out, y, transposed=True)
+    a_RF = launcher.up(call.x, call.w_in, call.kind, call.rows, call.scale, h)
+    launcher.rows(a_RF, call.w_out, y, transposed=True)
     return y, h
 
 
-def expert_mlp_dgrad(call: Dgrad) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def expert_mlp_dgrad(call: Dgrad) -> DgradResult:
     """The raw piece `ops.expert_mlp_dgrad`."""
-    launcher, (dx, dh, a) = _Launcher(call), _outputs(call)
-    launcher.hidden(call.dy, call.w_out, call.kind, call.h, None, dh, a, False)
+    launcher, (dx, dh, a), dscale = _Launcher(call), _outputs(call), call.new_dscale()
+    launcher.hidden(call.dy, call.w_out, call.kind, call.h, call.rows, call.scale, dh, a, dscale)
     launcher.rows(dh, call.w_in, dx, transposed=False)
-    return dx, dh, a
+    return DgradResult(dx, dh, a, dscale)
 
 
 def expert_mlp_wgrad(call: Wgrad) -> None:
@@ -98,8 +112,8 @@ def expert_mlp_wgrad(call: Wgrad) -> None:
     launcher = _Launcher(call)
     for dw in (call.dw_in, call.dw_out):
         _check_contiguous("dw_in, dw_out", dw, "contiguous buffers")
-    launcher.weights(call.dh, call.x, None, call.dw_in, call.experts)
-    launcher.weights(call.dy, call.a, None, call.dw_out, call.experts)
+    launcher.weights(call.dh, call.x, call.dw_in, call.experts, right_map=call.rows)
+    launcher.weights(call.dy, call.a, call.dw_out, call.experts, left_map=call.rows)
 
 
 class _Launcher:
@@ -156,50 +170,60 @@ class _Launcher:
         w_out: torch.Tensor,
         kind: str,
         h_RF: torch.Tensor,
+        row_map: torch.Tensor | None,
         row_scale: torch.Tensor | None,
         dh_RF: torch.Tensor,
         a_RF: torch.Tensor,
-        wants_dscale: bool,
-    ) -> torch.Tensor | None:
-        """Writes dh and a; returns the gradient of row_scale where wanted."""
+        dscale_R: torch.Tensor | None,
+    ) -> None:
+        """Writes dh and a, and the gradient of row_scale where a buffer is given. `row_map`: of the rows of dy."""
         hidden, ffn = w_out.shape[1], w_out.shape[2]
         shape, dy_RD, w_out = block_shape("hidden", self.problem), _unit_stride(dy_RD), _unit_stride(w_out)
         parts = None
-        if wants_dscale:
+        if dscale_R is not None:
             parts = dy_RD.new_empty(blocks(ffn, shape.n), self.num_rows, dtype=torch.float32)
-        a_operand, a_tma = _operand(dy_RD, self.problem, (shape.m, shape.k))
+        a_operand, a_tma = (dy_RD, False) if row_map is not None else _operand(dy_RD, self.problem, (shape.m, shape.k))
         b_operand, b_tma = _operand(w_out, self.problem, (1, shape.k, shape.n))
         self._over_rows(
-            hidden_gradient_kernel, shape, ffn, a_operand, b_operand, h_RF.contiguous(), _float32(row_scale), dh_RF,
-            a_RF, parts, self.num_rows, hidden, ffn, dy_RD.stride(0), w_out.stride(0), w_out.stride(1),
-            KIND=KIND_NUMBERS[kind], SCALED=row_scale is not None, WANTS_DSCALE=wants_dscale,
-            A_TMA=a_tma, B_TMA=b_tma, EVEN_K=hidden % shape.k == 0,
+            hidden_gradient_kernel, shape, ffn, a_operand, row_map, b_operand, h_RF.contiguous(), _float32(row_scale),
+            dh_RF, a_RF, parts, self.num_rows, hidden, ffn, dy_RD.stride(0), w_out.stride(0), w_out.stride(1),
+            KIND=KIND_NUMBERS[kind], MAPPED=row_map is not None, SCALED=row_scale is not None,
+            WANTS_DSCALE=dscale_R is not None, A_TMA=a_tma, B_TMA=b_tma, EVEN_K=hidden % shape.k == 0,
         )  # fmt: skip
-        if parts is None or row_scale is None:
-            return None
-        return parts.sum(dim=0).to(row_scale.dtype)
+        if dscale_R is not None and self.num_rows > 0:
+            tiles, capacity = self._list_tiles(shape.m)
+            launch(
+                sum_parts_kernel, (capacity,), tiles, capacity, parts, dscale_R, self.num_rows, blocks(ffn, shape.n),
+                BLOCK_M=shape.m,
+            )  # fmt: skip
 
     def weights(
         self,
         left_RM: torch.Tensor,
         right_RN: torch.Tensor,
-        row_to_token: torch.Tensor | None,
         out: torch.Tensor,
         experts: tuple[int, int] | None = None,
+        *,
+        left_map: torch.Tensor | None = None,
+        right_map: torch.Tensor | None = None,
     ) -> None:
-        """out[expert] = left.T @ right over its rows, for the experts first .. last-1 (None: all)."""
+        """out[expert] = left.T @ right over its rows, for the experts first .. last-1 (None: all).
+
+        One of the two may be read through a map.
+        """
         first, last = (0, self.num_experts) if experts is None else experts
         shape = block_shape("weights", self.problem)
-        if row_to_token is not None:
+        row_map = left_map if right_map is None else right_map
+        if row_map is not None:
             # The map is read ahead of the rows: it takes two of the stages.
             shape = replace(shape, stages=shape.stages + 2)
         left_RM, right_RN = _unit_stride(left_RM), _unit_stride(right_RN)
         _, left_width, right_width = out.shape
         tiles = (last - first) * blocks(left_width, shape.m) * blocks(right_width, shape.n)
         self._launch(
-            weights_kernel, shape, tiles, left_RM, right_RN, row_to_token, out, self.starts, self.ends, first, last,
+            weights_kernel, shape, tiles, left_RM, right_RN, row_map, out, self.starts, self.ends, first, last,
             self.num_rows, left_width, right_width, left_RM.stride(0), right_RN.stride(0),
-            HAS_STARTS=self.starts is not None, MAPPED=row_to_token is not None,
+            HAS_STARTS=self.starts is not None, MAP_LEFT=left_map is not None, MAP_RIGHT=right_map is not None,
         )  # fmt: skip
 
     def _over_rows(self, kernel: Any, shape: Blocks, columns: int, *args: Any, **constants: Any) -> None:

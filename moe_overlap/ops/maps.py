@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import workspace
+from moe_overlap.ops import checks, workspace
 
 
 def invert(slot_to_row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -37,9 +37,28 @@ def zero_rows(out_RD: torch.Tensor, unused_R: torch.Tensor) -> torch.Tensor:
     return out_RD.index_fill_(0, rows, 0) if rows.numel() else out_RD
 
 
-def take_rows(x_TD: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
-    """x[index] as a new contiguous [R, D] tensor; rows whose index is -1 are zero. `x` may have no rows at all."""
-    out_RD = workspace.empty((index_R.shape[0], x_TD.shape[1]), like=x_TD)
+def pick_rows(
+    field: str, x_ND: torch.Tensor, index_R: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x[index] into `out` (None: a new contiguous tensor) [R, D], where every index is to be a row of x.
+
+    Raises ConfigError for `field` where one is not, on a CPU.
+    """
+    out_RD = workspace.empty((index_R.shape[0], x_ND.shape[1]), like=x_ND) if out is None else out
+    if index_R.shape[0] == 0:
+        return out_RD
+    try:
+        if x_ND.shape[0] == 0:
+            raise IndexError
+        return torch.index_select(x_ND, 0, index_R, out=out_RD)
+    except IndexError:
+        checks.check_values(field, index_R, 0, x_ND.shape[0], why="the rows of x")
+        raise
+
+
+def take_rows(x_TD: torch.Tensor, index_R: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x[index] into `out` (None: a new contiguous tensor) [R, D]; -1 gives a row of zeros. `x` may have no rows."""
+    out_RD = workspace.empty((index_R.shape[0], x_TD.shape[1]), like=x_TD) if out is None else out
     if x_TD.shape[0] == 0:
         return out_RD.zero_()
     torch.index_select(x_TD, 0, index_R.clamp(min=0), out=out_RD)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import workspace
+from moe_overlap.ops import maps, workspace
 
 Bounds = torch.Tensor | Sequence[int]
 ALIGNMENT_BYTES = 64
@@ -97,6 +97,30 @@ class Groups:
             if not 0 <= begin <= end <= self.num_rows:
                 raise ConfigError("starts, ends", (begin, end), f"0 <= start <= end <= {self.num_rows} rows")
         return ranges
+
+
+class RowReader:
+    """The rows that each expert reads: of x [N, D] as they lie, or x[index] through a map into one buffer for all.
+
+    So what it returns holds until the next call. index: int32 [R] or None. Where entries may be -1 (`padded`) these are
+    rows of zeros; others are refused on a CPU, when they are read.
+    """
+
+    def __init__(self, x_ND: torch.Tensor, index_R: torch.Tensor | None, groups: Groups, *, padded: bool) -> None:
+        self._index_R, self._groups, self._padded = index_R, groups, padded
+        self._x_ND = aligned(x_ND) if index_R is None else x_ND
+        self._buffer_nD: torch.Tensor | None = None
+
+    def __call__(self, begin: int, end: int) -> torch.Tensor:
+        """The rows [begin, end) of the experts' order."""
+        if self._index_R is None:
+            return self._x_ND[begin:end]
+        if self._buffer_nD is None:
+            self._buffer_nD = workspace.empty((self._groups.longest, self._x_ND.shape[1]), like=self._x_ND)
+        index_n, out_nD = self._index_R[begin:end], self._buffer_nD[: end - begin]
+        if self._padded:
+            return maps.take_rows(self._x_ND, index_n, out=out_nD)
+        return maps.pick_rows("rows", self._x_ND, index_n, out=out_nD)
 
 
 def aligned(rows: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.distinct import pays
 from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
 from moe_overlap.errors import ConfigError
@@ -54,9 +56,15 @@ class SchedulePair:
     def has_shared(self) -> bool:
         return self.forward.count("S") > 0
 
+    @property
+    def deduplicated(self) -> bool:
+        """Whether one row for each (token, rank) travels, with its ids and weights beside it."""
+        return self.forward.count("M") > 0
+
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
-        """The pair of one step: this one, whatever the counts."""
-        return self
+        """The pair of one step: this one; where ranks agreed on what deduplication needs, it is deduplicated in the
+        steps in which that pays."""
+        return deduplicate(self) if exchange.dedup and not self.deduplicated and pays(exchange) else self
 
     def with_backward(self, other: SchedulePair) -> SchedulePair:
         """This pair's forward schedule with the backward schedule of `other`."""
@@ -240,6 +248,28 @@ def shortcut(
     """ScMoE's Pos-1/2/3 over a block pair of `num_backbone` ops, `slot` of the ops after the tap before the experts."""
     num_ops = num_backbone - tap_of_position(position, num_backbone)
     return window(num_ops, slot, chunks=chunks, by=by, backward_slot=backward_slot, backward_chunks=backward_chunks)
+
+
+@lru_cache(maxsize=64)
+def deduplicate(pair: SchedulePair) -> SchedulePair:
+    """The same strategy with one row for each (token, rank).
+
+    Ids and weights of the rows (M) go ahead of them, and their gradients (Mt) ahead of the last rows back. The rows
+    that stay on their rank are computed first, under the dispatches (O), and their gradients likewise (Od): the order
+    of FasterMoE (PPoPP'22), whose local experts run first.
+    """
+    if pair.deduplicated:
+        return pair
+    forward, backward = list(pair.forward), list(pair.backward)
+    forward.insert(_last(forward, "D") + 1, Action("O"))
+    forward.insert(forward.index(Action("P")) + 1, Action("M"))
+    backward.insert(_last(backward, "Dt"), Action("Mt"))
+    backward.insert(_last(backward, "Ct") + 1, Action("Od"))
+    return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
+
+
+def _last(actions: list[Action], verb: str) -> int:
+    return max(position for position, action in enumerate(actions) if action.verb == verb)
 
 
 _CHOICE = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")

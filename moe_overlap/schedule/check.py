@@ -30,6 +30,8 @@ class Problem:
 # Verbs of which a complete schedule has exactly one per chunk, and exactly one at all.
 PER_CHUNK = {"forward": ("D", "E", "C"), "backward": ("Ct", "Ed", "Dt")}
 ONCE = {"forward": ("P", "U"), "backward": ("Ut", "Pt")}
+# Verbs of a deduplicated schedule, of which it has one each; others have none.
+DISTINCT = {"forward": ("M", "O"), "backward": ("Mt", "Od")}
 
 
 def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = None) -> list[Problem]:
@@ -56,6 +58,8 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
             if c is not None and c >= chunks
         ]
     found += [Problem(f"{verb} is missing") for verb in ONCE[phase] if Action(verb) not in seen]
+    if any(Action(verb) in seen for verb in DISTINCT[phase]):
+        found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
     if phase == "backward" and not any(action.verb == "Ew" for action in seen):
         found.append(Problem("Ew0 is missing: no weight gradient"))
     for verb in ("B", "Bt", "Ew"):
@@ -93,6 +97,15 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
         if found:
             marks = "\n".join(_mark(schedule, problem) for problem in found)
             raise ConfigError(f"schedule.{name}", schedule.text, f"a schedule that can run:\n{marks}")
+    if pair.deduplicated != (pair.backward.count("Mt") > 0):
+        raise ConfigError(
+            "schedule.backward", pair.backward.text, "Mt and Od beside M and O of forward, or none of them"
+        )
+    for schedule, by, verb in ((pair.forward, pair.by, "E"), (pair.backward, pair.backward_by, "Ed")):
+        order = [action.index for action in schedule if action.verb == verb]
+        if pair.deduplicated and by == "experts" and order != sorted(order):  # type: ignore[type-var]
+            text = "groups of experts in ascending order: a row comes with the first one and goes back with the last"
+            raise ConfigError("schedule", schedule.text, text)
     ops = [a.text for a in pair.forward if a.verb in ("B", "S")]
     mirrored = [a.text.replace("t", "") for a in pair.backward if a.verb in ("Bt", "St")]
     if ops != mirrored[::-1]:

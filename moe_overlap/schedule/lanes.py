@@ -61,15 +61,19 @@ class Lanes:
             self._beginning = self.transport.begin_backward(record)
             Variable._execution_engine.queue_callback(ClosingUnlessCalled(self.transport))
 
-    def start(self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None) -> None:
-        """Start an exchange. C and Dt carry rows back to where they came from."""
-        assert action.index is not None
+    def start(
+        self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None, layout: RowLayout | None = None
+    ) -> None:
+        """Start an exchange. C and Dt carry rows back to where they came from. `layout`: of what goes beside rows (M
+        and Mt), for those of all chunks at once."""
         if self._beginning is not None:
             beginning, self._beginning = self._beginning, None
             beginning.wait()
         start = self.now()
-        work = self.transport.start(rows, self._plans[action.spec.phase], self._layout, action.index,
-                                    reverse=action.verb in ("C", "Dt"), out=out, action=action.text)  # fmt: skip
+        plan = self._plans[action.spec.phase]
+        plan = plan if layout is None else plan.cut(1, "tokens")
+        work = self.transport.start(rows, plan, layout or self._layout, action.index or 0,
+                                    reverse=action.verb in ("C", "Dt", "Mt"), out=out, action=action.text)  # fmt: skip
         self._works[action] = work, start
         if self._joined:
             self._stand_still(action, work)

@@ -13,6 +13,7 @@ nobody holds it any longer, whoever that was: this step, autograd's saved tensor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,16 @@ class Saved:
     w_in: torch.Tensor
     w_out: torch.Tensor
 
+    @property
+    def choice(self) -> torch.Tensor:
+        """What a recompute must choose again."""
+        return self.slot_to_row
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Saved:
+        """From what `tensors` returned."""
+        return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
+
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.back, self.slot_to_row, self.slot_to_dback, self.weights_TK, self.x, self.h, self.w_in, self.w_out
 
@@ -76,7 +87,7 @@ class _Chunks:
         self._device = device
         self._orders: dict[int, torch.Tensor] = {}
 
-    def of(self, rows: torch.Tensor, c: int) -> torch.Tensor:
+    def _of(self, rows: torch.Tensor, c: int) -> torch.Tensor:
         """The slice of chunk c of a buffer in send order."""
         return rows[self.plan.send_offsets[c] : self.plan.send_offsets[c + 1]]
 
@@ -96,18 +107,27 @@ class ForwardRows(_Chunks):
         weights: ExpertWeights,
         x_TD: torch.Tensor,
         slots_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
         *,
         num_sms: int | None,
     ) -> None:
         super().__init__(plan, x_TD.device, num_sms)
         self.weights = weights
-        self._slots_TK = slots_TK
+        self._slots_TK, self._weights_TK = slots_TK, weights_TK
         self.slot_to_row, offs = send_order(plan, slots_TK)
         self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
         self.x = workspace.empty((sum(plan.recv_rows), x_TD.shape[1]), like=x_TD)
         self.y = workspace.empty(self.x.shape, like=x_TD)
         self.h = workspace.empty((self.x.shape[0], weights.w_in.shape[1]), like=x_TD)
         self.back = workspace.empty(self.send.shape, like=x_TD)
+
+    def outgoing(self, c: int) -> torch.Tensor:
+        """The rows of chunk c to send."""
+        return self._of(self.send, c)
+
+    def incoming(self, c: int) -> torch.Tensor:
+        """Where the rows of chunk c come back."""
+        return self._of(self.back, c)
 
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
@@ -118,20 +138,23 @@ class ForwardRows(_Chunks):
                                num_sms=self.num_sms)  # fmt: skip
         return ops.pack(self.y, self.order(c))
 
-    def combine(self, weights_TK: torch.Tensor) -> torch.Tensor:
+    def combine(self) -> torch.Tensor:
         """U: y[t] = sum over k, in order, of weights[t, k] * returned row of (t, k)."""
-        return ops.combine(self.back, self.slot_to_row, weights_TK)
+        return ops.combine(self.back, self.slot_to_row, self._weights_TK)
 
-    def saved(self, weights_TK: torch.Tensor, backward_plan: ChunkPlan) -> Saved:
+    def saved(self, backward_plan: ChunkPlan) -> Saved:
         w = self.weights
         alike = backward_plan is self.plan
         slot_to_dback = self.slot_to_row if alike else send_order(backward_plan, self._slots_TK)[0]
-        return Saved(back=self.back, slot_to_row=self.slot_to_row, slot_to_dback=slot_to_dback, weights_TK=weights_TK,
-                     x=self.x, h=self.h, w_in=w.w_in, w_out=w.w_out)  # fmt: skip
+        return Saved(back=self.back, slot_to_row=self.slot_to_row, slot_to_dback=slot_to_dback,
+                     weights_TK=self._weights_TK, x=self.x, h=self.h, w_in=w.w_in, w_out=w.w_out)  # fmt: skip
 
 
 class BackwardRows(_Chunks):
-    """The backward actions Ut, Ed, Ew, Pt. Made by Ut; lives until the gradients are handed over."""
+    """The backward actions Ut, Ed, Ew, Pt. Made by Ut; lives until the gradients are handed over.
+
+    `over_h`: the gradient of h is written over h, which nobody needs again.
+    """
 
     def __init__(
         self,
@@ -142,6 +165,7 @@ class BackwardRows(_Chunks):
         *,
         need_dx: bool,
         need_dw: bool,
+        over_h: bool,
         num_sms: int | None,
     ) -> None:
         super().__init__(plan, saved.x.device, num_sms)
@@ -155,7 +179,8 @@ class BackwardRows(_Chunks):
         )
         x, h = saved.x, saved.h
         self.dsend = workspace.empty(self.dback.shape, like=self.dback) if need_dx else None
-        self.dy, self.dx, self.dh = (workspace.empty(one.shape, like=one) for one in (x, x, h))
+        self.dy, self.dx = (workspace.empty(x.shape, like=x) for _ in range(2))
+        self.dh = h if over_h else workspace.empty(h.shape, like=h)
         self.a = workspace.empty((x.shape[0], saved.w_out.shape[2]), like=x)
         self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
         self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
@@ -169,6 +194,14 @@ class BackwardRows(_Chunks):
         order = torch.empty(s.back.shape[0], dtype=torch.int64, device=s.back.device)
         order[s.slot_to_dback[used].long()] = s.slot_to_row[used].long()
         return ops.pack(s.back, order)
+
+    def outgoing(self, c: int) -> torch.Tensor:
+        """The gradients of chunk c to send."""
+        return self._of(self.dback, c)
+
+    def incoming(self, c: int) -> torch.Tensor | None:
+        """Where the gradients of chunk c come back; None where no rank wants them."""
+        return None if self.dsend is None else self._of(self.dsend, c)
 
     def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
         """Ed of chunk c: the gradients of the experts' outputs into those of their inputs, in the order they came.

@@ -1,4 +1,5 @@
-"""The executor: one call of one layer, forward and backward. Here ops (by `rows.py`) and transport meet.
+"""The executor: one call of one layer, forward and, in `backward.py`, backward. Here ops (by `rows.py`, or by
+`distinct_rows.py` where rows are deduplicated) and transport meet.
 
 `Step` walks the forward schedule: compute actions run inline, exchanges are started where they stand and waited for
 just before the first action that reads their result (or at once, where the schedule pair is `joined`). At its end it
@@ -17,61 +18,39 @@ from typing import Any, ClassVar
 
 import torch
 
+from moe_overlap.agreement.distinct import DistinctPlan, distinct_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
-from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, dependencies
+from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import Schedules
-from moe_overlap.schedule.clocks import clock_for
-from moe_overlap.schedule.lanes import Lanes
-from moe_overlap.schedule.nodes import DetachedNode, Fork, Marker, Stage, check_same_routing, routing_digest
+from moe_overlap.schedule.distinct_rows import DistinctForward
+from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
-from moe_overlap.schedule.order import Node, backward_groups
-from moe_overlap.schedule.recorder import TimelineEvent
-from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, ForwardRows, Saved, experts_sms
+from moe_overlap.schedule.order import Node
+from moe_overlap.schedule.rows import ExpertWeights, ForwardRows
 from moe_overlap.schedule.user_ops import Mistakes
 from moe_overlap.transport.base import Transport
-from moe_overlap.transport.closing import closing_on_error
-
-Tensors = tuple[torch.Tensor | None, ...]
 
 
-class Step:
+class Step(Backward):
     """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer.
     `probe`: it is a calibration's; `caller`: the dispatcher's."""
 
     def __init__(
         self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool = False, caller: int = 0
     ) -> None:
-        self.transport = transport
+        super().__init__(transport, weights, phase=phase, probe=probe, caller=caller)
         self._weights = weights
-        self._kind, self._grad_scale = weights.kind, weights.grad_scale
-        self._num_sms = experts_sms(weights.w_in.device)
-        self.phase = phase
-        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe, caller=caller)
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
-        self._received: dict[int, torch.Tensor] = {}
-        # Forward: where the walk stands.
+        # Where the walk stands.
         self._position = 0
         self._waited: set[int] = set()
         self._mistakes = Mistakes(transport)
-        # Backward: its nodes and their order (None without gradients), and the run under way.
+        # The nodes of backward and their order (None without gradients).
         self._numbers: SequenceNumbers | None = None
         self._nodes: dict[Node, Any] = {}
-        self._output_node: weakref.ref[Any] | None = None
-        self._grads: BackwardRows | None = None
-        self._grads_of = -1  # the run of the engine that they belong to
-
-    @property
-    def events(self) -> list[TimelineEvent]:
-        """What was executed so far."""
-        return self.lanes.events
-
-    @property
-    def awaits_backward(self) -> bool:
-        """Whether a backward, and a recompute in it, may still come: none has begun, and the output's node is there."""
-        return self._grads_of < 0 and self._output_node is not None and self._output_node() is not None
 
     # ---------------------------------------------------------------- entry
 
@@ -97,7 +76,8 @@ class Step:
         """The schedules, the agreed counts and this rank's tokens: after this, the schedule can run."""
         self.schedule = schedule
         self.pair = pair = schedule.pair_for(exchange)
-        self.plan = exchange.chunked(pair.chunks, pair.by)
+        self._distinct = pair.deduplicated
+        self.plan = (distinct_plan if self._distinct else ExchangePlan.chunked)(exchange, pair.chunks, pair.by)
         self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         self._needs = dependencies(pair.forward)
         if self._numbers is not None:
@@ -105,6 +85,7 @@ class Step:
         self.layout = RowLayout(width=x_TD.shape[1], dtype=x_TD.dtype)
         self.lanes.bind(self.plan, self._backward_plan, self.layout, joined=pair.joined)
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
+        self._weights_dtype = weights_TK.dtype
 
     # ---------------------------------------------------------------- forward: the walk
 
@@ -217,10 +198,24 @@ class Step:
     # ---------------------------------------------------------------- forward: the bodies
 
     def _permute(self, _: int | None) -> None:
-        self._rows = ForwardRows(self.plan, self._weights, self._x_TD, self._slots_TK, num_sms=self._num_sms)
+        given = (self._weights, self._x_TD, self._slots_TK, self._weights_TK)
+        self._rows: Any
+        if isinstance(self.plan, DistinctPlan):
+            self._rows = DistinctForward(self.plan, *given, num_sms=self._num_sms)
+        else:
+            self._rows = ForwardRows(self.plan, *given, num_sms=self._num_sms)
+
+    def _start_metadata(self, _: int | None) -> None:
+        self.lanes.start(Action("M"), self._rows.metadata(), layout=self._rows.metadata_layout)
+
+    def _wait_metadata(self, _: int | None) -> None:
+        self._rows.take_metadata(self.lanes.wait(Action("M")))
+
+    def _own(self, _: int | None) -> None:
+        self._rows.own()
 
     def _start_dispatch(self, c: int) -> None:
-        self.lanes.start(Action("D", c), self._rows.of(self._rows.send, c))
+        self.lanes.start(Action("D", c), self._rows.outgoing(c))
 
     def _wait_dispatch(self, c: int) -> None:
         self._received[c] = self.lanes.wait(Action("D", c))
@@ -229,13 +224,13 @@ class Step:
         self._received[c] = self._rows.experts(c, self._received.pop(c))
 
     def _start_combine(self, c: int) -> None:
-        self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.of(self._rows.back, c))
+        self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.incoming(c))
 
     def _wait_combine(self, c: int) -> None:
         self.lanes.wait(Action("C", c))
 
     def _unpermute(self, _: int | None) -> None:
-        self._y_TD = self._rows.combine(self._weights_TK)
+        self._y_TD = self._rows.combine()
 
     # ---------------------------------------------------------------- forward: the nodes
 
@@ -247,15 +242,21 @@ class Step:
 
     def _make_nodes(self) -> torch.Tensor:
         """All nodes of the backward schedule, from Pt to Ut, whose forward gives y_TD."""
-        pt = self._node(Node(Action("Pt")), self._x_TD, self._weight_token)
+        late, early = ((self._weights_TK,), ()) if self._distinct else ((), (self._weights_TK,))
+        pt = self._node(Node(Action("Pt")), self._x_TD, *late, self._weight_token)
         gates = [self._node(Node(a), self._weight_token) for a in self.pair.backward if a.verb == "Ew"]
         starts = []
+        after_experts = gates
+        if self._distinct:
+            starts.append(self._node(Node(Action("Od")), pt, *gates))
+            metadata = self._node(Node(Action("Mt"), "start"), self._node(Node(Action("Mt"), "wait"), pt))
+            after_experts = [metadata, *gates]
         for c in range(self.pair.backward_chunks):
             dt, ed, ct = Action("Dt", c), Action("Ed", c), Action("Ct", c)
             rows = self._node(Node(dt, "start"), self._node(Node(dt, "wait"), pt))
-            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *gates))
+            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *after_experts))
             starts.append(self._node(Node(ct, "start"), rows))
-        return self._node(Node(Action("Ut")), self._weights_TK, *starts)
+        return self._node(Node(Action("Ut")), *early, *starts)
 
     def node_output(self, node: Node, ctx: Any) -> torch.Tensor:
         """The forward of a node: y_TD for Ut, an empty token for all others."""
@@ -263,136 +264,23 @@ class Step:
             return self._empty.new_empty(0)
         # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
         # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
-        saved = self._rows.saved(self._weights_TK, self._backward_plan)
+        saved = self._rows.saved(self._backward_plan)
         plan = self._backward_plan
-        ctx.routing_digest = routing_digest(saved.slot_to_row, cut=2 * plan.chunks + (plan.by == "experts"))
+        ctx.routing_digest = routing_digest(saved.choice, cut=2 * plan.chunks + (plan.by == "experts"))
         ctx.save_for_backward(ctx.routing_digest, *saved.tensors())
         del self._rows
         return self._y_TD
 
-    # ---------------------------------------------------------------- backward: the bodies
-
-    def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> Tensors:
-        """The backward body of `node`; returns the gradients of its tensors, empty ones for its tokens."""
-        if self.phase == "recompute":
-            # A recompute is for its tensors alone; only a reentrant checkpoint runs its backward too.
-            raise ConfigError("checkpoint", "use_reentrant=True", "torch.utils.checkpoint.checkpoint(..., "
-                              "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
-        self.lanes.close_op()
-        with self.lanes.acting(node.action.text, self._empty.device.type, timed=not node.half):
-            result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
-        return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
-
-    def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
-        routed, *saved = ctx.saved_tensors
-        check_same_routing(routed, ctx.routing_digest)
-        self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
-        self._grads = BackwardRows(
-            self._backward_plan,
-            # Detached: the router's weights lead to the nodes, which hold this step.
-            Saved(**{n: t.detach() for n, t in zip(Saved.__dataclass_fields__, saved, strict=True)}),
-            self._kind,
-            dy_TD,
-            need_dx=self.plan.exchange.x_requires_grad,
-            need_dw=self._need_dw,
-            num_sms=self._num_sms,
-        )
-        self._grads_of = torch._C._current_graph_task_id()
-        return (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
-
-    def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self.lanes.start(Action("Ct", c), self._rows_of_backward.of(self._rows_of_backward.dback, c))
-        return ()
-
-    def _wait_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self._received[c] = self.lanes.wait(Action("Ct", c))
-        return ()
-
-    def _ed(self, ctx: Any, c: int, _: Any) -> Tensors:
-        gradients = self._rows_of_backward.dgrad(c, self._received.pop(c))
-        if gradients is not None:
-            self._received[c] = gradients
-        return ()
-
-    def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        g = self._rows_of_backward
-        if g.dsend is not None:
-            self.lanes.start(Action("Dt", c), self._received.pop(c), out=g.of(g.dsend, c))
-        return ()
-
-    def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        if self._rows_of_backward.dsend is not None:
-            self.lanes.wait(Action("Dt", c))
-        return ()
-
-    def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
-        self._rows_of_backward.weight_gradient(group, self.pair.backward.count("Ew"))
-        return ()
-
-    def _pt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        return (self._rows_of_backward.dx_TD() if self._need_dx else None,)
-
-    @property
-    def _rows_of_backward(self) -> BackwardRows:
-        assert self._grads is not None, "the backward schedule begins at Ut"
-        return self._grads
-
-    # ---------------------------------------------------------------- backward: its end
-
-    def run_missing_backward(self) -> torch.Tensor | None:
-        """Called by Fork: where the loss did not reach y, run the backward schedule with a zero gradient of y.
-
-        Peers' rows went through this rank's experts and wait for their gradients. Returns the rows' gradient of x
-        where the schedule had to be run here, else None.
-        """
-        if self._grads is not None and self._grads_of == torch._C._current_graph_task_id():
-            return None
-        self._grads = None
-        node = self._output_node() if self._output_node is not None else None
-        if node is None and self.transport.world_size == 1:
-            return None
-        if node is None:
-            self.transport.close(f"rank {self.transport.rank}: the loss does not reach the layer's output")
-            raise ConfigError(
-                "loss",
-                "a loss that reaches the layer's input but not its output, which is gone",
-                "a loss that depends on the layer's output on every rank, or layer.attach(loss)",
-            )
-        results: Tensors = ()
-        with closing_on_error(self.transport, "Ut"):
-            detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
-        for member in (member for group in backward_groups(self.pair) for member in group):
-            results = self.run_backward(member, detached, None)
-        return results[0]
-
-    def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""
-        self.lanes.close_op()
-        g, self._grads = self._grads, None
-        if g is None:
-            return None, None
-        if g.dw_in is not None and g.dw_out is not None and self._grad_scale != 1.0:
-            g.dw_in.mul_(self._grad_scale)
-            g.dw_out.mul_(self._grad_scale)
-        return g.dw_in, g.dw_out
-
     # (verb, half) -> what it does.
     _FORWARD: ClassVar[dict[tuple[str, str], Callable[..., None]]] = {
         ("P", ""): _permute,
+        ("M", "start"): _start_metadata,
+        ("M", "wait"): _wait_metadata,
+        ("O", ""): _own,
         ("D", "start"): _start_dispatch,
         ("D", "wait"): _wait_dispatch,
         ("E", ""): _experts,
         ("C", "start"): _start_combine,
         ("C", "wait"): _wait_combine,
         ("U", ""): _unpermute,
-    }
-    _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., Tensors]]] = {
-        ("Ut", ""): _ut,
-        ("Ct", "start"): _start_ct,
-        ("Ct", "wait"): _wait_ct,
-        ("Ed", ""): _ed,
-        ("Dt", "start"): _start_dt,
-        ("Dt", "wait"): _wait_dt,
-        ("Ew", ""): _ew,
-        ("Pt", ""): _pt,
     }

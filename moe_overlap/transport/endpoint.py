@@ -160,9 +160,7 @@ class Endpoint(ABC):
         self._require_startable()
         if not 0 <= chunk < plan.chunks:
             raise self._refusing(ConfigError("chunk", chunk, f"an integer from 0 to {plan.chunks - 1}"))
-        send_rows, recv_rows = plan.send_rows[chunk], plan.recv_rows[chunk]
-        if reverse:
-            send_rows, recv_rows = recv_rows, send_rows
+        send_rows, recv_rows = map(sum, plan.counts(chunk, reverse=reverse))
         if not _fits(rows, send_rows, layout):
             raise self._refusing(ConfigError("rows", _describe(rows), _expected(send_rows, layout)))
         if out is not None and not _fits(out, recv_rows, layout):
@@ -359,7 +357,11 @@ class Endpoint(ABC):
     def _count_rows(self, exchange: Exchange, send: tuple[int, ...]) -> None:
         """Called by `_move`, which alone knows when nothing forbids the exchange any longer."""
         self.stats.exchanges += 1
-        self.stats.payload_bytes += (exchange.rows.shape[0] - send[self.rank]) * exchange.layout.row_bytes
+        sent = (exchange.rows.shape[0] - send[self.rank]) * exchange.layout.row_bytes
+        if exchange.layout.metadata:
+            self.stats.row_meta_bytes += sent
+        else:
+            self.stats.payload_bytes += sent
 
     def _refusing(self, error: ConfigError) -> ConfigError:
         """A mistake of this rank alone: the peers learn of it before it is raised here."""

@@ -26,8 +26,7 @@ class Exchange(NamedTuple):
 
     def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(rows to each rank, rows from each rank), [W] both."""
-        send, recv = self.plan.send_counts[self.chunk], self.plan.recv_counts[self.chunk]
-        return (recv, send) if self.reverse else (send, recv)
+        return self.plan.counts(self.chunk, reverse=self.reverse)
 
     def where(self) -> Where:
         return Where(self.action, self.plan.exchange.step, self.chunk)

@@ -23,7 +23,7 @@ class NoCommTransport(Wrapper):
     def _start(self, exchange: Exchange) -> Work:
         start_s = time.perf_counter()
         rows, plan, layout, chunk, reverse, out, _ = exchange
-        count = plan.send_rows[chunk] if reverse else plan.recv_rows[chunk]
+        count = sum(plan.counts(chunk, reverse=reverse)[1])
         if out is None:
             out = rows.new_empty(count, layout.width)
         own = min(count, rows.shape[0])

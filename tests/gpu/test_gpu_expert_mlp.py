@@ -149,7 +149,7 @@ def _both(layer, values: list) -> list[Tensor]:
 
 def pieces(x, dy, w_in, w_out, starts, ends) -> list[Tensor]:
     y, h = ops.expert_mlp_forward(x, w_in, w_out, ends, starts=starts, kind="swiglu")
-    dx, dh, a = ops.expert_mlp_dgrad(dy, h, w_in, w_out, ends, starts=starts, kind="swiglu")
+    dx, dh, a, _ = ops.expert_mlp_dgrad(dy, h, w_in, w_out, ends, starts=starts, kind="swiglu")
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
     ops.expert_mlp_wgrad(x, dy, dh, a, ends, starts=starts, dw_in=dw_in, dw_out=dw_out)
     return [y, h, dx, dh, a, dw_in, dw_out]

@@ -27,7 +27,7 @@ from moe_overlap.ops.expert_mlp_blocks_triton import (  # noqa: E402
     Row,
     block_shape,
 )
-from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward  # noqa: E402
+from moe_overlap.ops.expert_mlp_contract import Dgrad, ExpertMlp, ExpertMlpBackward, Wgrad  # noqa: E402
 from tests.ops import aot  # noqa: E402
 from tests.ops.aot import meta  # noqa: E402
 
@@ -54,7 +54,26 @@ def launches(problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd
         patch.setattr(mlp, "target", lambda device: mlp.Target(problem.arch, 132))
         forward = aot.recorded(mlp.expert_mlp, ExpertMlp(x, *operands, None, save_h=True))
         backward = aot.recorded(mlp.expert_mlp_backward, ExpertMlpBackward(dy, x, h, *operands, [True] * 4))
-    return [*forward, *backward]
+        pieces = aot.recorded(_pieces, x, dy, h, *operands) if mapped else []
+    return [*forward, *backward, *pieces]
+
+
+def _pieces(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    ends: torch.Tensor,
+    kind: str,
+    rows: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """What the pieces launch that the operator does not: dy through the map, in a gradient of h and one of w_out."""
+    dy = meta(*x.shape, dtype=x.dtype)
+    dgrad = mlp.expert_mlp_dgrad(Dgrad(dy, h, w_in, w_out, ends, None, kind, None, h, None, None, rows, scale))
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    mlp.expert_mlp_wgrad(Wgrad(x, dy, dgrad.dh, dgrad.a, ends, None, dw_in, dw_out, (0, EXPERTS), None, rows))
 
 
 def problem_of(row: Row) -> Problem:
@@ -132,16 +151,18 @@ def test_variants_on_sm_90(name: str, tmp_path: Path) -> None:
             used = aot.resources(aot.compiled(launch, 90), tmp_path)
             assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)
         if "B_TMA" in launch.keywords:
-            gathered = launch.name == "up_kernel" and variant.get("mapped", True)
+            gathered = bool(launch.keywords.get("MAPPED"))
             assert (launch.keywords["A_TMA"], launch.keywords["B_TMA"]) == (not odd and not gathered, not odd)
-    assert found == {"list_tiles_kernel", *KERNELS} | ({"sum_rows_kernel"} if variant.get("mapped", True) else set())
+    mapped = variant.get("mapped", True)
+    assert found == {"list_tiles_kernel", "sum_parts_kernel", *KERNELS} | ({"sum_rows_kernel"} if mapped else set())
+    assert mapped == any(launch.keywords.get("MAPPED") for launch in launches(MAIN, **variant))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_the_kernels_without_a_block_shape(arch: str, tmp_path: Path) -> None:
-    """The list of tiles and the sums by token, on the other architectures."""
+    """The list of tiles, the sums of dscale and those by token, on the other architectures."""
     found = [launch for launch in launches(replace(MAIN, arch=arch)) if launch.name not in KERNELS]
-    assert {launch.name for launch in found} == {"list_tiles_kernel", "sum_rows_kernel"}
+    assert {launch.name for launch in found} == {"list_tiles_kernel", "sum_parts_kernel", "sum_rows_kernel"}
     for launch in found:
         used = aot.resources(aot.compiled(launch, CAPABILITY[arch]), tmp_path)
         assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)

@@ -135,7 +135,7 @@ def test_raw_pieces_equal_the_operator_bit_for_bit(dtype, kind, name) -> None:
     y = ops.expert_mlp(x, w_in, w_out, offs, kind=kind)
     want_dx, want_dw_in, want_dw_out = torch.autograd.grad(y, (x, w_in, w_out), push)
     raw_y, h = ops.expert_mlp_forward(x, w_in, w_out, offs, kind=kind)
-    dx, dh, a = ops.expert_mlp_dgrad(push, h, w_in, w_out, offs, kind=kind)
+    dx, dh, a, _ = ops.expert_mlp_dgrad(push, h, w_in, w_out, offs, kind=kind)
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
     ops.expert_mlp_wgrad(x, push, dh, a, offs, dw_in=dw_in, dw_out=dw_out)
     assert not any(value.requires_grad for value in (raw_y, h, dx, dh, a))
@@ -165,7 +165,7 @@ def test_ranges_apart_write_nothing_else(kind) -> None:
     order = torch.tensor([6, 7, 8, 0, 1])
     offs = torch.tensor([3, 5, 5], dtype=torch.int32)
     dense_y, dense_h = ops.expert_mlp_forward(x[order], w_in, w_out, offs, kind=kind)
-    dense_dx, dense_dh, dense_a = ops.expert_mlp_dgrad(dy[order], dense_h, w_in, w_out, offs, kind=kind)
+    dense_dx, dense_dh, dense_a, _ = ops.expert_mlp_dgrad(dy[order], dense_h, w_in, w_out, offs, kind=kind)
     pairs = ((y, dense_y), (h, dense_h), (dx, dense_dx), (dh, dense_dh), (a, dense_a))
     for have, should in pairs:
         tolerances.close(have[order], should)
@@ -259,9 +259,9 @@ def test_raw_pieces_refuse_wrong_buffers() -> None:
 def pieces_arguments() -> dict[str, dict[str, Any]]:
     """Right arguments of dgrad and wgrad: R 4, D 3, F 5, two experts."""
     w_in, w_out = weights(2, 3, 5, "swiglu", torch.float32)
-    rows = {"x_RD": torch.ones(4, 3), "dy_RD": torch.ones(4, 3), "dh_RF": torch.ones(4, 10), "a_RF": torch.ones(4, 5)}
+    rows = {"x_ND": torch.ones(4, 3), "dy_ND": torch.ones(4, 3), "dh_RF": torch.ones(4, 10), "a_RF": torch.ones(4, 5)}
     return {
-        "dgrad": {"dy_RD": rows["dy_RD"], "h_RF": rows["dh_RF"], "w_in": w_in, "w_out": w_out, "kind": "swiglu"},
+        "dgrad": {"dy_ND": rows["dy_ND"], "h_RF": rows["dh_RF"], "w_in": w_in, "w_out": w_out, "kind": "swiglu"},
         "wgrad": {**rows, "dw_in": w_in.clone(), "dw_out": w_out.clone()},
     }
 
@@ -269,16 +269,16 @@ def pieces_arguments() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("piece", "field", "change"),
     [
-        ("dgrad", "dy", {"dy_RD": torch.ones(4, 3, dtype=torch.int32)}),
-        ("dgrad", "dy", {"dy_RD": torch.ones(4)}),
+        ("dgrad", "dy", {"dy_ND": torch.ones(4, 3, dtype=torch.int32)}),
+        ("dgrad", "dy", {"dy_ND": torch.ones(4)}),
         ("dgrad", "h", {"h_RF": torch.ones(3, 10)}),
         ("dgrad", "h", {"h_RF": torch.ones(4, 5)}),
         ("dgrad", "h", {"h_RF": torch.ones(4, 10).double()}),
         ("dgrad", "num_sms", {"num_sms": 0}),
-        ("wgrad", "x", {"x_RD": torch.ones(4, 3, 1)}),
-        ("wgrad", "dw_out", {"x_RD": torch.ones(4, 2)}),
-        ("wgrad", "dy", {"dy_RD": torch.ones(3, 3)}),
-        ("wgrad", "dy", {"dy_RD": torch.ones(4, 3).double()}),
+        ("wgrad", "x", {"x_ND": torch.ones(4, 3, 1)}),
+        ("wgrad", "dw_out", {"x_ND": torch.ones(4, 2)}),
+        ("wgrad", "dy", {"dy_ND": torch.ones(3, 3)}),
+        ("wgrad", "dy", {"dy_ND": torch.ones(4, 3).double()}),
         ("wgrad", "dh", {"dh_RF": torch.ones(4, 5)}),
         ("wgrad", "a", {"a_RF": torch.ones(4, 10)}),
         ("wgrad", "dw_in", {"dw_in": torch.ones(1, 10, 3)}),

@@ -59,7 +59,7 @@ def pieces(x: Tensor, dy: Tensor, w_in: Tensor, w_out: Tensor, ends, *, mark: fl
         return None if mark is None else torch.full((ROWS, width), mark)
 
     y, h = ops.expert_mlp_forward(x, w_in, w_out, ends, kind="swiglu", y=buffer(HIDDEN), h=buffer(2 * FFN))
-    dx, dh, a = ops.expert_mlp_dgrad(
+    dx, dh, a, _ = ops.expert_mlp_dgrad(
         dy, h, w_in, w_out, ends, kind="swiglu", dx=buffer(HIDDEN), dh=buffer(2 * FFN), a=buffer(FFN)
     )
     dw_in, dw_out = torch.full_like(w_in, 7.0), torch.full_like(w_out, 7.0)

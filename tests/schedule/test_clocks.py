@@ -51,7 +51,7 @@ def on_a_stream():
     with (
         mock.patch.object(torch.cuda, "Event", Event),
         mock.patch.object(torch.cuda, "current_stream", lambda device: "the stream"),
-        mock.patch("moe_overlap.schedule.run.clock_for", clock_for),
+        mock.patch("moe_overlap.schedule.backward.clock_for", clock_for),
         mock.patch("moe_overlap.auto.probes.clock_for", clock_for),
     ):
         yield

@@ -16,8 +16,8 @@ def rows(old: str, new: str) -> Patch:
     return Patch("schedule.rows", old, new)
 
 
-def run(old: str, new: str) -> Patch:
-    return Patch("schedule.run", old, new)
+def backward(old: str, new: str) -> Patch:
+    return Patch("schedule.backward", old, new)
 
 
 def adapter(old: str, new: str) -> Patch:
@@ -29,7 +29,7 @@ def clip(old: str, new: str) -> Patch:
 
 
 BIND = "step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)"
-COMBINE = "return ops.combine(self.back, self.slot_to_row, weights_TK)"
+COMBINE = "return ops.combine(self.back, self.slot_to_row, self._weights_TK)"
 COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backward(
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
         )
@@ -56,13 +56,13 @@ SCALES: tuple[Mutant, ...] = (
         "one of the experts' weights left without 1/EP",
         "NVIDIA/Megatron-LM#7160",
         "gradients",
-        run("            g.dw_out.mul_(self._grad_scale)\n", ""),
+        backward("            g.dw_out.mul_(self._grad_scale)\n", ""),
     ),
     mutant(
         "gradients of experts rounded to bfloat16",
         "ISEEKYAN/Megatron-LM#153",
         "gradients",
-        run(
+        backward(
             "        return g.dw_in, g.dw_out\n",
             "        return tuple(w if w is None else w.bfloat16().to(w.dtype) for w in (g.dw_in, g.dw_out))\n",
         ),
@@ -143,13 +143,13 @@ ROWS: tuple[Mutant, ...] = (
         "weights applied twice",
         "PaddlePaddle/PaddleFleet#1051",
         "output",
-        rows(COMBINE, COMBINE.replace("weights_TK", "weights_TK**2")),
+        rows(COMBINE, COMBINE.replace("_weights_TK", "_weights_TK**2")),
     ),
     mutant(
         "weights of another of the K experts",
         "sgl-project/sgl-kernel-npu#546",
         "output",
-        rows(COMBINE, COMBINE.replace("weights_TK", "weights_TK.flip(1)")),
+        rows(COMBINE, COMBINE.replace("_weights_TK", "_weights_TK.flip(1)")),
     ),
     mutant(
         "rows returned in another order",
@@ -182,7 +182,7 @@ ROWS: tuple[Mutant, ...] = (
         "input gradient without the experts",
         "huggingface/transformers#48205",
         "gradients",
-        run("(self._rows_of_backward.dx_TD() if", "(0 * self._rows_of_backward.dx_TD() if"),
+        backward("dx_TD = g.dx_TD() if", "dx_TD = 0 * g.dx_TD() if"),
     ),
     mutant(
         "input gradient without other ranks' experts",
@@ -205,7 +205,7 @@ ROWS: tuple[Mutant, ...] = (
         "a rank without rows leaves its experts without gradient",
         "NVIDIA-NeMo/Automodel#2995",
         "idle experts",
-        run("        if g is None:\n", "        if g is None or not len(g.saved.x):\n"),
+        backward("        if g is None:\n", "        if g is None or not len(g.saved.x):\n"),
     ),
     mutant(
         "one buffer for the rows of every call",

@@ -100,7 +100,7 @@ def _measure(options: LayerOptions) -> dict[str, float]:
     w_in, w_out = torch.randn(local, 2 * ffn, hidden).to(dtype), torch.randn(local, hidden, ffn).to(dtype)
     x_RD = torch.randn(rows, hidden).to(dtype)
     y, h = ops.expert_mlp_forward(x_RD, w_in, w_out, ends, kind=ACTIVATION)
-    dx, dh, a = ops.expert_mlp_dgrad(x_RD, h, w_in, w_out, ends, kind=ACTIVATION)
+    dx, dh, a, _ = ops.expert_mlp_dgrad(x_RD, h, w_in, w_out, ends, kind=ACTIVATION)
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
     found["expert_row_s"] = _median_s(
         lambda: ops.expert_mlp_forward(x_RD, w_in, w_out, ends, kind=ACTIVATION, y=y, h=h)
@@ -140,9 +140,9 @@ def slept_experts(calibration: Calibration | None) -> Iterator[None]:
         return y, h
 
     def dgrad(dy: Any, h: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, dx: Any, dh: Any, a: Any,
-              **_: Any) -> Any:  # fmt: skip
+              dscale: Any = None, **_: Any) -> Any:  # fmt: skip
         time.sleep(calibration.dgrad_row_s * rows_of(ends, starts))
-        return dx, dh, a
+        return ops.DgradResult(dx, dh, a, dscale)
 
     def wgrad(x: Any, dy: Any, dh: Any, a: Any, ends: Any, **_: Any) -> None:
         time.sleep(calibration.wgrad_row_s * rows_of(ends, None))

@@ -1,0 +1,203 @@
+"""The executor's second half: the bodies of the backward schedule's actions, which the nodes of a step run."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from moe_overlap.agreement.distinct import DistinctPlan
+from moe_overlap.agreement.plan import ChunkPlan
+from moe_overlap.errors import ConfigError
+from moe_overlap.schedule.actions import Action
+from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.clocks import clock_for
+from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctSaved
+from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.nodes import DetachedNode, check_same_routing
+from moe_overlap.schedule.order import Node, backward_groups
+from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, Saved, experts_sms
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class Backward:
+    """The backward of one call. `Step` says what is to be done before it can run: the schedules and the plans, whose
+    gradients are needed, and the node of the output."""
+
+    pair: SchedulePair
+    plan: ChunkPlan
+    _backward_plan: ChunkPlan
+    _distinct: bool
+    _weights_dtype: torch.dtype
+    _empty: torch.Tensor
+    _need_dw: bool
+    _need_dx: bool
+
+    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool, caller: int) -> None:
+        self.transport = transport
+        self._kind, self._grad_scale = weights.kind, weights.grad_scale
+        self._num_sms = experts_sms(weights.w_in.device)
+        self.phase = phase
+        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe, caller=caller)
+        self._received: dict[int, torch.Tensor] = {}
+        self._output_node: weakref.ref[Any] | None = None
+        # The run under way.
+        self._grads: BackwardRows | DistinctBackward | None = None
+        self._grads_of = -1  # the run of the engine that they belong to
+
+    @property
+    def events(self) -> list[TimelineEvent]:
+        """What was executed so far."""
+        return self.lanes.events
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a backward, and a recompute in it, may still come: none has begun, and the output's node is there."""
+        return self._grads_of < 0 and self._output_node is not None and self._output_node() is not None
+
+    # ---------------------------------------------------------------- the bodies
+
+    def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> Tensors:
+        """The backward body of `node`; returns the gradients of its tensors, empty ones for its tokens."""
+        if self.phase == "recompute":
+            # A recompute is for its tensors alone; only a reentrant checkpoint runs its backward too.
+            raise ConfigError("checkpoint", "use_reentrant=True", "torch.utils.checkpoint.checkpoint(..., "
+                              "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
+        self.lanes.close_op()
+        with self.lanes.acting(node.action.text, self._empty.device.type, timed=not node.half):
+            result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
+        return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
+
+    def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
+        routed, *saved = ctx.saved_tensors
+        check_same_routing(routed, ctx.routing_digest)
+        self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
+        # Detached: the router's weights lead to the nodes, which hold this step.
+        tensors = [tensor.detach() for tensor in saved]
+        needs = {
+            "need_dx": self.plan.exchange.x_requires_grad,
+            "need_dw": self._need_dw,
+            "over_h": not torch._C._autograd._get_current_graph_task_keep_graph(),
+        }
+        plan = self._backward_plan
+        if isinstance(plan, DistinctPlan):
+            self._grads = DistinctBackward(plan, DistinctSaved.of(tensors), self._kind, dy_TD, **needs,
+                                           num_sms=self._num_sms)  # fmt: skip
+        else:
+            self._grads = BackwardRows(plan, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
+        self._grads_of = torch._C._current_graph_task_id()
+        return () if self._distinct else (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
+
+    def _own_gradients(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        self._rows_of_backward.own()
+        return ()
+
+    def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
+        self.lanes.start(Action("Ct", c), self._rows_of_backward.outgoing(c))
+        return ()
+
+    def _wait_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
+        self._received[c] = self.lanes.wait(Action("Ct", c))
+        return ()
+
+    def _ed(self, ctx: Any, c: int, _: Any) -> Tensors:
+        gradients = self._rows_of_backward.dgrad(c, self._received.pop(c))
+        if gradients is not None:
+            self._received[c] = gradients
+        return ()
+
+    def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
+        out = self._rows_of_backward.incoming(c)
+        if out is not None:
+            self.lanes.start(Action("Dt", c), self._received.pop(c), out=out)
+        return ()
+
+    def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
+        if self._rows_of_backward.incoming(c) is not None:
+            self.lanes.wait(Action("Dt", c))
+        return ()
+
+    def _start_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        g = self._rows_of_backward
+        self.lanes.start(Action("Mt"), g.weight_gradients(), layout=g.gradient_layout)
+        return ()
+
+    def _wait_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        self._rows_of_backward.take_weight_gradients(self.lanes.wait(Action("Mt")))
+        return ()
+
+    def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
+        self._rows_of_backward.weight_gradient(group, self.pair.backward.count("Ew"))
+        return ()
+
+    def _pt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        g = self._rows_of_backward
+        dx_TD = g.dx_TD() if self._need_dx else None
+        if not self._distinct:
+            return (dx_TD,)
+        return dx_TD, g.dweights_TK.to(self._weights_dtype)
+
+    @property
+    def _rows_of_backward(self) -> Any:
+        assert self._grads is not None, "the backward schedule begins at Ut"
+        return self._grads
+
+    # ---------------------------------------------------------------- the end
+
+    def run_missing_backward(self) -> torch.Tensor | None:
+        """Called by Fork: where the loss did not reach y, run the backward schedule with a zero gradient of y.
+
+        Peers' rows went through this rank's experts and wait for their gradients. Returns the rows' gradient of x
+        where the schedule had to be run here, else None.
+        """
+        if self._grads is not None and self._grads_of == torch._C._current_graph_task_id():
+            return None
+        self._grads = None
+        node = self._output_node() if self._output_node is not None else None
+        if node is None and self.transport.world_size == 1:
+            return None
+        if node is None:
+            self.transport.close(f"rank {self.transport.rank}: the loss does not reach the layer's output")
+            raise ConfigError(
+                "loss",
+                "a loss that reaches the layer's input but not its output, which is gone",
+                "a loss that depends on the layer's output on every rank, or layer.attach(loss)",
+            )
+        results: Tensors = ()
+        with closing_on_error(self.transport, "Ut"):
+            detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
+        for member in (member for group in backward_groups(self.pair) for member in group):
+            results = self.run_backward(member, detached, None)
+        return results[0]
+
+    def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""
+        self.lanes.close_op()
+        g, self._grads = self._grads, None
+        if g is None:
+            return None, None
+        if g.dw_in is not None and g.dw_out is not None and self._grad_scale != 1.0:
+            g.dw_in.mul_(self._grad_scale)
+            g.dw_out.mul_(self._grad_scale)
+        return g.dw_in, g.dw_out
+
+    # (verb, half) -> what it does.
+    _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., Tensors]]] = {
+        ("Ut", ""): _ut,
+        ("Od", ""): _own_gradients,
+        ("Ct", "start"): _start_ct,
+        ("Ct", "wait"): _wait_ct,
+        ("Ed", ""): _ed,
+        ("Dt", "start"): _start_dt,
+        ("Dt", "wait"): _wait_dt,
+        ("Mt", "start"): _start_mt,
+        ("Mt", "wait"): _wait_mt,
+        ("Ew", ""): _ew,
+        ("Pt", ""): _pt,
+    }

@@ -1,0 +1,202 @@
+"""Index maps of a deduplicated step: which rows a rank's tokens make, and which experts read which row.
+
+Pure functions of ids and agreed counts. Nothing here is read by the host on CUDA: every size follows from the plan.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from moe_overlap import ops
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.distinct import DistinctPlan
+
+UNUSED = 1 << 30  # stands for -1 where slots are sorted: after all others, on a rank that nobody is
+
+
+class TokenMaps:
+    """The rows of this rank's tokens: one for each rank that a token goes to.
+
+    A token's choices stand sorted by slot (`slots_TK`; `choice_TK` says which choice it was), so those of one rank
+    stand together and sums over them go by slot. slots_TK: int32 [T, K], -1 = unused.
+    """
+
+    def __init__(self, plan: DistinctPlan, slots_TK: torch.Tensor) -> None:
+        self.plan = plan
+        self.tokens, self.top_k = slots_TK.shape
+        sortable = torch.where(slots_TK >= 0, slots_TK, UNUSED)
+        self.slots_TK, self.choice_TK = sortable.sort(dim=1, stable=True)
+        self._used = self.slots_TK < UNUSED
+        self.rank_TK = torch.where(self._used, self.slots_TK.div(plan.local_slots, rounding_mode="floor"), -1)
+        apart = self.rank_TK[:, 1:] != self.rank_TK[:, :-1]
+        edge = torch.ones_like(self._used[:, :1])
+        self._first = torch.cat([edge, apart], dim=1) & self._used
+        self._last = torch.cat([apart, edge], dim=1) & self._used
+
+    @cached_property
+    def _chunk_T(self) -> torch.Tensor:
+        """int32 [T, 1]: the chunk of token blocks that each token is in."""
+        bounds = [self.tokens * (BLOCKS * c // self.plan.chunks) // BLOCKS for c in range(1, self.plan.chunks)]
+        chunk_T = torch.zeros(self.tokens, dtype=torch.int32)
+        for bound in bounds:
+            chunk_T[bound:] += 1
+        return chunk_T.to(self.slots_TK.device)[:, None]
+
+    def _rows(self, at_TK: torch.Tensor, *, chunked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row of each choice that is `at`, token of each row): others' by chunk, rank, token, then own rows."""
+        plan, world = self.plan, self.plan.world_size
+        chunks = plan.chunks if chunked else 1
+        key_TK = self.rank_TK.to(torch.int32)
+        if chunks > 1:
+            key_TK = key_TK + world * (self._chunk_T if plan.by == "tokens" else self._group_TK)
+        key_TK = torch.where(self.rank_TK == plan.rank, chunks * world, key_TK)
+        key_TK = torch.where(at_TK, key_TK, -1).to(torch.int32)
+        _, _, choice_to_row, row_to_choice = ops.row_map(key_TK, num_experts=chunks * world + 1)
+        token_R = row_to_choice.div(max(1, self.top_k), rounding_mode="floor").long()
+        return choice_to_row, token_R[: plan.outgoing_rows + plan.own_rows]
+
+    @property
+    def _group_TK(self) -> torch.Tensor:
+        """int32 [T, K]: the group of experts that each choice's slot is in."""
+        return slot_groups(self.slots_TK - self.rank_TK * self.plan.local_slots, self.plan)
+
+    @cached_property
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the whole step, by rank and token."""
+        return self._rows(self._first, chunked=False)
+
+    @cached_property
+    def outgoing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows in the order in which chunks need them."""
+        return self.plain if self.plan.chunks == 1 else self._rows(self._first, chunked=True)
+
+    @cached_property
+    def returning(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows in the order in which chunks give them back."""
+        by_tokens = self.plan.chunks == 1 or self.plan.by == "tokens"
+        return self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+
+    def metadata(self, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes beside each row, by rank and token, then own rows: local slots int32 [R, K], -1 where the choice is
+        another rank's, and weights [R, K], 0 there."""
+        _, token_R = self.plain
+        plan = self.plan
+        slots_RK = self.slots_TK.index_select(0, token_R)
+        weights_RK = weights_TK.gather(1, self.choice_TK).index_select(0, token_R)
+        counts, _ = plan.counts(0) if plan.chunks == 1 else plan.cut(1, "tokens").counts(0)
+        rank_R = torch.repeat_interleave(
+            torch.arange(plan.world_size + 1), torch.tensor([*counts, plan.own_rows]), output_size=token_R.shape[0]
+        )
+        rank_R[rank_R == plan.world_size] = plan.rank
+        first_R = (rank_R * plan.local_slots).to(torch.int32).to(slots_RK.device)[:, None]
+        local_RK = slots_RK - first_R
+        here = (local_RK >= 0) & (local_RK < plan.local_slots)
+        return torch.where(here, local_RK, -1).to(torch.int32), torch.where(here, weights_RK, 0)
+
+    def weight_gradients(self, dweights_RK: torch.Tensor) -> torch.Tensor:
+        """[T, K]: the gradients of the choices' weights from those of the rows, as `metadata` orders them."""
+        choice_to_row, _ = self.plain
+        if dweights_RK.shape[0] == 0:
+            return dweights_RK.new_zeros(self.tokens, self.top_k)
+        # A choice that is not the first of its row has the row of the one before.
+        at = torch.arange(self.top_k, device=choice_to_row.device).expand_as(choice_to_row)
+        first_TK = torch.where(self._first, at, 0).cummax(dim=1).values
+        row_TK = choice_to_row.gather(1, first_TK).long()
+        sorted_TK = torch.where(self._used, dweights_RK[row_TK.clamp(min=0), at], 0)
+        return torch.empty_like(sorted_TK).scatter_(1, self.choice_TK, sorted_TK)
+
+
+class ExpertMaps:
+    """Which row each expert of this rank reads, and which experts' rows make up each row that goes back.
+
+    `row_R` int32 [Re]: the distinct row of each row of the experts; `scale_R` [Re]: its router weight; `places_RK`
+    int32 [Rd, K]: the experts' rows of each distinct row, by slot, -1 = none. Those of own rows are there at once, the
+    others after `take`.
+    """
+
+    def __init__(self, plan: DistinctPlan, own_ids_RK: torch.Tensor, own_weights_RK: torch.Tensor) -> None:
+        self.plan = plan
+        device, dtype = own_ids_RK.device, own_weights_RK.dtype
+        top_k = own_ids_RK.shape[1]
+        rows = plan.own_rows + plan.incoming_rows
+        # One place more, where choices without a row are written: nothing has to be selected.
+        self._row_R = torch.empty(plan.expert_total + 1, dtype=torch.int32, device=device)
+        self._scale_R = torch.empty(plan.expert_total + 1, dtype=dtype, device=device)
+        self.ids_RK = torch.empty(rows, top_k, dtype=torch.int32, device=device)
+        self.weights_RK = torch.empty(rows, top_k, dtype=dtype, device=device)
+        self.places_RK = torch.empty(rows, top_k, dtype=torch.int32, device=device)
+        self.ids_RK[: plan.own_rows] = own_ids_RK
+        self.weights_RK[: plan.own_rows] = own_weights_RK
+        self._enter(slice(0, plan.own_rows), plan.own_shift)
+
+    @property
+    def row_R(self) -> torch.Tensor:
+        return self._row_R[:-1]
+
+    @property
+    def scale_R(self) -> torch.Tensor:
+        return self._scale_R[:-1]
+
+    def take(self, ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> None:
+        """The rows of the others, by source rank and token."""
+        order = self.distinct_order
+        self.ids_RK.index_copy_(0, order, ids_RK)
+        self.weights_RK.index_copy_(0, order, weights_RK)
+        self._enter(slice(self.plan.own_rows, None), self.plan.others_shift)
+
+    def _enter(self, part: slice, shift: torch.Tensor) -> None:
+        ids_RK, weights_RK = self.ids_RK[part], self.weights_RK[part]
+        _, _, sorted_RK, _ = ops.row_map(ids_RK, num_experts=self.plan.local_slots)
+        shift = shift.to(ids_RK.device)
+        places_RK = torch.where(ids_RK >= 0, sorted_RK + shift[ids_RK.clamp(min=0).long()], -1)
+        self.places_RK[part] = places_RK
+        first = part.start
+        rows = torch.arange(first, first + ids_RK.shape[0], dtype=torch.int32, device=ids_RK.device)
+        target = torch.where(places_RK >= 0, places_RK, self.plan.expert_total).reshape(-1).long()
+        self._row_R.index_copy_(0, target, rows[:, None].expand_as(ids_RK).reshape(-1))
+        self._scale_R.index_copy_(0, target, weights_RK.reshape(-1))
+
+    @cached_property
+    def distinct_order(self) -> torch.Tensor:
+        return self.plan.distinct_order.to(self.ids_RK.device)
+
+    def arriving(self, chunk: int) -> torch.Tensor:
+        """int64: the distinct rows of a chunk in the order in which they arrive."""
+        if self.plan.by == "tokens":
+            return self._of_blocks(chunk)
+        begin, end = self.plan.first_arrivals[chunk : chunk + 2]
+        return self._by_first[begin:end]
+
+    def leaving(self, chunk: int) -> torch.Tensor:
+        """int64: the distinct rows of a chunk in the order in which they go back."""
+        if self.plan.by == "tokens":
+            return self._of_blocks(chunk)
+        begin, end = self.plan.last_departures[chunk : chunk + 2]
+        return self._by_last[begin:end]
+
+    def _of_blocks(self, chunk: int) -> torch.Tensor:
+        if self.plan.chunks == 1:
+            return self.distinct_order
+        return self.distinct_order[self.plan.block_arrivals(chunk).to(self.ids_RK.device)]
+
+    @cached_property
+    def _by_first(self) -> torch.Tensor:
+        ids_RK = self.ids_RK[self.distinct_order]
+        return self._sorted(torch.where(ids_RK >= 0, ids_RK, UNUSED).amin(dim=1))
+
+    @cached_property
+    def _by_last(self) -> torch.Tensor:
+        return self._sorted(self.ids_RK[self.distinct_order].amax(dim=1))
+
+    def _sorted(self, slot_R: torch.Tensor) -> torch.Tensor:
+        """The rows of the others by the group of `slot_R`; within a group by source rank and token."""
+        return self.distinct_order[slot_groups(slot_R, self.plan).sort(stable=True).indices]
+
+
+def slot_groups(slots: torch.Tensor, plan: DistinctPlan) -> torch.Tensor:
+    """int32: the group of experts of each local slot; slots that nobody has are in the last one or beyond."""
+    ends = [plan.local_slots * (c + 1) // plan.chunks for c in range(plan.chunks)]
+    bounds = torch.tensor(ends, dtype=slots.dtype, device=slots.device)
+    return torch.bucketize(slots, bounds, right=True, out_int32=True)

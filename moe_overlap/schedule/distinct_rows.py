@@ -1,0 +1,258 @@
+"""The arithmetic of a deduplicated step: one row for each (token, rank) travels, the experts' side does the rest.
+
+There each expert reads its rows through a map, the router's weights multiply inside the activation, and the sum over a
+row's experts goes back as one row: float32 (float64) over the choices by slot, rounded once, then on the token's side
+over the ranks, rounded once. So no row is kept in copies, and what comes back is not needed again. Buffers:
+
+    send  [Rs, D]   a token's row for each other rank      dsend  the sums that come back for them
+    x     [Rd, D]   distinct rows here, own ones first     dx_D   gradients of the experts' outputs' sums, in that order
+    h     [Re, F']  pre-activation, by expert              dh, a  its gradient (over h where that is free), activation
+    y     [Re, D]   experts' outputs, until summed         dx     experts' input gradients, until summed
+    back  [Rs + own, D]  sums that come back, then own ones
+
+Letters: Rs rows sent, Rd distinct rows on this rank, Re rows of its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_overlap import ops
+from moe_overlap.agreement.distinct import DistinctPlan
+from moe_overlap.agreement.plan import RowLayout
+from moe_overlap.ops import workspace
+from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps
+from moe_overlap.schedule.rows import ExpertWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistinctSaved:
+    """What backward needs of a deduplicated forward call: the choices int32 [T, K], [Rd, D], [Re, F'], int32 [Rd, K],
+    [Rd, K] and the weights."""
+
+    slots_TK: torch.Tensor
+    x: torch.Tensor
+    h: torch.Tensor
+    ids_RK: torch.Tensor
+    weights_RK: torch.Tensor
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> DistinctSaved:
+        """From what `tensors` returned."""
+        return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.slots_TK, self.x, self.h, self.ids_RK, self.weights_RK, self.w_in, self.w_out
+
+    @property
+    def choice(self) -> torch.Tensor:
+        """What a recompute must choose again."""
+        return self.slots_TK
+
+
+def metadata_layout(top_k: int, dtype: torch.dtype) -> RowLayout:
+    """Ids and weights of one row, as int32 words."""
+    return RowLayout(width=top_k * (1 + dtype.itemsize // 4), dtype=torch.int32, metadata=True)
+
+
+def gradient_layout(top_k: int, dtype: torch.dtype) -> RowLayout:
+    """The gradients of one row's weights."""
+    return RowLayout(width=top_k, dtype=dtype, metadata=True)
+
+
+def weights_dtype(rows: torch.dtype) -> torch.dtype:
+    """In what router weights travel, multiply and are summed."""
+    return torch.float64 if rows == torch.float64 else torch.float32
+
+
+class DistinctForward:
+    """The forward actions P, O, E, U, and what M carries. Made by P."""
+
+    def __init__(
+        self,
+        plan: DistinctPlan,
+        weights: ExpertWeights,
+        x_TD: torch.Tensor,
+        slots_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        *,
+        num_sms: int | None,
+    ) -> None:
+        self.plan = plan
+        self.weights = weights
+        self._num_sms = num_sms
+        self._slots_TK = slots_TK
+        self._tokens = TokenMaps(plan, slots_TK)
+        sent, own = plan.outgoing_rows, plan.own_rows
+        _, token_R = self._tokens.outgoing
+        self.send = ops.pack(x_TD, token_R[:sent])
+        self.x = workspace.empty((own + plan.incoming_rows, x_TD.shape[1]), like=x_TD)
+        self.x[:own] = ops.pack(x_TD, token_R[sent:])
+        self.y = workspace.empty((plan.expert_total, x_TD.shape[1]), like=x_TD)
+        self.h = workspace.empty((plan.expert_total, weights.w_in.shape[1]), like=x_TD)
+        self.back = workspace.empty((sent + own, x_TD.shape[1]), like=x_TD)
+        self._ids_RK, self._weights_RK = self._tokens.metadata(weights_TK.detach().to(weights_dtype(x_TD.dtype)))
+        self._maps = ExpertMaps(plan, self._ids_RK[sent:], self._weights_RK[sent:])
+
+    @property
+    def metadata_layout(self) -> RowLayout:
+        return metadata_layout(self._slots_TK.shape[1], self._weights_RK.dtype)
+
+    def metadata(self) -> torch.Tensor:
+        """M: ids and weights of the rows sent, by rank and token."""
+        sent = self.plan.outgoing_rows
+        words = self._weights_RK[:sent].reshape(-1).view(torch.int32)
+        words = words.view(sent, self.metadata_layout.width - self._slots_TK.shape[1])
+        return torch.cat([words, self._ids_RK[:sent]], dim=1)  # in this order words of 8 bytes are aligned
+
+    def take_metadata(self, received: torch.Tensor) -> None:
+        count, top_k = received.shape[0], self._slots_TK.shape[1]
+        words = received.shape[1] - top_k
+        weights = received[:, :words].reshape(-1).view(self._weights_RK.dtype)
+        self._maps.take(received[:, words:], weights.view(count, top_k))
+
+    def outgoing(self, c: int) -> torch.Tensor:
+        """The rows of chunk c to send."""
+        return self.send[self.plan.first_offsets[c] : self.plan.first_offsets[c + 1]]
+
+    def incoming(self, c: int) -> torch.Tensor:
+        """Where the sums of chunk c come back."""
+        return self.back[self.plan.last_offsets[c] : self.plan.last_offsets[c + 1]]
+
+    def own(self) -> None:
+        """O: the experts on the rows that stay."""
+        self._compute(*self.plan.own_expert_rows())
+        own = self.plan.own_rows
+        if own:
+            self.back[self.plan.outgoing_rows :] = ops.combine(self.y, self._maps.places_RK[:own])
+
+    def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
+        """E of chunk c: the sums of the rows that go back with it."""
+        self.x.index_copy_(0, self._maps.arriving(c), received)
+        self._compute(*self.plan.expert_rows(c))
+        return ops.combine(self.y, self._maps.places_RK[self._maps.leaving(c)])
+
+    def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
+        w, maps = self.weights, self._maps
+        ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
+                               rows=maps.row_R, scale=maps.scale_R, num_sms=self._num_sms)  # fmt: skip
+
+    def combine(self) -> torch.Tensor:
+        """U: y[t] = sum over the ranks, in order, of what came back."""
+        return ops.combine(self.back, self._tokens.returning[0])
+
+    def saved(self, _: DistinctPlan) -> DistinctSaved:
+        return DistinctSaved(slots_TK=self._slots_TK, x=self.x, h=self.h, ids_RK=self._maps.ids_RK,
+                             weights_RK=self._maps.weights_RK, w_in=self.weights.w_in,
+                             w_out=self.weights.w_out)  # fmt: skip
+
+
+class DistinctBackward:
+    """The backward actions Ut, Od, Ed, Ew, Pt, and what Mt carries. Made by Ut."""
+
+    def __init__(
+        self,
+        plan: DistinctPlan,
+        saved: DistinctSaved,
+        kind: str,
+        dy_TD: torch.Tensor | None,
+        *,
+        need_dx: bool,
+        need_dw: bool,
+        over_h: bool,
+        num_sms: int | None,
+    ) -> None:
+        self.plan, self.saved, self.kind = plan, saved, kind
+        self._num_sms = num_sms
+        own = plan.own_rows
+        self._tokens = TokenMaps(plan, saved.slots_TK)
+        self._maps = ExpertMaps(plan, saved.ids_RK[:own], saved.weights_RK[:own])
+        order = self._maps.distinct_order
+        self._maps.take(saved.ids_RK[order], saved.weights_RK[order])
+        x, h, sent = saved.x, saved.h, plan.outgoing_rows
+        if dy_TD is None:
+            dy_TD = x.new_zeros(saved.slots_TK.shape[0], x.shape[1])
+        dy_TD = dy_TD.contiguous()  # gradients may arrive with stride 0 (from an expand or a sum)
+        _, token_R = self._tokens.outgoing
+        self.dsend = ops.pack(dy_TD, token_R[:sent])
+        self.dy = workspace.empty(x.shape, like=x)
+        self.dy[:own] = ops.pack(dy_TD, token_R[sent:])
+        self.dback = workspace.empty((sent + own, x.shape[1]), like=x) if need_dx else None
+        self.dx = workspace.empty((plan.expert_total, x.shape[1]), like=x)
+        self.dh = h if over_h else workspace.empty(h.shape, like=h)
+        self.a = workspace.empty((plan.expert_total, saved.w_out.shape[2]), like=x)
+        self._dscale_R = torch.empty(plan.expert_total + 1, dtype=saved.weights_RK.dtype, device=x.device)
+        self._dscale_R[-1:] = 0
+        self._dweights_RK: torch.Tensor | None = None
+        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
+        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
+
+    def outgoing(self, c: int) -> torch.Tensor:
+        """The gradients of chunk c to send."""
+        return self.dsend[self.plan.first_offsets[c] : self.plan.first_offsets[c + 1]]
+
+    def incoming(self, c: int) -> torch.Tensor | None:
+        """Where the gradients of chunk c come back; None where no rank wants them."""
+        if self.dback is None:
+            return None
+        return self.dback[self.plan.last_offsets[c] : self.plan.last_offsets[c + 1]]
+
+    def own(self) -> None:
+        """Od: the gradients of the experts on the rows that stay."""
+        self._compute(*self.plan.own_expert_rows())
+        if self.dback is not None and self.plan.own_rows:
+            self.dback[self.plan.outgoing_rows :] = ops.combine(self.dx, self._maps.places_RK[: self.plan.own_rows])
+
+    def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
+        """Ed of chunk c: the sums of the input gradients that go back with it; None where no rank wants them."""
+        self.dy.index_copy_(0, self._maps.arriving(c), received)
+        self._compute(*self.plan.expert_rows(c))
+        if self.dback is None:
+            return None
+        return ops.combine(self.dx, self._maps.places_RK[self._maps.leaving(c)])
+
+    def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
+        s, maps = self.saved, self._maps
+        ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind, rows=maps.row_R,
+                             scale=maps.scale_R, dx=self.dx, dh=self.dh, a=self.a, dscale=self._dscale_R[:-1],
+                             num_sms=self._num_sms)  # fmt: skip
+
+    @property
+    def gradient_layout(self) -> RowLayout:
+        return gradient_layout(self.saved.slots_TK.shape[1], self._dscale_R.dtype)
+
+    def weight_gradients(self) -> torch.Tensor:
+        """Mt: the gradients of the weights of the rows of others, by source rank and token."""
+        return self._of_choices(self._maps.places_RK[self._maps.distinct_order])
+
+    def take_weight_gradients(self, received: torch.Tensor) -> None:
+        own_RK = self._of_choices(self._maps.places_RK[: self.plan.own_rows])
+        self._dweights_RK = torch.cat([received, own_RK])
+
+    def _of_choices(self, places_RK: torch.Tensor) -> torch.Tensor:
+        return self._dscale_R[torch.where(places_RK >= 0, places_RK, self.plan.expert_total).long()]
+
+    @property
+    def dweights_TK(self) -> torch.Tensor:
+        """The gradients of the router's weights, once Mt was waited for."""
+        assert self._dweights_RK is not None
+        return self._tokens.weight_gradients(self._dweights_RK)
+
+    def weight_gradient(self, group: int, groups: int) -> None:
+        """Ew of one of `groups` groups of this rank's experts: one matmul an expert over the rows of all chunks."""
+        if self.dw_in is not None and self.dw_out is not None:
+            local = self.plan.local_slots
+            experts = (local * group // groups, local * (group + 1) // groups)
+            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.plan.expert_offs, rows=self._maps.row_R,
+                                 dw_in=self.dw_in, dw_out=self.dw_out, experts=experts,
+                                 num_sms=self._num_sms)  # fmt: skip
+
+    def dx_TD(self) -> torch.Tensor:
+        """Pt: dx[t] = sum over the ranks, in order, of the gradients of the token's rows."""
+        assert self.dback is not None
+        return ops.combine(self.dback, self._tokens.returning[0])
