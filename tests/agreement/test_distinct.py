@@ -84,7 +84,7 @@ def test_distinct_order_of_the_docstring():
     def plan_of(first: np.ndarray, world: int) -> DistinctPlan:
         rows = Counts.of(first, 0)
         exchange = ExchangePlan(rank=0, world_size=world, step=1, phase="forward", grad_enabled=True,
-                                x_requires_grad=True, counts=first, dedup=1, first=first, last=first)  # fmt: skip
+                                x_requires_grad=True, counts=rows, dedup=1, first=rows, last=rows)  # fmt: skip
         return distinct_plan(exchange, 1)
 
     assert plan_of(first, 2).distinct_order.tolist() == [1, 2, 3]
