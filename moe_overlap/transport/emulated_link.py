@@ -201,6 +201,9 @@ class EmulatedLinkTransport(Wrapper):
             self._board = _share_board(self.inner, digest(self.link, self.topology))
         return opened
 
+    def agree(self, record: StepRecord) -> ExchangePlan:
+        return self.begin_agree(record).wait()
+
     def begin_agree(self, record: StepRecord) -> Agreement:
         if self._board is None or self._header is None:
             return super().begin_agree(record)  # which says that open is missing

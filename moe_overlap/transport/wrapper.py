@@ -41,7 +41,7 @@ class Wrapper:
         return self.inner.open(header)
 
     def agree(self, record: StepRecord) -> ExchangePlan:
-        return self.begin_agree(record).wait()
+        return self.inner.agree(record)
 
     def begin_agree(self, record: StepRecord) -> Agreement:
         return self.inner.begin_agree(record)
