@@ -210,11 +210,11 @@ class EmulatedLinkTransport(Wrapper):
         header, inner = self._header, self.inner
         cost = agreement_cost(
             ranks=self.world_size, experts=header.num_experts, slots=header.num_slots, dedup=header.dedup,
-            gathered_ranks=inner.gathered_ranks, capacity=inner.life.capacity,
+            gathered_ranks=inner.gathered_ranks, grid=inner._grid, capacity=inner.life.capacity, rank=self.rank,
         )  # fmt: skip
-        departure = self._depart(cost.bytes_to_each * len(self._off_node))
+        departure = self._depart(cost.bytes_to(self._off_node))
         return _DelayedPlan(
-            self, super().begin_agree(record), departure, Where(action="N", step=record.step), cost.rounds
+            self, super().begin_agree(record), departure, Where(action="N", step=record.step), len(cost.rounds)
         )
 
     def begin_backward(self, record: BackwardRecord) -> Announcement:

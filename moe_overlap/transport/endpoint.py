@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from moe_overlap.agreement.agree import Exchanged, agree_on
-from moe_overlap.agreement.cost import GATHERED_RANKS, record_capacity
+from moe_overlap.agreement.cost import GATHERED_RANKS, Grid, record_capacity
 from moe_overlap.agreement.counts import BLOCKS, MOST
 from moe_overlap.agreement.header import HEADER_WORDS, Header
 from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
@@ -51,10 +51,21 @@ class Life:
 
 
 class Words(Protocol):
-    """Words under way to all ranks, or others to each."""
+    """Words under way between some ranks, or all."""
 
     def wait(self) -> torch.Tensor:
         """What every rank said to this one, [W, n]. Bounded; the host waits."""
+
+
+class AlongColumns:
+    """Words that have been told along the rows of the grid; to wait for them tells them along its columns."""
+
+    def __init__(self, transport: Endpoint, words: Words, where: Where) -> None:
+        self._transport, self._words, self._where = transport, words, where
+
+    def wait(self) -> torch.Tensor:
+        transport = self._transport
+        return transport._along_column(self._words.wait(), self._where)
 
 
 class Asked:
@@ -138,7 +149,10 @@ class Endpoint(ABC):
         self._require_usable()
         self._require_nothing_asked()
         where = Where(action="Ut", step=record.step)
-        return Beginning(self, self._say("backward", record.to_tensor(), where, record.caller), record)
+        words = self._say("backward", record.to_tensor(), where, record.caller)
+        if not self._gathers:
+            words = DoneWork(words.wait())  # a recompute may agree before this is waited for
+        return Beginning(self, words, record)
 
     def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
         """int64 [n] of every rank, as [W, n]; n must be equal on all ranks. Bounded; the host waits."""
@@ -206,8 +220,9 @@ class Endpoint(ABC):
         """Start to gather a message of every rank."""
 
     @abstractmethod
-    def _swap(self, parts: torch.Tensor, where: Where) -> Words:
-        """Start to send row r of `parts` [W, n], int32 or int64, to rank r. All ranks give equal shapes and dtypes."""
+    def _swap(self, parts: torch.Tensor, ranks: range, where: Where) -> Words:
+        """Start to send row i of `parts` [len(ranks), n], int32 or int64, to rank ranks[i]. All of `ranks`, of which
+        this is one, give equal shapes and dtypes."""
 
     @abstractmethod
     def _move(self, exchange: Exchange, out: torch.Tensor) -> Work:
@@ -225,7 +240,10 @@ class Endpoint(ABC):
         """Start to tell all ranks."""
         step = -1 if where.step is None else where.step
         said = message(kind, words, layer=self.number, caller=caller, step=step, capacity=self.life.capacity)
-        return self._send(said, where)
+        if self._gathers:
+            return self._send(said, where)
+        self._count_agreement(where)
+        return self._to_all(said, where)
 
     def _said(self, kind: str, words: torch.Tensor, where: Where, caller: int = 0) -> torch.Tensor:
         """Tell all ranks; what each one said, int64 [W, n]. Raises PlanMismatch where they talk about other things."""
@@ -260,7 +278,7 @@ class Endpoint(ABC):
                 slots = self._header.num_slots
                 return agree_on(said, rank=self.rank, num_slots=slots, placement=record.placement)
             mine = Exchanged(record, compare(said, rank=self.rank), rank=self.rank)
-            mine.hear(self._swap(mine.parts(), where).wait())
+            mine.hear(self._to_each(mine.parts(), where))
             return mine.plan(*self._reduced(mine.sums(), mine.most(), where))
         except PlanMismatch as error:
             self._poisoned(error)
@@ -270,10 +288,37 @@ class Endpoint(ABC):
         """int64 [n] added up over the ranks, int64 [m] reduced to the maximum: every rank reduces a slice for all."""
         parts = [_slices(one, self.world_size) for one in (sums, most)]
         width = parts[0].shape[1]
-        heard = self._swap(torch.cat(parts, dim=1), where).wait()
+        heard = self._to_each(torch.cat(parts, dim=1), where)
         slice_ = torch.cat([heard[:, :width].sum(dim=0), heard[:, width:].amax(dim=0)])
-        heard = self._swap(slice_.repeat(self.world_size, 1), where).wait()
+        heard = self._to_all(slice_, where).wait()
         return heard[:, :width].reshape(-1)[: len(sums)], heard[:, width:].reshape(-1)[: len(most)]
+
+    @property
+    def _grid(self) -> Grid:
+        """How the ranks stand where counts are exchanged."""
+        return Grid.of(self.world_size)
+
+    def _to_all(self, words: torch.Tensor, where: Where) -> Words:
+        """Tell [n] to all ranks; what all say, [W, n]."""
+        grid = self._grid
+        along = self._swap(words.repeat(grid.columns, 1), grid.row(self.rank), where)
+        return along if grid.rows == 1 else AlongColumns(self, along, where)
+
+    def _along_column(self, heard: torch.Tensor, where: Where) -> torch.Tensor:
+        """[W, n], from what the ranks of this one's row said [columns, n]."""
+        grid = self._grid
+        told = self._swap(heard.reshape(1, -1).repeat(grid.rows, 1), grid.column(self.rank), where).wait()
+        return told.reshape(self.world_size, -1)
+
+    def _to_each(self, parts: torch.Tensor, where: Where) -> torch.Tensor:
+        """Row r of `parts` [W, n] to rank r; what each rank has for this one, [W, n]."""
+        grid = self._grid
+        if grid.rows == 1:
+            return self._swap(parts, grid.row(self.rank), where).wait()
+        by_column = parts.reshape(grid.rows, grid.columns, -1).transpose(0, 1).reshape(grid.columns, -1)
+        heard = self._swap(by_column, grid.row(self.rank), where).wait()
+        by_row = heard.reshape(grid.columns, grid.rows, -1).transpose(0, 1).reshape(grid.rows, -1)
+        return self._swap(by_row, grid.column(self.rank), where).wait().reshape(self.world_size, -1)
 
     def _require_nothing_asked(self) -> None:
         """Exchanged counts take several messages, of which all but the first come when the plan is waited for: nothing
@@ -347,12 +392,15 @@ class Endpoint(ABC):
 
     def _count_words(self, words: torch.Tensor, where: Where) -> None:
         """Called by `_send`: a network counts what it is about to send, virtual ranks what has arrived."""
-        self.stats.agreements += where.action == "N"
+        self._count_agreement(where)
         self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
+
+    def _count_agreement(self, where: Where) -> None:
+        self.stats.agreements += where.action == "N"
 
     def _count_parts(self, parts: torch.Tensor) -> None:
         """Called by `_swap`, likewise."""
-        self.stats.meta_bytes += parts.nbytes // self.world_size * (self.world_size - 1)
+        self.stats.meta_bytes += parts[1:].nbytes
 
     def _count_rows(self, exchange: Exchange, send: tuple[int, ...]) -> None:
         """Called by `_move`, which alone knows when nothing forbids the exchange any longer."""

@@ -24,7 +24,7 @@ class LocalTransport(Endpoint):
         self._count_words(message, where)
         return DoneWork(message[None])
 
-    def _swap(self, parts: torch.Tensor, where: Where) -> DoneWork:
+    def _swap(self, parts: torch.Tensor, ranks: range, where: Where) -> DoneWork:
         self._count_parts(parts)
         return DoneWork(parts)
 

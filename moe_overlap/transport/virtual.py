@@ -85,7 +85,9 @@ class VirtualParts:
         transport = self._transport
         transport._join(self._meeting, self._where)
         transport._count_parts(self._parts)
-        return torch.stack([self._meeting.brought[peer][transport.rank] for peer in range(transport.world_size)])
+        members = self._meeting.members
+        mine = members.index(transport.rank)
+        return torch.stack([self._meeting.brought[peer][mine] for peer in members])
 
 
 class VirtualTransport(Endpoint):
@@ -102,10 +104,10 @@ class VirtualTransport(Endpoint):
         self._raise_abort(where)
         return VirtualWords(self, self._channel.bring("control", self.rank, message), message, where)
 
-    def _swap(self, parts: torch.Tensor, where: Where) -> VirtualParts:
+    def _swap(self, parts: torch.Tensor, ranks: range, where: Where) -> VirtualParts:
         self._require_turn()
         self._raise_abort(where)
-        return VirtualParts(self, self._channel.bring("parts", self.rank, parts), parts, where)
+        return VirtualParts(self, self._channel.bring(f"parts of {ranks}", self.rank, parts, ranks), parts, where)
 
     def _require_startable(self) -> None:
         self._require_turn()
@@ -181,7 +183,7 @@ class VirtualTransport(Endpoint):
         return Waiting(
             where=where,
             ready=lambda: self.rank in meeting.served,
-            waits_for=lambda: [peer for peer in range(self.world_size) if peer not in meeting.brought],
+            waits_for=lambda: [peer for peer in meeting.members if peer not in meeting.brought],
         )
 
     def _take_turns(self, where: Where) -> None:

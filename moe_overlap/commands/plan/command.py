@@ -69,7 +69,7 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
     cost = agreement(options, point.at)
     lines.append(
-        f"  to agree on the counts of a step each rank sends {cost.messages} messages in {cost.rounds} rounds, "
+        f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
         f"{cost.bytes} bytes"
     )
     if options.cost_model is not None:
@@ -183,7 +183,7 @@ def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | 
         "options": options.to_json(),
         "cost_model": point.model.to_json(),
         "point": [one.to_json() for one in points.values()],
-        "agreement": {"messages": cost.messages, "rounds": cost.rounds, "bytes": cost.bytes},
+        "agreement": {"messages": cost.messages, "rounds": len(cost.rounds), "bytes": cost.bytes},
     }
     if found is not None:
         record["grid"] = [one.to_json() for row in found.grid for one in row]
