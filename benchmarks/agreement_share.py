@@ -1,6 +1,6 @@
 """What share of a step the agreement takes, from the timelines of a run of `moe-overlap bench layer`.
 
-    moe-overlap bench layer --ranks 8 --compute slept --link 10gbit:2ms --cases top2 --schedules serial,chunked --out OUT
+    moe-overlap bench layer --ranks 8 --compute slept --link 10gbit:2ms --cases top2 --out OUT
     python benchmarks/agreement_share.py OUT [--out FILE.jsonl]
 
 A row for every schedule and phase: `n_ms_least`, `n_ms_median` of the ranks' times in N, and their shares of the step.
@@ -31,8 +31,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         row = name.rpartition(" rank ")[0]
         steps[row].append((max(ends) - min(event["ts"] for event in timed)) / 1e3)
         waits[row].append(sum(event["dur"] for event in timed if event["name"] == "N") / 1e3)
-    kept = ("ranks", "tokens", "hidden", "ffn", "experts", "top_k", "dtype", "compute", "link", "meta_bytes", "hardware",
-            "torch", "commit", "date")  # fmt: skip
+    kept = ("ranks", "tokens", "hidden", "ffn", "experts", "top_k", "dtype", "compute", "link", "meta_bytes",
+            "hardware", "torch", "commit", "date")  # fmt: skip
     found = []
     for row, of_ranks in waits.items():
         step_ms, least_ms, median_ms = max(steps[row]), min(of_ranks), statistics.median(of_ranks)
