@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
+from moe_overlap import MoELayer
 from moe_overlap.agreement.agree import Exchanged
 from moe_overlap.agreement.cost import Grid, agreement_cost
 from moe_overlap.agreement.counts import BLOCKS, block_counts, block_counts_of_rows
@@ -28,6 +30,7 @@ from moe_overlap.transport import ProcessGroupTransport, VirtualRank, VirtualWor
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 from tests.ranks import gloo_pool
+from tests.tolerances import same_bits
 from tests.transport.worlds import F32, header, record
 
 Make = Callable[[], Any]
@@ -348,3 +351,27 @@ def test_the_parts_are_the_counts_of_the_slots_of_each_rank() -> None:
     assert parts.dtype == torch.int32 and parts.shape == (2, 3 * BLOCKS * 3)
     for table, part in zip(records[1].tables, parts[0].reshape(3, BLOCKS, 3), strict=True):
         assert torch.equal(table[:, :3].to(torch.int32), part)
+
+
+@pytest.mark.parametrize("options", [{"schedule": "serial"}, {"schedule": "chunked(4)"}, {"dedup": "on"}], ids=str)
+def test_a_layer_computes_the_same_bits(options: dict[str, Any]) -> None:
+    """Forward, backward and a recompute in it; statistics too."""
+
+    def rank_main(me: VirtualRank) -> None:
+        seen = []
+        for gathered_ranks in (64, 1):
+            transport = me.transport()
+            transport.gathered_ranks = gathered_ranks
+            torch.manual_seed(0)
+            layer = MoELayer(8, 12, 8, 3, transport=transport, **options)
+            x = torch.randn(9 + me.rank, 8, generator=torch.Generator().manual_seed(me.rank)).requires_grad_()
+            y = checkpoint(layer, x, use_reentrant=False)
+            (y * y).sum().backward()
+            stats = layer.stats()
+            assert (layer.last_exchange.counts.table is None) == (gathered_ranks == 1)
+            assert x.grad is not None
+            seen.append([y, x.grad, *(p.grad for p in layer.parameters()), stats.tokens_per_expert, stats.overload])
+        for gathered, exchanged in zip(*seen, strict=True):
+            same_bits(torch.as_tensor(gathered), torch.as_tensor(exchanged))
+
+    VirtualWorld(4).run(rank_main)

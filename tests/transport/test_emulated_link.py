@@ -174,6 +174,12 @@ def everything_pays() -> None:
     transport.agree(record(counts_of(transport.rank, 2, 2, 0)))
     record_bytes = (HEAD_WORDS + HEADER_WORDS) * 8
     assert time.perf_counter() - begin >= record_bytes / 1e5
+    exchanging = emulated("80mbit:10ms")
+    exchanging.inner.gathered_ranks = 1
+    exchanging.open(header(2))
+    begin = time.perf_counter()
+    exchanging.agree(record(counts_of(transport.rank, 2, 2, 0)))
+    assert time.perf_counter() - begin >= 4 * 0.010  # each of its rounds waits for the one before
     grad = torch.full((1000,), 1.0 + transport.rank)
     begin = time.perf_counter()
     assert torch.equal(transport.dense_all_reduce(grad), torch.full((1000,), 3.0))
