@@ -147,7 +147,7 @@ class DistinctForward:
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over the ranks, in order, of what came back."""
-        return ops.combine(self.back, self._tokens.returning[0])
+        return ops.combine(self.back, self._tokens.returning)
 
     def saved(self, _: DistinctPlan) -> DistinctSaved:
         return DistinctSaved(slots_TK=self._slots_TK, x=self.x, h=self.h, ids_RK=self._maps.ids_RK,
@@ -258,4 +258,4 @@ class DistinctBackward:
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over the ranks, in order, of the gradients of the token's rows."""
         assert self.dback is not None
-        return ops.combine(self.dback, self._tokens.returning[0])
+        return ops.combine(self.dback, self._tokens.returning)
