@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from moe_overlap.agreement.agree import Exchanged, agree_on
-from moe_overlap.agreement.cost import GATHERED_RANKS, Grid, record_capacity
+from moe_overlap.agreement.cost import GATHERED_RANKS, record_capacity
 from moe_overlap.agreement.counts import BLOCKS, MOST
 from moe_overlap.agreement.header import HEADER_WORDS, Header
 from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
@@ -19,6 +19,7 @@ from moe_overlap.config import TIMEOUT_S
 from moe_overlap.errors import ConfigError, PlanMismatch, TransportClosed
 from moe_overlap.transport.base import Agreement, Announcement, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
+from moe_overlap.transport.speaker import Speaker, Words
 from moe_overlap.transport.where import Where
 from moe_overlap.transport.work import DoneWork
 
@@ -50,24 +51,6 @@ class Life:
         return f"a copy of {name}, or another user of its transport" if caller else name
 
 
-class Words(Protocol):
-    """Words under way between some ranks, or all."""
-
-    def wait(self) -> torch.Tensor:
-        """What every rank said to this one, [W, n]. Bounded; the host waits."""
-
-
-class AlongColumns:
-    """Words that have been told along the rows of the grid; to wait for them tells them along its columns."""
-
-    def __init__(self, transport: Endpoint, words: Words, where: Where) -> None:
-        self._transport, self._words, self._where = transport, words, where
-
-    def wait(self) -> torch.Tensor:
-        transport = self._transport
-        return transport._along_column(self._words.wait(), self._where)
-
-
 class Asked:
     """The record of a step, said to all ranks."""
 
@@ -90,7 +73,7 @@ class Beginning:
         self._transport._compare_backwards(self._words.wait(), self._record)
 
 
-class Endpoint(ABC):
+class Endpoint(Speaker):
     """One rank's end of a transport: usable until an error, then poisoned until `reopen`.
 
     The public methods of the contract (`base.py`) are here. A transport says how words are gathered (`_send`), rows
@@ -220,11 +203,6 @@ class Endpoint(ABC):
         """Start to gather a message of every rank."""
 
     @abstractmethod
-    def _swap(self, parts: torch.Tensor, ranks: range, where: Where) -> Words:
-        """Start to send row i of `parts` [len(ranks), n], int32 or int64, to rank ranks[i]. All of `ranks`, of which
-        this is one, give equal shapes and dtypes."""
-
-    @abstractmethod
     def _move(self, exchange: Exchange, out: torch.Tensor) -> Work:
         """Count a checked exchange (`_count_rows`) and move its rows into `out`. Returns at once."""
 
@@ -283,42 +261,6 @@ class Endpoint(ABC):
         except PlanMismatch as error:
             self._poisoned(error)
             raise
-
-    def _reduced(self, sums: torch.Tensor, most: torch.Tensor, where: Where) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [n] added up over the ranks, int64 [m] reduced to the maximum: every rank reduces a slice for all."""
-        parts = [_slices(one, self.world_size) for one in (sums, most)]
-        width = parts[0].shape[1]
-        heard = self._to_each(torch.cat(parts, dim=1), where)
-        slice_ = torch.cat([heard[:, :width].sum(dim=0), heard[:, width:].amax(dim=0)])
-        heard = self._to_all(slice_, where).wait()
-        return heard[:, :width].reshape(-1)[: len(sums)], heard[:, width:].reshape(-1)[: len(most)]
-
-    @property
-    def _grid(self) -> Grid:
-        """How the ranks stand where counts are exchanged."""
-        return Grid.of(self.world_size)
-
-    def _to_all(self, words: torch.Tensor, where: Where) -> Words:
-        """Tell [n] to all ranks; what all say, [W, n]."""
-        grid = self._grid
-        along = self._swap(words.repeat(grid.columns, 1), grid.row(self.rank), where)
-        return along if grid.rows == 1 else AlongColumns(self, along, where)
-
-    def _along_column(self, heard: torch.Tensor, where: Where) -> torch.Tensor:
-        """[W, n], from what the ranks of this one's row said [columns, n]."""
-        grid = self._grid
-        told = self._swap(heard.reshape(1, -1).repeat(grid.rows, 1), grid.column(self.rank), where).wait()
-        return told.reshape(self.world_size, -1)
-
-    def _to_each(self, parts: torch.Tensor, where: Where) -> torch.Tensor:
-        """Row r of `parts` [W, n] to rank r; what each rank has for this one, [W, n]."""
-        grid = self._grid
-        if grid.rows == 1:
-            return self._swap(parts, grid.row(self.rank), where).wait()
-        by_column = parts.reshape(grid.rows, grid.columns, -1).transpose(0, 1).reshape(grid.columns, -1)
-        heard = self._swap(by_column, grid.row(self.rank), where).wait()
-        by_row = heard.reshape(grid.columns, grid.rows, -1).transpose(0, 1).reshape(grid.rows, -1)
-        return self._swap(by_row, grid.column(self.rank), where).wait().reshape(self.world_size, -1)
 
     def _require_nothing_asked(self) -> None:
         """Exchanged counts take several messages, of which all but the first come when the plan is waited for: nothing
@@ -439,12 +381,6 @@ def checked_timeout(timeout_s: float | None) -> float:
 def _tables(dedup: int) -> int:
     """How many tables of counts a record has."""
     return 3 if dedup == 1 else 1
-
-
-def _slices(words: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 [count, n]: `words` and zeros."""
-    each = -(-len(words) // count)
-    return torch.cat([words, words.new_zeros(count * each - len(words))]).reshape(count, each)
 
 
 def _fits(tensor: torch.Tensor, count: int, layout: RowLayout) -> bool:
