@@ -99,7 +99,10 @@ class Exchanged:
                 most=maximum[1:].reshape(2, PARTS, len(KINDS)), blocks=blocks.reshape(BLOCKS, -1),
                 slots=slots.reshape(-1, len(KINDS)), nodes=self._nodes,
             )  # fmt: skip
-            tables.append(Counts(sent=sent, received=received, totals=totals, most_sent=int(maximum[0]), reduced=loads))
+            tables.append(
+                Counts(sent=sent, received=received, totals=totals, most_sent=int(maximum[0]), away=loads.away,
+                       reduced=loads)
+            )  # fmt: skip
         return _plan(self._column, tables, rank=self._rank)
 
     def _loads(self) -> list[Loads]:

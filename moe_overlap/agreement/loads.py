@@ -118,14 +118,16 @@ def _of_chunks(counts: np.ndarray, chunks: int) -> np.ndarray:
 class Counts:
     """A table of counts [W, BLOCKS, P], as one rank knows it.
 
-    sent: int64 [BLOCKS, P], its own row. received: int64 [W, BLOCKS, e], what concerns its slots. totals: int64 [P],
-    over all ranks and blocks. most_sent: of the rank that sends most. `table` where all of it is known, else `reduced`.
+    sent: int64 [BLOCKS, P], its own row. received: int64 [W, BLOCKS, e], what concerns its slots. Over all ranks:
+    totals, int64 [P]; most_sent, of the rank that sends most; away, what goes to other ranks by block, int64 [BLOCKS],
+    and by position of a slot on its rank, int64 [e]. `table` where all of it is known, else `reduced`.
     """
 
     sent: np.ndarray
     received: np.ndarray
     totals: np.ndarray
     most_sent: int
+    away: tuple[np.ndarray, np.ndarray]
     table: np.ndarray | None = None
     reduced: Loads | None = None
 
@@ -133,9 +135,14 @@ class Counts:
     def of(cls, table: np.ndarray, rank: int) -> Counts:
         """From all counts, int64 [W, BLOCKS, P]."""
         world_size, local = table.shape[0], table.shape[2] // table.shape[0]
+        by_block, totals = table.sum(axis=2), table.sum(axis=(0, 1))  # [W, BLOCKS], [P]
+        ranks = np.arange(world_size)
+        stay = table.reshape(world_size, BLOCKS, world_size, local)[ranks, :, ranks]  # [W, BLOCKS, e]
+        slots = totals.reshape(world_size, local).sum(axis=0)
         return cls(
-            sent=table[rank], received=table[:, :, rank * local : (rank + 1) * local], table=table,
-            totals=table.sum(axis=(0, 1)), most_sent=int(table.reshape(world_size, -1).sum(axis=1).max()),
+            sent=table[rank], received=table[:, :, rank * local : (rank + 1) * local], table=table, totals=totals,
+            most_sent=int(by_block.sum(axis=1).max()),
+            away=(by_block.sum(axis=0) - stay.sum(axis=(0, 2)), slots - stay.sum(axis=(0, 1))),
         )  # fmt: skip
 
     def loads(self, nodes: Nodes | None) -> Loads:
@@ -150,21 +157,10 @@ class Counts:
 
     def stays(self, chunks: int, by: ChunkBy) -> np.ndarray:
         """bool [C]: whether no row of a chunk goes to another rank, on any rank."""
-        found: np.ndarray = _of_chunks(self._away(by), chunks) == 0
+        found: np.ndarray = _of_chunks(self.away[CHUNK_BY.index(by)], chunks) == 0
         return found
 
     @property
     def rows_away(self) -> int:
         """Rows to other ranks, of all ranks together."""
-        return int(self._away("tokens").sum())
-
-    def _away(self, by: ChunkBy) -> np.ndarray:
-        """int64 [BLOCKS] or [e]: the same by block, or by position of a slot on its rank."""
-        if self.table is None:
-            assert self.reduced is not None
-            return self.reduced.away[CHUNK_BY.index(by)]
-        world_size = len(self.table)
-        whole = self.table.reshape(world_size, BLOCKS, world_size, -1).sum(axis=3 if by == "tokens" else 1)
-        pairs = whole.transpose(1, 0, 2) if by == "tokens" else whole.transpose(2, 0, 1)  # [n, from, to]
-        away: np.ndarray = pairs.sum(axis=(1, 2)) - np.trace(pairs, axis1=1, axis2=2)
-        return away
+        return int(self.away[0].sum())
