@@ -24,8 +24,7 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-from moe_overlap.agreement.message import HEAD_WORDS
-from moe_overlap.agreement.record import BACKWARD_FIELDS, record_words
+from moe_overlap.agreement.cost import agreement_cost
 from moe_overlap.commands.bench.options import DTYPES
 from moe_overlap.commands.bench.sweep import parse, sweep
 from moe_overlap.measure.report import read_jsonl
@@ -62,9 +61,9 @@ def serial_ms(row: Row) -> float:
     nodes = int(row["ranks"]) // int(row["ranks_per_node"]) if row["dedup"] == "hierarchical" else 0
     exchanges = 4 if train else 2
     messages = [crossing_bytes(row) / exchanges] * exchanges
-    # The head of a message, the record (N), and what a backward says when it begins.
-    messages.append(8 * away * (HEAD_WORDS + record_words(int(row["experts"]), 3 if dedup else 1, nodes)))
-    messages += [8.0 * away * (HEAD_WORDS + len(BACKWARD_FIELDS))] if train else []
+    # The record (N), and what a backward says when it begins, in messages of one length.
+    cost = agreement_cost(ranks=int(row["ranks"]), experts=int(row["experts"]), dedup=int(dedup), nodes=nodes)
+    messages += [cost.bytes / (int(row["ranks"]) - 1) * away] * (2 if train else 1)
     if dedup:  # ids and weights beside the rows, 4 bytes each, and in training the weights' gradients
         beside = crossing_rows(row) * int(row["tokens"]) * k * 4
         messages += [2 * beside, beside] if train else [2 * beside]

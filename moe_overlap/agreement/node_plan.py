@@ -25,8 +25,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from moe_overlap.agreement.distinct import Counts, DistinctPlan, distinct_plan
-from moe_overlap.agreement.plan import ChunkBy, ChunkPlan, ExchangePlan
+from moe_overlap.agreement.distinct import DistinctPlan, RowCounts, distinct_plan
+from moe_overlap.agreement.loads import ChunkBy
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan
 from moe_overlap.errors import ConfigError
 
 
@@ -34,8 +35,8 @@ from moe_overlap.errors import ConfigError
 class InsidePlan(ChunkPlan):
     """The exchanges inside the nodes. passed_on, passed_here: rows to and from each rank, [C][W]."""
 
-    passed_on: Counts
-    passed_here: Counts
+    passed_on: RowCounts
+    passed_here: RowCounts
 
     def counts(self, chunk: int, *, reverse: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
         both = self.passed_on[chunk], self.passed_here[chunk]
@@ -62,10 +63,10 @@ class NodePlan(DistinctPlan):
     def inside(self) -> InsidePlan:
         """The exchanges of the same chunks inside the nodes."""
         mine = self._foreign(self.rank)
-        return InsidePlan(exchange=self.exchange, chunks=self.chunks, by=self.by, matrix=self.matrix,
-                          passed_on=self._of_node(lambda rank, c: self._passed(mine, rank, c)),
-                          passed_here=self._of_node(lambda rank, c: self._passed(self._foreign(rank), self.rank, c)),
-                          )  # fmt: skip
+        passed_on = self._of_node(lambda rank, c: self._passed(mine, rank, c))
+        passed_here = self._of_node(lambda rank, c: self._passed(self._foreign(rank), self.rank, c))
+        return InsidePlan(exchange=self.exchange, chunks=self.chunks, by=self.by, sent=self.sent,
+                          received=self.received, passed_on=passed_on, passed_here=passed_here)  # fmt: skip
 
     # ---------------------------------------------------------------- which rows: places, int64
 
@@ -154,9 +155,9 @@ class NodePlan(DistinctPlan):
     @cached_property
     def _table(self) -> np.ndarray:
         """int64 [C, W, W]: distinct rows of each chunk from each rank to each rank."""
-        assert self.exchange.first is not None
-        world = self.world_size
-        rows = self.exchange.first.reshape(world, -1, world, self.local_slots).sum(axis=3)
+        first, world = self.exchange.first, self.world_size
+        assert first is not None and first.table is not None
+        rows = first.table.reshape(world, -1, world, self.local_slots).sum(axis=3)
         return np.stack([rows[:, self._part_of(c)[1]].sum(axis=1) for c in range(self.chunks)])
 
     def _rows(self, source: int, target: int, chunk: int) -> int:
@@ -169,13 +170,13 @@ class NodePlan(DistinctPlan):
         """Rows of a rank of another node for this node."""
         return int(self._node_rows[source, self._part_of(chunk)[1], self._here].sum())
 
-    def _of_node(self, rows_of: Callable[[int, int], int]) -> Counts:
+    def _of_node(self, rows_of: Callable[[int, int], int]) -> RowCounts:
         """[C][W]: rows of each rank of this node and each chunk, none of other ranks."""
         ranks = range(self.world_size)
         return tuple(tuple(rows_of(r, c) if r in self.node_ranks else 0 for r in ranks) for c in range(self.chunks))
 
     @cached_property
-    def _first_to_others(self) -> Counts:
+    def _first_to_others(self) -> RowCounts:
         """[C][W]: rows of this rank that go across."""
 
         def rows(target: int, chunk: int) -> int:
@@ -190,11 +191,11 @@ class NodePlan(DistinctPlan):
         return tuple(tuple(rows(target, c) for target in range(self.world_size)) for c in range(self.chunks))
 
     @property
-    def _last_to_others(self) -> Counts:
+    def _last_to_others(self) -> RowCounts:
         return self._first_to_others  # cut by token blocks
 
     @cached_property
-    def _across_here(self) -> Counts:
+    def _across_here(self) -> RowCounts:
         """[C][W]: rows that come across to this rank."""
 
         def rows(source: int, chunk: int) -> int:
@@ -228,7 +229,8 @@ def rows_plan(exchange: ExchangePlan, chunks: int, by: ChunkBy = "tokens") -> Di
 
 def _node_plan(exchange: ExchangePlan, chunks: int, by: ChunkBy) -> NodePlan:
     check_cut(by)
-    return NodePlan(exchange=exchange, chunks=chunks, by=by, matrix=exchange.cut_counts(chunks, by))
+    sent, received = exchange.cut_counts(chunks, by)
+    return NodePlan(exchange=exchange, chunks=chunks, by=by, sent=sent, received=received)
 
 
 def check_cut(by: ChunkBy) -> None:
