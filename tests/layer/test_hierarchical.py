@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ConfigError, MoELayer, PlanMismatch, ShortcutBlock, aux_loss
+from moe_overlap.layer.explain import measured_durations
+from moe_overlap.measure.timeline import record
 from moe_overlap.schedule.builders import chunked
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
@@ -108,6 +110,20 @@ def test_payload_in_bfloat16_rounds_once_more_for_each_hop():
     for mine, theirs in zip(*both_ways(run), strict=True):
         for a, b in zip(mine, theirs, strict=True):
             close(a, b.double(), torch.bfloat16)
+
+
+def test_an_exchange_takes_as_long_as_both_of_its_parts():
+    def run(me):
+        layer = layer_of(me.transport())
+        with record():
+            layer(tokens(COUNTS[me.rank], me.rank))
+        parts = [event for event in layer.last_events if (event.action, event.lane) == ("D0", "wire")]
+        durations = measured_durations(layer.last_events, "forward")
+        assert durations["D0"] == pytest.approx(sum(part.end_s - part.start_s for part in parts))
+        assert "simulated from the last measured durations" in layer.explain()
+        return len(parts)
+
+    assert virtual_world(4).run(run) == [2] * 4
 
 
 # ---------------------------------------------------------------- what is sent
