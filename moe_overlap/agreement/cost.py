@@ -11,7 +11,8 @@ column. So two rounds and about 2 sqrt(W) messages are an exchange of all ranks 
 another, each of which needs what the one before brought:
 
     fields      as above, with a short capacity, since no record has its counts in it; the same to all
-    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank
+    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank; where rows for nodes are counted, for each
+                rank of a node and one more 16 * 4 bytes more
     reduction   every rank gets a slice of everybody's sums and maxima (others to each), and sends what it made of it
                 to all
 """
@@ -107,7 +108,8 @@ def agreement_cost(
     tables, local = 3 if dedup == 1 else 1, slots // ranks
     sums = tables * (slots + (BLOCKS + local) * len(KINDS))
     most = 1 + tables * (1 + 2 * PARTS * len(KINDS))
-    counts, slice_ = 4 * tables * BLOCKS * local, 8 * (-(-sums // ranks) - (-most // ranks))
+    of_node = 1 + ranks // nodes if nodes else 0
+    counts, slice_ = 4 * BLOCKS * (tables * local + of_node), 8 * (-(-sums // ranks) - (-most // ranks))
     grid = Grid.of(ranks) if grid is None else grid
     rounds = []
     for to_row, to_column in (

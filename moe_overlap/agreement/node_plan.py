@@ -27,6 +27,7 @@ import torch
 
 from moe_overlap.agreement.distinct import DistinctPlan, RowCounts, distinct_plan
 from moe_overlap.agreement.loads import ChunkBy
+from moe_overlap.agreement.node_counts import NodeCounts
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan
 from moe_overlap.errors import ConfigError
 
@@ -75,7 +76,7 @@ class NodePlan(DistinctPlan):
         _, blocks = self._part_of(chunk)
         parts, begin = [], 0
         for source in self._foreign(self.rank):
-            rows = self._node_rows[source, :, self._here]
+            rows = self._node_rows.received[source]
             parts.append((begin + int(rows[: blocks.start or 0].sum()), int(rows[blocks].sum())))
             begin += int(rows.sum())
         return _places(parts)
@@ -147,28 +148,25 @@ class NodePlan(DistinctPlan):
         return [rank for rank in same_place if rank != gateway]
 
     @property
-    def _node_rows(self) -> np.ndarray:
-        """int64 [W, BLOCKS, nodes]."""
+    def _node_rows(self) -> NodeCounts:
         assert self.exchange.node_rows is not None
         return self.exchange.node_rows
 
     @cached_property
     def _table(self) -> np.ndarray:
-        """int64 [C, W, W]: distinct rows of each chunk from each rank to each rank."""
-        first, world = self.exchange.first, self.world_size
-        assert first is not None and first.table is not None
-        rows = first.table.reshape(world, -1, world, self.local_slots).sum(axis=3)
-        return np.stack([rows[:, self._part_of(c)[1]].sum(axis=1) for c in range(self.chunks)])
+        """int64 [C, W, L]: distinct rows of each chunk from each rank to each rank of this node."""
+        return np.stack([self._node_rows.inside[:, self._part_of(c)[1]].sum(axis=1) for c in range(self.chunks)])
 
     def _rows(self, source: int, target: int, chunk: int) -> int:
-        return int(self._table[chunk, source, target])
+        """Distinct rows of a rank for a rank of this node."""
+        return int(self._table[chunk, source, target % self.node_size])
 
     def _passed(self, sources: Iterable[int], target: int, chunk: int) -> int:
         return sum(self._rows(source, target, chunk) for source in sources)
 
     def _crossing(self, source: int, chunk: int) -> int:
         """Rows of a rank of another node for this node."""
-        return int(self._node_rows[source, self._part_of(chunk)[1], self._here].sum())
+        return int(self._node_rows.received[source, self._part_of(chunk)[1]].sum())
 
     def _of_node(self, rows_of: Callable[[int, int], int]) -> RowCounts:
         """[C][W]: rows of each rank of this node and each chunk, none of other ranks."""
@@ -186,7 +184,7 @@ class NodePlan(DistinctPlan):
                 return self._rows(self.rank, target, chunk)
             blocks = self._part_of(chunk)[1]
             crossing = target == self._counterpart(target)
-            return int(self._node_rows[self.rank, blocks, self._node(target)].sum()) if crossing else 0
+            return int(self._node_rows.sent[blocks, self._node(target)].sum()) if crossing else 0
 
         return tuple(tuple(rows(target, c) for target in range(self.world_size)) for c in range(self.chunks))
 

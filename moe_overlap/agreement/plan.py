@@ -18,6 +18,7 @@ import torch
 
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy, Counts
+from moe_overlap.agreement.node_counts import NodeCounts
 from moe_overlap.errors import ConfigError
 
 
@@ -42,8 +43,8 @@ class ExchangePlan:
     `x_requires_grad` is the OR over the ranks: whether the exchanges of the input gradient run in backward. `dedup`:
     see `DEDUP` in `record.py`; with "on", `first` and `last` count the rows of block b of rank w, one for each (token,
     rank) pair, at the lowest and at the highest slot that the token chose on that rank. `ranks_per_node`: so many ranks
-    in a row share a node, 0 where that is not known; `node_rows`, int64 [W, BLOCKS, nodes], where a row crosses to each
-    node once: the (token, node) pairs of block b of rank w.
+    in a row share a node, 0 where that is not known; `node_rows`: the (token, node) pairs, where a row crosses to each
+    node once.
     """
 
     rank: int
@@ -57,7 +58,7 @@ class ExchangePlan:
     first: Counts | None = None
     last: Counts | None = None
     ranks_per_node: int = 0
-    node_rows: np.ndarray | None = None
+    node_rows: NodeCounts | None = None
 
     @property
     def num_slots(self) -> int:

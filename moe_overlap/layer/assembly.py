@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_overlap.agreement.cost import GATHERED_RANKS
 from moe_overlap.agreement.node_plan import check_cut
 from moe_overlap.agreement.record import DTYPES
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
@@ -244,9 +243,6 @@ def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hier
         raise ConfigError("hierarchical", hierarchical, 'False, or dedup="on" or "auto" beside it')
     if hierarchical and not ranks_per_node:
         raise ConfigError("ranks_per_node", None, "the ranks of a node, with hierarchical exchanges")
-    most = getattr(transport, "gathered_ranks", GATHERED_RANKS)
-    if hierarchical and transport.world_size > most:
-        raise ConfigError("hierarchical", True, f"False with more than {most} ranks, whose counts not all ranks know")
     several = 1 < ranks_per_node < transport.world_size
     return Rows(dedup=dedup, ranks_per_node=ranks_per_node, hierarchical=bool(hierarchical) and several)
 

@@ -61,6 +61,19 @@ def test_a_checkpoint_recomputes_it():
     equal_bits(*both_ways(run))
 
 
+def test_ranks_that_do_not_know_all_counts_run_it_too():
+    """The agreement of many ranks, in which each hears what concerns it."""
+
+    def run(me, hierarchical):
+        transport = me.transport()
+        transport.gathered_ranks = 1 if hierarchical else 64
+        layer = layer_of(transport, hierarchical=hierarchical, schedule="chunked(3)")
+        x = tokens(COUNTS[me.rank], me.rank).requires_grad_()
+        return results_of(layer, x, layer(x))
+
+    equal_bits(*both_ways(run, world=6))
+
+
 def test_gradients_accumulate_over_calls():
     def run(me, hierarchical):
         layer = layer_of(me.transport(), hierarchical=hierarchical, schedule="chunked(2)", dtype=torch.float32)

@@ -58,14 +58,16 @@ def test_the_rows_for_each_node_are_agreed_on() -> None:
         return planned(dispatcher(me, experts=8, ranks_per_node=2, hierarchical=True), ids)
 
     for plan in VirtualWorld(4).run(rank_main):
-        assert plan.node_rows is not None and plan.node_rows.shape == (4, BLOCKS, 2) and plan.ranks_per_node == 2
+        known = plan.node_rows
+        assert known is not None and known.received.shape == (4, BLOCKS) and plan.ranks_per_node == 2
         for source in range(4):
             ids = ids_of(source, experts=8)
             ids[0] = torch.tensor([-1, 7, -1])
             for block in range(BLOCKS):
                 part = ids[block * 30 // BLOCKS : (block + 1) * 30 // BLOCKS]
                 found = [int(((part >= 0) & (part // 4 == node)).any(dim=1).sum()) for node in range(2)]
-                assert plan.node_rows[source, block].tolist() == found
+                assert known.received[source, block] == found[plan.rank // 2]
+                assert source != plan.rank or known.sent[block].tolist() == found
         assert plan.off_node([1, 2, 4, 8]) == (12 if plan.rank < 2 else 3)
 
 
