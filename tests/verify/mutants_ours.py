@@ -223,7 +223,7 @@ ROWS: tuple[Mutant, ...] = (
         "experts that never train",
         "unslothai/unsloth#11014",
         "training",
-        layer("step.enter(x_TD, w_in, w_out, copies=3)", "step.enter(x_TD, w_in.detach(), w_out.detach(), copies=3)"),
+        layer("tokens.enter(step, w_in, w_out)", "tokens.enter(step, w_in.detach(), w_out.detach())"),
         Patch(
             "layer.one_rank",
             "ops.expert_mlp(x_RD, w_in, w_out, offs",
