@@ -19,6 +19,7 @@ from moe_overlap.routing.decision import as_decision
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing
+from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -115,7 +116,7 @@ class Probes:
 
     @property
     def row_bytes(self) -> int:
-        return self.x_TD.shape[1] * self.x_TD.dtype.itemsize
+        return self.x_TD.shape[1] * payload_of(self.x_TD.dtype, self.dispatcher.payload_dtype).itemsize
 
     @property
     def key(self) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class Probes:
         inputs, d, h = self.inputs, self.dispatcher, self.h
         return {
             "tokens": self.x_TD.shape[0],
+            "row_bytes": self.row_bytes,
             "h": None if h is None else list(h.shape),
             "hidden": d.hidden,
             "ffn_hidden": d.ffn_hidden,
@@ -152,7 +154,8 @@ class Probes:
         assert clock is not None, "probes are recorded"
         start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
-        step = Step(self.transport, weights, phase=PHASES[0], probe=True, caller=self.dispatcher.caller)
+        step = Step(self.transport, weights, phase=PHASES[0], probe=True, caller=self.dispatcher.caller,
+                    payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
         leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, *([] if h is None else [h])]
         if self.shared_TD is not None:

@@ -57,6 +57,13 @@ def check_dedup(dedup: object) -> None:
         raise ConfigError("dedup", dedup, f"one of {DEDUP}")
 
 
+def check_payload(dtype: object) -> None:
+    """Raises ConfigError for a dtype in which rows cannot travel: it has to hold the range of float32."""
+    if dtype not in (None, torch.bfloat16):
+        expected = "None (rows travel as they are) or torch.bfloat16, which has the range of float32 rows"
+        raise ConfigError("payload_dtype", dtype, expected)
+
+
 def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object) -> None:
     """The three checks of a layer's words and of its budget."""
     check_mode(mode)

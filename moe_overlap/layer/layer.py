@@ -5,7 +5,6 @@ Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, 
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -26,16 +25,17 @@ from moe_overlap.layer.arguments import (
     check_choice,
     check_choices,
     check_options,
+    check_payload,
     check_positive,
     rows_dtype,
 )
-from moe_overlap.layer.experts import check_weights, reset, take_old_names, warn_of_hooks, weights_of
+from moe_overlap.layer.copies import Copies
+from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tokens, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
 from moe_overlap.ops.checks import check_transform
-from moe_overlap.parallel.entering import adopt, entered
-from moe_overlap.parallel.state import mark
+from moe_overlap.parallel.entering import entered
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
@@ -45,7 +45,7 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Tickets, nn.Module):
+class MoELayer(Tickets, Copies):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -63,6 +63,8 @@ class MoELayer(Tickets, nn.Module):
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
+    payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
+    value at most), and are computed in float32. None: as they are.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
@@ -97,6 +99,7 @@ class MoELayer(Tickets, nn.Module):
         shared_expert: nn.Module | None = None,
         shared_expert_size: int | None = None,
         latent_size: int | None = None,
+        payload_dtype: torch.dtype | None = None,
         capacity_factor: float | None = None,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
@@ -114,6 +117,7 @@ class MoELayer(Tickets, nn.Module):
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
         check_options(mode, dedup, max_in_flight_bytes, schedule)
+        check_payload(payload_dtype)
         self.dedup = dedup
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
@@ -144,7 +148,8 @@ class MoELayer(Tickets, nn.Module):
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
             dispatcher, placement, self.transport, bad_logits, dedup, hidden=row_width, ffn_hidden=ffn_hidden_size,
-            top_k=top_k, activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(),
+            top_k=top_k, activation=activation, payload_dtype=payload_dtype,
+            dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
@@ -194,7 +199,8 @@ class MoELayer(Tickets, nn.Module):
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
                                     grad_scale=self.ownership.grad_scale)  # fmt: skip
-            step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller)
+            step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
+                        payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
             routing = as_decision(self.router(x_router))
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
@@ -272,27 +278,3 @@ class MoELayer(Tickets, nn.Module):
         shared: torch.Tensor = self.shared_expert(x_TD)
         check_result("shared_expert", shared, x_TD)
         return shared
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        ours = self.register_load_state_dict_pre_hook(take_old_names)  # now: after the user's own hooks
-        try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        finally:
-            ours.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The layer without what its last call left behind."""
-        return self.__dict__ | {"_ticket": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
-        """Parameters of its own, the same transport: a copy of a model (an average of weights, say) on every rank."""
-        memo[id(self.transport)] = self.transport
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        mark(copied.experts, copied.ownership)
-        return copied
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "experts":  # the first ones, or those that an adapter library puts in their place
-            self.ownership = adopt(value, self.ownership)

@@ -154,7 +154,7 @@ class DistinctForward:
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over the ranks, in order, of what came back."""
-        return ops.combine(self.back, self._tokens.returning[0])
+        return ops.combine(self.back, self._tokens.returning)
 
     def saved(self, _: DistinctPlan) -> DistinctSaved:
         return DistinctSaved(slots_TK=self._slots_TK, x=self.x, h=self.h, ids_RK=self._maps.ids_RK,
@@ -199,8 +199,8 @@ class DistinctBackward:
         self._dscale_R = torch.empty(plan.expert_total + 1, dtype=saved.weights_RK.dtype, device=x.device)
         self._dscale_R[-1:] = 0
         self._dweights_RK: torch.Tensor | None = None
-        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
-        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
+        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False) if need_dw else None
+        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out, rows=False) if need_dw else None
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The gradients of chunk c to send."""
@@ -265,4 +265,4 @@ class DistinctBackward:
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over the ranks, in order, of the gradients of the token's rows."""
         assert self.dback is not None
-        return ops.combine(self.dback, self._tokens.returning[0])
+        return ops.combine(self.dback, self._tokens.returning)
