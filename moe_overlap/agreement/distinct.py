@@ -165,8 +165,7 @@ class DistinctPlan(ChunkPlan):
         odd = np.bincount(segment_R[bad], minlength=segments).reshape(self.world_size, -1).any(axis=1)
         for keys, table in zip(found, (self.exchange.counts, *_ends(self.exchange)), strict=True):
             counted = np.bincount(keys, minlength=segments * local).reshape(self.world_size, -1)
-            said = table[:, :, self._slots].reshape(self.world_size, -1)
-            odd |= (counted != said).any(axis=1)
+            odd |= (counted != table.received.reshape(self.world_size, -1)).any(axis=1)
         odd[self.rank] = False
         return int(odd.argmax()) if odd.any() else None
 
