@@ -162,7 +162,7 @@ class DistinctPlan(ChunkPlan):
         lowest_R, highest_R = np.where(used, ids_RK, local - 1).min(axis=1), np.where(used, ids_RK, 0).max(axis=1)
         key_RK = segment_R[:, None] * local + ids_RK
         found = (key_RK[used], segment_R * local + lowest_R, segment_R * local + highest_R)
-        odd = np.bincount(segment_R[bad], minlength=segments).reshape(self.world_size, -1).any(axis=1)
+        odd = np.asarray(np.bincount(segment_R[bad], minlength=segments).reshape(self.world_size, -1).any(axis=1))
         for keys, table in zip(found, (self.exchange.counts, *_ends(self.exchange)), strict=True):
             counted = np.bincount(keys, minlength=segments * local).reshape(self.world_size, -1)
             odd |= (counted != table.received.reshape(self.world_size, -1)).any(axis=1)

@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe_overlap import ConfigError, ShortcutBlock, aux_loss, sac_policy
+from moe_overlap import ConfigError, aux_loss
 from moe_overlap.layer.functional import moe_forward
 from tests import oracle
+from tests.layer.contract import MODULES, ONE_RANK, PATHS, TRANSPARENT, Call, gradients, on
 from tests.layers import D, E, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
-
-PATHS = ["inline", "scheduled", "ranks", "functional", "functional ranks", "tickets", "block", "deduplicated",
-         "deduplicated block", "deduplicated tickets"]  # fmt: skip
-ONE_RANK = ("inline", "scheduled", "functional")
-TRANSPARENT = ("inline", "functional")  # one rank's ops in a row: grad and vjp of torch.func see through them
-MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicated block")
-
-
-class Call:
-    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'."""
-
-    def __init__(self, path, me, **options):
-        transport = None if path in ONE_RANK else me.transport()
-        if path not in ("inline", "functional", "functional ranks"):
-            options["schedule"] = "chunked(2)"
-        if path.startswith("deduplicated"):
-            options = {"dedup": "on", "top_k": 4, **options}
-        self.path, self.transport = path, transport
-        self.layer = self.module = make(transport, **options)
-        self.weights = self.layer.expert_weights
-        if path.endswith("block"):
-            self.module = ShortcutBlock([nn.Identity()], self.layer, tap=0, slot=0)
-
-    def __call__(self, x):
-        if self.path in MODULES:
-            return self.module(x)
-        if self.path.endswith("tickets"):
-            ticket = self.layer.begin(x)
-            self.layer.run_experts(ticket)
-            return self.layer.finish(ticket)
-        fits = x.is_floating_point() and x.shape[-1] == D and x.device.type == "cpu"
-        routing = self.layer.router(x if fits else tokens(len(x)))
-        return moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *self.weights, transport=self.transport)
-
-    def routed(self, x, y):
-        """What came from the experts: a block adds its input."""
-        return y - x if self.path.endswith("block") else y
-
-
-def on(path, check, **options):
-    """`check(call)` on every rank of the path's world."""
-    if path in ONE_RANK:
-        return [check(Call(path, None, **options))]
-    return virtual_world(2).run(lambda me: check(Call(path, me, **options)))
-
-
-def gradients(call, loss, *more):
-    return torch.autograd.grad(loss, [*more, *call.layer.parameters()])
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
@@ -338,97 +287,6 @@ def test_a_second_backward_needs_a_graph_that_was_kept(path):
             same_bits(got, want)
 
     on(path, kept)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_two_backwards_of_one_graph_with_other_gradients(path):
-    """The first one leaves all that was saved as it is."""
-
-    def check(call):
-        x = tokens(6).requires_grad_()
-        first, second = tokens(6, seed=1), tokens(6, seed=2)
-        want = [torch.autograd.grad(call(x), [x, *call.layer.parameters()], dy) for dy in (first, second, first)]
-        y = call(x)
-        for last, dy, expected in zip((False, False, True), (first, second, first), want, strict=True):
-            got = torch.autograd.grad(y, [x, *call.layer.parameters()], dy, retain_graph=not last)
-            for g, w in zip(got, expected, strict=True):
-                same_bits(g, w)
-
-    on(path, check)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_the_gradient_of_one_leaf_alone(path):
-    def check(call):
-        x = tokens(6).requires_grad_()
-        leaves = [x, *call.layer.parameters()]
-        want = torch.autograd.grad(call(x).square().sum(), leaves)
-        for leaf, expected in zip(leaves, want, strict=True):
-            same_bits(torch.autograd.grad(call(x).square().sum(), leaf)[0], expected)
-
-    on(path, check)
-
-
-def to_bytes(tensor):
-    return tensor.detach().numpy().tobytes(), tensor.dtype, tensor.shape
-
-
-def from_bytes(kept):
-    values, dtype, shape = kept
-    return (
-        (torch.frombuffer(bytearray(values), dtype=dtype) if values else torch.empty(0, dtype=dtype))
-        .clone()
-        .view(shape)
-    )
-
-
-HOOKS = {
-    "on the cpu": torch.autograd.graph.save_on_cpu,
-    "as bytes": lambda: torch.autograd.graph.saved_tensors_hooks(to_bytes, from_bytes),
-}
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("hooks", HOOKS)
-def test_hooks_of_what_is_saved(path, hooks):
-    def check(call):
-        x = tokens(6).requires_grad_()
-        want = gradients(call, call(x).square().sum(), x)
-        with HOOKS[hooks]():
-            loss = call(x).square().sum()
-        for retain_graph in (True, False):
-            got = torch.autograd.grad(loss, [x, *call.layer.parameters()], retain_graph=retain_graph)
-            for g, w in zip(got, want, strict=True):
-                close(g, w)  # bytes have lost their strides
-
-    on(path, check)
-
-
-def save_ours(_context, op, *_args, **_kwargs):
-    return CheckpointPolicy.MUST_SAVE if op.namespace == "moe_overlap" else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-CHECKPOINTS = {
-    "plain": {},
-    "nothing saved": {"context_fn": partial(create_selective_checkpoint_contexts,
-                                            lambda *_, **__: CheckpointPolicy.MUST_RECOMPUTE)},
-    "our ops saved": {"context_fn": partial(create_selective_checkpoint_contexts, save_ours)},
-    "matmuls saved": {"context_fn": partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])},
-    "our policy": {"context_fn": partial(create_selective_checkpoint_contexts, sac_policy())},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints(path, kind):
-    def check(call):
-        x = tokens(6).requires_grad_()
-        want = gradients(call, call(x).square().sum(), x)
-        y = checkpoint(call, x, use_reentrant=False, **CHECKPOINTS[kind])
-        for g, w in zip(gradients(call, y.square().sum(), x), want, strict=True):
-            same_bits(g, w)
-
-    on(path, check)
 
 
 @pytest.mark.parametrize("path", PATHS)
