@@ -227,6 +227,9 @@ class Rows:
         return deduplicate(pair) if self.dedup == "on" and ranks > 1 else pair
 
 
+PLAIN = Rows(dedup="off", ranks_per_node=0, hierarchical=False)
+
+
 def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hierarchical: bool) -> Rows:
     """From a layer's arguments and what its transport knows of nodes. Raises ConfigError for what does not go together;
     where all ranks or none share a node, hierarchical exchanges are the direct ones."""
