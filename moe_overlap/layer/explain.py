@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.calibrate import step_shape
@@ -18,16 +17,19 @@ from moe_overlap.schedule.check import draw, makespan_s
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.transport.base import Transport
 
+FIRST = ("P", "Ut")  # the action with which a phase begins
 FAR = 2.0  # times the rows of the calibration: a step beyond that is said to be extrapolated
 
 
 def measured_durations(events: Sequence[TimelineEvent], phase: str) -> dict[str, float]:
-    """Median seconds by action text, of one phase: compute actions and exchanges, not the waits for them."""
-    seconds: dict[str, list[float]] = {}
-    for event in events:
-        if event.phase == phase and event.lane != "wait":
-            seconds.setdefault(event.action, []).append(event.end_s - event.start_s)
-    return {action: median(values) for action, values in seconds.items()}
+    """Mean seconds by action text, of one phase, which may have run several times: compute actions and exchanges, both
+    parts of hierarchical ones, not the waits for them."""
+    seconds: dict[str, float] = {}
+    mine = [event for event in events if event.phase == phase and event.lane != "wait"]
+    runs = max(1, sum(event.action in FIRST for event in mine))
+    for event in mine:
+        seconds[event.action] = seconds.get(event.action, 0.0) + (event.end_s - event.start_s) / runs
+    return seconds
 
 
 def explain(

@@ -11,7 +11,7 @@ from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, rows_dtype
-from moe_overlap.layer.assembly import deduplicated
+from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
 from moe_overlap.ops.checks import check_transform, inside_transform
@@ -159,7 +159,8 @@ def _scheduled(call: _Call, schedule: str | SchedulePair, overlap: bool, transpo
         auto = calls.autos.setdefault(overlap, AutoSchedule(op_verb="B", num_ops=0, overlap=overlap))
         known = auto.unplanned
     else:
-        pair = deduplicated(layer_schedule(schedule, shared=False), "off", transport.world_size)
+        plain = Rows(dedup="off", ranks_per_node=0, hierarchical=False)
+        pair = plain.pair(layer_schedule(schedule, shared=False), transport.world_size)
         known = pair if overlap else pair.join()
     try:
         phase = current_phase()

@@ -91,6 +91,7 @@ class Backward:
         if isinstance(plan, DistinctPlan):
             self._grads = DistinctBackward(plan, DistinctSaved.of(tensors), self._kind, dy_TD, **needs,
                                            num_sms=self._num_sms)  # fmt: skip
+            self.lanes.gateway = self._grads.gateway
         else:
             self._grads = BackwardRows(plan, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
         self._grads_of = torch._C._current_graph_task_id()
@@ -184,6 +185,7 @@ class Backward:
         """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""
         self.lanes.close_op()
         g, self._grads = self._grads, None
+        self.lanes.gateway = None
         if g is None:
             return None, None
         if g.dw_in is not None and g.dw_out is not None and self._grad_scale != 1.0:
