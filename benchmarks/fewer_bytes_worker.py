@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from moe_overlap import MoELayer, ShortcutBlock
+from moe_overlap.ops import workspace
 from moe_overlap.schedule.builders import chunked
 from moe_overlap.transport.accounting import CommCpu
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
@@ -94,7 +95,39 @@ class Rank:
             parameter.grad = None
         return _figures(results)
 
+    def rows_peak(self, row: str, phase: str) -> float:
+        """MB of row buffers from the workspace pool at the worst moment of a step; the gradients of weights, which have
+        three dimensions, are no rows."""
+        pool, real = workspace.POOL, workspace.empty
+        of_weights: set[int] = set()
+        peak = 0
+
+        def counted(shape: Any, **options: Any) -> torch.Tensor:
+            nonlocal peak
+            tensor = real(shape, **options)
+            pointer = tensor.untyped_storage().data_ptr()
+            (of_weights.add if len(shape) == 3 else of_weights.discard)(pointer)
+            used = sum(
+                size for size, storages in pool._storages.items() for storage in storages
+                if not workspace._only_the_pool_holds(storage) and storage.data_ptr() not in of_weights
+            )  # fmt: skip
+            peak = max(peak, used)
+            return tensor
+
+        self.step(row, phase, "link")
+        pool.clear()
+        workspace.empty = counted
+        try:
+            self.step(row, phase, "link")
+        finally:
+            workspace.empty = real
+        return peak / 1e6
+
     def answer(self, request: dict[str, Any]) -> Any:
+        if request["do"] == "peak":
+            peak = torch.tensor([self.rows_peak(request["row"], request["phase"])], dtype=torch.float64)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+            return peak.item()
         if request["do"] == "link":
             self.set_link(request["bytes_per_s"], request["latency_s"])
             return None
@@ -104,8 +137,7 @@ class Rank:
             return self.step(row, phase, "link")
         wire = request["wire"]
         stats = (self.link if wire == "link" else self.core).stats
-        module = self.module(row, wire)
-        del module
+        self.module(row, wire)
         before = (stats.payload_bytes, getattr(stats, "row_meta_bytes", 0))
         dist.barrier()
         start = time.perf_counter()

@@ -131,7 +131,7 @@ def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None) ->
     """The kind of a step: a pure function of the agreed counts."""
     whole = step_shape(exchange.chunked(1, "tokens"), row_bytes=row_bytes, nodes=nodes)
     local = exchange.num_slots // exchange.world_size
-    rows_of = exchange.counts.sum(axis=(0, 1)).reshape(exchange.world_size, local).sum(axis=0)
+    rows_of = exchange.counts.totals.reshape(exchange.world_size, local).sum(axis=0)
     return StepKind(
         grad=exchange.grad_enabled,
         rows=rounded(whole.rows[0]),

@@ -12,6 +12,7 @@ import torch
 
 from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
@@ -48,7 +49,7 @@ def exchange(counts: Any = None, *, world: int = 2, slots: int = 8, rows: int = 
     if counts is None:
         counts = np.full((world, BLOCKS, slots), rows)
     return ExchangePlan(rank=0, world_size=len(counts), step=1, phase="forward", grad_enabled=grad,
-                        x_requires_grad=grad, counts=np.asarray(counts, dtype=np.int64))  # fmt: skip
+                        x_requires_grad=grad, counts=Counts.of(np.asarray(counts, dtype=np.int64), 0))  # fmt: skip
 
 
 @contextmanager

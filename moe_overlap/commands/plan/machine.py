@@ -9,7 +9,7 @@ SwiGLU of the same width. D hidden, F width, T tokens of a rank, S tokens that a
     weights read           3 D F of every expert in every chunk, before its matmuls: chunks of tokens read all experts'
                            weights each, chunks by expert groups only those of the group
     exchange               latency + one message per peer + bytes / bandwidth, for each wire
-    agreement              a gather of every rank's counts, 16 blocks x experts x 8 bytes, before the rows move
+    agreement              messages and bytes of `agreement/cost.py`, on the wire between nodes, before the rows move
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.cost import AgreementCost, agreement_cost
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.errors import ConfigError
@@ -28,7 +28,6 @@ GROUPS = (2, 4, 8)
 # Kind -> how many ops of the block pair (attention, MLP, attention, shared expert) run beside the exchanges.
 WINDOW_OPS = {"top2": 0, "shared1": 1, "scmoe_pos1": 2, "scmoe_pos2": 3, "scmoe_pos3": 4}
 OP_NAMES = ("attn1", "mlp", "attn2", "shared")
-COUNT_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +152,19 @@ def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     return attention_s, mlp_s, attention_s, mlp_s
 
 
+def agreement(options: PlanOptions, at: Place) -> AgreementCost:
+    """What it costs to agree on the counts of a step."""
+    return agreement_cost(ranks=at.group, experts=options.experts)
+
+
 def agreement_s(options: PlanOptions, at: Place) -> float:
-    """The gather of counts that begins every step."""
+    """Seconds of the agreement that begins every step."""
     if at.group == 1:
         return 0.0
     assert at.bytes_per_s is not None and options.intra_bandwidth is not None and options.latency is not None
     rate = at.bytes_per_s if "inter" in at.peers else options.intra_bandwidth
-    gathered = (at.group - 1) * BLOCKS * options.experts * COUNT_BYTES
-    return options.latency * math.ceil(math.log2(at.group)) + gathered / rate
+    cost = agreement(options, at)
+    return cost.seconds(latency_s=options.latency, message_s=options.message, bytes_per_s=rate)
 
 
 def weights_read_s(options: PlanOptions) -> float:
