@@ -198,6 +198,12 @@ def _backward_limit(
     return _compiled_limit(kind, (da_nF, h_nF, dh_nF, a_nF), (scale_n, dscale_n))
 
 
+def _misfit(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None) -> str | None:
+    if kind == "relu" and scale_n is None and h_nF.dtype == checks.accumulation_dtype(h_nF.dtype):
+        return "relu alone is one pass of PyTorch too"
+    return None
+
+
 def _compiled_limit(kind: str, rows: tuple[torch.Tensor, ...], factors: tuple[torch.Tensor | None, ...]) -> str | None:
     """Why compiled code, which computes in the dtype of accumulation, does not take these, or None."""
     dtype = rows[0].dtype
@@ -266,9 +272,9 @@ define(
     "_activation_rows_backward_cpp(Tensor da, Tensor(a!) h, str kind, Tensor(b!) dh, Tensor(c!) a, Tensor? scale, "
     "Tensor(d!)? dscale) -> ()"
 )
-for _op, _limit_of, _reference in (
-    ("activation_rows", _limit, _forward_into),
-    ("activation_rows_backward", _backward_limit, _backward_into),
+for _op, _limit_of, _misfit_of, _reference in (
+    ("activation_rows", _limit, _misfit, _forward_into),
+    ("activation_rows_backward", _backward_limit, None, _backward_into),
 ):
     registry.add(
         _op,
@@ -276,6 +282,7 @@ for _op, _limit_of, _reference in (
         getattr(torch.ops.moe_overlap, f"_{_op}_cpp").default,
         obstacle=compiled.obstacle(_op),
         limit=_limit_of,
+        misfit=_misfit_of,
         merit="compiled: one pass over memory",
     )
     registry.add(_op, "reference", _reference, merit="PyTorch's own operators, run everywhere")

@@ -133,6 +133,7 @@ def test_what_the_compiled_code_does_not_take_goes_to_the_reference() -> None:
         ("activation_rows", (h, "gelu", torch.empty_like(h), None), "gelu"),
         ("activation_rows", (h, "relu", a, None), "not contiguous"),
         ("activation_rows", (h, "relu", torch.empty_like(h), torch.ones(2)), "torch.float64"),
+        ("activation_rows", (h, "relu", torch.empty_like(h), None), "one pass of PyTorch too"),
         ("activation_rows_backward", (a, h, "relu", h, h, None, None), "not contiguous"),
     ):
         choice = registry.choose(op, device="cpu", dtype=arguments[0].dtype, arguments=arguments)
