@@ -80,10 +80,12 @@ class Backward:
         self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
         # Detached: the router's weights lead to the nodes, which hold this step.
         tensors = [tensor.detach() for tensor in saved]
+        # What a detached node has saved stays with the node, for a backward that does come to it.
+        kept = isinstance(ctx, DetachedNode) or torch._C._autograd._get_current_graph_task_keep_graph()
         needs = {
             "need_dx": self.plan.exchange.x_requires_grad,
             "need_dw": self._need_dw,
-            "over_h": not torch._C._autograd._get_current_graph_task_keep_graph(),
+            "over_h": not kept,
         }
         plan = self._backward_plan
         if isinstance(plan, DistinctPlan):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moe_overlap import MoELayer, ShortcutBlock, prepare
+from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.builders import chunked, deduplicate
 from moe_overlap.schedule.check import check
@@ -186,3 +187,33 @@ def test_gradients_add_up_over_micro_batches_and_are_scaled_once(schedule):
         for a, b, w in zip(first, both, right, strict=True):
             same_bits(b, 2 * a)
             close(a, w)
+
+
+class Constant(LinearRouter):
+    """A router whose weights are constant, with a loss of its own."""
+
+    def forward(self, x_TD, **kwargs):
+        decision = super().forward(x_TD, **kwargs)
+        return replace(decision, topk_weights_TK=decision.topk_weights_TK.detach(), aux_loss=x_TD.square().sum())
+
+
+@pytest.mark.parametrize("dedup", ["off", "on"])
+def test_a_backward_of_the_output_after_one_that_did_not_reach_it(dedup):
+    """The first one runs the exchanges with zeros, and leaves what the second one needs as it is."""
+
+    def rank(me, twice):
+        torch.manual_seed(3)
+        layer = make(me, "chunked(2)", dedup=dedup, router=Constant(D, E, K, dtype=torch.float64))
+        x = tokens(me)
+        y, aux = layer(x), layer.take_aux_loss()
+        if twice:
+            aux.backward()
+            y.square().sum().backward()
+        else:
+            (aux + y.square().sum()).backward()
+        return [x.grad, *(p.grad for p in layer.experts.parameters())]
+
+    want = virtual_world(2).run(lambda me: rank(me, False))
+    for got, right in zip(virtual_world(2).run(lambda me: rank(me, True)), want, strict=True):
+        for g, w in zip(got, right, strict=True):
+            close(g, w)
