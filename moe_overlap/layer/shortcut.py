@@ -56,7 +56,7 @@ class ShortcutBlock(nn.Module):
     shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
-    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or six steps
+    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or eight steps
     where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
     the experts' input and on their output. overlap=False: every exchange joined.
 
@@ -107,7 +107,7 @@ class ShortcutBlock(nn.Module):
             raise ConfigError("schedule", schedule, text)
         self.schedule: AnySchedule
         if slot is None and moe.transport.world_size > 1:
-            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,
+            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.dedup,
                                          max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
         else:
             pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,

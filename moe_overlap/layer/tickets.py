@@ -15,7 +15,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule
 from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import window
+from moe_overlap.schedule.builders import deduplicate, window
 from moe_overlap.schedule.dispatch import current_phase
 from moe_overlap.schedule.run import Step
 
@@ -43,6 +43,7 @@ class Ticket:
 class Tickets(LastCall):
     """The ticket half of MoELayer, which has the attributes and the method that stand here for their types."""
 
+    dedup: str
     shared_expert: nn.Module | None
     _ticket: weakref.ref[Ticket] | None
 
@@ -64,6 +65,8 @@ class Tickets(LastCall):
             pair = window(2, 1).join(not self.schedule.overlap)
         else:
             pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
+        if self.dedup == "on" and self.transport.world_size > 1:
+            pair = deduplicate(pair)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)

@@ -21,7 +21,8 @@ from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.errors import ConfigError
-from moe_overlap.planning.cost_model import AlphaBeta, CostModel, OpVerb, StepShape, balanced_shape
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, OpVerb
+from moe_overlap.planning.shapes import StepShape, balanced_shape
 
 CHUNKS = (1, 2, 4, 8, 16)
 GROUPS = (2, 4, 8)
