@@ -14,6 +14,10 @@ small, for these reasons, each by moving or swapping actions so that nothing tha
 4. Deferred work reads what the last experts write, so after these it and the remaining ops run in any order (but for
    Od, which deferred work reads too and which therefore comes before it).
 
+Two rules of deduplicated steps are choices: the rows that stay (O, Od) are the first of the ops, as FasterMoE's
+(PPoPP'22), though another op might fit a gap better; and chunks are taken in their own order, as a row arrives with the
+first group of experts that needs it and leaves with the last.
+
 So a schedule is a cut, an order of its chunks (`chunk_order`) and, for each of them, how many ops stand before its
 experts (`ops_before`). `interleavings.py` finds the best of these: exactly for equal chunks and for up to 4, by a
 heuristic over the chunk orders beyond, and approximately where lanes slow each other down. Every figure that leaves
