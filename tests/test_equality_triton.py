@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_overlap.ops import triton_kernels
-from moe_overlap.schedule import run
+from moe_overlap.schedule import backward
 from moe_overlap.transport.local import LocalTransport
 from tests.equality import Case, check_right, run_both
 from tests.ops.interpreted import needs_triton, on_triton
@@ -76,7 +76,7 @@ def test_multiprocessors_kept_for_exchanges_change_no_bit(called: set[str], monk
     monkeypatch.setattr(mlp._Launcher, "_launch", noting)
     found = []
     for num_sms in (None, 1):
-        monkeypatch.setattr(run, "experts_sms", lambda device, num_sms=num_sms: num_sms)
+        monkeypatch.setattr(backward, "experts_sms", lambda device, num_sms=num_sms: num_sms)
         world = virtual_world(case.world, seed=1)
         results = world.run(lambda me: run_both(case, me.transport(), me.transport(), me.rank), timeout_s=LIMIT_S)
         found.append(results)

@@ -21,6 +21,7 @@ from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing
 from moe_overlap.schedule.distinct_rows import gradient_layout, metadata_layout, weights_dtype
+from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -31,9 +32,9 @@ from moe_overlap.transport.base import Transport
 class ProbeInputs:
     """What a layer gives to a calibration, as it stands before a step.
 
-    x_TD: this rank's tokens; w_in, w_out: the experts' weights in the dtype of the rows, which is the probes'. router:
-    tokens -> their experts (a `RoutingDecision`). backbone: the ops beside the exchanges and their input h; shared: the
-    shared expert.
+    x_TD: this rank's tokens; latents: [T, L], what their rows hold where that is not x. w_in, w_out: the experts'
+    weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`).
+    backbone: the ops beside the exchanges and their input h; shared: the shared expert.
     """
 
     dispatcher: Dispatcher
@@ -41,6 +42,7 @@ class ProbeInputs:
     x_TD: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
+    latents: torch.Tensor | None = None
     h: torch.Tensor | None = None
     backbone: Sequence[Op] = ()
     shared: Op | None = None
@@ -61,12 +63,13 @@ class ProbeInputs:
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
         probes = Probes(
             inputs=self,
-            x_TD=leaf(self.x_TD.to(self.dtype)),
+            x_TD=leaf((self.x_TD if self.latents is None else self.latents).to(self.dtype)),
             slots_TK=self.dispatcher.placement.to_physical(routing.topk_ids_TK),
             weights_TK=leaf(routing.topk_weights_TK),
             w_in=leaf(self.w_in),
             w_out=leaf(self.w_out),
             h=None if self.h is None else leaf(self.h),
+            shared_TD=None if self.latents is None or self.shared is None else leaf(self.x_TD),
         )
         return probes, routing.status
 
@@ -93,7 +96,8 @@ class ProbeInputs:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Probes:
-    """Steps on a layer's inputs, all of them leaves, which require a gradient where the step's own do."""
+    """Steps on a layer's inputs, all of them leaves, which require a gradient where the step's own do. x_TD: what rows
+    hold; shared_TD: what the shared expert reads, where that is something else."""
 
     inputs: ProbeInputs
     x_TD: torch.Tensor
@@ -102,6 +106,7 @@ class Probes:
     w_in: torch.Tensor
     w_out: torch.Tensor
     h: torch.Tensor | None
+    shared_TD: torch.Tensor | None
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -113,7 +118,7 @@ class Probes:
 
     @property
     def row_bytes(self) -> int:
-        return self.x_TD.shape[1] * self.x_TD.dtype.itemsize
+        return self.x_TD.shape[1] * payload_of(self.x_TD.dtype, self.dispatcher.payload_dtype).itemsize
 
     @property
     def metadata(self) -> MetadataBytes:
@@ -127,6 +132,7 @@ class Probes:
         inputs, d, h = self.inputs, self.dispatcher, self.h
         return {
             "tokens": self.x_TD.shape[0],
+            "row_bytes": self.row_bytes,
             "h": None if h is None else list(h.shape),
             "hidden": d.hidden,
             "ffn_hidden": d.ffn_hidden,
@@ -157,9 +163,13 @@ class Probes:
         assert clock is not None, "probes are recorded"
         start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
-        step = Step(self.transport, weights, phase=PHASES[0], probe=True, caller=self.dispatcher.caller)
+        step = Step(self.transport, weights, phase=PHASES[0], probe=True, caller=self.dispatcher.caller,
+                    payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
         leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, *([] if h is None else [h])]
+        if self.shared_TD is not None:
+            x_shared = leaf(self.shared_TD)
+            leaves.append(x_shared)
         schedule = AsGiven(pair)
         exchange = self.dispatcher.plan(self.slots_TK, x_rows, schedule)
         step.bind(schedule, exchange, x_rows, self.slots_TK, weights_TK)

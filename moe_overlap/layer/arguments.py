@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,10 @@ class Beside:
     backbone: Sequence[Op]
 
 
-def check_positive(**sizes: object) -> None:
-    """Raises ConfigError for a size that is no integer of at least 1."""
-    for name, value in sizes.items():
+def check_positive(*, optional: Mapping[str, object] | None = None, **sizes: object) -> None:
+    """Raises ConfigError for a size that is no integer of at least 1; those of `optional` may be None."""
+    given = {name: value for name, value in (optional or {}).items() if value is not None}
+    for name, value in (sizes | given).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(name, value, "an integer of at least 1")
 
@@ -54,6 +55,20 @@ def check_dedup(dedup: object) -> None:
     """Raises ConfigError for a way of deduplication that does not exist."""
     if dedup not in DEDUP:
         raise ConfigError("dedup", dedup, f"one of {DEDUP}")
+
+
+def check_payload(dtype: object) -> None:
+    """Raises ConfigError for a dtype in which rows cannot travel: it has to hold the range of float32."""
+    if dtype not in (None, torch.bfloat16):
+        expected = "None (rows travel as they are) or torch.bfloat16, which has the range of float32 rows"
+        raise ConfigError("payload_dtype", dtype, expected)
+
+
+def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object) -> None:
+    """The three checks of a layer's words and of its budget."""
+    check_mode(mode)
+    check_dedup(dedup)
+    check_budget(max_in_flight_bytes, schedule)
 
 
 def check_budget(max_in_flight_bytes: object, schedule: object) -> None:

@@ -52,6 +52,8 @@ def moe_forward(
     rank's experts (Hugging Face's layout and argument order). schedule: as in MoELayer, "auto" too, whose figures are
     kept with the transport. dedup: as in MoELayer. unused_id: another id that means unused, below 0 or from E on
     (transformers uses E). transport: None for one rank; it belongs to this shape of call, with deduplication of K too.
+    For latent experts (see MoELayer) hidden_TD are the latents and D is their width: project before the call, and its
+    result after it.
 
     Raises ConfigError for arguments that do not fit (on every rank alike), MoeTransportError and its subclasses.
     """

@@ -11,6 +11,7 @@ from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.experts import weights_of
 from moe_overlap.layer.explain import explain
+from moe_overlap.layer.latent import project
 from moe_overlap.layer.left import Left, leave_compiled
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
 from moe_overlap.ops.checks import inside_transform
@@ -21,6 +22,7 @@ from moe_overlap.schedule.nodes import Attach, routing_digest
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
 
 
 class LastCall:
@@ -28,6 +30,9 @@ class LastCall:
 
     dispatcher: Dispatcher
     experts: nn.Module
+    hidden_size: int
+    latent_in: nn.Module | None
+    latent_out: nn.Module | None
     schedule: AnySchedule
     transport: Transport
 
@@ -49,8 +54,10 @@ class LastCall:
         if not recompute:
             self._outgrown.note(step)
             self._left.last = LastStep.of(step, routing.topk_ids_TK, routing.dropped_tokens)
-        tail = y_TD.reshape(-1)[:0] if step.grad and self.transport.world_size > 1 else None
         node = y_TD.grad_fn
+        with closing_on_error(self.transport, "latent_out"):
+            y_TD = project("latent_out", self.latent_out, y_TD, shape[-1])
+        tail = y_TD.reshape(-1)[:0] if step.grad and self.transport.world_size > 1 else None
         y_TD = y_TD if shared_TD is None else y_TD + shared_TD
         return self._left.keep(y_TD, shape, loss=routing.aux_loss, tail=tail, node=node, recompute=recompute)
 
@@ -91,11 +98,16 @@ class LastCall:
         return explain(self.schedule, [], self.transport, computes=self._computes())
 
     def _computes(self) -> list[str]:
-        """What runs on the device and in the dtype of the experts, one line per op, with reasons."""
+        """What runs on the device and in the dtype of the experts, one line per op, with reasons; and that rows are
+        latents, where they are."""
         # Not as an attribute, which may be computed, unless there is no other way.
         parameters = list(self.experts.parameters())
         weight = parameters[0] if parameters else weights_of(self.experts)[1]
-        return ops.registry.explain(weight.device, weight.dtype)
+        lines = ops.registry.explain(weight.device, weight.dtype)
+        if self.latent_in is not None:
+            lines.append(f"rows: latents of width {self.dispatcher.hidden} instead of {self.hidden_size}, by latent_in "
+                         "before dispatch; back by latent_out after combine")  # fmt: skip
+        return lines
 
     @property
     def last_events(self) -> list[TimelineEvent]:

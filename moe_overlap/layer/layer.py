@@ -5,7 +5,6 @@ Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, 
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -23,20 +22,20 @@ from moe_overlap.layer.arguments import (
     NOT_TRACEABLE,
     AnySchedule,
     Beside,
-    check_budget,
     check_choice,
     check_choices,
-    check_dedup,
-    check_mode,
+    check_options,
+    check_payload,
     check_positive,
     rows_dtype,
 )
-from moe_overlap.layer.experts import check_weights, reset, take_old_names, warn_of_hooks, weights_of
+from moe_overlap.layer.copies import Copies
+from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
+from moe_overlap.layer.latent import Tokens, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
 from moe_overlap.ops.checks import check_transform
-from moe_overlap.parallel.entering import adopt, entered
-from moe_overlap.parallel.state import mark
+from moe_overlap.parallel.entering import entered
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
@@ -46,7 +45,7 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Tickets, nn.Module):
+class MoELayer(Tickets, Copies):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -63,6 +62,10 @@ class MoELayer(Tickets, nn.Module):
     predicted to be faster); results are equal to tolerance.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
+    latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
+    back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
+    payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
+    value at most), and are computed in float32. None: as they are.
     capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
@@ -71,8 +74,8 @@ class MoELayer(Tickets, nn.Module):
     AutoSchedule too), dispatcher (it brings its transport and its placement).
 
     forward(x [..., D]) -> one tensor of x's shape; dtype of the experts' weights, or autocast's. The parameters are
-    those of `router`, `experts` (this rank's only) and `shared_expert`; state dicts from before the experts were a
-    module of their own can be loaded.
+    those of `router`, `experts` (this rank's only), `shared_expert`, `latent_in` [L, D] and `latent_out` [D, L]; state
+    dicts from before the experts were a module of their own can be loaded.
 
     Gradient convention: an expert's gradient is that of the sum over all ranks (replicas too) of the ranks' losses;
     after `prepare(model)` that of their mean, which is what DDP and FSDP2 make of every other gradient.
@@ -96,6 +99,8 @@ class MoELayer(Tickets, nn.Module):
         activation: str | None = None,
         shared_expert: nn.Module | None = None,
         shared_expert_size: int | None = None,
+        latent_size: int | None = None,
+        payload_dtype: torch.dtype | None = None,
         capacity_factor: float | None = None,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
@@ -109,12 +114,11 @@ class MoELayer(Tickets, nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
-        check_positive(**sizes, **({} if shared_expert_size is None else {"shared_expert_size": shared_expert_size}))
+        check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
-        check_mode(mode)
-        check_budget(max_in_flight_bytes, schedule)
-        check_dedup(dedup)
+        check_options(mode, dedup, max_in_flight_bytes, schedule)
+        check_payload(payload_dtype)
         self.dedup = dedup
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
@@ -129,6 +133,8 @@ class MoELayer(Tickets, nn.Module):
         self.shared_expert = assembly.make_shared_expert(
             shared_expert, hidden_size, shared_expert_size, activation, factory
         )
+        self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
+        self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, dedup=dedup,
@@ -137,13 +143,14 @@ class MoELayer(Tickets, nn.Module):
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(
-            experts, hidden_size, ffn_hidden_size, ownership=self.ownership, activation=activation, factory=factory
+            experts, row_width, ffn_hidden_size, ownership=self.ownership, activation=activation, factory=factory
         )  # fmt: skip
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, bad_logits, dedup, hidden=hidden_size, ffn_hidden=ffn_hidden_size,
-            top_k=top_k, activation=activation, dtype=factory["dtype"] or torch.get_default_dtype(),
+            dispatcher, placement, self.transport, bad_logits, dedup, hidden=row_width, ffn_hidden=ffn_hidden_size,
+            top_k=top_k, activation=activation, payload_dtype=payload_dtype,
+            dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
@@ -183,17 +190,19 @@ class MoELayer(Tickets, nn.Module):
         try:
             phase = current_phase()
             x_TD, w_in, w_out = self._entry(x)
+            tokens = Tokens.of(x_TD, self.latent_in, self.dispatcher.hidden, w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
             inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, x_TD=x_TD, w_in=w_in, w_out=w_out,
-                                 h=h, backbone=backbone, shared=self.shared_expert)  # fmt: skip
+                                 latents=tokens.latents, h=h, backbone=backbone, shared=self.shared_expert)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
                                     grad_scale=self.ownership.grad_scale)  # fmt: skip
-            step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller)
-            x_router, x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=3)
+            step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
+                        payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
+            x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
             routing = as_decision(self.router(x_router))
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
@@ -224,7 +233,9 @@ class MoELayer(Tickets, nn.Module):
         placement = self.dispatcher.placement
         check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)
         ids_TK = placement.to_physical(routing.topk_ids_TK)
-        y_TD, slot_to_row = one_rank(x_TD, ids_TK, routing.topk_weights_TK, w_in, w_out, self.dispatcher.activation)
+        rows_TD = project("latent_in", self.latent_in, x_TD, self.dispatcher.hidden)
+        y_TD, slot_to_row = one_rank(rows_TD, ids_TK, routing.topk_weights_TK, w_in, w_out, self.dispatcher.activation)
+        y_TD = project("latent_out", self.latent_out, y_TD, self.hidden_size)
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         return self._end_inline(routing, y_TD, x.shape, slot_to_row)
@@ -235,8 +246,8 @@ class MoELayer(Tickets, nn.Module):
         return weights_of(self.experts)
 
     def reset_parameters(self) -> None:
-        """Router, shared expert and experts as they start, in the order in which they are built (after `to_empty`)."""
-        for part in (self.router, self.shared_expert, self.experts):
+        """Every part as it starts, in the order in which they are built (after `to_empty`)."""
+        for part in (self.router, self.shared_expert, self.latent_in, self.latent_out, self.experts):
             reset(part)
 
     def extra_repr(self) -> str:
@@ -258,7 +269,7 @@ class MoELayer(Tickets, nn.Module):
         if not torch.compiler.is_compiling():  # a graph that writes an attribute cannot be inside a checkpoint
             self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)
-        dtype = rows_dtype(x, w_out, d.hidden)
+        dtype = rows_dtype(x, w_out, self.hidden_size)
         check_weights(w_in, w_out, d.activation, count=d.placement.slots_per_rank, hidden=d.hidden, ffn=d.ffn_hidden)
         warn_of_hooks(self.experts)
         return x.reshape(-1, x.shape[-1]), w_in.to(dtype), w_out.to(dtype)
@@ -268,27 +279,3 @@ class MoELayer(Tickets, nn.Module):
         shared: torch.Tensor = self.shared_expert(x_TD)
         check_result("shared_expert", shared, x_TD)
         return shared
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        ours = self.register_load_state_dict_pre_hook(take_old_names)  # now: after the user's own hooks
-        try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        finally:
-            ours.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The layer without what its last call left behind."""
-        return self.__dict__ | {"_ticket": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
-        """Parameters of its own, the same transport: a copy of a model (an average of weights, say) on every rank."""
-        memo[id(self.transport)] = self.transport
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        mark(copied.experts, copied.ownership)
-        return copied
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "experts":  # the first ones, or those that an adapter library puts in their place
-            self.ownership = adopt(value, self.ownership)

@@ -92,7 +92,7 @@ class ShortcutBlock(nn.Module):
         ops = list(backbone)
         if shared_expert is not None:
             _, weight = moe.expert_weights
-            ops.append(SharedExpertOp(shared_expert, moe.dispatcher.hidden, gated=combine == "gated", reference=weight))
+            ops.append(SharedExpertOp(shared_expert, moe.hidden_size, gated=combine == "gated", reference=weight))
         if not isinstance(tap, int) or not 0 <= tap <= len(ops):
             raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
         self.moe = moe
@@ -129,7 +129,7 @@ class ShortcutBlock(nn.Module):
         """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
         with closing_on_error(self.moe.transport, "the backbone before the tap"):
             if not isinstance(h, torch.Tensor):
-                raise ConfigError("h", type(h).__name__, f"a tensor [..., {self.moe.dispatcher.hidden}]")
+                raise ConfigError("h", type(h).__name__, f"a tensor [..., {self.moe.hidden_size}]")
             for index, op in enumerate(self.backbone[: self.tap]):
                 before, h = h, op(h)
                 check_result(f"backbone op {index} before the tap", h, before)

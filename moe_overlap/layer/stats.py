@@ -22,7 +22,7 @@ class LayerStats:
     tokens_per_expert: int64 [E] on the CPU, (token, k) slots that the experts computed, over all ranks.
     dropped_tokens: (token, k) slots this rank's router dropped. payload_bytes: bytes of rows this rank sent to other
     ranks, dispatch and combine. overload: rows of the busiest rank over the mean (1.0 = balanced). schedule: the
-    forward schedule's text. implementation: what computed, and why, one line per op.
+    forward schedule's text. implementation: what computed, and why, one line per op; and the width of latent rows.
     """
 
     tokens_per_expert: torch.Tensor

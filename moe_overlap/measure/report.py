@@ -25,6 +25,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("x serial", "speedup_vs_serial", "{:.2f}"),
     ("x top2", "speedup_vs_top2", "{:.2f}"),
     ("comm CPU", "comm_cpu_ms", "{:.1f}"),
+    ("rows MiB", "rows_peak_mb", "{:.1f}"),
     ("bits", "bit_equal", "{}"),
     ("max err", "max_rel_err", "{:.1e}"),
     ("flag", "flagged", "{}"),
@@ -64,7 +65,7 @@ def print_table(rows: Sequence[Row], *, title: str, file: TextIO | None = None) 
         table.add_row(*(cell(row, key, form) for _, key, form in COLUMNS))
     console = Console(file=file)
     if not console.is_terminal:
-        console = Console(file=file, width=150)
+        console = Console(file=file, width=162)
     console.print(table)
 
 

@@ -9,7 +9,6 @@ from moe_overlap.ops.activation import activation
 from moe_overlap.ops.combine import combine, combine_backward
 from moe_overlap.ops.expert_loop import expert_mlp_dgrad, expert_mlp_forward, expert_mlp_wgrad
 from moe_overlap.ops.expert_mlp import expert_mlp
-from moe_overlap.ops.expert_mlp_contract import DgradResult
 from moe_overlap.ops.gate import gate_topk
 from moe_overlap.ops.grouped_mm import grouped_mm
 from moe_overlap.ops.pack import pack, unpack
@@ -22,7 +21,6 @@ from moe_overlap.ops import triton_kernels  # isort: skip
 from moe_overlap.ops import cuda_kernels  # isort: skip
 
 __all__ = [
-    "DgradResult",
     "activation",
     "combine",
     "combine_backward",

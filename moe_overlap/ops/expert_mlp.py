@@ -81,8 +81,8 @@ def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.T
     read_x, read_dy = RowReader(x, row_to_token, groups, padded=True), RowReader(call.dy, None, groups, padded=True)
     scale, longest, nothing = _scale(call), groups.longest, call.nothing()
     dx_RD = workspace.empty((groups.num_rows, x.shape[1]), like=x) if wants_dx else nothing
-    dw_in = workspace.empty(w_in.shape, like=x) if wants_dw_in else nothing
-    dw_out = workspace.empty(w_out.shape, like=x) if wants_dw_out else nothing
+    dw_in = workspace.empty(w_in.shape, like=x, rows=False) if wants_dw_in else nothing
+    dw_out = workspace.empty(w_out.shape, like=x, rows=False) if wants_dw_out else nothing
     dscale = torch.zeros_like(row_scale) if row_scale is not None and wants_dscale else nothing
     a_nF = workspace.empty((longest, w_out.shape[2]), like=x)
     dh_nF = workspace.empty((longest, w_in.shape[1]), like=x)

@@ -55,7 +55,7 @@ def _grouped_mm_wgrad(dy_RN: torch.Tensor, a_RK: torch.Tensor, offs: torch.Tenso
     """dy_i.T @ a_i for each expert, [E, N, K]; zeros for an expert without rows."""
     groups = Groups(offs, None, a_RK.shape[0], offs.shape[0])
     dy_RN, a_RK = aligned(dy_RN), aligned(a_RK)
-    db = workspace.empty((offs.shape[0], dy_RN.shape[1], a_RK.shape[1]), like=a_RK)
+    db = workspace.empty((offs.shape[0], dy_RN.shape[1], a_RK.shape[1]), like=a_RK, rows=False)
     for (begin, end), db_NK in zip(groups.ranges, db.unbind(0), strict=True):
         weight_gradient(dy_RN[begin:end], a_RK[begin:end], db_NK)
     return db

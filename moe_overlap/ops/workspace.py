@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.utils import deterministic
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from moe_overlap.errors import ConfigError
 
 SMALLEST_BYTES = 1 << 18
 """Smaller tensors are left to the C allocator, which recycles them itself."""
@@ -39,6 +42,32 @@ class WorkspaceStats:
     held_bytes: int
 
 
+class Peak:
+    """The most bytes of rows that were held by somebody at once, of those given out since the measurement began.
+
+    Counted are whole storages, so with what a bucket is larger than what was asked for; those below SMALLEST_BYTES and
+    beyond the pool's limit too. Left out are gradients of weights (`rows=False`), devices other than the CPU, calls
+    that are compiled or under a dispatch mode, and all that does not ask this pool. A storage counts as held while a
+    tensor has it. What the pool does not keep is freed when the next tensor is given out, a little later than else.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._held: list[torch.UntypedStorage] = []
+        self._lock = threading.Lock()
+
+    def forget_free(self) -> None:
+        """Let go of what nobody else holds, so that the pool can give it out again."""
+        with self._lock:
+            self._held = [storage for storage in self._held if not _only_the_pool_holds(storage)]
+
+    def given(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor of rows, which has just been given out."""
+        with self._lock:
+            self._held.append(tensor.untyped_storage())
+            self.bytes = max(self.bytes, sum(storage.nbytes() for storage in self._held))
+
+
 class Workspace:
     """A pool of CPU storages, safe to use from several threads.
 
@@ -55,18 +84,45 @@ class Workspace:
         self._held_bytes = 0
         self._reused = self._created = self._bypassed = 0
         self._lock = threading.Lock()
+        self._peak: Peak | None = None
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A contiguous tensor with undefined contents, 64-byte aligned, like torch.empty."""
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, rows: bool = True
+    ) -> torch.Tensor:
+        """A contiguous tensor with undefined contents, 64-byte aligned, like torch.empty.
+
+        `rows` says whether it counts where a peak is measured.
+        """
+        peak = self._peak
+        if peak is None:
+            return self._empty(shape, dtype, device)
+        peak.forget_free()
+        tensor = self._empty(shape, dtype, device)
+        if rows and device.type == "cpu" and not _traced():
+            peak.given(tensor)
+        return tensor
+
+    @contextmanager
+    def measured_peak(self) -> Iterator[Peak]:
+        """Inside, the pool counts the rows it gives out, to all threads of the process; read `bytes` afterwards.
+
+        Raises ConfigError inside another measurement, and where this torch does not tell who holds a storage.
+        """
+        if _use_count is None:
+            raise ConfigError("measured_peak", f"torch {torch.__version__}", "a torch that counts users of a storage")
+        with self._lock:
+            if self._peak is not None:
+                raise ConfigError("measured_peak", "a measurement within another", "one at a time in a process")
+            peak = self._peak = Peak()
+        try:
+            yield peak
+        finally:
+            self._peak = None
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         numel = math.prod(shape)
         size_bytes = numel * dtype.itemsize
-        if (
-            size_bytes < SMALLEST_BYTES
-            or device.type != "cpu"
-            or _use_count is None
-            or torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None  # torch's own flag of it stays set after some errors
-        ):
+        if size_bytes < SMALLEST_BYTES or device.type != "cpu" or _use_count is None or _traced():
             return torch.empty(shape, dtype=dtype, device=device)
         bucket_bytes = _bucket(size_bytes)
         with self._lock:
@@ -127,6 +183,12 @@ class Workspace:
         self._held_bytes = sum(size * len(storages) for size, storages in self._storages.items())
 
 
+def _traced() -> bool:
+    """Whether a tensor may have no memory: under torch.compile or a dispatch mode."""
+    # torch's own flag of a mode stays set after some errors.
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
 def _only_the_pool_holds(storage: torch.UntypedStorage) -> bool:
     assert _use_count is not None
     return int(_use_count(storage._cdata)) == 1
@@ -148,6 +210,14 @@ def _bucket(size_bytes: int) -> int:
 POOL = Workspace()
 
 
-def empty(shape: Sequence[int], *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised contiguous tensor from the process-wide pool, with the device (and dtype) of `like`."""
-    return POOL.empty(shape, dtype or like.dtype, like.device)
+measured_peak = POOL.measured_peak
+
+
+def empty(
+    shape: Sequence[int], *, like: torch.Tensor, dtype: torch.dtype | None = None, rows: bool = True
+) -> torch.Tensor:
+    """An uninitialised contiguous tensor from the process-wide pool, with the device (and dtype) of `like`.
+
+    rows=False: the gradient of a weight, which is no row and does not count as one in `measured_peak`.
+    """
+    return POOL.empty(shape, dtype or like.dtype, like.device, rows=rows)

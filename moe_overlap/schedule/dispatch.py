@@ -70,6 +70,7 @@ class Dispatcher:
     activation: str
     dtype: torch.dtype
     bad_logits: str = "raise"
+    payload_dtype: torch.dtype | None = None
     steps: int = 0
     openings: int = 0
     caller: int = 0
@@ -167,7 +168,9 @@ class Dispatcher:
             hidden=self.hidden,
             top_k=self.top_k,
             placement_epoch=self.placement.epoch,
-            config_digest=digest(self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert),
+            config_digest=digest(
+                self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert, self.payload_dtype
+            ),
             schedule_digest=schedule.digest,
             **dict(zip(("counts", "first", "last"), tables, strict=False)),
             dedup=self.dedup,

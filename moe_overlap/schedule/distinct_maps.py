@@ -73,10 +73,19 @@ class TokenMaps:
         return self.plain if self.plan.chunks == 1 else self._rows(self._first, chunked=True)
 
     @cached_property
-    def returning(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows in the order in which chunks give them back."""
+    def returning(self) -> torch.Tensor:
+        """int32 [T, min(K, W)]: a token's rows, by rank, in the order in which chunks give them back; -1 = none.
+
+        A token has no more of them than ranks: summing over all its choices would mostly add nothing.
+        """
         by_tokens = self.plan.chunks == 1 or self.plan.by == "tokens"
-        return self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+        choice_to_row, _ = self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+        most = min(self.top_k, self.plan.world_size)
+        # Choices without a row are written to one column more.
+        place_TK = (self._first if by_tokens else self._last).cumsum(dim=1) - 1
+        place_TK = torch.where(choice_to_row >= 0, place_TK, most)
+        rows = torch.full((self.tokens, most + 1), -1, dtype=torch.int32, device=choice_to_row.device)
+        return rows.scatter_(1, place_TK, choice_to_row)[:, :most].contiguous()
 
     def metadata(self, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What goes beside each row, by rank and token, then own rows: local slots int32 [R, K], -1 where the choice is

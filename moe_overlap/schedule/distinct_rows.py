@@ -1,8 +1,9 @@
 """The arithmetic of a deduplicated step: one row for each (token, rank) travels, the experts' side does the rest.
 
-There each expert reads its rows through a map, the router's weights multiply inside the activation, and the sum over a
-row's experts goes back as one row: float32 (float64) over the choices by slot, rounded once, then on the token's side
-over the ranks, rounded once. So no row is kept in copies, and what comes back is not needed again. Buffers:
+There each expert reads its rows through a map, and the weighted sum over a row's experts goes back as one row: float32
+(float64) over the choices by slot, rounded once, then on the token's side over the ranks, rounded once. Backward takes
+the weights for factors of the activations, and gets their gradients from those and what it computes again. So no row
+is kept in copies, and neither experts' outputs nor what came back are kept at all. Buffers:
 
     send  [Rs, D]   a token's row for each other rank      dsend  the sums that come back for them
     x     [Rd, D]   distinct rows here, own ones first     dx_D   gradients of the experts' outputs' sums, in that order
@@ -127,24 +128,26 @@ class DistinctForward:
     def own(self) -> None:
         """O: the experts on the rows that stay."""
         self._compute(*self.plan.own_expert_rows())
-        own = self.plan.own_rows
+        own, maps = self.plan.own_rows, self._maps
         if own:
-            self.back[self.plan.outgoing_rows :] = ops.combine(self.y, self._maps.places_RK[:own])
+            self.back[self.plan.outgoing_rows :] = ops.combine(self.y, maps.places_RK[:own], maps.weights_RK[:own])
 
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the sums of the rows that go back with it."""
-        self.x.index_copy_(0, self._maps.arriving(c), received)
+        maps = self._maps
+        self.x.index_copy_(0, maps.arriving(c), received)
         self._compute(*self.plan.expert_rows(c))
-        return ops.combine(self.y, self._maps.places_RK[self._maps.leaving(c)])
+        leaving = maps.leaving(c)
+        return ops.combine(self.y, maps.places_RK[leaving], maps.weights_RK[leaving])
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
-        w, maps = self.weights, self._maps
+        w = self.weights
         ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
-                               rows=maps.row_R, scale=maps.scale_R, num_sms=self._num_sms)  # fmt: skip
+                               rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over the ranks, in order, of what came back."""
-        return ops.combine(self.back, self._tokens.returning[0])
+        return ops.combine(self.back, self._tokens.returning)
 
     def saved(self, _: DistinctPlan) -> DistinctSaved:
         return DistinctSaved(slots_TK=self._slots_TK, x=self.x, h=self.h, ids_RK=self._maps.ids_RK,
@@ -189,8 +192,8 @@ class DistinctBackward:
         self._dscale_R = torch.empty(plan.expert_total + 1, dtype=saved.weights_RK.dtype, device=x.device)
         self._dscale_R[-1:] = 0
         self._dweights_RK: torch.Tensor | None = None
-        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
-        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
+        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False) if need_dw else None
+        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out, rows=False) if need_dw else None
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The gradients of chunk c to send."""
@@ -255,4 +258,4 @@ class DistinctBackward:
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over the ranks, in order, of the gradients of the token's rows."""
         assert self.dback is not None
-        return ops.combine(self.dback, self._tokens.returning[0])
+        return ops.combine(self.dback, self._tokens.returning)

@@ -42,6 +42,8 @@ class Lanes:
         self._events: list[TimelineEvent] = []
         self._works: dict[Action, tuple[Work, Any]] = {}
         self._waited: dict[Action, Any] = {}  # when the wait for an exchange ended
+        # What rows are computed in, and where they belong, of exchanges whose rows travel in another dtype.
+        self._computed: dict[Action, tuple[torch.dtype, torch.Tensor | None]] = {}
         self._open_op: tuple[str, Any] | None = None
 
     def bind(self, forward: ChunkPlan, backward: ChunkPlan, layout: RowLayout, *, joined: bool) -> None:
@@ -72,7 +74,11 @@ class Lanes:
         start = self.now()
         plan = self._plans[action.spec.phase]
         plan = plan if layout is None else plan.cut(1, "tokens")
-        work = self.transport.start(rows, plan, layout or self._layout, action.index or 0,
+        layout = layout or self._layout
+        if rows.dtype != layout.dtype:  # the payload's, which is another one
+            self._computed[action] = rows.dtype, out
+            rows, out = rows.to(layout.dtype), None
+        work = self.transport.start(rows, plan, layout, action.index or 0,
                                     reverse=action.verb in ("C", "Dt", "Mt"), out=out, action=action.text)  # fmt: skip
         self._works[action] = work, start
         if self._joined:
@@ -84,6 +90,9 @@ class Lanes:
         if not self._joined:
             self._stand_still(action, work)
         rows, end = work.wait(), self._waited.pop(action)
+        if action in self._computed:
+            dtype, out = self._computed.pop(action)
+            rows = rows.to(dtype) if out is None else out.copy_(rows)
         if isinstance(self.clock, HostClock):
             # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
             start, end = work.interval() or (end, end)
@@ -152,6 +161,11 @@ class Lanes:
             self._events.append(TimelineEvent(self.transport.rank, step, phase, action, lane, *times))
         self._notes.clear()
         return self._events
+
+
+def payload_of(rows: torch.dtype, payload: torch.dtype | None) -> torch.dtype:
+    """The dtype in which rows travel: as they are computed, but for float32 ones where another one was asked for."""
+    return payload if payload is not None and rows == torch.float32 else rows
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[object]:

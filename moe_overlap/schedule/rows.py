@@ -182,8 +182,8 @@ class BackwardRows(_Chunks):
         self.dy, self.dx = (workspace.empty(x.shape, like=x) for _ in range(2))
         self.dh = h if over_h else workspace.empty(h.shape, like=h)
         self.a = workspace.empty((x.shape[0], saved.w_out.shape[2]), like=x)
-        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in) if need_dw else None
-        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out) if need_dw else None
+        self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False) if need_dw else None
+        self.dw_out = workspace.empty(saved.w_out.shape, like=saved.w_out, rows=False) if need_dw else None
 
     def _back_in_order(self) -> torch.Tensor:
         """The returned rows of forward in the send order of backward."""

@@ -24,6 +24,7 @@ from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.distinct_rows import DistinctForward
+from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.order import Node
@@ -34,13 +35,21 @@ from moe_overlap.transport.base import Transport
 
 class Step(Backward):
     """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer.
-    `probe`: it is a calibration's; `caller`: the dispatcher's."""
+    `probe`: it is a calibration's; `caller`, `payload_dtype`: the dispatcher's."""
 
     def __init__(
-        self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool = False, caller: int = 0
+        self,
+        transport: Transport,
+        weights: ExpertWeights,
+        *,
+        phase: str,
+        probe: bool = False,
+        caller: int = 0,
+        payload_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(transport, weights, phase=phase, probe=probe, caller=caller)
         self._weights = weights
+        self._payload_dtype = payload_dtype
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
@@ -82,7 +91,7 @@ class Step(Backward):
         self._needs = dependencies(pair.forward)
         if self._numbers is not None:
             self._numbers.bind(pair)
-        self.layout = RowLayout(width=x_TD.shape[1], dtype=x_TD.dtype)
+        self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
         self.lanes.bind(self.plan, self._backward_plan, self.layout, joined=pair.joined)
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
         self._weights_dtype = weights_TK.dtype

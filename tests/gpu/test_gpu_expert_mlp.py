@@ -147,26 +147,38 @@ def _both(layer, values: list) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, floats, torch.ones_like(y))]
 
 
-def pieces(x, dy, w_in, w_out, starts, ends) -> list[Tensor]:
-    y, h = ops.expert_mlp_forward(x, w_in, w_out, ends, starts=starts, kind="swiglu")
-    dx, dh, a, _ = ops.expert_mlp_dgrad(dy, h, w_in, w_out, ends, starts=starts, kind="swiglu")
+def pieces(x, dy, w_in, w_out, starts, ends, rows=None, scale=None) -> list[Tensor]:
+    """With a scale dh is written in place of h, and dscale comes last."""
+    read = {"starts": starts, "rows": rows}
+    y, h = ops.expert_mlp_forward(x, w_in, w_out, ends, kind="swiglu", scale=scale, **read)
+    saved = h.clone()
+    in_place = None if scale is None else h
+    dx, dh, a, dscale = ops.expert_mlp_dgrad(dy, h, w_in, w_out, ends, kind="swiglu", scale=scale, dh=in_place, **read)
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    ops.expert_mlp_wgrad(x, dy, dh, a, ends, starts=starts, dw_in=dw_in, dw_out=dw_out)
-    return [y, h, dx, dh, a, dw_in, dw_out]
+    ops.expert_mlp_wgrad(x, dy, dh, a, ends, dw_in=dw_in, dw_out=dw_out, **read)
+    return [y, saved, dx, dh, a, dw_in, dw_out, *([] if dscale is None else [dscale])]
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("way, dtype, hidden, ffn", ways("expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad"))
-def test_the_pieces(way, dtype, hidden, ffn, on_host, poison) -> None:
-    """Ranges apart; adjacent ones the host knows for torch's grouped matmul, which takes no others."""
+def test_the_pieces(way, dtype, hidden, ffn, on_host, shared, poison) -> None:
+    """Ranges apart, and rows that several experts read, with a factor each.
+
+    Adjacent ranges that the host knows for torch's grouped matmul, which takes no others.
+    """
     starts, ends = [700, 0, 300, 300], [1000, 290, 300, 650]
     if way == "grouped_mm":
         starts, ends, on_host = [0, 290, 290, 650], [290, 290, 650, 1000], True
     x, w_in, w_out, *_ = inputs("balanced", "swiglu", dtype, hidden, ffn, mapped=False)
     dy = randn(ROWS, hidden, dtype=dtype, seed=5).cuda()
     bounds = [torch.tensor(value, dtype=torch.int32) for value in (starts, ends)]
+    rows = (torch.arange(ROWS) * 7 % 300).int() if shared else None
+    scale = randn(ROWS, dtype=F32, seed=6) if shared else None
+    there = [None if value is None else value.cuda() for value in (rows, scale)]
     with forced(way):
-        got = pieces(x, dy, w_in, w_out, *(value if on_host else value.cuda() for value in bounds))
-    want = pieces(*(value.cpu().double() for value in (x, dy, w_in, w_out)), starts, ends)
+        got = pieces(x, dy, w_in, w_out, *(value if on_host else value.cuda() for value in bounds), *there)
+    wide = None if scale is None else scale.double()
+    want = pieces(*(value.cpu().double() for value in (x, dy, w_in, w_out)), starts, ends, rows, wide)
     for have, should in zip(got, want, strict=True):
         tolerances.close(have.cpu(), should, dtype)

@@ -39,6 +39,7 @@ MODULES = {
     "experts": lambda: Experts(D, F, E),
     "some experts": lambda: Experts(D, F, E, expert_ids=(6, 1), activation="relu"),
     "layer": layer_with_bias,
+    "layer of latents": lambda: MoELayer(D, F, E, K, shared_expert_size=F, latent_size=4),
     "block": block,
 }
 

@@ -3,6 +3,7 @@ import threading
 import pytest
 import torch
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.ops import workspace
 from moe_overlap.ops.workspace import SMALLEST_BYTES, Workspace
 
@@ -191,3 +192,88 @@ def test_a_flag_of_torch_that_stayed_set_does_not_keep_the_pool_away(monkeypatch
     with Mode():
         take(pool, 2 * ROWS)
     assert pool.stats().created + pool.stats().reused == 1
+
+
+ROW_BYTES = 4 * ROWS
+"""Of `take(pool, ROWS)`, a storage of its bucket's size exactly."""
+
+
+def test_a_peak_is_of_what_is_held_at_once() -> None:
+    pool = Workspace()
+    before = take(pool, 8 * ROWS)
+    with pool.measured_peak() as peak:
+        assert peak.bytes == 0, "what was held before does not count"
+        one = take(pool, 2 * ROWS)
+        take(pool, 4 * ROWS)
+        assert peak.bytes == 6 * ROW_BYTES
+        two = take(pool, 2 * ROWS)  # the 4 are free again
+        view, two = two[:1], None
+        assert peak.bytes == 6 * ROW_BYTES
+        take(pool, 3 * ROWS)
+        assert peak.bytes == 7 * ROW_BYTES, "a view holds all of its storage"
+        one = view = None
+        take(pool, ROWS)
+        assert peak.bytes == 7 * ROW_BYTES
+    take(pool, 16 * ROWS)
+    assert peak.bytes == 7 * ROW_BYTES and before.numel() == 8 * ROWS and one is view is two
+
+
+def test_storages_are_reused_while_a_peak_is_measured() -> None:
+    pool = Workspace()
+    with pool.measured_peak() as peak:
+        for _ in range(5):
+            take(pool, 2 * ROWS).fill_(1.0)
+    assert pool.stats().created == 1 and pool.stats().reused == 4 and peak.bytes == 2 * ROW_BYTES
+
+
+def test_what_autograd_saves_is_held() -> None:
+    pool, leaf = Workspace(), torch.zeros(ROWS, requires_grad=True)
+    with pool.measured_peak() as peak:
+        y = leaf * take(pool, ROWS).fill_(2.0)
+        take(pool, ROWS)
+        assert peak.bytes == 2 * ROW_BYTES
+        y.sum().backward()
+        take(pool, 2 * ROWS)
+        assert peak.bytes == 2 * ROW_BYTES and y.shape == (ROWS,)
+
+
+def test_a_peak_counts_what_is_small_or_beyond_the_limit_and_no_gradient_of_a_weight() -> None:
+    pool = Workspace(limit_bytes=2 * ROW_BYTES)
+    with pool.measured_peak() as peak:
+        small = [take(pool, 10) for _ in range(3)]
+        assert peak.bytes == 120
+        large = [take(pool, ROWS) for _ in range(4)]
+        assert pool.stats().bypassed == 2 and peak.bytes == 120 + 4 * ROW_BYTES
+        pool.empty((8 * ROWS,), torch.float32, CPU, rows=False)
+        pool.empty((ROWS,), torch.float32, torch.device("meta"))
+        with torch._subclasses.FakeTensorMode():
+            take(pool, 8 * ROWS)
+        assert peak.bytes == 120 + 4 * ROW_BYTES and len(small) + len(large) == 7
+
+
+def test_one_peak_at_a_time_and_none_after_an_error() -> None:
+    pool = Workspace()
+    with pytest.raises(ValueError), pool.measured_peak():
+        with pytest.raises(ConfigError, match="another"), pool.measured_peak():
+            pass
+        raise ValueError
+    with pool.measured_peak() as peak:
+        take(pool, ROWS)
+    assert peak.bytes == ROW_BYTES
+
+
+def test_a_torch_that_does_not_count_users_cannot_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_use_count", None)
+    with pytest.raises(ConfigError, match="measured_peak"), Workspace().measured_peak():
+        pass
+
+
+def test_threads_are_counted_together() -> None:
+    pool, held = Workspace(), []
+    with pool.measured_peak() as peak:
+        threads = [threading.Thread(target=lambda: held.append(take(pool, ROWS))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert peak.bytes == 4 * ROW_BYTES == sum(value.nbytes for value in held)

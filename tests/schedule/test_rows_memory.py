@@ -33,7 +33,7 @@ def unpooled(monkeypatch):
 
     class Fresh:
         @staticmethod
-        def empty(shape, *, like, dtype=None):
+        def empty(shape, *, like, dtype=None, rows=True):
             return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
 
     def run(function):

@@ -30,6 +30,7 @@ from moe_overlap.commands.bench.wires import Exchanges, isolated, solve_link
 from moe_overlap.measure.overlap import comm_share, is_inflated, is_noisy, median
 from moe_overlap.measure.picture import Panel
 from moe_overlap.measure.timeline import TimelineEvent, record
+from moe_overlap.ops import workspace
 from moe_overlap.schedule.builders import chunked, serial, shared_expert
 from moe_overlap.transport.link import LinkSpec
 
@@ -162,7 +163,7 @@ def verify(setting: Setting, runner: Runner, plan: RowPlan) -> Verdict:
     model.use(plan.pair.join(), wires.link)
     joined = run(model, phase, runner.x_TD, runner.dy_TD)
     model.use(plan.pair, wires.link)
-    with peak_memory() as peak:
+    with peak_memory() as peak, workspace.measured_peak() as rows_peak:
         overlapped = run(model, phase, runner.x_TD, runner.dy_TD)
     equal = worst(world, 0.0 if same_bits(joined, overlapped) else 1.0) == 0.0
     error = worst(world, max_rel_err(overlapped[0], setting.right(plan.case)))
@@ -172,7 +173,12 @@ def verify(setting: Setting, runner: Runner, plan: RowPlan) -> Verdict:
         raise CheckFailed(
             f"{phase} {plan.name}: max|y-y64|/max|y64| = {error:.3g}, expected at most {MAX_REL_ERR[model.dtype]:g}"
         )
-    return Verdict(bit_equal=equal, max_rel_err=error, peak_mem_mb=worst(world, peak[0]) if peak else None)
+    return Verdict(
+        bit_equal=equal,
+        max_rel_err=error,
+        peak_mem_mb=worst(world, peak[0]) if peak else None,
+        rows_peak_mb=worst(world, rows_peak.bytes / 2**20),
+    )
 
 
 def plan_cases(setting: Setting, runner: Runner, models: dict[str, BlockPair]) -> dict[str, CasePlan]:

@@ -21,9 +21,9 @@ from moe_overlap.schedule.recorder import TimelineEvent
 KEYS = (
     "case schedule phase routing chunks backward_chunks slot backward_slot predicted_ms time_ms_median time_ms_p10 "
     "time_ms_p90 serial_ms nocomm_ms bound_ms comm_share exposed_ms overlap_eff timeline_overlap headroom "
-    "speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes meta_bytes peak_mem_mb bit_equal "
-    "max_rel_err ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute flagged hardware "
-    "link torch commit date"
+    "speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes meta_bytes peak_mem_mb rows_peak_mb "
+    "bit_equal max_rel_err ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute flagged "
+    "hardware link torch commit date"
 ).split()
 
 
@@ -70,11 +70,12 @@ class RowPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was found before timing."""
+    """What was found before timing. Memory in MiB, of the rank with the most."""
 
     bit_equal: bool
     max_rel_err: float
     peak_mem_mb: float | None
+    rows_peak_mb: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +228,7 @@ def row_of(
         "payload_bytes": exchanges.payload_bytes,
         "meta_bytes": exchanges.meta_bytes,
         "peak_mem_mb": _round(verdict.peak_mem_mb, 1),
+        "rows_peak_mb": _round(verdict.rows_peak_mb, 3),
         "bit_equal": verdict.bit_equal,
         "max_rel_err": verdict.max_rel_err,
         "flagged": flagged,

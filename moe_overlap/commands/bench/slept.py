@@ -21,6 +21,7 @@ from moe_overlap.commands.bench.cases import ACTIVATION, Attention, Branch
 from moe_overlap.commands.bench.options import LayerOptions
 from moe_overlap.launch.launch import World
 from moe_overlap.measure.overlap import median
+from moe_overlap.ops.expert_mlp_contract import DgradResult
 
 REPEATS = 5
 
@@ -142,7 +143,7 @@ def slept_experts(calibration: Calibration | None) -> Iterator[None]:
     def dgrad(dy: Any, h: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, dx: Any, dh: Any, a: Any,
               dscale: Any = None, **_: Any) -> Any:  # fmt: skip
         time.sleep(calibration.dgrad_row_s * rows_of(ends, starts))
-        return ops.DgradResult(dx, dh, a, dscale)
+        return DgradResult(dx, dh, a, dscale)
 
     def wgrad(x: Any, dy: Any, dh: Any, a: Any, ends: Any, **_: Any) -> None:
         time.sleep(calibration.wgrad_row_s * rows_of(ends, None))

@@ -78,6 +78,9 @@ def test_two_ranks_over_a_link(tmp_path):
         assert (row["ranks"], row["tokens"], row["repeats"], row["compute"]) == (2, 96, 2, "real")
         assert row["link"] == "emulated 200mbit:100us" and row["routing"] == "balanced" and row["dtype"] == "bf16"
         assert row["exposed_ms"] >= 0 and 0 <= row["timeline_overlap"] <= 1 and row["meta_bytes"] > 0
+        # At least h, 2 F wide in bf16, of the rows of every slot.
+        least_mb = 96 * (2 if row["case"] == "top2" else 1) * 2 * 64 * 2 / 2**20
+        assert least_mb <= row["rows_peak_mb"] + 1e-3 and row["rows_peak_mb"] < row["peak_mem_mb"]
         if row["flagged"] in ("inflated", "oversubscribed"):
             assert row["speedup_vs_serial"] is None and row["speedup_vs_top2"] is None
         else:
