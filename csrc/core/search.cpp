@@ -94,11 +94,11 @@ std::vector<Label> unbeaten(std::vector<Label> labels) {
   return kept;
 }
 
-// One chunk as the dynamic programme takes it: how many exchanges are waited for before its experts, and which ones are
-// started between these and its second exchange.
+// One chunk as the dynamic programme takes it: when the exchanges that are waited for before its experts have arrived,
+// its own after the others, and which ones are started between these and its second exchange.
 struct Taken {
+  std::vector<double> ahead_at_s;
   double arrival_s;
-  double waits;
   double experts_s;
   std::vector<double> between_s;
   double second_s;
@@ -107,8 +107,10 @@ struct Taken {
 // The labels after the experts of a chunk and the start of its second exchange, from those before, by ops done.
 std::vector<Label> with_experts(const std::vector<Label>& labels, int64_t done, double issue_s, const Taken& chunk) {
   std::vector<Label> after;
-  for (const auto& [comp_s, known_wire_s, runs, before] : labels) {
-    double end_s = std::max(comp_s, chunk.arrival_s) + chunk.waits * issue_s + chunk.experts_s;
+  for (const auto& [known_comp_s, known_wire_s, runs, before] : labels) {
+    double comp_s = known_comp_s;
+    for (const double at_s : chunk.ahead_at_s) comp_s = std::max(comp_s, at_s) + issue_s;
+    double end_s = std::max(comp_s, chunk.arrival_s) + issue_s + chunk.experts_s;
     double wire_s = known_wire_s;
     for (const double exchange_s : chunk.between_s) {
       end_s += issue_s;
@@ -171,13 +173,15 @@ std::vector<Indices> chunk_orders(const Cut& cut) {
   return orders;
 }
 
-// When each first exchange has arrived, by place in the order, and the lanes after all of them are started.
+// When each first exchange has arrived, by place in the order, what is ahead of them in `ahead_at_s`, and the lanes
+// after all of them are started.
 std::vector<double> arrivals(const Cut& cut, const Indices& order, double issue_s, double wire, double& comp_s,
-                             double& wire_s) {
+                             double& wire_s, std::vector<double>& ahead_at_s) {
   std::vector<double> arrived_s;
   for (const double exchange_s : cut.ahead_s) {
     comp_s += issue_s;
     wire_s = std::max(wire_s, comp_s) + exchange_s * wire;
+    ahead_at_s.push_back(wire_s);
   }
   for (const int64_t chunk : order) {
     comp_s += issue_s;
@@ -194,7 +198,8 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
   const size_t num_ops = cut.ops_s.size();
   double comp_s = 0;
   double wire_s = 0;
-  const std::vector<double> arrived_s = arrivals(cut, order, issue_s, wire, comp_s, wire_s);
+  std::vector<double> ahead_at_s;
+  const std::vector<double> arrived_s = arrivals(cut, order, issue_s, wire, comp_s, wire_s, ahead_at_s);
   std::vector<std::vector<Label>> labels(num_ops + 1);  // by ops done
   labels[0].emplace_back(comp_s, wire_s, 0, Indices{});
   std::vector<double> last_s = cut.last_s;
@@ -208,8 +213,7 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
       labels[op + 1] = unbeaten(std::move(labels[op + 1]));
     }
     const auto chunk = static_cast<size_t>(order[place]);
-    const Taken taken{arrived_s[place], place == 0 ? 1.0 + static_cast<double>(cut.ahead_s.size()) : 1.0,
-                      cut.experts_s[chunk] * compute,
+    const Taken taken{place == 0 ? ahead_at_s : std::vector<double>{}, arrived_s[place], cut.experts_s[chunk] * compute,
                       place + 1 == order.size() ? last_s : std::vector<double>{}, cut.second_s[chunk] * wire};
     for (size_t done = 0; done <= num_ops; ++done) {
       labels[done] = with_experts(labels[done], static_cast<int64_t>(done), issue_s, taken);

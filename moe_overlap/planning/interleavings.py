@@ -109,9 +109,11 @@ def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Ord
     ahead_s, last_s = ([one * factor.wire for one in part] for part in metadata_of(window))
     comp_s = wire_s = 0.0
     arrived_s = []
+    ahead_at_s = []
     for exchange_s in ahead_s:
         comp_s += issue_s
         wire_s = max(wire_s, comp_s) + exchange_s
+        ahead_at_s.append(wire_s)
     for chunk in chunk_order:
         comp_s += issue_s
         wire_s = max(wire_s, comp_s) + chunking.first_s[chunk] * factor.wire
@@ -120,7 +122,7 @@ def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Ord
     labels[0] = [(comp_s, wire_s, 0, ())]
     for place, (chunk, arrival_s) in enumerate(zip(chunk_order, arrived_s, strict=True)):
         # M is waited for before the first experts; Mt is started after the last ones.
-        waits = 1 + len(ahead_s) if place == 0 else 1
+        waited_s = ahead_at_s if place == 0 else []
         between_s = last_s if place == len(chunk_order) - 1 else []
         for op, op_s in enumerate(window.ops_s):
             later = [(at_s + op_s * factor.compute, *rest) for at_s, *rest in labels[op]]
@@ -129,7 +131,9 @@ def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Ord
         for done in range(num_ops + 1):
             after: list[Label] = []
             for comp_s, wire_s, runs, before in labels[done]:
-                end_s = max(comp_s, arrival_s) + waits * issue_s + experts_s
+                for at_s in waited_s:
+                    comp_s = max(comp_s, at_s) + issue_s
+                end_s = max(comp_s, arrival_s) + issue_s + experts_s
                 for exchange_s in between_s:
                     end_s += issue_s
                     wire_s = max(wire_s, end_s) + exchange_s

@@ -85,8 +85,8 @@ def test_nothing_beats_the_bound(window):
 
 
 def every_order(window, chunking):
-    """The orders of a cut whose chunks are taken in turn: all ways of putting the ops between the experts, the rows that
-    stay before the other ops."""
+    """The orders of a cut whose chunks are taken in turn: all ways of putting the ops between the experts, the rows
+    that stay before the other ops."""
     forward = window.phase == "forward"
     own, meta, first, experts, second = ("O", "M", "D", "E", "C") if forward else ("Od", "Mt", "Ct", "Ed", "Dt")
     users = [f"B{i}" for i in range(len(window.user_ops_s))]
