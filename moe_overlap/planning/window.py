@@ -7,7 +7,7 @@ Two lanes, compute and wire. Both phases have the same structure:
                head first  experts second tail
 
 A deduplicated step has its ids and weights (M, Mt) and the rows that stay (O, Od) besides. M goes right in front of the
-first exchange and Mt of the last one; O and Od are the first op, since they need nothing but the head:
+first exchange and Mt of the last one; O and Od need nothing but the head, as the ops, of which they are the first:
 
     forward    P    M D_c   E_c    C_c      U     beside O and B_i, or S
     backward   Ut   Ct_c    Ed_c   Mt Dt_c  Pt    beside Od and Bt_i, or St
