@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.measure.machine import hardware
@@ -63,7 +64,7 @@ def row_of(ranks: int, experts: int, uneven: bool, steps: int) -> dict[str, obje
     for step in range(steps):
         counts = np.stack([draw.multinomial(TOP_K * TOKENS // BLOCKS, p, size=BLOCKS) for p in chances])
         exchange = ExchangePlan(rank=0, world_size=ranks, step=step, phase="forward", grad_enabled=True,
-                                x_requires_grad=True, counts=counts)  # fmt: skip
+                                x_requires_grad=True, counts=Counts.of(counts, 0))  # fmt: skip
         start_s = time.perf_counter()
         plan = schedule.planned(exchange)
         seconds = time.perf_counter() - start_s

@@ -16,6 +16,7 @@ import torch
 from moe_overlap.errors import ConfigError
 
 BLOCKS = 16
+MOST = 2**31 - 1  # counts travel as int32
 
 
 def block_counts(slots_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -56,6 +57,14 @@ def block_counts_of_rows(
     if bad:
         raise ConfigError("topk_ids", int(ids[again][0]), "no id twice in a token where rows are deduplicated")
     return histograms[0], histograms[1], histograms[2]
+
+
+def check_counts(*tables: torch.Tensor) -> None:
+    """Raises ConfigError for a count that cannot travel."""
+    for table in tables:
+        if table.numel() and int(table.max()) > MOST:
+            expected = f"fewer tokens: at most {MOST} rows of one block for one expert"
+            raise ConfigError("x.shape[0]", int(table.max()), expected)
 
 
 def _histograms(

@@ -22,14 +22,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ChunkBy, ChunkPlan, ExchangePlan
 
-Counts = tuple[tuple[int, ...], ...]
+RowCounts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistinctPlan(ChunkPlan):
-    """A `ChunkPlan` whose exchanges carry distinct rows. `matrix` still counts what experts compute.
+    """A `ChunkPlan` whose exchanges carry distinct rows. `sent` and `received` still count what experts compute.
 
     Send order of a rank: chunk, destination rank, token, without its own. Arrival: source rank, token.
     """
@@ -48,7 +49,7 @@ class DistinctPlan(ChunkPlan):
     @cached_property
     def own_rows(self) -> int:
         """Rows that stay: tokens of this rank with an expert here."""
-        return int(_ends(self.exchange)[0][self.rank, :, self._slots].sum())
+        return int(_ends(self.exchange)[0].received[self.rank].sum())
 
     @cached_property
     def outgoing_rows(self) -> int:
@@ -146,61 +147,57 @@ class DistinctPlan(ChunkPlan):
 
     # ---------------------------------------------------------------- details
 
-    @property
-    def _slots(self) -> slice:
-        """This rank's slots."""
-        return slice(self.rank * self.local_slots, (self.rank + 1) * self.local_slots)
-
     @cached_property
     def _incoming(self) -> np.ndarray:
         """int64 [W, BLOCKS]: distinct rows that each block of each other rank sends here."""
-        rows = _ends(self.exchange)[0][:, :, self._slots].sum(axis=2).astype(np.int64)
+        rows = _ends(self.exchange)[0].received.sum(axis=2)
         rows[self.rank] = 0
         return rows
 
     @cached_property
     def _slot_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 [e], [e, BLOCKS, W], [e]: own rows of each slot, those of others, and where each slot begins."""
-        others = self.exchange.counts[:, :, self._slots].transpose(2, 1, 0).astype(np.int64)
+        others = self.exchange.counts.received.transpose(2, 1, 0).copy()
         own = others[:, :, self.rank].sum(axis=1)
         others[:, :, self.rank] = 0
         totals = own + others.sum(axis=(1, 2))
         return own, others, np.cumsum(totals) - totals
 
-    def _to_others(self, histogram: np.ndarray) -> Counts:
+    def _to_others(self, histogram: Counts) -> RowCounts:
         """[C][W]: rows of this rank for each other rank, by chunk."""
-        table = histogram[self.rank].reshape(-1, self.world_size, self.local_slots)
+        table = histogram.sent.reshape(-1, self.world_size, self.local_slots)
         return self._without_own(lambda slots, blocks: table[blocks, :, slots].sum(axis=(0, 2)))
 
-    def _from_others(self, histogram: np.ndarray) -> Counts:
+    def _from_others(self, histogram: Counts) -> RowCounts:
         """[C][W]: rows of each other rank for this one, by chunk."""
-        table = histogram[:, :, self._slots]
+        table = histogram.received
         return self._without_own(lambda slots, blocks: table[:, blocks, slots].sum(axis=(1, 2)))
 
-    def _without_own(self, rows_of: Callable[[slice, slice], np.ndarray]) -> Counts:
+    def _without_own(self, rows_of: Callable[[slice, slice], np.ndarray]) -> RowCounts:
         tables = [rows_of(*self._part_of(c)) for c in range(self.chunks)]
         return tuple(tuple(0 if rank == self.rank else int(n) for rank, n in enumerate(table)) for table in tables)
 
     @cached_property
-    def _first_to_others(self) -> Counts:
+    def _first_to_others(self) -> RowCounts:
         return self._to_others(_ends(self.exchange)[0])
 
     @cached_property
-    def _first_from_others(self) -> Counts:
+    def _first_from_others(self) -> RowCounts:
         return self._from_others(_ends(self.exchange)[0])
 
     @cached_property
-    def _last_to_others(self) -> Counts:
+    def _last_to_others(self) -> RowCounts:
         return self._to_others(_ends(self.exchange)[1])
 
     @cached_property
-    def _last_from_others(self) -> Counts:
+    def _last_from_others(self) -> RowCounts:
         return self._from_others(_ends(self.exchange)[1])
 
 
 def distinct_plan(exchange: ExchangePlan, chunks: int, by: ChunkBy = "tokens") -> DistinctPlan:
     """The exchange of a deduplicated step, cut into `chunks` (1..16) by token blocks or by groups of slots."""
-    return DistinctPlan(exchange=exchange, chunks=chunks, by=by, matrix=exchange.cut_counts(chunks, by))
+    sent, received = exchange.cut_counts(chunks, by)
+    return DistinctPlan(exchange=exchange, chunks=chunks, by=by, sent=sent, received=received)
 
 
 # A row fewer on the wire saves its bytes both ways; metadata and the sums on the experts' side cost some of that again.
@@ -210,22 +207,17 @@ PAYS_BELOW = 2 / 3
 def pays(exchange: ExchangePlan) -> bool:
     """Whether a step is to be deduplicated where no cost model says it: distinct rows to other ranks are at most 2/3 of
     the rows that would travel else."""
-    world, local = exchange.world_size, exchange.num_slots // exchange.world_size
-    off_rank = ~np.eye(world, dtype=bool)
-    rows, distinct = (
-        int(table.sum(axis=1).reshape(world, world, local).sum(axis=2)[off_rank].sum())
-        for table in (exchange.counts, _ends(exchange)[0])
-    )
+    rows, distinct = exchange.counts.rows_away, _ends(exchange)[0].rows_away
     return 0 < distinct <= PAYS_BELOW * rows
 
 
-def _ends(exchange: ExchangePlan) -> tuple[np.ndarray, np.ndarray]:
+def _ends(exchange: ExchangePlan) -> tuple[Counts, Counts]:
     """(first, last), which a step has that was agreed on with deduplication."""
     assert exchange.first is not None and exchange.last is not None
     return exchange.first, exchange.last
 
 
-def _offsets(counts: Counts) -> tuple[int, ...]:
+def _offsets(counts: RowCounts) -> tuple[int, ...]:
     return tuple(int(n) for n in np.cumsum([0, *map(sum, counts)]))
 
 

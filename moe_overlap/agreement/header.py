@@ -8,7 +8,7 @@ import torch
 
 HEADER_WORDS = 64
 MAGIC = 0x6D6F655F6F766C70  # "moe_ovlp"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,14 @@ class Header:
     activation: int
     dedup: int = 0
 
-    def to_tensor(self, *, world_size: int) -> torch.Tensor:
-        """int64 [64]: magic, version, world size, then the fields in order; the rest is zero."""
-        words = [MAGIC, VERSION, world_size, *(int(getattr(self, field.name)) for field in fields(self))]
+    def to_tensor(self, *, world_size: int, gathered_ranks: int) -> torch.Tensor:
+        """int64 [64]: magic, version, world size, up to how many ranks counts are gathered, then the fields in order;
+        the rest is zero."""
+        words = [
+            MAGIC,
+            VERSION,
+            world_size,
+            gathered_ranks,
+            *(int(getattr(self, field.name)) for field in fields(self)),
+        ]
         return torch.tensor(words + [0] * (HEADER_WORDS - len(words)), dtype=torch.int64)

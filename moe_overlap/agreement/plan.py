@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy, Counts
 from moe_overlap.errors import ConfigError
-
-ChunkBy = Literal["tokens", "experts"]
-CHUNK_BY: tuple[ChunkBy, ...] = ("tokens", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +35,12 @@ class RowLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangePlan:
-    """The counts of one step, known alike on every rank.
+    """The counts of one step, agreed on by all ranks.
 
-    `counts` is int64 [W, BLOCKS, P]: (token, k) choices of block b of rank w that fall on slot p. `x_requires_grad` is
-    the OR over the ranks: whether the exchanges of the input gradient run in backward. `dedup`: see `DEDUP` in
-    `record.py`; with "on", `first` and `last`, int64 [W, BLOCKS, P], count the rows of block b of rank w, one for each
-    (token, rank) pair, at the lowest and at the highest slot that the token chose on that rank.
+    `counts`: (token, k) choices of block b of rank w that fall on slot p, as far as this rank knows (see `Counts`).
+    `x_requires_grad` is the OR over the ranks: whether the exchanges of the input gradient run in backward. `dedup`:
+    see `DEDUP` in `record.py`; with "on", `first` and `last` count the rows of block b of rank w, one for each (token,
+    rank) pair, at the lowest and at the highest slot that the token chose on that rank.
     """
 
     rank: int
@@ -52,46 +49,51 @@ class ExchangePlan:
     phase: str
     grad_enabled: bool
     x_requires_grad: bool
-    counts: np.ndarray
+    counts: Counts
     dedup: int = 0
-    first: np.ndarray | None = None
-    last: np.ndarray | None = None
+    first: Counts | None = None
+    last: Counts | None = None
 
     @property
     def num_slots(self) -> int:
-        return int(self.counts.shape[2])
+        return int(self.counts.sent.shape[1])
 
     @property
     def rows_per_rank(self) -> tuple[int, ...]:
         """Rows that each rank's experts receive in this step, [W]."""
-        per_slot = self.counts.sum(axis=(0, 1))
-        return tuple(int(n) for n in per_slot.reshape(self.world_size, -1).sum(axis=1))
+        return tuple(int(n) for n in self.counts.totals.reshape(self.world_size, -1).sum(axis=1))
 
     def chunked(self, chunks: int, by: ChunkBy = "tokens") -> ChunkPlan:
         """The exchange cut into `chunks` (1..16) by token blocks or by groups of each rank's slots."""
-        return ChunkPlan(exchange=self, chunks=chunks, by=by, matrix=self.cut_counts(chunks, by))
+        sent, received = self.cut_counts(chunks, by)
+        return ChunkPlan(exchange=self, chunks=chunks, by=by, sent=sent, received=received)
 
-    def cut_counts(self, chunks: int, by: ChunkBy) -> np.ndarray:
-        """int64 [C, W, P]: the counts of each chunk. Raises ConfigError for a cut that does not exist."""
+    def cut_counts(self, chunks: int, by: ChunkBy) -> tuple[np.ndarray, np.ndarray]:
+        """`sent` and `received` of a `ChunkPlan`. Raises ConfigError for a cut that does not exist."""
         if not isinstance(chunks, int) or not 1 <= chunks <= BLOCKS:
             raise ConfigError("chunks", chunks, f"an integer from 1 to {BLOCKS}")
         if by not in CHUNK_BY:
             raise ConfigError("chunk_by", by, f"one of {CHUNK_BY}")
         local = self.num_slots // self.world_size
-        matrix = np.zeros((chunks, self.world_size, self.num_slots), dtype=np.int64)
+        sent = np.zeros((chunks, self.num_slots), dtype=np.int64)
+        received = np.zeros((chunks, self.world_size, local), dtype=np.int64)
         for c in range(chunks):
             if by == "tokens":
-                matrix[c] = self.counts[:, BLOCKS * c // chunks : BLOCKS * (c + 1) // chunks].sum(axis=1)
+                blocks = slice(BLOCKS * c // chunks, BLOCKS * (c + 1) // chunks)
+                sent[c] = self.counts.sent[blocks].sum(axis=0)
+                received[c] = self.counts.received[:, blocks].sum(axis=1)
             else:
-                totals = self.counts.sum(axis=1).reshape(self.world_size, self.world_size, local)
                 group = slice(local * c // chunks, local * (c + 1) // chunks)
-                matrix[c].reshape(self.world_size, self.world_size, local)[:, :, group] = totals[:, :, group]
-        return matrix
+                to = self.counts.sent.sum(axis=0).reshape(self.world_size, local)
+                sent[c].reshape(self.world_size, local)[:, group] = to[:, group]
+                received[c][:, group] = self.counts.received.sum(axis=1)[:, group]
+        return sent, received
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkPlan:
-    """One step's exchange in C chunks. `matrix` is int64 [C, W, P]: rows of chunk c that rank w sends to slot p.
+    """One step's exchange in C chunks. `sent` is int64 [C, P]: rows of chunk c that this rank sends to slot p.
+    `received` is int64 [C, W, e]: rows of chunk c from rank w for this rank's slot j.
 
     Send order of a rank: chunk, slot, token, k. Receive order of a chunk: source rank, slot, token, k. The experts'
     buffer holds all chunks: slot, token block, source rank, token, k. The rows of one expert are one contiguous range
@@ -102,7 +104,8 @@ class ChunkPlan:
     exchange: ExchangePlan
     chunks: int
     by: ChunkBy
-    matrix: np.ndarray
+    sent: np.ndarray
+    received: np.ndarray
 
     def cut(self, chunks: int, by: ChunkBy) -> ChunkPlan:
         """The same exchange cut in another way."""
@@ -128,13 +131,13 @@ class ChunkPlan:
     @cached_property
     def send_counts(self) -> tuple[tuple[int, ...], ...]:
         """Rows that this rank sends to each rank, [C][W]."""
-        mine = self.matrix[:, self.rank].reshape(self.chunks, self.world_size, self.local_slots).sum(axis=2)
+        mine = self.sent.reshape(self.chunks, self.world_size, self.local_slots).sum(axis=2)
         return tuple(tuple(int(n) for n in row) for row in mine)
 
     @cached_property
     def recv_counts(self) -> tuple[tuple[int, ...], ...]:
         """Rows that this rank receives from each rank, [C][W]."""
-        return tuple(tuple(int(n) for n in row) for row in self._received.sum(axis=2))
+        return tuple(tuple(int(n) for n in row) for row in self.received.sum(axis=2))
 
     @cached_property
     def send_rows(self) -> tuple[int, ...]:
@@ -147,9 +150,7 @@ class ChunkPlan:
     @cached_property
     def stays_local(self) -> tuple[bool, ...]:
         """Whether no row of a chunk goes to another rank, on any rank, [C]: then there is nothing to exchange."""
-        pairs = self.matrix.reshape(self.chunks, self.world_size, self.world_size, self.local_slots).sum(axis=3)
-        across = pairs.sum(axis=(1, 2)) - np.trace(pairs, axis1=1, axis2=2)
-        return tuple(bool(rows == 0) for rows in across)
+        return tuple(bool(stays) for stays in self.exchange.counts.stays(self.chunks, self.by))
 
     @cached_property
     def send_offsets(self) -> tuple[int, ...]:
@@ -157,17 +158,10 @@ class ChunkPlan:
         return tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.send_rows)]))
 
     @cached_property
-    def _received(self) -> np.ndarray:
-        """int64 [C, W, e]: rows of chunk c from rank w for this rank's slot j."""
-        first = self.rank * self.local_slots
-        return self.matrix[:, :, first : first + self.local_slots]
-
-    @cached_property
     def _segments(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 [e, BLOCKS, W] twice: rows of each block of each rank for this rank's slots; where each begins in the
         experts' buffer."""
-        first = self.rank * self.local_slots
-        counts = self.exchange.counts[:, :, first : first + self.local_slots].transpose(2, 1, 0)
+        counts = self.exchange.counts.received.transpose(2, 1, 0)
         ends = np.cumsum(counts.reshape(-1)).reshape(counts.shape)
         return counts, ends - counts
 
@@ -180,7 +174,7 @@ class ChunkPlan:
     @cached_property
     def expert_offs(self) -> torch.Tensor:
         """int32 [e]: inclusive ends of each local expert's rows over all chunks."""
-        return torch.from_numpy(np.cumsum(self._received.sum(axis=(0, 1))).astype(np.int32))
+        return torch.from_numpy(np.cumsum(self.received.sum(axis=(0, 1))).astype(np.int32))
 
     def expert_rows(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of `chunk` of each local expert in the experts' buffer."""
@@ -188,7 +182,7 @@ class ChunkPlan:
         _, begins = self._segments
         starts = begins[:, 0, 0].astype(np.int32)
         starts[slots] = begins[slots, blocks][:, 0, 0]
-        ends = starts + self._received[chunk].sum(axis=0).astype(np.int32)
+        ends = starts + self.received[chunk].sum(axis=0).astype(np.int32)
         return torch.from_numpy(starts), torch.from_numpy(ends)
 
     def buffer_order(self, chunk: int) -> torch.Tensor:

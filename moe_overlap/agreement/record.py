@@ -1,7 +1,7 @@
-"""The record with which every rank begins a step, and what follows from all of them: a plan, or the same error.
+"""The record with which every rank begins a step, and what follows from its fields: no error, or one on all ranks.
 
-One record of fixed length per rank and step is gathered. Every rank reads the same table and comes to the same end, so
-nothing has been sent when a step is refused.
+Every rank reads the same fields of all ranks and comes to the same end, so nothing was sent when a step is refused.
+What follows from the counts is in `agree.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.errors import ConfigError, PlanMismatch
+from moe_overlap.placement.placement import Placement
 
 PHASES = ("forward", "recompute")
 # A row for every choice; one for every (token, rank) pair; every token of every rank on every rank.
@@ -77,9 +77,14 @@ BACKWARD_FIELDS = ("step", "run", "schedule")
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one rank says at the start of a step. Integers only; `counts` is int64 [BLOCKS, P] on the CPU. `dedup`: a
-    position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. `caller`: which of those
-    that share a transport, copies of one layer for example."""
+    """What one rank says at the start of a step: integers, and tables of counts on the CPU, integers too.
+
+    counts [BLOCKS, E], by logical experts: those by slots follow from the placement, on every rank alike. dedup: a
+    position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. router_state: a digest of
+    what the routers of all ranks must have in common (0: nothing). caller: which of those that share a transport,
+    copies of one layer for example. Not sent, but equal on all ranks: placement (None: expert i in slot i) and nodes,
+    the node of each rank (None: each has its own).
+    """
 
     step: int
     phase: int
@@ -97,24 +102,34 @@ class StepRecord:
     schedule_digest: int
     counts: torch.Tensor
     dedup: int = 0
+    router_state: int = 0
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
     caller: int = 0
+    placement: Placement | None = None
+    nodes: tuple[int, ...] | None = None
 
     @property
     def tables(self) -> list[torch.Tensor]:
-        """What is sent beside the named fields, [BLOCKS, P] each."""
+        """The counts, then `first` and `last` where it has them."""
         return [one for one in (self.counts, self.first, self.last) if one is not None]
 
+    @property
+    def named_fields(self) -> torch.Tensor:
+        """int64 [len(RECORD_FIELDS)]: the named fields in order."""
+        return torch.tensor([int(getattr(self, name)) for name in RECORD_FIELDS], dtype=torch.int64)
+
     def to_tensor(self) -> torch.Tensor:
-        """int64 [record_words(P, tables)]: the named fields in order, then the counts, then `first` and `last`."""
-        head = torch.tensor([int(getattr(self, name)) for name in RECORD_FIELDS], dtype=torch.int64)
-        return torch.cat([head, *(one.reshape(-1).to(torch.int64) for one in self.tables)])
+        """int64 [record_words]: the named fields, then the tables in order, two int32 to a word."""
+        tables = [one.reshape(-1).to(torch.int32) for one in self.tables]
+        return torch.cat([self.named_fields, torch.cat(tables).view(torch.int64)])
 
 
 # `caller` is in the head of the message.
 RECORD_FIELDS: tuple[str, ...] = tuple(
-    field.name for field in fields(StepRecord) if field.name not in ("counts", "first", "last", "caller")
+    field.name
+    for field in fields(StepRecord)
+    if field.name not in ("counts", "first", "last", "caller", "placement", "nodes")
 )
 # The fields that must be equal on all ranks. `status` and `x_requires_grad` may differ.
 AGREED_FIELDS: tuple[str, ...] = tuple(
@@ -122,9 +137,9 @@ AGREED_FIELDS: tuple[str, ...] = tuple(
 )
 
 
-def record_words(num_slots: int, tables: int) -> int:
-    """Words of a record: `tables` is 3 with deduplication, else 1."""
-    return len(RECORD_FIELDS) + tables * BLOCKS * num_slots
+def record_words(num_experts: int, num_slots: int, dedup: int) -> int:
+    """Words of a record with its tables."""
+    return len(RECORD_FIELDS) + BLOCKS * (num_experts + (2 * num_slots if dedup == 1 else 0)) // 2
 
 
 DIGEST_HINT = (
@@ -137,14 +152,13 @@ def _said(name: str, value: int) -> str:
     return f'{value} (schedule="auto")' if name == "chunks" and value == 0 else str(value)
 
 
-def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePlan:
-    """The plan that follows from the gathered records, int64 [W, n] on the CPU: words of `StepRecord.to_tensor`, behind
-    which there may be anything.
+def compare(records: torch.Tensor, *, rank: int) -> dict[str, np.ndarray]:
+    """The named fields of all ranks, int64 [W] each, from their records [W, n] on the CPU, behind whose fields there
+    may be anything.
 
-    Every rank calls this with the same data and so comes to the same end: the plan, or the same error. Raises
-    ConfigError where a rank refused the step, PlanMismatch where the ranks differ or a count cannot be.
+    Every rank calls this with the same data and so comes to the same end: raises ConfigError where a rank refused the
+    step, PlanMismatch where the ranks differ.
     """
-    world_size = records.shape[0]
     table = records.numpy()
     column = {name: table[:, i] for i, name in enumerate(RECORD_FIELDS)}
     refusing = np.nonzero(column["status"])[0]
@@ -170,44 +184,4 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int) -> ExchangePla
                 step=step,
                 action="N",
             )
-    dedup = int(column["dedup"][0])
-    tables = table[:, len(RECORD_FIELDS) : record_words(num_slots, 3 if dedup == 1 else 1)]
-    counts, *ends = np.split(tables.reshape(world_size, -1, num_slots), tables.shape[1] // (BLOCKS * num_slots), axis=1)
-    bad = _impossible(counts, *ends)
-    if not 0 <= dedup < len(DEDUP):
-        bad[:] = True
-    if bad.any():
-        peer = int(np.nonzero(bad)[0][0])
-        raise PlanMismatch(f"rank {peer} announced an impossible row count; nothing was sent", rank=rank, peer=peer,
-                           step=step, action="N")  # fmt: skip
-    return ExchangePlan(
-        rank=rank,
-        world_size=world_size,
-        step=step,
-        phase=PHASES[int(column["phase"][0])] if 0 <= column["phase"][0] < len(PHASES) else "unknown",
-        grad_enabled=bool(column["grad_enabled"][0]),
-        x_requires_grad=bool(column["x_requires_grad"].any()),
-        counts=counts,
-        dedup=dedup,
-        first=ends[0] if ends else None,
-        last=ends[1] if ends else None,
-    )
-
-
-def _impossible(counts: np.ndarray, first: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
-    """bool [W]: the ranks whose counts no routing can have; int64 [W, BLOCKS, P] each."""
-    # A row count past 2^40 cannot be a real batch; refusing it keeps every sum below 2^63.
-    bad = np.asarray(((counts < 0) | (counts > 1 << 40)).any(axis=(1, 2)))
-    if first is None or last is None:
-        return bad
-    bad |= ((first < 0) | (last < 0) | (first > counts) | (last > counts)).any(axis=(1, 2))
-    world_size, _, num_slots = counts.shape
-    local = num_slots // world_size
-    choices, begun, ended = (
-        one.reshape(world_size, BLOCKS, world_size, local).cumsum(axis=3) for one in (counts, first, last)
-    )
-    rows, chosen = begun[..., -1], choices[..., -1]
-    # No row is over before it began, each is over in the end, and it stands for 1 to `local` choices.
-    bad |= (ended > begun).any(axis=(1, 2, 3))
-    bad |= ((ended[..., -1] != rows) | (rows > chosen) | (chosen > rows * local)).any(axis=(1, 2))
-    return bad
+    return column

@@ -22,7 +22,7 @@ import torch
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
 from moe_overlap.auto.beside import why_not_kept
-from moe_overlap.auto.calibrate import MAX_GROUPS, Nodes, calibrate, gathered
+from moe_overlap.auto.calibrate import MAX_GROUPS, calibrate, gathered
 from moe_overlap.auto.cost_cache import cache_file, cache_key, hosts_of, load, store
 from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.auto.probes import ProbeInputs, Probes, probe_pair
@@ -34,6 +34,7 @@ from moe_overlap.schedule.builders import SchedulePair, Schedules, deduplicate
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
+from moe_overlap.transport.link import nodes_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Unplanned:
 
 def busiest_rows(exchange: ExchangePlan) -> int:
     """T * K of the rank with most tokens: agreed, so alike on all ranks."""
-    return int(exchange.counts.sum(axis=(1, 2)).max())
+    return exchange.counts.most_sent
 
 
 def beyond(model: CostModel, exchange: ExchangePlan) -> bool:
@@ -152,7 +153,7 @@ class AutoSchedule:
                     return old
                 logger.info("calibrating again: this step has %d rows on the busiest rank, the cost model was measured "
                             "with %d", busiest_rows(exchange), old.model.measured_rows)  # fmt: skip
-            if not exchange.counts.any():
+            if not exchange.counts.totals.any():
                 return self.unplanned
             with closing_on_error(dispatcher.transport, "calibrate"):
                 return self.prepare(probes, exchange)
@@ -160,7 +161,7 @@ class AutoSchedule:
     def prepare(self, probes: Probes, exchange: ExchangePlan) -> PlannedSchedule:
         """Load or measure the cost model of the coming steps, the first of which is agreed. Collective."""
         transport, device, dtype = probes.transport, probes.x_TD.device, probes.x_TD.dtype
-        nodes = topology(transport)
+        nodes = nodes_of(transport)
         key = cache_key(probes.key, transport=transport, device=device, dtype=dtype, nodes=nodes,
                         hosts=hosts_of(transport, device))  # fmt: skip
         first = transport.rank == 0
@@ -203,12 +204,6 @@ class AutoSchedule:
 def _any(transport: Transport, flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank. Collective."""
     return bool(gathered(transport, torch.tensor([float(flag)], dtype=torch.float64, device=device)).any())
-
-
-def topology(transport: Transport) -> Nodes | None:
-    """The node of each rank, where the transport knows."""
-    known = getattr(transport, "topology", None)
-    return None if known is None else tuple(known.node_of(rank) for rank in range(transport.world_size))
 
 
 TEXT_LIMIT = 1 << 16

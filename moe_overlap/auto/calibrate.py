@@ -21,13 +21,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import KINDS, LANES, Counts, Nodes, moves
 from moe_overlap.agreement.plan import ChunkBy, ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.auto.fit import Probe, fit
 from moe_overlap.measure.timeline import TimelineEvent, overlap
@@ -59,9 +59,6 @@ class StepTimes:
 RunStep = Callable[[SchedulePair], StepTimes]
 
 
-Nodes = tuple[int, ...]
-
-
 def step_shape(plan: ChunkPlan, *, row_bytes: int, nodes: Nodes | None = None, joined: bool = False) -> StepShape:
     """The integers of one step that durations depend on. `nodes`: the node of each rank (None: each has its own).
 
@@ -69,28 +66,24 @@ def step_shape(plan: ChunkPlan, *, row_bytes: int, nodes: Nodes | None = None, j
     with much in one chunk has less in others, and the busiest rank of the whole step counts, its rows spread over the
     chunks as all ranks' are.
     """
-    world, chunks = plan.world_size, plan.chunks
-    pairs = plan.matrix.reshape(chunks, world, world, plan.local_slots).sum(axis=3)  # [C, from, to]
+    chunks, loads = plan.chunks, plan.exchange.counts.loads(nodes)
 
-    def busiest(*of_ranks: np.ndarray) -> tuple[int, ...]:
-        """Per chunk, from int64 [C, W] of rows out and rows in."""
+    def busiest(kind: str) -> tuple[int, ...]:
+        """Per chunk, rows."""
         if joined:
-            return tuple(int(n) for n in np.maximum.reduce(of_ranks).max(axis=1))
-        most, all_ranks = max(int(part.sum(axis=0).max()) for part in of_ranks), of_ranks[0].sum(axis=1)
+            return tuple(int(n) for n in loads.busiest(kind, chunks, plan.by))
+        most, all_ranks = int(loads.busiest(kind, 1, "tokens")[0]), loads.total(kind, chunks, plan.by)
         ends = most * np.cumsum(all_ranks) // max(1, int(all_ranks.sum()))
         return tuple(int(n) for n in np.diff(ends, prepend=0))
 
-    lanes: dict[str, tuple[int, ...]] = {}
-    for lane, moves in _moves(world, nodes).items():
-        moved = pairs * moves
-        lanes[lane] = tuple(rows * row_bytes for rows in busiest(moved.sum(axis=2), moved.sum(axis=1)))
+    lanes = {lane: tuple(rows * row_bytes for rows in busiest(lane)) for lane in wires(plan.world_size, nodes)}
     return StepShape(
         chunks=chunks,
         by=plan.by,
-        rows=busiest(pairs.sum(axis=1)),
+        rows=busiest("rows"),
         experts=experts_per_chunk(plan.local_slots, chunks, plan.by),
         bytes_by_lane=lanes,
-        slots_rows=int(plan.exchange.counts.sum(axis=(1, 2)).max()),
+        slots_rows=plan.exchange.counts.most_sent,
         row_bytes=row_bytes,
     )
 
@@ -104,44 +97,31 @@ def distinct_shape(
     joined: bool = False,
 ) -> StepShape:
     """`step_shape` where the step is deduplicated. Of the busiest rank's rows as many stay as of all ranks' do."""
+    exchange, chunks, by = plan.exchange, plan.chunks, plan.by
 
-    def shape_of(counts: np.ndarray | None) -> StepShape:
+    def shape_of(counts: Counts | None) -> StepShape:
         assert counts is not None, "agreed on with deduplication"
-        counted = replace(plan.exchange, counts=counts).chunked(plan.chunks, plan.by)
+        counted = replace(exchange, counts=counts).chunked(chunks, by)
         return step_shape(counted, row_bytes=row_bytes, nodes=nodes, joined=joined)
 
-    exchange = plan.exchange
-    shape = shape_of(exchange.counts)
-    others = [n - n * stay // max(1, total) for n, (stay, total) in zip(shape.rows, _staying(plan), strict=True)]
+    shape, loads = shape_of(exchange.counts), exchange.counts.loads(nodes)
+    total, *away = (loads.total(kind, chunks, by) for kind in KINDS)
+    stay = total - sum(away)
+    others = tuple(int(n - n * stay[c] // max(1, total[c])) for c, n in enumerate(shape.rows))
     return without_own(
         shape,
         own_rows=sum(shape.rows) - sum(others),
-        rows=tuple(others),
+        rows=others,
         out_by_lane=shape_of(exchange.first).bytes_by_lane,
         back_by_lane=shape_of(exchange.last).bytes_by_lane,
         metadata=metadata,
     )
 
 
-def _staying(plan: ChunkPlan) -> list[tuple[int, int]]:
-    """Of each chunk, how many of all ranks' choices are of experts of the token's own rank, and how many there are."""
-    pairs = plan.matrix.reshape(plan.chunks, plan.world_size, plan.world_size, plan.local_slots).sum(axis=3)
-    return [(int(np.trace(one)), int(one.sum())) for one in pairs]
-
-
-@lru_cache(maxsize=64)
-def _moves(world: int, nodes: Nodes | None) -> dict[str, np.ndarray]:
-    """By wire, bool [W, W]: whether rows from one rank to another take it. Only wires that some pair of ranks takes."""
-    ranks = np.arange(world)
-    node = ranks if nodes is None else np.array(nodes)
-    same = node[:, None] == node[None, :]
-    found = {"inter": ~same, "intra": same & (ranks[:, None] != ranks[None, :])}
-    return {lane: moves for lane, moves in found.items() if moves.any()}
-
-
-def wires(world: int, nodes: Sequence[int] | None) -> set[str]:
+def wires(world: int, nodes: Sequence[int] | None) -> tuple[str, ...]:
     """The wires that ranks on these nodes take to each other."""
-    return set(_moves(world, None if nodes is None else tuple(nodes)))
+    taken = moves(world, None if nodes is None else tuple(nodes))
+    return tuple(lane for lane, pairs in zip(LANES, taken, strict=True) if pairs.any())
 
 
 # ---------------------------------------------------------------- measuring
@@ -257,16 +237,15 @@ def _within_node(
     In the step itself the slower of both wires is what one sees. Of each exchange the rank that waited least counts,
     and the median of the rounds. cuts: numbers of chunks.
     """
-    moves = _moves(exchange.world_size, nodes)
-    if len(moves) < 2:
+    if len(wires(exchange.world_size, nodes)) < 2:
         return []
-    local = exchange.num_slots // exchange.world_size
-    counts = exchange.counts * np.repeat(moves["intra"], local, axis=1)[:, None, :]
+    sizes_of = exchange.counts.loads(nodes)
+    inside = moves(exchange.world_size, nodes)[LANES.index("intra")]
     clock, layout = clock_for(device), RowLayout(width=row_bytes, dtype=torch.uint8)
     assert clock is not None, "probes are recorded"
     points = []
     for chunks in cuts:
-        plan = replace(exchange, counts=counts).chunked(chunks, "tokens")
+        plan = _only(exchange.chunked(chunks, "tokens"), inside[exchange.rank])
         rows = torch.zeros(max(plan.send_rows), row_bytes, dtype=torch.uint8, device=device)
         taken = []
         for _ in range(rounds):
@@ -278,9 +257,15 @@ def _within_node(
             taken.append([after - before for before, after in pairwise(ends_s)])
         table = gathered(transport, torch.tensor(taken, dtype=torch.float64, device=device).reshape(-1))
         seconds = table.reshape(-1, rounds, chunks).amin(dim=0).median(dim=0).values
-        sizes = step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=True).bytes_by_lane["intra"]
+        sizes = sizes_of.busiest("intra", chunks, "tokens") * row_bytes
         points += [(float(size), float(one)) for size, one in zip(sizes, seconds, strict=True)]
     return points
+
+
+def _only(plan: ChunkPlan, ranks: np.ndarray) -> ChunkPlan:
+    """The exchanges of `plan` with some ranks alone, bool [W], on all ranks alike."""
+    sent = plan.sent * np.repeat(ranks, plan.local_slots)
+    return replace(plan, sent=sent, received=plan.received * ranks[:, None])
 
 
 def gathered(transport: Transport, values: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,7 @@ def fitting(model: CostModel, key: dict[str, Any]) -> CostModel:
     """`model`, if it has the wires and the ops of the layer with this key, and the figures of deduplicated steps where
     that has them. Raises ConfigError where it has others."""
     wanted = wires(key["world_size"], key["nodes"])
-    if set(model.exchange) != wanted:
+    if set(model.exchange) != set(wanted):
         raise ConfigError("exchange", sorted(model.exchange), f"the wires {sorted(wanted)}")
     if len(model.backbone_s) != len(key["ops"]):
         raise ConfigError("backbone_s", model.backbone_s, f"{len(key['ops'])} ops")

@@ -18,9 +18,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import Counts, Nodes
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
-from moe_overlap.auto.calibrate import Nodes, distinct_shape, step_shape
+from moe_overlap.auto.calibrate import distinct_shape, step_shape
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.search import DISTINCT, STAGES, TIE, Candidate, search
@@ -213,9 +214,9 @@ def distinct_kind(plain: StepKind, exchange: ExchangePlan, *, nodes: Nodes | Non
     )
 
 
-def _all_shares(counts: np.ndarray, world_size: int) -> tuple[Shares, ...]:
-    """For every number of expert groups, the rows of each; counts: int64 [W, BLOCKS, P]."""
-    rows_of = counts.sum(axis=(0, 1)).reshape(world_size, -1).sum(axis=0)
+def _all_shares(counts: Counts, world_size: int) -> tuple[Shares, ...]:
+    """For every number of expert groups, the rows of each."""
+    rows_of = counts.totals.reshape(world_size, -1).sum(axis=0)
     return tuple(_shares(rows_of, groups) for groups in GROUPS if groups <= len(rows_of))
 
 

@@ -77,7 +77,7 @@ def layer_stats(last: LastStep, placement: Placement, computes: Sequence[str]) -
         overload = 1.0
     else:
         counts_E = torch.zeros(placement.num_experts, dtype=torch.int64)
-        per_slot = torch.from_numpy(last.plan.exchange.counts.sum(axis=(0, 1)))
+        per_slot = torch.from_numpy(last.plan.exchange.counts.totals)
         counts_E.index_add_(0, torch.tensor(placement.slot_to_expert), per_slot)
         rows = last.plan.exchange.rows_per_rank
         overload = max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0

@@ -23,6 +23,7 @@ from torch.autograd import Variable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import DTYPES, digest
 from moe_overlap.errors import ConfigError, PlanMismatch
@@ -297,4 +298,4 @@ def _one_row_each(rank: int, count: int, step: int) -> ChunkPlan:
     counts = np.zeros((count, BLOCKS, count), dtype=np.int64)
     counts[:, 0] = 1
     return ExchangePlan(rank=rank, world_size=count, step=step, phase="backward", grad_enabled=True,
-                        x_requires_grad=True, counts=counts).chunked(1)  # fmt: skip
+                        x_requires_grad=True, counts=Counts.of(counts, rank)).chunked(1)  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from moe_overlap.errors import ConfigError
@@ -76,6 +78,26 @@ class Placement:
         if self.num_slots != self.num_experts:
             raise NotImplementedError("Placement.to_physical with replicated experts (num_slots > num_experts)")
         return _expert_to_slot(self, topk_ids_TK.device, topk_ids_TK.dtype)[topk_ids_TK.long()]
+
+    def logical_counts(self, counts_BP: torch.Tensor) -> torch.Tensor:
+        """int64 [BLOCKS, E] of counts by slot [BLOCKS, P]: what a rank announces."""
+        if self.is_identity:
+            return counts_BP
+        experts = torch.tensor(self.slot_to_expert)
+        return counts_BP.new_zeros(len(counts_BP), self.num_experts).index_add_(1, experts, counts_BP)
+
+    def physical_counts(self, counts: np.ndarray, sources: Sequence[int]) -> np.ndarray:
+        """int64 [S, BLOCKS, P] of counts by expert [S, BLOCKS, E] that the ranks `sources` announced.
+
+        A function of (this placement, source rank, block, counts) and of nothing else, so that any rank can tell what
+        another one will send. Where an expert has several slots, each gets a prefix of what is left of the block's
+        tokens in token order, so that counts alone say which: no such choice is available yet, NotImplementedError.
+        """
+        if counts.shape != (len(sources), counts.shape[1], self.num_experts):
+            raise ConfigError("counts", counts.shape, f"({len(sources)}, blocks, {self.num_experts})")
+        if self.num_slots != self.num_experts:
+            raise NotImplementedError("Placement.physical_counts with replicated experts (num_slots > num_experts)")
+        return counts if self.is_identity else counts[:, :, list(self.slot_to_expert)]
 
 
 @lru_cache(maxsize=64)

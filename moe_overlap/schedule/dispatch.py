@@ -8,15 +8,16 @@ from typing import NoReturn
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from moe_overlap.agreement.counts import BLOCKS, block_counts, block_counts_of_rows
+from moe_overlap.agreement.counts import BLOCKS, MOST, block_counts, block_counts_of_rows, check_counts
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
 from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import Schedules
-from moe_overlap.transport.base import Transport
+from moe_overlap.transport.base import Agreement, Transport
 from moe_overlap.transport.closing import closing_on_interrupt
+from moe_overlap.transport.link import nodes_of
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 WEIGHT_DTYPES = (torch.float32, torch.float64)
@@ -98,10 +99,17 @@ class Dispatcher:
     def plan(
         self, slots_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
     ) -> ExchangePlan:
-        """The agreed counts of one step: one control collective.
+        """The agreed counts of one step: `begin` and `finish`."""
+        return self.finish(self.begin(slots_TK, x_TD, schedule, status=status))
+
+    def begin(
+        self, slots_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
+    ) -> Agreement:
+        """Tell all ranks what this one will send in a step; returns at once.
 
         slots_TK: int32 [T, K] physical slots, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
-        status: int32 [1] flag word of the router. Raises ConfigError or PlanMismatch alike on all ranks.
+        status: int32 [1] flag word of the router. Raises ConfigError alike on all ranks where this one refuses. What
+        runs before `finish` has to be the same on all ranks, and stands in `closing_on_error`.
         """
         try:
             tables = self._count(slots_TK)
@@ -112,7 +120,12 @@ class Dispatcher:
             schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, tables, (1, flags) if flags else (0, 0)
         )
         with closing_on_interrupt(self.transport):
-            return self.transport.agree(record)
+            return self.transport.begin_agree(record)
+
+    def finish(self, agreement: Agreement) -> ExchangePlan:
+        """The plan, bounded. Raises ConfigError or PlanMismatch alike on all ranks."""
+        with closing_on_interrupt(self.transport):
+            return agreement.wait()
 
     def refuse(self, error: BaseException, schedule: Schedules) -> NoReturn:
         """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like. An
@@ -130,7 +143,7 @@ class Dispatcher:
                 value = DTYPES.index(error.value)
         try:
             with temporarily_clear_interpreter_stack():  # also where a transform of torch.func is what is refused
-                counts = torch.zeros(BLOCKS, self.placement.num_slots, dtype=torch.int64)
+                counts = torch.zeros(BLOCKS, self.placement.num_experts, dtype=torch.int64)
                 self.transport.agree(self._record(schedule, 0, False, (counts,), (code, value)))
         except ConfigError:
             # All ranks raise; this one knows more about the cause than the record could carry.
@@ -139,9 +152,15 @@ class Dispatcher:
 
     def _count(self, slots_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The record's counts, and `first` and `last` where rows are deduplicated."""
+        slots = self.placement.num_slots
         if self.dedup == 1:
-            return block_counts_of_rows(slots_TK, self.placement.num_slots, self.placement.world_size)
-        return (block_counts(slots_TK, self.placement.num_slots),)
+            counts, *ends = block_counts_of_rows(slots_TK, slots, self.placement.world_size)
+        else:
+            counts, ends = block_counts(slots_TK, slots), []
+        counts = self.placement.logical_counts(counts)
+        if slots_TK.numel() > MOST:
+            check_counts(counts)
+        return counts, *ends
 
     def _record(
         self,
@@ -172,9 +191,13 @@ class Dispatcher:
                 self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert, self.payload_dtype
             ),
             schedule_digest=schedule.digest,
-            **dict(zip(("counts", "first", "last"), tables, strict=False)),
+            counts=tables[0],
+            first=tables[1] if len(tables) > 1 else None,
+            last=tables[2] if len(tables) > 1 else None,
             dedup=self.dedup,
             caller=self.caller,
+            placement=self.placement,
+            nodes=nodes_of(self.transport),
         )
 
     def open(self) -> None:

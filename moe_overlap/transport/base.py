@@ -48,6 +48,13 @@ class Work(Protocol):
         """(start_s, end_s) on the time.perf_counter clock during which the bytes were under way, once waited for."""
 
 
+class Agreement(Protocol):
+    """The record of a step, said to all ranks."""
+
+    def wait(self) -> ExchangePlan:
+        """The plan, once; bounded. Raises ConfigError or PlanMismatch alike on all ranks."""
+
+
 class Announcement(Protocol):
     """The start of a backward, said to all ranks."""
 
@@ -85,7 +92,11 @@ class Transport(Protocol):
         """
 
     def agree(self, record: StepRecord) -> ExchangePlan:
-        """The one control collective of a step: gathers the records and derives the plan with `record.agree_on`."""
+        """`begin_agree`, waited for."""
+
+    def begin_agree(self, record: StepRecord) -> Agreement:
+        """Tell all ranks what a step will be; returns at once. Its `wait` gives the plan that follows from the records
+        of all. Other work may be done in between; on many ranks (`agreement/cost.py`) nothing else may be said."""
 
     def begin_backward(self, record: BackwardRecord) -> Announcement:
         """Tell all ranks which backward begins; returns at once. Raises PlanMismatch from its `wait`, alike on all

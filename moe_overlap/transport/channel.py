@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,8 +14,9 @@ from moe_overlap.transport.world import World
 
 @dataclass(kw_only=True)
 class Meeting:
-    """One collective: what every rank brought so far, who has been served, and what is wrong with it."""
+    """One collective: of whom, what each brought so far, who has been served, and what is wrong with it."""
 
+    members: Sequence[int]
     brought: dict[int, Any] = field(default_factory=dict)
     served: set[int] = field(default_factory=set)
     mismatch: str | None = None
@@ -43,19 +45,21 @@ class Channel:
         self._open: dict[tuple[str, int], Meeting] = {}
         self._positions: dict[tuple[str, int], int] = {}
 
-    def bring(self, kind: str, rank: int, what: Any) -> Meeting:
-        """Join this rank's next meeting of `kind`; the last one to come sets the deliveries up."""
+    def bring(self, kind: str, rank: int, what: Any, members: Sequence[int] | None = None) -> Meeting:
+        """Join this rank's next meeting of `kind`; the last one to come sets the deliveries up. `members`: all ranks,
+        or those who meet under this name."""
+        members = range(self.world.world_size) if members is None else members
         position = self._positions.get((kind, rank), 0)
         self._positions[kind, rank] = position + 1
-        meeting = self._open.setdefault((kind, position), Meeting())
+        meeting = self._open.setdefault((kind, position), Meeting(members=members))
         meeting.brought[rank] = what
-        if len(meeting.brought) == self.world.world_size:
+        if len(meeting.brought) == len(members):
             del self._open[kind, position]
             if kind == "exchange":
                 _check_parcels(meeting)
             if kind == "reopen":
                 self._renew()
-            for receiver in range(self.world.world_size):
+            for receiver in members:
                 self.world.baton.deliver_later(partial(self._serve, meeting, kind, receiver, self._generation))
         return meeting
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moe_overlap.agreement.cost import GATHERED_RANKS, Grid
 from moe_overlap.config import SLOW_PEER_S
 from moe_overlap.errors import ConfigError, MoeTransportError, PeerFailed, TransportTimeout
 from moe_overlap.transport.control import (
@@ -64,6 +65,8 @@ class Connections:
     def __init__(self, group: Any, ranks: list[int], *, backend: str, lane: str) -> None:
         self.rank, self.world_size = ranks.index(dist.get_rank()), len(ranks)
         self.backend = backend
+        # With so many ranks their messages go along rows and columns, for which there are groups.
+        self.grid = Grid.of(self.world_size) if self.world_size > GATHERED_RANKS else Grid(1, self.world_size)
         self.life = Life()
         self.limit_s = 0.0  # the longest of the transports
         self.transports = 0  # made so far: the members of the group make them in the same order
@@ -171,7 +174,7 @@ class Connections:
         try:
             return Groups(
                 store, rank=self.rank, world_size=self.world_size, timeout_s=self.limit_s, backend=self.backend,
-                watch=watch,
+                grid=self.grid, watch=watch,
             )  # fmt: skip
         except Exception as error:
             forget_own_store(self._store, "connect")

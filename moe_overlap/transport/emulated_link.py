@@ -26,12 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moe_overlap.agreement.cost import agreement_cost
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.message import HEAD_WORDS
 from moe_overlap.agreement.plan import ExchangePlan
-from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, digest, record_words
+from moe_overlap.agreement.record import BackwardRecord, StepRecord, digest
 from moe_overlap.errors import ConfigError, MoeTransportError, TransportTimeout
-from moe_overlap.transport.base import Announcement, Work
+from moe_overlap.transport.base import Agreement, Announcement, Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.process_group import ProcessGroupTransport
@@ -140,6 +141,22 @@ class EmulatedWork:
 
 
 @dataclass(frozen=True, eq=False, kw_only=False)
+class _DelayedPlan:
+    """The record of a step, which the link brings, in so many rounds."""
+
+    transport: EmulatedLinkTransport
+    inner: Agreement
+    departure: _Departure
+    where: Where
+    rounds: int
+
+    def wait(self) -> ExchangePlan:
+        plan = self.inner.wait()
+        self.transport._arrived(self.departure, self.where, self.rounds)
+        return plan
+
+
+@dataclass(frozen=True, eq=False, kw_only=False)
 class _Delayed:
     """The announcement of a backward, which the link brings."""
 
@@ -150,7 +167,7 @@ class _Delayed:
 
     def wait(self) -> None:
         self.inner.wait()
-        self.transport._arrived(self.departure, self.where)
+        self.transport._arrived(self.departure, self.where, 1)
 
 
 class EmulatedLinkTransport(Wrapper):
@@ -174,33 +191,45 @@ class EmulatedLinkTransport(Wrapper):
         self._off_node = topology.off_node(inner.rank)
         self._board: _Board | None = None
         self._number = 0
+        self._header: Header | None = None
         self._egress = _egresses.setdefault((link, topology), _Egress())
 
     def open(self, header: Header) -> bool:
         opened = super().open(header)
+        self._header = header
         if self._board is None:
             self._board = _share_board(self.inner, digest(self.link, self.topology))
         return opened
 
     def agree(self, record: StepRecord) -> ExchangePlan:
-        if self._board is None:
-            return super().agree(record)  # which says that open is missing
-        departure = self._depart(record_words(record.counts.shape[1], len(record.tables)) * 8 * len(self._off_node))
-        plan = super().agree(record)
-        self._arrived(departure, Where(action="N", step=record.step))
-        return plan
+        return self.begin_agree(record).wait()
+
+    def begin_agree(self, record: StepRecord) -> Agreement:
+        if self._board is None or self._header is None:
+            return super().begin_agree(record)  # which says that open is missing
+        header, inner = self._header, self.inner
+        cost = agreement_cost(
+            ranks=self.world_size, experts=header.num_experts, slots=header.num_slots, dedup=header.dedup,
+            gathered_ranks=inner.gathered_ranks, grid=inner._grid, capacity=inner.life.capacity, rank=self.rank,
+        )  # fmt: skip
+        departure = self._depart(cost.bytes_to(self._off_node))
+        return _DelayedPlan(
+            self, super().begin_agree(record), departure, Where(action="N", step=record.step), len(cost.rounds)
+        )
 
     def begin_backward(self, record: BackwardRecord) -> Announcement:
         if self._board is None:
             return super().begin_backward(record)
-        departure = self._depart((HEAD_WORDS + len(BACKWARD_FIELDS)) * 8 * len(self._off_node))
+        departure = self._depart((HEAD_WORDS + self.inner.life.capacity) * 8 * len(self._off_node))
         return _Delayed(self, super().begin_backward(record), departure, Where(action="Ut", step=record.step))
 
-    def _arrived(self, departure: _Departure, where: Where) -> None:
-        """Sleep until a message of all ranks has come over the link."""
+    def _arrived(self, departure: _Departure, where: Where, rounds: int) -> None:
+        """Sleep until the messages of all ranks have come over the link: one latency in every arrival, and one more for
+        each further round."""
         assert self._board is not None
         arrivals = [self._board.read(peer, departure.number)[1] for peer in self._off_node]
-        self._sleep_until(max([departure.left_ns, *arrivals]), where, None)
+        extra_ns = int((rounds - 1) * self.link.latency_s * 1e9) if self._off_node else 0
+        self._sleep_until(max([departure.left_ns, *arrivals]) + extra_ns, where, None)
 
     def _start(self, exchange: Exchange) -> Work:
         plan, chunk = exchange.plan, exchange.chunk

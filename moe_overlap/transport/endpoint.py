@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.agree import Exchanged, agree_on
+from moe_overlap.agreement.cost import GATHERED_RANKS, record_capacity
+from moe_overlap.agreement.counts import BLOCKS, MOST
 from moe_overlap.agreement.header import HEADER_WORDS, Header
 from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
-from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, agree_on, digest, record_words
+from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, compare, digest
 from moe_overlap.config import TIMEOUT_S
 from moe_overlap.errors import ConfigError, PlanMismatch, TransportClosed
-from moe_overlap.transport.base import Announcement, TransportStats, Work
+from moe_overlap.transport.base import Agreement, Announcement, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
+from moe_overlap.transport.speaker import Speaker, Words
 from moe_overlap.transport.where import Where
 from moe_overlap.transport.work import DoneWork
 
@@ -28,16 +31,18 @@ E = TypeVar("E", bound=BaseException)
 class Life:
     """What transports that share connections have in common. `cause`: what poisoned them; `ended`: for good;
     `generation`: how often they were renewed; `capacity`: words that a message has room for, which grows when a layer
-    with more experts is opened; `paths`: what layers are called, by the numbers of their transports."""
+    with more experts is opened; `paths`: what layers are called, by the numbers of their transports; `asked`: the
+    agreement that has to be waited for before anything else is said."""
 
     cause: BaseException | None = None
     ended: bool = False
     generation: int = 0
     capacity: int = HEADER_WORDS
     paths: dict[int, str] = field(default_factory=dict)
+    asked: object = None
 
     def renew(self) -> None:
-        self.cause, self.capacity = None, HEADER_WORDS
+        self.cause, self.capacity, self.asked = None, HEADER_WORDS, None
         self.generation += 1
 
     def name_of(self, layer: int, caller: int) -> str:
@@ -46,11 +51,15 @@ class Life:
         return f"a copy of {name}, or another user of its transport" if caller else name
 
 
-class Words(Protocol):
-    """Words under way to all ranks."""
+class Asked:
+    """The record of a step, said to all ranks."""
 
-    def wait(self) -> torch.Tensor:
-        """Those of every rank, int64 [W, n]. Bounded; the host waits."""
+    def __init__(self, transport: Endpoint, words: Words, record: StepRecord) -> None:
+        self._transport, self._words, self._record = transport, words, record
+
+    def wait(self) -> ExchangePlan:
+        """Once. Raises ConfigError or PlanMismatch alike on all ranks."""
+        return self._transport._agree(self._words.wait(), self._record)
 
 
 class Beginning:
@@ -64,7 +73,7 @@ class Beginning:
         self._transport._compare_backwards(self._words.wait(), self._record)
 
 
-class Endpoint(ABC):
+class Endpoint(Speaker):
     """One rank's end of a transport: usable until an error, then poisoned until `reopen`.
 
     The public methods of the contract (`base.py`) are here. A transport says how words are gathered (`_send`), rows
@@ -73,6 +82,7 @@ class Endpoint(ABC):
     """
 
     name = "transport"
+    gathered_ranks = GATHERED_RANKS  # with more ranks, counts go to those whom they concern; before `open`
     group: Any = None  # the group of torch.distributed whose ranks these are
     _device_type: str | None = None  # where rows must be; None: anywhere
 
@@ -94,7 +104,7 @@ class Endpoint(ABC):
     def open(self, header: Header) -> bool:
         if self._is_open_for(header):
             return False
-        table = self._said("open", header.to_tensor(world_size=self.world_size), Where(action="open"))
+        table = self._said("open", self._header_words(header), Where(action="open"))
         different = (table != table[0]).any(dim=1).nonzero()
         if len(different):
             odd = int(different[0])
@@ -102,29 +112,35 @@ class Endpoint(ABC):
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header, self._opened_in = header, self.life.generation
-        self.life.capacity = max(self.life.capacity, record_words(header.num_slots, _tables(header.dedup)))
+        needed = record_capacity(header.num_experts, header.num_slots, header.dedup, gathered=self._gathers)
+        self.life.capacity = max(self.life.capacity, needed)
         self.openings += 1
         return True
 
     def agree(self, record: StepRecord) -> ExchangePlan:
+        return self.begin_agree(record).wait()
+
+    def begin_agree(self, record: StepRecord) -> Agreement:
         words = self._require_record(record)
         where = Where(action="N", step=record.step)
-        table = self._say("forward", words, where, record.caller).wait()
-        self._require_same_subject(table, where)
-        try:
-            return agree_on(table[:, HEAD_WORDS:], rank=self.rank, num_slots=record.counts.shape[1])
-        except PlanMismatch as error:
-            self._poisoned(error)
-            raise
+        asked = Asked(self, self._say("forward", words, where, record.caller), record)
+        if not self._gathers:
+            self.life.asked = asked
+        return asked
 
     def begin_backward(self, record: BackwardRecord) -> Announcement:
         self._require_usable()
+        self._require_nothing_asked()
         where = Where(action="Ut", step=record.step)
-        return Beginning(self, self._say("backward", record.to_tensor(), where, record.caller), record)
+        words = self._say("backward", record.to_tensor(), where, record.caller)
+        if not self._gathers:
+            words = DoneWork(words.wait())  # a recompute may agree before this is waited for
+        return Beginning(self, words, record)
 
     def gather(self, words: torch.Tensor, where: Where) -> torch.Tensor:
         """int64 [n] of every rank, as [W, n]; n must be equal on all ranks. Bounded; the host waits."""
         self._require_usable()
+        self._require_nothing_asked()
         return self._said("gather", words, where)
 
     def start(
@@ -161,6 +177,7 @@ class Endpoint(ABC):
         self._require_usable()
         where = Where(action=action)
         if self.world_size > 1:
+            self._require_nothing_asked()
             said = torch.tensor([tensor.numel(), digest(tensor.dtype)], dtype=torch.int64)
             table = self._said("all_reduce", said, where)
             if (table != table[0]).any():
@@ -201,7 +218,10 @@ class Endpoint(ABC):
         """Start to tell all ranks."""
         step = -1 if where.step is None else where.step
         said = message(kind, words, layer=self.number, caller=caller, step=step, capacity=self.life.capacity)
-        return self._send(said, where)
+        if self._gathers:
+            return self._send(said, where)
+        self._count_agreement(where)
+        return self._to_all(said, where)
 
     def _said(self, kind: str, words: torch.Tensor, where: Where, caller: int = 0) -> torch.Tensor:
         """Tell all ranks; what each one said, int64 [W, n]. Raises PlanMismatch where they talk about other things."""
@@ -216,6 +236,38 @@ class Endpoint(ABC):
             text = f"rank 0 is {doing[0]}, rank {odd} {doing[1]}; nothing was sent"
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, **where._asdict()))
+
+    @property
+    def _gathers(self) -> bool:
+        return self.world_size <= self.gathered_ranks
+
+    def _header_words(self, header: Header) -> torch.Tensor:
+        return header.to_tensor(world_size=self.world_size, gathered_ranks=self.gathered_ranks)
+
+    def _agree(self, table: torch.Tensor, record: StepRecord) -> ExchangePlan:
+        """From what all ranks said, and what they say further, to the plan."""
+        where = Where(action="N", step=record.step)
+        self.life.asked = None
+        self._require_same_subject(table, where)
+        said = table[:, HEAD_WORDS:]
+        assert self._header is not None
+        try:
+            if self._gathers:
+                slots = self._header.num_slots
+                return agree_on(said, rank=self.rank, num_slots=slots, placement=record.placement)
+            mine = Exchanged(record, compare(said, rank=self.rank), rank=self.rank)
+            mine.hear(self._to_each(mine.parts(), where))
+            return mine.plan(*self._reduced(mine.sums(), mine.most(), where))
+        except PlanMismatch as error:
+            self._poisoned(error)
+            raise
+
+    def _require_nothing_asked(self) -> None:
+        """Exchanged counts take several messages, of which all but the first come when the plan is waited for: nothing
+        else may be said before. Gathered ones take one, which may be answered whenever."""
+        if self.life.asked is not None:
+            text = "a step whose plan nobody has waited for"
+            raise self._refusing(ConfigError("transport", text, "wait() of begin_agree before anything else is said"))
 
     def _compare_backwards(self, table: torch.Tensor, record: BackwardRecord) -> None:
         where = Where(action="Ut", step=record.step)
@@ -261,25 +313,36 @@ class Endpoint(ABC):
     def _require_record(self, record: StepRecord) -> torch.Tensor:
         """The words of `record`, whose length must be the one that the header fixed."""
         self._require_usable()
+        self._require_nothing_asked()
         if self._header is None or self._opened_in != self.life.generation:
             raise self._refusing(ConfigError("transport", self.name, "a transport that open(header) was called on"))
-        shape = (BLOCKS, self._header.num_slots)
         tables = record.tables
-        if any(tuple(one.shape) != shape or one.dtype not in (torch.int64, torch.int32) for one in tables):
-            given = [(tuple(one.shape), one.dtype) for one in tables]
-            raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
+        shapes = [(BLOCKS, self._header.num_experts), *[(BLOCKS, self._header.num_slots)] * (len(tables) - 1)]
+        for table, shape in zip(tables, shapes, strict=True):
+            if tuple(table.shape) != shape or table.dtype not in (torch.int64, torch.int32):
+                given = (tuple(table.shape), table.dtype)
+                raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
+            if table.dtype == torch.int64 and int(table.max()) > MOST:
+                raise self._refusing(ConfigError("record.counts", int(table.max()), f"at most {MOST}"))
         # A refusal need not count.
         most = _tables(self._header.dedup)
         if len(tables) > most or (record.status == 0 and len(tables) != _tables(record.dedup)):
             text = f"{len(tables)} tables with dedup={record.dedup}"
             expected = f"3 with dedup=1, else 1, and at most the {most} of the header"
             raise self._refusing(ConfigError("record.first", text, expected))
-        return record.to_tensor()
+        return record.to_tensor() if self._gathers else record.named_fields
 
     def _count_words(self, words: torch.Tensor, where: Where) -> None:
         """Called by `_send`: a network counts what it is about to send, virtual ranks what has arrived."""
-        self.stats.agreements += where.action == "N"
+        self._count_agreement(where)
         self.stats.meta_bytes += words.nbytes * (self.world_size - 1)
+
+    def _count_agreement(self, where: Where) -> None:
+        self.stats.agreements += where.action == "N"
+
+    def _count_parts(self, parts: torch.Tensor) -> None:
+        """Called by `_swap`, likewise."""
+        self.stats.meta_bytes += parts[1:].nbytes
 
     def _count_rows(self, exchange: Exchange, send: tuple[int, ...]) -> None:
         """Called by `_move`, which alone knows when nothing forbids the exchange any longer."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_overlap.agreement.cost import Grid
 from moe_overlap.errors import ConfigError
 
 LOOK_S = 0.05  # between two looks at the peers while connections are made
@@ -30,19 +31,27 @@ class Groups:
         world_size: int,
         timeout_s: float,
         backend: str,
+        grid: Grid,
         watch: Callable[[], None],
     ) -> None:
         # Twice our own limit: the library's error, if it comes to that, must come after ours.
         limit = timedelta(seconds=2 * timeout_s)
         self.rank, self.world_size = rank, world_size
 
-        def gloo(name: str) -> Any:
-            return watched(lambda: dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, world_size, limit), watch)
+        def gloo(name: str, ranks: range) -> Any:
+            prefix = dist.PrefixStore(name, store)
+            return watched(lambda: dist.ProcessGroupGloo(prefix, ranks.index(rank), len(ranks), limit), watch)
 
-        self.control: Any = gloo("control")
+        everyone = range(world_size)
+        # By who takes part: all ranks, and where messages go along a grid, its row and its column.
+        self.control_of: dict[range, Any] = {everyone: gloo("control", everyone)}
+        if grid.rows > 1:
+            row, column = grid.row(rank), grid.column(rank)
+            self.control_of[row] = gloo(f"row {row.start}", row)
+            self.control_of[column] = gloo(f"column {column.start}", column)
         self.payload: Any
         if backend == "gloo":
-            self.payload = gloo("payload")
+            self.payload = gloo("payload", everyone)
         else:
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options._timeout = limit
@@ -51,12 +60,13 @@ class Groups:
 
     def break_off(self) -> None:
         """Close all connections, so that no operation of these groups is pending any longer. Never raises."""
-        for group in (self.control, self.payload):
+        everyone = range(self.world_size)
+        for ranks, group in [*self.control_of.items(), (everyone, self.payload)]:
             if group is self.payload and self.backend != "gloo":
                 self.payload.abort()
                 continue
-            for peer in range(self.world_size):
-                if peer == self.rank:
+            for peer in range(len(ranks)):
+                if ranks[peer] == self.rank:
                     continue
                 try:
                     group.recv([torch.empty(1, dtype=torch.uint8)], peer, 0).wait(timedelta(milliseconds=1))

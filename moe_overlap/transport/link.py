@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.transport.base import Transport
 
 EXPECTED = "none or RATE[:LATENCY], like 400mbit:50us, 25GB:2us (kbit mbit gbit kB MB GB per second; us ms s)"
 _RATES = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "kb": 1e3, "mb": 1e6, "gb": 1e9}
@@ -91,3 +92,9 @@ class NodeTopology:
     def off_node(self, rank: int) -> tuple[int, ...]:
         """The ranks on other nodes than `rank`."""
         return tuple(peer for peer in range(self.world_size) if self.node_of(peer) != self.node_of(rank))
+
+
+def nodes_of(transport: Transport) -> tuple[int, ...] | None:
+    """The node of each rank, where the transport knows."""
+    known = getattr(transport, "topology", None)
+    return None if known is None else tuple(known.node_of(rank) for rank in range(transport.world_size))

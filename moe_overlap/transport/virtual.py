@@ -75,6 +75,21 @@ class VirtualWords:
         return torch.stack([self._meeting.brought[peer] for peer in range(transport.world_size)])
 
 
+class VirtualParts:
+    """Words under way from each virtual rank to each."""
+
+    def __init__(self, transport: VirtualTransport, meeting: Meeting, parts: torch.Tensor, where: Where) -> None:
+        self._transport, self._meeting, self._parts, self._where = transport, meeting, parts, where
+
+    def wait(self) -> torch.Tensor:
+        transport = self._transport
+        transport._join(self._meeting, self._where)
+        transport._count_parts(self._parts)
+        members = self._meeting.members
+        mine = members.index(transport.rank)
+        return torch.stack([self._meeting.brought[peer][mine] for peer in members])
+
+
 class VirtualTransport(Endpoint):
     """One rank's end of a channel of a VirtualWorld. Usable only inside `VirtualWorld.run`, by its own rank."""
 
@@ -88,6 +103,11 @@ class VirtualTransport(Endpoint):
         self._require_turn()
         self._raise_abort(where)
         return VirtualWords(self, self._channel.bring("control", self.rank, message), message, where)
+
+    def _swap(self, parts: torch.Tensor, ranks: range, where: Where) -> VirtualParts:
+        self._require_turn()
+        self._raise_abort(where)
+        return VirtualParts(self, self._channel.bring(f"parts of {ranks}", self.rank, parts, ranks), parts, where)
 
     def _require_startable(self) -> None:
         self._require_turn()
@@ -163,7 +183,7 @@ class VirtualTransport(Endpoint):
         return Waiting(
             where=where,
             ready=lambda: self.rank in meeting.served,
-            waits_for=lambda: [peer for peer in range(self.world_size) if peer not in meeting.brought],
+            waits_for=lambda: [peer for peer in meeting.members if peer not in meeting.brought],
         )
 
     def _take_turns(self, where: Where) -> None:

@@ -9,7 +9,7 @@ import torch
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import BackwardRecord, StepRecord
-from moe_overlap.transport.base import Announcement, Transport, TransportStats, Work
+from moe_overlap.transport.base import Agreement, Announcement, Transport, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
 
 
@@ -42,6 +42,9 @@ class Wrapper:
 
     def agree(self, record: StepRecord) -> ExchangePlan:
         return self.inner.agree(record)
+
+    def begin_agree(self, record: StepRecord) -> Agreement:
+        return self.inner.begin_agree(record)
 
     def begin_backward(self, record: BackwardRecord) -> Announcement:
         return self.inner.begin_backward(record)

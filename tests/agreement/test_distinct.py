@@ -8,6 +8,7 @@ import torch
 
 from moe_overlap.agreement.counts import BLOCKS, block_counts_of_rows
 from moe_overlap.agreement.distinct import PAYS_BELOW, DistinctPlan, distinct_plan, pays
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ExchangePlan
 from tests.strategies import make_routing
 
@@ -19,7 +20,8 @@ def exchange_of(ids_by_rank: list[torch.Tensor], slots: int, rank: int) -> Excha
     tables = [block_counts_of_rows(ids, slots, world) for ids in ids_by_rank]
     counts, first, last = (np.stack([table[i].numpy() for table in tables]) for i in range(3))
     return ExchangePlan(rank=rank, world_size=world, step=1, phase="forward", grad_enabled=True, x_requires_grad=True,
-                        counts=counts, dedup=1, first=first, last=last)  # fmt: skip
+                        counts=Counts.of(counts, rank), dedup=1, first=Counts.of(first, rank),
+                        last=Counts.of(last, rank))  # fmt: skip
 
 
 def chunk_of(plan: DistinctPlan, tokens: int, token: int, slot: int) -> int:
@@ -80,8 +82,9 @@ def test_distinct_order_of_the_docstring():
     first[0, 0, 0], first[1, 0, 0], first[1, 1, 0] = 1, 2, 1
 
     def plan_of(first: np.ndarray, world: int) -> DistinctPlan:
+        rows = Counts.of(first, 0)
         exchange = ExchangePlan(rank=0, world_size=world, step=1, phase="forward", grad_enabled=True,
-                                x_requires_grad=True, counts=first, dedup=1, first=first, last=first)  # fmt: skip
+                                x_requires_grad=True, counts=rows, dedup=1, first=rows, last=rows)  # fmt: skip
         return distinct_plan(exchange, 1)
 
     assert plan_of(first, 2).distinct_order.tolist() == [1, 2, 3]

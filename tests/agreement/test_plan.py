@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_overlap.agreement.agree import agree_on
 from moe_overlap.agreement.counts import BLOCKS, block_counts, block_counts_of_rows
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import (
     AGREED_FIELDS,
@@ -18,9 +20,9 @@ from moe_overlap.agreement.record import (
     RECORD_FIELDS,
     REFUSALS,
     StepRecord,
-    agree_on,
     digest,
     dtype_code,
+    record_words,
 )
 from moe_overlap.errors import ConfigError, PlanMismatch
 from tests.transport.worlds import counts_of, plan_of, record
@@ -32,7 +34,7 @@ def ids_of(tokens: int, top_k: int, slots: int, seed: int) -> torch.Tensor:
 
 def plan_for(ids: list[torch.Tensor], slots: int, rank: int = 0) -> ExchangePlan:
     counts = np.stack([block_counts(one, slots).numpy() for one in ids])
-    return replace(plan_of(len(ids), slots, 0, rank=rank), counts=counts)
+    return replace(plan_of(len(ids), slots, 0, rank=rank), counts=Counts.of(counts, rank))
 
 
 def chunk_of(token: int, slot: int, tokens: int, plan: ChunkPlan) -> int:
@@ -119,7 +121,7 @@ def test_buffer_order_of_the_docstring() -> None:
     counts = np.zeros((2, BLOCKS, 4), dtype=np.int64)
     counts[0, 0, :2] = 2, 1
     counts[1, 0, :2] = 1, 1
-    plan = replace(plan_of(2, 4, 0), counts=counts).chunked(1)
+    plan = replace(plan_of(2, 4, 0), counts=Counts.of(counts, 0)).chunked(1)
     assert plan.buffer_order(0).tolist() == [0, 1, 3, 2, 4]
 
 
@@ -185,8 +187,9 @@ def test_record_is_its_fields_then_its_counts() -> None:
     counts = counts_of(0, 1, 3, 0)
     one = StepRecord(counts=counts, **{name: 100 + i for i, name in enumerate(RECORD_FIELDS)})  # type: ignore[arg-type]
     words = one.to_tensor()
-    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(range(100, 100 + 15))
-    assert torch.equal(words[len(RECORD_FIELDS) :].reshape(BLOCKS, 3), counts)
+    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(range(100, 100 + 16))
+    assert torch.equal(words[len(RECORD_FIELDS) :].view(torch.int32).reshape(BLOCKS, 3), counts.to(torch.int32))
+    assert len(words) == record_words(3, 3, 0)
 
 
 @pytest.mark.parametrize("name", AGREED_FIELDS)
@@ -204,7 +207,7 @@ def test_agreement_and_the_or_over_ranks() -> None:
         rows[:2, RECORD_FIELDS.index("x_requires_grad")] = 0
         plan = agree_on(rows, rank=1, num_slots=3)
         assert plan.x_requires_grad is expected and plan.grad_enabled and plan.phase == "forward" and plan.step == 3
-    assert np.array_equal(plan.counts, np.stack([counts_of(rank, 3, 3, 0).numpy() for rank in range(3)]))
+    assert np.array_equal(plan.counts.table, np.stack([counts_of(rank, 3, 3, 0).numpy() for rank in range(3)]))
 
 
 def test_a_refusal_comes_before_everything_else() -> None:
@@ -233,10 +236,10 @@ def dedup_table(world: int, local: int) -> torch.Tensor:
 def test_the_plan_has_the_rows_where_they_are_deduplicated() -> None:
     table = dedup_table(2, 3)
     plan = agree_on(torch.cat([table, torch.full((2, 5), -9)], dim=1), rank=1, num_slots=6)
-    said = table[:, len(RECORD_FIELDS) :].reshape(2, 3, BLOCKS, 6).numpy()
+    said = table[:, len(RECORD_FIELDS) :].view(torch.int32).reshape(2, 3, BLOCKS, 6).numpy()
     assert plan.dedup == 1 and plan.first is not None and plan.last is not None
     for i, of_plan in enumerate((plan.counts, plan.first, plan.last)):
-        assert np.array_equal(of_plan, said[:, i])
+        assert np.array_equal(of_plan.table, said[:, i])
     plain = agree_on(table_of(2, 6, dedup=0), rank=0, num_slots=6)
     assert (plain.dedup, plain.first, plain.last) == (0, None, None)
 
@@ -254,7 +257,7 @@ COUNT, FIRST, LAST = 0, 1, 2
         [(FIRST, 0, -1), (FIRST, 2, 1), (LAST, 1, 1), (LAST, 2, -1)],  # ends before it begins
         [(FIRST, 0, -1), (FIRST, 1, -1), (LAST, 1, -1), (LAST, 2, -1)],  # choices and no row
         [(COUNT, 0, 9)],  # eleven choices of two rows on three slots
-        [(COUNT, 0, 1 << 41), (FIRST, 0, 1 << 41), (LAST, 0, 1 << 41)],
+        [(COUNT, 0, -9), (FIRST, 0, -9), (LAST, 0, -9)],
     ],
 )
 def test_impossible_rows_are_refused(changes: list[tuple[int, int, int]]) -> None:
@@ -284,10 +287,11 @@ def test_an_unknown_mode_of_deduplication_is_refused() -> None:
     assert agree_on(table, rank=0, num_slots=2).dedup == 2
 
 
-@pytest.mark.parametrize("count", [-1, (1 << 40) + 1])
-def test_impossible_counts_are_refused(count: int) -> None:
+@pytest.mark.parametrize("word", [-1, 7 - (1 << 32), (1 << 31) + 1])
+def test_impossible_counts_are_refused(word: int) -> None:
+    """Two counts to a word: both, the upper and the lower one are negative."""
     table = table_of(2, 2)
-    table[1, -1] = count
+    table[1, -1] = word
     with pytest.raises(PlanMismatch, match="rank 1 announced an impossible row count"):
         agree_on(table, rank=0, num_slots=2)
 

@@ -13,6 +13,7 @@ import torch
 
 from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.counts import BLOCKS, block_counts_of_rows
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
@@ -49,7 +50,7 @@ def exchange(counts: Any = None, *, world: int = 2, slots: int = 8, rows: int = 
     if counts is None:
         counts = np.full((world, BLOCKS, slots), rows)
     return ExchangePlan(rank=0, world_size=len(counts), step=1, phase="forward", grad_enabled=grad,
-                        x_requires_grad=grad, counts=np.asarray(counts, dtype=np.int64))  # fmt: skip
+                        x_requires_grad=grad, counts=Counts.of(np.asarray(counts, dtype=np.int64), 0))  # fmt: skip
 
 
 def distinct_costs(model: CostModel, **given: Any) -> CostModel:
@@ -62,7 +63,9 @@ def routed(ids_of_rank: list[torch.Tensor], *, slots: int = 8, rank: int = 0, gr
     """A step agreed on with deduplication, from every rank's choices int32 [T, K]."""
     world = len(ids_of_rank)
     tables = [block_counts_of_rows(ids, slots, world) for ids in ids_of_rank]
-    counts, first, last = (torch.stack(kind).to(torch.int64).numpy() for kind in zip(*tables, strict=True))
+    counts, first, last = (
+        Counts.of(torch.stack(kind).to(torch.int64).numpy(), rank) for kind in zip(*tables, strict=True)
+    )
     return ExchangePlan(rank=rank, world_size=world, step=1, phase="forward", grad_enabled=grad, x_requires_grad=grad,
                         counts=counts, dedup=1, first=first, last=last)  # fmt: skip
 

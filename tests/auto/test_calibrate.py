@@ -254,7 +254,7 @@ def test_every_wire_is_measured(nodes, lanes):
         (planned,) = model.schedule.found.values()
         return planned.model, planned.nodes
 
-    with patch.object(auto, "topology", lambda _: nodes), patch.object(measuring, "ROUNDS", (1, 1)):
+    with patch.object(auto, "nodes_of", lambda _: nodes), patch.object(measuring, "ROUNDS", (1, 1)):
         found = virtual_world(4).run(rank)
     assert all(one == (found[0][0], nodes) for one in found)
     assert set(found[0][0].exchange) == lanes

@@ -141,7 +141,7 @@ def test_payload_is_what_goes_to_other_ranks_and_what_returns_to_them(schedule):
     def rank(me):
         layer = make(me.transport(), schedule=schedule)
         layer(tokens([5, 11][me.rank], me.rank))
-        return layer.last_exchange.counts.sum(axis=1), layer.stats().payload_bytes  # rows [W, P]; bytes
+        return layer.last_exchange.counts.table.sum(axis=1), layer.stats().payload_bytes  # rows [W, P]; bytes
 
     results = virtual_world(2).run(rank)
     half = E // 2  # slots 0..half-1 are on rank 0

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 
-from moe_overlap.agreement.counts import block_counts_of_rows
+from moe_overlap.agreement import counts as counting
+from moe_overlap.agreement.counts import block_counts, block_counts_of_rows
 from moe_overlap.agreement.plan import ExchangePlan
-from moe_overlap.errors import ConfigError, PlanMismatch
+from moe_overlap.errors import ConfigError, PlanMismatch, RemoteAbort
 from moe_overlap.placement.placement import Placement
+from moe_overlap.schedule import dispatch
 from moe_overlap.schedule.builders import serial
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.transport import VirtualRank, VirtualWorld
+from moe_overlap.transport.closing import closing_on_error
 
 E, K = 6, 3
 
@@ -40,8 +45,8 @@ def test_the_rows_of_deduplication_are_agreed_on() -> None:
         assert plan.dedup == 1 and plan.first is not None and plan.last is not None
         for source in range(3):
             counts, first, last = block_counts_of_rows(ids_of(source), E, 3)
-            assert np.array_equal(plan.counts[source], counts), rank
-            assert np.array_equal(plan.first[source], first) and np.array_equal(plan.last[source], last)
+            for known, said in ((plan.counts, counts), (plan.first, first), (plan.last, last)):
+                assert known.table is not None and np.array_equal(known.table[source], said), rank
 
 
 def test_repeated_ids_are_refused_on_all_ranks_and_the_transport_stays_usable() -> None:
@@ -84,4 +89,56 @@ def test_the_records_of_others_have_no_room_for_it() -> None:
         return sizes[0], sizes[1]
 
     plain, rows = VirtualWorld(2).run(rank_main)[0]
-    assert rows - plain == 2 * 16 * E * 8
+    assert rows - plain == 2 * 16 * E * 4
+
+
+def test_counts_of_experts_travel_and_counts_of_slots_follow() -> None:
+    moved = (3, 0, 5, 1, 4, 2)
+
+    def rank_main(me: VirtualRank) -> ExchangePlan:
+        one = dispatcher(me, dedup=0)
+        one.placement = Placement(E, E, me.world_size, moved, epoch=1)
+        slots = one.placement.to_physical(ids_of(me.rank))
+        announced = one.placement.logical_counts(block_counts(slots, E))
+        assert torch.equal(announced, block_counts(ids_of(me.rank), E))
+        return planned(one, slots)
+
+    for plan in VirtualWorld(3).run(rank_main):
+        for source in range(3):
+            assert plan.counts.table is not None
+            assert np.array_equal(plan.counts.table[source][:, np.argsort(moved)], block_counts(ids_of(source), E))
+
+
+def test_too_many_rows_of_a_block_are_refused_on_all_ranks() -> None:
+    def rank_main(me: VirtualRank) -> None:
+        one, ids = dispatcher(me, dedup=0), torch.zeros(16 * (6 + me.rank), 1, dtype=torch.int32)
+        with pytest.raises(ConfigError, match="x.shape.0. = 7: expected fewer tokens" if me.rank else "rank 1"):
+            planned(one, ids)
+        assert planned(one, ids[: 16 * 6]).rows_per_rank == (16 * 12, 0)
+
+    with patch.object(counting, "MOST", 6), patch.object(dispatch, "MOST", 6):
+        VirtualWorld(2).run(rank_main)
+
+
+def test_work_between_begin_and_finish() -> None:
+    """Of another layer, on all ranks alike; an error in it closes the transport."""
+
+    def rank_main(me: VirtualRank) -> None:
+        one, other, ids = dispatcher(me), dispatcher(me), ids_of(me.rank)
+        begun = one.begin(ids, torch.zeros(len(ids), 4), serial())
+        work = torch.ones(8, 8) @ torch.ones(8, 8)
+        assert planned(other, ids).step == 1
+        plan = one.finish(begun)
+        assert plan.step == 1 and plan.counts.sent.sum() == ids.numel() and work[0, 0] == 8
+        begun = one.begin(ids, torch.zeros(len(ids), 4), serial())
+        me.barrier()
+        if me.rank == 0:
+            with pytest.raises(ZeroDivisionError), closing_on_error(one.transport, "B0"):
+                1 / 0  # noqa: B018
+        else:
+            with pytest.raises(RemoteAbort, match="rank 0, B0: ZeroDivisionError"):
+                while True:  # the step that was begun may have been agreed on
+                    one.finish(begun)
+                    begun = one.begin(ids, torch.zeros(len(ids), 4), serial())
+
+    VirtualWorld(2).run(rank_main)

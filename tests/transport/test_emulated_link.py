@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.header import HEADER_WORDS
+from moe_overlap.agreement.message import HEAD_WORDS
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import ConfigError, TransportTimeout
 from moe_overlap.transport import (
@@ -170,8 +172,14 @@ def everything_pays() -> None:
     transport.open(header(2))
     begin = time.perf_counter()
     transport.agree(record(counts_of(transport.rank, 2, 2, 0)))
-    record_bytes = (14 + BLOCKS * 2) * 8
+    record_bytes = (HEAD_WORDS + HEADER_WORDS) * 8
     assert time.perf_counter() - begin >= record_bytes / 1e5
+    exchanging = emulated("80mbit:10ms")
+    exchanging.inner.gathered_ranks = 1
+    exchanging.open(header(2))
+    begin = time.perf_counter()
+    exchanging.agree(record(counts_of(transport.rank, 2, 2, 0)))
+    assert time.perf_counter() - begin >= 4 * 0.010  # each of its rounds waits for the one before
     grad = torch.full((1000,), 1.0 + transport.rank)
     begin = time.perf_counter()
     assert torch.equal(transport.dense_all_reduce(grad), torch.full((1000,), 3.0))

@@ -58,11 +58,11 @@ def hit_in(phase, moe, number):
             done.append(True)
             os.kill(os.getpid(), number)
 
-    acting, agree = Lanes.acting, moe.transport.agree
+    acting, agree = Lanes.acting, moe.transport.begin_agree
     if phase == "route":
         hook = moe.router.register_forward_pre_hook(lambda *_: hit())
     if phase == "N":
-        moe.transport.agree = lambda record: (hit(), agree(record))[1]
+        moe.transport.begin_agree = lambda record: (hit(), agree(record))[1]
 
     def noted(self, action, device_type, *, timed):
         if action == phase:
@@ -77,7 +77,7 @@ def hit_in(phase, moe, number):
         if phase == "route":
             hook.remove()
         if phase == "N":
-            del moe.transport.agree
+            del moe.transport.begin_agree
 
 
 def one_fault(phase: str, schedule: str, number: int, victim: int) -> Any:

@@ -145,7 +145,7 @@ def test_both_sides_must_agree_on_row_counts() -> None:
         transport = me.transport()
         plan = agreed(transport, slots=2, seed=0)
         if me.rank == 1:
-            plan.counts[0, 0, 1] += 1
+            plan.counts.received[0, 0, 0] += 1
         chunk_plan = plan.chunked(1)
         with pytest.raises(PlanMismatch, match="rank 0 sends .* rows to rank 1, which expects"):
             transport.start(rows_of(me.rank, chunk_plan, 0, F32), chunk_plan, F32).wait()

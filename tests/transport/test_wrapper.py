@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.errors import ConfigError, TransportClosed
 from moe_overlap.transport import (
@@ -121,7 +122,7 @@ def test_nocomm_has_own_rows_first_and_zeros_behind(reverse: bool) -> None:
     counts[0, 0] = torch.tensor([1, 0] if not reverse else [0, 1])
     counts[1, 0] = torch.tensor([3, 0])
     plan = ExchangePlan(rank=0, world_size=2, step=1, phase="forward", grad_enabled=False, x_requires_grad=False,
-                        counts=counts.numpy()).chunked(1)  # fmt: skip
+                        counts=Counts.of(counts.numpy(), 0)).chunked(1)  # fmt: skip
     sent, come = (plan.recv_rows[0], plan.send_rows[0]) if reverse else (plan.send_rows[0], plan.recv_rows[0])
     rows, out = torch.ones(sent, 3), torch.full((come, 3), float("nan"))
     got = NoCommTransport(LocalTransport()).start(rows, plan, F32, reverse=reverse, out=out).wait()

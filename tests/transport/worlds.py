@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import AGREED_FIELDS, StepRecord
 from moe_overlap.transport.base import Transport
@@ -43,19 +46,26 @@ def counts_of(rank: int, world: int, slots: int, seed: int, high: int = 4) -> to
     return counts
 
 
+def sent_by(rank: int, plan: ChunkPlan, chunk: int) -> np.ndarray:
+    """int64 [P]: rows of a chunk that any rank sends to slot p."""
+    table = plan.exchange.counts.table
+    assert table is not None
+    part = replace(plan.exchange, rank=rank, counts=Counts.of(table, rank)).chunked(plan.chunks, plan.by)
+    return part.sent[chunk]
+
+
 def rows_of(rank: int, plan: ChunkPlan, chunk: int, layout: RowLayout) -> torch.Tensor:
     """Rows whose values say where they come from: 1000 rank + 100 chunk + row, in every column (modulo 256)."""
-    count = int(plan.matrix[chunk, rank].sum())
+    count = int(sent_by(rank, plan, chunk).sum())
     first = torch.arange(count, dtype=torch.float64) + 1000 * rank + 100 * chunk
     return (first[:, None] + torch.arange(layout.width) / 4).remainder(256).to(layout.dtype)
 
 
 def received(rank: int, plan: ChunkPlan, chunk: int, layout: RowLayout) -> torch.Tensor:
     """What `rank` must receive: for each source in order, the source's rows that go to `rank`."""
-    slots = plan.matrix.shape[2] // plan.world_size
     parts = [torch.empty(0, layout.width, dtype=layout.dtype)]
     for source in range(plan.world_size):
-        to_rank = plan.matrix[chunk, source].reshape(plan.world_size, slots).sum(axis=1)
+        to_rank = sent_by(source, plan, chunk).reshape(plan.world_size, -1).sum(axis=1)
         first = int(to_rank[:rank].sum())
         parts.append(rows_of(source, plan, chunk, layout)[first : first + int(to_rank[rank])])
     return torch.cat(parts)
@@ -72,7 +82,7 @@ def plan_of(world: int, slots: int, seed: int, *, rank: int = 0, step: int = 0) 
     """The plan that `agreed` comes to, without a transport."""
     counts = np.stack([counts_of(source, world, slots, seed).numpy() for source in range(world)])
     return ExchangePlan(rank=rank, world_size=world, step=step, phase="forward", grad_enabled=True,
-                        x_requires_grad=True, counts=counts)  # fmt: skip
+                        x_requires_grad=True, counts=Counts.of(counts, rank))  # fmt: skip
 
 
 def exchange_all(

@@ -9,7 +9,6 @@ from statistics import median
 import torch
 
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
-from moe_overlap.auto.auto import topology
 from moe_overlap.auto.calibrate import MAX_GROUPS, StepTimes, calibrate, step_shape
 from moe_overlap.auto.planned import Planned, PlannedSchedule
 from moe_overlap.commands.bench.cases import BlockPair
@@ -21,6 +20,7 @@ from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.builders import SchedulePair, chunked
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.link import nodes_of
 
 DRIFT = 0.1  # of the calibration's serial step: beyond that, predictions are of another machine
 
@@ -57,7 +57,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
     num_ops = len(model.op_names) if model.position else 0
     op_verb: OpVerb = "S" if model.case == "shared1" else "B"
     row_bytes = model.sizes.hidden * model.dtype.itemsize
-    nodes = topology(transport)
+    nodes = nodes_of(transport)
 
     def pair_of(chunks: int, by: ChunkBy) -> SchedulePair:
         if model.position:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_overlap.commands.parser import check_folder
-from moe_overlap.commands.plan.machine import OP_NAMES, WINDOW_OPS, agreement_s, metadata, routed, weights_read_s
+from moe_overlap.commands.plan.machine import (
+    OP_NAMES,
+    WINDOW_OPS,
+    agreement,
+    agreement_s,
+    metadata,
+    routed,
+    weights_read_s,
+)
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.picture import rate_text, write_png
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep, total_s
@@ -70,6 +78,11 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     if point.at.per_node < min(point.at.group, options.ranks_per_node):
         lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
+    cost = agreement(options, point.at)
+    lines.append(
+        f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
+        f"{cost.bytes} bytes"
+    )
     if options.cost_model is not None:
         return [
             *lines,
@@ -87,7 +100,8 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         f"exchange, and waiting for it, {_us(options.issue)} (--issue)",
         f"  compute is {options.compute_slowdown:g}x as slow beside an exchange (--compute-slowdown), an exchange "
         f"{options.wire_slowdown:g}x beside compute (--wire-slowdown)",
-        f"  agreement on counts {_us(agreement_s(options, point.at))} a step; backward has twice the FLOPs of forward"
+        f"  that takes {_us(agreement_s(options, point.at))} (--latency a round, --message); backward has twice the "
+        "FLOPs of forward"
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
     return lines + _memory_bound(options, point)
@@ -127,7 +141,9 @@ def _kinds(points: dict[str, Prediction]) -> list[str]:
 
 def _deduplication(options: PlanOptions, points: dict[str, Prediction]) -> list[str]:
     """What one row for each (token, rank) gives every block pair, and what it costs beside each row."""
-    rows = [("deduplicated", "rows a token", "of plain", "beside a row", "plain ms", "dedup ms", "", "answer")]
+    rows: list[tuple[str, ...]] = [
+        ("deduplicated", "rows a token", "of plain", "beside a row", "plain ms", "dedup ms", "", "answer")
+    ]
     for kind, one in points.items():
         found = _savings(options, one)
         beside = f"{found['metadata_out_bytes']}+{found['metadata_back_bytes']} B of {found['row_bytes']}"
@@ -210,10 +226,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | None) -> dict[str, Any]:
     """plan.json: the question, the cost model of the point, every block pair there, and the sweep."""
     point = points[options.kinds[0]]
+    cost = agreement(options, point.at)
     record = {
         "options": options.to_json(),
         "cost_model": point.model.to_json(),
         "point": [one.to_json() | {"deduplication": _savings(options, one)} for one in points.values()],
+        "agreement": {"messages": cost.messages, "rounds": len(cost.rounds), "bytes": cost.bytes},
     }
     if found is not None:
         record["grid"] = [one.to_json() for row in found.grid for one in row]

@@ -11,8 +11,7 @@ SwiGLU of the same width. D hidden, F width, T tokens of a rank, S tokens that a
     deduplicated           rows moved follow from the rows for each choice; P, Ut, Pt, M and Mt also run small operators
                            on the ids, which were counted (SMALL_OPS, SMALL_BYTES), for a part of --launch each
     exchange               latency + one message per peer + bytes / bandwidth, for each wire
-    agreement              a gather of every rank's counts, 16 blocks x experts x 8 bytes, before the rows move; three
-                           such tables where steps are deduplicated
+    agreement              messages and bytes of `agreement/cost.py`, on the wire between nodes, before the rows move
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.cost import AgreementCost, agreement_cost
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.errors import ConfigError
@@ -32,7 +31,6 @@ GROUPS = (2, 4, 8)
 # Kind -> how many ops of the block pair (attention, MLP, attention, shared expert) run beside the exchanges.
 WINDOW_OPS = {"top2": 0, "shared1": 1, "scmoe_pos1": 2, "scmoe_pos2": 3, "scmoe_pos3": 4}
 OP_NAMES = ("attn1", "mlp", "attn2", "shared")
-COUNT_BYTES = 8
 # Operators on ids and weights in deduplicated steps, by action (M and Mt: before and after the exchange); how many
 # bytes for each choice they read and write; and what one of them costs, as a part of --launch.
 SMALL_OPS = {"P": 57, "M": 27, "Ut": 67, "Mt": 17, "Pt": 16}
@@ -188,7 +186,7 @@ def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float
         unpermute=rows(2),
         unpermute_backward=rows(2, "Ut"),
         permute_backward=rows(2, "Pt"),
-        outside_s=outside_s + agreement_s(options, at, tables=3) + beside_s("M"),
+        outside_s=outside_s + agreement_s(options, at, distinct=True) + beside_s("M"),
         outside_backward_s=2 * outside_s + beside_s("Mt"),
     )
 
@@ -204,14 +202,19 @@ def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     return attention_s, mlp_s, attention_s, mlp_s
 
 
-def agreement_s(options: PlanOptions, at: Place, *, tables: int = 1) -> float:
-    """The gather of counts that begins every step; three tables of them where it is deduplicated."""
+def agreement(options: PlanOptions, at: Place, *, distinct: bool = False) -> AgreementCost:
+    """What it costs to agree on the counts of a step. `distinct`: of one that may be deduplicated."""
+    return agreement_cost(ranks=at.group, experts=options.experts, dedup=int(distinct))
+
+
+def agreement_s(options: PlanOptions, at: Place, *, distinct: bool = False) -> float:
+    """Seconds of the agreement that begins every step."""
     if at.group == 1:
         return 0.0
     assert at.bytes_per_s is not None and options.intra_bandwidth is not None and options.latency is not None
     rate = at.bytes_per_s if "inter" in at.peers else options.intra_bandwidth
-    gathered = (at.group - 1) * tables * BLOCKS * options.experts * COUNT_BYTES
-    return options.latency * math.ceil(math.log2(at.group)) + gathered / rate
+    cost = agreement(options, at, distinct=distinct)
+    return cost.seconds(latency_s=options.latency, message_s=options.message, bytes_per_s=rate)
 
 
 def weights_read_s(options: PlanOptions) -> float:

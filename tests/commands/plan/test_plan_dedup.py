@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moe_overlap.commands.cli import main
-from moe_overlap.commands.plan.machine import SMALL_OPS, cost_model, place, shapes
+from moe_overlap.commands.plan.machine import SMALL_OPS, agreement_s, cost_model, place, shapes
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.sweep import asked, total_s
 from moe_overlap.planning.shapes import distinct_ranks
@@ -69,10 +69,10 @@ def test_the_figures_of_deduplicated_steps_by_hand():
     assert found.permute.alpha_s == pytest.approx(20e-6 + SMALL_OPS["P"] * small_s)
     assert found.permute.beta_s == pytest.approx(2 * kept * row_s + 410 / 1e10)
     assert found.unpermute.beta_s == pytest.approx(2 * kept * row_s)
-    agreement_s = 2 * 10e-6 + 3 * 3 * 16 * 16 * 8 / 1e9
-    single_s = 2 * 10e-6 + 3 * 16 * 16 * 8 / 1e9
+    tables_s = agreement_s(options, at, distinct=True) - agreement_s(options, at)
     beside_s = SMALL_OPS["M"] * small_s + 250 * 4000 / 1e10
-    assert found.outside_s - plain.outside_s == pytest.approx(agreement_s - single_s + beside_s)
+    assert found.outside_s - plain.outside_s == pytest.approx(tables_s + beside_s)
+    assert 0 < tables_s < 3 * agreement_s(options, at)
     shape = shapes(options, "top2", at, distinct=True)[0]
     assert shape.distinct.metadata_by_lane["inter"] == shape.bytes_by_lane["inter"][0] // 200 * 32
 

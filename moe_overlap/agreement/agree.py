@@ -1,0 +1,151 @@
+"""From what the ranks said to the plan of the step, or the same error on all of them: in two forms.
+
+Gathered: every rank has the records of all ranks and reads everything from them (`agree_on`). For many ranks that is
+much: all counts go to all ranks. Exchanged (`Exchanged`): every rank hears the named fields of all and only the counts
+that concern its own slots; the sums and maxima beside them (`loads.py`) are reduced. Both forms end in the same plan,
+up to what `Counts` says of the numbers of others, and in the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, of_rank
+from moe_overlap.agreement.plan import ExchangePlan
+from moe_overlap.agreement.record import DEDUP, PHASES, RECORD_FIELDS, StepRecord, compare, record_words
+from moe_overlap.errors import PlanMismatch
+from moe_overlap.placement.placement import Placement
+
+
+def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, placement: Placement | None = None) -> ExchangePlan:
+    """The plan that follows from the gathered records, int64 [W, n] on the CPU: words of `StepRecord.to_tensor`, behind
+    which there may be anything. `placement`: None: expert i in slot i.
+
+    Every rank calls this with the same data and so comes to the same end: the plan, or the same error. Raises
+    ConfigError where a rank refused the step, PlanMismatch where the ranks differ or a count cannot be.
+    """
+    world_size = records.shape[0]
+    column = compare(records, rank=rank)
+    experts = num_slots if placement is None else placement.num_experts
+    words = record_words(experts, num_slots, int(column["dedup"][0]))
+    said = records.numpy()[:, len(RECORD_FIELDS) : words].copy().view(np.int32).astype(np.int64)
+    logical, ends = said[:, : BLOCKS * experts].reshape(world_size, BLOCKS, experts), said[:, BLOCKS * experts :]
+    tables = [logical if placement is None else placement.physical_counts(logical, range(world_size))]
+    tables += list(ends.reshape(world_size, -1, BLOCKS, num_slots).swapaxes(0, 1)) if ends.size else []
+    bad = _impossible(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
+    _require_possible(np.nonzero(bad)[0], column, rank)
+    return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank)
+
+
+class Exchanged:
+    """What one rank does to agree without knowing all counts. In this order, each a collective of all ranks: `parts`
+    are exchanged and `hear` gets those of the others; `sums` are added up and `most` reduced to maxima; `plan`.
+
+    record: this rank's. column: the named fields of all ranks (`compare`).
+    """
+
+    def __init__(self, record: StepRecord, column: dict[str, np.ndarray], *, rank: int) -> None:
+        self._column, self._rank, self._nodes = column, rank, record.nodes
+        self._world = len(column["step"])
+        counts, *ends = (one.numpy().astype(np.int64) for one in record.tables)
+        if record.placement is not None:
+            counts = record.placement.physical_counts(counts[None], [rank])[0]
+        self._sent = [counts, *ends]
+        self._received: list[np.ndarray] = []
+        self._bad = 0
+
+    def parts(self) -> torch.Tensor:
+        """int32 [W, tables * BLOCKS * e]: for every rank the counts of its slots."""
+        tables = np.stack([one.reshape(BLOCKS, self._world, -1) for one in self._sent])  # [tables, BLOCKS, W, e]
+        parts = tables.transpose(2, 0, 1, 3).reshape(self._world, -1).astype(np.int32)
+        return torch.from_numpy(np.ascontiguousarray(parts))
+
+    def hear(self, parts: torch.Tensor) -> None:
+        """The parts of all ranks that are for this one, int32 [W, tables * BLOCKS * e]."""
+        tables = parts.numpy().astype(np.int64).reshape(self._world, len(self._sent), BLOCKS, -1)
+        self._received = [tables[:, i] for i in range(len(self._sent))]
+        bad = np.nonzero(_impossible(*(one[:, :, None] for one in self._received)))[0]
+        # The maximum over the ranks is then the first rank that one of them doubts.
+        self._bad = self._world - int(bad[0]) if len(bad) else 0
+
+    def sums(self) -> torch.Tensor:
+        """int64 [n], to be added up over the ranks."""
+        parts = []
+        for sent, loads in zip(self._sent, self._loads(), strict=True):
+            parts += [sent.sum(axis=0), loads.blocks.reshape(-1), loads.slots.reshape(-1)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def most(self) -> torch.Tensor:
+        """int64 [m], of which the maximum over the ranks is to be taken."""
+        parts = [np.array([self._bad])]
+        for sent, loads in zip(self._sent, self._loads(), strict=True):
+            parts += [np.array([sent.sum()]), loads.most.reshape(-1)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def plan(self, sums: torch.Tensor, most: torch.Tensor) -> ExchangePlan:
+        """From the reduced numbers. Raises PlanMismatch alike on all ranks where one of them heard what cannot be."""
+        bad, *maxima = np.split(most.numpy(), np.arange(1, most.numel(), 2 * PARTS * len(KINDS) + 1))
+        _require_possible([self._world - int(bad[0])] if bad[0] else [], self._column, self._rank)
+        tables = []
+        for sent, received, summed, maximum in zip(
+            self._sent, self._received, np.split(sums.numpy(), len(self._sent)), maxima, strict=True
+        ):
+            totals, blocks, slots = np.split(summed, [sent.shape[1], sent.shape[1] + BLOCKS * len(KINDS)])
+            loads = Loads(
+                most=maximum[1:].reshape(2, PARTS, len(KINDS)), blocks=blocks.reshape(BLOCKS, -1),
+                slots=slots.reshape(-1, len(KINDS)), nodes=self._nodes,
+            )  # fmt: skip
+            tables.append(
+                Counts(sent=sent, received=received, totals=totals, most_sent=int(maximum[0]), away=loads.away,
+                       reduced=loads)
+            )  # fmt: skip
+        return _plan(self._column, tables, rank=self._rank)
+
+    def _loads(self) -> list[Loads]:
+        return [of_rank(sent, received, rank=self._rank, nodes=self._nodes)
+                for sent, received in zip(self._sent, self._received, strict=True)]  # fmt: skip
+
+
+def _plan(column: dict[str, np.ndarray], tables: list[Counts], *, rank: int) -> ExchangePlan:
+    phase = int(column["phase"][0])
+    return ExchangePlan(
+        rank=rank,
+        world_size=len(column["step"]),
+        step=int(column["step"][0]),
+        phase=PHASES[phase] if 0 <= phase < len(PHASES) else "unknown",
+        grad_enabled=bool(column["grad_enabled"][0]),
+        x_requires_grad=bool(column["x_requires_grad"].any()),
+        counts=tables[0],
+        dedup=int(column["dedup"][0]),
+        first=tables[1] if len(tables) > 1 else None,
+        last=tables[2] if len(tables) > 1 else None,
+    )
+
+
+def _require_possible(bad: Sequence[int] | np.ndarray, column: dict[str, np.ndarray], rank: int) -> None:
+    """bad: the ranks whose counts no routing can have."""
+    if not 0 <= int(column["dedup"][0]) < len(DEDUP):
+        bad = [0]
+    if len(bad):
+        peer = int(bad[0])
+        raise PlanMismatch(f"rank {peer} announced an impossible row count; nothing was sent", rank=rank, peer=peer,
+                           step=int(column["step"][rank]), action="N")  # fmt: skip
+
+
+def _impossible(counts: np.ndarray, first: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
+    """bool [W]: the ranks whose counts no routing can have; int64 [W, BLOCKS, ranks, e] each, of all ranks' slots or
+    of one's."""
+    bad = np.asarray((counts < 0).any(axis=(1, 2, 3)))
+    if first is None or last is None:
+        return bad
+    bad |= ((first < 0) | (last < 0) | (first > counts) | (last > counts)).any(axis=(1, 2, 3))
+    choices, begun, ended = (one.cumsum(axis=3) for one in (counts, first, last))
+    rows, chosen = begun[..., -1], choices[..., -1]
+    # No row is over before it began, each is over in the end, and it stands for 1 to e choices.
+    bad |= (ended > begun).any(axis=(1, 2, 3))
+    bad |= ((ended[..., -1] != rows) | (rows > chosen) | (chosen > rows * counts.shape[3])).any(axis=(1, 2))
+    return bad
