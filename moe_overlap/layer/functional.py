@@ -140,6 +140,16 @@ class _Calls:
 _CALLS = "_moe_forward_calls"  # an attribute of the transport, with which it ends
 
 
+def _top_k(call: _Call, transport: Transport) -> int:
+    """How wide the metadata of deduplicated rows are, which all ranks have to agree on. Of ids that are refused later
+    on, as in the call before, so that the transport is not opened for another configuration."""
+    ids = call.ids_TK
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+        return ids.shape[1]
+    calls: _Calls | None = getattr(transport, _CALLS, None)
+    return 0 if calls is None else calls.dispatcher.top_k
+
+
 @torch.compiler.disable(reason=NOT_TRACEABLE)
 def _scheduled(
     call: _Call, schedule: str | SchedulePair, overlap: bool, dedup: str, transport: Transport
@@ -151,8 +161,7 @@ def _scheduled(
         placement=Placement.identity(experts, transport.world_size),
         hidden=call.w_in.shape[2],
         ffn_hidden=call.w_out.shape[2],
-        # Metadata of rows are as wide as K; else it may differ from call to call, and even between ranks.
-        top_k=call.ids_TK.shape[-1] if distinct else 0,
+        top_k=_top_k(call, transport) if distinct else 0,  # any: it may differ from call to call
         activation=call.activation,
         dtype=call.w_in.dtype,
         dedup=int(distinct),

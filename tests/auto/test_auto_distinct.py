@@ -250,6 +250,24 @@ def test_without_a_layer_metadata_are_of_one_width():
         moe_forward(tokens(2), choices(2, 2), torch.ones(2, 2), *[torch.zeros(8, D, D)] * 2, dedup="yes")
 
 
+def test_bad_ids_on_one_rank_leave_the_transport_as_it_is():
+    def rank(me):
+        weights = [torch.zeros(4, *size, dtype=torch.float64) for size in ((2 * F, D), (D, F))]
+        transport, ids = me.transport(), choices(6, 3)
+
+        def call(ids):
+            return moe_forward(tokens(6), ids, torch.ones(6, 3), *weights, transport=transport, dedup="on")
+
+        call(ids)
+        for bad in (ids[0], ids.float(), [1, 2]):
+            with pytest.raises(ConfigError):
+                call(bad if me.rank else ids)
+        return call(ids).shape[0], transport.stats.exchanges
+
+    # Metadata, rows and rows back in each of the calls that were not refused.
+    assert virtual_world(2).run(rank) == [(6, 6)] * 2
+
+
 # ---------------------------------------------------------------- measured
 
 

@@ -167,9 +167,9 @@ def test_by_groups_of_experts_by_hand():
 @pytest.mark.parametrize(("chunks", "by"), [(1, "tokens"), (4, "tokens"), (3, "experts")])
 def test_bytes_are_those_of_the_rows_that_travel(chunks, by):
     """Against the plans of the ranks, which say what each sends."""
-    exchange = agreed(world=4, tokens=37, top_k=3, slots=16)
-    shape = distinct_shape(exchange.chunked(chunks, by), row_bytes=1, metadata=BESIDE, joined=True)
-    plans = [distinct_plan(replace(exchange, rank=rank), chunks, by) for rank in range(4)]
+    steps = [agreed(world=4, tokens=37, top_k=3, slots=16, rank=rank) for rank in range(4)]
+    shape = distinct_shape(steps[0].chunked(chunks, by), row_bytes=1, metadata=BESIDE, joined=True)
+    plans = [distinct_plan(one, chunks, by) for one in steps]
     for chunk in range(chunks):
         for reverse, found in ((False, shape.bytes_by_lane), (True, shape.distinct.back_by_lane)):
             both = [plan.counts(chunk, reverse=reverse) for plan in plans]

@@ -78,7 +78,7 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     if point.at.per_node < min(point.at.group, options.ranks_per_node):
         lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
-    cost = agreement(options, point.at)
+    cost = agreement(options, point.at, distinct=point.deduplicated)
     lines.append(
         f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
         f"{cost.bytes} bytes"
@@ -89,6 +89,7 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
             f"  compute, exchanges and slowdowns as in the cost model, {options.cost_model.source}",
             "  times of backbone ops are those calibrated; --tokens, --top-k, --hidden and --dtype give rows and bytes",
         ]
+    agrees_s = agreement_s(options, point.at, distinct=point.deduplicated)
     lines += [
         f"  matmuls at {options.flops / 1e12:g} TFLOP/s (--flops); rows are moved at "
         f"{options.memory_bandwidth / 1e9:g} GB/s (--memory-bandwidth)",
@@ -100,7 +101,7 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         f"exchange, and waiting for it, {_us(options.issue)} (--issue)",
         f"  compute is {options.compute_slowdown:g}x as slow beside an exchange (--compute-slowdown), an exchange "
         f"{options.wire_slowdown:g}x beside compute (--wire-slowdown)",
-        f"  that takes {_us(agreement_s(options, point.at))} (--latency a round, --message); backward has twice the "
+        f"  that takes {_us(agrees_s)} (--latency a round, --message); backward has twice the "
         "FLOPs of forward"
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
@@ -226,7 +227,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | None) -> dict[str, Any]:
     """plan.json: the question, the cost model of the point, every block pair there, and the sweep."""
     point = points[options.kinds[0]]
-    cost = agreement(options, point.at)
+    cost = agreement(options, point.at, distinct=point.deduplicated)
     record = {
         "options": options.to_json(),
         "cost_model": point.model.to_json(),
