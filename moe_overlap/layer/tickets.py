@@ -13,9 +13,10 @@ from torch import nn
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule
+from moe_overlap.layer.assembly import deduplicated
 from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import deduplicate, window
+from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.dispatch import current_phase
 from moe_overlap.schedule.run import Step
 
@@ -65,8 +66,7 @@ class Tickets(LastCall):
             pair = window(2, 1).join(not self.schedule.overlap)
         else:
             pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
-        if self.dedup == "on" and self.transport.world_size > 1:
-            pair = deduplicate(pair)
+        pair = deduplicated(pair, self.dedup, self.transport.world_size)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)

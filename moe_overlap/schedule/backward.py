@@ -169,12 +169,14 @@ class Backward:
                 "a loss that reaches the layer's input but not its output, which is gone",
                 "a loss that depends on the layer's output on every rank, or layer.attach(loss)",
             )
-        results: Tensors = ()
+        dx_TD: torch.Tensor | None = None
         with closing_on_error(self.transport, "Ut"):
             detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
         for member in (member for group in backward_groups(self.pair) for member in group):
             results = self.run_backward(member, detached, None)
-        return results[0]
+            if member.action.verb == "Pt":
+                dx_TD = results[0]
+        return dx_TD
 
     def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""

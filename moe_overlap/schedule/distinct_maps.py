@@ -12,6 +12,7 @@ import torch
 from moe_overlap import ops
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.distinct import DistinctPlan
+from moe_overlap.ops import maps
 
 UNUSED = 1 << 30  # stands for -1 where slots are sorted: after all others, on a rank that nobody is
 
@@ -39,10 +40,10 @@ class TokenMaps:
     def _chunk_T(self) -> torch.Tensor:
         """int32 [T, 1]: the chunk of token blocks that each token is in."""
         bounds = [self.tokens * (BLOCKS * c // self.plan.chunks) // BLOCKS for c in range(1, self.plan.chunks)]
-        chunk_T = torch.zeros(self.tokens, dtype=torch.int32)
+        chunk_T = torch.zeros(self.tokens, dtype=torch.int32, device=self.slots_TK.device)
         for bound in bounds:
             chunk_T[bound:] += 1
-        return chunk_T.to(self.slots_TK.device)[:, None]
+        return chunk_T[:, None]
 
     def _rows(self, at_TK: torch.Tensor, *, chunked: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(row of each choice that is `at`, token of each row): others' by chunk, rank, token, then own rows."""
@@ -90,17 +91,14 @@ class TokenMaps:
     def metadata(self, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What goes beside each row, by rank and token, then own rows: local slots int32 [R, K], -1 where the choice is
         another rank's, and weights [R, K], 0 there."""
-        _, token_R = self.plain
-        plan = self.plan
+        choice_to_row, token_R = self.plain
+        plan, rows = self.plan, token_R.shape[0]
         slots_RK = self.slots_TK.index_select(0, token_R)
         weights_RK = weights_TK.gather(1, self.choice_TK).index_select(0, token_R)
-        counts, _ = plan.counts(0) if plan.chunks == 1 else plan.cut(1, "tokens").counts(0)
-        rank_R = torch.repeat_interleave(
-            torch.arange(plan.world_size + 1), torch.tensor([*counts, plan.own_rows]), output_size=token_R.shape[0]
-        )
-        rank_R[rank_R == plan.world_size] = plan.rank
-        first_R = (rank_R * plan.local_slots).to(torch.int32).to(slots_RK.device)[:, None]
-        local_RK = slots_RK - first_R
+        # Choices that are not the first of a row are written to one place more.
+        row_C = torch.where(choice_to_row >= 0, choice_to_row, rows).reshape(-1).long()
+        rank_R = self.rank_TK.new_empty(rows + 1).scatter_(0, row_C, self.rank_TK.reshape(-1))[:rows]
+        local_RK = slots_RK - (rank_R * plan.local_slots)[:, None]
         here = (local_RK >= 0) & (local_RK < plan.local_slots)
         return torch.where(here, local_RK, -1).to(torch.int32), torch.where(here, weights_RK, 0)
 
@@ -158,7 +156,7 @@ class ExpertMaps:
     def _enter(self, part: slice, shift: torch.Tensor) -> None:
         ids_RK, weights_RK = self.ids_RK[part], self.weights_RK[part]
         _, _, sorted_RK, _ = ops.row_map(ids_RK, num_experts=self.plan.local_slots)
-        shift = shift.to(ids_RK.device)
+        shift = maps.to_device(shift, ids_RK.device)
         places_RK = torch.where(ids_RK >= 0, sorted_RK + shift[ids_RK.clamp(min=0).long()], -1)
         self.places_RK[part] = places_RK
         first = part.start
@@ -169,7 +167,7 @@ class ExpertMaps:
 
     @cached_property
     def distinct_order(self) -> torch.Tensor:
-        return self.plan.distinct_order.to(self.ids_RK.device)
+        return maps.to_device(self.plan.distinct_order, self.ids_RK.device)
 
     def arriving(self, chunk: int) -> torch.Tensor:
         """int64: the distinct rows of a chunk in the order in which they arrive."""
@@ -188,7 +186,7 @@ class ExpertMaps:
     def _of_blocks(self, chunk: int) -> torch.Tensor:
         if self.plan.chunks == 1:
             return self.distinct_order
-        return self.distinct_order[self.plan.block_arrivals(chunk).to(self.ids_RK.device)]
+        return self.distinct_order[maps.to_device(self.plan.block_arrivals(chunk), self.ids_RK.device)]
 
     @cached_property
     def _by_first(self) -> torch.Tensor:
@@ -205,7 +203,7 @@ class ExpertMaps:
 
 
 def slot_groups(slots: torch.Tensor, plan: DistinctPlan) -> torch.Tensor:
-    """int32: the group of experts of each local slot; slots that nobody has are in the last one or beyond."""
-    ends = [plan.local_slots * (c + 1) // plan.chunks for c in range(plan.chunks)]
-    bounds = torch.tensor(ends, dtype=slots.dtype, device=slots.device)
-    return torch.bucketize(slots, bounds, right=True, out_int32=True)
+    """int32: the group of experts of each local slot, of those that begin at local_slots * c // chunks; slots that
+    nobody has are beyond the last one."""
+    slots = slots.clamp(max=plan.local_slots).to(torch.int32)
+    return ((slots + 1) * plan.chunks - 1).div(plan.local_slots, rounding_mode="floor")

@@ -111,7 +111,14 @@ class DistinctForward:
         words = words.view(sent, self.metadata_layout.width - self._slots_TK.shape[1])
         return torch.cat([words, self._ids_RK[:sent]], dim=1)  # in this order words of 8 bytes are aligned
 
+    def odd_source(self, received: torch.Tensor) -> int | None:
+        """The first rank whose metadata is not what it announced. On CUDA, where the host does not read it: None."""
+        if received.device.type != "cpu":
+            return None
+        return self.plan.odd_source(received[:, received.shape[1] - self._slots_TK.shape[1] :].numpy())
+
     def take_metadata(self, received: torch.Tensor) -> None:
+        """What `metadata` of the others says."""
         count, top_k = received.shape[0], self._slots_TK.shape[1]
         words = received.shape[1] - top_k
         weights = received[:, :words].reshape(-1).view(self._weights_RK.dtype)

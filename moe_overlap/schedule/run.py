@@ -20,6 +20,7 @@ import torch
 
 from moe_overlap.agreement.distinct import DistinctPlan, distinct_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
+from moe_overlap.errors import PlanMismatch
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import Schedules
@@ -218,7 +219,14 @@ class Step(Backward):
         self.lanes.start(Action("M"), self._rows.metadata(), layout=self._rows.metadata_layout)
 
     def _wait_metadata(self, _: int | None) -> None:
-        self._rows.take_metadata(self.lanes.wait(Action("M")))
+        received = self.lanes.wait(Action("M"))
+        peer = self._rows.odd_source(received)
+        if peer is not None:
+            text = f"rank {peer} sent ids of experts that are not those that it announced"
+            self.transport.close(text)
+            here = {"rank": self.transport.rank, "step": self.plan.exchange.step}
+            raise PlanMismatch(text, peer=peer, action="M", **here)
+        self._rows.take_metadata(received)
 
     def _own(self, _: int | None) -> None:
         self._rows.own()
