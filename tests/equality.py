@@ -39,10 +39,16 @@ class Case:
     chunks: int
     dtype: torch.dtype
     load: str
-    dedup: str = "off"
+    dedup: str = "off"  # "hierarchical": "on", and so
+    node: int = 0  # ranks of a node, 0: not known
 
     def __str__(self) -> str:
-        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}-{self.dedup}"
+        dedup = f"{self.dedup}-{self.node}" if self.node else self.dedup
+        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}-{dedup}"
+
+    @property
+    def experts(self) -> int:
+        return E if E % self.world == 0 else 2 * self.world
 
     @property
     def top_k(self) -> int:
@@ -52,7 +58,7 @@ class Case:
     def tokens(self, rank: int) -> int:
         if self.load == "no_tokens" and rank == self.world - 1:
             return 0
-        return (5, 17, 2, 33)[rank] if self.load == "uneven" else 16
+        return (5, 17, 2, 33, 9, 20)[rank] if self.load == "uneven" else 16
 
 
 def all_cases(world: int, dedup: str = "off") -> list[Case]:
@@ -118,7 +124,9 @@ def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + rank)
     x, dy = (torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(case.dtype) for _ in range(2))
     kind = case.load if case.load in strategies.ROUTINGS else "uniform"
-    ids, _ = strategies.make_routing(kind, tokens, E, case.top_k, seed=rank)
+    ids, _ = strategies.make_routing(kind, tokens, case.experts, case.top_k, seed=rank)
+    if case.load == "one_node":
+        ids = ids.masked_fill(ids < case.experts - case.experts // case.world * case.node, -1)
     return x, ids, dy
 
 
@@ -129,7 +137,9 @@ def weights(case: Case) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5).to(case.dtype)
 
-    named = {"router.weight": draw(E, D), "experts.gate_up_proj": draw(E, 2 * F, D), "experts.down_proj": draw(E, D, F)}
+    count = case.experts
+    named = {"router.weight": draw(count, D), "experts.gate_up_proj": draw(count, 2 * F, D),
+             "experts.down_proj": draw(count, D, F)}  # fmt: skip
     if case.schedule.startswith("shared"):
         named |= {"shared_expert.up.weight": draw(2 * F, D), "shared_expert.down.weight": draw(D, F)}
     if case.schedule.startswith("shortcut"):
@@ -142,20 +152,22 @@ def weights(case: Case) -> dict[str, Tensor]:
 def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.Module:
     """The model of one rank, with its slices of `weights`."""
     _, ids, _ = inputs(case, rank)
-    router = FixedChoice(ids, E, case.dtype)
+    router = FixedChoice(ids, case.experts, case.dtype)
+    hierarchical = case.dedup == "hierarchical"
     name, _, variant = case.schedule.partition("-")
     schedule, shared = "serial", None
     if name == "chunked":
         schedule = chunked(case.chunks, "tokens" if variant == "apart" else variant)
-        if variant == "apart":  # backward in other chunks, cut in another way
-            schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "experts"))
+        if variant == "apart":  # backward in other chunks, where it can be cut in another way
+            schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "tokens" if case.node else "experts"))
     elif name == "shared_expert":
         schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
     elif name == "serial":
         schedule = serial()
-    model: nn.Module = MoELayer(D, F, E, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup=case.dedup, shared_expert_size=shared,
-                                dtype=case.dtype)  # fmt: skip
+    model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
+                                overlap=overlap, dedup="on" if hierarchical else case.dedup,
+                                ranks_per_node=case.node or None, hierarchical=hierarchical,
+                                shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
     if name == "shortcut":
         position = int(variant[-1])
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)
@@ -163,7 +175,7 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
                               backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
                               backward_chunks=case.chunks % 5 + 1, overlap=overlap)  # fmt: skip
     full = weights(case)
-    local = E // transport.world_size
+    local = case.experts // transport.world_size
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = full.pop(name)
@@ -248,7 +260,7 @@ def _expected(case: Case) -> list[dict[str, Tensor]]:
     names = list(full)
     expert_names = [name for name in names if name.endswith(("gate_up_proj", "down_proj"))]
     summed = torch.autograd.grad(sum(losses), [full[n] for n in expert_names], retain_graph=True)
-    local = E // case.world
+    local = case.experts // case.world
     for rank in range(case.world):
         grads = torch.autograd.grad(losses[rank], [xs[rank], *full.values()], retain_graph=True)
         result = {"y": outputs[rank].detach(), "dx": grads[0], **dict(zip(names, grads[1:], strict=True))}

@@ -11,8 +11,8 @@ D, F, E, K = 16, 24, 8, 2
 
 def make(transport=None, **options):
     torch.manual_seed(3)
-    options = {"dtype": torch.float64, **options}
-    return MoELayer(D, F, E, K, transport=transport, **options)
+    options = {"dtype": torch.float64, "top_k": K, **options}
+    return MoELayer(D, F, E, transport=transport, **options)
 
 
 def tokens(count, seed=0, dtype=torch.float64):

@@ -175,10 +175,14 @@ def test_a_failed_layer_goes_on_after_reopen():
     assert gloo_pool(2).run(fails_and_reopens) == [1, 1]
 
 
+LAST_ACTIONS = {"forward": "C1", "backward": "Dt1", "metadata": "M", "metadata of backward": "Mt"}
+
+
 def dies_in_the_middle(victim, phase):
     """The victim is killed by its own hand in the middle of an exchange; the others say what they saw, and when."""
     rank = dist.get_rank()
-    layer = MoELayer(256, 64, E, K, group=dist.group.WORLD, schedule="chunked(4)", timeout_s=4.0)
+    layer = MoELayer(256, 64, E, K, group=dist.group.WORLD, schedule="chunked(4)", timeout_s=4.0,
+                     dedup="on" if phase.startswith("metadata") else "off")  # fmt: skip
     x = torch.randn(4096, 256).requires_grad_()
     layer(x).sum().backward()
     start, started = layer.transport.start, []
@@ -186,7 +190,7 @@ def dies_in_the_middle(victim, phase):
     def start_and_die(*args, action, **kwargs):
         work = start(*args, action=action, **kwargs)
         started.append(action)
-        if rank == victim and action == {"forward": "C1", "backward": "Dt1"}[phase]:
+        if rank == victim and action == LAST_ACTIONS[phase]:
             os.kill(os.getpid(), signal.SIGKILL)
         return work
 
@@ -200,7 +204,8 @@ def dies_in_the_middle(victim, phase):
     return "nothing", None, 0.0
 
 
-@pytest.mark.parametrize(("victim", "phase"), [(1, "forward"), (0, "backward"), (2, "backward")])
+@pytest.mark.parametrize(("victim", "phase"), [(1, "forward"), (0, "backward"), (2, "backward"), (1, "metadata"),
+                                               (3, "metadata of backward")])  # fmt: skip
 def test_a_rank_killed_in_the_middle_of_an_exchange_is_named_by_all_others(victim, phase):
     with Ranks(4) as ranks:
         ranks.start(dies_in_the_middle, victim, phase)

@@ -15,6 +15,7 @@ import torch
 
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, of_rank
+from moe_overlap.agreement.node_counts import NodeCounts, impossible, parts_of
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import DEDUP, PHASES, RECORD_FIELDS, StepRecord, compare, record_words
 from moe_overlap.errors import PlanMismatch
@@ -31,14 +32,21 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, placement: Pla
     world_size = records.shape[0]
     column = compare(records, rank=rank)
     experts = num_slots if placement is None else placement.num_experts
-    words = record_words(experts, num_slots, int(column["dedup"][0]))
+    nodes = max(0, _nodes(column))
+    words = record_words(experts, num_slots, int(column["dedup"][0]), nodes)
     said = records.numpy()[:, len(RECORD_FIELDS) : words].copy().view(np.int32).astype(np.int64)
-    logical, ends = said[:, : BLOCKS * experts].reshape(world_size, BLOCKS, experts), said[:, BLOCKS * experts :]
+    logical, ends, of_nodes = np.split(said, [BLOCKS * experts, said.shape[1] - BLOCKS * nodes], axis=1)
+    logical = logical.reshape(world_size, BLOCKS, experts)
     tables = [logical if placement is None else placement.physical_counts(logical, range(world_size))]
     tables += list(ends.reshape(world_size, -1, BLOCKS, num_slots).swapaxes(0, 1)) if ends.size else []
     bad = _impossible(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
+    node_rows = None
+    if nodes:
+        both = of_nodes.reshape(world_size, BLOCKS, nodes), _rows_by_rank(tables[1], world_size)
+        bad |= impossible(*both)
+        node_rows = NodeCounts.of(*both, rank)
     _require_possible(np.nonzero(bad)[0], column, rank)
-    return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank)
+    return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows)
 
 
 class Exchanged:
@@ -51,24 +59,35 @@ class Exchanged:
     def __init__(self, record: StepRecord, column: dict[str, np.ndarray], *, rank: int) -> None:
         self._column, self._rank, self._nodes = column, rank, record.nodes
         self._world = len(column["step"])
-        counts, *ends = (one.numpy().astype(np.int64) for one in record.tables)
+        counts, *ends = (one.numpy().astype(np.int64) for one in record.tables if one is not record.node_rows)
         if record.placement is not None:
             counts = record.placement.physical_counts(counts[None], [rank])[0]
         self._sent = [counts, *ends]
         self._received: list[np.ndarray] = []
         self._bad = 0
+        self._node_rows = None if record.node_rows is None else record.node_rows.numpy().astype(np.int64)
+        self._of_node: NodeCounts | None = None
 
     def parts(self) -> torch.Tensor:
-        """int32 [W, tables * BLOCKS * e]: for every rank the counts of its slots."""
+        """int32 [W, tables * BLOCKS * e]: for every rank the counts of its slots; with `node_rows`, `parts_of` them."""
         tables = np.stack([one.reshape(BLOCKS, self._world, -1) for one in self._sent])  # [tables, BLOCKS, W, e]
-        parts = tables.transpose(2, 0, 1, 3).reshape(self._world, -1).astype(np.int32)
-        return torch.from_numpy(np.ascontiguousarray(parts))
+        parts = tables.transpose(2, 0, 1, 3).reshape(self._world, -1)
+        if self._node_rows is not None:
+            of_nodes = parts_of(self._node_rows, _rows_by_rank(self._sent[1], self._world))
+            parts = np.concatenate([parts, of_nodes], axis=1)
+        return torch.from_numpy(np.ascontiguousarray(parts.astype(np.int32)))
 
     def hear(self, parts: torch.Tensor) -> None:
-        """The parts of all ranks that are for this one, int32 [W, tables * BLOCKS * e]."""
-        tables = parts.numpy().astype(np.int64).reshape(self._world, len(self._sent), BLOCKS, -1)
+        """The parts of all ranks that are for this one, int32 [W, n]."""
+        said = parts.numpy().astype(np.int64)
+        tables, of_node = np.split(said, [self._sent[0].size // self._world * len(self._sent)], axis=1)
+        tables = tables.reshape(self._world, len(self._sent), BLOCKS, -1)
         self._received = [tables[:, i] for i in range(len(self._sent))]
-        bad = np.nonzero(_impossible(*(one[:, :, None] for one in self._received)))[0]
+        doubted = _impossible(*(one[:, :, None] for one in self._received))
+        if self._node_rows is not None:
+            self._of_node = NodeCounts.heard(self._node_rows, of_node)
+            doubted |= self._of_node.impossible()
+        bad = np.nonzero(doubted)[0]
         # The maximum over the ranks is then the first rank that one of them doubts.
         self._bad = self._world - int(bad[0]) if len(bad) else 0
 
@@ -103,14 +122,31 @@ class Exchanged:
                 Counts(sent=sent, received=received, totals=totals, most_sent=int(maximum[0]), away=loads.away,
                        reduced=loads)
             )  # fmt: skip
-        return _plan(self._column, tables, rank=self._rank)
+        return _plan(self._column, tables, rank=self._rank, node_rows=self._of_node)
 
     def _loads(self) -> list[Loads]:
         return [of_rank(sent, received, rank=self._rank, nodes=self._nodes)
                 for sent, received in zip(self._sent, self._received, strict=True)]  # fmt: skip
 
 
-def _plan(column: dict[str, np.ndarray], tables: list[Counts], *, rank: int) -> ExchangePlan:
+def _rows_by_rank(first: np.ndarray, world_size: int) -> np.ndarray:
+    """int64 [..., BLOCKS, W]: (token, rank) pairs by rank, of those by lowest slot [..., BLOCKS, P]."""
+    return np.asarray(first.reshape(*first.shape[:-1], world_size, -1).sum(axis=-1))
+
+
+def _nodes(column: dict[str, np.ndarray]) -> int:
+    """For how many nodes the ranks count rows; -1 where that cannot be."""
+    world_size, size = len(column["step"]), int(column["ranks_per_node"][0])
+    if not 0 <= size <= world_size or world_size % max(1, size):
+        return -1
+    if not column["hierarchical"][0]:
+        return 0
+    return world_size // size if size and column["dedup"][0] == 1 else -1
+
+
+def _plan(
+    column: dict[str, np.ndarray], tables: list[Counts], *, rank: int, node_rows: NodeCounts | None = None
+) -> ExchangePlan:
     phase = int(column["phase"][0])
     return ExchangePlan(
         rank=rank,
@@ -123,12 +159,14 @@ def _plan(column: dict[str, np.ndarray], tables: list[Counts], *, rank: int) -> 
         dedup=int(column["dedup"][0]),
         first=tables[1] if len(tables) > 1 else None,
         last=tables[2] if len(tables) > 1 else None,
+        ranks_per_node=int(column["ranks_per_node"][0]),
+        node_rows=node_rows,
     )
 
 
 def _require_possible(bad: Sequence[int] | np.ndarray, column: dict[str, np.ndarray], rank: int) -> None:
     """bad: the ranks whose counts no routing can have."""
-    if not 0 <= int(column["dedup"][0]) < len(DEDUP):
+    if not 0 <= int(column["dedup"][0]) < len(DEDUP) or _nodes(column) < 0:
         bad = [0]
     if len(bad):
         peer = int(bad[0])

@@ -11,7 +11,8 @@ column. So two rounds and about 2 sqrt(W) messages are an exchange of all ranks 
 another, each of which needs what the one before brought:
 
     fields      as above, with a short capacity, since no record has its counts in it; the same to all
-    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank
+    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank; where rows for nodes are counted, for each
+                rank of a node and one more 16 * 4 bytes more
     reduction   every rank gets a slice of everybody's sums and maxima (others to each), and sends what it made of it
                 to all
 """
@@ -93,20 +94,22 @@ class AgreementCost:
 
 
 def agreement_cost(
-    *, ranks: int, experts: int, slots: int | None = None, dedup: int = 0, gathered_ranks: int = GATHERED_RANKS,
-    grid: Grid | None = None, capacity: int = 0, rank: int = 0,
+    *, ranks: int, experts: int, slots: int | None = None, dedup: int = 0, nodes: int = 0,
+    gathered_ranks: int = GATHERED_RANKS, grid: Grid | None = None, capacity: int = 0, rank: int = 0,
 ) -> AgreementCost:  # fmt: skip
-    """slots: of all ranks (None: one for each expert). dedup: a position in `record.DEDUP`. grid: None: the squarest.
+    """slots: of all ranks (None: one for each expert). dedup: a position in `record.DEDUP`. nodes: for which rows are
+    counted. grid: None: the squarest.
     capacity: words that other layers of the group made room for."""
     slots = experts if slots is None else slots
     gathered = ranks <= gathered_ranks
-    fields = 8 * (HEAD_WORDS + max(capacity, record_capacity(experts, slots, dedup, gathered=gathered)))
+    fields = 8 * (HEAD_WORDS + max(capacity, record_capacity(experts, slots, dedup, nodes=nodes, gathered=gathered)))
     if gathered:
         return AgreementCost(rounds=(Round(ranks=range(ranks), bytes_to_each=fields),))
     tables, local = 3 if dedup == 1 else 1, slots // ranks
     sums = tables * (slots + (BLOCKS + local) * len(KINDS))
     most = 1 + tables * (1 + 2 * PARTS * len(KINDS))
-    counts, slice_ = 4 * tables * BLOCKS * local, 8 * (-(-sums // ranks) - (-most // ranks))
+    of_node = 1 + ranks // nodes if nodes else 0
+    counts, slice_ = 4 * BLOCKS * (tables * local + of_node), 8 * (-(-sums // ranks) - (-most // ranks))
     grid = Grid.of(ranks) if grid is None else grid
     rounds = []
     for to_row, to_column in (
@@ -121,6 +124,6 @@ def agreement_cost(
     return AgreementCost(rounds=tuple(rounds))
 
 
-def record_capacity(experts: int, slots: int, dedup: int, *, gathered: bool) -> int:
+def record_capacity(experts: int, slots: int, dedup: int, *, nodes: int = 0, gathered: bool) -> int:
     """Words that the messages of a group need room for, for the records of this layer."""
-    return max(HEADER_WORDS, record_words(experts, slots, dedup) if gathered else len(RECORD_FIELDS))
+    return max(HEADER_WORDS, record_words(experts, slots, dedup, nodes) if gathered else len(RECORD_FIELDS))

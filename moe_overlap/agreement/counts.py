@@ -33,10 +33,11 @@ def block_counts(slots_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
 
 
 def block_counts_of_rows(
-    slots_TK: torch.Tensor, num_slots: int, world_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    slots_TK: torch.Tensor, num_slots: int, world_size: int, nodes: int = 0
+) -> tuple[torch.Tensor, ...]:
     """(counts, first, last), each int64 [BLOCKS, P] on the CPU: `block_counts`, and of the (token, rank) pairs of each
-    block how many have slot p as their lowest and as their highest on that rank.
+    block how many have slot p as their lowest and as their highest on that rank. With `nodes`, of which each has as
+    many slots, a fourth, int64 [BLOCKS, nodes]: the (token, node) pairs.
 
     Raises ConfigError("topk_ids") for an id outside -1..P-1, and for one that stands twice in a token. One
     device-to-host read.
@@ -51,12 +52,17 @@ def block_counts_of_rows(
     ends = starts.roll(-1, dims=1)
     ends[:, -1:] = True
     parts = [(ids, used), (ids, used & starts), (ids, used & ends)]
+    if nodes:  # counted at the first slot of the node
+        node = torch.div(ids, num_slots // nodes, rounding_mode="floor")
+        enters = torch.ones_like(used)
+        enters[:, 1:] = node[:, 1:] != node[:, :-1]
+        parts.append((node * (num_slots // nodes), used & enters))
     histograms, bad = _histograms(parts, outside | again, num_slots)
     if bad and bool(outside.any()):
         raise _outside(ids[outside], num_slots)
     if bad:
         raise ConfigError("topk_ids", int(ids[again][0]), "no id twice in a token where rows are deduplicated")
-    return histograms[0], histograms[1], histograms[2]
+    return (*histograms[:3], *(one[:, :: num_slots // nodes] for one in histograms[3:]))
 
 
 def check_counts(*tables: torch.Tensor) -> None:

@@ -44,6 +44,25 @@ class DistinctPlan(ChunkPlan):
             return self._last_from_others[chunk], self._last_to_others[chunk]
         return self._first_to_others[chunk], self._first_from_others[chunk]
 
+    # ---------------------------------------------------------------- nodes
+
+    def carrier_of(self, ranks: torch.Tensor) -> torch.Tensor:
+        """To which rank this one sends its rows for each of `ranks`: there they go themselves."""
+        return ranks
+
+    def first_behind(self, carriers: torch.Tensor) -> torch.Tensor:
+        """Of the ranks that each of `carriers` is sent rows for, which are next to each other, the first."""
+        return carriers
+
+    @cached_property
+    def carriers(self) -> tuple[tuple[int, ...], ...]:
+        """By node, the ranks that this rank's rows for it are sent to. What comes back from those of a node is added up
+        first, so that it makes no difference where that is done. One node where nodes are not known."""
+        size = self.exchange.ranks_per_node or self.world_size
+        carrier_of = self.carrier_of(torch.arange(self.world_size)).tolist()
+        nodes = [carrier_of[begin : begin + size] for begin in range(0, self.world_size, size)]
+        return tuple(tuple(sorted(set(ranks))) for ranks in nodes)
+
     # ---------------------------------------------------------------- rows on this rank
 
     @cached_property
@@ -144,6 +163,30 @@ class DistinctPlan(ChunkPlan):
         """int32 [e]: the same for a place among the rows of others."""
         own, _, _ = self._slot_rows
         return _int32(np.cumsum(own))
+
+    # ---------------------------------------------------------------- what arrives
+
+    def odd_source(self, ids_RK: np.ndarray) -> int | None:
+        """The first rank of whose rows the ids are not those that it announced; None where all are.
+
+        ids_RK: integers [incoming_rows, K], the local slots of the rows of the others by source rank and token, -1 =
+        another rank's or unused. Ids that pass have a place each among the experts' rows, and no place is left over.
+        """
+        local, segments = self.local_slots, self._incoming.size
+        segment_R = np.repeat(np.arange(segments), self._incoming.reshape(-1))  # source rank and block of each row
+        ids_RK = np.sort(ids_RK, axis=1)
+        used = (ids_RK >= 0) & (ids_RK < local)
+        bad = ((ids_RK < -1) | (ids_RK >= local)).any(axis=1) | ~used.any(axis=1)
+        bad |= (used[:, 1:] & (ids_RK[:, 1:] == ids_RK[:, :-1])).any(axis=1)
+        lowest_R, highest_R = np.where(used, ids_RK, local - 1).min(axis=1), np.where(used, ids_RK, 0).max(axis=1)
+        key_RK = segment_R[:, None] * local + ids_RK
+        found = (key_RK[used], segment_R * local + lowest_R, segment_R * local + highest_R)
+        odd = np.asarray(np.bincount(segment_R[bad], minlength=segments).reshape(self.world_size, -1).any(axis=1))
+        for keys, table in zip(found, (self.exchange.counts, *_ends(self.exchange)), strict=True):
+            counted = np.bincount(keys, minlength=segments * local).reshape(self.world_size, -1)
+            odd |= (counted != table.received.reshape(self.world_size, -1)).any(axis=1)
+        odd[self.rank] = False
+        return int(odd.argmax()) if odd.any() else None
 
     # ---------------------------------------------------------------- details
 

@@ -14,7 +14,7 @@ VERSION = 2
 @dataclass(frozen=True, kw_only=True)
 class Header:
     """What one layer configuration fixes for the life of a transport; compared on all ranks when it opens. `dedup`:
-    whether its records have room for what deduplication needs."""
+    whether its records have room for what deduplication needs; `nodes`: for how many nodes they count rows."""
 
     num_experts: int
     num_slots: int
@@ -24,6 +24,7 @@ class Header:
     weight_dtype: int
     activation: int
     dedup: int = 0
+    nodes: int = 0
 
     def to_tensor(self, *, world_size: int, gathered_ranks: int) -> torch.Tensor:
         """int64 [64]: magic, version, world size, up to how many ranks counts are gathered, then the fields in order;

@@ -9,6 +9,7 @@ Letters: W ranks, P slots, e slots a rank, C chunks, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ import torch
 
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy, Counts
+from moe_overlap.agreement.node_counts import NodeCounts
 from moe_overlap.errors import ConfigError
 
 
@@ -40,7 +42,9 @@ class ExchangePlan:
     `counts`: (token, k) choices of block b of rank w that fall on slot p, as far as this rank knows (see `Counts`).
     `x_requires_grad` is the OR over the ranks: whether the exchanges of the input gradient run in backward. `dedup`:
     see `DEDUP` in `record.py`; with "on", `first` and `last` count the rows of block b of rank w, one for each (token,
-    rank) pair, at the lowest and at the highest slot that the token chose on that rank.
+    rank) pair, at the lowest and at the highest slot that the token chose on that rank. `ranks_per_node`: so many ranks
+    in a row share a node, 0 where that is not known; `node_rows`: the (token, node) pairs, where a row crosses to each
+    node once.
     """
 
     rank: int
@@ -53,10 +57,18 @@ class ExchangePlan:
     dedup: int = 0
     first: Counts | None = None
     last: Counts | None = None
+    ranks_per_node: int = 0
+    node_rows: NodeCounts | None = None
 
     @property
     def num_slots(self) -> int:
         return int(self.counts.sent.shape[1])
+
+    def off_node(self, rows: Sequence[int]) -> int:
+        """Of `rows` [W], for each rank, those for ranks of other nodes than this one's; 0 where nodes are not known."""
+        size = self.ranks_per_node or self.world_size
+        begin = self.rank // size * size
+        return sum(rows) - sum(rows[begin : begin + size])
 
     @property
     def rows_per_rank(self) -> tuple[int, ...]:

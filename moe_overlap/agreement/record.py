@@ -80,10 +80,11 @@ class StepRecord:
     """What one rank says at the start of a step: integers, and tables of counts on the CPU, integers too.
 
     counts [BLOCKS, E], by logical experts: those by slots follow from the placement, on every rank alike. dedup: a
-    position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. router_state: a digest of
-    what the routers of all ranks must have in common (0: nothing). caller: which of those that share a transport,
-    copies of one layer for example. Not sent, but equal on all ranks: placement (None: expert i in slot i) and nodes,
-    the node of each rank (None: each has its own).
+    position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. ranks_per_node: so many
+    ranks in a row share a node (0: not known); `node_rows` [BLOCKS, nodes] goes with `hierarchical` alone.
+    router_state: a digest of what the routers of all ranks must have in common (0: nothing). caller: which of those
+    that share a transport, copies of one layer for example. Not sent, but equal on all ranks: placement (None: expert i
+    in slot i) and nodes, the node of each rank (None: each has its own).
     """
 
     step: int
@@ -102,17 +103,20 @@ class StepRecord:
     schedule_digest: int
     counts: torch.Tensor
     dedup: int = 0
+    ranks_per_node: int = 0
+    hierarchical: int = 0
     router_state: int = 0
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    node_rows: torch.Tensor | None = None
     caller: int = 0
     placement: Placement | None = None
     nodes: tuple[int, ...] | None = None
 
     @property
     def tables(self) -> list[torch.Tensor]:
-        """The counts, then `first` and `last` where it has them."""
-        return [one for one in (self.counts, self.first, self.last) if one is not None]
+        """The counts, then `first` and `last`, then `node_rows`, where it has them."""
+        return [one for one in (self.counts, self.first, self.last, self.node_rows) if one is not None]
 
     @property
     def named_fields(self) -> torch.Tensor:
@@ -129,7 +133,7 @@ class StepRecord:
 RECORD_FIELDS: tuple[str, ...] = tuple(
     field.name
     for field in fields(StepRecord)
-    if field.name not in ("counts", "first", "last", "caller", "placement", "nodes")
+    if field.name not in ("counts", "first", "last", "node_rows", "caller", "placement", "nodes")
 )
 # The fields that must be equal on all ranks. `status` and `x_requires_grad` may differ.
 AGREED_FIELDS: tuple[str, ...] = tuple(
@@ -137,9 +141,9 @@ AGREED_FIELDS: tuple[str, ...] = tuple(
 )
 
 
-def record_words(num_experts: int, num_slots: int, dedup: int) -> int:
-    """Words of a record with its tables."""
-    return len(RECORD_FIELDS) + BLOCKS * (num_experts + (2 * num_slots if dedup == 1 else 0)) // 2
+def record_words(num_experts: int, num_slots: int, dedup: int, nodes: int = 0) -> int:
+    """Words of a record with its tables. nodes: 0 where it has no `node_rows`."""
+    return len(RECORD_FIELDS) + BLOCKS * (num_experts + nodes + (2 * num_slots if dedup == 1 else 0)) // 2
 
 
 DIGEST_HINT = (

@@ -27,6 +27,7 @@ from moe_overlap.verify.run import LIMIT_S, PROGRAM, TIMEOUT_S, check, run
 
 ADAPTERS = {
     "ours": ("moe_overlap.verify.adapters.ours", "Ours"),
+    "ours-dedup": ("moe_overlap.verify.adapters.ours", "OursDeduplicated"),
     "ours-ddp": ("moe_overlap.verify.adapters.ours", "OursInDDP"),
     "plain": ("moe_overlap.verify.adapters.plain", "PlainAdapter"),
     "transformers": ("moe_overlap.verify.adapters.transformers", "Qwen3MoE"),

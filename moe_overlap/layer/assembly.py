@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_overlap.agreement.node_plan import check_cut
 from moe_overlap.agreement.record import DTYPES
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.errors import ConfigError
@@ -25,6 +26,7 @@ from moe_overlap.schedule.builders import SchedulePair, deduplicate
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.link import NodeTopology
 from moe_overlap.transport.opening import open_transport
 
 ROUTER_DEFAULTS = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
@@ -207,14 +209,55 @@ def factory_of(experts: nn.Module | None, device: Any, dtype: torch.dtype | None
     return {"device": weight.device, "dtype": weight.dtype}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How the rows of a layer go to other ranks: `dedup` as the layer's, `ranks_per_node` (0: not known), and whether
+    one row for each (token, node) crosses nodes."""
+
+    dedup: str
+    ranks_per_node: int
+    hierarchical: bool
+
+    def pair(self, pair: SchedulePair, ranks: int) -> SchedulePair:
+        """The pair as it runs; with dedup "auto" it becomes another one in the steps in which that pays."""
+        if pair.deduplicated and (self.dedup == "off" or ranks == 1):
+            raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
+        for by in (pair.by, pair.backward_by) if self.hierarchical else ():
+            check_cut(by)
+        return deduplicate(pair) if self.dedup == "on" and ranks > 1 else pair
+
+
+def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hierarchical: bool) -> Rows:
+    """From a layer's arguments and what its transport knows of nodes. Raises ConfigError for what does not go together;
+    where all ranks or none share a node, hierarchical exchanges are the direct ones."""
+    known = getattr(transport, "topology", None)
+    if ranks_per_node is None:
+        ranks_per_node = 0 if known is None else known.ranks_per_node
+    else:
+        ranks_per_node = NodeTopology(world_size=transport.world_size, ranks_per_node=ranks_per_node).ranks_per_node
+    if known is not None and ranks_per_node != known.ranks_per_node:
+        raise ConfigError("ranks_per_node", ranks_per_node, f"None or {known.ranks_per_node}, as the transport has")
+    if hierarchical not in (False, True):
+        raise ConfigError("hierarchical", hierarchical, "False or True")
+    if hierarchical and dedup == "off":
+        raise ConfigError("hierarchical", hierarchical, 'False, or dedup="on" or "auto" beside it')
+    if hierarchical and not ranks_per_node:
+        raise ConfigError("ranks_per_node", None, "the ranks of a node, with hierarchical exchanges")
+    several = 1 < ranks_per_node < transport.world_size
+    return Rows(dedup=dedup, ranks_per_node=ranks_per_node, hierarchical=bool(hierarchical) and several)
+
+
 def make_dispatcher(
-    given: Dispatcher | None, placement: Placement, transport: Transport, bad_logits: str, dedup: str, **options: Any
+    given: Dispatcher | None, placement: Placement, transport: Transport, bad_logits: str, rows: Rows, **options: Any
 ) -> Dispatcher:
     """The dispatcher given, checked against the layer, or a new one."""
-    options["dedup"] = int(dedup != "off" and transport.world_size > 1)
+    options["dedup"] = int(rows.dedup != "off" and transport.world_size > 1)
+    options |= {"ranks_per_node": rows.ranks_per_node, "hierarchical": rows.hierarchical}
     if given is None:
         return Dispatcher(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),
                           **options)  # fmt: skip
+    if not rows.hierarchical:
+        del options["ranks_per_node"]  # it may know more of that
     for name, value in options.items():
         if getattr(given, name) != value:
             raise ConfigError(f"dispatcher.{name}", getattr(given, name), f"{value}, as the layer has")
@@ -227,16 +270,20 @@ def make_schedule(
     shared: bool,
     ranks: int,
     overlap: bool,
-    dedup: str,
+    rows: Rows,
     max_in_flight_bytes: int | None,
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
     name, and there is nothing to deduplicate."""
+    if rows.hierarchical and (schedule == "auto" or isinstance(schedule, AutoSchedule)):
+        raise ConfigError("hierarchical", True, 'False beside schedule="auto", which does not predict it')
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
             given = f"AutoSchedule(op_verb={schedule.op_verb!r}, num_ops={schedule.num_ops})"
             raise ConfigError("schedule", given, f"AutoSchedule(op_verb={verb!r}, num_ops=0) for this layer")
+        if schedule.dedup != rows.dedup:
+            raise ConfigError("dedup", rows.dedup, f"{schedule.dedup!r} beside this AutoSchedule, which has its own")
         if schedule.overlap and not overlap:
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
         if schedule.taken:
@@ -244,18 +291,12 @@ def make_schedule(
         schedule.taken = True
         auto = schedule
     elif schedule == "auto":
-        auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, max_in_flight_bytes=max_in_flight_bytes)
+        auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
+                            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
     else:
-        pair = deduplicated(layer_schedule(schedule, shared=shared), dedup, ranks)
+        pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
         return pair if overlap else pair.join()
     if ranks > 1:
         return auto
     pair = replace(layer_schedule("serial", shared=shared), name=ONE_RANK)
     return pair if auto.overlap else pair.join()
-
-
-def deduplicated(pair: SchedulePair, dedup: str, ranks: int) -> SchedulePair:
-    """The pair as it runs under `dedup`; with "auto" it becomes another one in the steps in which that pays."""
-    if pair.deduplicated and (dedup == "off" or ranks == 1):
-        raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
-    return deduplicate(pair) if dedup == "on" and ranks > 1 else pair

@@ -54,11 +54,14 @@ class MoELayer(Tickets, Copies):
     one DeviceMesh of two dimensions as `group`, replicas first and experts second. Gradients of experts are reduced
     over them when backward is over, unless fully_shard has sharded the experts over them, which does it then.
     schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
-    "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
-    the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
+    "auto": the first forward call measures (at most 20 s, or eight steps where these take longer; kept in a cache),
+    then the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     dedup: "on": one row for each (token, rank), with its ids and weights beside it, and one partial sum back, however
-    many of the token's experts are there; "auto": in the steps in which that pays; results are equal to tolerance.
+    many of the token's experts are there; "auto": in the steps in which that pays (with schedule="auto": in which it is
+    predicted to be faster); results are equal to tolerance.
+    ranks_per_node: so many ranks in a row share a node, where the transport does not know. hierarchical, beside dedup:
+    one row for each (token, node) crosses nodes and is passed on there; equal results, bit for bit in float32/64.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
@@ -92,6 +95,8 @@ class MoELayer(Tickets, Copies):
         schedule: str | AnySchedule = "serial",
         overlap: bool = True,
         dedup: str = "off",
+        ranks_per_node: int | None = None,
+        hierarchical: bool = False,
         max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         experts: nn.Module | None = None,
@@ -118,13 +123,13 @@ class MoELayer(Tickets, Copies):
         activation = assembly.activation_of(experts, activation)
         check_options(mode, dedup, max_in_flight_bytes, schedule)
         check_payload(payload_dtype)
-        self.dedup = dedup
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "bad_logits": bad_logits}  # fmt: skip
         self.transport, replicas = assembly.make_transport(
             transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device
         )
+        self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
         # First among the parameters, as before the experts were a module, since states of optimizers go by position;
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
@@ -136,7 +141,7 @@ class MoELayer(Tickets, Copies):
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
-            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, dedup=dedup,
+            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
             max_in_flight_bytes=max_in_flight_bytes,
         )  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
@@ -147,7 +152,7 @@ class MoELayer(Tickets, Copies):
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, bad_logits, dedup, hidden=row_width, ffn_hidden=ffn_hidden_size,
+            dispatcher, placement, self.transport, bad_logits, self.rows, hidden=row_width, ffn_hidden=ffn_hidden_size,
             top_k=top_k, activation=activation, payload_dtype=payload_dtype,
             dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip

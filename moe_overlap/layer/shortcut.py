@@ -17,7 +17,6 @@ from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.auto.beside import Op, as_module
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, check_budget
-from moe_overlap.layer.assembly import deduplicated
 from moe_overlap.layer.experts import reset
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.schedule.builders import window
@@ -56,7 +55,7 @@ class ShortcutBlock(nn.Module):
     shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
-    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or six steps
+    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or eight steps
     where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
     the experts' input and on their output. overlap=False: every exchange joined.
 
@@ -106,13 +105,15 @@ class ShortcutBlock(nn.Module):
             text = "'auto', or None beside a slot=, which says how many ops after the tap come before the experts"
             raise ConfigError("schedule", schedule, text)
         self.schedule: AnySchedule
+        if slot is None and moe.rows.hierarchical:
+            raise ConfigError("schedule", schedule, "None and a slot=, with hierarchical exchanges")
         if slot is None and moe.transport.world_size > 1:
-            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,
+            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
                                          max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
         else:
             pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
                           backward_chunks=backward_chunks)  # fmt: skip
-            pair = deduplicated(pair, moe.dedup, moe.transport.world_size)
+            pair = moe.rows.pair(pair, moe.transport.world_size)
             check(pair)
             pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
             self.schedule = pair if overlap else pair.join()

@@ -13,6 +13,7 @@ from torch import nn
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule
+from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import window
@@ -43,6 +44,7 @@ class Ticket:
 class Tickets(LastCall):
     """The ticket half of MoELayer, which has the attributes and the method that stand here for their types."""
 
+    rows: Rows
     shared_expert: nn.Module | None
     _ticket: weakref.ref[Ticket] | None
 
@@ -64,6 +66,7 @@ class Tickets(LastCall):
             pair = window(2, 1).join(not self.schedule.overlap)
         else:
             pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
+        pair = self.rows.pair(pair, self.transport.world_size)
         step, routing, _ = self._begin(x, pair)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)

@@ -12,6 +12,14 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.ops import checks, workspace
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values`, integers that the host has made, on `device`. The host does not wait for work on a CUDA stream: it
+    copies from pinned memory, which torch keeps until the copy is done."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def invert(slot_to_row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
     """row -> slot (= token * K + k) as int64 [num_rows], -1 where no slot points.
 

@@ -80,15 +80,18 @@ class Backward:
         self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
         # Detached: the router's weights lead to the nodes, which hold this step.
         tensors = [tensor.detach() for tensor in saved]
+        # What a detached node has saved stays with the node, for a backward that does come to it.
+        kept = isinstance(ctx, DetachedNode) or torch._C._autograd._get_current_graph_task_keep_graph()
         needs = {
             "need_dx": self.plan.exchange.x_requires_grad,
             "need_dw": self._need_dw,
-            "over_h": not torch._C._autograd._get_current_graph_task_keep_graph(),
+            "over_h": not kept,
         }
         plan = self._backward_plan
         if isinstance(plan, DistinctPlan):
             self._grads = DistinctBackward(plan, DistinctSaved.of(tensors), self._kind, dy_TD, **needs,
                                            num_sms=self._num_sms)  # fmt: skip
+            self.lanes.gateway = self._grads.gateway
         else:
             self._grads = BackwardRows(plan, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
         self._grads_of = torch._C._current_graph_task_id()
@@ -169,17 +172,20 @@ class Backward:
                 "a loss that reaches the layer's input but not its output, which is gone",
                 "a loss that depends on the layer's output on every rank, or layer.attach(loss)",
             )
-        results: Tensors = ()
+        dx_TD: torch.Tensor | None = None
         with closing_on_error(self.transport, "Ut"):
             detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
         for member in (member for group in backward_groups(self.pair) for member in group):
             results = self.run_backward(member, detached, None)
-        return results[0]
+            if member.action.verb == "Pt":
+                dx_TD = results[0]
+        return dx_TD
 
     def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dw_in, dw_out), complete; frees the buffers of this run of the backward schedule."""
         self.lanes.close_op()
         g, self._grads = self._grads, None
+        self.lanes.gateway = None
         if g is None:
             return None, None
         if g.dw_in is not None and g.dw_out is not None and self._grad_scale != 1.0:

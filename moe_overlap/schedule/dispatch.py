@@ -61,7 +61,8 @@ def _kind(tensor: torch.Tensor) -> str:
 class Dispatcher:
     """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
     opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too.
-    `dedup`: a position in `record.DEDUP`."""
+    `dedup`: a position in `record.DEDUP`; `ranks_per_node`: so many ranks in a row share a node (0: not known);
+    `hierarchical`: one row for each (token, node) crosses nodes."""
 
     transport: Transport
     placement: Placement
@@ -77,6 +78,8 @@ class Dispatcher:
     caller: int = 0
     copies: int = 0
     dedup: int = 0
+    ranks_per_node: int = 0
+    hierarchical: bool = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Dispatcher:
         """On the same transport, as another caller: ranks whose copies run in another order learn of it."""
@@ -94,7 +97,13 @@ class Dispatcher:
             weight_dtype=DTYPES.index(self.dtype) if self.dtype in DTYPES else -1,
             activation=ACTIVATIONS.index(self.activation),
             dedup=int(self.dedup == 1),
+            nodes=self._counted_nodes,
         )
+
+    @property
+    def _counted_nodes(self) -> int:
+        """Nodes that rows are counted for, where they cross nodes once."""
+        return self.placement.world_size // self.ranks_per_node if self.hierarchical else 0
 
     def plan(
         self, slots_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
@@ -151,10 +160,10 @@ class Dispatcher:
         raise AssertionError("a refused step cannot be agreed on")
 
     def _count(self, slots_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The record's counts, and `first` and `last` where rows are deduplicated."""
+        """The record's counts, where rows are deduplicated `first` and `last` too, and then perhaps `node_rows`."""
         slots = self.placement.num_slots
         if self.dedup == 1:
-            counts, *ends = block_counts_of_rows(slots_TK, slots, self.placement.world_size)
+            counts, *ends = block_counts_of_rows(slots_TK, slots, self.placement.world_size, self._counted_nodes)
         else:
             counts, ends = block_counts(slots_TK, slots), []
         counts = self.placement.logical_counts(counts)
@@ -194,7 +203,10 @@ class Dispatcher:
             counts=tables[0],
             first=tables[1] if len(tables) > 1 else None,
             last=tables[2] if len(tables) > 1 else None,
+            node_rows=tables[3] if len(tables) > 3 else None,
             dedup=self.dedup,
+            ranks_per_node=self.ranks_per_node,
+            hierarchical=int(self.hierarchical),
             caller=self.caller,
             placement=self.placement,
             nodes=nodes_of(self.transport),

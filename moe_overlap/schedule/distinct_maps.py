@@ -12,12 +12,13 @@ import torch
 from moe_overlap import ops
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.distinct import DistinctPlan
+from moe_overlap.ops import maps
 
 UNUSED = 1 << 30  # stands for -1 where slots are sorted: after all others, on a rank that nobody is
 
 
 class TokenMaps:
-    """The rows of this rank's tokens: one for each rank that a token goes to.
+    """The rows of this rank's tokens: one for each rank that a token is sent to (`carrier_of` of the plan).
 
     A token's choices stand sorted by slot (`slots_TK`; `choice_TK` says which choice it was), so those of one rank
     stand together and sums over them go by slot. slots_TK: int32 [T, K], -1 = unused.
@@ -29,7 +30,8 @@ class TokenMaps:
         sortable = torch.where(slots_TK >= 0, slots_TK, UNUSED)
         self.slots_TK, self.choice_TK = sortable.sort(dim=1, stable=True)
         self._used = self.slots_TK < UNUSED
-        self.rank_TK = torch.where(self._used, self.slots_TK.div(plan.local_slots, rounding_mode="floor"), -1)
+        rank_TK = self.slots_TK.div(plan.local_slots, rounding_mode="floor")
+        self.rank_TK = torch.where(self._used, plan.carrier_of(rank_TK), -1)
         apart = self.rank_TK[:, 1:] != self.rank_TK[:, :-1]
         edge = torch.ones_like(self._used[:, :1])
         self._first = torch.cat([edge, apart], dim=1) & self._used
@@ -39,10 +41,10 @@ class TokenMaps:
     def _chunk_T(self) -> torch.Tensor:
         """int32 [T, 1]: the chunk of token blocks that each token is in."""
         bounds = [self.tokens * (BLOCKS * c // self.plan.chunks) // BLOCKS for c in range(1, self.plan.chunks)]
-        chunk_T = torch.zeros(self.tokens, dtype=torch.int32)
+        chunk_T = torch.zeros(self.tokens, dtype=torch.int32, device=self.slots_TK.device)
         for bound in bounds:
             chunk_T[bound:] += 1
-        return chunk_T.to(self.slots_TK.device)[:, None]
+        return chunk_T[:, None]
 
     def _rows(self, at_TK: torch.Tensor, *, chunked: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(row of each choice that is `at`, token of each row): others' by chunk, rank, token, then own rows."""
@@ -73,35 +75,61 @@ class TokenMaps:
         return self.plain if self.plan.chunks == 1 else self._rows(self._first, chunked=True)
 
     @cached_property
+    def _returning(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [T, K], the rows in the order in which chunks give them back, -1 = none, and which choices have one."""
+        by_tokens = self.plan.chunks == 1 or self.plan.by == "tokens"
+        choice_to_row, _ = self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+        return choice_to_row, self._first if by_tokens else self._last
+
+    @cached_property
     def returning(self) -> torch.Tensor:
         """int32 [T, min(K, W)]: a token's rows, by rank, in the order in which chunks give them back; -1 = none.
 
         A token has no more of them than ranks: summing over all its choices would mostly add nothing.
         """
-        by_tokens = self.plan.chunks == 1 or self.plan.by == "tokens"
-        choice_to_row, _ = self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+        _, has_row = self._returning
         most = min(self.top_k, self.plan.world_size)
         # Choices without a row are written to one column more.
-        place_TK = (self._first if by_tokens else self._last).cumsum(dim=1) - 1
-        place_TK = torch.where(choice_to_row >= 0, place_TK, most)
-        rows = torch.full((self.tokens, most + 1), -1, dtype=torch.int32, device=choice_to_row.device)
-        return rows.scatter_(1, place_TK, choice_to_row)[:, :most].contiguous()
+        return self._spread(torch.where(has_row, has_row.cumsum(dim=1) - 1, most), most)
+
+    @cached_property
+    def returning_from(self) -> torch.Tensor:
+        """int32 [T, W]: the same with a column for each rank."""
+        world = self.plan.world_size
+        return self._spread(torch.where(self._returning[1], self.rank_TK, world), world)
+
+    def _spread(self, column_TK: torch.Tensor, columns: int) -> torch.Tensor:
+        """int32 [T, columns]: `_returning` in these columns."""
+        choice_to_row, _ = self._returning
+        rows = torch.full((self.tokens, columns + 1), -1, dtype=torch.int32, device=choice_to_row.device)
+        return rows.scatter_(1, column_TK.long(), choice_to_row)[:, :columns].contiguous()
+
+    def sum(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """[T, D]: the sum of each token's rows, which came back in the order of `returning`: over the ranks of a node,
+        then over the nodes, both in their order; rounded once."""
+        carriers = self.plan.carriers
+        if len(carriers) == 1:
+            return ops.combine(rows_RD, self.returning)
+        wide_RD = rows_RD.to(weights_dtype(rows_RD.dtype))
+        sum_TD: torch.Tensor | None = None
+        for ranks in carriers:
+            columns = self.returning_from[:, ranks[0] : ranks[-1] + 1].contiguous()
+            sum_TD = ops.combine(wide_RD, columns, None, sum_TD)
+        assert sum_TD is not None
+        return sum_TD.to(rows_RD.dtype)
 
     def metadata(self, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What goes beside each row, by rank and token, then own rows: local slots int32 [R, K], -1 where the choice is
-        another rank's, and weights [R, K], 0 there."""
-        _, token_R = self.plain
-        plan = self.plan
+        """What goes beside each row, by rank and token, then own rows: slots int32 [R, K], numbered from the first one
+        that the rank is sent rows for, -1 where the choice is another rank's, and weights [R, K], 0 there."""
+        choice_to_row, token_R = self.plain
+        plan, rows = self.plan, token_R.shape[0]
         slots_RK = self.slots_TK.index_select(0, token_R)
         weights_RK = weights_TK.gather(1, self.choice_TK).index_select(0, token_R)
-        counts, _ = plan.counts(0) if plan.chunks == 1 else plan.cut(1, "tokens").counts(0)
-        rank_R = torch.repeat_interleave(
-            torch.arange(plan.world_size + 1), torch.tensor([*counts, plan.own_rows]), output_size=token_R.shape[0]
-        )
-        rank_R[rank_R == plan.world_size] = plan.rank
-        first_R = (rank_R * plan.local_slots).to(torch.int32).to(slots_RK.device)[:, None]
-        local_RK = slots_RK - first_R
-        here = (local_RK >= 0) & (local_RK < plan.local_slots)
+        # Choices that are not the first of a row are written to one place more.
+        row_C = torch.where(choice_to_row >= 0, choice_to_row, rows).reshape(-1).long()
+        rank_R = self.rank_TK.new_empty(rows + 1).scatter_(0, row_C, self.rank_TK.reshape(-1))[:rows]
+        local_RK = slots_RK - (plan.first_behind(rank_R) * plan.local_slots)[:, None]
+        here = self.rank_TK.index_select(0, token_R) == rank_R[:, None]
         return torch.where(here, local_RK, -1).to(torch.int32), torch.where(here, weights_RK, 0)
 
     def weight_gradients(self, dweights_RK: torch.Tensor) -> torch.Tensor:
@@ -158,7 +186,7 @@ class ExpertMaps:
     def _enter(self, part: slice, shift: torch.Tensor) -> None:
         ids_RK, weights_RK = self.ids_RK[part], self.weights_RK[part]
         _, _, sorted_RK, _ = ops.row_map(ids_RK, num_experts=self.plan.local_slots)
-        shift = shift.to(ids_RK.device)
+        shift = maps.to_device(shift, ids_RK.device)
         places_RK = torch.where(ids_RK >= 0, sorted_RK + shift[ids_RK.clamp(min=0).long()], -1)
         self.places_RK[part] = places_RK
         first = part.start
@@ -169,7 +197,7 @@ class ExpertMaps:
 
     @cached_property
     def distinct_order(self) -> torch.Tensor:
-        return self.plan.distinct_order.to(self.ids_RK.device)
+        return maps.to_device(self.plan.distinct_order, self.ids_RK.device)
 
     def arriving(self, chunk: int) -> torch.Tensor:
         """int64: the distinct rows of a chunk in the order in which they arrive."""
@@ -188,7 +216,7 @@ class ExpertMaps:
     def _of_blocks(self, chunk: int) -> torch.Tensor:
         if self.plan.chunks == 1:
             return self.distinct_order
-        return self.distinct_order[self.plan.block_arrivals(chunk).to(self.ids_RK.device)]
+        return self.distinct_order[maps.to_device(self.plan.block_arrivals(chunk), self.ids_RK.device)]
 
     @cached_property
     def _by_first(self) -> torch.Tensor:
@@ -204,8 +232,13 @@ class ExpertMaps:
         return self.distinct_order[slot_groups(slot_R, self.plan).sort(stable=True).indices]
 
 
+def weights_dtype(rows: torch.dtype) -> torch.dtype:
+    """In what router weights travel, multiply and are summed."""
+    return torch.float64 if rows == torch.float64 else torch.float32
+
+
 def slot_groups(slots: torch.Tensor, plan: DistinctPlan) -> torch.Tensor:
-    """int32: the group of experts of each local slot; slots that nobody has are in the last one or beyond."""
-    ends = [plan.local_slots * (c + 1) // plan.chunks for c in range(plan.chunks)]
-    bounds = torch.tensor(ends, dtype=slots.dtype, device=slots.device)
-    return torch.bucketize(slots, bounds, right=True, out_int32=True)
+    """int32: the group of experts of each local slot, of those that begin at local_slots * c // chunks; slots that
+    nobody has are beyond the last one."""
+    slots = slots.clamp(max=plan.local_slots).to(torch.int32)
+    return ((slots + 1) * plan.chunks - 1).div(plan.local_slots, rounding_mode="floor")

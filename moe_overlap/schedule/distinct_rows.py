@@ -1,9 +1,10 @@
 """The arithmetic of a deduplicated step: one row for each (token, rank) travels, the experts' side does the rest.
 
 There each expert reads its rows through a map, and the weighted sum over a row's experts goes back as one row: float32
-(float64) over the choices by slot, rounded once, then on the token's side over the ranks, rounded once. Backward takes
-the weights for factors of the activations, and gets their gradients from those and what it computes again. So no row
-is kept in copies, and neither experts' outputs nor what came back are kept at all. Buffers:
+(float64) over the choices by slot, rounded once, then on the token's side over the ranks of a node and over
+the nodes, rounded once. Backward takes the weights for factors of the activations, and gets their gradients from those
+and what it computes again. So no row is kept in copies, and neither experts' outputs nor what came back are kept at
+all. Buffers:
 
     send  [Rs, D]   a token's row for each other rank      dsend  the sums that come back for them
     x     [Rd, D]   distinct rows here, own ones first     dx_D   gradients of the experts' outputs' sums, in that order
@@ -25,20 +26,22 @@ from moe_overlap import ops
 from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.ops import workspace
-from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps
+from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps, weights_dtype
+from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.rows import ExpertWeights
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistinctSaved:
     """What backward needs of a deduplicated forward call: the choices int32 [T, K], [Rd, D], [Re, F'], int32 [Rd, K],
-    [Rd, K] and the weights."""
+    [Rd, K], the ids of the rows that this rank passes on, int32 [G, K] (see `gateway.py`), and the weights."""
 
     slots_TK: torch.Tensor
     x: torch.Tensor
     h: torch.Tensor
     ids_RK: torch.Tensor
     weights_RK: torch.Tensor
+    node_ids_GK: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
 
@@ -48,7 +51,7 @@ class DistinctSaved:
         return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.slots_TK, self.x, self.h, self.ids_RK, self.weights_RK, self.w_in, self.w_out
+        return self.slots_TK, self.x, self.h, self.ids_RK, self.weights_RK, self.node_ids_GK, self.w_in, self.w_out
 
     @property
     def choice(self) -> torch.Tensor:
@@ -64,11 +67,6 @@ def metadata_layout(top_k: int, dtype: torch.dtype) -> RowLayout:
 def gradient_layout(top_k: int, dtype: torch.dtype) -> RowLayout:
     """The gradients of one row's weights."""
     return RowLayout(width=top_k, dtype=dtype, metadata=True)
-
-
-def weights_dtype(rows: torch.dtype) -> torch.dtype:
-    """In what router weights travel, multiply and are summed."""
-    return torch.float64 if rows == torch.float64 else torch.float32
 
 
 class DistinctForward:
@@ -99,6 +97,7 @@ class DistinctForward:
         self.back = workspace.empty((sent + own, x_TD.shape[1]), like=x_TD)
         self._ids_RK, self._weights_RK = self._tokens.metadata(weights_TK.detach().to(weights_dtype(x_TD.dtype)))
         self._maps = ExpertMaps(plan, self._ids_RK[sent:], self._weights_RK[sent:])
+        self.gateway = Gateway(plan, slots_TK[:0])
 
     @property
     def metadata_layout(self) -> RowLayout:
@@ -111,7 +110,14 @@ class DistinctForward:
         words = words.view(sent, self.metadata_layout.width - self._slots_TK.shape[1])
         return torch.cat([words, self._ids_RK[:sent]], dim=1)  # in this order words of 8 bytes are aligned
 
+    def odd_source(self, received: torch.Tensor) -> int | None:
+        """The first rank whose metadata is not what it announced. On CUDA, where the host does not read it: None."""
+        if received.device.type != "cpu":
+            return None
+        return self.plan.odd_source(received[:, received.shape[1] - self._slots_TK.shape[1] :].numpy())
+
     def take_metadata(self, received: torch.Tensor) -> None:
+        """What `metadata` of the others says."""
         count, top_k = received.shape[0], self._slots_TK.shape[1]
         words = received.shape[1] - top_k
         weights = received[:, :words].reshape(-1).view(self._weights_RK.dtype)
@@ -146,13 +152,13 @@ class DistinctForward:
                                rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
 
     def combine(self) -> torch.Tensor:
-        """U: y[t] = sum over the ranks, in order, of what came back."""
-        return ops.combine(self.back, self._tokens.returning)
+        """U: y[t] = sum over the ranks of a node and then over the nodes, in order, of what came back."""
+        return self._tokens.sum(self.back)
 
     def saved(self, _: DistinctPlan) -> DistinctSaved:
         return DistinctSaved(slots_TK=self._slots_TK, x=self.x, h=self.h, ids_RK=self._maps.ids_RK,
-                             weights_RK=self._maps.weights_RK, w_in=self.weights.w_in,
-                             w_out=self.weights.w_out)  # fmt: skip
+                             weights_RK=self._maps.weights_RK, node_ids_GK=self.gateway.ids_GK,
+                             w_in=self.weights.w_in, w_out=self.weights.w_out)  # fmt: skip
 
 
 class DistinctBackward:
@@ -177,6 +183,7 @@ class DistinctBackward:
         self._maps = ExpertMaps(plan, saved.ids_RK[:own], saved.weights_RK[:own])
         order = self._maps.distinct_order
         self._maps.take(saved.ids_RK[order], saved.weights_RK[order])
+        self.gateway = Gateway(plan, saved.node_ids_GK)
         x, h, sent = saved.x, saved.h, plan.outgoing_rows
         if dy_TD is None:
             dy_TD = x.new_zeros(saved.slots_TK.shape[0], x.shape[1])
@@ -256,6 +263,6 @@ class DistinctBackward:
                                  num_sms=self._num_sms)  # fmt: skip
 
     def dx_TD(self) -> torch.Tensor:
-        """Pt: dx[t] = sum over the ranks, in order, of the gradients of the token's rows."""
+        """Pt: dx[t] = sum over the ranks of a node and then over the nodes, in order, of its rows' gradients."""
         assert self.dback is not None
-        return ops.combine(self.dback, self._tokens.returning)
+        return self._tokens.sum(self.dback)

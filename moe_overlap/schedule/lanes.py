@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import Variable
 
+from moe_overlap.agreement.node_plan import InsidePlan
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.agreement.record import BackwardRecord, digest
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
+from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Announcement, Transport, Work
 from moe_overlap.transport.closing import ClosingUnlessCalled, closing_on_error
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
+RETURNING = ("C", "Dt", "Mt")
 Note = tuple[str, str, str, Any, Any]  # phase, action, lane and the stamps of its start and end
 
 
@@ -40,11 +44,12 @@ class Lanes:
         self._recording = recording()
         self._notes: list[Note] = []
         self._events: list[TimelineEvent] = []
-        self._works: dict[Action, tuple[Work, Any]] = {}
+        self._works: dict[Action, tuple[Work, Any, RowLayout]] = {}
         self._waited: dict[Action, Any] = {}  # when the wait for an exchange ended
         # What rows are computed in, and where they belong, of exchanges whose rows travel in another dtype.
         self._computed: dict[Action, tuple[torch.dtype, torch.Tensor | None]] = {}
         self._open_op: tuple[str, Any] | None = None
+        self.gateway: Gateway | None = None  # of the half that runs, where rows are deduplicated
 
     def bind(self, forward: ChunkPlan, backward: ChunkPlan, layout: RowLayout, *, joined: bool) -> None:
         """The agreed plans of the step's two halves and what a row carries; `joined`: overlap off."""
@@ -66,38 +71,56 @@ class Lanes:
     def start(
         self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None, layout: RowLayout | None = None
     ) -> None:
-        """Start an exchange. C and Dt carry rows back to where they came from. `layout`: of what goes beside rows (M
-        and Mt), for those of all chunks at once."""
+        """Start an exchange. C, Dt and Mt carry rows back to where they came from. `layout`: of what goes beside rows
+        (M and Mt), for those of all chunks at once."""
         if self._beginning is not None:
             beginning, self._beginning = self._beginning, None
             beginning.wait()
         start = self.now()
         plan = self._plans[action.spec.phase]
-        plan = plan if layout is None else plan.cut(1, "tokens")
-        layout = layout or self._layout
+        plan, layout = (plan, self._layout) if layout is None else (plan.cut(1, "tokens"), layout)
+        reverse, chunk = action.verb in RETURNING, action.index or 0
         if rows.dtype != layout.dtype:  # the payload's, which is another one
             self._computed[action] = rows.dtype, out
             rows, out = rows.to(layout.dtype), None
-        work = self.transport.start(rows, plan, layout, action.index or 0,
-                                    reverse=action.verb in ("C", "Dt", "Mt"), out=out, action=action.text)  # fmt: skip
-        self._works[action] = work, start
+        if self.gateway is not None and reverse:
+            rows = self.gateway.give_back(chunk, rows, layout, partial(self._inside, action, layout))
+        work = self.transport.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action.text)
+        self._works[action] = work, start, layout
         if self._joined:
             self._stand_still(action, work)
 
     def wait(self, action: Action) -> torch.Tensor:
         """The rows of an exchange that was started."""
-        work, start = self._works.pop(action)
+        work, start, layout = self._works.pop(action)
         if not self._joined:
             self._stand_still(action, work)
         rows, end = work.wait(), self._waited.pop(action)
-        if action in self._computed:
-            dtype, out = self._computed.pop(action)
-            rows = rows.to(dtype) if out is None else out.copy_(rows)
         if isinstance(self.clock, HostClock):
             # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
             start, end = work.interval() or (end, end)
         self.note(action.text, "wire", start, end)
+        if self.gateway is not None and action.verb not in RETURNING:
+            rows = self.gateway.pass_on(action.index or 0, rows, layout, partial(self._inside, action, layout))
+        if action in self._computed:
+            dtype, out = self._computed.pop(action)
+            rows = rows.to(dtype) if out is None else out.copy_(rows)
         return rows
+
+    def _inside(
+        self, action: Action, layout: RowLayout, rows: torch.Tensor, plan: InsidePlan, reverse: bool
+    ) -> torch.Tensor:
+        """The part of an exchange that stays inside the nodes, waited for at once."""
+        start = self.now()
+        work = self.transport.start(rows, plan, layout, action.index or 0, reverse=reverse,
+                                    action=f"{action.text} inside the node")  # fmt: skip
+        found = work.wait()
+        end = self.now()
+        self.note(action.text, "wait", start, end)
+        if isinstance(self.clock, HostClock):
+            start, end = work.interval() or (end, end)
+        self.note(action.text, "wire", start, end)
+        return found
 
     def _stand_still(self, action: Action, work: Work) -> None:
         """Wait for an exchange, and note the time that takes."""

@@ -20,7 +20,7 @@ import torch
 
 from moe_overlap import config, ops
 from moe_overlap.agreement.plan import ChunkPlan
-from moe_overlap.ops import workspace
+from moe_overlap.ops import maps, workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class _Chunks:
     def order(self, c: int) -> torch.Tensor:
         """Position in the experts' buffer of each received row of chunk c."""
         if c not in self._orders:
-            self._orders[c] = self.plan.buffer_order(c).to(self._device)
+            self._orders[c] = maps.to_device(self.plan.buffer_order(c), self._device)
         return self._orders[c]
 
 

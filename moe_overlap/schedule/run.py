@@ -18,8 +18,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from moe_overlap.agreement.distinct import DistinctPlan, distinct_plan
+from moe_overlap.agreement.distinct import DistinctPlan
+from moe_overlap.agreement.node_plan import rows_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
+from moe_overlap.errors import PlanMismatch
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import Schedules
@@ -86,7 +88,7 @@ class Step(Backward):
         self.schedule = schedule
         self.pair = pair = schedule.pair_for(exchange)
         self._distinct = pair.deduplicated
-        self.plan = (distinct_plan if self._distinct else ExchangePlan.chunked)(exchange, pair.chunks, pair.by)
+        self.plan = (rows_plan if self._distinct else ExchangePlan.chunked)(exchange, pair.chunks, pair.by)
         self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         self._needs = dependencies(pair.forward)
         if self._numbers is not None:
@@ -190,6 +192,7 @@ class Step(Backward):
         """Drop what only the walk needs: nodes hold their step, so a step that held them would never be freed."""
         self._nodes.clear()
         self._numbers = None
+        self.lanes.gateway = None
         for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
             self.__dict__.pop(name, None)
 
@@ -211,6 +214,7 @@ class Step(Backward):
         self._rows: Any
         if isinstance(self.plan, DistinctPlan):
             self._rows = DistinctForward(self.plan, *given, num_sms=self._num_sms)
+            self.lanes.gateway = self._rows.gateway
         else:
             self._rows = ForwardRows(self.plan, *given, num_sms=self._num_sms)
 
@@ -218,7 +222,14 @@ class Step(Backward):
         self.lanes.start(Action("M"), self._rows.metadata(), layout=self._rows.metadata_layout)
 
     def _wait_metadata(self, _: int | None) -> None:
-        self._rows.take_metadata(self.lanes.wait(Action("M")))
+        received = self.lanes.wait(Action("M"))
+        peer = self._rows.odd_source(received)
+        if peer is not None:
+            text = f"rank {peer} sent ids of experts that are not those that it announced"
+            self.transport.close(text)
+            here = {"rank": self.transport.rank, "step": self.plan.exchange.step}
+            raise PlanMismatch(text, peer=peer, action="M", **here)
+        self._rows.take_metadata(received)
 
     def _own(self, _: int | None) -> None:
         self._rows.own()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap.transport.world import World
 
@@ -75,14 +76,18 @@ class Channel:
         if generation != self._generation:
             return
         if kind == "exchange" and meeting.mismatch is None:
-            mine: Parcel = meeting.brought[receiver]
-            parts = []
-            for source in range(len(meeting.brought)):
-                theirs: Parcel = meeting.brought[source]
-                first = sum(theirs.send[:receiver])
-                parts.append(theirs.sent[first : first + theirs.send[receiver]])
-            mine.out.data.copy_(torch.cat(parts))
+            with _disable_current_modes():  # of the rank in whose thread this happens to run
+                self._deliver(meeting, receiver)
         meeting.served.add(receiver)
+
+    def _deliver(self, meeting: Meeting, receiver: int) -> None:
+        mine: Parcel = meeting.brought[receiver]
+        parts = []
+        for source in range(len(meeting.brought)):
+            theirs: Parcel = meeting.brought[source]
+            first = sum(theirs.send[:receiver])
+            parts.append(theirs.sent[first : first + theirs.send[receiver]])
+        mine.out.data.copy_(torch.cat(parts))
 
 
 def _check_parcels(meeting: Meeting) -> None:

@@ -210,7 +210,8 @@ class EmulatedLinkTransport(Wrapper):
         header, inner = self._header, self.inner
         cost = agreement_cost(
             ranks=self.world_size, experts=header.num_experts, slots=header.num_slots, dedup=header.dedup,
-            gathered_ranks=inner.gathered_ranks, grid=inner._grid, capacity=inner.life.capacity, rank=self.rank,
+            nodes=header.nodes, gathered_ranks=inner.gathered_ranks, grid=inner._grid,
+            capacity=inner.life.capacity, rank=self.rank,
         )  # fmt: skip
         departure = self._depart(cost.bytes_to(self._off_node))
         return _DelayedPlan(

@@ -112,7 +112,9 @@ class Endpoint(Speaker):
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header, self._opened_in = header, self.life.generation
-        needed = record_capacity(header.num_experts, header.num_slots, header.dedup, gathered=self._gathers)
+        needed = record_capacity(
+            header.num_experts, header.num_slots, header.dedup, nodes=header.nodes, gathered=self._gathers
+        )
         self.life.capacity = max(self.life.capacity, needed)
         self.openings += 1
         return True
@@ -316,7 +318,7 @@ class Endpoint(Speaker):
         self._require_nothing_asked()
         if self._header is None or self._opened_in != self.life.generation:
             raise self._refusing(ConfigError("transport", self.name, "a transport that open(header) was called on"))
-        tables = record.tables
+        tables = [one for one in record.tables if one is not record.node_rows]
         shapes = [(BLOCKS, self._header.num_experts), *[(BLOCKS, self._header.num_slots)] * (len(tables) - 1)]
         for table, shape in zip(tables, shapes, strict=True):
             if tuple(table.shape) != shape or table.dtype not in (torch.int64, torch.int32):
@@ -324,6 +326,10 @@ class Endpoint(Speaker):
                 raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
             if table.dtype == torch.int64 and int(table.max()) > MOST:
                 raise self._refusing(ConfigError("record.counts", int(table.max()), f"at most {MOST}"))
+        nodes = 0 if record.node_rows is None else record.node_rows.shape[1]
+        if nodes not in (0, self._header.nodes) or (record.status == 0 and record.hierarchical and not nodes):
+            expected = f"the {self._header.nodes} nodes of the header"
+            raise self._refusing(ConfigError("record.node_rows", nodes, expected))
         # A refusal need not count.
         most = _tables(self._header.dedup)
         if len(tables) > most or (record.status == 0 and len(tables) != _tables(record.dedup)):
@@ -348,10 +354,13 @@ class Endpoint(Speaker):
         """Called by `_move`, which alone knows when nothing forbids the exchange any longer."""
         self.stats.exchanges += 1
         sent = (exchange.rows.shape[0] - send[self.rank]) * exchange.layout.row_bytes
+        across = exchange.plan.exchange.off_node(send) * exchange.layout.row_bytes
         if exchange.layout.metadata:
             self.stats.row_meta_bytes += sent
+            self.stats.inter_node_meta_bytes += across
         else:
             self.stats.payload_bytes += sent
+            self.stats.inter_node_bytes += across
 
     def _refusing(self, error: ConfigError) -> ConfigError:
         """A mistake of this rank alone: the peers learn of it before it is raised here."""

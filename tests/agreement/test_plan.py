@@ -187,7 +187,7 @@ def test_record_is_its_fields_then_its_counts() -> None:
     counts = counts_of(0, 1, 3, 0)
     one = StepRecord(counts=counts, **{name: 100 + i for i, name in enumerate(RECORD_FIELDS)})  # type: ignore[arg-type]
     words = one.to_tensor()
-    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(range(100, 100 + 16))
+    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(range(100, 100 + 18))
     assert torch.equal(words[len(RECORD_FIELDS) :].view(torch.int32).reshape(BLOCKS, 3), counts.to(torch.int32))
     assert len(words) == record_words(3, 3, 0)
 
@@ -276,6 +276,38 @@ def test_impossible_rows_are_refused(changes: list[tuple[int, int, int]]) -> Non
         tables[table, 0, slot] += change
     with pytest.raises(PlanMismatch, match="rank 0 announced an impossible row count"):
         agree()
+
+
+@pytest.mark.parametrize(
+    ("slots", "node_rows", "ranks_per_node", "right"),
+    [
+        ((0, 1), 1, 2, True),  # one token on both ranks of a node, or two on one each
+        ((0, 1), 2, 2, True),
+        ((0, 1), 3, 2, False),
+        ((0, 1), 0, 2, False),
+        ((), 0, 2, True),
+        ((), 1, 2, False),
+        ((0, 1), 1, 3, False),  # four ranks
+        ((0, 1), 1, 0, False),
+        ((0, 1), 1, -2, False),
+    ],
+)
+def test_rows_for_nodes_go_with_those_for_ranks(
+    slots: tuple[int, ...], node_rows: int, ranks_per_node: int, right: bool
+) -> None:
+    counts = torch.zeros(BLOCKS, 4, dtype=torch.int64)
+    counts[3, list(slots)] = 1
+    per_node = torch.zeros(BLOCKS, 2, dtype=torch.int64)
+    per_node[3, 0] = node_rows
+    said = record(counts, first=counts, last=counts, dedup=1, ranks_per_node=ranks_per_node, hierarchical=1)
+    table = torch.stack([replace(said, node_rows=per_node).to_tensor()] * 4)
+    if right:
+        plan = agree_on(torch.cat([table, torch.full((4, 5), -9)], dim=1), rank=1, num_slots=4)
+        assert plan.ranks_per_node == 2 and plan.node_rows is not None
+        assert np.array_equal(plan.node_rows.received, np.stack([per_node[:, 0].numpy()] * 4))
+    else:
+        with pytest.raises(PlanMismatch, match="rank 0 announced an impossible row count"):
+            agree_on(table, rank=1, num_slots=4)
 
 
 def test_an_unknown_mode_of_deduplication_is_refused() -> None:

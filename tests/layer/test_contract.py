@@ -4,59 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from moe_overlap import ConfigError, ShortcutBlock, aux_loss
+from moe_overlap import ConfigError, aux_loss
 from moe_overlap.layer.functional import moe_forward
 from tests import oracle
+from tests.layer.contract import MODULES, ONE_RANK, PATHS, TRANSPARENT, Call, gradients, on
 from tests.layers import D, E, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
 
-PATHS = ["inline", "scheduled", "ranks", "functional", "functional ranks", "tickets", "block"]
-ONE_RANK = ("inline", "scheduled", "functional")
-TRANSPARENT = ("inline", "functional")  # one rank's ops in a row: grad and vjp of torch.func see through them
-MODULES = ("inline", "scheduled", "ranks", "block")
 
+@pytest.mark.parametrize("top_k", [1, 4])
+@pytest.mark.parametrize("path", [path for path in PATHS if path.startswith("deduplicated")])
+def test_deduplicated_paths_send_one_row_to_a_rank_also_where_that_does_not_pay(path, top_k):
+    def check(call, deduplicated):
+        y = call(tokens(40)).detach()
+        assert call.layer._last_step.pair.deduplicated == deduplicated
+        return y, call.transport.stats.payload_bytes
 
-class Call:
-    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'."""
-
-    def __init__(self, path, me, **options):
-        transport = None if path in ONE_RANK else me.transport()
-        if path not in ("inline", "functional", "functional ranks"):
-            options["schedule"] = "chunked(2)"
-        self.path, self.transport = path, transport
-        self.layer = self.module = make(transport, **options)
-        self.weights = self.layer.expert_weights
-        if path == "block":
-            self.module = ShortcutBlock([nn.Identity()], self.layer, tap=0, slot=0)
-
-    def __call__(self, x):
-        if self.path in MODULES:
-            return self.module(x)
-        if self.path == "tickets":
-            ticket = self.layer.begin(x)
-            self.layer.run_experts(ticket)
-            return self.layer.finish(ticket)
-        fits = x.is_floating_point() and x.shape[-1] == D and x.device.type == "cpu"
-        routing = self.layer.router(x if fits else tokens(len(x)))
-        return moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *self.weights, transport=self.transport)
-
-    def routed(self, x, y):
-        """What came from the experts: a block adds its input."""
-        return y - x if self.path == "block" else y
-
-
-def on(path, check, **options):
-    """`check(call)` on every rank of the path's world."""
-    if path in ONE_RANK:
-        return [check(Call(path, None, **options))]
-    return virtual_world(2).run(lambda me: check(Call(path, me, **options)))
-
-
-def gradients(call, loss, *more):
-    return torch.autograd.grad(loss, [*more, *call.layer.parameters()])
+    same = path.removeprefix("deduplicated").strip() or "ranks"
+    plain = virtual_world(2).run(lambda me: check(Call(same, me, top_k=top_k), False))
+    for (got, fewer), (want, more) in zip(on(path, lambda c: check(c, True), top_k=top_k), plain, strict=True):
+        close(got, want)
+        assert fewer == more if top_k == 1 else fewer < 0.6 * more
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -169,7 +139,7 @@ def test_autocast_takes_any_floating_x_and_computes_in_its_dtype(path, dtype):
         routing = call.layer.router(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = call(x)
-        assert y.dtype == (dtype if path == "block" else torch.bfloat16), "a block adds its input"
+        assert y.dtype == (dtype if path.endswith("block") else torch.bfloat16), "a block adds its input"
         grads = gradients(call, y.float().square().sum(), x)
         assert grads[0].dtype == dtype and all(g.dtype == torch.float32 for g in grads[1:])
         assert all(g.isfinite().all() for g in grads)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from moe_overlap import MoELayer, ShortcutBlock, prepare, sac_policy
 from moe_overlap.measure.timeline import TimelineEvent, record
 from moe_overlap.schedule.actions import Schedule
-from moe_overlap.schedule.builders import SchedulePair, chunked, window
+from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate, window
 
 D, F, E = 16, 24, 8
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -40,7 +40,8 @@ BY_HAND = (
     "Ut Ct0 Ct2 Ct1 Ed0 Dt0 St Ed2 Dt2 Ed1 Ew1 Dt1 Ew0 Pt",
     "Ut Ct0 Ct1 Bt2 Ed0 Dt0 Bt1 Ed1 Dt1 Ew0 Bt0 Ew1 Pt",
 )
-PLANS = ("mirrored", "own_chunks", "by_hand")
+DEDUPLICATED = "Ut Ct0 Ct2 Ct1 Ed0 Od Dt0 St Ed2 Dt2 Ed1 Mt Ew1 Dt1 Ew0 Pt"
+PLANS = ("mirrored", "own_chunks", "by_hand", "deduplicated")
 AUTO = "auto"  # instead of a plan: what the planner chooses, in the first step
 
 
@@ -53,6 +54,9 @@ def schedules(plan: str) -> tuple[SchedulePair, SchedulePair]:
     if plan == "by_hand":
         first = replace(first, backward=Schedule.parse(BY_HAND[0]), backward_chunks=3)
         second = replace(window(3, 1), backward=Schedule.parse(BY_HAND[1]), backward_chunks=2)
+    if plan == "deduplicated":
+        first = replace(deduplicate(first), backward=Schedule.parse(DEDUPLICATED), backward_chunks=3)
+        second = deduplicate(window(3, 1, chunks=2, by="experts", backward_chunks=3))
     return first, second
 
 
@@ -123,7 +127,8 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(11)
-        factory: dict[str, Any] = {"dtype": torch.float64, "group": group, "overlap": overlap}
+        dedup = "on" if plan == "deduplicated" else "off"
+        factory: dict[str, Any] = {"dtype": torch.float64, "group": group, "overlap": overlap, "dedup": dedup}
         self.auto = plan == AUTO
         first, second = (AUTO, None) if self.auto else schedules(plan)
         moe = MoELayer(D, F, E, 2, schedule=first, shared_expert_size=F, aux_loss_coef=aux_loss_coef, **factory)
@@ -259,7 +264,7 @@ def watch(model: Model) -> Iterator[Seen]:
         for layer, start in zip(model.layers, starts, strict=True):
 
             def noted(*args: Any, action: str, start: Any = start, **keywords: Any) -> Any:
-                if action.startswith(("Ct", "Dt")):
+                if action.startswith(("Ct", "Dt", "Mt")):
                     events.append(TimelineEvent(-1, -1, "backward", action, "start", 0.0, 0.0))
                 return start(*args, action=action, **keywords)
 

@@ -58,9 +58,9 @@ def to_the_end(mode):
         return bare(mode, 1, 1, {})
 
 
-def offloaded(mode):
+def offloaded(mode, plan):
     with torch.autograd.graph.save_on_cpu():
-        return bare(mode, 1, 1, {})
+        return bare(mode, 1, 1, {"plan": plan})
 
 
 @pytest.mark.parametrize("mode", ["block", "selective"])
@@ -68,9 +68,10 @@ def test_recomputes_that_run_to_the_end(mode):
     check_same(gloo_pool(WORLD).run(to_the_end, mode), unwrapped())
 
 
+@pytest.mark.parametrize("plan", ["by_hand", "deduplicated"])
 @pytest.mark.parametrize("mode", MODES)
-def test_saved_tensors_that_are_kept_elsewhere(mode):
-    check_same(gloo_pool(WORLD).run(offloaded, mode), unwrapped())
+def test_saved_tensors_that_are_kept_elsewhere(mode, plan):
+    check_same(gloo_pool(WORLD).run(offloaded, mode, plan), unwrapped(plan=plan))
 
 
 def reentrant(offload):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_overlap import ConfigError, prepare
-from tests.parallel.expected import WORLD, check_averaged
+from tests.parallel.expected import WORLD, check_averaged, unwrapped
 from tests.parallel.model import MODES, Model, loss_of, train
 from tests.ranks import gloo_pool
 
@@ -46,6 +46,13 @@ def run(mode, times, batches, options, plan="by_hand"):
 def test_averaged_gradients(mode, options, times, batches):
     """Also where the blocks are used twice in one forward, and where a micro-batch under no_sync comes first."""
     check_averaged(gloo_pool(WORLD).run(run, mode, times, batches, options), times, batches)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_averaged_gradients_where_rows_are_deduplicated(mode, batches):
+    results = gloo_pool(WORLD).run(run, mode, 1, batches, OPTIONS["tiny_buckets"], "deduplicated")
+    check_averaged(results, 1, batches, unwrapped(1, batches, "deduplicated"))
 
 
 def reentrant():

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_overlap import ConfigError, MoELayer, clip_grad_norm_, param_groups, prepare
-from tests.parallel.expected import WORLD, check_averaged
+from tests.parallel.expected import WORLD, check_averaged, unwrapped
 from tests.parallel.model import EXPERTS, MODES, D, F, Model, loss_of, meshes, train, whole
 from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits
@@ -72,8 +72,8 @@ def shard(model: Model, unit: str, experts: str, **options: Any) -> None:
         fully_shard(module, mesh=mesh["data"], **options)
 
 
-def run(mode, times, batches, unit, experts):
-    model = Model(dist.group.WORLD, mode, times=times)
+def run(mode, times, batches, unit, experts, plan="by_hand"):
+    model = Model(dist.group.WORLD, mode, times=times, plan=plan)
     prepare(model)
     shard(model, unit, experts)
 
@@ -109,6 +109,14 @@ def test_blocks_used_twice_and_accumulation(mode, unit, experts, times, batches)
     """The first micro-batch is not synchronised. Not both at once: FSDP then reduces the first micro-batch in the
     middle of the second, which is another order of sums."""
     check_averaged(gloo_pool(WORLD).run(run, mode, times, batches, unit, experts), times, batches)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize(("unit", "experts"), [("block", "ignored"), ("layer", "own_unit")])
+@pytest.mark.parametrize("mode", MODES)
+def test_averaged_gradients_where_rows_are_deduplicated(mode, unit, experts, batches):
+    results = gloo_pool(WORLD).run(run, mode, 1, batches, unit, experts, "deduplicated")
+    check_averaged(results, 1, batches, unwrapped(1, batches, "deduplicated"))
 
 
 def clip_and_step(experts):

@@ -15,8 +15,8 @@ from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits
 
 
-def make(mode, times=1, *, group="world"):
-    model = Model(dist.group.WORLD if group == "world" else None, mode, times=times)
+def make(mode, times=1, *, group="world", plan="by_hand"):
+    model = Model(dist.group.WORLD if group == "world" else None, mode, times=times, plan=plan)
     prepare(model)
     return model
 
@@ -24,9 +24,9 @@ def make(mode, times=1, *, group="world"):
 # ---------------------------------------------------------------- parameters
 
 
-def with_parameter_hooks(mode, times):
+def with_parameter_hooks(mode, times, plan):
     """Each parameter's gradient as both kinds of hooks see it; the tensor hook doubles it."""
-    model = make(mode, times)
+    model = make(mode, times, plan=plan)
     calls, seen = Counter(), {}
     for name, parameter in model.named_parameters():
 
@@ -46,11 +46,11 @@ def with_parameter_hooks(mode, times):
 
 
 @pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("plan", ["by_hand", "deduplicated"])
 @pytest.mark.parametrize("mode", MODES)
-def test_parameter_hooks_run_once_with_the_whole_gradient_and_may_change_it(mode, times):
-    for (calls, seen, accumulated), want in zip(
-        gloo_pool(WORLD).run(with_parameter_hooks, mode, times), unwrapped(times), strict=True
-    ):
+def test_parameter_hooks_run_once_with_the_whole_gradient_and_may_change_it(mode, plan, times):
+    results = gloo_pool(WORLD).run(with_parameter_hooks, mode, times, plan)
+    for (calls, seen, accumulated), want in zip(results, unwrapped(times, plan=plan), strict=True):
         assert set(calls) == {(name, kind) for name in want for kind in ("tensor", "accumulated")}
         assert set(calls.values()) == {1}
         for name in want:

@@ -82,8 +82,8 @@ def wrap(model, way):
     return model, unsynchronised
 
 
-def run(way, mode, batches):
-    model = prepare(Model(mesh(), mode))
+def run(way, mode, batches, plan="by_hand"):
+    model = prepare(Model(mesh(), mode, plan=plan))
     call, unsynchronised = wrap(model, way)
     for batch in range(batches):
         with unsynchronised() if batch < batches - 1 else nullcontext():
@@ -97,7 +97,16 @@ def run(way, mode, batches):
 @pytest.mark.parametrize("mode", ["none", "block", "selective"])
 @pytest.mark.parametrize("way", ["loop", "every_batch", "ddp", "fsdp", "fsdp_sharded"])
 def test_gradients_are_those_of_one_process(way, mode, batches):
-    results = gloo_pool(RANKS).run(run, way, mode, batches)
+    check_all(gloo_pool(RANKS).run(run, way, mode, batches), batches)
+
+
+@pytest.mark.parametrize(("way", "mode", "batches"), [("loop", "none", 2), ("ddp", "selective", 1),
+                                                      ("fsdp_sharded", "block", 2)])  # fmt: skip
+def test_gradients_where_rows_are_deduplicated(way, mode, batches):
+    check_all(gloo_pool(RANKS).run(run, way, mode, batches, "deduplicated"), batches)
+
+
+def check_all(results, batches):
     for name, want in single_process(batches).items():
         if not name.endswith(EXPERTS):
             for got in results:

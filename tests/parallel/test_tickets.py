@@ -22,9 +22,9 @@ from tests.tolerances import same_bits
 class Staged(nn.Module):
     """h + op(op(h)) with the layer's exchanges beside both ops."""
 
-    def __init__(self, mode: str, group) -> None:
+    def __init__(self, mode: str, group, dedup: str) -> None:
         super().__init__()
-        self.moe = MoELayer(D, F, E, 2, schedule="chunked(2)", group=group, dtype=torch.float64)
+        self.moe = MoELayer(D, F, E, 2, schedule="chunked(2)", group=group, dedup=dedup, dtype=torch.float64)
         self.first, self.second = Op(mode), Op(mode)
 
     def forward(self, h):
@@ -35,9 +35,9 @@ class Staged(nn.Module):
         return h + self.moe.finish(ticket)
 
 
-def run(wrapper, mode):
+def run(wrapper, mode, dedup):
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(D, D, dtype=torch.float64), Shell(Staged(mode, dist.group.WORLD), mode))
+    model = nn.Sequential(nn.Linear(D, D, dtype=torch.float64), Shell(Staged(mode, dist.group.WORLD, dedup), mode))
     staged, call = model[1].block, model
     prepare(model)
     if wrapper == "ddp":
@@ -54,10 +54,12 @@ def run(wrapper, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wrapper", ["bare", "ddp", "fsdp"])
-def test_tickets(wrapper, mode):
-    plain = run_once(run, "bare", "none")
+@pytest.mark.parametrize("dedup", ["off", "on"])
+def test_tickets(dedup, wrapper, mode):
+    plain = run_once(run, "bare", "none", dedup)
+    assert (("backward", "Mt") in plain[0][2]) == (dedup == "on")
     own = [grads for grads, _, _ in plain]
-    for rank, (got, order, wire) in enumerate(gloo_pool(WORLD).run(run, wrapper, mode)):
+    for rank, (got, order, wire) in enumerate(gloo_pool(WORLD).run(run, wrapper, mode, dedup)):
         assert order == plain[rank][1]
         forward = {action: n for (phase, action), n in plain[rank][2].items() if phase == "forward"}
         again = {("recompute", action): n for action, n in forward.items()} if mode in ("block", "selective") else {}

@@ -381,16 +381,17 @@ class AllRanks(torch.autograd.Function):
 
 @pytest.mark.parametrize("schedule", ["serial", "chunked(2)", "chunked(3,experts)"])
 @pytest.mark.parametrize(("world", "counts"), [(1, [4]), (2, [3, 2]), (2, [4, 0]), (4, [2, 1, 0, 3])])
-def test_gradcheck_over_all_ranks(world, counts, schedule):
+@pytest.mark.parametrize("dedup", ["off", "on"])
+def test_gradcheck_over_all_ranks(dedup, world, counts, schedule):
     """One function of all ranks' inputs and of all weights, router included; weights are shared, tokens are not."""
-    d, f, e, k = 3, 4, 4, 2
+    d, f, e, k = (3, 4, 4, 2) if dedup == "off" else (3, 4, 8, 5)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
     def body(me, router_weight, w_in, w_out, *xs):
-        layer = MoELayer(d, f, e, k, transport=me.transport(), schedule=schedule, dtype=torch.float64)
+        layer = MoELayer(d, f, e, k, transport=me.transport(), schedule=schedule, dedup=dedup, dtype=torch.float64)
         local = slice(me.rank * e // world, (me.rank + 1) * e // world)
         layer.router.weight = None
         experts = layer.experts

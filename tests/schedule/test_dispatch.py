@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from moe_overlap.agreement import counts as counting
-from moe_overlap.agreement.counts import block_counts, block_counts_of_rows
+from moe_overlap.agreement.counts import BLOCKS, block_counts, block_counts_of_rows
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.errors import ConfigError, PlanMismatch, RemoteAbort
 from moe_overlap.placement.placement import Placement
@@ -22,15 +23,16 @@ from moe_overlap.transport.closing import closing_on_error
 E, K = 6, 3
 
 
-def dispatcher(me: VirtualRank, *, dedup: int = 1) -> Dispatcher:
-    return Dispatcher(transport=me.transport(), placement=Placement.identity(E, me.world_size), hidden=4, ffn_hidden=8,
-                      top_k=K, activation="swiglu", dtype=torch.float32, dedup=dedup)  # fmt: skip
+def dispatcher(me: VirtualRank, *, dedup: int = 1, experts: int = E, **options: Any) -> Dispatcher:
+    placement = Placement.identity(experts, me.world_size)
+    return Dispatcher(transport=me.transport(), placement=placement, hidden=4, ffn_hidden=8, top_k=K,
+                      activation="swiglu", dtype=torch.float32, dedup=dedup, **options)  # fmt: skip
 
 
-def ids_of(rank: int, tokens: int = 30) -> torch.Tensor:
+def ids_of(rank: int, tokens: int = 30, experts: int = E) -> torch.Tensor:
     """int32 [T, K] without repetition."""
     generator = torch.Generator().manual_seed(rank)
-    return torch.rand(tokens, E, generator=generator).argsort(dim=1)[:, :K].to(torch.int32)
+    return torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :K].to(torch.int32)
 
 
 def planned(one: Dispatcher, ids_TK: torch.Tensor) -> ExchangePlan:
@@ -47,6 +49,26 @@ def test_the_rows_of_deduplication_are_agreed_on() -> None:
             counts, first, last = block_counts_of_rows(ids_of(source), E, 3)
             for known, said in ((plan.counts, counts), (plan.first, first), (plan.last, last)):
                 assert known.table is not None and np.array_equal(known.table[source], said), rank
+
+
+def test_the_rows_for_each_node_are_agreed_on() -> None:
+    def rank_main(me: VirtualRank) -> ExchangePlan:
+        ids = ids_of(me.rank, experts=8)
+        ids[0] = torch.tensor([-1, 7, -1])
+        return planned(dispatcher(me, experts=8, ranks_per_node=2, hierarchical=True), ids)
+
+    for plan in VirtualWorld(4).run(rank_main):
+        known = plan.node_rows
+        assert known is not None and known.received.shape == (4, BLOCKS) and plan.ranks_per_node == 2
+        for source in range(4):
+            ids = ids_of(source, experts=8)
+            ids[0] = torch.tensor([-1, 7, -1])
+            for block in range(BLOCKS):
+                part = ids[block * 30 // BLOCKS : (block + 1) * 30 // BLOCKS]
+                found = [int(((part >= 0) & (part // 4 == node)).any(dim=1).sum()) for node in range(2)]
+                assert known.received[source, block] == found[plan.rank // 2]
+                assert source != plan.rank or known.sent[block].tolist() == found
+        assert plan.off_node([1, 2, 4, 8]) == (12 if plan.rank < 2 else 3)
 
 
 def test_repeated_ids_are_refused_on_all_ranks_and_the_transport_stays_usable() -> None:

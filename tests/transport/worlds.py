@@ -30,7 +30,7 @@ def record(
     **changes: int,
 ) -> StepRecord:  # fmt: skip
     fields = dict.fromkeys(AGREED_FIELDS, 1) | {"phase": 0, "status": 0, "status_value": 0, "x_requires_grad": 1,
-                                              "dedup": 0}  # fmt: skip
+                                              "dedup": 0, "ranks_per_node": 0, "hierarchical": 0}  # fmt: skip
     return StepRecord(counts=counts, first=first, last=last, **{**fields, "step": step, **changes})
 
 

@@ -15,6 +15,7 @@ from tests.verify.patching import Patch, patched
 ADAPTERS = {
     "plain": ("moe_overlap.verify.adapters.plain", "PlainAdapter"),
     "ours": ("moe_overlap.verify.adapters.ours", "Ours"),
+    "ours deduplicated": ("moe_overlap.verify.adapters.ours", "OursDeduplicated"),
     "ours in DDP": ("moe_overlap.verify.adapters.ours", "OursInDDP"),
 }
 # A mutant may leave a rank waiting for the others.

@@ -223,7 +223,7 @@ ROWS: tuple[Mutant, ...] = (
         "experts that never train",
         "unslothai/unsloth#11014",
         "training",
-        layer("step.enter(x_TD, w_in, w_out, copies=3)", "step.enter(x_TD, w_in.detach(), w_out.detach(), copies=3)"),
+        layer("tokens.enter(step, w_in, w_out)", "tokens.enter(step, w_in.detach(), w_out.detach())"),
         Patch(
             "layer.one_rank",
             "ops.expert_mlp(x_RD, w_in, w_out, offs",
@@ -235,8 +235,8 @@ ROWS: tuple[Mutant, ...] = (
         "unslothai/unsloth#6936",
         "gradients | training",
         rows("local * (group + 1) // groups)", "local * (group + 1) // groups - (group + 1 == groups))"),
-        rows("workspace.empty(saved.w_in.shape, like=saved.w_in)", "torch.zeros_like(saved.w_in)"),
-        rows("workspace.empty(saved.w_out.shape, like=saved.w_out)", "torch.zeros_like(saved.w_out)"),
+        rows("workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False)", "torch.zeros_like(saved.w_in)"),
+        rows("workspace.empty(saved.w_out.shape, like=saved.w_out, rows=False)", "torch.zeros_like(saved.w_out)"),
     ),
     mutant(
         "a rank without tokens leaves its experts without gradient",

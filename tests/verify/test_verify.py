@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from moe_overlap import ConfigError, verify
-from moe_overlap.verify.adapters.ours import Ours, OursInDDP
+from moe_overlap.verify.adapters.ours import Ours, OursDeduplicated, OursInDDP
 from moe_overlap.verify.adapters.plain import PlainAdapter
 from moe_overlap.verify.report import Finding, Report
 from moe_overlap.verify.run import CHECKS
@@ -25,7 +25,7 @@ from tests.verify import faults
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = [one for one in vars(faults).values() if inspect.isclass(one) and hasattr(one, "found_by")]
-LAYERS = {"ours": Ours, "ours in DDP": OursInDDP, "plain": PlainAdapter}
+LAYERS = {"ours": Ours, "ours deduplicated": OursDeduplicated, "ours in DDP": OursInDDP, "plain": PlainAdapter}
 
 
 def run(adapter, dtype=torch.float64):

@@ -189,6 +189,18 @@ OURS: tuple[Variant, ...] = (
     ),
     Variant(name="fused optimizer", patches=(ours("lr=1e-2)", "lr=1e-2, fused=True)"),)),
 )
+DEDUPLICATED: tuple[Variant, ...] = (
+    Variant(name="as it comes"),
+    Variant(name="three ranks", ranks=3),
+    Variant(name="float32", dtype=torch.float32),
+    Variant(name="top 1", attributes={"top_k": 1}),
+    Variant(name="all experts", attributes={"top_k": 12}),
+    _schedule("chunked(4,experts)"),
+    _schedule("shared_expert"),
+    Variant(name="where it pays", attributes={"dedup": "auto"}),
+    _ours("overlap off", "overlap=False"),
+    _ours("capacity 0.8 of each rank's tokens", "capacity_factor=0.8"),
+)
 IN_DDP: tuple[Variant, ...] = (
     Variant(name="as it comes"),
     Variant(name="three ranks", ranks=3),

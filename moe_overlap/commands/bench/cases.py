@@ -23,7 +23,7 @@ from moe_overlap.commands.bench.routing import ForcedRouter
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.layer.shortcut import ShortcutBlock
-from moe_overlap.schedule.builders import SchedulePair, serial, shortcut, tap_of_position
+from moe_overlap.schedule.builders import SchedulePair, deduplicate, serial, shortcut, tap_of_position
 from moe_overlap.schedule.recorder import TimelineEvent, emit
 from moe_overlap.transport.base import Transport
 
@@ -141,7 +141,8 @@ class _Edge(torch.autograd.Function):
 
 class BlockPair(nn.Module):
     """One case on this rank. `pair` (the schedules) and `transport` can be exchanged between calls; both are what the
-    rows of a benchmark differ in, the weights are not. ids_TK, weights_TK: routing, as wide as --top-k."""
+    rows of a benchmark differ in, the weights are not. ids_TK, weights_TK: routing, as wide as --top-k. dedup: one of
+    options.DEDUP; then the pairs that are used are deduplicated."""
 
     def __init__(
         self,
@@ -152,6 +153,8 @@ class BlockPair(nn.Module):
         transport: Transport,
         *,
         dtype: torch.dtype,
+        dedup: str = "off",
+        ranks_per_node: int | None = None,
         seed: int = 0,
         wrap: Callable[[str, nn.Module], nn.Module] = lambda name, op: op,
     ) -> None:
@@ -159,7 +162,7 @@ class BlockPair(nn.Module):
         torch.manual_seed(seed)
         factory: dict[str, Any] = {"dtype": dtype}
         hidden, ffn = sizes.hidden, sizes.ffn
-        self.case, self.sizes, self.dtype = case, sizes, dtype
+        self.case, self.sizes, self.dtype, self.dedup = case, sizes, dtype, dedup
         self.watch = Watch(transport.rank)
         self.position = int(case[-1]) if case.startswith("scmoe") else 0
         routed = sizes.top_k if case == "top2" else sizes.top_k - 1
@@ -181,6 +184,9 @@ class BlockPair(nn.Module):
             schedule=serial(shared=case == "shared1"),
             shared_expert_size=ffn if case == "shared1" else None,
             transport=transport,
+            dedup="off" if dedup == "off" else "on",
+            ranks_per_node=ranks_per_node,
+            hierarchical=dedup == "hierarchical",
             dtype=dtype,
         )
         self.norm = nn.LayerNorm(hidden, bias=False, **factory)
@@ -215,6 +221,7 @@ class BlockPair(nn.Module):
 
     def use(self, pair: SchedulePair, transport: Transport) -> None:
         """Run the coming calls by `pair` over `transport`. The same on all ranks."""
+        pair = pair if self.dedup == "off" else deduplicate(pair)
         if isinstance(self.block, ShortcutBlock):
             self.block.schedule = pair
         else:

@@ -26,6 +26,7 @@ PHASES = ("infer", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 COMPUTE = ("real", "slept")
 DEFAULT_CASES = ("top2", "shared1", "scmoe_pos2")
+DEDUP = ("off", "on", "hierarchical")
 LATENCY_S = 50e-6  # of a link whose rate is solved for
 
 
@@ -42,6 +43,7 @@ class LayerOptions:
     experts: int = 8
     top_k: int = 2
     dtype: str = "bf16"
+    dedup: str = "off"
     link: str = "none"
     comm_share: float | None = None
     schedules: tuple[str, ...] = DEFAULT_SCHEDULES
@@ -70,6 +72,14 @@ class LayerOptions:
             raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
         if self.dtype not in DTYPES:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.dedup not in DEDUP:
+            raise ConfigError("--dedup", self.dedup, f"one of {', '.join(DEDUP)}")
+        if self.dedup != "off" and "auto" in self.schedules:
+            raise ConfigError("--dedup", self.dedup, "off beside --schedules auto, which does not predict it")
+        if self.dedup != "off" and self.ranks == 1:
+            raise ConfigError("--dedup", self.dedup, "off with one rank: nothing is exchanged")
+        if self.dedup == "hierarchical" and not 1 < self.ranks_per_node < self.ranks:
+            raise ConfigError("--dedup", self.dedup, "several ranks on a node (--ranks-per-node), and several nodes")
         if self.compute not in COMPUTE:
             raise ConfigError("--compute", self.compute, f"one of {', '.join(COMPUTE)}")
         for name, known in (("schedules", SCHEDULES), ("cases", CASES), ("phases", PHASES)):
@@ -115,6 +125,7 @@ HELP = {
     "experts": "routed experts over all ranks",
     "top_k": "routed experts per token of case top2; the others route to one less and have a shared expert",
     "dtype": "fp32, bf16 or fp64",
+    "dedup": "rows that travel: off (one for each expert), on (for each rank) or hierarchical (one to each node)",
     "link": "none, or RATE[:LATENCY] of an emulated link, e.g. 400mbit:50us or 1.5GB",
     "comm_share": "solve for the link rate at which communication is this share of serial top2, per phase",
     "schedules": "rows to measure, comma-separated: "

@@ -83,7 +83,15 @@ def timed_models(setting: Setting) -> dict[str, BlockPair]:
     ids_TK, weights_TK = setting.routing
     return {
         case: BlockPair(
-            case, model.sizes, ids_TK, weights_TK, setting.wires[case].core, dtype=model.dtype, wrap=setting.sleep.wrap
+            case,
+            model.sizes,
+            ids_TK,
+            weights_TK,
+            setting.wires[case].core,
+            dtype=model.dtype,
+            dedup=model.dedup,
+            ranks_per_node=setting.options.ranks_per_node,
+            wrap=setting.sleep.wrap,
         )  # fmt: skip
         for case, model in setting.models.items()
     }

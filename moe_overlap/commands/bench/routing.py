@@ -12,7 +12,7 @@ from torch import nn
 from moe_overlap.errors import ConfigError
 from moe_overlap.routing.decision import RoutingDecision
 
-KINDS = ("balanced", "zipf", "real")
+KINDS = ("balanced", "uniform", "zipf", "real")
 REAL_FILE = "routing.safetensors"
 
 
@@ -47,14 +47,18 @@ def load(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids int32 [T, top_k], weights float32 [T, top_k]) of this rank's tokens, choices in order of score.
 
-    routing: "balanced" (round robin), "zipf" (expert i wanted with weight 1 / (i + 1)), "real" (the file in `out`) or a
-    path. A file is one list of tokens, of which rank w takes those from w*T on, from the start again where it ends.
+    routing: "balanced" (round robin), "uniform" (all choices equally likely), "zipf" (expert i wanted with weight
+    1 / (i + 1)), "real" (the file in `out`) or a path. A file is one list of tokens, of which rank w takes those from
+    w*T on, from the start again where it ends.
     Raises ConfigError for a file that is missing, broken, made for another number of experts, or too narrow.
     """
     if routing == "balanced":
         first_T = torch.arange(tokens) * top_k
         ids_TK = (first_T[:, None] + torch.arange(top_k)) % experts
         return ids_TK.to(torch.int32), torch.full((tokens, top_k), 1.0 / top_k)
+    if routing == "uniform":
+        scores_TE = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1000 + rank))
+        return scores_TE.topk(top_k).indices.to(torch.int32), torch.full((tokens, top_k), 1.0 / top_k)
     if routing == "zipf":
         return _zipf(tokens, experts, top_k, torch.Generator().manual_seed(1000 + rank))
     path = routing_file(routing, out)
@@ -66,7 +70,7 @@ def load(
 
 def routing_file(routing: str, out: str) -> Path | None:
     """The file that `routing` means; None where it is drawn."""
-    if routing in ("balanced", "zipf"):
+    if routing in ("balanced", "uniform", "zipf"):
         return None
     return Path(out) / REAL_FILE if routing == "real" else Path(routing)
 

@@ -21,9 +21,9 @@ from moe_overlap.schedule.recorder import TimelineEvent
 KEYS = (
     "case schedule phase routing chunks backward_chunks slot backward_slot predicted_ms time_ms_median time_ms_p10 "
     "time_ms_p90 serial_ms nocomm_ms bound_ms comm_share exposed_ms overlap_eff timeline_overlap headroom "
-    "speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes meta_bytes peak_mem_mb rows_peak_mb "
-    "bit_equal max_rel_err ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute flagged "
-    "hardware link torch commit date"
+    "speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes inter_node_bytes row_meta_bytes "
+    "meta_bytes peak_mem_mb rows_peak_mb bit_equal max_rel_err ranks ranks_per_node threads tokens hidden ffn experts "
+    "top_k dtype dedup repeats compute flagged hardware link torch commit date"
 ).split()
 
 
@@ -80,7 +80,8 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Medians of this rank's step without communication, in seconds. `used`: all that the bound's window holds."""
+    """Medians of this rank's step without communication, in seconds. own, own_dgrad: of the experts, on the rows that
+    stay, which run beside the exchanges like ops of the window."""
 
     whole: float
     experts: float
@@ -88,11 +89,13 @@ class Terms:
     wgrad: float
     window: float
     window_backward: float
+    own: float = 0.0
+    own_dgrad: float = 0.0
 
     @property
     def outside(self) -> float:
         """The measured parts outside the window."""
-        used = self.experts + self.dgrad + self.wgrad + self.window + self.window_backward
+        used = self.experts + self.dgrad + self.wgrad + self.window + self.window_backward + self.own + self.own_dgrad
         return max(0.0, self.whole - used)
 
 
@@ -109,6 +112,8 @@ def terms_of(samples: Samples) -> Terms:
         wgrad=total(["Ew"]),
         window=total(["B", "S"]),
         window_backward=total(["Bt", "St"]),
+        own=total(["O"]),
+        own_dgrad=total(["Od"]),
     )
 
 
@@ -131,14 +136,17 @@ def bound_s(
         return None
     chunks, chunks_back, train = plan.pair.chunks, plan.pair.backward_chunks, phase == "train"
     if plan.pipelined:
-        total = formulas.chunked_forward(chunks, exchanges.exchange_s, terms.experts / chunks)
+        forward = formulas.chunked_forward(chunks, exchanges.exchange_s, terms.experts / chunks)
+        total = max(forward, terms.own + terms.experts)
         if train:
             dgrad, wgrad = terms.dgrad / chunks_back, terms.wgrad / chunks_back
-            total += formulas.chunked_backward(chunks_back, backward.exchange_s, dgrad, wgrad)
+            whole = terms.own_dgrad + terms.dgrad + terms.wgrad
+            total += max(formulas.chunked_backward(chunks_back, backward.exchange_s, dgrad, wgrad), whole)
     else:
-        total = _window_bound(chunks, terms.experts, terms.window, exchanges)
+        total = _window_bound(chunks, terms.experts, terms.window + terms.own, exchanges)
         if train:
-            total += _window_bound(chunks_back, terms.dgrad, terms.window_backward + terms.wgrad, backward)
+            beside = terms.window_backward + terms.wgrad + terms.own_dgrad
+            total += _window_bound(chunks_back, terms.dgrad, beside, backward)
     own = torch.tensor([terms.outside + total], dtype=torch.float64)
     return max(float(part) for part in world.gather(own))
 
@@ -226,6 +234,8 @@ def row_of(
         "exchange_ms": _ms(exchanges.total_s),
         "comm_cpu_ms": _ms(exchanges.cpu_s),
         "payload_bytes": exchanges.payload_bytes,
+        "inter_node_bytes": exchanges.inter_node_bytes,
+        "row_meta_bytes": exchanges.row_meta_bytes,
         "meta_bytes": exchanges.meta_bytes,
         "peak_mem_mb": _round(verdict.peak_mem_mb, 1),
         "rows_peak_mb": _round(verdict.rows_peak_mb, 3),

@@ -55,8 +55,9 @@ class Setting:
         for case in dict.fromkeys(("top2", *options.cases)):
             wires[case] = Wires.open(world, options.timeout_s)
             models[case] = BlockPair(
-                case, options.sizes, ids_TK, weights_TK, wires[case].core, dtype=options.torch_dtype
-            )
+                case, options.sizes, ids_TK, weights_TK, wires[case].core, dtype=options.torch_dtype,
+                dedup=options.dedup, ranks_per_node=options.ranks_per_node,
+            )  # fmt: skip
         generator = torch.Generator().manual_seed(SEED + world.rank)
         shape = (options.tokens, options.hidden)
         x_TD, dy_TD = (torch.randn(shape, generator=generator).to(options.torch_dtype) for _ in range(2))
@@ -87,7 +88,7 @@ class Setting:
 def constants(options: LayerOptions) -> dict[str, Any]:
     """The keys of a row that are the same in a whole run, except phase and link."""
     routing = options.routing
-    names = "ranks ranks_per_node threads tokens hidden ffn experts top_k dtype repeats compute".split()
+    names = "ranks ranks_per_node threads tokens hidden ffn experts top_k dtype dedup repeats compute".split()
     return {
         **{name: getattr(options, name) for name in names},
         "routing": Path(routing).name if os.sep in routing else routing,

@@ -9,13 +9,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_overlap.agreement.plan import ChunkPlan, RowLayout
+from moe_overlap.agreement.node_plan import NodePlan, rows_plan
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.commands.bench.cases import BlockPair
 from moe_overlap.commands.bench.timing import Runner, Variant
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World
 from moe_overlap.measure.overlap import comm_share, median
 from moe_overlap.schedule.builders import SchedulePair, serial
+from moe_overlap.schedule.distinct_maps import weights_dtype
+from moe_overlap.schedule.distinct_rows import gradient_layout, metadata_layout
+from moe_overlap.schedule.lanes import RETURNING
 from moe_overlap.transport.accounting import CommCpu
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
@@ -61,7 +65,8 @@ class Exchanges:
 
     Means over the chunks of a dispatch and of a combine, the agreement's extra time over the core, and the sum of all
     that a step of the phase has (backward: as many bytes again). cpu_s: CPU time of this process in that sum, the
-    largest over ranks. payload and meta: bytes that the busiest rank sends to others.
+    largest over ranks. payload and meta: bytes that the busiest rank sends to others; row_meta those beside rows, and
+    inter_node those of the payload that go to other nodes.
     """
 
     dispatch_s: float
@@ -71,6 +76,8 @@ class Exchanges:
     cpu_s: float
     payload_bytes: int
     meta_bytes: int
+    row_meta_bytes: int = 0
+    inter_node_bytes: int = 0
 
     @property
     def exchange_s(self) -> float:
@@ -84,6 +91,7 @@ class Exchanges:
             total_s=(self.total_s + other.total_s) / 2,
             cpu_s=(self.cpu_s + other.cpu_s) / 2,
             payload_bytes=(self.payload_bytes + other.payload_bytes) // 2,
+            inter_node_bytes=(self.inter_node_bytes + other.inter_node_bytes) // 2,
         )
 
 
@@ -93,7 +101,7 @@ def plan_of(model: BlockPair, pair: SchedulePair, transport: Transport) -> Chunk
     router = model.moe.router
     rows_TD = torch.empty(model.sizes.tokens, model.sizes.hidden, dtype=model.dtype)
     exchange = model.moe.dispatcher.plan(router.ids_TK, rows_TD, pair)  # type: ignore[arg-type]
-    return exchange.chunked(pair.chunks, pair.by)
+    return (ExchangePlan.chunked if model.dedup == "off" else rows_plan)(exchange, pair.chunks, pair.by)
 
 
 def isolated(world: World, model: BlockPair, pair: SchedulePair, wires: Wires, phase: str) -> Exchanges:
@@ -103,35 +111,61 @@ def isolated(world: World, model: BlockPair, pair: SchedulePair, wires: Wires, p
                          meta_bytes=0)  # fmt: skip
     plan = plan_of(model, pair, wires.link)
     layout = RowLayout(width=model.sizes.hidden, dtype=model.dtype)
-    probes = {name: _Probe(world) for name in ("N", "core", "D", "C")}
+    beside = metadata_layouts(model, phase)
+    probes = {name: _Probe(world) for name in ("N", "core", "D", "C", *beside)}
     before = replace(wires.link.stats)
     for _ in range(ISOLATED_REPEATS):
         for name, transport in (("N", wires.link), ("core", wires.nocomm)):
             with probes[name].measured():
                 plan_of(model, pair, transport)
-        for verb, counts in (("D", plan.send_rows), ("C", plan.recv_rows)):
+        for verb in ("D", "C"):
             for chunk in range(plan.chunks):
-                rows = torch.zeros(counts[chunk], layout.width, dtype=layout.dtype)
-                with probes[verb].measured() as started:
-                    work = wires.link.start(rows, plan, layout, chunk, reverse=verb == "C", action=f"{verb}{chunk}")
-                    started()
-                    work.wait()
-    after = wires.link.stats
-    sent = [after.payload_bytes - before.payload_bytes, after.meta_bytes - before.meta_bytes]
+                _exchange(probes[verb], wires.link, plan, layout, chunk, verb)
+        for verb, words in beside.items():
+            _exchange(probes[verb], wires.link, plan.cut(1, "tokens"), words, 0, verb)
+    names = ("payload_bytes", "meta_bytes", "row_meta_bytes", "inter_node_bytes")
+    sent = [getattr(wires.link.stats, name) - getattr(before, name) for name in names]
     most = torch.stack(world.gather(torch.tensor(sent))).amax(dim=0) // ISOLATED_REPEATS
     rounds, chunks = (2 if phase == "train" else 1), plan.chunks
     dispatch, combine = probes["D"].means(chunks), probes["C"].means(chunks)
+    others = [probes[verb].means(1) for verb in beside]
     agree, core = probes["N"].means(1), probes["core"].means(1)
     agree_s = max(0.0, agree.seconds - core.seconds)
     return Exchanges(
         dispatch_s=dispatch.seconds,
         combine_s=combine.seconds,
         agree_s=agree_s,
-        total_s=agree_s + rounds * chunks * (dispatch.seconds + combine.seconds),
-        cpu_s=rounds * chunks * (dispatch.cpu_s + combine.cpu_s),
+        total_s=agree_s + rounds * chunks * (dispatch.seconds + combine.seconds) + sum(one.seconds for one in others),
+        cpu_s=rounds * chunks * (dispatch.cpu_s + combine.cpu_s) + sum(one.cpu_s for one in others),
         payload_bytes=rounds * int(most[0]),
         meta_bytes=int(most[1]) // 2,
+        row_meta_bytes=int(most[2]),
+        inter_node_bytes=rounds * int(most[3]),
     )
+
+
+def metadata_layouts(model: BlockPair, phase: str) -> dict[str, RowLayout]:
+    """By verb, what goes beside the rows in a step of the phase."""
+    if model.dedup == "off":
+        return {}
+    top_k, dtype = model.moe.dispatcher.top_k, weights_dtype(model.dtype)
+    found = {"M": metadata_layout(top_k, dtype)}
+    return found | {"Mt": gradient_layout(top_k, dtype)} if phase == "train" else found
+
+
+def _exchange(probe: _Probe, link: Transport, plan: ChunkPlan, layout: RowLayout, chunk: int, verb: str) -> None:
+    """One exchange alone: across nodes and inside them where it is two."""
+    reverse = verb in RETURNING
+    parts = [plan, plan.inside] if isinstance(plan, NodePlan) else [plan]
+    if reverse:
+        parts.reverse()
+    with probe.measured() as started:
+        for part in parts:
+            rows = torch.zeros(sum(part.counts(chunk, reverse=reverse)[0]), layout.width, dtype=layout.dtype)
+            work = link.start(rows, part, layout, chunk, reverse=reverse, action=f"{verb}{chunk}")
+            if part is parts[0]:  # later ones begin with the end of a wait
+                started()
+            work.wait()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +209,8 @@ def link_bytes(world: World, plan: ChunkPlan, layout: RowLayout, ranks_per_node:
     """Bytes that a dispatch and a combine put on the link, each at its busiest rank."""
     node = world.rank // ranks_per_node
     away = [dst for dst in range(world.size) if dst // ranks_per_node != node]
-    mine = [sum(counts[c][dst] for c in range(plan.chunks) for dst in away) for counts in
-            (plan.send_counts, plan.recv_counts)]  # fmt: skip
+    mine = [sum(plan.counts(c, reverse=reverse)[0][dst] for c in range(plan.chunks) for dst in away)
+            for reverse in (False, True)]  # fmt: skip
     most = torch.stack(world.gather(torch.tensor(mine))).amax(dim=0)
     return int(most.sum()) * layout.row_bytes
 

@@ -1,4 +1,5 @@
-"""`moe_overlap.MoELayer` with a shared expert and an auxiliary loss: in a plain loop, and wrapped by DDP."""
+"""`moe_overlap.MoELayer` with a shared expert and an auxiliary loss: in a plain loop, with deduplicated rows, and
+wrapped by DDP."""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ class Ours(Adapter):
     """In a plain loop, which averages the gradients of router and shared expert itself. schedule: any but "auto"."""
 
     schedule = "serial"
+    dedup = "off"
 
     module: MoELayer
 
     def build(self, group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
         self.module = prepare(MoELayer(
             self.hidden, 24, self.experts, self.top_k, group=group, schedule=self.schedule, shared_expert_size=20,
-            aux_loss_coef=0.1, z_loss_coef=0.01, timeout_s=TIMEOUT_S, dtype=dtype,
+            dedup=self.dedup, aux_loss_coef=0.1, z_loss_coef=0.01, timeout_s=TIMEOUT_S, dtype=dtype,
         ))  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +87,14 @@ class Ours(Adapter):
     def checkpointed(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = checkpoint(self.forward, x, use_reentrant=False)
         return y
+
+
+class OursDeduplicated(Ours):
+    """With one row for each (token, rank)."""
+
+    top_k = 4
+    schedule = "chunked(2)"
+    dedup = "on"
 
 
 class OursInDDP(Ours):

@@ -126,6 +126,25 @@ def test_a_share_is_solved_for(tmp_path):
     assert row["comm_share"] is not None
 
 
+def test_a_row_to_each_node(tmp_path):
+    words = (
+        "--ranks 4 --ranks-per-node 2 --compute slept --cases top2 --phases train --schedules serial,chunked".split()
+    )
+    choice = "--experts 8 --top-k 4 --routing uniform --dedup hierarchical --link 1gbit".split()
+    status, _, err = finish(start([*SMALL, *words, *choice, "--out", str(tmp_path)]))
+    assert status == 0, err
+    rows = read_jsonl(tmp_path / "results.jsonl")
+    assert [(r["schedule"], r["chunks"]) for r in rows] == [(name, chunks) for _, name, chunks in ROWS[:4]]
+    ids = [load("uniform", out="", tokens=96, experts=8, top_k=4, rank=rank)[0] for rank in range(4)]
+    # To the other node, and back from this node to the rank in the same place there; backward does it again.
+    away = [int((one // 4 == 1 - rank // 2).any(dim=1).sum()) for rank, one in enumerate(ids)]
+    across = [2 * (away[rank] + away[(rank + 2) % 4]) * 64 * 2 for rank in range(4)]
+    for row in rows:
+        assert row["dedup"] == "hierarchical" and row["routing"] == "uniform" and row["bit_equal"] is True
+        assert row["inter_node_bytes"] == max(across) < row["payload_bytes"]
+        assert row["row_meta_bytes"] > 0
+
+
 def test_slept_compute_is_labelled_and_not_oversubscribed(tmp_path):
     words = "--ranks 4 --ranks-per-node 2 --compute slept --cases scmoe_pos2 --phases train".split()
     status, _, err = finish(start([*SMALL, *words, "--link", "1gbit", "--out", str(tmp_path)]))

@@ -134,3 +134,22 @@ def test_scmoe_reaches_what_a_15_percent_share_allows(name, least):
     for row in rows:
         if row["schedule"] in ("shortcut", "auto") and row["case"].startswith("scmoe"):
             assert row["speedup_vs_top2"] * row["nocomm_ms"] / serial_ms >= least
+
+
+def test_hierarchical_exchanges_send_what_their_closed_form_says():
+    bench = script("hierarchical")
+    rows = rows_of("**/*-hierarchical.jsonl")
+    assert {(row["dedup"], row["phase"]) for row in rows} == {(d, p) for d in bench.WAYS for p in ("infer", "train")}
+    for row in rows:
+        # Of the busiest rank, with choices that are drawn.
+        assert row["inter_node_bytes"] == pytest.approx(bench.crossing_bytes(row), rel=0.02)
+        if row["schedule"] == "serial":
+            assert row["time_ms_median"] == pytest.approx(bench.serial_ms(row), rel=0.1)
+
+
+def test_closed_forms_of_rows_that_cross_nodes():
+    bench = script("hierarchical")
+    row = {"ranks": 4, "ranks_per_node": 2, "experts": 32, "top_k": 8}
+    crossing = [bench.crossing_rows({**row, "dedup": way}) for way in bench.WAYS]
+    # k (W - L) / W; 2 (1 - C(24, 8) / C(32, 8)); 1 - C(16, 8) / C(32, 8)
+    assert crossing == pytest.approx([4.0, 1.86015, 0.99878], rel=1e-5)

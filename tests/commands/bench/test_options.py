@@ -45,6 +45,11 @@ def test_defaults_are_those_of_the_readme():
         ("--cases top3", "--cases"),
         ("--routing no/such/file", "--routing"),
         ("--compute dreamt", "--compute"),
+        ("--dedup sometimes", "--dedup"),
+        ("--ranks 1 --dedup on", "--dedup"),
+        ("--schedules serial,auto --dedup on", "--dedup"),
+        ("--ranks 4 --dedup hierarchical", "--dedup"),
+        ("--ranks 4 --ranks-per-node 4 --dedup hierarchical", "--dedup"),
         ("--repeats 0", "--repeats"),
         ("--repeats many", "--repeats"),
         ("--speed 11", "--speed"),
@@ -108,7 +113,7 @@ def test_a_truncated_routing_file_is_refused(tmp_path):
     assert error.value.field == "--routing"
 
 
-@pytest.mark.parametrize("routing", ["balanced", "zipf"])
+@pytest.mark.parametrize("routing", ["balanced", "uniform", "zipf"])
 def test_drawn_routing_is_distinct_and_the_same_every_time(routing):
     ids, weights = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1)
     again, _ = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1)
@@ -117,6 +122,8 @@ def test_drawn_routing_is_distinct_and_the_same_every_time(routing):
     assert torch.allclose(weights.sum(dim=1), torch.ones(512))
     if routing == "balanced":
         assert int(counts.max()) == int(counts.min())
+    elif routing == "uniform":
+        assert torch.allclose(counts.double(), torch.full((8,), 128.0, dtype=torch.float64), rtol=0.25)
     else:
         assert int(counts[0]) > 2 * int(counts[7])
 

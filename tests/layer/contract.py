@@ -1,0 +1,59 @@
+"""The paths of a layer's call, for the tests of what all of them have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moe_overlap import ShortcutBlock
+from moe_overlap.layer.functional import moe_forward
+from tests.layers import D, make, tokens
+from tests.ranks import virtual_world
+
+PATHS = ["inline", "scheduled", "ranks", "functional", "functional ranks", "tickets", "block", "deduplicated",
+         "deduplicated block", "deduplicated tickets"]  # fmt: skip
+ONE_RANK = ("inline", "scheduled", "functional")
+TRANSPARENT = ("inline", "functional")  # one rank's ops in a row: grad and vjp of torch.func see through them
+MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicated block")
+
+
+class Call:
+    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'."""
+
+    def __init__(self, path, me, **options):
+        transport = None if path in ONE_RANK else me.transport()
+        if path not in ("inline", "functional", "functional ranks"):
+            options["schedule"] = "chunked(2)"
+        if path.startswith("deduplicated"):
+            options = {"dedup": "on", "top_k": 4, **options}
+        self.path, self.transport = path, transport
+        self.layer = self.module = make(transport, **options)
+        self.weights = self.layer.expert_weights
+        if path.endswith("block"):
+            self.module = ShortcutBlock([nn.Identity()], self.layer, tap=0, slot=0)
+
+    def __call__(self, x):
+        if self.path in MODULES:
+            return self.module(x)
+        if self.path.endswith("tickets"):
+            ticket = self.layer.begin(x)
+            self.layer.run_experts(ticket)
+            return self.layer.finish(ticket)
+        fits = x.is_floating_point() and x.shape[-1] == D and x.device.type == "cpu"
+        routing = self.layer.router(x if fits else tokens(len(x)))
+        return moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *self.weights, transport=self.transport)
+
+    def routed(self, x, y):
+        """What came from the experts: a block adds its input."""
+        return y - x if self.path.endswith("block") else y
+
+
+def on(path, check, **options):
+    """`check(call)` on every rank of the path's world."""
+    if path in ONE_RANK:
+        return [check(Call(path, None, **options))]
+    return virtual_world(2).run(lambda me: check(Call(path, me, **options)))
+
+
+def gradients(call, loss, *more):
+    return torch.autograd.grad(loss, [*more, *call.layer.parameters()])
