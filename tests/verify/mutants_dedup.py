@@ -55,7 +55,7 @@ DEDUPLICATED: tuple[Mutant, ...] = (
                 "        self.dback[: self.plan.first_offsets[1]] = 0\n"
                 "        return self._tokens.sum(self.dback)")),
     mutant("one row of each token summed, of those that came back", "vllm-project/vllm#46441", "output",
-   maps("cumsum(dim=1) - 1, most), most)", "cumsum(dim=1) - 1, most), most)[:, :1].contiguous()")),
+           maps("cumsum(dim=1) - 1, most), most)", "cumsum(dim=1) - 1, most), most)[:, :1].contiguous()")),
     mutant("h overwritten before it was read", "ByteDance-Seed/VeOmni#857", "gradients",
            rows("        self.a = workspace", "        self.dh.zero_()\n        self.a = workspace")),
     mutant("own rows leave their experts without gradient", "NVIDIA-NeMo/Automodel#2995", "gradients",
