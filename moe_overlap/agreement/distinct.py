@@ -46,23 +46,22 @@ class DistinctPlan(ChunkPlan):
 
     # ---------------------------------------------------------------- nodes
 
-    @property
-    def carrier_of(self) -> tuple[int, ...]:
-        """[W]: to which rank this one sends its rows for each rank: there they go themselves."""
-        return tuple(range(self.world_size))
+    def carrier_of(self, ranks: torch.Tensor) -> torch.Tensor:
+        """To which rank this one sends its rows for each of `ranks`: there they go themselves."""
+        return ranks
+
+    def first_behind(self, carriers: torch.Tensor) -> torch.Tensor:
+        """Of the ranks that each of `carriers` is sent rows for, which are next to each other, the first."""
+        return carriers
 
     @cached_property
     def carriers(self) -> tuple[tuple[int, ...], ...]:
         """By node, the ranks that this rank's rows for it are sent to. What comes back from those of a node is added up
         first, so that it makes no difference where that is done. One node where nodes are not known."""
         size = self.exchange.ranks_per_node or self.world_size
-        nodes = [self.carrier_of[begin : begin + size] for begin in range(0, self.world_size, size)]
+        carrier_of = self.carrier_of(torch.arange(self.world_size)).tolist()
+        nodes = [carrier_of[begin : begin + size] for begin in range(0, self.world_size, size)]
         return tuple(tuple(sorted(set(ranks))) for ranks in nodes)
-
-    def slots_behind(self, carrier: int) -> tuple[int, int]:
-        """(first, number of) slots of the ranks that `carrier` is sent rows for."""
-        ranks = [rank for rank, by in enumerate(self.carrier_of) if by == carrier]
-        return (min(ranks) * self.local_slots, len(ranks) * self.local_slots) if ranks else (0, 0)
 
     # ---------------------------------------------------------------- rows on this rank
 

@@ -55,10 +55,14 @@ class NodePlan(DistinctPlan):
         both = self._first_to_others[chunk], self._across_here[chunk]
         return both[::-1] if reverse else both
 
-    @cached_property
-    def carrier_of(self) -> tuple[int, ...]:
-        """[W]: of the ranks of another node, this rank's counterpart there."""
-        return tuple(r if self._node(r) == self._here else self._counterpart(r) for r in range(self.world_size))
+    def carrier_of(self, ranks: torch.Tensor) -> torch.Tensor:
+        """Of the ranks of another node, this rank's counterpart there."""
+        first = ranks - ranks % self.node_size
+        return torch.where(first == self.node_ranks[0], ranks, first + self.rank % self.node_size)
+
+    def first_behind(self, carriers: torch.Tensor) -> torch.Tensor:
+        first = carriers - carriers % self.node_size
+        return torch.where(first == self.node_ranks[0], carriers, first)
 
     @cached_property
     def inside(self) -> InsidePlan:

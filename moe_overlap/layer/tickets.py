@@ -44,8 +44,8 @@ class Ticket:
 class Tickets(LastCall):
     """The ticket half of MoELayer, which has the attributes and the method that stand here for their types."""
 
-    shared_expert: nn.Module | None
     rows: Rows
+    shared_expert: nn.Module | None
     _ticket: weakref.ref[Ticket] | None
 
     def _begin(self, x: torch.Tensor, schedule: AnySchedule) -> tuple[Step, RoutingDecision, torch.Tensor]:

@@ -1,8 +1,9 @@
 """The activation between the two matmuls of an expert: "swiglu" (arXiv 2002.05202), "gelu" (exact, erf) or "relu".
 
 For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up; for the others F wide. `forward_into` and
-`backward_into` work on a block of rows in buffers of the caller, right after the matmul while the block is in cache.
-With a factor for each row everything is computed in the factor's dtype, that of accumulation, and rounded once.
+`backward_into` work on a block of rows in buffers of the caller, right after the matmul while the block is in cache:
+entries `activation_rows` and `activation_rows_backward` of the registry. With a factor for each row everything is
+computed in the factor's dtype, that of accumulation, and rounded once.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import checks, maps, registry, workspace
+from moe_overlap.ops import checks, compiled, maps, registry, workspace
 from moe_overlap.ops.library import define, differentiate, implement, refuse_derivative
 
 _aten = torch.ops.aten
+
+COMPILED_KINDS = ("swiglu", "relu")
+"""What the compiled part has: for the erf of gelu PyTorch's own vector code stays."""
 
 BLOCK_ELEMENTS = 1 << 15
 """Elements of `a` for each thread in the blocks of rows with a factor: their temporaries stay in cache."""
@@ -58,6 +62,10 @@ def width(h_width: int, kind: str) -> int:
 
 def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None = None) -> None:
     """a = act(h) for a block of rows, or act(h) * scale in the dtype of `scale`, rounded once."""
+    _run_rows(h_nF, kind, a_nF, scale_n)
+
+
+def _forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None) -> None:
     if scale_n is not None:
         for rows in _blocks(a_nF):
             wide_nF, _ = _activated(h_nF[rows].to(scale_n.dtype), kind)
@@ -85,8 +93,20 @@ def backward_into(
 
     With `scale` a = act(h) * scale, dh = act'(h) * da * scale and, where a buffer is given, dscale = sum(da * act(h))
     over the row, all in the dtype of `scale` before they are rounded. `dh` may be the memory of `h`. `da` is
-    overwritten for swiglu; for the others it may be the same memory as `dh`, but not as `h`.
+    undefined afterwards for swiglu; for the others it may be the same memory as `dh`, but not as `h`.
     """
+    _run_rows_backward(da_nF, h_nF, kind, dh_nF, a_nF, scale_n, dscale_n)
+
+
+def _backward_into(
+    da_nF: torch.Tensor,
+    h_nF: torch.Tensor,
+    kind: str,
+    dh_nF: torch.Tensor,
+    a_nF: torch.Tensor,
+    scale_n: torch.Tensor | None,
+    dscale_n: torch.Tensor | None,
+) -> None:
     if scale_n is not None:
         for rows in _blocks(a_nF):
             dscale = None if dscale_n is None else dscale_n[rows]
@@ -162,6 +182,43 @@ def _blocks(a_nF: torch.Tensor) -> Iterator[slice]:
         yield slice(first, first + step)
 
 
+def _limit(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None) -> str | None:
+    return _compiled_limit(kind, (h_nF, a_nF), (scale_n,))
+
+
+def _backward_limit(
+    da_nF: torch.Tensor,
+    h_nF: torch.Tensor,
+    kind: str,
+    dh_nF: torch.Tensor,
+    a_nF: torch.Tensor,
+    scale_n: torch.Tensor | None,
+    dscale_n: torch.Tensor | None,
+) -> str | None:
+    return _compiled_limit(kind, (da_nF, h_nF, dh_nF, a_nF), (scale_n, dscale_n))
+
+
+def _misfit(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None) -> str | None:
+    if kind == "relu" and scale_n is None and h_nF.dtype == checks.accumulation_dtype(h_nF.dtype):
+        return "relu alone is one pass of PyTorch too"
+    return None
+
+
+def _compiled_limit(kind: str, rows: tuple[torch.Tensor, ...], factors: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Why compiled code, which computes in the dtype of accumulation, does not take these, or None."""
+    dtype = rows[0].dtype
+    if kind not in COMPILED_KINDS:
+        return f"{kind}; it has {', '.join(COMPILED_KINDS)}"
+    for one in rows:
+        if one.dtype != dtype or not one.is_contiguous():
+            return "rows that are not contiguous or not of one dtype"
+    accumulation = checks.accumulation_dtype(dtype)
+    for factor in factors:
+        if factor is not None and (factor.dtype != accumulation or not factor.is_contiguous()):
+            return f"factors that are not contiguous {accumulation}"
+    return None
+
+
 def _activation(
     h_RF: torch.Tensor, kind: str, row_scale: torch.Tensor | None, offs: torch.Tensor | None
 ) -> torch.Tensor:
@@ -210,6 +267,26 @@ def _backward(ctx: Any, da_RF: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 define("activation(Tensor h, str kind, Tensor? row_scale, Tensor? offs) -> Tensor")
 define("activation_backward(Tensor da, Tensor h, str kind, Tensor? row_scale, Tensor? offs) -> (Tensor, Tensor)")
+define("_activation_rows_cpp(Tensor h, str kind, Tensor(a!) a, Tensor? scale) -> ()")
+define(
+    "_activation_rows_backward_cpp(Tensor da, Tensor(a!) h, str kind, Tensor(b!) dh, Tensor(c!) a, Tensor? scale, "
+    "Tensor(d!)? dscale) -> ()"
+)
+for _op, _limit_of, _misfit_of, _reference in (
+    ("activation_rows", _limit, _misfit, _forward_into),
+    ("activation_rows_backward", _backward_limit, None, _backward_into),
+):
+    registry.add(
+        _op,
+        "cpp",
+        getattr(torch.ops.moe_overlap, f"_{_op}_cpp").default,
+        obstacle=compiled.obstacle(_op),
+        limit=_limit_of,
+        misfit=_misfit_of,
+        merit="compiled: one pass over memory",
+    )
+    registry.add(_op, "reference", _reference, merit="PyTorch's own operators, run everywhere")
+_run_rows, _run_rows_backward = map(registry.kernel, ("activation_rows", "activation_rows_backward"))
 registry.add("activation", "reference", _activation, merit="pure PyTorch, runs everywhere")
 registry.add("activation_backward", "reference", _activation_backward, merit="pure PyTorch, runs everywhere")
 implement(

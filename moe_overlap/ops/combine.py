@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import checks, maps, registry, workspace
+from moe_overlap.ops import checks, compiled, maps, registry, workspace
 from moe_overlap.ops.library import define, differentiate, implement, refuse_derivative
+
+_ROWS_OF_Y = "-1 = no row, the rows of y are the end"
+_NUM_ROWS = "-1 = no row, num_rows is the end"
 
 
 def combine(
@@ -94,7 +97,7 @@ def _combine(
     weights_TK: torch.Tensor | None,
     residual_TD: torch.Tensor | None,
 ) -> torch.Tensor:
-    checks.check_values("slot_to_row", slot_to_row_TK, -1, y_RD.shape[0], why="-1 = no row, the rows of y are the end")
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, y_RD.shape[0], why=_ROWS_OF_Y)
     dtype = checks.accumulation_dtype(y_RD.dtype)
     sum_TD: torch.Tensor | None = None
     for k, rows_T in enumerate(slot_to_row_TK.unbind(1)):
@@ -111,6 +114,33 @@ def _combine(
     return sum_TD.to(y_RD.dtype)
 
 
+def _combine_cpp(
+    y_RD: torch.Tensor,
+    slot_to_row_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    residual_TD: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same sums in the same order, so the same bits, but for those of a NaN."""
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, y_RD.shape[0], why=_ROWS_OF_Y)
+    out_TD = workspace.empty((slot_to_row_TK.shape[0], y_RD.shape[1]), like=y_RD)
+    torch.ops.moe_overlap._combine_cpp.default(
+        y_RD.contiguous(),
+        slot_to_row_TK.contiguous(),
+        None if weights_TK is None else compiled.in_accumulation_dtype(weights_TK, y_RD),
+        None if residual_TD is None else residual_TD.contiguous(),
+        out_TD,
+    )
+    return out_TD
+
+
+def _combine_limit(
+    y_RD: torch.Tensor, slot_to_row_TK: torch.Tensor, weights_TK: torch.Tensor | None, residual_TD: torch.Tensor | None
+) -> str | None:
+    if residual_TD is not None and residual_TD.dtype != y_RD.dtype:
+        return f"a residual of {residual_TD.dtype} beside rows of {y_RD.dtype}"
+    return None
+
+
 def _combine_backward(
     dy_TD: torch.Tensor,
     y_RD: torch.Tensor | None,
@@ -118,7 +148,7 @@ def _combine_backward(
     weights_TK: torch.Tensor | None,
     num_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    checks.check_values("slot_to_row", slot_to_row_TK, -1, num_rows, why="-1 = no row, num_rows is the end")
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, num_rows, why=_NUM_ROWS)
     dy_TD = dy_TD.contiguous()
     dtype = checks.accumulation_dtype(dy_TD.dtype)
     tokens, top_k = slot_to_row_TK.shape
@@ -136,6 +166,34 @@ def _combine_backward(
     weight_R = weights_TK.reshape(-1).to(dtype).index_select(0, row_to_slot.clamp(min=0))
     dy_RD.mul_(weight_R.masked_fill_(row_to_slot < 0, 0)[:, None])
     return dy_RD, nothing if y_RD is None else dweights_TK
+
+
+def _combine_backward_cpp(
+    dy_TD: torch.Tensor,
+    y_RD: torch.Tensor | None,
+    slot_to_row_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    num_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dy has the bits of the reference; the dot products of dweights are summed in another order, that of D alone."""
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, num_rows, why=_NUM_ROWS)
+    dy_TD, slot_to_row_TK = dy_TD.contiguous(), slot_to_row_TK.contiguous()
+    dy_RD = workspace.empty((num_rows, dy_TD.shape[1]), like=dy_TD)
+    if weights_TK is None:
+        maps.refuse_twice(torch.ops.moe_overlap._permute_cpp.default(dy_TD, slot_to_row_TK, dy_RD))
+        return dy_RD, dy_TD.new_empty((0,))
+    weights = compiled.in_accumulation_dtype(weights_TK, dy_TD)
+    dweights = None if y_RD is None else torch.empty_like(weights)
+    y_RD = None if y_RD is None else y_RD.contiguous()
+    twice = torch.ops.moe_overlap._combine_backward_cpp.default(dy_TD, y_RD, slot_to_row_TK, weights, dy_RD, dweights)
+    maps.refuse_twice(twice)
+    return dy_RD, dy_TD.new_empty((0,)) if dweights is None else dweights.to(weights_TK.dtype)
+
+
+def _combine_backward_limit(dy_TD: torch.Tensor, y_RD: torch.Tensor | None, *rest: Any) -> str | None:
+    if y_RD is not None and y_RD.dtype != dy_TD.dtype:
+        return f"y of {y_RD.dtype} and dy of {dy_TD.dtype}"
+    return None
 
 
 def _combine_backward_fake(
@@ -171,6 +229,29 @@ def _backward(ctx: Any, dy_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 define("combine(Tensor y, Tensor slot_to_row, Tensor? weights, Tensor? residual) -> Tensor")
 define(
     "combine_backward(Tensor dy, Tensor? y, Tensor slot_to_row, Tensor? weights, SymInt num_rows) -> (Tensor, Tensor)"
+)
+# Their implementations are in the compiled part, where there is one; see csrc/bindings. The second returns a row that
+# two slots point to, or -1.
+define("_combine_cpp(Tensor y, Tensor slot_to_row, Tensor? weights, Tensor? residual, Tensor(a!) out) -> ()")
+define(
+    "_combine_backward_cpp(Tensor dy, Tensor? y, Tensor slot_to_row, Tensor weights, Tensor(a!) dy_rows, "
+    "Tensor(b!)? dweights) -> int"
+)
+registry.add(
+    "combine",
+    "cpp",
+    _combine_cpp,
+    obstacle=compiled.obstacle("combine"),
+    limit=_combine_limit,
+    merit="compiled: each row is read once, and the sum stays in cache",
+)
+registry.add(
+    "combine_backward",
+    "cpp",
+    _combine_backward_cpp,
+    obstacle=compiled.obstacle("combine_backward"),
+    limit=_combine_backward_limit,
+    merit="compiled: rows and dot products in one pass",
 )
 registry.add("combine", "reference", _combine, merit="pure PyTorch, runs everywhere")
 registry.add("combine_backward", "reference", _combine_backward, merit="pure PyTorch, runs everywhere")

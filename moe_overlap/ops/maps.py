@@ -32,9 +32,14 @@ def invert(slot_to_row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
     row_to_slot.index_copy_(0, torch.where(rows < 0, num_rows, rows), slots)
     found = row_to_slot[:num_rows]
     if rows.device.type == "cpu" and int((found >= 0).sum()) < int((rows >= 0).sum()):
-        twice = int(rows[rows >= 0].bincount().argmax())
-        raise ConfigError("slot_to_row", f"row {twice} more than once", "one slot at most on each row")
+        refuse_twice(int(rows[rows >= 0].bincount().argmax()))
     return found
+
+
+def refuse_twice(row: int) -> None:
+    """ConfigError for a row that two slots of a map point to; -1 means that there is none."""
+    if row >= 0:
+        raise ConfigError("slot_to_row", f"row {row} more than once", "one slot at most on each row")
 
 
 def zero_rows(out_RD: torch.Tensor, unused_R: torch.Tensor) -> torch.Tensor:

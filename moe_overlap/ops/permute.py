@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import checks, maps, registry
+from moe_overlap.ops import checks, compiled, maps, registry, workspace
 from moe_overlap.ops.library import define, differentiate, implement
+
+_NUM_ROWS = "-1 = no row, num_rows is the end"
 
 
 def permute(
@@ -44,10 +46,21 @@ def permute(
     return torch.ops.moe_overlap.permute.default(x_TD, slot_to_row_TK, offs, num_rows)
 
 
+def _permute_cpp(
+    x_TD: torch.Tensor, slot_to_row_TK: torch.Tensor, offs: torch.Tensor | None, num_rows: int
+) -> torch.Tensor:
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, num_rows, why=_NUM_ROWS)
+    out_RD = workspace.empty((num_rows, x_TD.shape[1]), like=x_TD)
+    maps.refuse_twice(
+        torch.ops.moe_overlap._permute_cpp.default(x_TD.contiguous(), slot_to_row_TK.contiguous(), out_RD)
+    )
+    return out_RD
+
+
 def _permute(
     x_TD: torch.Tensor, slot_to_row_TK: torch.Tensor, offs: torch.Tensor | None, num_rows: int
 ) -> torch.Tensor:
-    checks.check_values("slot_to_row", slot_to_row_TK, -1, num_rows, why="-1 = no row, num_rows is the end")
+    checks.check_values("slot_to_row", slot_to_row_TK, -1, num_rows, why=_NUM_ROWS)
     top_k = max(1, slot_to_row_TK.shape[1])
     row_to_slot = maps.invert(slot_to_row_TK, num_rows)
     return maps.take_rows(x_TD, row_to_slot.div(top_k, rounding_mode="floor"))
@@ -63,6 +76,15 @@ def _backward(ctx: Any, dx_RD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 define("permute(Tensor x, Tensor slot_to_row, Tensor? offs, SymInt num_rows) -> Tensor")
+# In the compiled part, where there is one; see csrc/bindings. It returns a row that two slots point to, or -1.
+define("_permute_cpp(Tensor x, Tensor slot_to_row, Tensor(a!) out) -> int")
+registry.add(
+    "permute",
+    "cpp",
+    _permute_cpp,
+    obstacle=compiled.obstacle("permute"),
+    merit="compiled: each token is read once, and the map is not inverted",
+)
 registry.add("permute", "reference", _permute, merit="pure PyTorch, runs everywhere")
 implement(
     "permute",

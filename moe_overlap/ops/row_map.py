@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import checks, registry
+from moe_overlap.ops import checks, compiled, registry
 from moe_overlap.ops.library import LIBRARY, define, implement
 
 Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -109,21 +109,6 @@ def _cpp(ids_TK: torch.Tensor, *args: Any) -> Maps:
     return result
 
 
-def _cpp_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the compiled implementation cannot run here, or None."""
-    if device.type != "cpu":
-        return f"compiled for CPU tensors, not {device.type}"
-    try:
-        from moe_overlap.native import native
-    except ImportError as error:
-        return f"no compiled part in this install ({error})"
-    if not native.load_ops():
-        return native.reason("ops")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_overlap::_row_map_cpp", "CPU"):
-        return "the compiled part has no row_map"
-    return None
-
-
 def _checked(*args: Any) -> Maps:
     """Values of ids are looked at here, below the dispatcher, so that torch.compile does not meet the check."""
     checks.check_values("ids", args[0], -1, args[1], why="-1 = unused, num_experts is the end")
@@ -136,7 +121,9 @@ _RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
 define(f"row_map{_ARGUMENTS} -> {_RESULTS}")
 # Its implementation is in the compiled part, where there is one; see csrc/bindings.
 define(f"_row_map_cpp{_ARGUMENTS} -> {_RESULTS}")
-registry.add("row_map", "cpp", _cpp, obstacle=_cpp_obstacle, merit="compiled: one pass to count, one to place")
+registry.add(
+    "row_map", "cpp", _cpp, obstacle=compiled.obstacle("row_map"), merit="compiled: one pass to count, one to place"
+)
 registry.add("row_map", "reference", _row_map, merit="pure PyTorch, runs everywhere")
 _run = registry.kernel("row_map")
 implement("row_map", _checked, _row_map_fake)

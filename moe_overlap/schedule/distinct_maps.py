@@ -31,10 +31,7 @@ class TokenMaps:
         self.slots_TK, self.choice_TK = sortable.sort(dim=1, stable=True)
         self._used = self.slots_TK < UNUSED
         rank_TK = self.slots_TK.div(plan.local_slots, rounding_mode="floor")
-        if plan.carrier_of != tuple(range(plan.world_size)):
-            carrier_of = maps.to_device(torch.tensor(plan.carrier_of, dtype=rank_TK.dtype), rank_TK.device)
-            rank_TK = carrier_of[rank_TK.clamp(max=plan.world_size - 1).long()]
-        self.rank_TK = torch.where(self._used, rank_TK, -1)
+        self.rank_TK = torch.where(self._used, plan.carrier_of(rank_TK), -1)
         apart = self.rank_TK[:, 1:] != self.rank_TK[:, :-1]
         edge = torch.ones_like(self._used[:, :1])
         self._first = torch.cat([edge, apart], dim=1) & self._used
@@ -131,10 +128,8 @@ class TokenMaps:
         # Choices that are not the first of a row are written to one place more.
         row_C = torch.where(choice_to_row >= 0, choice_to_row, rows).reshape(-1).long()
         rank_R = self.rank_TK.new_empty(rows + 1).scatter_(0, row_C, self.rank_TK.reshape(-1))[:rows]
-        behind = torch.tensor([plan.slots_behind(rank) for rank in range(plan.world_size)], dtype=torch.int32)
-        first_R, count_R = maps.to_device(behind, slots_RK.device)[rank_R.long()].unbind(1)
-        local_RK = slots_RK - first_R[:, None]
-        here = (local_RK >= 0) & (local_RK < count_R[:, None])
+        local_RK = slots_RK - (plan.first_behind(rank_R) * plan.local_slots)[:, None]
+        here = self.rank_TK.index_select(0, token_R) == rank_R[:, None]
         return torch.where(here, local_RK, -1).to(torch.int32), torch.where(here, weights_RK, 0)
 
     def weight_gradients(self, dweights_RK: torch.Tensor) -> torch.Tensor:

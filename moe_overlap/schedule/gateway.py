@@ -18,6 +18,7 @@ from moe_overlap import ops
 from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.node_plan import InsidePlan, NodePlan
 from moe_overlap.agreement.plan import RowLayout
+from moe_overlap.ops.maps import to_device
 
 Exchange = Callable[[torch.Tensor, InsidePlan, bool], torch.Tensor]  # rows, plan, reverse -> what came
 
@@ -42,14 +43,14 @@ class Gateway:
         if plan is None:
             return received
         if layout.metadata:
-            ids_GK = received[:, -self.top_k :][plan.arrived_to_pass_on(chunk).to(received.device)]
+            ids_GK = received[:, -self.top_k :][to_device(plan.arrived_to_pass_on(chunk), received.device)]
             self.ids_GK = ids_GK.contiguous()
         places = _Places(plan, chunk, self.ids_GK)
         rows = received[places.arrived[places.row_R]]
         if layout.metadata:
             rows = self._for_rank(rows, places.local_R)
         passed_on = exchange(rows, plan.inside, False)
-        return torch.cat([received, passed_on])[plan.in_flat_order(chunk).to(received.device)]
+        return torch.cat([received, passed_on])[to_device(plan.in_flat_order(chunk), received.device)]
 
     def give_back(self, chunk: int, rows: torch.Tensor, layout: RowLayout, exchange: Exchange) -> torch.Tensor:
         """From the rows of this rank's experts, in the order of a `DistinctPlan`, to those that go back across."""
@@ -57,9 +58,9 @@ class Gateway:
         if plan is None:
             return rows
         places = _Places(plan, chunk, self.ids_GK)
-        back = exchange(rows[plan.to_gateways(chunk).to(rows.device)], plan.inside, True)
+        back = exchange(rows[to_device(plan.to_gateways(chunk), rows.device)], plan.inside, True)
         whole = self._of_choices(back, places) if layout.metadata else ops.combine(back, places.place_GL)
-        return torch.cat([whole, rows])[plan.homewards(chunk).to(rows.device)]
+        return torch.cat([whole, rows])[to_device(plan.homewards(chunk), rows.device)]
 
     def _cut(self, layout: RowLayout) -> NodePlan | None:
         """The plan of an exchange; metadata goes for all chunks at once."""
@@ -99,7 +100,7 @@ class _Places:
     def __init__(self, plan: NodePlan, chunk: int, ids_GK: torch.Tensor) -> None:
         device, size = ids_GK.device, plan.node_size
         if plan.chunks > 1:
-            ids_GK = ids_GK[plan.to_pass_on(chunk).to(device)]
+            ids_GK = ids_GK[to_device(plan.to_pass_on(chunk), device)]
         local_GK = ids_GK.div(plan.local_slots, rounding_mode="floor")
         self.local_GK = torch.where(ids_GK >= 0, local_GK, -1).long()
         column = torch.where(self.local_GK >= 0, self.local_GK, size)  # one more, for choices that are not of this node
@@ -115,4 +116,4 @@ class _Places:
     @cached_property
     def arrived(self) -> torch.Tensor:
         """int64 [G]: where each row came among those that came across."""
-        return self._plan.arrived_to_pass_on(self._chunk).to(self.place_GL.device)
+        return to_device(self._plan.arrived_to_pass_on(self._chunk), self.place_GL.device)

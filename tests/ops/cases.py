@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from moe_overlap import ops
+from moe_overlap.ops import compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("swiglu", "gelu", "relu")
+
+
+def compiled_obstacle(op: str) -> str | None:
+    """Why the compiled implementation of an operator cannot run in this install, or None."""
+    return compiled.obstacle(op)(torch.device("cpu"), torch.float32)
+
+
+def cpu_implementations(op: str) -> list:
+    """Values of a parameter: `reference`, and `cpp`, skipped where it was not built."""
+    why_not = compiled_obstacle(op)
+    return ["reference", pytest.param("cpp", marks=pytest.mark.skipif(why_not is not None, reason=str(why_not)))]
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,11 +7,22 @@ from torch.nn import functional
 
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops import registry
 from moe_overlap.ops.activation import backward_into, forward_into
 from tests import tolerances
-from tests.ops.cases import DTYPES, KINDS, randn
+from tests.ops.cases import DTYPES, KINDS, cpu_implementations, randn
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.fixture(params=cpu_implementations("activation_rows"), autouse=True)
+def implementation(request):
+    """The references, or what runs by default where there is a compiled part."""
+    with contextlib.ExitStack() as forced:
+        if request.param == "reference":
+            forced.enter_context(registry.force("activation_rows", "reference"))
+            forced.enter_context(registry.force("activation_rows_backward", "reference"))
+        yield
 
 
 def python_activation(h: Tensor, kind: str) -> Tensor:

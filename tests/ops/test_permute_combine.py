@@ -1,16 +1,28 @@
 """permute and combine against the oracle of their contract: a Python loop in float64."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
 
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops import registry
 from tests import tolerances
-from tests.ops.cases import DTYPES, hard_ids, randn, routed
+from tests.ops.cases import DTYPES, cpu_implementations, hard_ids, randn, routed
 from tests.strategies import ROUTINGS, make_routing
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.fixture(params=cpu_implementations("combine"), autouse=True)
+def implementation(request):
+    """The references, or what runs by default where there is a compiled part."""
+    with contextlib.ExitStack() as forced:
+        for op in ("permute", "combine", "combine_backward") if request.param == "reference" else ():
+            forced.enter_context(registry.force(op, "reference"))
+        yield
 
 
 def python_combine(y: Tensor, slot_to_row: Tensor, weights: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -4,16 +4,12 @@ import torch
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops import registry
-from tests.ops.cases import hard_ids
+from tests.ops.cases import cpu_implementations, hard_ids
 from tests.strategies import ROUTINGS, make_routing
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-_CPP = {line.split(" ")[1]: line for line in registry.explain() if line.startswith("row_map: not")}.get("cpp")
-IMPLEMENTATIONS = [
-    "reference",
-    pytest.param("cpp", marks=pytest.mark.skipif(_CPP is not None, reason=str(_CPP))),
-]
+IMPLEMENTATIONS = cpu_implementations("row_map")
 
 
 def python_row_map(ids, first, last, align, capacity):
