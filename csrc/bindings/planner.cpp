@@ -32,7 +32,8 @@ PYBIND11_MODULE(_planner, module) {
       "search",
       [](double head_s, double tail_s, double issue_s, double compute_slowdown, double wire_slowdown,
          std::vector<double> ops_s, std::vector<double> first_s, std::vector<double> experts_s,
-         std::vector<double> second_s, std::vector<double> deferred_s) {
+         std::vector<double> second_s, std::vector<double> deferred_s, std::vector<double> ahead_s,
+         std::vector<double> last_s) {
         const moe_overlap::Cut cut{head_s,
                                    tail_s,
                                    issue_s,
@@ -42,7 +43,9 @@ PYBIND11_MODULE(_planner, module) {
                                    std::move(first_s),
                                    std::move(experts_s),
                                    std::move(second_s),
-                                   std::move(deferred_s)};
+                                   std::move(deferred_s),
+                                   std::move(ahead_s),
+                                   std::move(last_s)};
         std::vector<std::tuple<double, bool, std::vector<int64_t>, std::vector<int64_t>>> found;
         for (auto& placement : moe_overlap::search(cut)) {
           found.emplace_back(placement.predicted_s, placement.joined, std::move(placement.order.chunk_order),
@@ -52,5 +55,6 @@ PYBIND11_MODULE(_planner, module) {
       },
       py::arg("head_s"), py::arg("tail_s"), py::arg("issue_s"), py::arg("compute_slowdown"), py::arg("wire_slowdown"),
       py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"), py::arg("deferred_s"),
+      py::arg("ahead_s") = std::vector<double>{}, py::arg("last_s") = std::vector<double>{},
       "(predicted_s, joined, chunk_order, ops_before) of every candidate for one way of cutting the exchange.");
 }

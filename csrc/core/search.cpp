@@ -31,6 +31,13 @@ void check_cut(const Cut& cut) {
                                 std::to_string(chunks) + ", " + std::to_string(cut.experts_s.size()) + " and " +
                                 std::to_string(cut.second_s.size()));
   }
+  if (cut.ahead_s.size() + cut.last_s.size() > 1) {
+    throw std::invalid_argument("ahead_s and last_s must have one entry together, or none, got " +
+                                std::to_string(cut.ahead_s.size()) + " and " + std::to_string(cut.last_s.size()));
+  }
+  if (cut.deduplicated() && cut.ops_s.empty()) {
+    throw std::invalid_argument("ops_s must have an entry where ahead_s or last_s has one");
+  }
 }
 
 // The actions of a schedule for `simulate`, in issue order. Compute actions need no dependencies on one another: their
@@ -87,16 +94,33 @@ std::vector<Label> unbeaten(std::vector<Label> labels) {
   return kept;
 }
 
-// The labels after the experts of chunk c and the start of its second exchange, from those before, by ops done.
-std::vector<Label> with_experts(const std::vector<Label>& labels, int64_t done, double arrival_s, double issue_s,
-                                double experts_s, double second_s) {
+// One chunk as the dynamic programme takes it: when the exchanges that are waited for before its experts have arrived,
+// its own after the others, and which ones are started between these and its second exchange.
+struct Taken {
+  std::vector<double> ahead_at_s;
+  double arrival_s;
+  double experts_s;
+  std::vector<double> between_s;
+  double second_s;
+};
+
+// The labels after the experts of a chunk and the start of its second exchange, from those before, by ops done.
+std::vector<Label> with_experts(const std::vector<Label>& labels, int64_t done, double issue_s, const Taken& chunk) {
   std::vector<Label> after;
-  for (const auto& [comp_s, wire_s, runs, before] : labels) {
-    const double end_s = std::max(comp_s, arrival_s) + issue_s + experts_s + issue_s;
+  for (const auto& [known_comp_s, known_wire_s, runs, before] : labels) {
+    double comp_s = known_comp_s;
+    for (const double at_s : chunk.ahead_at_s) comp_s = std::max(comp_s, at_s) + issue_s;
+    double end_s = std::max(comp_s, chunk.arrival_s) + issue_s + chunk.experts_s;
+    double wire_s = known_wire_s;
+    for (const double exchange_s : chunk.between_s) {
+      end_s += issue_s;
+      wire_s = std::max(wire_s, end_s) + exchange_s;
+    }
+    end_s += issue_s;
     const bool started = done > (before.empty() ? 0 : before.back());
     Indices extended = before;
     extended.push_back(done);
-    after.emplace_back(end_s, std::max(wire_s, end_s) + second_s, runs + started, std::move(extended));
+    after.emplace_back(end_s, std::max(wire_s, end_s) + chunk.second_s, runs + started, std::move(extended));
   }
   return unbeaten(std::move(after));
 }
@@ -130,7 +154,7 @@ bool equal_chunks(const Cut& cut) {
 std::vector<Indices> chunk_orders(const Cut& cut) {
   const size_t chunks = cut.first_s.size();
   std::vector<Indices> orders{in_turn(chunks)};
-  if (equal_chunks(cut)) return orders;
+  if (cut.deduplicated() || equal_chunks(cut)) return orders;
   if (chunks <= kAllOrders) {
     Indices next = orders[0];
     while (std::next_permutation(next.begin(), next.end())) orders.push_back(next);
@@ -149,10 +173,16 @@ std::vector<Indices> chunk_orders(const Cut& cut) {
   return orders;
 }
 
-// When each first exchange has arrived, by place in the order, and the lanes after all of them are started.
+// When each first exchange has arrived, by place in the order, what is ahead of them in `ahead_at_s`, and the lanes
+// after all of them are started.
 std::vector<double> arrivals(const Cut& cut, const Indices& order, double issue_s, double wire, double& comp_s,
-                             double& wire_s) {
+                             double& wire_s, std::vector<double>& ahead_at_s) {
   std::vector<double> arrived_s;
+  for (const double exchange_s : cut.ahead_s) {
+    comp_s += issue_s;
+    wire_s = std::max(wire_s, comp_s) + exchange_s * wire;
+    ahead_at_s.push_back(wire_s);
+  }
   for (const int64_t chunk : order) {
     comp_s += issue_s;
     wire_s = std::max(wire_s, comp_s) + cut.first_s[static_cast<size_t>(chunk)] * wire;
@@ -168,9 +198,12 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
   const size_t num_ops = cut.ops_s.size();
   double comp_s = 0;
   double wire_s = 0;
-  const std::vector<double> arrived_s = arrivals(cut, order, issue_s, wire, comp_s, wire_s);
+  std::vector<double> ahead_at_s;
+  const std::vector<double> arrived_s = arrivals(cut, order, issue_s, wire, comp_s, wire_s, ahead_at_s);
   std::vector<std::vector<Label>> labels(num_ops + 1);  // by ops done
   labels[0].emplace_back(comp_s, wire_s, 0, Indices{});
+  std::vector<double> last_s = cut.last_s;
+  for (double& exchange_s : last_s) exchange_s *= wire;
   for (size_t place = 0; place < order.size(); ++place) {
     for (size_t op = 0; op < num_ops; ++op) {
       for (Label later : labels[op]) {
@@ -180,9 +213,10 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
       labels[op + 1] = unbeaten(std::move(labels[op + 1]));
     }
     const auto chunk = static_cast<size_t>(order[place]);
+    const Taken taken{place == 0 ? ahead_at_s : std::vector<double>{}, arrived_s[place], cut.experts_s[chunk] * compute,
+                      place + 1 == order.size() ? last_s : std::vector<double>{}, cut.second_s[chunk] * wire};
     for (size_t done = 0; done <= num_ops; ++done) {
-      labels[done] = with_experts(labels[done], static_cast<int64_t>(done), arrived_s[place], issue_s,
-                                  cut.experts_s[chunk] * compute, cut.second_s[chunk] * wire);
+      labels[done] = with_experts(labels[done], static_cast<int64_t>(done), issue_s, taken);
     }
   }
   const bool out_of_turn = !std::is_sorted(order.begin(), order.end());
@@ -192,7 +226,8 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
       for (size_t op = done; op < num_ops; ++op) end_s += cut.ops_s[op] * compute;
       for (const double deferred_s : cut.deferred_s) end_s += deferred_s * compute;
       // Then a wait for each second exchange, all but the last of them mostly while that one is under way.
-      end_s = std::max(end_s + static_cast<double>(order.size()) * issue_s, label_wire_s + issue_s);
+      const auto waits = static_cast<double>(order.size() + cut.last_s.size());
+      end_s = std::max(end_s + waits * issue_s, label_wire_s + issue_s);
       ends.emplace_back(end_s, out_of_turn, runs + (done < num_ops), order, std::move(before));
     }
   }
@@ -228,7 +263,8 @@ void add_ends_after_swaps(const Cut& cut, double compute, double wire, std::vect
 std::vector<Order> best_interleavings(const Cut& cut, double compute, double wire) {
   std::vector<End> ends;
   for (const Indices& order : chunk_orders(cut)) add_ends(cut, compute, wire, order, ends);
-  if (cut.first_s.size() > kAllOrders && !equal_chunks(cut)) add_ends_after_swaps(cut, compute, wire, ends);
+  const bool in_turn_only = cut.deduplicated() || equal_chunks(cut);
+  if (cut.first_s.size() > kAllOrders && !in_turn_only) add_ends_after_swaps(cut, compute, wire, ends);
   std::sort(ends.begin(), ends.end());
   std::vector<Order> best;
   for (size_t i = 0; i < std::min(kKept, ends.size()); ++i) {
@@ -242,8 +278,10 @@ std::vector<Order> best_interleavings(const Cut& cut, double compute, double wir
 double makespan_s(const Cut& cut, const Order& order, bool joined) {
   Program program(cut, joined);
   program.compute(cut.head_s);
+  std::vector<int64_t> ahead;
   std::vector<int64_t> first;
   std::vector<int64_t> second;
+  for (const double seconds : cut.ahead_s) ahead.push_back(program.exchange(seconds));
   for (const int64_t chunk : order.chunk_order) {
     first.push_back(program.exchange(cut.first_s[static_cast<size_t>(chunk)]));
   }
@@ -251,10 +289,17 @@ double makespan_s(const Cut& cut, const Order& order, bool joined) {
   for (size_t place = 0; place < order.chunk_order.size(); ++place) {
     const auto chunk = static_cast<size_t>(order.chunk_order[place]);
     while (op < static_cast<size_t>(order.ops_before[place])) program.compute(cut.ops_s[op++]);
+    if (place == 0) {
+      for (const int64_t transfer : ahead) program.wait(transfer);
+    }
     program.wait(first[place]);
     program.compute(cut.experts_s[chunk]);
+    if (place + 1 == order.chunk_order.size()) {
+      for (const double seconds : cut.last_s) second.push_back(program.exchange(seconds));
+    }
     second.push_back(program.exchange(cut.second_s[chunk]));
   }
+  if (cut.deduplicated() && op == 0) program.compute(cut.ops_s[op++]);
   for (const double seconds : cut.deferred_s) program.compute(seconds);
   while (op < cut.ops_s.size()) program.compute(cut.ops_s[op++]);
   for (const int64_t transfer : second) program.wait(transfer);

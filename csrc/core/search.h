@@ -10,7 +10,10 @@ namespace moe_overlap {
 
 // Durations in seconds: head, then per chunk a first exchange, experts and a second exchange, then the tail; ops stand
 // anywhere between head and tail, deferred work after the last experts. issue_s is the compute lane's time of starting
-// an exchange, and again of waiting for it. The slowdowns (>= 1) stretch a lane while the other one is busy.
+// an exchange, and again of waiting for it. A deduplicated step has one exchange more, of ids and weights: in front of
+// the first exchange (`ahead_s`, no entry or one) or in front of the last one (`last_s`, likewise); its chunks are
+// taken in their own order, and its first op is done before deferred work. The slowdowns (>= 1) stretch a lane while
+// the other one is busy.
 struct Cut {
   double head_s;
   double tail_s;
@@ -22,6 +25,10 @@ struct Cut {
   std::vector<double> experts_s;
   std::vector<double> second_s;
   std::vector<double> deferred_s;
+  std::vector<double> ahead_s = {};
+  std::vector<double> last_s = {};
+
+  bool deduplicated() const { return !ahead_s.empty() || !last_s.empty(); }
 };
 
 // The chunks as they are taken, and where the ops stand: ops_before[i] of them before the experts of the i-th chunk

@@ -30,7 +30,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.measure.machine import hardware
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.builders import SchedulePair, Schedules
+from moe_overlap.schedule.builders import SchedulePair, Schedules, deduplicate
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
@@ -51,16 +51,19 @@ class Unplanned:
     num_ops: int
     overlap: bool
     max_in_flight_bytes: int | None
+    dedup: str = "off"
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
     @property
     def digest(self) -> int:
-        return digest("auto calibrates", self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes)
+        settings = (self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes, self.dedup)
+        return digest("auto calibrates", *settings)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """Joined: a step without rows runs so, as it tells nothing."""
-        return probe_pair(self.op_verb, self.num_ops, 1, "tokens").join()
+        pair = probe_pair(self.op_verb, self.num_ops, 1, "tokens").join()
+        return deduplicate(pair) if self.dedup == "on" else pair
 
 
 def busiest_rows(exchange: ExchangePlan) -> int:
@@ -112,6 +115,7 @@ class AutoSchedule:
     num_ops: int
     overlap: bool = True
     max_in_flight_bytes: int | None = None
+    dedup: str = "off"  # as the layer's: with "auto" plain schedules and deduplicated ones are compared
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
     not_kept: str | None = None  # why there is none
@@ -122,7 +126,7 @@ class AutoSchedule:
     def unplanned(self) -> Unplanned:
         """What a step says before there is a choice."""
         return Unplanned(op_verb=self.op_verb, num_ops=self.num_ops, overlap=self.overlap,
-                         max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
+                         max_in_flight_bytes=self.max_in_flight_bytes, dedup=self.dedup)  # fmt: skip
 
     def get(self, opening: int, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
@@ -167,6 +171,7 @@ class AutoSchedule:
             logger.info("measuring again: %s was measured with %d rows on the busiest rank, this step has %d",
                         cache_file(key), cached.measured_rows, busiest_rows(exchange))  # fmt: skip
             cached = None
+        metadata = None if self.dedup == "off" else probes.metadata
         model = shared_model(transport, cached, device)
         self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
@@ -178,6 +183,7 @@ class AutoSchedule:
                 groups=min(MAX_GROUPS, probes.w_in.shape[0]),
                 row_bytes=probes.row_bytes,
                 nodes=nodes,
+                metadata=metadata,
                 device=device,
                 source=source,
             )
@@ -189,7 +195,7 @@ class AutoSchedule:
             elif first:
                 logger.info("the cost model is not kept: %s", self.not_kept)
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
-                                   nodes=nodes, overlap=self.overlap,
+                                   nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
                                    max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule

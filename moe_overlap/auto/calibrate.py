@@ -3,12 +3,13 @@
 A probe is one real step of a layer, forward and backward, under a known schedule. In three probes (1, 4 and 16 chunks)
 every exchange is joined where it starts, so that each action is measured with nothing beside it; a fourth, in chunks by
 expert groups, tells what each expert costs from what each row costs; a fifth, overlapped, shows by how much compute is
-slower while the wire is busy. All ranks run the same probes, gather what they measured and
+slower while the wire is busy. Where steps may be deduplicated, two more (1 and 4 chunks, joined) tell what differs in
+those. All ranks run the same probes, gather what they measured and
 fit the same model from it: planners that disagree would deadlock.
 
 Every probe runs once to warm up, then round by round, as often as fits the budget. Where steps are so slow that a
-warm-up and a round of all five would not fit it, the probes in 16 chunks and by expert groups are left out: six steps
-are the least that a model is made from.
+warm-up and a round of all would not fit it, the probes in 16 chunks, by expert groups and deduplicated in 1 chunk are
+left out: six steps are the least that a model is made from, eight with deduplication.
 
 Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
 waited for the transfer alone. The quicker half of the rounds counts, since what disturbs a round only slows it; and a
@@ -26,13 +27,14 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.loads import LANES, Nodes, moves
+from moe_overlap.agreement.loads import KINDS, LANES, Counts, Nodes, moves
 from moe_overlap.agreement.plan import ChunkBy, ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.auto.fit import Probe, fit
 from moe_overlap.measure.timeline import TimelineEvent, overlap
-from moe_overlap.planning.cost_model import CostModel, StepShape, experts_per_chunk
+from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_chunk, without_own
 from moe_overlap.schedule.actions import Action, Phase
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.builders import SchedulePair, deduplicate
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.transport.base import Transport
 
@@ -86,6 +88,36 @@ def step_shape(plan: ChunkPlan, *, row_bytes: int, nodes: Nodes | None = None, j
     )
 
 
+def distinct_shape(
+    plan: ChunkPlan,
+    *,
+    row_bytes: int,
+    metadata: MetadataBytes,
+    nodes: Nodes | None = None,
+    joined: bool = False,
+) -> StepShape:
+    """`step_shape` where the step is deduplicated. Of the busiest rank's rows as many stay as of all ranks' do."""
+    exchange, chunks, by = plan.exchange, plan.chunks, plan.by
+
+    def shape_of(counts: Counts | None) -> StepShape:
+        assert counts is not None, "agreed on with deduplication"
+        counted = replace(exchange, counts=counts).chunked(chunks, by)
+        return step_shape(counted, row_bytes=row_bytes, nodes=nodes, joined=joined)
+
+    shape, loads = shape_of(exchange.counts), exchange.counts.loads(nodes)
+    total, *away = (loads.total(kind, chunks, by) for kind in KINDS)
+    stay = total - sum(away)
+    others = tuple(int(n - n * stay[c] // max(1, total[c])) for c, n in enumerate(shape.rows))
+    return without_own(
+        shape,
+        own_rows=sum(shape.rows) - sum(others),
+        rows=others,
+        out_by_lane=shape_of(exchange.first).bytes_by_lane,
+        back_by_lane=shape_of(exchange.last).bytes_by_lane,
+        metadata=metadata,
+    )
+
+
 def wires(world: int, nodes: Sequence[int] | None) -> tuple[str, ...]:
     """The wires that ranks on these nodes take to each other."""
     taken = moves(world, None if nodes is None else tuple(nodes))
@@ -105,37 +137,53 @@ def calibrate(
     device: torch.device,
     source: str,
     nodes: Nodes | None = None,
+    metadata: MetadataBytes | None = None,
     budget_s: float = BUDGET_S,
 ) -> CostModel:
     """The cost model of the step that `run` executes. Collective: all ranks call it alike and get the same model.
 
     pair_of(chunks, by): the schedules of the step in so many chunks. groups: into how many groups a rank's experts are
     cut for the probe of that (1: no such probe). row_bytes: bytes of one exchanged row. source: where it was measured,
-    in words. Ends within `budget_s` seconds and a third, or with two runs of three probes where these take longer.
+    in words. metadata: of a row of a deduplicated step, which `run` executes too then. Ends within `budget_s` seconds
+    and a third, or with two runs of the fewest probes where these take longer.
     """
-    runs = _run_probes(run, pair_of, transport, groups=groups, device=device, budget_s=budget_s)
-    probes = [_probe(pair, found, transport, row_bytes=row_bytes, device=device, nodes=nodes) for pair, found in runs]
-    one, four, overlapped, *others = probes
+    pairs, more = _pairs(pair_of, groups, dedup=metadata is not None)
+    runs = _run_probes(run, pairs, more, transport, device=device, budget_s=budget_s)
+    probes = [
+        _probe(pair, found, transport, row_bytes=row_bytes, device=device, nodes=nodes, metadata=metadata)
+        for pair, found in runs
+    ]
+    distinct = [probe for probe in probes if probe.pair.deduplicated]
+    one, four, overlapped, *others = (probe for probe in probes if not probe.pair.deduplicated)
     joined = [one, four, *others[:1]]
     first = runs[0][1]
     alone = _within_node(first[0].exchange, transport, row_bytes=row_bytes, device=device, nodes=nodes,
                          cuts=[probe.chunks for probe in joined], rounds=min(len(first), ALONE))  # fmt: skip
-    return fit(joined, overlapped, others[1] if others[1:] else None, within_node=alone, source=source)
+    return fit(joined, overlapped, others[1] if others[1:] else None, distinct=distinct, within_node=alone,
+               source=source)  # fmt: skip
+
+
+def _pairs(
+    pair_of: Callable[[int, ChunkBy], SchedulePair], groups: int, *, dedup: bool
+) -> tuple[list[SchedulePair], list[SchedulePair]]:
+    """The probes without which there is no model, and those that run where the budget allows them."""
+    one, four, sixteen = (pair_of(chunks, "tokens").join() for chunks in CHUNKS)
+    by_groups = [pair_of(groups, "experts").join()] if groups > 1 else []
+    fewest, more = [one, four, pair_of(OVERLAPPED, "tokens")], [sixteen, *by_groups]
+    return (fewest + [deduplicate(four)], more + [deduplicate(one)]) if dedup else (fewest, more)
 
 
 def _run_probes(
     run: RunStep,
-    pair_of: Callable[[int, ChunkBy], SchedulePair],
+    pairs: list[SchedulePair],
+    more: Sequence[SchedulePair],
     transport: Transport,
     *,
-    groups: int,
     device: torch.device,
     budget_s: float,
 ) -> list[tuple[SchedulePair, list[StepTimes]]]:
-    """The runs of each probe: joined in one chunk and in four, overlapped, and, where the budget allows them, joined in
-    sixteen and by expert groups. Collective: which run, and how often, follows from the slowest rank's seconds."""
-    pairs = [pair_of(chunks, "tokens").join() for chunks in CHUNKS[:2]] + [pair_of(OVERLAPPED, "tokens")]
-    others = [pair_of(CHUNKS[2], "tokens").join()] + ([pair_of(groups, "experts").join()] if groups > 1 else [])
+    """The runs of each probe, of those in `more` too where the budget allows all of them. Collective: which run, and
+    how often, follows from the slowest rank's seconds."""
     start_s = time.perf_counter()
 
     def timed(pair: SchedulePair) -> tuple[StepTimes, float]:
@@ -150,10 +198,10 @@ def _run_probes(
 
     # Warm: first calls make buffers, connections and caches.
     *warm_s, used_s = slowest(*(timed(pair)[1] for pair in pairs))
-    if used_s + _all_probes_s(warm_s, len(others)) <= budget_s:
-        for pair in others:
+    if used_s + _all_probes_s(warm_s, len(more)) <= budget_s:
+        for pair in more:
             run(pair)
-        pairs += others
+        pairs = [*pairs, *more]
     first = [timed(pair) for pair in pairs]
     runs = [(pair, [times]) for pair, (times, _) in zip(pairs, first, strict=True)]
     round_s, used_s = slowest(sum(seconds for _, seconds in first))
@@ -165,12 +213,13 @@ def _run_probes(
 
 def _all_probes_s(warm_s: Sequence[float], others: int) -> float:
     """Seconds that the other probes' first runs and a round of all would take, by the first runs of those in one chunk,
-    in four, and overlapped. What a first run alone needs is taken for a part of the step, so this is on the safe side.
+    in four, and overlapped (and deduplicated in four). What a first run alone needs is taken for a part of the step,
+    so this is on the safe side.
     """
-    one_s, four_s, overlapped_s = warm_s
+    one_s, four_s, overlapped_s, *distinct_s = warm_s
     one_s = min(one_s, four_s)
     sixteen_s = four_s + (four_s - one_s) * (CHUNKS[2] - CHUNKS[1]) / (CHUNKS[1] - CHUNKS[0])
-    return 2 * (sixteen_s + (others - 1) * four_s) + one_s + four_s + overlapped_s
+    return 2 * (sixteen_s + (others - 1) * four_s) + one_s + four_s + overlapped_s + sum(distinct_s)
 
 
 def _within_node(
@@ -234,6 +283,7 @@ def _probe(
     row_bytes: int,
     device: torch.device,
     nodes: Nodes | None,
+    metadata: MetadataBytes | None = None,
 ) -> Probe:
     """Gather one probe's runs. Collective."""
     backward = runs[0].backward_s > 0
@@ -247,6 +297,11 @@ def _probe(
     *host, hidden, compute, _, forward_s, backward_s = (float(value) for value in most[len(actions) :])
     phases: tuple[Phase, ...] = ("forward", "backward") if backward else ("forward",)
     plan = runs[0].exchange.chunked(pair.chunks, pair.by)
+    shape = (
+        step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=pair.joined)
+        if metadata is None or not pair.deduplicated
+        else distinct_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=pair.joined, metadata=metadata)
+    )
     return Probe(
         pair=pair,
         seconds={action.text: seconds for action, seconds in zip(actions, chosen, strict=True)},
@@ -255,7 +310,7 @@ def _probe(
         hidden_s=hidden,
         compute_s=compute,
         waited_s=float(least[-3]),
-        shape=step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=pair.joined),
+        shape=shape,
     )
 
 

@@ -31,7 +31,7 @@ from moe_overlap.transport.control import host_name
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 MOST_BYTES = 1 << 20  # of a file
 
 
@@ -100,12 +100,15 @@ def load(key: dict[str, Any]) -> CostModel | None:
 
 
 def fitting(model: CostModel, key: dict[str, Any]) -> CostModel:
-    """`model`, if it has the wires and the ops of the layer with this key. Raises ConfigError where it has others."""
+    """`model`, if it has the wires and the ops of the layer with this key, and the figures of deduplicated steps where
+    that has them. Raises ConfigError where it has others."""
     wanted = wires(key["world_size"], key["nodes"])
     if set(model.exchange) != set(wanted):
         raise ConfigError("exchange", sorted(model.exchange), f"the wires {sorted(wanted)}")
     if len(model.backbone_s) != len(key["ops"]):
         raise ConfigError("backbone_s", model.backbone_s, f"{len(key['ops'])} ops")
+    if (model.distinct is None) != (not key["dedup"]):
+        raise ConfigError("distinct", model.distinct, "figures of deduplicated steps" if key["dedup"] else "None")
     return model
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from moe_overlap.planning.cost_model import AlphaBeta, CostModel, StepShape, figure
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts, figure
 from moe_overlap.planning.predict import predict
+from moe_overlap.planning.shapes import StepShape
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.actions import VERBS, Phase
 from moe_overlap.schedule.builders import SchedulePair
@@ -51,30 +52,21 @@ def fit(
     overlapped: Probe,
     grouped: Probe | None,
     *,
+    distinct: Sequence[Probe] = (),
     within_node: Sequence[tuple[float, float]] = (),
     source: str,
 ) -> CostModel:
     """The model of the probes: `joined` with different numbers of chunks, `overlapped` with that of one of them,
-    `grouped` by expert groups. within_node: (bytes, seconds) of exchanges that stayed within the nodes."""
+    `grouped` by expert groups, `distinct` joined and deduplicated. within_node: (bytes, seconds) of exchanges that
+    stayed within the nodes."""
     phases = list(joined[0].host_s)
     issue_s = figure(sum(_slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in phases) / len(phases))
-    scale = {phase: median(_scale(p, phase, issue_s) for p in joined) for phase in ("forward", "backward")}
-
-    def median_of(word: str) -> float:
-        return figure(median(p.seconds.get(word, 0.0) for p in joined) * scale[_phase(word)])
+    parts = _Parts(joined, issue_s)
+    scale, median_of, per_row, outside = parts.scale, parts.median_of, parts.per_row, parts.outside
 
     def chain(verb: str) -> tuple[float, ...]:
         words = [word for word in joined[0].seconds if _verb(word) == verb]
         return tuple(median_of(word) for word in sorted(words, key=lambda word: int(word[len(verb) :])))
-
-    def per_row(word: str, rows: int) -> AlphaBeta:
-        return AlphaBeta.measured(0.0, median_of(word) / max(1, rows))
-
-    def outside(phase: Phase) -> float:
-        if phase not in phases:
-            return 0.0
-        rest = median(p.host_s[phase] - 4 * issue_s * p.chunks for p in joined)
-        return figure(rest * scale[phase])
 
     ops, slots_rows = chain("B"), joined[0].shape.slots_rows
     experts, expert_s = _experts(joined, grouped, "E", scale["forward"])
@@ -101,7 +93,67 @@ def fit(
         slowdown=Slowdown(compute=_compute_slowdown(joined, overlapped)),
         source=source,
     )
-    return with_wire(model, _wire_slowdown(model, overlapped))
+    model = with_wire(model, _wire_slowdown(model, overlapped))
+    return replace(model, distinct=_distinct(model, distinct)) if distinct else model
+
+
+class _Parts:
+    """What several joined probes say of the parts of a step of one kind."""
+
+    def __init__(self, joined: Sequence[Probe], issue_s: float) -> None:
+        self.joined, self.issue_s = joined, issue_s
+        self.scale: dict[Phase, float] = {
+            phase: median(_scale(p, phase, issue_s) for p in joined) for phase in ("forward", "backward")
+        }
+
+    def median_of(self, word: str) -> float:
+        return figure(median(p.seconds.get(word, 0.0) for p in self.joined) * self.scale[_phase(word)])
+
+    def per_row(self, word: str, rows: int) -> AlphaBeta:
+        return AlphaBeta.measured(0.0, self.median_of(word) / max(1, rows))
+
+    def outside(self, phase: Phase) -> float:
+        if phase not in self.joined[0].host_s:
+            return 0.0
+        rest = median(p.host_s[phase] - _issues_s(p, phase, self.issue_s) for p in self.joined)
+        return figure(rest * self.scale[phase])
+
+
+def _distinct(model: CostModel, joined: Sequence[Probe]) -> DistinctCosts:
+    """What differs where steps are deduplicated. What an expert costs by itself (its weights are read) does not."""
+    parts = _Parts(joined, model.issue_s)
+    shape = joined[0].shape
+    assert shape.distinct is not None
+    experts, expert_s = _distinct_experts(parts, "E", "O", model.expert_s)
+    experts_dgrad, expert_dgrad_s = _distinct_experts(parts, "Ed", "Od", model.expert_dgrad_s)
+    return DistinctCosts(
+        experts=experts,
+        expert_s=expert_s,
+        experts_dgrad=experts_dgrad,
+        expert_dgrad_s=expert_dgrad_s,
+        experts_wgrad=parts.per_row("Ew0", sum(shape.rows) + shape.distinct.own_rows),
+        permute=parts.per_row("P", shape.slots_rows),
+        unpermute=parts.per_row("U", shape.slots_rows),
+        unpermute_backward=parts.per_row("Ut", shape.slots_rows),
+        permute_backward=parts.per_row("Pt", shape.slots_rows),
+        outside_s=parts.outside("forward"),
+        outside_backward_s=parts.outside("backward"),
+    )
+
+
+def _distinct_experts(parts: _Parts, verb: str, own: str, expert_s: float) -> tuple[AlphaBeta, float]:
+    """(seconds of a chunk and per row, seconds per expert, at most `expert_s`): from the chunks, and from the rows that
+    stay, of which there are others."""
+    scale = parts.scale[VERBS[verb].phase]
+    points: list[tuple[float, float]] = []
+    for p in parts.joined:
+        assert p.shape.distinct is not None
+        points.append((p.shape.distinct.own_rows, p.seconds.get(own, 0.0) * scale))
+        points += [(p.shape.rows[c], p.seconds.get(f"{verb}{c}", 0.0) * scale) for c in range(p.chunks)]
+    line = _line(points)
+    all_experts = parts.joined[0].shape.experts[0]
+    expert_s = figure(min(expert_s, line.alpha_s / all_experts))
+    return AlphaBeta.measured(line.alpha_s - expert_s * all_experts, line.beta_s), expert_s
 
 
 def _verb(word: str) -> str:
@@ -117,10 +169,17 @@ def _scale(probe: Probe, phase: Phase, issue_s: float) -> float:
     if phase not in probe.whole_s:
         return 1.0
     parts = [(word, seconds) for word, seconds in probe.seconds.items() if _phase(word) == phase]
-    wire_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane == "wire") + 4 * issue_s * probe.chunks
+    issues_s = _issues_s(probe, phase, issue_s)
+    wire_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane == "wire") + issues_s
     compute_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane != "wire")
-    compute_s += max(0.0, probe.host_s[phase] - 4 * issue_s * probe.chunks)
+    compute_s += max(0.0, probe.host_s[phase] - issues_s)
     return min(max((probe.whole_s[phase] - wire_s) / compute_s, 1.0), MAX_SCALE) if compute_s > 0 else 1.0
+
+
+def _issues_s(probe: Probe, phase: Phase, issue_s: float) -> float:
+    """Seconds that starting the exchanges of one phase takes, and waiting for them."""
+    schedule = probe.pair.forward if phase == "forward" else probe.pair.backward
+    return 2 * issue_s * sum(action.lane == "wire" for action in schedule)
 
 
 def _slope(points: Sequence[tuple[int, float]]) -> float:

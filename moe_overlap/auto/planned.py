@@ -4,25 +4,31 @@
 the agreed counts. To keep it one, and cheap, a step is reduced to a few rounded integers first (`StepKind`): the rows
 and bytes of the busiest rank, and how its expert groups share them. Steps of the same kind get the same schedules, a
 recompute too; routing that only fluctuates hardly leaves its kind, so most steps are not planned anew.
+
+Where rows may be deduplicated a step has two kinds, plain and deduplicated, and the faster of both plans runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import Counts, Nodes
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
-from moe_overlap.auto.calibrate import Nodes, step_shape
-from moe_overlap.planning.cost_model import CostModel, StepShape, experts_per_chunk, window
-from moe_overlap.planning.search import Candidate, search
+from moe_overlap.auto.calibrate import distinct_shape, step_shape
+from moe_overlap.errors import ConfigError
+from moe_overlap.planning.cost_model import CostModel, window
+from moe_overlap.planning.search import DISTINCT, STAGES, TIE, Candidate, search
+from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_chunk, without_own
 from moe_overlap.planning.window import OpVerb, Window
 from moe_overlap.schedule.actions import Phase, Schedule
-from moe_overlap.schedule.builders import SchedulePair, chunked
+from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate
 from moe_overlap.schedule.builders import window as shortcut_window
 from moe_overlap.schedule.check import check
 
@@ -35,16 +41,19 @@ SHARE_UNITS = 4  # an expert group's share of the rows is rounded to this part o
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What was chosen for one kind of step, and from what: by phase the window and its candidates, best first."""
+    """What was chosen for one kind of step, and from what: by phase the window and its candidates, best first, and what
+    lies outside of it. `other`: where both were looked at, what is not taken of the plain and the deduplicated plan."""
 
     pair: SchedulePair
     windows: dict[Phase, Window]
     candidates: dict[Phase, tuple[Candidate, ...]]
+    outside_s: dict[Phase, float]
+    other: Planned | None = None
 
     @property
     def predicted_s(self) -> float:
-        """Seconds of the windows of the phases that were planned."""
-        return sum(found[0].predicted_s for found in self.candidates.values())
+        """Seconds of the phases that were planned, overlapped, with what lies outside of their windows."""
+        return sum(found[0].predicted_s + self.outside_s[phase] for phase, found in self.candidates.items())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +62,9 @@ class PlannedSchedule:
 
     op_verb "B": `num_ops` backbone ops beside the exchanges; "S": the shared expert; num_ops 0: nothing.
     `overlap=False` joins every exchange of what was chosen. max_in_flight_bytes: the most that exchanges under way may
-    hold in buffers on one rank; ConfigError in a step of which no schedule keeps within it.
+    hold in buffers on one rank; ConfigError in a step of which no schedule keeps within it. dedup: "on": one row for
+    each (token, rank) travels in every step; "auto": where that is predicted to be faster; both need `metadata`, the
+    bytes of what goes beside such a row, and a model of deduplicated steps.
     """
 
     model: CostModel
@@ -63,14 +74,16 @@ class PlannedSchedule:
     nodes: Nodes | None = None
     overlap: bool = True
     max_in_flight_bytes: int | None = None
-    _found: dict[StepKind, Planned] = field(default_factory=dict, init=False, repr=False)
+    dedup: str = "off"
+    metadata: MetadataBytes | None = None
+    _found: dict[tuple[StepKind, ...], Planned] = field(default_factory=dict, init=False, repr=False)
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
     @cached_property
     def digest(self) -> int:
         settings = (self.num_ops, self.op_verb, self.row_bytes, self.nodes, self.overlap, self.max_in_flight_bytes)
-        return digest("auto", self.model.to_json(), *settings)
+        return digest("auto", self.model.to_json(), *settings, self.dedup, self.metadata)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The schedules of one step: a pure function of the agreed counts."""
@@ -78,13 +91,34 @@ class PlannedSchedule:
 
     def planned(self, exchange: ExchangePlan) -> Planned:
         """The schedules of one step, and what they were chosen from."""
-        kind = step_kind(exchange, row_bytes=self.row_bytes, nodes=self.nodes)
-        found = self._found.get(kind)
+        kinds = self._kinds(exchange)
+        found = self._found.get(kinds)
         if found is None:
             if len(self._found) >= REMEMBERED:
                 self._found.pop(next(iter(self._found)))
-            found = self._found[kind] = _plan(self, kind)
+            found = self._found[kinds] = _faster(_plans(self, kinds))
         return found
+
+    def _kinds(self, exchange: ExchangePlan) -> tuple[StepKind, ...]:
+        """The kinds of one step that may run, plain first."""
+        kind = step_kind(exchange, row_bytes=self.row_bytes, nodes=self.nodes)
+        if self.metadata is None:
+            return (kind,)
+        distinct = distinct_kind(kind, exchange, nodes=self.nodes, metadata=self.metadata)
+        return (distinct,) if self.dedup == "on" else (kind, distinct)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistinctKind:
+    """What a deduplicated step is known by besides. `own_rows`: of the busiest rank's experts, those that stay.
+    `out_shares` and `back_shares`: as `StepKind.shares`, of the rows that travel with each group, and come back with
+    it.
+    """
+
+    own_rows: int
+    out_shares: tuple[tuple[int, ...], ...]
+    back_shares: tuple[tuple[int, ...], ...]
+    metadata: MetadataBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +127,8 @@ class StepKind:
 
     `rows`: of the busiest rank's experts. `slots_rows`: T * K of the rank with most tokens. `bytes_by_lane`: what
     leaves or enters the busiest rank on each wire. `local_experts`: of a rank. `shares`: for every number of expert
-    groups, the rows of each group over all ranks, in SHARE_UNITS-ths of an equal share.
+    groups, the rows of each group over all ranks, in SHARE_UNITS-ths of an equal share. `distinct`: where the step is
+    deduplicated; `rows` are then those of others, and the bytes those of distinct rows.
     """
 
     grad: bool
@@ -103,47 +138,89 @@ class StepKind:
     local_experts: int
     shares: tuple[tuple[int, ...], ...]
     row_bytes: int
+    distinct: DistinctKind | None = None
 
     def shapes(self) -> list[StepShape]:
         """The step, cut in every way that is considered: tokens into equal chunks, experts into groups."""
-        by_tokens = [self._cut((1,) * chunks, "tokens") for chunks in CUTS]
-        return by_tokens + [self._cut(shares, "experts") for shares in self.shares]
+        equal = [(1,) * chunks for chunks in CUTS]
+        travels = (self.shares, self.shares)
+        if self.distinct is not None:
+            travels = (self.distinct.out_shares, self.distinct.back_shares)
+        by_tokens = [self._cut(shares, shares, shares, "tokens") for shares in equal]
+        return by_tokens + [self._cut(*shares, "experts") for shares in zip(self.shares, *travels, strict=True)]
 
-    def _cut(self, shares: tuple[int, ...], by: ChunkBy) -> StepShape:
-        ends = list(accumulate(shares))
-
-        def parts(count: int) -> tuple[int, ...]:
-            cuts = [count * end // ends[-1] for end in ends]
-            return tuple(after - before for before, after in pairwise([0, *cuts]))
-
-        return StepShape(
+    def _cut(self, shares: Shares, out: Shares, back: Shares, by: ChunkBy) -> StepShape:
+        shape = StepShape(
             chunks=len(shares),
             by=by,
-            rows=parts(self.rows),
+            rows=_parts(self.rows, shares),
             experts=experts_per_chunk(self.local_experts, len(shares), by),
-            bytes_by_lane={lane: parts(count) for lane, count in self.bytes_by_lane},
+            bytes_by_lane={lane: _parts(count, out) for lane, count in self.bytes_by_lane},
             slots_rows=self.slots_rows,
             row_bytes=self.row_bytes,
         )
+        if self.distinct is None:
+            return shape
+        return without_own(
+            shape,
+            own_rows=self.distinct.own_rows,
+            rows=shape.rows,
+            out_by_lane=shape.bytes_by_lane,
+            back_by_lane={lane: _parts(count, back) for lane, count in self.bytes_by_lane},
+            metadata=self.distinct.metadata,
+        )
+
+
+Shares = tuple[int, ...]
+
+
+def _parts(count: int, shares: Shares) -> tuple[int, ...]:
+    """`count` in parts of these shares."""
+    ends = list(accumulate(shares))
+    cuts = [count * end // ends[-1] for end in ends]
+    return tuple(after - before for before, after in pairwise([0, *cuts]))
 
 
 def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None) -> StepKind:
     """The kind of a step: a pure function of the agreed counts."""
     whole = step_shape(exchange.chunked(1, "tokens"), row_bytes=row_bytes, nodes=nodes)
     local = exchange.num_slots // exchange.world_size
-    rows_of = exchange.counts.totals.reshape(exchange.world_size, local).sum(axis=0)
     return StepKind(
         grad=exchange.grad_enabled,
         rows=rounded(whole.rows[0]),
         slots_rows=rounded(whole.slots_rows),
         bytes_by_lane=tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items()),
         local_experts=local,
-        shares=tuple(_shares(rows_of, groups) for groups in GROUPS if groups <= local),
+        shares=_all_shares(exchange.counts, exchange.world_size),
         row_bytes=row_bytes,
     )
 
 
-def _shares(rows_of: np.ndarray, groups: int) -> tuple[int, ...]:
+def distinct_kind(plain: StepKind, exchange: ExchangePlan, *, nodes: Nodes | None, metadata: MetadataBytes) -> StepKind:
+    """The kind of a step that is deduplicated, from that of the plain one."""
+    plan = exchange.chunked(1, "tokens")
+    whole = distinct_shape(plan, row_bytes=plain.row_bytes, nodes=nodes, metadata=metadata)
+    assert whole.distinct is not None and exchange.first is not None and exchange.last is not None
+    return replace(
+        plain,
+        rows=rounded(whole.rows[0]),
+        bytes_by_lane=tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items()),
+        distinct=DistinctKind(
+            own_rows=rounded(whole.distinct.own_rows),
+            out_shares=_all_shares(exchange.first, exchange.world_size),
+            back_shares=_all_shares(exchange.last, exchange.world_size),
+            metadata=metadata,
+        ),
+    )
+
+
+def _all_shares(counts: Counts, world_size: int) -> tuple[Shares, ...]:
+    """For every number of expert groups, the rows of each."""
+    rows_of = counts.totals.reshape(world_size, -1).sum(axis=0)
+    return tuple(_shares(rows_of, groups) for groups in GROUPS if groups <= len(rows_of))
+
+
+def _shares(rows_of: np.ndarray, groups: int) -> Shares:
     """The rows of each group of a rank's experts; rows_of: int64 [e], of each expert over all ranks."""
     ends = np.cumsum(rows_of)[len(rows_of) * np.arange(1, groups + 1) // groups - 1]
     rows, total = np.diff(ends, prepend=0), int(rows_of.sum())
@@ -161,6 +238,19 @@ def rounded(count: int) -> int:
     return (count + unit // 2) // unit * unit
 
 
+def _plans(schedule: PlannedSchedule, kinds: Sequence[StepKind]) -> list[Planned]:
+    """The plans of those kinds of which a schedule keeps within the budget; ConfigError where there is none."""
+    found, errors = [], []
+    for kind in kinds:
+        try:
+            found.append(_plan(schedule, kind))
+        except ConfigError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
 def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
     grad, shapes = kind.grad, kind.shapes()
     phases: tuple[Phase, ...] = ("forward", "backward") if grad else ("forward",)
@@ -176,7 +266,21 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
         op_verb=schedule.op_verb,
     )
     check(pair)
-    return Planned(pair=pair if schedule.overlap else pair.join(), windows=windows, candidates=candidates)
+    model = schedule.model if kind.distinct is None else schedule.model.deduplicated
+    outside_s = {phase: model.outside(phase, schedule.num_ops) for phase in phases}
+    pair = pair if schedule.overlap else pair.join()
+    return Planned(pair=pair, windows=windows, candidates=candidates, outside_s=outside_s)
+
+
+def _faster(plans: list[Planned]) -> Planned:
+    """The one plan, or the faster one of a plain and a deduplicated plan, with the other beside it; where they tie, the
+    plain one. By their overlapped times, so that overlap on and off run the same rows."""
+    if len(plans) == 1:
+        return plans[0]
+    plain, distinct = plans
+    if distinct.predicted_s < plain.predicted_s * (1 - TIE):
+        return replace(distinct, other=plain)
+    return replace(plain, other=distinct)
 
 
 def pair_of(forward: Candidate, backward: Candidate | None, *, num_ops: int, op_verb: OpVerb) -> SchedulePair:
@@ -188,10 +292,12 @@ def pair_of(forward: Candidate, backward: Candidate | None, *, num_ops: int, op_
         mirror = shortcut_window(num_ops, num_ops // 2, chunks=forward.chunks, by=forward.by)
     else:
         mirror = chunked(forward.chunks, forward.by)
+    if "M" in forward.order.split():
+        mirror = deduplicate(mirror)
     return SchedulePair(
         name="auto",
-        forward=_schedule(forward, joined, "C", "U"),
-        backward=mirror.backward if backward is None else _schedule(backward, joined, "Dt", "Pt"),
+        forward=_schedule(forward, joined, "forward"),
+        backward=mirror.backward if backward is None else _schedule(backward, joined, "backward"),
         chunks=forward.chunks,
         by=forward.by,
         backward_chunks=forward.chunks if backward is None else backward.chunks,
@@ -200,11 +306,17 @@ def pair_of(forward: Candidate, backward: Candidate | None, *, num_ops: int, op_
     )
 
 
-def _schedule(candidate: Candidate, joined: bool, last: str, tail: str) -> Schedule:
+def _schedule(candidate: Candidate, joined: bool, phase: Phase) -> Schedule:
     """The candidate's schedule. Where it is joined and the other phase's is not, its tail moves to right behind the
-    last exchange: then nothing stands beside the exchanges, which is the same."""
+    last exchange, and the rows that stay to before the first: then nothing stands beside the exchanges, which is the
+    same."""
     words = candidate.order.split()
+    _, _, _, last, tail = STAGES[phase]
+    own, _ = DISTINCT[phase]
     if candidate.joined and not joined:
+        if own in words:
+            words.remove(own)
+            words.insert(1, own)
         words.remove(tail)
         behind = max(position for position, word in enumerate(words) if word.rstrip("0123456789") == last)
         words.insert(behind + 1, tail)

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.beside import Op, refuse_units, signature
 from moe_overlap.auto.calibrate import StepTimes
+from moe_overlap.planning.shapes import MetadataBytes
 from moe_overlap.routing.decision import as_decision
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing
+from moe_overlap.schedule.distinct_rows import gradient_layout, metadata_layout, weights_dtype
 from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.rows import ExpertWeights
@@ -119,6 +121,12 @@ class Probes:
         return self.x_TD.shape[1] * payload_of(self.x_TD.dtype, self.dispatcher.payload_dtype).itemsize
 
     @property
+    def metadata(self) -> MetadataBytes:
+        """What goes beside a row where a step is deduplicated, and what comes back for it."""
+        top_k, dtype = self.slots_TK.shape[1], weights_dtype(self.x_TD.dtype)
+        return MetadataBytes(out=metadata_layout(top_k, dtype).row_bytes, back=gradient_layout(top_k, dtype).row_bytes)
+
+    @property
     def key(self) -> dict[str, Any]:
         """What the times depend on, of all that is the layer's: its part of a `cost_cache.cache_key`."""
         inputs, d, h = self.inputs, self.dispatcher, self.h
@@ -131,6 +139,7 @@ class Probes:
             "experts": d.placement.num_experts,
             "top_k": self.slots_TK.shape[1],
             "activation": d.activation,
+            "dedup": d.dedup,
             "dtype": str(self.x_TD.dtype),
             "grad": torch.is_grad_enabled(),
             "gradients": [
@@ -161,8 +170,9 @@ class Probes:
         if self.shared_TD is not None:
             x_shared = leaf(self.shared_TD)
             leaves.append(x_shared)
-        exchange = self.dispatcher.plan(self.slots_TK, x_rows, pair)
-        step.bind(pair, exchange, x_rows, self.slots_TK, weights_TK)
+        schedule = AsGiven(pair)
+        exchange = self.dispatcher.plan(self.slots_TK, x_rows, schedule)
+        step.bind(schedule, exchange, x_rows, self.slots_TK, weights_TK)
         step.hidden = h
         shared = self.inputs.shared
         y_TD = step.run(self.inputs.backbone, None if shared is None else lambda: shared(x_shared))
@@ -179,6 +189,28 @@ class Probes:
         start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
         return StepTimes(events=step.events, forward_s=middle_s - start_s,
                          backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AsGiven:
+    """One pair for all steps (`Schedules`), whatever pays."""
+
+    pair: SchedulePair
+
+    @property
+    def digest(self) -> int:
+        return self.pair.digest
+
+    @property
+    def chunks(self) -> int:
+        return self.pair.chunks
+
+    @property
+    def by(self) -> ChunkBy:
+        return self.pair.by
+
+    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+        return self.pair
 
 
 def probe_pair(op_verb: str, num_ops: int, chunks: int, by: ChunkBy) -> SchedulePair:

@@ -28,6 +28,7 @@ from moe_overlap.commands.parser import (
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.launch.saying import one_line
+from moe_overlap.layer.arguments import DEDUP
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.transport.base import Transport
@@ -57,6 +58,7 @@ class CalibrateOptions:
     link: str = "none"
     device: str = "cpu"
     phase: str = "train"
+    dedup: str = "off"
     out: str = ""
     timeout_s: float = 120.0
 
@@ -75,6 +77,8 @@ class CalibrateOptions:
             raise ConfigError("--experts", self.experts, f"a multiple of --ranks ({self.ranks})")
         if self.dtype not in DTYPES:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.dedup not in DEDUP:
+            raise ConfigError("--dedup", self.dedup, f"one of {', '.join(DEDUP)}")
         if self.phase not in PHASES:
             raise ConfigError("--phase", self.phase, f"one of {', '.join(PHASES)}")
         try:
@@ -103,6 +107,7 @@ HELP = {
     "device": "cpu (gloo) or cuda (NCCL, one device a rank)",
     "link": "none (the network that is there), or RATE[:LATENCY] of an emulated one",
     "phase": "infer: forward only; train: forward and backward",
+    "dedup": "of the layer: off, on, auto; with on and auto, deduplicated steps are measured too",
     "out": "file for the cost model, which moe-overlap plan --cost-model reads",
     "timeout_s": "longest wait for another rank, seconds",
 }
@@ -171,7 +176,7 @@ def calibrated(options: CalibrateOptions, world: World) -> tuple[MoELayer, float
         transport = EmulatedLinkTransport(core, link, topology)
     torch.manual_seed(0)
     layer = MoELayer(options.hidden, options.ffn, options.experts, options.top_k, transport=transport, schedule="auto",
-                     shared_expert_size=options.shared or None, device=options.device,
+                     shared_expert_size=options.shared or None, dedup=options.dedup, device=options.device,
                      dtype=DTYPES[options.dtype])  # fmt: skip
     generator = torch.Generator().manual_seed(1 + world.rank)
     x_TD = torch.randn(options.tokens, options.hidden, generator=generator)

@@ -227,9 +227,6 @@ class Rows:
         return deduplicate(pair) if self.dedup == "on" and ranks > 1 else pair
 
 
-PLAIN = Rows(dedup="off", ranks_per_node=0, hierarchical=False)
-
-
 def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hierarchical: bool) -> Rows:
     """From a layer's arguments and what its transport knows of nodes. Raises ConfigError for what does not go together;
     where all ranks or none share a node, hierarchical exchanges are the direct ones."""
@@ -285,6 +282,8 @@ def make_schedule(
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
             given = f"AutoSchedule(op_verb={schedule.op_verb!r}, num_ops={schedule.num_ops})"
             raise ConfigError("schedule", given, f"AutoSchedule(op_verb={verb!r}, num_ops=0) for this layer")
+        if schedule.dedup != rows.dedup:
+            raise ConfigError("dedup", rows.dedup, f"{schedule.dedup!r} beside this AutoSchedule, which has its own")
         if schedule.overlap and not overlap:
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
         if schedule.taken:
@@ -292,7 +291,8 @@ def make_schedule(
         schedule.taken = True
         auto = schedule
     elif schedule == "auto":
-        auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, max_in_flight_bytes=max_in_flight_bytes)
+        auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
+                            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
     else:
         pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
         return pair if overlap else pair.join()

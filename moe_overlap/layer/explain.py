@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.calibrate import step_shape
-from moe_overlap.auto.planned import PlannedSchedule
+from moe_overlap.auto.planned import Planned, PlannedSchedule
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.planning.explain import explain as explain_window
-from moe_overlap.planning.explain import in_ms
+from moe_overlap.planning.explain import in_ms, name_of
 from moe_overlap.planning.search import joined_form
 from moe_overlap.schedule.actions import Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair
@@ -58,7 +58,7 @@ def explain(
 def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence[TimelineEvent]) -> list[str]:
     """Why the planner chose this: one section a phase, with what the last step took on this rank."""
     planned, budget = schedule.planned(exchange), schedule.max_in_flight_bytes
-    lines = ["", f"chosen by the planner from a cost model {schedule.model.source}"]
+    lines = ["", f"chosen by the planner from a cost model {schedule.model.source}", *_deduplication(schedule, planned)]
     if not schedule.overlap:
         lines.append("overlap=False: every exchange of what was chosen is joined where it starts")
     shape = step_shape(exchange.chunked(1, "tokens"), row_bytes=schedule.row_bytes, nodes=schedule.nodes)
@@ -76,8 +76,28 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
             max_in_flight_bytes=budget,
         )
         lines += ["", f"-- {phase} --", text]
-        outside_s = schedule.model.outside(phase, schedule.num_ops)
+        outside_s = planned.outside_s[phase]
         lines.append(f"\nOutside this window, in none of these figures: {in_ms(outside_s)} in the calibration.")
+    return lines
+
+
+def _deduplication(schedule: PlannedSchedule, planned: Planned) -> list[str]:
+    """Which of the plain and the deduplicated plan runs, by how much, and what the other one is."""
+    if schedule.dedup == "off":
+        return []
+    runs = "deduplicated: one row for each (token, rank)" if planned.pair.deduplicated else "not deduplicated"
+    if schedule.dedup == "on":
+        return [f'dedup="on": {runs}, predicted {in_ms(planned.predicted_s)} with what lies outside the windows']
+    other = planned.other
+    if other is None:
+        return [f'dedup="auto": {runs}; the other way does not keep within max_in_flight_bytes']
+    less = f"{in_ms(other.predicted_s - planned.predicted_s)} less" if other.predicted_s else "the same"
+    lines = [f'dedup="auto": {runs}, predicted {in_ms(planned.predicted_s)} with what lies outside the windows, '
+             f"{less} than {'plain' if planned.pair.deduplicated else 'deduplicated'}:"]  # fmt: skip
+    for phase, window in other.windows.items():
+        best = other.candidates[phase][0]
+        lines.append(f"  {phase}: {name_of(best, window)}, {in_ms(best.predicted_s + other.outside_s[phase])}: "
+                     f"{best.order}")  # fmt: skip
     return lines
 
 

@@ -10,8 +10,8 @@ from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, rows_dtype
-from moe_overlap.layer.assembly import PLAIN
+from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, check_dedup, rows_dtype
+from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
 from moe_overlap.ops.checks import check_transform, inside_transform
@@ -40,6 +40,7 @@ def moe_forward(
     activation: str = "swiglu",
     schedule: str | SchedulePair = "serial",
     overlap: bool = True,
+    dedup: str = "off",
     unused_id: int | None = None,
     transport: Transport | None = None,
 ) -> torch.Tensor:
@@ -49,14 +50,16 @@ def moe_forward(
     autocast's is the result's. topk_ids_TK: integer [T, K], experts 0..E-1 of the whole group, -1 = unused.
     topk_weights_TK: floating [T, K]. gate_up_proj: [e, 2F, D] ([e, F, D] for gelu and relu), down_proj: [e, D, F], this
     rank's experts (Hugging Face's layout and argument order). schedule: as in MoELayer, "auto" too, whose figures are
-    kept with the transport. unused_id: another id that means unused, below 0 or from E on (transformers uses E).
-    transport: None for one rank; it belongs to this shape of call. For latent experts (see MoELayer) hidden_TD are the
-    latents and D is their width: project before the call, and its result after it.
+    kept with the transport. dedup: as in MoELayer. unused_id: another id that means unused, below 0 or from E on
+    (transformers uses E). transport: None for one rank; it belongs to this shape of call, with deduplication of K too.
+    For latent experts (see MoELayer) hidden_TD are the latents and D is their width: project before the call, and its
+    result after it.
 
     Raises ConfigError for arguments that do not fit (on every rank alike), MoeTransportError and its subclasses.
     """
     if activation not in ACTIVATIONS:
         raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
+    check_dedup(dedup)
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise ConfigError(
             "gate_up_proj", tuple(gate_up_proj.shape), "three dimensions, [e, 2F, D], as down_proj [e, D, F]"
@@ -64,7 +67,7 @@ def moe_forward(
     call = _Call(hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, activation, unused_id)
     if (transport is None or transport.name == "local") and schedule in INLINE:
         return _inline(call)
-    return _scheduled(call, schedule, overlap, transport or LocalTransport())
+    return _scheduled(call, schedule, overlap, dedup, transport or LocalTransport())
 
 
 @dataclass
@@ -130,24 +133,38 @@ class _Calls:
     """What the calls on one transport share: the count of their steps, and the figures of "auto"."""
 
     dispatcher: Dispatcher
-    autos: dict[bool, AutoSchedule] = field(default_factory=dict)  # by overlap
+    autos: dict[tuple[bool, str], AutoSchedule] = field(default_factory=dict)  # by overlap and dedup
     outgrown: Outgrown = field(default_factory=Outgrown)
 
 
 _CALLS = "_moe_forward_calls"  # an attribute of the transport, with which it ends
 
 
+def _top_k(call: _Call, transport: Transport) -> int:
+    """How wide the metadata of deduplicated rows are, which all ranks have to agree on. Of ids that are refused later
+    on, as in the call before, so that the transport is not opened for another configuration."""
+    ids = call.ids_TK
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+        return ids.shape[1]
+    calls: _Calls | None = getattr(transport, _CALLS, None)
+    return 0 if calls is None else calls.dispatcher.top_k
+
+
 @torch.compiler.disable(reason=NOT_TRACEABLE)
-def _scheduled(call: _Call, schedule: str | SchedulePair, overlap: bool, transport: Transport) -> torch.Tensor:
+def _scheduled(
+    call: _Call, schedule: str | SchedulePair, overlap: bool, dedup: str, transport: Transport
+) -> torch.Tensor:
     experts = call.w_in.shape[0] * transport.world_size
+    distinct = dedup != "off" and transport.world_size > 1
     dispatcher = Dispatcher(
         transport=transport,
         placement=Placement.identity(experts, transport.world_size),
         hidden=call.w_in.shape[2],
         ffn_hidden=call.w_out.shape[2],
-        top_k=0,  # any: it may differ from call to call
+        top_k=_top_k(call, transport) if distinct else 0,  # any: it may differ from call to call
         activation=call.activation,
         dtype=call.w_in.dtype,
+        dedup=int(distinct),
     )
     calls: _Calls | None = getattr(transport, _CALLS, None)
     if calls is None or calls.dispatcher.header != dispatcher.header:
@@ -156,10 +173,12 @@ def _scheduled(call: _Call, schedule: str | SchedulePair, overlap: bool, transpo
     dispatcher = calls.dispatcher
     known: Schedules
     if schedule == "auto":
-        auto = calls.autos.setdefault(overlap, AutoSchedule(op_verb="B", num_ops=0, overlap=overlap))
+        auto = AutoSchedule(op_verb="B", num_ops=0, overlap=overlap, dedup=dedup)
+        auto = calls.autos.setdefault((overlap, dedup), auto)
         known = auto.unplanned
     else:
-        pair = PLAIN.pair(layer_schedule(schedule, shared=False), transport.world_size)
+        rows = Rows(dedup=dedup, ranks_per_node=0, hierarchical=False)
+        pair = rows.pair(layer_schedule(schedule, shared=False), transport.world_size)
         known = pair if overlap else pair.join()
     try:
         phase = current_phase()

@@ -54,11 +54,12 @@ class MoELayer(Tickets, Copies):
     one DeviceMesh of two dimensions as `group`, replicas first and experts second. Gradients of experts are reduced
     over them when backward is over, unless fully_shard has sharded the experts over them, which does it then.
     schedule: "serial", "chunked(r)", "chunked(r,experts)" with r from 1 to 16, "shared_expert", a SchedulePair, or
-    "auto": the first forward call measures (at most 20 s, or six steps where these take longer; kept in a cache), then
-    the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
+    "auto": the first forward call measures (at most 20 s, or eight steps where these take longer; kept in a cache),
+    then the fastest one found runs, of those whose exchanges under way hold at most max_in_flight_bytes on a rank.
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     dedup: "on": one row for each (token, rank), with its ids and weights beside it, and one partial sum back, however
-    many of the token's experts are there; "auto": in the steps in which that pays; results are equal to tolerance.
+    many of the token's experts are there; "auto": in the steps in which that pays (with schedule="auto": in which it is
+    predicted to be faster); results are equal to tolerance.
     ranks_per_node: so many ranks in a row share a node, where the transport does not know. hierarchical, beside dedup:
     one row for each (token, node) crosses nodes and is passed on there; equal results, bit for bit in float32/64.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.

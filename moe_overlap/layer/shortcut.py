@@ -55,7 +55,7 @@ class ShortcutBlock(nn.Module):
     shared_expert: a branch h -> [..., D] with its norm inside and no residual, run as the last backbone op; `combine`
     says how it joins: "add" or "gated". slot: how many of the ops after the tap are issued before the experts.
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
-    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or six steps
+    ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or eight steps
     where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
     the experts' input and on their output. overlap=False: every exchange joined.
 
@@ -108,7 +108,7 @@ class ShortcutBlock(nn.Module):
         if slot is None and moe.rows.hierarchical:
             raise ConfigError("schedule", schedule, "None and a slot=, with hierarchical exchanges")
         if slot is None and moe.transport.world_size > 1:
-            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap,
+            self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
                                          max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
         else:
             pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,

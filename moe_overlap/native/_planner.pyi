@@ -17,4 +17,6 @@ def search(
     experts_s: Sequence[float],
     second_s: Sequence[float],
     deferred_s: Sequence[float],
+    ahead_s: Sequence[float] = ...,
+    last_s: Sequence[float] = ...,
 ) -> list[tuple[float, bool, list[int], list[int]]]: ...

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy
 from moe_overlap.errors import ConfigError
+from moe_overlap.planning.shapes import StepShape
 from moe_overlap.planning.window import Chunking, OpVerb, Slowdown, Window
 from moe_overlap.schedule.actions import Phase
 
@@ -87,6 +86,43 @@ class AlphaBeta:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistinctCosts:
+    """Where a deduplicated step costs something else than `CostModel` says, by the names that it has there.
+
+    Experts read their rows through a map, multiply by the router's weights and sum: over the rows that they compute,
+    and for the rows that stay alike (O, Od). P and U make and use the maps. `outside_s` has what M and Mt take beside
+    the wire.
+    """
+
+    experts: AlphaBeta
+    experts_dgrad: AlphaBeta
+    experts_wgrad: AlphaBeta
+    permute: AlphaBeta
+    unpermute: AlphaBeta
+    unpermute_backward: AlphaBeta
+    permute_backward: AlphaBeta
+    expert_s: float = 0.0
+    expert_dgrad_s: float = 0.0
+    outside_s: float = 0.0
+    outside_backward_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in _names(DistinctCosts, "float"):
+            _check_seconds(f"distinct.{name}", getattr(self, name))
+
+    def to_json(self) -> dict[str, Any]:
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: object) -> DistinctCosts:
+        """ConfigError names a key that is missing, unknown, or holds something else."""
+        given = dict(_object("distinct", data, [field.name for field in fields(cls)]))
+        for name in _names(cls, "AlphaBeta"):
+            given[name] = AlphaBeta(**_object(f"distinct.{name}", given[name], _LINE))
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CostModel:
     """What each part of a step costs on the slowest rank, in seconds.
 
@@ -97,7 +133,8 @@ class CostModel:
     of a rank. `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order. `shared_s`: the
     shared expert of a layer. `outside_s`: everything of the timed unit that is in no window (router, agreement, ops
     before the tap, the combination of the branches). `issue_s`: compute-lane time of starting an exchange, and again of
-    waiting for it. `slowdown`: of each lane while the other is busy. `source`: where the figures come from, in words.
+    waiting for it. `slowdown`: of each lane while the other is busy. `distinct`: what differs in deduplicated steps;
+    None: nobody knows. `source`: where the figures come from, in words.
     """
 
     exchange: Mapping[str, AlphaBeta]
@@ -119,6 +156,7 @@ class CostModel:
     measured_rows: float = 0.0
     issue_s: float = 0.0
     slowdown: Slowdown = Slowdown()
+    distinct: DistinctCosts | None = None
     source: str
 
     def __post_init__(self) -> None:
@@ -131,6 +169,13 @@ class CostModel:
                 _check_seconds(name, seconds)
         if len(self.backbone_s) != len(self.backbone_backward_s):
             raise ConfigError("backbone_backward_s", self.backbone_backward_s, f"{len(self.backbone_s)} times")
+
+    @property
+    def deduplicated(self) -> CostModel:
+        """The figures of deduplicated steps. ConfigError where there are none."""
+        if self.distinct is None:
+            raise ConfigError("distinct", None, "the figures of deduplicated steps")
+        return replace(self, distinct=None, **vars(self.distinct))
 
     def exchange_s(self, bytes_by_lane: Mapping[str, int]) -> float:
         """Seconds of one exchange of so many bytes on each wire. ConfigError for a wire without a model."""
@@ -154,6 +199,7 @@ class CostModel:
         found |= {name: getattr(self, name) for name in (*_NUMBERS, "source")}
         found |= {name: list(getattr(self, name)) for name in _OPS}
         found["exchange"] = {lane: _plain(line) for lane, line in self.exchange.items()}
+        found["distinct"] = None if self.distinct is None else self.distinct.to_json()
         found["slowdown"] = {"compute": self.slowdown.compute, "wire": self.slowdown.wire}
         return {field.name: found[field.name] for field in fields(self)}
 
@@ -175,20 +221,24 @@ class CostModel:
             lane: AlphaBeta(**_object(f"exchange.{lane}", line, _LINE)) for lane, line in given["exchange"].items()
         }
         values["slowdown"] = Slowdown(**_object("slowdown", given["slowdown"], ["compute", "wire"]))
+        values["distinct"] = None if given["distinct"] is None else DistinctCosts.from_json(given["distinct"])
         source = given["source"]
         if not isinstance(source, str) or not source.isprintable() or len(source) > LONGEST_SOURCE:
             raise ConfigError("source", source, f"a text of one line, of at most {LONGEST_SOURCE} characters")
         return cls(source=source, **values)
 
 
+def _names(cls: type, kind: str) -> tuple[str, ...]:
+    """The fields of a model that are of one kind."""
+    return tuple(field.name for field in fields(cls) if field.type == kind)
+
+
 _LINE = ["alpha_s", "beta_s"]
-_AFFINE = tuple(field.name for field in fields(CostModel) if field.type == "AlphaBeta")
-_NUMBERS = tuple(field.name for field in fields(CostModel) if field.type == "float")
-_OPS = tuple(field.name for field in fields(CostModel) if field.type == "tuple[float, ...]")
+_AFFINE, _NUMBERS, _OPS = (_names(CostModel, kind) for kind in ("AlphaBeta", "float", "tuple[float, ...]"))
 
 
-def _plain(line: AlphaBeta) -> dict[str, float]:
-    return {"alpha_s": line.alpha_s, "beta_s": line.beta_s}
+def _plain(value: AlphaBeta | float) -> dict[str, float] | float:
+    return {"alpha_s": value.alpha_s, "beta_s": value.beta_s} if isinstance(value, AlphaBeta) else value
 
 
 def _object(name: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:
@@ -199,80 +249,6 @@ def _object(name: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:
     if wrong:
         raise ConfigError(name, ", ".join(wrong), "the keys " + " ".join(keys))
     return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """The integers of one step under one chunking, which all ranks derive from the same agreed counts.
-
-    `rows`: rows that the busiest rank's experts have in each chunk. `experts`: experts of a rank that compute in each
-    chunk. `bytes_by_lane`: by wire, the bytes that leave or
-    enter the busiest rank in one exchange of each chunk; the way back moves the same. `slots_rows`: T * K of the rank
-    with most tokens. `row_bytes`: of one row, for the bytes that an exchange holds in buffers.
-    """
-
-    chunks: int
-    by: ChunkBy
-    rows: tuple[int, ...]
-    experts: tuple[int, ...]
-    bytes_by_lane: Mapping[str, tuple[int, ...]]
-    slots_rows: int
-    row_bytes: int
-
-    def __post_init__(self) -> None:
-        for name, per_chunk in (("rows", self.rows), ("experts", self.experts), *self.bytes_by_lane.items()):
-            if len(per_chunk) != self.chunks:
-                raise ConfigError(name, per_chunk, f"one number for each of {self.chunks} chunks")
-
-
-def balanced_shape(
-    *,
-    tokens: int,
-    top_k: int,
-    hidden: int,
-    dtype_bytes: int,
-    ranks: int,
-    ranks_per_node: int,
-    local_experts: int,
-    chunks: int,
-    by: ChunkBy,
-) -> StepShape:
-    """The shape of a step in which every rank has `tokens` tokens and every expert gets the same number of rows.
-
-    Chunks are cut as `ChunkPlan` cuts them: blocks [16c//r, 16(c+1)//r) of the tokens, or the experts
-    [e*c//r, e*(c+1)//r) of every rank. Of a rank's rows, (W - L) / W go to other nodes and (L - 1) / W to the other
-    ranks of its node (W ranks, L of them on a node).
-    """
-    if by not in CHUNK_BY:
-        raise ConfigError("by", by, f"one of {CHUNK_BY}")
-    most = BLOCKS if by == "tokens" else local_experts
-    if not 1 <= chunks <= most:
-        raise ConfigError("chunks", chunks, f"from 1 to {most}, by {by}")
-    if by == "tokens":
-        cuts = [tokens * (BLOCKS * c // chunks) // BLOCKS * top_k for c in range(chunks + 1)]
-    else:
-        cuts = [tokens * top_k * (local_experts * c // chunks) // local_experts for c in range(chunks + 1)]
-    rows = tuple(after - before for before, after in zip(cuts, cuts[1:], strict=False))
-    row_bytes = hidden * dtype_bytes
-    peers = {"inter": ranks - ranks_per_node, "intra": ranks_per_node - 1}
-    return StepShape(
-        chunks=chunks,
-        by=by,
-        rows=rows,
-        experts=experts_per_chunk(local_experts, chunks, by),
-        bytes_by_lane={
-            lane: tuple(-(-n * row_bytes * count // ranks) for n in rows) for lane, count in peers.items() if count
-        },  # fmt: skip
-        slots_rows=tokens * top_k,
-        row_bytes=row_bytes,
-    )
-
-
-def experts_per_chunk(local_experts: int, chunks: int, by: ChunkBy) -> tuple[int, ...]:
-    """How many of a rank's experts compute in each chunk: all of them, or the group [e*c//r, e*(c+1)//r)."""
-    if by == "tokens":
-        return (local_experts,) * chunks
-    return tuple(local_experts * (c + 1) // chunks - local_experts * c // chunks for c in range(chunks))
 
 
 def window(
@@ -286,13 +262,14 @@ def window(
 ) -> Window:
     """The search's problem for one phase of one layer call: a duration for every action, for every chunking.
 
-    `shapes`: one of each chunking to consider, all of one step. op_verb "B": the model's last `num_ops` backbone ops
-    (None: all) run beside the exchanges; "S": the shared expert does. `weight_groups`: into how many equal groups the
-    weight gradient is cut in backward.
+    `shapes`: one of each chunking to consider, all of one step, deduplicated all of them or none. op_verb "B": the
+    model's last `num_ops` backbone ops (None: all) run beside the exchanges; "S": the shared expert does.
+    `weight_groups`: into how many equal groups the weight gradient is cut in backward.
     """
-    if not shapes or len({shape.slots_rows for shape in shapes}) != 1:
+    if not shapes or len({(shape.slots_rows, shape.distinct is None) for shape in shapes}) != 1:
         raise ConfigError("shapes", [shape.slots_rows for shape in shapes], "at least one, all of the same step")
-    forward = phase == "forward"
+    forward, distinct = phase == "forward", shapes[0].distinct
+    model = model if distinct is None else model.deduplicated
     if op_verb == "S":
         ops_s: tuple[float, ...] = (model.shared_s if forward else model.shared_backward_s,)
     else:
@@ -301,12 +278,18 @@ def window(
     slots_rows = shapes[0].slots_rows
     if model.measured_rows:
         ops_s = tuple(seconds * slots_rows / model.measured_rows for seconds in ops_s)
+    ops_s = ops_s if forward else ops_s[::-1]
+    metadata_s = None
+    if distinct is not None:
+        ops_s = (_experts_s(model, phase, distinct.own_rows, distinct.own_experts), *ops_s)
+        metadata_s = model.exchange_s(distinct.metadata_by_lane if forward else distinct.gradients_by_lane)
     return Window(
         phase=phase,
         op_verb=op_verb,
         head_s=(model.permute if forward else model.unpermute_backward)(slots_rows),
         tail_s=(model.unpermute if forward else model.permute_backward)(slots_rows),
-        ops_s=ops_s if forward else ops_s[::-1],
+        ops_s=ops_s,
+        metadata_s=metadata_s,
         issue_s=model.issue_s,
         slowdown=model.slowdown,
         chunkings=tuple(_chunking(model, shape, phase, weight_groups) for shape in shapes),
@@ -314,26 +297,51 @@ def window(
 
 
 def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: int) -> Chunking:
-    forward = phase == "forward"
-    exchange_s = tuple(
-        model.exchange_s({lane: per_chunk[c] for lane, per_chunk in shape.bytes_by_lane.items()})
-        for c in range(shape.chunks)
-    )
+    distinct = shape.distinct
+
+    def exchanges_s(bytes_by_lane: Mapping[str, tuple[int, ...]]) -> tuple[float, ...]:
+        return tuple(
+            model.exchange_s({lane: per_chunk[c] for lane, per_chunk in bytes_by_lane.items()})
+            for c in range(shape.chunks)
+        )
+
+    first_s = exchanges_s(shape.bytes_by_lane)
     # The busiest rank may be another one in each chunk; the sum over chunks is then an upper bound of any rank's rows.
-    group_s = model.experts_wgrad(sum(shape.rows) / weight_groups)
-    line, expert_s = (model.experts, model.expert_s) if forward else (model.experts_dgrad, model.expert_dgrad_s)
+    all_rows = sum(shape.rows) + (0 if distinct is None else distinct.own_rows)
     return Chunking(
         chunks=shape.chunks,
         by=shape.by,
-        first_s=exchange_s,
+        first_s=first_s,
         experts_s=tuple(
-            line(rows) + expert_s * count if rows else 0.0
-            for rows, count in zip(shape.rows, shape.experts, strict=True)
+            _experts_s(model, phase, rows, count) for rows, count in zip(shape.rows, shape.experts, strict=True)
         ),
-        second_s=exchange_s,
-        deferred_s=() if forward else (group_s,) * weight_groups,
-        chunk_bytes=tuple(rows * shape.row_bytes for rows in shape.rows),
+        second_s=first_s if distinct is None else exchanges_s(distinct.back_by_lane),
+        deferred_s=() if phase == "forward" else (model.experts_wgrad(all_rows / weight_groups),) * weight_groups,
+        chunk_bytes=_chunk_bytes(shape, phase),
     )
+
+
+def _experts_s(model: CostModel, phase: Phase, rows: int, count: int) -> float:
+    """Seconds of so many experts on so many rows."""
+    line, expert_s = (
+        (model.experts, model.expert_s) if phase == "forward" else (model.experts_dgrad, model.expert_dgrad_s)
+    )
+    return line(rows) + expert_s * count if rows else 0.0
+
+
+def _chunk_bytes(shape: StepShape, phase: Phase) -> tuple[int, ...]:
+    """What one exchange of each chunk holds on the busiest rank: all rows of its experts, or, deduplicated, what
+    crosses the wires, with the metadata beside the chunk that they go with."""
+    distinct = shape.distinct
+    if distinct is None:
+        return tuple(rows * shape.row_bytes for rows in shape.rows)
+    ways = (shape.bytes_by_lane, distinct.back_by_lane)
+    held = [max(sum(sizes[c] for sizes in way.values()) for way in ways) for c in range(shape.chunks)]
+    if phase == "forward":
+        held[0] += sum(distinct.metadata_by_lane.values())
+    else:
+        held[-1] += sum(distinct.gradients_by_lane.values())
+    return tuple(held)
 
 
 def _op_count(model: CostModel, num_ops: int | None) -> int:

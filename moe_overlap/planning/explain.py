@@ -66,7 +66,12 @@ def name_of(candidate: Candidate, window: Window) -> str:
     if candidate.joined:
         return "serial" if candidate.chunks == 1 else f"{_cut(candidate)}, joined"
     words = [_cut(candidate)] if candidate.chunks > 1 else []
-    before, num_ops = candidate.ops_before, len(window.ops_s)
+    before, num_ops = candidate.ops_before, len(window.user_ops_s)
+    if window.deduplicated:
+        own = sum(not count for count in before)  # chunks whose experts come before the rows that stay
+        if own:
+            words.append(f"own rows after {own} of {_count(candidate.chunks)}")
+        before = tuple(max(0, count - 1) for count in before)
     if num_ops and window.op_verb == "S":
         chunk = sum(not count for count in before)  # whose experts come before the shared expert
         place = {0: "first", candidate.chunks: "last"}.get(chunk, f"after {chunk} of {candidate.chunks} chunks")
@@ -97,6 +102,11 @@ def _cut(candidate: Candidate) -> str:
     return f"chunked({candidate.chunks}{',experts' if candidate.by == 'experts' else ''})"
 
 
+def wire_of(window: Window, chunking: Chunking) -> float:
+    """Seconds of all exchanges, of ids and weights too."""
+    return sum(chunking.first_s) + sum(chunking.second_s) + (window.metadata_s or 0.0)
+
+
 def bound_s(window: Window, chunking: Chunking) -> float:
     """Seconds that no order of these actions can beat.
 
@@ -104,13 +114,13 @@ def bound_s(window: Window, chunking: Chunking) -> float:
     own exchanges can run beside the experts, which gives ScMoE's T_exp + max(sum S, T_disp + T_comb); S are the ops and
     what is deferred.
     """
-    wire_s = sum(chunking.first_s) + sum(chunking.second_s)
+    wire_s = wire_of(window, chunking)
     free_s = sum(window.ops_s) + sum(chunking.deferred_s)
     experts_s = sum(chunking.experts_s)
     if chunking.chunks == 1:
         inner_s = experts_s + max(free_s, wire_s)
     else:
-        chain_s = min(chunking.first_s) + experts_s + min(chunking.second_s)
+        chain_s = min(chunking.first_s) + experts_s + min(chunking.second_s) + (window.metadata_s or 0.0)
         inner_s = max(experts_s + free_s, wire_s, chain_s)
     return window.head_s + inner_s + window.tail_s
 
@@ -118,12 +128,15 @@ def bound_s(window: Window, chunking: Chunking) -> float:
 def usual_changes(window: Window) -> list[Change]:
     """What one can ask about any window: a faster link, and ops with a cut point inside."""
     found = []
-    if any(sum(chunking.first_s) + sum(chunking.second_s) for chunking in window.chunkings):
+    if any(wire_of(window, chunking) for chunking in window.chunkings):
         found.append(Change(label="a link twice as fast", window=_with_wire(window, 0.5)))
         found.append(Change(label="a link that takes no time", window=_with_wire(window, 0.0)))
-    if window.op_verb == "B" and window.ops_s:
-        halves = tuple(seconds / 2 for seconds in window.ops_s for _ in range(2))
-        found.append(Change(label="a cut point in the middle of every op", window=replace(window, ops_s=halves)))
+    if window.op_verb == "B" and window.user_ops_s:
+        own_s = window.ops_s[: len(window.ops_s) - len(window.user_ops_s)]
+        halves = tuple(seconds / 2 for seconds in window.user_ops_s for _ in range(2))
+        found.append(
+            Change(label="a cut point in the middle of every op", window=replace(window, ops_s=own_s + halves))
+        )
     return found
 
 
@@ -131,9 +144,11 @@ def _with_wire(window: Window, factor: float) -> Window:
     def scaled(seconds: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(factor * one for one in seconds)
 
-    return replace(window, chunkings=tuple(
+    chunkings = tuple(
         replace(one, first_s=scaled(one.first_s), second_s=scaled(one.second_s)) for one in window.chunkings
-    ))  # fmt: skip
+    )
+    metadata_s = None if window.metadata_s is None else factor * window.metadata_s
+    return replace(window, chunkings=chunkings, metadata_s=metadata_s)
 
 
 def draw_to_scale(window: Window, candidate: Candidate, *, columns: int = COLUMNS) -> str:
@@ -209,12 +224,13 @@ def _cut_of(candidate: Candidate) -> tuple[object, ...]:
 def _why(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -> list[str]:
     """Where the time goes, and why overlap is used or not."""
     chunking = window.chunking(chosen.chunks, chosen.by)
-    wire_s = sum(chunking.first_s) + sum(chunking.second_s)
+    wire_s = wire_of(window, chunking)
     if not wire_s:
         return ["Nothing leaves a rank, so there is nothing to hide."]
     parts = {
         "experts": sum(chunking.experts_s),
-        "the shared expert" if window.op_verb == "S" else "backbone ops": sum(window.ops_s),
+        "the experts on rows that stay": sum(window.ops_s) - sum(window.user_ops_s),
+        "the shared expert" if window.op_verb == "S" else "backbone ops": sum(window.user_ops_s),
         "weight gradients": sum(chunking.deferred_s),
     }
     beside = ", ".join(f"{in_ms(seconds)} of {name}" for name, seconds in parts.items() if seconds) or "nothing"

@@ -5,7 +5,9 @@ other beats in both, which is exact: both times only grow with what they started
 
 The chunk order matters where chunks differ. Up to 4 chunks all orders are tried. Beyond that, Johnson's rule for two
 machines ("Optimal two- and three-stage production schedules with setup times included", 1954) on three pairs of
-durations gives a few to begin with, and swapping two chunks improves the best of them: a heuristic.
+durations gives a few to begin with, and swapping two chunks improves the best of them: a heuristic. Deduplicated steps
+take their chunks in their own order: a row arrives with the first group of experts that needs it and leaves with the
+last, and chunks of tokens are alike.
 
 Durations here are at one speed per lane, full or slowed; what is found is simulated by the caller.
 """
@@ -32,10 +34,17 @@ End = tuple[float, bool, int, Order, OpsBefore]
 
 def best_interleavings(window: Window, chunking: Chunking, factor: Slowdown) -> list[tuple[Order, OpsBefore]]:
     """The best (chunk_order, ops_before), best first, when every duration of a lane is multiplied by its factor."""
-    ends = [end for order in _chunk_orders(chunking) for end in _ends(window, chunking, factor, order)]
-    if chunking.chunks > ALL_ORDERS and not _equal_chunks(chunking):
+    orders = [tuple(range(chunking.chunks))] if window.deduplicated else _chunk_orders(chunking)
+    ends = [end for order in orders for end in _ends(window, chunking, factor, order)]
+    if not window.deduplicated and chunking.chunks > ALL_ORDERS and not _equal_chunks(chunking):
         ends += _after_swaps(window, chunking, factor, min(ends))
     return [(chunk_order, ops_before) for _, _, _, chunk_order, ops_before in sorted(ends)[:KEPT]]
+
+
+def metadata_of(window: Window) -> tuple[list[float], list[float]]:
+    """Seconds of the exchanges in front of the first one and in front of the last one: M, Mt, or nothing."""
+    seconds = [] if window.metadata_s is None else [window.metadata_s]
+    return (seconds, []) if window.phase == "forward" else ([], seconds)
 
 
 def _equal_chunks(chunking: Chunking) -> bool:
@@ -97,15 +106,24 @@ def _after_swaps(window: Window, chunking: Chunking, factor: Slowdown, best: End
 def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Order) -> list[End]:
     """The dynamic programme for one order of the chunks: every unbeaten end."""
     issue_s, num_ops = window.issue_s * factor.compute, len(window.ops_s)
+    ahead_s, last_s = ([one * factor.wire for one in part] for part in metadata_of(window))
     comp_s = wire_s = 0.0
     arrived_s = []
+    ahead_at_s = []
+    for exchange_s in ahead_s:
+        comp_s += issue_s
+        wire_s = max(wire_s, comp_s) + exchange_s
+        ahead_at_s.append(wire_s)
     for chunk in chunk_order:
         comp_s += issue_s
         wire_s = max(wire_s, comp_s) + chunking.first_s[chunk] * factor.wire
         arrived_s.append(wire_s)
     labels: list[list[Label]] = [[] for _ in range(num_ops + 1)]  # by ops done
     labels[0] = [(comp_s, wire_s, 0, ())]
-    for chunk, arrival_s in zip(chunk_order, arrived_s, strict=True):
+    for place, (chunk, arrival_s) in enumerate(zip(chunk_order, arrived_s, strict=True)):
+        # M is waited for before the first experts; Mt is started after the last ones.
+        waited_s = ahead_at_s if place == 0 else []
+        between_s = last_s if place == len(chunk_order) - 1 else []
         for op, op_s in enumerate(window.ops_s):
             later = [(at_s + op_s * factor.compute, *rest) for at_s, *rest in labels[op]]
             labels[op + 1] = _unbeaten([*labels[op + 1], *later])  # type: ignore[list-item]
@@ -113,7 +131,13 @@ def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Ord
         for done in range(num_ops + 1):
             after: list[Label] = []
             for comp_s, wire_s, runs, before in labels[done]:
-                end_s = max(comp_s, arrival_s) + issue_s + experts_s + issue_s
+                for at_s in waited_s:
+                    comp_s = max(comp_s, at_s) + issue_s
+                end_s = max(comp_s, arrival_s) + issue_s + experts_s
+                for exchange_s in between_s:
+                    end_s += issue_s
+                    wire_s = max(wire_s, end_s) + exchange_s
+                end_s += issue_s
                 started = done > (before[-1] if before else 0)
                 after.append((end_s, max(wire_s, end_s) + second_s, runs + started, (*before, done)))
             labels[done] = _unbeaten(after)
@@ -124,7 +148,7 @@ def _ends(window: Window, chunking: Chunking, factor: Slowdown, chunk_order: Ord
             for left_s in (*window.ops_s[done:], *chunking.deferred_s):
                 comp_s += left_s * factor.compute
             # Then a wait for each second exchange, all but the last of them mostly while that one is under way.
-            end_s = max(comp_s + chunking.chunks * issue_s, wire_s + issue_s)
+            end_s = max(comp_s + (chunking.chunks + len(last_s)) * issue_s, wire_s + issue_s)
             ends.append((end_s, out_of_turn, runs + (done < num_ops), chunk_order, before))
     return ends
 

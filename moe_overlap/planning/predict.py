@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_overlap.planning.cost_model import CostModel, StepShape, window
+from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.search import timeline
+from moe_overlap.planning.shapes import StepShape
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.builders import SchedulePair
@@ -32,6 +33,8 @@ def predict(model: CostModel, pair: SchedulePair, shapes: Mapping[Phase, StepSha
         times = timeline(problem, schedule, chunks=chunks, by=shape.by, joined=pair.joined)
         end_s = max(end_s for _, end_s in times)
         busy_s = sum(end - start for action, (start, end) in zip(schedule, times, strict=True) if action.lane == "comp")
-        waited_s = end_s - busy_s - 4 * chunks * model.issue_s
-        found[phase] = Prediction(whole_s=model.outside(phase, num_ops) + end_s, waited_s=waited_s)
+        exchanges = sum(action.lane == "wire" for action in schedule)
+        waited_s = end_s - busy_s - 2 * exchanges * model.issue_s
+        known = model if shape.distinct is None else model.deduplicated
+        found[phase] = Prediction(whole_s=known.outside(phase, num_ops) + end_s, waited_s=waited_s)
     return found

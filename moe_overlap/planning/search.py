@@ -11,7 +11,12 @@ small, for these reasons, each by moving or swapping actions so that nothing tha
 2. One order of the chunks serves first exchanges, experts and second exchanges alike: two neighbours of the wire that
    the experts take the other way round can be swapped (as in a permutation flow shop).
 3. A second exchange is best started right after its experts: whatever stands between only delays it.
-4. Deferred work reads what the last experts write, so after these it and the remaining ops run in any order.
+4. Deferred work reads what the last experts write, so after these it and the remaining ops run in any order (but for
+   Od, which deferred work reads too and which therefore comes before it).
+
+Two rules of deduplicated steps are choices: the rows that stay (O, Od) are the first of the ops, as FasterMoE's
+(PPoPP'22), though another op might fit a gap better; and chunks are taken in their own order, as a row arrives with the
+first group of experts that needs it and leaves with the last.
 
 So a schedule is a cut, an order of its chunks (`chunk_order`) and, for each of them, how many ops stand before its
 experts (`ops_before`). `interleavings.py` finds the best of these: exactly for equal chunks and for up to 4, by a
@@ -34,7 +39,7 @@ from itertools import pairwise
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.interleavings import OpsBefore, Order, best_interleavings
+from moe_overlap.planning.interleavings import OpsBefore, Order, best_interleavings, metadata_of
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 from moe_overlap.schedule.actions import Schedule, dependencies
 from moe_overlap.schedule.check import LANES, problems
@@ -45,6 +50,8 @@ __all__ = ["Candidate", "Chunking", "Slowdown", "Window", "cut_arguments", "eval
 
 # Verbs of head, first exchange, experts, second exchange and tail.
 STAGES = {"forward": ("P", "D", "E", "C", "U"), "backward": ("Ut", "Ct", "Ed", "Dt", "Pt")}
+# And of a deduplicated step: the rows that stay, and the ids and weights of those that travel.
+DISTINCT = {"forward": ("O", "M"), "backward": ("Od", "Mt")}
 # Predictions that differ by less, relative to the best, count as equal: rounding must not choose a schedule.
 TIE = 1e-9
 FAR = 1e18  # in units of TIE; keeps the quotient of tiny times an integer
@@ -178,20 +185,27 @@ def joined_form(window: Window, candidate: Candidate) -> Candidate:
 
 
 def _op_words(window: Window) -> list[str]:
+    own = [DISTINCT[window.phase][0]] if window.deduplicated else []
+    count = len(window.user_ops_s)
     if window.op_verb == "S":
-        return ["S" if window.phase == "forward" else "St"] * len(window.ops_s)
-    names = [f"B{op}" if window.phase == "forward" else f"Bt{op}" for op in range(len(window.ops_s))]
-    return names if window.phase == "forward" else names[::-1]
+        return own + ["S" if window.phase == "forward" else "St"] * count
+    names = [f"B{op}" if window.phase == "forward" else f"Bt{op}" for op in range(count)]
+    return own + (names if window.phase == "forward" else names[::-1])
 
 
 def _order(window: Window, chunking: Chunking, chunk_order: Order, ops_before: OpsBefore) -> str:
     head, first, experts, second, tail = STAGES[window.phase]
     ops = _op_words(window)
-    words = [head, *(f"{first}{chunk}" for chunk in chunk_order)]
+    ahead, last = ([DISTINCT[window.phase][1]] * len(part) for part in metadata_of(window))
+    words = [head, *ahead, *(f"{first}{chunk}" for chunk in chunk_order)]
     done = 0
     for chunk, before in zip(chunk_order, ops_before, strict=True):
-        words += [*ops[done:before], f"{experts}{chunk}", f"{second}{chunk}"]
+        between = last if chunk == chunk_order[-1] else []
+        words += [*ops[done:before], f"{experts}{chunk}", *between, f"{second}{chunk}"]
         done = before
+    if window.deduplicated and not done:  # deferred work reads what Od writes
+        words.append(ops[0])
+        done = 1
     return " ".join([*words, *(f"Ew{group}" for group in range(len(chunking.deferred_s))), *ops[done:], tail])
 
 
@@ -199,6 +213,8 @@ def _seconds(window: Window, chunking: Chunking) -> dict[str, float]:
     """Action text -> duration."""
     head, first, experts, second, tail = STAGES[window.phase]
     seconds = {head: window.head_s, tail: window.tail_s}
+    if window.metadata_s is not None:
+        seconds[DISTINCT[window.phase][1]] = window.metadata_s
     for verb, durations_s in (
         (first, chunking.first_s),
         (experts, chunking.experts_s),
@@ -216,7 +232,8 @@ def cut_arguments(window: Window, chunking: Chunking) -> tuple[object, ...]:
     """The numbers of one cut, in the order in which the compiled search takes them."""
     slowdown = window.slowdown
     return (window.head_s, window.tail_s, window.issue_s, slowdown.compute, slowdown.wire, window.ops_s,
-            chunking.first_s, chunking.experts_s, chunking.second_s, chunking.deferred_s)  # fmt: skip
+            chunking.first_s, chunking.experts_s, chunking.second_s, chunking.deferred_s,
+            *(metadata_of(window) if window.deduplicated else ()))  # fmt: skip
 
 
 def _placements(window: Window, chunking: Chunking) -> list[Placement]:

@@ -6,6 +6,12 @@ Two lanes, compute and wire. Both phases have the same structure:
     backward   Ut   Ct_c   Ed_c   Dt_c   Pt    beside Bt_i, or St, and Ew_g after the last Ed
                head first  experts second tail
 
+A deduplicated step has its ids and weights (M, Mt) and the rows that stay (O, Od) besides. M goes right in front of the
+first exchange and Mt of the last one; O and Od need nothing but the head, as the ops, of which they are the first:
+
+    forward    P    M D_c   E_c    C_c      U     beside O and B_i, or S
+    backward   Ut   Ct_c    Ed_c   Mt Dt_c  Pt    beside Od and Bt_i, or St
+
 Every duration is in seconds, finite and >= 0. Everything here raises ConfigError for what is not.
 """
 
@@ -81,7 +87,8 @@ class Window:
     """A phase with the ways in which its exchange can be cut.
 
     `op_verb`: whether `ops_s` are backbone ops (B, backward Bt) or the shared expert (S, St), in execution order.
-    `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
+    `issue_s`: compute-lane time of starting an exchange, and again of waiting for it. `metadata_s`: of M (backward Mt),
+    where the step is deduplicated; the first of `ops_s` is then that of O (Od). None: it is not.
     """
 
     phase: Phase
@@ -89,6 +96,7 @@ class Window:
     head_s: float
     tail_s: float
     ops_s: tuple[float, ...] = ()
+    metadata_s: float | None = None
     issue_s: float = 0.0
     slowdown: Slowdown = Slowdown()
     chunkings: tuple[Chunking, ...]
@@ -98,7 +106,11 @@ class Window:
             raise ConfigError("window.phase", self.phase, "forward or backward")
         if self.op_verb not in ("B", "S"):
             raise ConfigError("window.op_verb", self.op_verb, "B (backbone ops) or S (the shared expert)")
-        if self.op_verb == "S" and len(self.ops_s) > 1:
+        if self.metadata_s is not None:
+            _check_seconds("window.metadata_s", self.metadata_s)
+            if not self.ops_s:
+                raise ConfigError("window.ops_s", self.ops_s, "the seconds of O (Od) first, where metadata_s is given")
+        if self.op_verb == "S" and len(self.user_ops_s) > 1:
             raise ConfigError("window.ops_s", self.ops_s, "at most one duration: there is one shared expert")
         for name in ("head_s", "tail_s", "issue_s"):
             _check_seconds(f"window.{name}", getattr(self, name))
@@ -110,6 +122,15 @@ class Window:
             if (self.phase == "backward") != bool(chunking.deferred_s):
                 expected = "one duration per weight-gradient group, at least one, in backward; none in forward"
                 raise ConfigError("chunking.deferred_s", chunking.deferred_s, expected)
+
+    @property
+    def deduplicated(self) -> bool:
+        return self.metadata_s is not None
+
+    @property
+    def user_ops_s(self) -> tuple[float, ...]:
+        """`ops_s` without O (Od)."""
+        return self.ops_s[1:] if self.deduplicated else self.ops_s
 
     def chunking(self, chunks: int, by: ChunkBy) -> Chunking:
         """The durations of this cut. ConfigError where the window does not have it."""

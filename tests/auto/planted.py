@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 
 from moe_overlap import ShortcutBlock
-from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.counts import BLOCKS, block_counts_of_rows
 from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
-from moe_overlap.planning.cost_model import AlphaBeta, CostModel
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts
 from tests.layers import F, make, tokens
 from tests.parallel.model import Op
 from tests.tolerances import same_bits
@@ -50,6 +51,29 @@ def exchange(counts: Any = None, *, world: int = 2, slots: int = 8, rows: int = 
         counts = np.full((world, BLOCKS, slots), rows)
     return ExchangePlan(rank=0, world_size=len(counts), step=1, phase="forward", grad_enabled=grad,
                         x_requires_grad=grad, counts=Counts.of(np.asarray(counts, dtype=np.int64), 0))  # fmt: skip
+
+
+def distinct_costs(model: CostModel, **given: Any) -> CostModel:
+    """The model with figures of deduplicated steps: those of plain ones, but for the given ones."""
+    same = {field.name: getattr(model, field.name) for field in fields(DistinctCosts)}
+    return replace(model, distinct=DistinctCosts(**(same | given)))
+
+
+def routed(ids_of_rank: list[torch.Tensor], *, slots: int = 8, rank: int = 0, grad: bool = True) -> ExchangePlan:
+    """A step agreed on with deduplication, from every rank's choices int32 [T, K]."""
+    world = len(ids_of_rank)
+    tables = [block_counts_of_rows(ids, slots, world) for ids in ids_of_rank]
+    counts, first, last = (
+        Counts.of(torch.stack(kind).to(torch.int64).numpy(), rank) for kind in zip(*tables, strict=True)
+    )
+    return ExchangePlan(rank=rank, world_size=world, step=1, phase="forward", grad_enabled=grad, x_requires_grad=grad,
+                        counts=counts, dedup=1, first=first, last=last)  # fmt: skip
+
+
+def choices(tokens: int, top_k: int, *, experts: int = 8, seed: int = 0) -> torch.Tensor:
+    """int32 [T, K]: different experts for each token, all sets equally likely."""
+    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    return scores.argsort(dim=1)[:, :top_k].to(torch.int32)
 
 
 @contextmanager

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from moe_overlap.auto.calibrate import step_shape
+from moe_overlap.auto.calibrate import distinct_shape, step_shape
 from moe_overlap.auto.fit import Probe
 from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.planning.shapes import MetadataBytes
 from moe_overlap.planning.window import Slowdown
-from moe_overlap.schedule.builders import SchedulePair, window
+from moe_overlap.schedule.builders import SchedulePair, deduplicate, window
 from tests.auto.planted import cost_model, exchange, line
 
 ROW_BYTES = 100
 
 
+BESIDE = MetadataBytes(out=40, back=20)
+
+
 def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
     """What each action of the step takes, by the model."""
+    distinct = shape.distinct
+    if distinct is not None:
+        model = model.deduplicated
     wire_s = [
         model.exchange_s({lane: sizes[c] for lane, sizes in shape.bytes_by_lane.items()}) for c in range(shape.chunks)
     ]
@@ -27,8 +34,16 @@ def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
         elif verb in rows:
             line_of_rows, expert_s = rows[verb]
             found[action.text] = line_of_rows(shape.rows[index]) + expert_s * shape.experts[index]
+        elif verb in ("O", "Od"):
+            line_of_rows, expert_s = rows["E" if verb == "O" else "Ed"]
+            found[action.text] = line_of_rows(distinct.own_rows) + expert_s * distinct.own_experts
         elif verb == "Ew":
-            found[action.text] = model.experts_wgrad(sum(shape.rows))
+            found[action.text] = model.experts_wgrad(sum(shape.rows) + (distinct.own_rows if distinct else 0))
+        elif verb in ("M", "Mt"):
+            beside = distinct.metadata_by_lane if verb == "M" else distinct.gradients_by_lane
+            found[action.text] = model.exchange_s(beside)
+        elif verb in ("C", "Dt") and distinct is not None:
+            found[action.text] = model.exchange_s({lane: n[index] for lane, n in distinct.back_by_lane.items()})
         elif action.lane == "wire":
             found[action.text] = wire_s[index]
         elif verb in ("S", "St"):
@@ -39,12 +54,17 @@ def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
 
 
 def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None,
-          by="tokens", waited_s=0.0, nodes=None):  # fmt: skip
-    shape = step_shape((plan or exchange()).chunked(chunks, by), row_bytes=ROW_BYTES, nodes=nodes, joined=True)
+          by="tokens", waited_s=0.0, nodes=None, distinct=False):  # fmt: skip
+    cut = (plan or exchange()).chunked(chunks, by)
+    shape = step_shape(cut, row_bytes=ROW_BYTES, nodes=nodes, joined=True)
     pair = (pair_of or (lambda chunks: window(2, 1, chunks=chunks)))(chunks)
+    if distinct:
+        shape = distinct_shape(cut, row_bytes=ROW_BYTES, nodes=nodes, joined=True, metadata=BESIDE)
+        pair = deduplicate(pair)
     seconds = {text: noise(s) for text, s in seconds_of(model, pair, shape).items()}
-    host_s = {"forward": model.outside_s, "backward": model.outside_backward_s}
-    host_s = {phase: s + 4 * chunks * model.issue_s for phase, s in host_s.items()}
+    known = model.deduplicated if distinct else model
+    issues_s = (4 * chunks + (2 if distinct else 0)) * model.issue_s
+    host_s = {"forward": known.outside_s + issues_s, "backward": known.outside_backward_s + issues_s}
     forward = {action.text for action in pair.forward}
     whole_s = {"forward": sum(s for text, s in seconds.items() if text in forward) + host_s["forward"]}
     whole_s["backward"] = sum(seconds.values()) - whole_s["forward"] + host_s["forward"] + host_s["backward"]

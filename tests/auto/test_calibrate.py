@@ -91,6 +91,8 @@ def flat(model):
     """name -> number."""
     found = {}
     for name, value in model.to_json().items():
+        if value is None:
+            continue
         values = (
             value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
         )

@@ -11,8 +11,9 @@ import pytest
 from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED
 from moe_overlap.auto.fit import Probe, _experts, fit
 from moe_overlap.errors import ConfigError
-from moe_overlap.planning.cost_model import LEAST, MOST, AlphaBeta, CostModel, StepShape, figure
+from moe_overlap.planning.cost_model import LEAST, MOST, AlphaBeta, CostModel, figure
 from moe_overlap.planning.predict import predict
+from moe_overlap.planning.shapes import StepShape
 from moe_overlap.schedule.builders import SchedulePair, window
 
 EXPERTS = 3  # of a rank: 1/3 of alpha, three times, is more than alpha in some floats

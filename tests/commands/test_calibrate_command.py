@@ -39,6 +39,15 @@ def test_measures_keeps_and_explains(tmp_path):
     assert json.loads(kept.read_text())["model"]["experts"] == model.to_json()["experts"]
 
 
+def test_deduplicated_steps_are_measured_where_asked_for(tmp_path):
+    out = tmp_path / "model.json"
+    done = run(tmp_path, "--dedup", "auto", "--top-k", "4", "--phase", "infer", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    model = CostModel.from_json(json.loads(out.read_text()))
+    assert model.distinct is not None and model.distinct.experts(100) > 0
+    assert 'dedup="auto": ' in done.stdout
+
+
 def test_inference_has_no_backward(tmp_path):
     done = run(tmp_path, "--phase", "infer")
     assert done.returncode == 0, done.stderr
@@ -52,6 +61,7 @@ def test_inference_has_no_backward(tmp_path):
         (["--link", "fast"], "--link"),
         (["--dtype", "int8"], "--dtype"),
         (["--phase", "both"], "--phase"),
+        (["--dedup", "all"], "--dedup"),
         (["--device", "tpu"], "--device"),
         (["--tokens", "0"], "--tokens"),
         (["--ranks", "3", "--ranks-per-node", "2"], "--ranks-per-node"),

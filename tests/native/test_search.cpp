@@ -152,6 +152,14 @@ class RandomCuts {
     return cut;
   }
 
+  // The same of a deduplicated step, forward or backward.
+  Cut deduplicated(size_t max_chunks, size_t max_ops) {
+    Cut found = cut(max_chunks, max_ops);
+    found.ops_s.insert(found.ops_s.begin(), seconds());
+    (below(2) == 0 ? found.ahead_s : found.last_s).push_back(seconds());
+    return found;
+  }
+
  private:
   std::mt19937_64 random_;
 };
@@ -164,19 +172,37 @@ TEST(search_refuses_lists_of_different_lengths) {
   CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {}, {1}, {-1}, {1}, {}}), std::invalid_argument, "seconds >= 0");
   CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {NAN, 1}, {1, 2}, {NAN, 1}, {1, 1}, {}}), std::invalid_argument,
                "seconds >= 0");
+  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {1}, {1}}), std::invalid_argument, "got 1 and 1");
+  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {1, 1}, {}}), std::invalid_argument, "got 2 and 0");
+  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {}, {1}, {1}, {1}, {}, {}, {1}}), std::invalid_argument, "ops_s");
+  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {NAN}, {}}), std::invalid_argument, "seconds >= 0");
   CHECK_THROWS(search(Cut{0, 0, 0, 0.5, 1, {}, {1}, {1}, {1}, {}}), std::invalid_argument, "factor >= 1");
 }
 
 TEST(search_figures_are_simulations_of_the_orders_beside_them) {
   RandomCuts random(2);
   for (int round = 0; round < 300; ++round) {
-    Cut cut = random.cut(6, 4);
+    Cut cut = round % 2 == 0 ? random.cut(6, 4) : random.deduplicated(6, 4);
     cut.issue_s = 0.1 * random.uniform();
     cut.wire_slowdown = 1 + random.uniform();
     for (const Placement& placement : search(cut)) {
       CHECK(placement.predicted_s == makespan_s(cut, placement.order, placement.joined));
+      const auto& order = placement.order.chunk_order;
+      CHECK(!cut.deduplicated() || std::is_sorted(order.begin(), order.end()));
     }
   }
+}
+
+// Ids and weights are in front of all rows, the rows that stay fill their time and the dispatch's; and the other way
+// round.
+TEST(search_of_deduplicated_cuts_by_hand) {
+  const Cut forward{1, 1, 0, 1, 1, {3, 4}, {3}, {2}, {4}, {}, {0.5}, {}};
+  CHECK(best_s(forward) == 1 + 3.5 + 2 + 4 + 1);
+  const Cut backward{1, 1, 0, 1, 1, {4}, {1}, {2}, {3}, {1}, {}, {0.5}};
+  CHECK(best_s(backward) == 1 + 1 + 2 + 5 + 1);
+  const Cut started{1, 1, 0.25, 1, 1, {0}, {3}, {2}, {4}, {}, {0.5}, {}};
+  // The second start lies beside the ids on the wire, and the wait for these beside the rows.
+  CHECK(best_s(started) == 1 + 0.25 + 0.5 + 3 + 0.25 + 2 + 0.25 + 4 + 0.25 + 1);
 }
 
 // The limit given to EveryOrder is just above the search's figure. So it returns that limit where the figure is better

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.planning.cost_model import MOST, AlphaBeta, CostModel, StepShape, balanced_shape, window
+from moe_overlap.planning.cost_model import MOST, AlphaBeta, CostModel, window
 from moe_overlap.planning.search import search
+from moe_overlap.planning.shapes import StepShape, balanced_shape
 from moe_overlap.planning.window import Slowdown
 
 figures = st.floats(1e-9, 1.0)

@@ -7,13 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_overlap.commands.parser import check_folder
-from moe_overlap.commands.plan.machine import OP_NAMES, WINDOW_OPS, agreement, agreement_s, weights_read_s
+from moe_overlap.commands.plan.machine import (
+    OP_NAMES,
+    WINDOW_OPS,
+    agreement,
+    agreement_s,
+    metadata,
+    routed,
+    weights_read_s,
+)
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.picture import rate_text, write_png
-from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep
+from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep, total_s
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.explain import Change, explain, in_ms
+from moe_overlap.planning.shapes import distinct_ranks
 
 OUTPUTS = ("plan.png", "plan.json")
 WORTH = 1.05  # a speed-up that is worth a line
@@ -29,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
     if point.time_s <= 0:
         raise ConfigError("--cost-model", "figures that are all 0", "a step in which something takes time")
     sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
+    if options.dedup != "off":
+        sections.append(_deduplication(options, points))
     sections += [[text] for text in _explained(points, point)]
     found = sweep(options) if bandwidths(options) else None
     if found is not None:
@@ -67,7 +78,7 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     if point.at.per_node < min(point.at.group, options.ranks_per_node):
         lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
-    cost = agreement(options, point.at)
+    cost = agreement(options, point.at, distinct=point.deduplicated)
     lines.append(
         f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
         f"{cost.bytes} bytes"
@@ -78,6 +89,7 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
             f"  compute, exchanges and slowdowns as in the cost model, {options.cost_model.source}",
             "  times of backbone ops are those calibrated; --tokens, --top-k, --hidden and --dtype give rows and bytes",
         ]
+    agrees_s = agreement_s(options, point.at, distinct=point.deduplicated)
     lines += [
         f"  matmuls at {options.flops / 1e12:g} TFLOP/s (--flops); rows are moved at "
         f"{options.memory_bandwidth / 1e9:g} GB/s (--memory-bandwidth)",
@@ -89,7 +101,7 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         f"exchange, and waiting for it, {_us(options.issue)} (--issue)",
         f"  compute is {options.compute_slowdown:g}x as slow beside an exchange (--compute-slowdown), an exchange "
         f"{options.wire_slowdown:g}x beside compute (--wire-slowdown)",
-        f"  that takes {_us(agreement_s(options, point.at))} (--latency a round, --message); backward has twice the "
+        f"  that takes {_us(agrees_s)} (--latency a round, --message); backward has twice the "
         "FLOPs of forward"
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
@@ -116,7 +128,7 @@ def _kinds(points: dict[str, Prediction]) -> list[str]:
     base = points.get("top2")
     rows = [("block pair", "serial ms", "planned ms", "x serial", "x serial top2", "comm", "bound ms", "schedule")]
     for kind, one in points.items():
-        names = " | ".join(phase.name for phase in one.phases)
+        names = ("dedup: " if one.deduplicated else "") + " | ".join(phase.name for phase in one.phases)
         versus = f"{base.serial_s / one.time_s:.2f}" if base is not None else "-"
         rows.append((kind, f"{1e3 * one.serial_s:.3f}", f"{1e3 * one.time_s:.3f}", f"{one.speedup:.2f}", versus,
                      f"{100 * one.comm_share:.0f} %", f"{1e3 * one.bound_s:.3f}", names))  # fmt: skip
@@ -126,6 +138,42 @@ def _kinds(points: dict[str, Prediction]) -> list[str]:
             "ScMoE and the shared expert are other models than top2 and send fewer bytes: compare like with like."
         )
     return lines
+
+
+def _deduplication(options: PlanOptions, points: dict[str, Prediction]) -> list[str]:
+    """What one row for each (token, rank) gives every block pair, and what it costs beside each row."""
+    rows: list[tuple[str, ...]] = [
+        ("deduplicated", "rows a token", "of plain", "beside a row", "plain ms", "dedup ms", "", "answer")
+    ]
+    for kind, one in points.items():
+        found = _savings(options, one)
+        beside = f"{found['metadata_out_bytes']}+{found['metadata_back_bytes']} B of {found['row_bytes']}"
+        times = ["-", "", "no: no two experts of a token are on one rank"]
+        if one.distinct is not None:
+            percent = 100 * (total_s(one.distinct) / total_s(one.plain) - 1)
+            times = [f"{1e3 * total_s(one.distinct):.3f}", f"{percent:+.1f} %", "yes" if one.deduplicated else "no"]
+        elif one.model.distinct is None:
+            times[2] = "no: not in the cost model, which moe-overlap calibrate --dedup gives"
+        rows.append((kind, f"{found['distinct_rows_per_token']:.4g}", f"{found['rows_per_token']:.4g}", beside,
+                     f"{1e3 * total_s(one.plain):.3f}", *times))  # fmt: skip
+    return [
+        *_aligned(rows),
+        "Rows to other ranks, expected where all sets of experts are equally likely; beside a row: ids and weights "
+        "(M), and the weights' gradients (Mt).",
+    ]
+
+
+def _savings(options: PlanOptions, one: Prediction) -> dict[str, float]:
+    """What deduplication saves and costs by uniform routing: rows of a token to other ranks, bytes beside each."""
+    top_k, group = routed(options, one.kind), one.at.group
+    beside = metadata(options, one.kind)
+    return {
+        "rows_per_token": top_k * (group - 1) / group,
+        "distinct_rows_per_token": distinct_ranks(options.experts, group, top_k),
+        "row_bytes": options.hidden * options.dtype_bytes,
+        "metadata_out_bytes": beside.out,
+        "metadata_back_bytes": beside.back,
+    }
 
 
 def _explained(points: dict[str, Prediction], point: Prediction) -> list[str]:
@@ -152,7 +200,8 @@ def _map(found: Sweep, point: Prediction) -> list[str]:
     rows = [("to other nodes", *(f"{found.ranks[y]} ranks" for y in shown))]
     for x, rate in enumerate(found.bandwidths):
         rows.append((rate_text(rate), *(f"{found.grid[y][x].speedup:.2f}x {found.grid[y][x].code}" for y in shown)))
-    lines = [f"{point.kind}, times faster than serial and the schedule that wins (s serial, r chunks, k ops first):"]
+    lines = [f"{point.kind}, times faster than serial and the schedule that wins (s serial, r chunks, k ops first, d "
+             "deduplicated):"]  # fmt: skip
     lines += _aligned(rows)
     line = found.lines[point.kind]
     best = max(line, key=lambda one: one.speedup)
@@ -178,11 +227,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | None) -> dict[str, Any]:
     """plan.json: the question, the cost model of the point, every block pair there, and the sweep."""
     point = points[options.kinds[0]]
-    cost = agreement(options, point.at)
+    cost = agreement(options, point.at, distinct=point.deduplicated)
     record = {
         "options": options.to_json(),
         "cost_model": point.model.to_json(),
-        "point": [one.to_json() for one in points.values()],
+        "point": [one.to_json() | {"deduplication": _savings(options, one)} for one in points.values()],
         "agreement": {"messages": cost.messages, "rounds": len(cost.rounds), "bytes": cost.bytes},
     }
     if found is not None:

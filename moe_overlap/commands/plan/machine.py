@@ -8,6 +8,8 @@ SwiGLU of the same width. D hidden, F width, T tokens of a rank, S tokens that a
     rows moved             P, U and Pt read and write each row, Ut moves 3 D; the experts unpack and pack theirs
     weights read           3 D F of every expert in every chunk, before its matmuls: chunks of tokens read all experts'
                            weights each, chunks by expert groups only those of the group
+    deduplicated           rows moved follow from the rows for each choice; P, Ut, Pt, M and Mt also run small operators
+                           on the ids, which were counted (SMALL_OPS, SMALL_BYTES), for a part of --launch each
     exchange               latency + one message per peer + bytes / bandwidth, for each wire
     agreement              messages and bytes of `agreement/cost.py`, on the wire between nodes, before the rows move
 """
@@ -21,13 +23,19 @@ from moe_overlap.agreement.cost import AgreementCost, agreement_cost
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.errors import ConfigError
-from moe_overlap.planning.cost_model import AlphaBeta, CostModel, OpVerb, StepShape, balanced_shape
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts, OpVerb
+from moe_overlap.planning.shapes import MetadataBytes, StepShape, balanced_shape, chance_of_none, metadata_bytes
 
 CHUNKS = (1, 2, 4, 8, 16)
 GROUPS = (2, 4, 8)
 # Kind -> how many ops of the block pair (attention, MLP, attention, shared expert) run beside the exchanges.
 WINDOW_OPS = {"top2": 0, "shared1": 1, "scmoe_pos1": 2, "scmoe_pos2": 3, "scmoe_pos3": 4}
 OP_NAMES = ("attn1", "mlp", "attn2", "shared")
+# Operators on ids and weights in deduplicated steps, by action (M and Mt: before and after the exchange); how many
+# bytes for each choice they read and write; and what one of them costs, as a part of --launch.
+SMALL_OPS = {"P": 57, "M": 27, "Ut": 67, "Mt": 17, "Pt": 16}
+SMALL_BYTES = {"P": 410, "M": 250, "Ut": 530, "Mt": 145, "Pt": 185}
+SMALL_LAUNCH = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +84,14 @@ def op_names(kind: str, model: CostModel) -> dict[str, str]:
     return {f"B{index}": name for index, name in enumerate(OP_NAMES[len(OP_NAMES) - count :] if count else ())}
 
 
-def shapes(options: PlanOptions, kind: str, at: Place) -> list[StepShape]:
-    """One for every chunk count by tokens, and by expert groups where a rank has so many experts."""
+def metadata(options: PlanOptions, kind: str) -> MetadataBytes:
+    """What goes beside a row, and comes back for it."""
+    return metadata_bytes(routed(options, kind), max(4, options.dtype_bytes))  # weights are float32, or as fp64 rows
+
+
+def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False) -> list[StepShape]:
+    """One for every chunk count by tokens, and by expert groups where a rank has so many experts. `distinct`: of the
+    deduplicated step."""
     local = options.experts // at.group
     cuts: list[tuple[int, ChunkBy]] = [(chunks, "tokens") for chunks in CHUNKS]
     cuts += [(groups, "experts") for groups in GROUPS if groups <= local]
@@ -92,6 +106,7 @@ def shapes(options: PlanOptions, kind: str, at: Place) -> list[StepShape]:
             local_experts=local,
             chunks=chunks,
             by=by,
+            metadata=metadata(options, kind) if distinct else None,
         )
         for chunks, by in cuts
     ]
@@ -134,10 +149,45 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         shared_s=shared_s,
         shared_backward_s=2 * shared_s,
         outside_s=outside_s + router_s + agreement_s(options, at),
+        distinct=_distinct_costs(options, kind, at, outside_s + router_s),
         outside_backward_s=2 * (outside_s + router_s),
         issue_s=options.issue,
         slowdown=options.slowdown,
         source="from numbers",
+    )
+
+
+def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float) -> DistinctCosts:
+    """What differs where steps are deduplicated. outside_s: of forward, without the agreement."""
+    row_s = options.hidden * options.dtype_bytes / options.memory_bandwidth
+    matmul_s = 6 * options.hidden * options.ffn / options.flops
+    top_k = routed(options, kind)
+    # Rows for each choice, those that stay included: 1 where no two experts of a token are on one rank.
+    kept = at.group * (1 - chance_of_none(options.experts, options.experts // at.group, top_k)) / top_k
+
+    def rows(passes: float, verb: str = "") -> AlphaBeta:
+        small_s = SMALL_LAUNCH * options.launch * SMALL_OPS.get(verb, 0)
+        read_s = SMALL_BYTES.get(verb, 0) / options.memory_bandwidth
+        return AlphaBeta(alpha_s=options.launch + small_s, beta_s=passes * kept * row_s + read_s)
+
+    def beside_s(verb: str) -> float:
+        choices = options.tokens * top_k
+        return SMALL_LAUNCH * options.launch * SMALL_OPS[verb] + SMALL_BYTES[verb] * choices / options.memory_bandwidth
+
+    # Unpacking reads and writes each row that arrives; the sum reads what each expert wrote, and writes each row.
+    experts = AlphaBeta(alpha_s=options.launch, beta_s=matmul_s + (1 + 3 * kept) * row_s)
+    return DistinctCosts(
+        experts=experts,
+        experts_dgrad=experts,
+        experts_wgrad=AlphaBeta(alpha_s=options.launch, beta_s=matmul_s),
+        expert_s=weights_read_s(options),
+        expert_dgrad_s=weights_read_s(options),
+        permute=rows(2, "P"),
+        unpermute=rows(2),
+        unpermute_backward=rows(2, "Ut"),
+        permute_backward=rows(2, "Pt"),
+        outside_s=outside_s + agreement_s(options, at, distinct=True) + beside_s("M"),
+        outside_backward_s=2 * outside_s + beside_s("Mt"),
     )
 
 
@@ -152,18 +202,18 @@ def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     return attention_s, mlp_s, attention_s, mlp_s
 
 
-def agreement(options: PlanOptions, at: Place) -> AgreementCost:
-    """What it costs to agree on the counts of a step."""
-    return agreement_cost(ranks=at.group, experts=options.experts)
+def agreement(options: PlanOptions, at: Place, *, distinct: bool = False) -> AgreementCost:
+    """What it costs to agree on the counts of a step. `distinct`: of one that may be deduplicated."""
+    return agreement_cost(ranks=at.group, experts=options.experts, dedup=int(distinct))
 
 
-def agreement_s(options: PlanOptions, at: Place) -> float:
+def agreement_s(options: PlanOptions, at: Place, *, distinct: bool = False) -> float:
     """Seconds of the agreement that begins every step."""
     if at.group == 1:
         return 0.0
     assert at.bytes_per_s is not None and options.intra_bandwidth is not None and options.latency is not None
     rate = at.bytes_per_s if "inter" in at.peers else options.intra_bandwidth
-    cost = agreement(options, at)
+    cost = agreement(options, at, distinct=distinct)
     return cost.seconds(latency_s=options.latency, message_s=options.message, bytes_per_s=rate)
 
 

@@ -19,6 +19,7 @@ from moe_overlap.transport.link import LinkSpec
 
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 PHASES = ("infer", "train")
+DEDUP = ("off", "on", "auto")
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MAX_FILE_BYTES = 1 << 20
 LONGEST_S = 3600.0
@@ -49,6 +50,7 @@ class PlanOptions:
     dtype: str = "bf16"
     kind: str | None = None
     phase: str = "train"
+    dedup: str = "auto"
     bandwidth: float | None = 50e9
     latency: float | None = 10e-6
     intra_bandwidth: float | None = 450e9
@@ -78,6 +80,11 @@ class PlanOptions:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPE_BYTES)}")
         if self.phase not in PHASES:
             raise ConfigError("--phase", self.phase, f"one of {', '.join(PHASES)}")
+        if self.dedup not in DEDUP:
+            raise ConfigError("--dedup", self.dedup, f"one of {', '.join(DEDUP)}")
+        if self.dedup == "on" and self.cost_model is not None and self.cost_model.distinct is None:
+            expected = "off, or a --cost-model that was calibrated with --dedup"
+            raise ConfigError("--dedup", self.dedup, expected)
         for name in ("compute_slowdown", "wire_slowdown"):
             check_number(name, getattr(self, name), 1, 100)
         self._check_kind()
@@ -189,6 +196,7 @@ HELP = {
     "top_k": "routed experts per token of kind top2; the others route to one less and have a shared expert",
     "dtype": "of weights and rows: " + ", ".join(DTYPE_BYTES),
     "kind": "block pair to explain: " + ", ".join(KINDS) + " (default top2; with --cost-model as calibrated)",
+    "dedup": "one row for each (token, rank): off, on, or auto (where it is predicted to be faster)",
     "phase": "infer (forward) or train (forward and backward)",
     "compute_slowdown": "assumed: how much longer compute takes while an exchange is under way (16 of 132 SMs: 1.14)",
     "wire_slowdown": "assumed: how much longer an exchange takes beside compute",

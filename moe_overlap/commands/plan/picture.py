@@ -25,7 +25,9 @@ KIND_COLORS = {
 }
 CHUNK_COLORS = dict(zip(CHUNKS, ("#56B4E9", "#9ECAE1", "#4292C6", "#2171B5", "#08306B"), strict=True))
 TALLEST = 3.5  # of compute alone: slower steps leave the upper left plot at its top
-CODES = "s serial   r4 four chunks   e4 four expert groups   k1 one op before the experts   k* ops between the chunks"
+CODES = (
+    "s serial   r4 four chunks   e4 four expert groups   k1 one op first   k* ops between the chunks   d deduplicated"
+)
 
 
 def rate_text(bytes_per_s: float) -> str:

@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from moe_overlap.agreement.plan import ChunkBy
-from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, shapes
+from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, routed, shapes
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.explain import bound_s, name_of
-from moe_overlap.planning.search import Candidate, search
+from moe_overlap.planning.search import TIE, Candidate, search
 from moe_overlap.planning.window import Window
 from moe_overlap.schedule.actions import Phase
 
@@ -49,7 +49,9 @@ class PhasePlan:
         if self.best.joined:
             return "s" if self.best.chunks == 1 else f"{cut} joined"
         before = self.best.ops_before
-        slot = (f"k{before[0]}" if len(set(before)) == 1 else "k*") if self.window.ops_s else ""
+        if self.window.deduplicated:
+            before = tuple(max(0, count - 1) for count in before)
+        slot = (f"k{before[0]}" if len(set(before)) == 1 else "k*") if self.window.user_ops_s else ""
         return slot + (cut if self.best.chunks > 1 or not slot else "")
 
     @property
@@ -66,25 +68,40 @@ class PhasePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One block pair at one place, in the phase that was asked for."""
+    """One block pair at one place, in the phase that was asked for. `plain`: the plan without deduplication, whose
+    serial schedule is what others are compared with. `distinct`: the one with it, where it was asked for and there is
+    something that it could save."""
 
     kind: str
     ranks: int
     at: Place
     model: CostModel
-    phases: tuple[PhasePlan, ...]
+    dedup: str
+    plain: tuple[PhasePlan, ...]
+    distinct: tuple[PhasePlan, ...] | None
+
+    @cached_property
+    def deduplicated(self) -> bool:
+        """Whether the plan is: as asked for, or where that is faster."""
+        if self.distinct is None or self.dedup == "off":
+            return False
+        return self.dedup == "on" or total_s(self.distinct) < total_s(self.plain) * (1 - TIE)
+
+    @property
+    def phases(self) -> tuple[PhasePlan, ...]:
+        return self.distinct if self.deduplicated and self.distinct is not None else self.plain
 
     @cached_property
     def time_s(self) -> float:
-        return sum(phase.outside_s + phase.best.predicted_s for phase in self.phases)
+        return total_s(self.phases)
 
     @cached_property
     def serial_s(self) -> float:
-        return sum(phase.outside_s + phase.serial.predicted_s for phase in self.phases)
+        return sum(phase.outside_s + phase.serial.predicted_s for phase in self.plain)
 
     @cached_property
     def compute_s(self) -> float:
-        return sum(phase.compute_s for phase in self.phases)
+        return sum(phase.compute_s for phase in self.plain)
 
     @property
     def bound_s(self) -> float:
@@ -104,7 +121,7 @@ class Prediction:
 
     @property
     def code(self) -> str:
-        return " ".join(phase.code for phase in self.phases)
+        return ("d " if self.deduplicated else "") + " ".join(phase.code for phase in self.phases)
 
     def of_chunks(self, chunks: int, by: ChunkBy | None = None) -> float:
         return sum(phase.of_chunks(chunks, by) for phase in self.phases)
@@ -122,6 +139,9 @@ class Prediction:
             "bound_ms": 1e3 * self.bound_s,
             "speedup_vs_serial": self.speedup,
             "comm_share": self.comm_share,
+            "deduplicated": self.deduplicated,
+            "plain_ms": 1e3 * total_s(self.plain),
+            "deduplicated_ms": None if self.distinct is None else 1e3 * total_s(self.distinct),
         }
         for phase in self.phases:
             row |= {
@@ -130,22 +150,38 @@ class Prediction:
                 f"{phase.phase}_chunks": phase.best.chunks,
                 f"{phase.phase}_by": phase.best.by,
                 f"{phase.phase}_ms": 1e3 * (phase.outside_s + phase.best.predicted_s),
-                f"{phase.phase}_serial_ms": 1e3 * (phase.outside_s + phase.serial.predicted_s),
             }
+        for phase in self.plain:
+            row[f"{phase.phase}_serial_ms"] = 1e3 * (phase.outside_s + phase.serial.predicted_s)
         return row
+
+
+def total_s(phases: Sequence[PhasePlan]) -> float:
+    """Seconds of the best schedules of these phases, and of what lies outside their windows."""
+    return sum(phase.outside_s + phase.best.predicted_s for phase in phases)
 
 
 def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float | None) -> Prediction:
     """Plan one block pair with so many ranks over a link of this rate (None: as calibrated)."""
     at = place(options, ranks=ranks, bytes_per_s=bytes_per_s)
-    model, cuts = cost_model(options, kind, at), shapes(options, kind, at)
+    model = cost_model(options, kind, at)
     wanted: tuple[Phase, ...] = ("forward", "backward") if options.phase == "train" else ("forward",)
-    phases = []
-    for phase in wanted:
-        problem = window(model, cuts, phase, op_verb=op_verb(kind, model))
-        found = search(problem)
-        phases.append(PhasePlan(phase=phase, window=problem, candidates=found, outside_s=model.outside(phase)))
-    return Prediction(kind=kind, ranks=ranks, at=at, model=model, phases=tuple(phases))
+
+    def planned(*, distinct: bool) -> tuple[PhasePlan, ...]:
+        cuts = shapes(options, kind, at, distinct=distinct)
+        known = model.deduplicated if distinct else model
+        phases = []
+        for phase in wanted:
+            problem = window(model, cuts, phase, op_verb=op_verb(kind, model))
+            phases.append(PhasePlan(phase=phase, window=problem, candidates=search(problem),
+                                    outside_s=known.outside(phase)))  # fmt: skip
+        return tuple(phases)
+
+    could_pay = at.group > 1 and options.experts > at.group and routed(options, kind) > 1
+    asked_for = options.dedup == "on" or (options.dedup == "auto" and could_pay)
+    distinct = planned(distinct=True) if asked_for and at.group > 1 and model.distinct is not None else None
+    return Prediction(kind=kind, ranks=ranks, at=at, model=model, dedup=options.dedup, plain=planned(distinct=False),
+                      distinct=distinct)  # fmt: skip
 
 
 def asked(options: PlanOptions, kind: str) -> Prediction:

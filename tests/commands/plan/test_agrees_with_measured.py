@@ -34,7 +34,7 @@ def options_of(row):
     same = {name: row[name] for name in "ranks ranks_per_node tokens hidden ffn experts top_k dtype phase".split()}
     wires = {"bandwidth": link.bytes_per_s, "latency": link.latency_s, "message": 0.0}
     slowdown = 1 + row["comm_cpu_ms"] / row["exchange_ms"]
-    return PlanOptions(**same, **wires, **MACHINE, compute_slowdown=slowdown)
+    return PlanOptions(**same, **wires, **MACHINE, compute_slowdown=slowdown, dedup="off")
 
 
 def with_fitted_flops(options, compute_s):

@@ -1,0 +1,186 @@
+"""The integers of a step that its durations depend on: of an agreed one, or of one in which all is balanced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy
+from moe_overlap.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistinctShape:
+    """What a deduplicated step has beside its chunks. `own_rows`: rows of the busiest rank's experts that stay there;
+    `own_experts`: how many compute them. `back_by_lane`: bytes of the second exchanges, as `bytes_by_lane` of the first
+    ones: by groups of experts a row goes with another chunk than it comes back with. `metadata_by_lane`: bytes of M,
+    and `gradients_by_lane` of Mt."""
+
+    own_rows: int
+    own_experts: int
+    back_by_lane: Mapping[str, tuple[int, ...]]
+    metadata_by_lane: Mapping[str, int]
+    gradients_by_lane: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The integers of one step under one chunking, which all ranks derive from the same agreed counts.
+
+    `rows`: rows that the busiest rank's experts have in each chunk. `experts`: experts of a rank that compute in each
+    chunk. `bytes_by_lane`: by wire, the bytes that leave or
+    enter the busiest rank in one exchange of each chunk; the way back moves the same. `slots_rows`: T * K of the rank
+    with most tokens. `row_bytes`: of one row, for the bytes that an exchange holds in buffers. `distinct`: where the
+    step is deduplicated; `rows` are then those of others, and `bytes_by_lane` those of distinct rows.
+    """
+
+    chunks: int
+    by: ChunkBy
+    rows: tuple[int, ...]
+    experts: tuple[int, ...]
+    bytes_by_lane: Mapping[str, tuple[int, ...]]
+    slots_rows: int
+    row_bytes: int
+    distinct: DistinctShape | None = None
+
+    def __post_init__(self) -> None:
+        back = () if self.distinct is None else self.distinct.back_by_lane.items()
+        for name, per_chunk in (("rows", self.rows), ("experts", self.experts), *self.bytes_by_lane.items(), *back):
+            if len(per_chunk) != self.chunks:
+                raise ConfigError(name, per_chunk, f"one number for each of {self.chunks} chunks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataBytes:
+    """Of one row of a deduplicated step: what goes beside it (M), and what comes back for that (Mt)."""
+
+    out: int
+    back: int
+
+
+def metadata_bytes(top_k: int, weight_bytes: int) -> MetadataBytes:
+    """An int32 id and a weight for every choice of a token; back, the gradients of the weights."""
+    return MetadataBytes(out=top_k * (4 + weight_bytes), back=top_k * weight_bytes)
+
+
+def balanced_shape(
+    *,
+    tokens: int,
+    top_k: int,
+    hidden: int,
+    dtype_bytes: int,
+    ranks: int,
+    ranks_per_node: int,
+    local_experts: int,
+    chunks: int,
+    by: ChunkBy,
+    metadata: MetadataBytes | None = None,
+) -> StepShape:
+    """The shape of a step in which every rank has `tokens` tokens and every expert gets the same number of rows.
+
+    Chunks are cut as `ChunkPlan` cuts them: blocks [16c//r, 16(c+1)//r) of the tokens, or the experts
+    [e*c//r, e*(c+1)//r) of every rank. Of a rank's rows, (W - L) / W go to other nodes and (L - 1) / W to the other
+    ranks of its node (W ranks, L of them on a node). `metadata`: the step is deduplicated, and all sets of `top_k`
+    experts are equally likely.
+    """
+    if by not in CHUNK_BY:
+        raise ConfigError("by", by, f"one of {CHUNK_BY}")
+    most = BLOCKS if by == "tokens" else local_experts
+    if not 1 <= chunks <= most:
+        raise ConfigError("chunks", chunks, f"from 1 to {most}, by {by}")
+    if by == "tokens":
+        cuts = [tokens * (BLOCKS * c // chunks) // BLOCKS * top_k for c in range(chunks + 1)]
+    else:
+        cuts = [tokens * top_k * (local_experts * c // chunks) // local_experts for c in range(chunks + 1)]
+    rows = tuple(after - before for before, after in zip(cuts, cuts[1:], strict=False))
+    row_bytes = hidden * dtype_bytes
+    peers = {"inter": ranks - ranks_per_node, "intra": ranks_per_node - 1}
+    shape = StepShape(
+        chunks=chunks,
+        by=by,
+        rows=rows,
+        experts=experts_per_chunk(local_experts, chunks, by),
+        bytes_by_lane={
+            lane: tuple(-(-n * row_bytes * count // ranks) for n in rows) for lane, count in peers.items() if count
+        },  # fmt: skip
+        slots_rows=tokens * top_k,
+        row_bytes=row_bytes,
+    )
+    if metadata is None:
+        return shape
+    out, back = _distinct_rows(tokens, top_k, ranks * local_experts, local_experts, chunks, by)
+    return without_own(
+        shape,
+        own_rows=sum(n // ranks for n in rows),
+        rows=tuple(n - n // ranks for n in rows),
+        out_by_lane={lane: tuple(round(n * peers[lane]) * row_bytes for n in out) for lane in shape.bytes_by_lane},
+        back_by_lane={lane: tuple(round(n * peers[lane]) * row_bytes for n in back) for lane in shape.bytes_by_lane},
+        metadata=metadata,
+    )
+
+
+def _distinct_rows(
+    tokens: int, top_k: int, experts: int, local: int, chunks: int, by: ChunkBy
+) -> tuple[list[float], list[float]]:
+    """Rows of a rank's tokens for one other rank, by the chunk that they go with and by that which they come back with:
+    by groups of a rank's `local` experts, those of the lowest and of the highest expert that a token chose there."""
+    if by == "tokens":
+        ends = [tokens * (BLOCKS * c // chunks) // BLOCKS for c in range(chunks + 1)]
+        rows = [(end - begin) * (1 - chance_of_none(experts, local, top_k)) for begin, end in pairwise(ends)]
+        return rows, rows
+    cuts = list(pairwise(local * c // chunks for c in range(chunks + 1)))
+
+    def chosen(begin: int, end: int) -> float:
+        """Tokens that chose none of `begin` experts, but one of the next `end` - `begin`."""
+        return tokens * (chance_of_none(experts, begin, top_k) - chance_of_none(experts, end, top_k))
+
+    return [chosen(begin, end) for begin, end in cuts], [chosen(local - end, local - begin) for begin, end in cuts]
+
+
+def without_own(
+    shape: StepShape,
+    *,
+    own_rows: int,
+    rows: tuple[int, ...],
+    out_by_lane: Mapping[str, tuple[int, ...]],
+    back_by_lane: Mapping[str, tuple[int, ...]],
+    metadata: MetadataBytes,
+) -> StepShape:
+    """The deduplicated form of a shape: `own_rows` stay, each chunk's experts have `rows` of others, and what travels
+    is `out_by_lane` and, the other way, `back_by_lane`."""
+
+    def beside(row_bytes: int) -> dict[str, int]:
+        return {lane: sum(sizes) // shape.row_bytes * row_bytes for lane, sizes in out_by_lane.items()}
+
+    distinct = DistinctShape(
+        own_rows=own_rows,
+        own_experts=max(shape.experts) if shape.by == "tokens" else sum(shape.experts),
+        back_by_lane=back_by_lane,
+        metadata_by_lane=beside(metadata.out),
+        gradients_by_lane=beside(metadata.back),
+    )
+    return replace(shape, rows=rows, bytes_by_lane=out_by_lane, distinct=distinct)
+
+
+def experts_per_chunk(local_experts: int, chunks: int, by: ChunkBy) -> tuple[int, ...]:
+    """How many of a rank's experts compute in each chunk: all of them, or the group [e*c//r, e*(c+1)//r)."""
+    if by == "tokens":
+        return (local_experts,) * chunks
+    return tuple(local_experts * (c + 1) // chunks - local_experts * c // chunks for c in range(chunks))
+
+
+def chance_of_none(experts: int, of_these: int, top_k: int) -> float:
+    """How likely a token chooses none of `of_these` experts, when all sets of `top_k` are equally likely."""
+    return math.comb(experts - of_these, top_k) / math.comb(experts, top_k)
+
+
+def distinct_ranks(experts: int, ranks: int, top_k: int) -> float:
+    """How many other ranks a token goes to on average, when all sets of `top_k` experts are equally likely.
+
+    >>> round(distinct_ranks(32, 2, 8), 4), round(distinct_ranks(64, 8, 2), 3), distinct_ranks(8, 8, 8)
+    (0.9988, 1.653, 7.0)
+    """
+    return (ranks - 1) * (1 - chance_of_none(experts, experts // ranks, top_k))

@@ -1,0 +1,208 @@
+"""Plain or deduplicated: which of the two a planted model takes, from which integers, and that all ranks take it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moe_overlap.agreement.distinct import distinct_plan
+from moe_overlap.auto.calibrate import distinct_shape, step_shape
+from moe_overlap.auto.planned import PlannedSchedule
+from moe_overlap.errors import ConfigError
+from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.planning.search import evaluate
+from moe_overlap.planning.shapes import MetadataBytes
+from moe_overlap.schedule.check import check, problems
+from tests.auto.planted import FREE, choices, cost_model, distinct_costs, line, routed
+
+ROW_BYTES = 128
+BESIDE = MetadataBytes(out=40, back=20)
+NONE_BESIDE = MetadataBytes(out=0, back=0)
+
+
+def planned(model, *, dedup="auto", num_ops=0, **options):
+    return PlannedSchedule(model=model, num_ops=num_ops, row_bytes=ROW_BYTES, dedup=dedup,
+                           **({"metadata": BESIDE} | options))  # fmt: skip
+
+
+def agreed(top_k=5, world=2, tokens=64, **options):
+    return routed([choices(tokens, top_k, seed=rank) for rank in range(world)], **options)
+
+
+# ---------------------------------------------------------------- which one
+
+
+def test_fewer_bytes_win_where_the_wire_is_what_a_step_takes():
+    found = planned(distinct_costs(cost_model())).planned(agreed())
+    assert found.pair.deduplicated and not found.other.pair.deduplicated
+    assert found.predicted_s < found.other.predicted_s
+    check(found.pair)
+
+
+@pytest.mark.parametrize("given", [{"permute": line(1e-3)}, {"outside_s": 1.0}, {"outside_backward_s": 1.0},
+                                   {"experts_dgrad": line(1e-3)}], ids=str)  # fmt: skip
+def test_what_costs_more_than_it_saves_is_not_taken(given):
+    """In a window, or outside of all windows."""
+    found = planned(distinct_costs(cost_model(), **given)).planned(agreed())
+    assert not found.pair.deduplicated and found.other.pair.deduplicated
+    assert found.predicted_s < found.other.predicted_s
+    assert planned(distinct_costs(cost_model(), **given), dedup="on").pair_for(agreed()).deduplicated
+
+
+def test_a_tie_is_plain():
+    """Nothing takes any time."""
+    free = dict.fromkeys(("experts", "experts_dgrad", "experts_wgrad"), FREE)
+    model = distinct_costs(cost_model(exchange={"inter": FREE}, **free))
+    assert not planned(model).pair_for(agreed()).deduplicated
+
+
+def test_one_choice_a_token_has_nothing_to_save():
+    """The same rows travel, and metadata beside them. Compute costs nothing here: what a rank's own rows take could
+    else be hidden, as they wait for nobody, and that wins with one choice too."""
+    model = distinct_costs(cost_model(hide=()))
+    for beside in (BESIDE, NONE_BESIDE):
+        assert not planned(model, metadata=beside).pair_for(agreed(top_k=1)).deduplicated
+    assert planned(model).pair_for(agreed(top_k=8)).deduplicated
+    assert planned(distinct_costs(cost_model(alpha_s=1e-6))).pair_for(agreed(top_k=1)).deduplicated
+
+
+def test_each_step_is_asked_anew():
+    schedule = planned(distinct_costs(cost_model(hide=())))
+    pairs = [schedule.pair_for(one).deduplicated for one in (agreed(8), agreed(1), agreed(8))]
+    assert pairs == [True, False, True]
+
+
+@pytest.mark.parametrize(("dedup", "kinds"), [("on", {True}), ("auto", {True, False})])
+def test_what_is_looked_at(dedup, kinds):
+    found = planned(distinct_costs(cost_model()), dedup=dedup).planned(agreed())
+    seen = {one.pair.deduplicated for one in (found, found.other) if one is not None}
+    assert seen == kinds and (found.other is None) == (dedup == "on")
+    for one in (found, found.other):
+        for phase, candidates in one.candidates.items() if one is not None else ():
+            distinct = one.windows[phase].deduplicated
+            assert all((" M " in c.order or " Mt " in c.order) == distinct for c in candidates)
+
+
+def test_off_looks_at_plain_schedules_alone():
+    schedule = PlannedSchedule(model=cost_model(), num_ops=0, row_bytes=ROW_BYTES)
+    found = schedule.planned(agreed())
+    assert found.other is None and not found.pair.deduplicated
+
+
+def test_overlap_off_runs_the_same_rows():
+    """Joined, this step would be faster plain: the planner compares overlapped times, and both runs give equal bits."""
+    for given in ({}, {"permute": line(1e-3)}):
+        model = distinct_costs(cost_model(), **given)
+        on, off = (planned(model, overlap=overlap).pair_for(agreed()) for overlap in (True, False))
+        assert off == on.join() and off.joined
+
+
+def test_a_budget_that_only_fewer_bytes_keep():
+    model = distinct_costs(cost_model(), permute=line(1e-3))
+    free = planned(model).planned(agreed(top_k=8))
+    assert not free.pair.deduplicated
+    least = {
+        pair: min(c.in_flight_bytes for found in one.candidates.values() for c in found)
+        for pair, one in ((False, free), (True, free.other))
+    }
+    assert least[True] < least[False]
+    found = planned(model, max_in_flight_bytes=least[False] - 1).planned(agreed(top_k=8))
+    assert found.pair.deduplicated and found.other is None
+    with pytest.raises(ConfigError, match="max_in_flight_bytes"):
+        planned(model, max_in_flight_bytes=1).planned(agreed(top_k=8))
+
+
+# ---------------------------------------------------------------- from what
+
+
+def test_all_ranks_take_the_same_and_so_does_a_recompute():
+    model = distinct_costs(cost_model(2), permute=line(1e-7))
+    first = planned(model, num_ops=2)
+    seen = first.pair_for(agreed(world=4))
+    other = planned(CostModel.from_json(model.to_json()), num_ops=2)
+    assert first.digest == other.digest
+    for rank in range(4):
+        again = replace(agreed(world=4, rank=rank), step=9, phase="recompute")
+        assert other.pair_for(again) == seen and other.pair_for(again).digest == seen.digest
+
+
+def test_the_digest_tells_settings_apart():
+    model = distinct_costs(cost_model())
+    found = [
+        planned(model), planned(model, dedup="on"), planned(distinct_costs(cost_model(), permute=line(1e-8))),
+        planned(cost_model()), planned(model, metadata=MetadataBytes(out=40, back=24)),
+    ]  # fmt: skip
+    assert len({one.digest for one in found}) == len(found)
+
+
+def by_hand():
+    """Two ranks with two experts each. Token 0 of rank 0 chose all four, token 1 those of rank 1, token 2 expert 3 and
+    0; rank 1 has one token, of experts 0 and 1."""
+    first = torch.tensor([[0, 1, 2, 3], [2, 3, -1, -1], [3, 0, -1, -1]], dtype=torch.int32)
+    return routed([first, torch.tensor([[0, 1, -1, -1]], dtype=torch.int32)], slots=4)
+
+
+def test_the_integers_of_a_deduplicated_step_by_hand():
+    plan = by_hand().chunked(1)
+    shape = distinct_shape(plan, row_bytes=100, metadata=BESIDE)
+    # Rows of experts: rank 0 has 3 own ones and 2 of rank 1, rank 1 has 5 of rank 0. Of all 10 choices 3 stay.
+    assert step_shape(plan, row_bytes=100).rows == (5,)
+    assert (shape.rows, shape.distinct.own_rows, shape.distinct.own_experts) == ((4,), 1, 2)
+    assert shape.bytes_by_lane == shape.distinct.back_by_lane == {"inter": (300,)}, (
+        "of three tokens, not of five choices"
+    )
+    assert shape.distinct.metadata_by_lane == {"inter": 120} and shape.distinct.gradients_by_lane == {"inter": 60}
+    assert shape.slots_rows == 8
+
+
+def test_by_groups_of_experts_by_hand():
+    shape = distinct_shape(by_hand().chunked(2, "experts"), row_bytes=100, metadata=BESIDE, joined=True)
+    # To rank 1: tokens 0 and 1 with expert 2, token 2 with expert 3; all three come back with expert 3.
+    assert shape.bytes_by_lane == {"inter": (200, 100)} and shape.distinct.back_by_lane == {"inter": (0, 300)}
+
+
+@pytest.mark.parametrize(("chunks", "by"), [(1, "tokens"), (4, "tokens"), (3, "experts")])
+def test_bytes_are_those_of_the_rows_that_travel(chunks, by):
+    """Against the plans of the ranks, which say what each sends."""
+    steps = [agreed(world=4, tokens=37, top_k=3, slots=16, rank=rank) for rank in range(4)]
+    shape = distinct_shape(steps[0].chunked(chunks, by), row_bytes=1, metadata=BESIDE, joined=True)
+    plans = [distinct_plan(one, chunks, by) for one in steps]
+    for chunk in range(chunks):
+        for reverse, found in ((False, shape.bytes_by_lane), (True, shape.distinct.back_by_lane)):
+            both = [plan.counts(chunk, reverse=reverse) for plan in plans]
+            assert found["inter"][chunk] == max(sum(rows) for pair in both for rows in pair)
+
+
+def test_nodes_have_their_own_wires():
+    shape = distinct_shape(agreed(world=4).chunked(1), row_bytes=1, metadata=BESIDE, nodes=(0, 0, 1, 1))
+    assert set(shape.bytes_by_lane) == set(shape.distinct.metadata_by_lane) == {"inter", "intra"}
+    assert all(size > 0 for size in shape.distinct.metadata_by_lane.values())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_chosen_runs_and_takes_what_was_predicted(seed):
+    draw = np.random.default_rng(seed)
+
+    def some():
+        return line(float(10 ** draw.uniform(-9, -6)), float(draw.choice([0.0, 1e-6, 1e-4])))
+
+    num_ops = int(draw.integers(0, 4))
+    names = ("experts", "experts_dgrad", "experts_wgrad", "permute", "unpermute")
+    model = cost_model(num_ops, exchange={"inter": some()}, issue_s=float(draw.choice([0.0, 1e-5])),
+                       **{name: some() for name in names})  # fmt: skip
+    schedule = planned(distinct_costs(model, **{name: some() for name in names}), num_ops=num_ops)
+    for world, tokens, top_k, grad in ((2, 50, 5, True), (4, 7, 3, False), (2, 0, 2, True)):
+        found = schedule.planned(agreed(top_k, world, tokens, grad=grad))
+        for one in (found, found.other):
+            check(one.pair)
+            for phase, window in one.windows.items():
+                best = one.candidates[phase][0]
+                order = one.pair.forward if phase == "forward" else one.pair.backward
+                assert not problems(order, chunks=best.chunks)
+                again = evaluate(window, order, chunks=best.chunks, by=best.by, joined=best.joined)
+                if one.pair.joined or not best.joined:
+                    assert again == best.predicted_s
+        assert found.predicted_s <= found.other.predicted_s * (1 + 1e-9)

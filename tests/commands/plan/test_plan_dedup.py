@@ -1,0 +1,122 @@
+"""`moe-overlap plan --dedup`: what one row for each (token, rank) gives, from numbers alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from moe_overlap.commands.cli import main
+from moe_overlap.commands.plan.machine import SMALL_OPS, agreement_s, cost_model, place, shapes
+from moe_overlap.commands.plan.options import PlanOptions, parse
+from moe_overlap.commands.plan.sweep import asked, total_s
+from moe_overlap.planning.shapes import distinct_ranks
+
+TOP8 = PlanOptions(ranks=16, experts=128, top_k=8)
+TOP2 = PlanOptions(ranks=2, experts=64, top_k=2)
+
+
+def run(words, capsys):
+    status = main(["plan", *words])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize("per_node", [1, 8])
+@pytest.mark.parametrize("phase", ["infer", "train"])
+def test_two_choices_over_two_ranks_do_not_pay(per_node, phase):
+    one = asked(replace(TOP2, ranks_per_node=per_node, phase=phase), "top2")
+    assert not one.deduplicated and one.phases == one.plain and one.distinct is not None
+    assert total_s(one.plain) < total_s(one.distinct)
+
+
+def test_eight_choices_over_a_slow_wire_pay():
+    slow = replace(TOP8, ranks=2, ranks_per_node=1, experts=32, bandwidth=2e9)
+    one = asked(slow, "top2")
+    assert one.deduplicated and one.time_s < total_s(one.plain) and one.code.startswith("d ")
+    assert one.serial_s == asked(replace(slow, dedup="off"), "top2").serial_s, "compared with plain serial"
+    # Where the wire is all, the step takes the share of the bytes: 0.9988 rows of a token instead of 4.
+    wire = replace(slow, bandwidth=1e6, latency=0.0)
+    one = asked(wire, "top2")
+    beside = 1 + (3 * 8 * 8 - 8 * 4) / 4 / (4096 * 2)  # ids and weights, their gradients, of four exchanges of rows
+    assert one.time_s / one.serial_s == pytest.approx(distinct_ranks(32, 2, 8) / 4 * (beside - 0.002), rel=0.01)
+
+
+def test_on_and_off_are_what_they_say():
+    on, off, auto = (asked(replace(TOP2, dedup=dedup), "top2") for dedup in ("on", "off", "auto"))
+    assert on.deduplicated and not off.deduplicated and off.distinct is None
+    assert auto.time_s == off.time_s < on.time_s == total_s(auto.distinct)
+    assert all("M" in phase.best.order for phase in on.phases)
+
+
+def test_nothing_is_looked_at_where_nothing_can_be_saved():
+    """One expert on a rank, one choice of a token, one rank."""
+    for options, kind in ((replace(TOP8, ranks=128), "top2"), (TOP2, "shared1"), (replace(TOP2, ranks=1), "top2")):
+        assert asked(options, kind).distinct is None
+    assert asked(replace(TOP2, dedup="on"), "shared1").deduplicated, "asked for"
+    assert not asked(replace(TOP2, ranks=1, dedup="on"), "top2").deduplicated
+
+
+def test_the_figures_of_deduplicated_steps_by_hand():
+    options = replace(TOP8, ranks=4, ranks_per_node=1, experts=16, top_k=4, tokens=1000, hidden=100, ffn=200,
+                      flops=1e12, memory_bandwidth=1e10)  # fmt: skip
+    at = place(options, ranks=4, bytes_per_s=1e9)
+    found, plain = cost_model(options, "top2", at).distinct, cost_model(options, "top2", at)
+    kept = distinct_ranks(16, 4, 4) * 4 / 3 / 4  # rows for each choice
+    matmul_s, row_s, small_s = 6 * 100 * 200 / 1e12, 200 / 1e10, 20e-6 / 8
+    assert found.experts.beta_s == pytest.approx(matmul_s + (1 + 3 * kept) * row_s)
+    assert found.experts.beta_s < plain.experts.beta_s and found.expert_s == plain.expert_s
+    assert found.permute.alpha_s == pytest.approx(20e-6 + SMALL_OPS["P"] * small_s)
+    assert found.permute.beta_s == pytest.approx(2 * kept * row_s + 410 / 1e10)
+    assert found.unpermute.beta_s == pytest.approx(2 * kept * row_s)
+    tables_s = agreement_s(options, at, distinct=True) - agreement_s(options, at)
+    beside_s = SMALL_OPS["M"] * small_s + 250 * 4000 / 1e10
+    assert found.outside_s - plain.outside_s == pytest.approx(tables_s + beside_s)
+    assert 0 < tables_s < 3 * agreement_s(options, at)
+    shape = shapes(options, "top2", at, distinct=True)[0]
+    assert shape.distinct.metadata_by_lane["inter"] == shape.bytes_by_lane["inter"][0] // 200 * 32
+
+
+def test_the_command_says_it_and_writes_it(capsys, tmp_path):
+    words = ["--ranks", "2", "--experts", "32", "--top-k", "8", "--ranks-per-node", "1", "--bandwidth", "2GB",
+             "--out", str(tmp_path)]  # fmt: skip
+    status, said = run(words, capsys)
+    assert status == 0, said.err
+    lines = said.out.splitlines()
+    row = next(line for line in lines if line.split()[:1] == ["top2"] and line.rstrip().endswith("yes"))
+    assert "0.9988" in row and " 4 " in row and "64+32 B of 8192" in row and "-" in row
+    assert any("dedup: " in line for line in lines)
+    record = json.loads((tmp_path / "plan.json").read_text())
+    point = record["point"][0]
+    assert record["options"]["dedup"] == "auto" and point["deduplicated"]
+    assert point["deduplicated_ms"] < point["plain_ms"] and point["predicted_ms"] == point["deduplicated_ms"]
+    assert point["deduplication"] == {
+        "rows_per_token": 4.0, "distinct_rows_per_token": pytest.approx(0.9988, abs=1e-4), "row_bytes": 8192,
+        "metadata_out_bytes": 64, "metadata_back_bytes": 32,
+    }  # fmt: skip
+    assert record["cost_model"]["distinct"]["permute"]["beta_s"] > 0
+    status, said = run(["--ranks", "2", "--out", str(tmp_path)], capsys)
+    row = next(line for line in said.out.splitlines() if line.split()[:2] == ["top2", "0.754"])
+    assert row.rstrip().endswith("no") and "no two experts of a token are on one rank" in said.out
+    assert "deduplicated" not in run(["--dedup", "off", "--out", str(tmp_path)], capsys)[1].out.split("\n\n")[3]
+
+
+def test_a_cost_model_with_and_without_such_figures(capsys, tmp_path):
+    file = tmp_path / "model.json"
+    sizes = ["--ranks", "2", "--experts", "32", "--top-k", "8", "--ranks-per-node", "1", "--bandwidth", "2GB"]
+    point = asked(parse(sizes), "top2")
+    words = [*sizes, "--cost-model", str(file)]
+    file.write_text(json.dumps(point.model.to_json()))
+    same = asked(parse(words), "calibrated")
+    assert same.deduplicated and same.time_s == pytest.approx(point.time_s)
+    file.write_text(json.dumps(point.model.to_json() | {"distinct": None}))
+    assert not asked(parse(words), "calibrated").deduplicated
+    status, said = run([*words, "--out", str(tmp_path)], capsys)
+    assert status == 0 and "not in the cost model" in said.out
+    status, said = run([*words, "--dedup", "on"], capsys)
+    assert status == 2 and "--dedup" in said.err and said.err.count("\n") == 1
+
+
+def test_a_word_that_is_none(capsys):
+    status, said = run(["--dedup", "maybe"], capsys)
+    assert status == 2 and "--dedup" in said.err and "off, on, auto" in said.err
