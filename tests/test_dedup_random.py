@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_overlap import MoELayer
+from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate
@@ -27,6 +28,7 @@ MOST_TOKENS, MOST_EXPERTS, MOST_CHOICES = 40, 24, 8
 CASES_PER_LAYER = 20  # a layer is made once for several routings and schedules
 # Most of the time goes into exchanges, in each of which every rank's thread changes: many chunks are drawn seldom.
 WORLDS = (2, 2, 2, 3, 3, 4, 5)
+NODES = ((4, 2), (4, 2), (6, 2), (6, 3))  # ranks, ranks of a node
 CHUNKS = (1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 5, 8, 16)
 
 
@@ -95,11 +97,9 @@ def draw_order(actions: list[Action], draw: random.Random, *, ascending: str = "
     return Schedule(tuple(order))
 
 
-def draw_pair(draw: random.Random) -> SchedulePair:
+def draw_pair(draw: random.Random, cuts: tuple[ChunkBy, ...]) -> SchedulePair:
     """Forward and backward cut and ordered in any way that `check` allows."""
-    forward, backward = (
-        deduplicate(chunked(draw.choice(CHUNKS), draw.choice(("tokens", "experts")))) for _ in range(2)
-    )
+    forward, backward = (deduplicate(chunked(draw.choice(CHUNKS), draw.choice(cuts))) for _ in range(2))
     pair = forward.with_backward(backward)
     if draw.random() < 0.7:
         weights = [Action("Ew", group) for group in range(1, draw.randint(1, 4))]
@@ -114,7 +114,7 @@ def draw_pair(draw: random.Random) -> SchedulePair:
     return pair.join(draw.random() < 0.2)
 
 
-def draw_step(world: int, experts: int, top_k: int, seed: int) -> Step:
+def draw_step(world: int, experts: int, top_k: int, seed: int, cuts: tuple[ChunkBy, ...]) -> Step:
     draw, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     given = []
     kind = chance.choice((*KINDS, "mixed"))
@@ -126,7 +126,7 @@ def draw_step(world: int, experts: int, top_k: int, seed: int) -> Step:
         weights = weights.masked_fill(torch.rand(weights.shape, generator=draw) < 0.2, 0.0)
         given.append((x, ids, weights, dy))
     needed = [(chance.random() < 0.8, chance.random() < 0.8) for _ in range(world)]
-    return Step(given, needed, draw_pair(chance))
+    return Step(given, needed, draw_pair(chance, cuts))
 
 
 def expected(step: Step, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
@@ -146,10 +146,14 @@ def expected(step: Step, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
     return [[y, *grads[2 * rank : 2 * rank + 2], *grads[-2:]] for rank, y in enumerate(outputs)]
 
 
-def run(me, steps: list[Step], experts: int, top_k: int, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
-    """What `expected` says, of one rank, in each step: those gradients that are needed, of its own experts."""
+def run(
+    me, steps: list[Step], experts: int, top_k: int, w_in: Tensor, w_out: Tensor, node: int | None
+) -> list[list[Tensor]]:
+    """What `expected` says, of one rank, in each step: those gradients that are needed, of its own experts. `node`:
+    ranks of a node, to each of which a row goes once."""
     layer = MoELayer(D, F, experts, top_k, transport=me.transport(), router=Given(*steps[0].given[me.rank][1:3]),
-                     dedup="on", dtype=torch.float64)  # fmt: skip
+                     dedup="on", ranks_per_node=node, hierarchical=node is not None,
+                     dtype=torch.float64)  # fmt: skip
     local = slice(me.rank * experts // me.world_size, (me.rank + 1) * experts // me.world_size)
     with torch.no_grad():
         for parameter, value in zip(layer.expert_weights, (w_in, w_out), strict=True):
@@ -166,16 +170,17 @@ def run(me, steps: list[Step], experts: int, top_k: int, w_in: Tensor, w_out: Te
     return results
 
 
-def check_cases(seed: int, cases: int) -> None:
+def check_cases(seed: int, cases: int, *, hierarchical: bool = False) -> None:
     """`cases` random steps of one layer."""
     chance = random.Random(seed)
-    world = chance.choice(WORLDS)
+    world, node = chance.choice(NODES) if hierarchical else (chance.choice(WORLDS), None)
+    cuts: tuple[ChunkBy, ...] = ("tokens",) if hierarchical else ("tokens", "experts")
     experts = world * min(chance.randint(1, MOST_EXPERTS // world) for _ in range(2))
     top_k = chance.randint(1, min(MOST_CHOICES, experts))
-    steps = [draw_step(world, experts, top_k, 1000 * seed + case) for case in range(cases)]
+    steps = [draw_step(world, experts, top_k, 1000 * seed + case, cuts) for case in range(cases)]
     draw = torch.Generator().manual_seed(seed)
     w_in, w_out = (torch.randn(experts, *shape, generator=draw, dtype=torch.float64) for shape in ((2 * F, D), (D, F)))
-    by_rank = virtual_world(world, seed=seed).run(lambda me: run(me, steps, experts, top_k, w_in, w_out))
+    by_rank = virtual_world(world, seed=seed).run(lambda me: run(me, steps, experts, top_k, w_in, w_out, node))
     local = experts // world
     for case, step in enumerate(steps):
         for rank, (got, want) in enumerate(
@@ -199,9 +204,21 @@ def test_random_steps_are_right(seed):
     check_cases(seed, CASES_PER_LAYER)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_random_steps_in_which_rows_cross_nodes_once_are_right(seed):
+    check_cases(5000 + seed, CASES_PER_LAYER // 2, hierarchical=True)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("part", range(100))
 def test_many_random_steps_are_right(part):
     """20,000 of them."""
     for seed in range(10):
         check_cases(1000 + 10 * part + seed, CASES_PER_LAYER)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(100))
+def test_many_random_steps_in_which_rows_cross_nodes_once_are_right(part):
+    """2,000 of them."""
+    check_cases(6000 + part, CASES_PER_LAYER, hierarchical=True)

@@ -132,7 +132,8 @@ class Step(Backward):
         """Execute the next action, after waiting for the exchanges it reads."""
         position, actions = self._position, self.pair.forward.actions
         action = actions[position]
-        for need in self._needs[position]:
+        # M first: what is passed on to other ranks of a node follows from it.
+        for need in sorted(self._needs[position], key=lambda need: actions[need].verb != "M"):
             if actions[need].lane == "wire" and need not in self._waited:
                 self._waited.add(need)
                 self._forward(actions[need], "wait")

@@ -143,7 +143,7 @@ def test_hierarchical_exchanges_send_what_their_closed_form_says():
     for row in rows:
         # Of the busiest rank, with choices that are drawn.
         assert row["inter_node_bytes"] == pytest.approx(bench.crossing_bytes(row), rel=0.02)
-        if row["schedule"] == "serial":
+        if row["schedule"] == "serial" and row["flagged"] is None:
             assert row["time_ms_median"] == pytest.approx(bench.serial_ms(row), rel=0.1)
 
 
