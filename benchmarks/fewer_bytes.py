@@ -28,7 +28,7 @@ WORKER = ROOT / "benchmarks" / "fewer_bytes_worker.py"
 KINDS = {
     "serial": ("serial",),
     "chunked": ("chunked(2)", "chunked(4)", "chunked(8)"),
-    "shared": ("shared_expert(1)", "shared_expert(0)", "shared_chunked(2)", "shared_chunked(4)"),
+    "shared": ("shared_expert(1)", "shared_chunked(2)", "shared_chunked(4)"),
     "shortcut": ("shortcut(1)", "shortcut(2)"),
 }
 PHASES = ("infer", "train")
@@ -69,12 +69,13 @@ def main() -> None:
     for name, default in (("tokens", 512), ("hidden", 512), ("ffn", 1024), ("experts", 32), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dedup", choices=("on", "auto"), default="on", help="of the newer build")
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--kinds", default=",".join(KINDS))
     args = parser.parse_args()
     options = {"tokens": args.tokens, "hidden": args.hidden, "ffn": args.ffn, "experts": args.experts,
                "top_k": args.top_k, "dtype": args.dtype}  # fmt: skip
-    builds = [Build("before", args.before.resolve(), "", options), Build("after", ROOT, "on", options)]
+    builds = [Build("before", args.before.resolve(), "", options), Build("after", ROOT, args.dedup, options)]
     rows: list[dict[str, Any]] = []
     try:
         for phase in args.phases.split(","):
@@ -105,7 +106,7 @@ def _phase(builds: list[Build], phase: str, args: argparse.Namespace) -> list[di
     for turn in range(args.repeats + 1):
         for name in names:
             for build in builds if turn % 2 else builds[::-1]:
-                for wire in ("link", "none"):
+                for wire in ("link", "none") if turn % 2 else ("link",):
                     answer = build.ask(do="time", row=name, phase=phase, wire=wire)
                     if turn:
                         times.setdefault((build.name, name, wire), []).append(answer["seconds"])
