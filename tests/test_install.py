@@ -174,8 +174,11 @@ def test_pure_python_install_has_every_op_and_says_why(installs):
 
 
 def test_every_install_gives_the_same_numbers(installs, compiled):
+    """To the last bit where the same implementations run; without compiled ones, silu is PyTorch's."""
     answers = [installs[name].result().found for name in ("tree", "sdist", "none")]
-    assert answers[0]["numbers"] == answers[1]["numbers"] == answers[2]["numbers"]
+    assert answers[0]["numbers"] == answers[1]["numbers"]
+    compiled_numbers, pure = ([float.fromhex(number) for number in answers[i]["numbers"]] for i in (0, 2))
+    assert pure == pytest.approx(compiled_numbers, rel=1e-6)
     assert answers[0]["times"] == answers[2]["times"] == [[0.0, 2.0], [0.0, 1.5], [2.0, 3.0]]
 
 
