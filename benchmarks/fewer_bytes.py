@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "benchmarks" / "fewer_bytes_worker.py"
 KINDS = {
     "serial": ("serial",),
-    "chunked": ("chunked(2)", "chunked(4)", "chunked(8)"),
-    "shared": ("shared_expert(1)", "shared_chunked(2)", "shared_chunked(4)"),
+    "chunked": ("chunked(1)", "chunked(2)", "chunked(4)", "chunked(8)"),
+    "shared": ("shared_expert(1)", "shared_expert(0)", "shared_chunked(2)", "shared_chunked(4)"),
     "shortcut": ("shortcut(1)", "shortcut(2)"),
 }
 PHASES = ("infer", "train")
@@ -90,8 +90,8 @@ def _phase(builds: list[Build], phase: str, args: argparse.Namespace) -> list[di
     names = [name for kind in args.kinds.split(",") for name in KINDS[kind]]
     before = builds[0]
     # Serial without a wire, and the bytes of a step: the link at which the rest is `share` of serial.
-    alone = [before.ask(do="time", row="serial", phase=phase, wire="none") for _ in range(5)]
-    nocomm_s, sent = median(a["seconds"] for a in alone), alone[0]["payload_bytes"]
+    alone = [before.ask(do="time", row="serial", phase=phase, wire="none") for _ in range(12)]
+    nocomm_s, sent = median(a["seconds"] for a in alone[3:]), alone[0]["payload_bytes"]
     comm_s = args.share / (1 - args.share) * nocomm_s
     rate = sent / comm_s
     for build in builds:

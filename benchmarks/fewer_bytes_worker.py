@@ -70,7 +70,7 @@ class Rank:
         o = self.options
         name, _, number = row.rstrip(")").partition("(")
         dedup = {"dedup": o["dedup"]} if o["dedup"] else {}
-        shared = o["ffn"] * 4 if name.startswith("shared") else None
+        shared = o["ffn"] if name.startswith("shared") else None
         schedule: Any = row if name in ("serial", "chunked", "shared_expert") else "serial"
         if name == "shared_chunked":
             schedule = chunked(int(number), shared=True)

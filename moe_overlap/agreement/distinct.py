@@ -135,10 +135,12 @@ class DistinctPlan(ChunkPlan):
         own, others, _ = self._slot_rows
         return int(own.sum() + others.sum())
 
-    def own_expert_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(starts, ends) int32 [e]: the own rows of each local expert."""
+    def own_expert_rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(starts, ends) int32 [e]: the own rows of the local experts first .. last-1; none of the others."""
         own, _, begins = self._slot_rows
-        return _int32(begins), _int32(begins + own)
+        lengths = np.zeros_like(own)
+        lengths[first:last] = own[first:last]
+        return _int32(begins), _int32(begins + lengths)
 
     def expert_rows(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of `chunk`, all of others, of each local expert."""

@@ -22,7 +22,7 @@ from moe_overlap.parallel.replicas import Replicas, check_replicas, replicas_of
 from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.routing.linear import LinearRouter
-from moe_overlap.schedule.builders import SchedulePair, deduplicate
+from moe_overlap.schedule.builders import SchedulePair, deduplicate, split_own
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher
 from moe_overlap.transport.base import Transport
@@ -224,7 +224,9 @@ class Rows:
             raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
         for by in (pair.by, pair.backward_by) if self.hierarchical else ():
             check_cut(by)
-        return deduplicate(pair) if self.dedup == "on" and ranks > 1 else pair
+        if self.dedup != "on" or ranks == 1 or pair.deduplicated:
+            return pair
+        return split_own(deduplicate(pair))
 
 
 def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hierarchical: bool) -> Rows:

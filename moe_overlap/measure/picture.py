@@ -31,8 +31,8 @@ KINDS: dict[str, tuple[str, str]] = {
 }
 _KIND_OF_VERB = {
     **dict.fromkeys(("P", "U", "Pt", "Ut"), "rows"),
-    **dict.fromkeys(("E", "Ed"), "experts"),
-    **dict.fromkeys(("D", "Dt"), "dispatch"),
+    **dict.fromkeys(("E", "Ed", "O", "Od", "Or"), "experts"),
+    **dict.fromkeys(("D", "Dt", "M", "Mt"), "dispatch"),
     **dict.fromkeys(("C", "Ct"), "combine"),
     **dict.fromkeys(("S", "St"), "shared"),
     "Ew": "wgrad",

@@ -83,13 +83,16 @@ VERBS: dict[str, VerbSpec] = {
         _spec("D", "forward", WIRE, (_one("send"),), (_same("recv"),), "exchange", "dispatch a chunk"),
         _spec("M", "forward", WIRE, (_one("send"),), (_one("meta"),), "fixed", "ids and weights of the rows"),
         _spec("O", "forward", COMP, (_one("send"),), (_one("own"),), "experts", "experts on the rows that stay"),
+        _spec(
+            "Or", "forward", COMP, (_one("own"),), (_one("rest"),), "experts", "the other half of the experts on them"
+        ),
         _spec("E", "forward", COMP, (_same("recv"), _one("meta")), (_same("out"),), "experts", "experts on a chunk"),
         _spec("C", "forward", WIRE, (_same("out"),), (_same("back"),), "exchange", "combine a chunk"),
         _spec(
             "U",
             "forward",
             COMP,
-            (_all("back"), _one("own")),
+            (_all("back"), _one("own"), _one("rest")),
             (_one("routed"),),
             "fixed",
             "weigh and sum the rows of a token",

@@ -64,7 +64,9 @@ class SchedulePair:
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The pair of one step: this one; where ranks agreed on what deduplication needs, it is deduplicated in the
         steps in which that pays."""
-        return deduplicate(self) if exchange.dedup and not self.deduplicated and pays(exchange) else self
+        if exchange.dedup and not self.deduplicated and pays(exchange):
+            return split_own(deduplicate(self))
+        return self
 
     def with_backward(self, other: SchedulePair) -> SchedulePair:
         """This pair's forward schedule with the backward schedule of `other`."""
@@ -266,6 +268,18 @@ def deduplicate(pair: SchedulePair) -> SchedulePair:
     backward.insert(_last(backward, "Dt"), Action("Mt"))
     backward.insert(_last(backward, "Ct") + 1, Action("Od"))
     return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
+
+
+@lru_cache(maxsize=64)
+def split_own(pair: SchedulePair) -> SchedulePair:
+    """A deduplicated pair that leaves one half of the experts' own rows to be computed under the last combine (Or).
+
+    Forward has nothing else there, and the halves are parted by experts, so no matmul gets smaller. In backward the
+    weight gradients fill that place.
+    """
+    forward = list(pair.forward)
+    forward.insert(_last(forward, "C") + 1, Action("Or"))
+    return replace(pair, forward=Schedule(tuple(forward)))
 
 
 def _last(actions: list[Action], verb: str) -> int:

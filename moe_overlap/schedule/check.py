@@ -58,7 +58,7 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
             if c is not None and c >= chunks
         ]
     found += [Problem(f"{verb} is missing") for verb in ONCE[phase] if Action(verb) not in seen]
-    if any(Action(verb) in seen for verb in DISTINCT[phase]):
+    if any(Action(verb) in seen for verb in (*DISTINCT[phase], "Or")):
         found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
     if phase == "backward" and not any(action.verb == "Ew" for action in seen):
         found.append(Problem("Ew0 is missing: no weight gradient"))

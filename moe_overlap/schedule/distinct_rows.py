@@ -131,11 +131,12 @@ class DistinctForward:
         """Where the sums of chunk c come back."""
         return self.back[self.plan.last_offsets[c] : self.plan.last_offsets[c + 1]]
 
-    def own(self) -> None:
-        """O: the experts on the rows that stay."""
-        self._compute(*self.plan.own_expert_rows())
+    def own(self, half: int, halves: int) -> None:
+        """O and Or: one of 1 or 2 halves of the experts on the rows that stay; after the last one, their sums."""
+        local = self.plan.local_slots
+        self._compute(*self.plan.own_expert_rows(local * half // halves, local * (half + 1) // halves))
         own, maps = self.plan.own_rows, self._maps
-        if own:
+        if own and half + 1 == halves:
             self.back[self.plan.outgoing_rows :] = ops.combine(self.y, maps.places_RK[:own], maps.weights_RK[:own])
 
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
@@ -214,7 +215,7 @@ class DistinctBackward:
 
     def own(self) -> None:
         """Od: the gradients of the experts on the rows that stay."""
-        self._compute(*self.plan.own_expert_rows())
+        self._compute(*self.plan.own_expert_rows(0, self.plan.local_slots))
         if self.dback is not None and self.plan.own_rows:
             self.dback[self.plan.outgoing_rows :] = ops.combine(self.dx, self._maps.places_RK[: self.plan.own_rows])
 

@@ -233,7 +233,10 @@ class Step(Backward):
         self._rows.take_metadata(received)
 
     def _own(self, _: int | None) -> None:
-        self._rows.own()
+        self._rows.own(0, 1 + self.pair.forward.count("Or"))
+
+    def _own_rest(self, _: int | None) -> None:
+        self._rows.own(1, 2)
 
     def _start_dispatch(self, c: int) -> None:
         self.lanes.start(Action("D", c), self._rows.outgoing(c))
@@ -298,6 +301,7 @@ class Step(Backward):
         ("M", "start"): _start_metadata,
         ("M", "wait"): _wait_metadata,
         ("O", ""): _own,
+        ("Or", ""): _own_rest,
         ("D", "start"): _start_dispatch,
         ("D", "wait"): _wait_dispatch,
         ("E", ""): _experts,

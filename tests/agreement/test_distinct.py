@@ -65,8 +65,8 @@ def test_ranges_of_the_experts_rows_cover_them_once(chunks, by, world):
     ids = [make_routing("uniform", (5, 40, 17)[rank], slots, 5, seed=rank)[0] for rank in range(world)]
     for rank in range(world):
         plan = distinct_plan(exchange_of(ids, slots, rank), chunks, by)
-        starts, ends = plan.own_expert_rows()
-        ranges = [(starts, ends), *(plan.expert_rows(c) for c in range(chunks))]
+        own = [plan.own_expert_rows(first, last) for first, last in ((0, 3), (3, 8))]
+        ranges = [*own, *(plan.expert_rows(c) for c in range(chunks))]
         covered = np.zeros(plan.expert_total, dtype=int)
         for starts, ends in ranges:
             for start, end in zip(starts.tolist(), ends.tolist(), strict=True):

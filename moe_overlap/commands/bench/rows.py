@@ -112,7 +112,7 @@ def terms_of(samples: Samples) -> Terms:
         wgrad=total(["Ew"]),
         window=total(["B", "S"]),
         window_backward=total(["Bt", "St"]),
-        own=total(["O"]),
+        own=total(["O", "Or"]),
         own_dgrad=total(["Od"]),
     )
 
