@@ -131,6 +131,7 @@ def another_model(path: str) -> None:
     larger, layer = (MoELayer(D, F, experts, 2, group=dist.group.WORLD) for experts in (16, 12))
     state = {name: value for name, value in larger.state_dict().items() if "experts." in name}
     torch.save(state, f"{path}-{dist.get_rank()}")
+    dist.barrier()
     for read in (state, torch.load(f"{path}-0", weights_only=True)):
         with pytest.raises((ConfigError, RuntimeError), match=f"size mismatch|{OTHERS}"):
             layer.load_state_dict(read, strict=False)

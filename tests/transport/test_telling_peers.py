@@ -130,6 +130,7 @@ def test_the_peers_of_a_rank_that_fails_learn_of_it_at_once(place, where, name):
 def interrupted_while_it_waits():
     """Ctrl-C in the agreement, while the others have not come."""
     import _thread
+    import signal
     import threading
 
     torch.manual_seed(0)
@@ -137,6 +138,7 @@ def interrupted_while_it_waits():
     h = torch.randn(6, D, dtype=torch.float64)
     layer(h)
     if dist.get_rank() == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         threading.Timer(0.5, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
             layer(h)

@@ -102,5 +102,7 @@ def test_nearly_every_row_is_predicted_within_ten_percent():
 
 def test_all_committed_rows_of_bench_layer_are_looked_at():
     keys = {"case", "schedule", "nocomm_ms", "bound_ms", "link"}
-    of_bench = [path for path in RESULTS.glob("*.jsonl") if keys <= set(json.loads(path.read_text().split("\n")[0]))]
+    firsts = {path: json.loads(path.read_text().split("\n")[0]) for path in RESULTS.glob("*.jsonl")}
+    # Rows of several ways to send rows are another benchmark's (test_committed.py).
+    of_bench = [path for path, first in firsts.items() if keys <= set(first) and "inter_node_bytes" not in first]
     assert sorted(of_bench) == FILES and len(FILES) >= 8
