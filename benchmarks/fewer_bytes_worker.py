@@ -81,19 +81,19 @@ class Rank:
         ops = [Op(o["hidden"], 4 * o["ffn"], self.dtype) for _ in range(3)]
         return ShortcutBlock(ops, layer, tap=0, slot=int(number))
 
-    def step(self, row: str, phase: str, wire: str) -> list[float]:
-        """One step; a few sums over its results, for comparison."""
+    def step(self, row: str, phase: str, wire: str) -> list[torch.Tensor | None]:
+        """The results of one step."""
         module = self.module(row, wire)
         if phase == "infer":
             with torch.no_grad():
-                return _figures([module(self.x)])
+                return [module(self.x)]
         x = self.x.clone().requires_grad_()
         y = module(x)
         y.backward(self.dy)
         results = [y, x.grad, *(p.grad for p in module.parameters() if p.grad is not None)]
         for parameter in module.parameters():
             parameter.grad = None
-        return _figures(results)
+        return results
 
     def rows_peak(self, row: str, phase: str) -> float:
         """MB of row buffers from the workspace pool at the worst moment of a step; the gradients of weights, which have
@@ -134,7 +134,7 @@ class Rank:
         row, phase = request["row"], request["phase"]
         if request["do"] == "check":
             self.step(row, phase, "link")
-            return self.step(row, phase, "link")
+            return _figures(self.step(row, phase, "link"))
         wire = request["wire"]
         stats = (self.link if wire == "link" else self.core).stats
         self.module(row, wire)
