@@ -17,8 +17,8 @@ from moe_overlap.errors import ConfigError, PlanMismatch
 from moe_overlap.placement.placement import Placement
 
 PHASES = ("forward", "recompute")
-# A row for every choice; one for every (token, rank) pair; every token of every rank on every rank.
-DEDUP = ("off", "on", "all")
+# A row for every choice; one for every (token, rank) pair.
+DEDUP = ("off", "on")
 
 # Codes of the dtypes a row may have; the position is the code that travels, so only ever append.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
