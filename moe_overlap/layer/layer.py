@@ -59,9 +59,10 @@ class MoELayer(Tickets, Copies):
     overlap=False: the same schedule with every exchange joined right after its start; equal results, bit for bit.
     dedup: "on": one row for each (token, rank), with its ids and weights beside it, and one partial sum back, however
     many of the token's experts are there; "auto": in the steps in which that pays (with schedule="auto": in which it is
-    predicted to be faster); results are equal to tolerance.
+    predicted to be faster); results are equal to tolerance. One rank sends nothing, so there it changes nothing.
     ranks_per_node: so many ranks in a row share a node, where the transport does not know. hierarchical, beside dedup:
-    one row for each (token, node) crosses nodes and is passed on there; equal results, bit for bit in float32/64.
+    one row for each (token, node) crosses nodes and is passed on there; equal results, bit for bit in float32/64. On
+    one node, or where each rank is a node of its own, rows go directly.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
