@@ -16,6 +16,7 @@ from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import (
     AGREED_FIELDS,
+    DEDUP,
     DTYPES,
     RECORD_FIELDS,
     REFUSALS,
@@ -312,11 +313,11 @@ def test_rows_for_nodes_go_with_those_for_ranks(
 
 def test_an_unknown_mode_of_deduplication_is_refused() -> None:
     table = table_of(2, 2)
-    table[:, RECORD_FIELDS.index("dedup")] = 3
+    table[:, RECORD_FIELDS.index("dedup")] = len(DEDUP)
     with pytest.raises(PlanMismatch, match="rank 0 announced an impossible"):
         agree_on(table, rank=0, num_slots=2)
-    table[:, RECORD_FIELDS.index("dedup")] = 2
-    assert agree_on(table, rank=0, num_slots=2).dedup == 2
+    table[:, RECORD_FIELDS.index("dedup")] = DEDUP.index("off")
+    assert agree_on(table, rank=0, num_slots=2).dedup == DEDUP.index("off")
 
 
 @pytest.mark.parametrize("word", [-1, 7 - (1 << 32), (1 << 31) + 1])
