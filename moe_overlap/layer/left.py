@@ -171,7 +171,7 @@ _arrived: dict[torch.Tensor, Any] = {}
 _arrival = Arrival()
 
 
-def leave_compiled(left: Left, schedule: SchedulePair, routing: RoutingDecision) -> None:
+def leave_compiled(left: Left, schedule: SchedulePair, routing: RoutingDecision, loss: torch.Tensor | None) -> None:
     """The end of a call that torch.compile traces: what it leaves behind becomes outputs of the graph, with gradients.
 
     Nothing that a call changes is read here, so there is nothing to guard on: a graph is compiled once, whatever was
@@ -179,6 +179,6 @@ def leave_compiled(left: Left, schedule: SchedulePair, routing: RoutingDecision)
     comes last, as it was traced first, and frees the `Arrival` of the call before, which then hands over this one.
     """
     global _arrival
-    loss, ids, dropped = routing.aux_loss, routing.topk_ids_TK, routing.dropped_tokens
+    ids, dropped = routing.topk_ids_TK, routing.dropped_tokens
     _arrival = Arrival()
     _arrived[ids if loss is None else loss] = (left, schedule, loss, ids, dropped)

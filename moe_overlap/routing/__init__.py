@@ -3,7 +3,13 @@
 `linear.py` is the router, `decision.py` what it returns, `balance.py` its losses, `select.py` capacity.
 """
 
-from moe_overlap.routing.balance import load_balancing_loss, router_probabilities, z_loss
+from moe_overlap.routing.balance import (
+    GlobalBalance,
+    load_balancing_loss,
+    router_probabilities,
+    sequence_balancing_loss,
+    z_loss,
+)
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
@@ -11,11 +17,13 @@ from moe_overlap.routing.select import drop_over_capacity, expert_capacity
 __all__ = [
     "STATUS_BAD_LOGITS",
     "STATUS_OK",
+    "GlobalBalance",
     "LinearRouter",
     "RoutingDecision",
     "drop_over_capacity",
     "expert_capacity",
     "load_balancing_loss",
     "router_probabilities",
+    "sequence_balancing_loss",
     "z_loss",
 ]

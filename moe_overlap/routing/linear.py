@@ -12,7 +12,14 @@ from torch import nn
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.ops.gate import gate_topk
-from moe_overlap.routing.balance import Reduce, load_balancing_loss, router_probabilities, z_loss
+from moe_overlap.routing.balance import (
+    LEVELS,
+    GlobalBalance,
+    load_balancing_loss,
+    router_probabilities,
+    sequence_balancing_loss,
+    z_loss,
+)
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
 
@@ -29,7 +36,8 @@ class LinearRouter(nn.Module):
     renormalize: divide the K weights by their sum. scale: multiply them. n_group, topk_group: choose the experts
     from the best `topk_group` of `n_group` groups. bias: a buffer `expert_bias_E` that is added for the selection
     only, never to the weights (arXiv 2408.15664). It is float32 whatever the module is cast to (float64 too) or loaded
-    from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`.
+    from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`. balance: over what the auxiliary loss
+    spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').
     capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
     highest weight (equal weights: earlier token first).
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
@@ -55,6 +63,7 @@ class LinearRouter(nn.Module):
         bias: bool = False,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        balance: str = "micro",
         capacity_factor: float | None = None,
         bad_logits: str = "raise",
         device: torch.device | str | None = None,
@@ -62,7 +71,7 @@ class LinearRouter(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
-        _check_choices(score, bad_logits)
+        _check_choices(score, bad_logits, balance)
         _check_numbers(scale=scale, aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
         if capacity_factor is not None and not (_is_finite(capacity_factor) and capacity_factor > 0):
             raise ConfigError("capacity_factor", capacity_factor, "None or a finite number above 0")
@@ -76,6 +85,7 @@ class LinearRouter(nn.Module):
         self.topk_group = topk_group
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
+        self.balance = balance
         self.capacity_factor = capacity_factor
         self.bad_logits = bad_logits
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
@@ -109,9 +119,10 @@ class LinearRouter(nn.Module):
         return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
     def forward(
-        self, x_TD: torch.Tensor, *, reduce: Reduce | None = None, local_experts: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, *, sequence_length: int | None = None, local_experts: torch.Tensor | None = None
     ) -> RoutingDecision:
-        """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
+        """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
+        (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
 
         Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
         bad logits (see `bad_logits`).
@@ -121,9 +132,9 @@ class LinearRouter(nn.Module):
         if local_experts is not None:
             raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, reduce)
+            return self._route(x_TD, sequence_length)
 
-    def _route(self, x_TD: torch.Tensor, reduce: Reduce | None) -> RoutingDecision:
+    def _route(self, x_TD: torch.Tensor, sequence_length: int | None) -> RoutingDecision:
         logits_TE = self._logits(x_TD)
         bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
         weights_TK, ids_TK, counts_E, status = gate_topk(
@@ -143,7 +154,7 @@ class LinearRouter(nn.Module):
             valid_T1 = ids_TK[:, :1] >= 0
             dropped = (ids_TK < 0).sum()
             status = torch.zeros_like(status)
-        aux_loss = self._losses(logits_TE, counts_E, valid_T1, reduce)
+        aux_loss, global_balance = self._losses(logits_TE, ids_TK, counts_E, valid_T1, sequence_length)
         if self.capacity_factor is not None:
             capacity = expert_capacity(self.capacity_factor, x_TD.shape[0], self.top_k, self.num_experts)
             ids_TK, weights_TK, over_capacity = drop_over_capacity(
@@ -157,6 +168,7 @@ class LinearRouter(nn.Module):
             dropped_tokens=dropped,
             status=status,
             aux_loss=aux_loss,
+            global_balance=global_balance,
         )
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -173,22 +185,31 @@ class LinearRouter(nn.Module):
     def _losses(
         self,
         logits_TE: torch.Tensor,
+        ids_TK: torch.Tensor,
         counts_E: torch.Tensor,
         valid_T1: torch.Tensor | None,
-        reduce: Reduce | None,
-    ) -> torch.Tensor | None:
+        sequence_length: int | None,
+    ) -> tuple[torch.Tensor | None, GlobalBalance | None]:
+        """The losses that a rank can compute, summed, and what remains of the one that it cannot."""
         if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
-            return None
+            return None, None
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
-        loss = logits_TE.new_zeros(())
+        loss, rest = logits_TE.new_zeros(()), None
         if self.aux_loss_coef != 0.0:
             probs_TE = router_probabilities(logits_TE, self.score)
-            balance = load_balancing_loss(probs_TE, counts_E, valid_T1=valid_T1, reduce=reduce)
-            loss = loss + self.aux_loss_coef * balance
+            if self.balance == "global":
+                rest = GlobalBalance.of(probs_TE, counts_E, coef=self.aux_loss_coef, valid_T1=valid_T1,
+                                        drops=self.capacity_factor is not None)  # fmt: skip
+            elif self.balance == "sequence":
+                length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length
+                balance = sequence_balancing_loss(probs_TE, ids_TK, length, valid_T1=valid_T1)
+                loss = loss + self.aux_loss_coef * balance
+            else:
+                loss = loss + self.aux_loss_coef * load_balancing_loss(probs_TE, counts_E, valid_T1=valid_T1)
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
-        return loss
+        return loss, rest
 
     def _check_input(self, x_TD: torch.Tensor) -> None:
         if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_size:
@@ -216,11 +237,13 @@ def _check_sizes(hidden_size: int, num_experts: int, top_k: int, n_group: int, t
         raise ConfigError("topk_group", topk_group, f"groups with at least top_k ({top_k}) experts together")
 
 
-def _check_choices(score: str, bad_logits: str) -> None:
+def _check_choices(score: str, bad_logits: str, balance: str) -> None:
     if score not in SCORES:
         raise ConfigError("score", score, f"one of {', '.join(SCORES)}")
     if bad_logits not in BAD_LOGITS:
         raise ConfigError("bad_logits", bad_logits, f"one of {', '.join(BAD_LOGITS)}")
+    if balance not in LEVELS:
+        raise ConfigError("balance", balance, f"one of {', '.join(LEVELS)}")
 
 
 def _check_numbers(*, scale: float, aux_loss_coef: float, z_loss_coef: float) -> None:
