@@ -25,7 +25,6 @@ from moe_overlap.layer.arguments import (
     check_choice,
     check_choices,
     check_options,
-    check_payload,
     check_positive,
     rows_dtype,
 )
@@ -124,8 +123,7 @@ class MoELayer(Tickets, Copies):
         check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
-        check_options(mode, dedup, max_in_flight_bytes, schedule)
-        check_payload(payload_dtype)
+        check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "balance": balance, "bad_logits": bad_logits}  # fmt: skip
