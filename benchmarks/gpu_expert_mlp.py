@@ -1,14 +1,15 @@
 """The expert MLP, forward and backward, against other ways to compute it, in one process.
 
-    python benchmarks/gpu_expert_mlp.py [--out FILE] [--only Qwen3] [--tune]
+    python benchmarks/gpu_expert_mlp.py [--out FILE] [--only Qwen3] [--ways triton,loop] [--routings uniform]
+                                        [--budgets] [--tune]
 
 From the tokens to the tokens: rows are gathered, multiplied, weighted and summed, and backward makes the gradient of
 everything; contenders are those of gpu_expert_mlp_ways.py. Each is compared with float64 first, in memory that holds
 NaN; a wrong one has no speed. Rows: TFLOP/s (6 R D F forward, 12 backward), `share` of the matmul rate that the chip
 sustains at the start of the same run, memory beside the inputs (`saved_gib` between the phases, result included,
 `peak_gib` at most), block shapes of the Triton kernels, target and whether it was `met`; `chosen`: what `auto` would
-take. Rows with `num_sms` are ours on a budget. --tune measures other block shapes too (minutes) and prints lines for
-the committed table. A last row sums up.
+take. --budgets: rows with `num_sms`, ours on fewer multiprocessors, and liger-kernel. --tune measures other block
+shapes too (minutes) and prints lines for the committed table. A last row sums up.
 """
 
 from __future__ import annotations
@@ -229,26 +230,31 @@ def summary(bench: Bench) -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    found = gpu_timing.options(__doc__.splitlines()[0], argv, sustained_s=5.0, only="", tune=False)
+    found = gpu_timing.options(__doc__.splitlines()[0], argv, sustained_s=5.0, only="", tune=False, budgets=False,
+                               ways=",".join(way.name for way in MAIN), routings=",".join(cases.ROUTINGS))  # fmt: skip
     results = gpu_timing.Results(found.out)
     bench = Bench(results, found.end_s, sustained(found.sustained_s), double_rate())
     results.row(kind="limit", what=f"bf16 matmul 8192, {found.sustained_s:.0f} s", flop_per_s=round(bench.matmul_rate),
                 float64_flop_per_s=round(bench.double_rate), rows_moved_by=ways.moving_rows(DEVICE))  # fmt: skip
     shapes = [shape for shape in cases.SHAPES if found.only.lower() in shape.name.lower()]
-    count = multiprocessors()
-    budgets = tuple(Way("triton", num_sms=count - left) for left in (0, *LEFT_TO_OTHERS) if left < count)
+    main_ways = tuple(Way(name) for name in found.ways.split(","))
     with ExitStack() as stack:
         for op in ("activation", "activation_backward"):
             stack.enter_context(registry.force(op, ways.moving_rows(DEVICE)))
         for shape in shapes:
-            tuned = tune(bench, shape) if found.tune else ()
-            for routing, more in (("uniform", (*budgets, *tuned)), ("uneven", ())):
-                run_case(bench, shape, routing, (*MAIN, *more))
+            more = (budgets() if found.budgets else ()) + (tune(bench, shape) if found.tune else ())
+            for place, routing in enumerate(found.routings.split(",")):
+                run_case(bench, shape, routing, main_ways if place else main_ways + more)
         # It tunes at its first call, for minutes: after everything else.
-        for shape in shapes:
+        for shape in shapes if found.budgets else ():
             run_case(bench, shape, "uniform", (Way("triton"), Way("liger")))
     results.row(kind="summary", **summary(bench))
-    return 0
+    return 3 if DEVICE == "cuda" and gpu_timing.broken() else 0
+
+
+def budgets() -> tuple[Way, ...]:
+    count = multiprocessors()
+    return tuple(Way("triton", num_sms=count - left) for left in (0, *LEFT_TO_OTHERS) if left < count)
 
 
 def run_case(bench: Bench, shape: Shape, routing: str, wanted: Sequence[Way]) -> None:

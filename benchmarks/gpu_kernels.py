@@ -1,11 +1,13 @@
 """The CUDA kernels against the limits of the chip and against torch, in one process.
 
-    python benchmarks/gpu_kernels.py [--out FILE]
+    python benchmarks/gpu_kernels.py [--out FILE] [--contenders cuda,eager,triton,compile]
 
 Each row: operator, shape, implementation (cuda: our kernel; eager: our reference, pure PyTorch; compile: the reference
 under torch.compile; triton: where there is one), microseconds, bytes that have to be moved (each input read once, each
 output written once), and the share of the copy bandwidth measured at the start of the same run. Inputs are rotated so
 that nothing is found in the cache. Targets are those of the project; `met` compares.
+After a CUDA error nothing more can be measured in a process: it ends with status 3, and --begin with the number in the
+file --mark, which names the case at hand, goes on behind it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from moe_overlap.ops import registry  # noqa: E402
 
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 Inputs = tuple[Any, ...]
+REGISTRY_NAMES = {"eager": "reference", "compile": "reference"}
 # Operator -> the function of the implementation that is measured.
 Functions = Callable[[str], Callable[..., Any]]
 
@@ -172,28 +175,34 @@ def cases() -> list[Case]:
     ]
 
 
-def contenders(case: Case) -> dict[str, Callable[..., Any]]:
-    """Name -> case.run with the operators of one implementation; triton where the registry has it for all of them."""
+def contenders(case: Case, wanted: Sequence[str], skipped: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Name -> case.run with the operators of one implementation; triton where the registry has it for all of them.
+    skipped: "op:implementation" that is not to be timed."""
 
     def by(implementation: str) -> Callable[..., Any]:
         functions = {op: registry.function(op, implementation) for op in case.ops}
         return lambda *arguments: case.run(functions.__getitem__, *arguments)
 
     torch.compiler.reset()  # each case is compiled for its own shapes
-    found = {"cuda": by("cuda"), "eager": by("reference"), "compile": torch.compile(by("reference"), dynamic=False)}
-    try:
-        found["triton"] = by("triton")
-    except ConfigError:
-        pass  # there is none
+    found: dict[str, Callable[..., Any]] = {}
+    for name in wanted:
+        implementation = REGISTRY_NAMES.get(name, name)
+        if any(f"{op}:{implementation}" in skipped for op in case.ops):
+            continue
+        try:
+            run = by(implementation)
+        except ConfigError:
+            continue  # there is none
+        found[name] = torch.compile(run, dynamic=False) if name == "compile" else run
     return found
 
 
-def measure(case: Case, copy_rate: float, results: gpu_timing.Results) -> bool:
+def measure(case: Case, runs: dict[str, Callable[..., Any]], copy_rate: float, results: gpu_timing.Results) -> bool:
     """Time one case and write its rows; False where our kernel missed its target."""
     inputs = [case.make(seed) for seed in range(gpu_timing.sets_needed(case.moved_bytes))]
     rounds = gpu_timing.rounds_needed(len(inputs), case.moved_bytes)
     calls: dict[str, list[Callable[[], Any]]] = {}
-    for name, run in contenders(case).items():
+    for name, run in runs.items():
         try:
             run(*inputs[0])
             torch.cuda.synchronize()
@@ -202,7 +211,6 @@ def measure(case: Case, copy_rate: float, results: gpu_timing.Results) -> bool:
             calls[name] *= rounds
         except Exception as error:  # a contender that cannot be captured is left out, and says so
             calls.pop(name, None)
-            torch.cuda.synchronize()
             reason = f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             results.row(kind="kernel", case=case.name, implementation=name, result=reason)
             if name == "cuda":
@@ -220,18 +228,25 @@ def measure(case: Case, copy_rate: float, results: gpu_timing.Results) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    found = gpu_timing.options(__doc__.splitlines()[0], argv)
+    found = gpu_timing.options(__doc__.splitlines()[0], argv, begin=0, mark="", contenders="cuda,eager,triton,compile",
+                               skip="")  # fmt: skip
     results = gpu_timing.Results(found.out)
     copy_rate = gpu_timing.copy_bytes_per_s()
     results.row(kind="limit", what="copy on the device, read + written", bytes_per_s=round(copy_rate))
     missed = []
-    for case in cases():
+    for place, case in enumerate(cases()):
+        if place < found.begin:
+            continue
         if time.monotonic() > found.end_s:
             results.row(kind="kernel", case=case.name, result=f"not measured: {found.most_s:.0f} s are over")
             continue
-        if not measure(case, copy_rate, results):
+        if found.mark:
+            Path(found.mark).write_text(f"{place} {case.name}", encoding="utf-8")
+        if not measure(case, contenders(case, found.contenders.split(","), found.skip.split(",")), copy_rate, results):
             missed.append(case.name)
         torch.cuda.empty_cache()
+        if gpu_timing.broken():
+            return 3
     results.row(kind="summary", missed=missed)
     return 0
 

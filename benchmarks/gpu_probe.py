@@ -1,6 +1,6 @@
 """What the GPU at hand can do, as JSON rows: the answers that later designs need. Nothing of the package is measured.
 
-    python benchmarks/gpu_probe.py [--out FILE] [--sustained-s 60]
+    python benchmarks/gpu_probe.py [--out FILE] [--sustained-s 60] [--only limits]
 
 Copy bandwidth and bf16 matmul rate; pinned transfers one way and both ways; copy engines, and whether copies on the
 device use them; a put kernel with 4 to 32 blocks and the matmul beside it; waits with a limit on the device; symmetric
@@ -198,11 +198,15 @@ def guarded(row: Row, name: str, call: Callable[[], None], end_s: float) -> None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    found = gpu_timing.options(__doc__.splitlines()[0], argv, sustained_s=60.0)
+    found = gpu_timing.options(__doc__.splitlines()[0], argv, sustained_s=60.0, only="")
     results = gpu_timing.Results(found.out)
 
     def row(**values: object) -> None:
         results.row(kind="probe", **values)
+
+    if found.only == "limits":
+        limits(row)
+        return 0
 
     def symmetric() -> None:
         from benchmarks import gpu_probe_symmetric

@@ -137,6 +137,15 @@ def once(call: Callable[[], Any], *, repeats: int = 10) -> Time:
     return Time.of(samples)
 
 
+def broken() -> bool:
+    """Whether a CUDA error stays in this process, which then can measure nothing more."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def copy_bytes_per_s(size_bytes: int = 4 << 30) -> float:
     """What a large copy on the device reads and writes in a second."""
     source = torch.randint(-128, 127, (size_bytes,), dtype=torch.int8, device="cuda")

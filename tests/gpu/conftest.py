@@ -1,8 +1,9 @@
 """Tests that need a GPU; `make gpu` runs them (pytest -m gpu tests/gpu).
 
 A test that checks a kernel of one operator in one dtype carries `covers(op, dtype)`, or `covers(op, dtype, "triton")`
-for another implementation than "cuda". With `--gpu-record FILE` the session writes what it covered and whether
-everything passed; benchmarks/gpu_run.py makes `verified.json` of it.
+for another implementation than "cuda". `--gpu-cases FILE` writes what was collected and what it covers; `--gpu-record
+FILE` writes a line for every test as it ends, so that what passed is known even where a later test takes the process
+down. benchmarks/gpu_checks.py makes `verified.json` of it.
 """
 
 from __future__ import annotations
@@ -16,49 +17,56 @@ import torch
 
 from moe_overlap.ops import cuda_kernels
 
-_covered: set[tuple[str, str, str]] = set()
-"""(op, implementation, dtype)"""
-_bad: list[str] = []
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu-record", type=Path, help="write what was covered, as JSON")
+    parser.addoption("--gpu-cases", type=Path, help="write the collected tests and what they cover, as JSON")
+    parser.addoption("--gpu-record", type=Path, help="write a JSON line for every test as it ends")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "covers(op, dtype, implementation='cuda'): checks that kernel of op in dtype")
 
 
+def covers(item: pytest.Item) -> list[list[str]]:
+    """[op, implementation, dtype] of each kernel that a test checks."""
+    found = []
+    for marker in item.iter_markers("covers"):
+        op, dtype, *others = marker.args
+        found.append([op, *(others or ["cuda"]), str(dtype).removeprefix("torch.")])
+    return found
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    path = session.config.getoption("--gpu-cases", default=None)
+    if path is not None:
+        cases = [{"id": item.nodeid, "covers": covers(item)} for item in session.items]
+        path.write_text(json.dumps(cases), encoding="utf-8")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
-    report.covers = []
-    for marker in item.iter_markers("covers"):
-        op, dtype, *others = marker.args
-        report.covers.append([op, *(others or ["cuda"]), str(dtype).removeprefix("torch.")])
+    path = item.config.getoption("--gpu-record", default=None)
+    if path is not None and (call.when == "call" or not report.passed):
+        words = str(report.longrepr)[-4000:] if report.failed else ""
+        row = {
+            "id": item.nodeid,
+            "covers": covers(item),
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 2),
+        }
+        with path.open("a", encoding="utf-8") as file:  # a short line at the end: test processes may share the file
+            file.write(json.dumps(row | {"text": words}) + "\n")
     return report
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """With pytest-xdist the tests run in processes of their own, and all their reports come by here in the first."""
-    if report.failed:
-        _bad.append(f"{report.nodeid} ({report.when})")
-    elif report.when == "call" and report.passed:
-        _covered.update(map(tuple, getattr(report, "covers", ())))  # tests of other folders have none
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--gpu-record", default=None)
-    if path is not None and not hasattr(session.config, "workerinput"):
-        path.write_text(json.dumps({"covered": sorted(_covered), "failed": _bad}), encoding="utf-8")
-
-
 @pytest.fixture(autouse=True)
-def gpu() -> Iterator[None]:
-    """The kernels must be there: a GPU without them is a failure, not a skip."""
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels must be there: a GPU without them is a failure, not a skip. Those of Triton do without."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    names = {implementation for _, implementation, _ in covers(request.node)}
     missing = cuda_kernels.missing()
-    assert missing is None, missing
+    assert missing is None or (names and "cuda" not in names), missing
     yield
     torch.cuda.synchronize()  # an error of a kernel is of the test that started it

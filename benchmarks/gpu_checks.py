@@ -1,0 +1,160 @@
+"""Which kernels are right on the GPU at hand: the tests of tests/gpu, each kernel's in a process of its own.
+
+A process has the tests of one (operator, implementation, dtype), and a limit: a crash, a CUDA error that stays or a
+kernel that never ends costs these tests alone. A kernel is right when tests that cover it passed and none failed,
+crashed or was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Kernel = tuple[str, str, str]
+"""(operator, implementation, dtype)"""
+Command = Callable[..., Any]
+"""gpu_run.Run.command: (*words, most_s=, ...) -> Done"""
+
+PROCESSES = 12
+"""At a time, on one GPU: compiling, importing and the references take most of the time."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test: its pytest id, and the kernels it covers."""
+
+    id: str
+    covers: tuple[Kernel, ...]
+
+    @property
+    def function(self) -> str:
+        return self.id.partition("[")[0]
+
+    @property
+    def process(self) -> str:
+        """Tests of one process share this."""
+        if not self.covers:
+            return self.function
+        _, implementation, dtype = self.covers[0]
+        ops = "+".join(op for op, *_ in self.covers)
+        return f"{ops} {implementation} {dtype}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a test: passed, failed, skipped, or `lost`: its process ended before it."""
+
+    case: Case
+    outcome: str
+    text: str = ""
+
+
+def collect(command: Command, folder: Path, paths: Sequence[str], most_s: float) -> list[Case]:
+    """The tests there. Raises RuntimeError with what pytest said where they cannot be imported."""
+    file = folder / "cases.json"
+    done = command(sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *paths, f"--gpu-cases={file}",
+                   most_s=most_s, quiet=True)  # fmt: skip
+    if not file.is_file():
+        raise RuntimeError(f"the tests cannot be collected: {done.text[-2000:]}")
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return [Case(row["id"], tuple(tuple(kernel) for kernel in row["covers"])) for row in rows]
+
+
+def essential(cases: Iterable[Case]) -> list[Case]:
+    """Of each test function the first and the last case for every set of kernels, where it covers any."""
+    chosen: dict[tuple[str, tuple[Kernel, ...]], list[Case]] = {}
+    for case in cases:
+        if case.covers:
+            kept = chosen.setdefault((case.function, case.covers), [])
+            kept[1:] = [case]
+    return [case for kept in chosen.values() for case in kept]
+
+
+def run(command: Command, folder: Path, cases: Sequence[Case], *, most_s: float, each_s: float) -> list[Outcome]:
+    """Run these tests, some processes at a time, each for `each_s` at most and all for `most_s`."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.process, []).append(case)
+    end_s = time.monotonic() + most_s
+
+    def one(place: int, group: list[Case]) -> list[Outcome]:
+        left_s = min(each_s, end_s - time.monotonic())
+        if left_s < 1:
+            return [Outcome(case, "lost", "not begun: the time was over") for case in group]
+        record = folder / f"tests-{place}.jsonl"
+        record.unlink(missing_ok=True)
+        done = command(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu",
+                       f"--gpu-record={record}", *(case.id for case in group), most_s=left_s, quiet=True,
+                       OMP_NUM_THREADS="2")  # fmt: skip
+        return outcomes(group, record, done)
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        found = pool.map(one, range(len(groups)), groups.values())
+        return [outcome for group in found for outcome in group]
+
+
+def outcomes(group: Sequence[Case], record: Path, done: Any) -> list[Outcome]:
+    """Of the tests of one process: what they wrote, and `lost` for those that wrote nothing."""
+    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.is_file() else []
+    said: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if said.get(row["id"], {}).get("outcome") != "failed":  # after a call that failed its end may be well
+            said[row["id"]] = row
+    ended = "it ran past its limit" if done.status is None else f"its process ended with status {done.status}"
+    lost = f"{ended}: {done.text[-1500:]}"
+    return [
+        Outcome(case, said[case.id]["outcome"], said[case.id]["text"])
+        if case.id in said
+        else Outcome(case, "lost", lost)
+        for case in group
+    ]
+
+
+def verdicts(found: Iterable[Outcome]) -> dict[Kernel, str]:
+    """kernel -> "right", or the first outcome of a test of it that was something else."""
+    result: dict[Kernel, str] = {}
+    for one in found:
+        for kernel in one.case.covers:
+            if one.outcome == "passed":
+                result.setdefault(kernel, "right")
+            elif one.outcome != "skipped" and result.get(kernel, "right") == "right":
+                result[kernel] = f"{one.outcome}: {one.case.id}"
+    return result
+
+
+def wrong_pairs(found: Mapping[Kernel, str]) -> set[tuple[str, str]]:
+    """(operator, implementation) of which some dtype is not right: not timed."""
+    return {kernel[:2] for kernel, verdict in found.items() if verdict != "right"}
+
+
+def verify(found: Mapping[Kernel, str], commit: str, date: str) -> int:
+    """Write the kernels that are right into verified.json, take out those that are not; how many are right."""
+    import torch
+
+    from moe_overlap.native import native
+    from moe_overlap.ops import expert_mlp_grouped, hardware, triton_kernels, verified
+
+    here = hardware.architecture(torch.device("cuda", 0))
+    sources = {
+        "cuda": native.kernel_sources(),
+        "triton": triton_kernels.sources(),
+        "grouped_mm": expert_mlp_grouped.sources(),
+    }
+    new = [
+        verified.Record(op, implementation, here, dtype, sources[implementation], commit, date)
+        for (op, implementation, dtype), verdict in found.items()
+        if verdict == "right"
+    ]
+    kept = [
+        record
+        for record in verified.read()
+        if record.architecture != here or (record.op, record.implementation, record.dtype) not in found
+    ]
+    verified.write([*kept, *new])
+    return len(new)
