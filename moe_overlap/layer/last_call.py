@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -56,7 +58,7 @@ class LastCall:
         recompute = step.phase != "forward"
         if not recompute:
             self._outgrown.note(step)
-            self._left.last = LastStep.of(step, routing.topk_ids_TK, routing.dropped_tokens)
+            self._left.note(LastStep.of(step, routing))
         node = y_TD.grad_fn
         loss = loss_of_ranks(routing, step, self.dispatcher.placement, self.ownership)
         with closing_on_error(self.transport, "latent_out"):
@@ -77,9 +79,15 @@ class LastCall:
             return y_TD.reshape(shape)
         recompute = current_phase() > 0
         if not recompute:
-            self._left.last = LastStep.of_one_rank(self.schedule, routing.topk_ids_TK, routing.dropped_tokens)
+            what = (routing.topk_ids_TK, routing.tokens_per_expert_E, routing.dropped_tokens)
+            self._left.note(LastStep.of_one_rank(self.schedule, *what))
         digest = routing_digest(slot_to_row) if y_TD.requires_grad and not inside_transform() else None
         return self._left.keep(y_TD, shape, loss=loss, digest=digest, recompute=recompute)
+
+    def watch(self, watcher: Callable[[LastStep], None]) -> None:
+        """Call `watcher` at the end of every forward call of this layer, compiled ones too, but for recomputes. A copy
+        of the layer has no watchers."""
+        self._left.watchers.append(watcher)
 
     @property
     def _last_step(self) -> LastStep | None:

@@ -12,6 +12,7 @@ from moe_overlap.routing.balance import (
 )
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.loss_free import max_violation, update_bias_
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "drop_over_capacity",
     "expert_capacity",
     "load_balancing_loss",
+    "max_violation",
     "router_probabilities",
     "sequence_balancing_loss",
+    "update_bias_",
     "z_loss",
 ]
