@@ -13,6 +13,7 @@ from moe_overlap.errors import (
 from moe_overlap.layer.experts import Experts
 from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
+from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
 from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
@@ -32,6 +33,7 @@ __all__ = [
     "Experts",
     "GradScaler",
     "LayerStats",
+    "LossFreeBalancer",
     "MoELayer",
     "MoeTransportError",
     "PeerFailed",

@@ -64,11 +64,12 @@ def check_payload(dtype: object) -> None:
         raise ConfigError("payload_dtype", dtype, expected)
 
 
-def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object) -> None:
-    """The three checks of a layer's words and of its budget."""
+def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object, payload: object) -> None:
+    """The checks of a layer's words, of its budget and of the dtype of its rows on the wire."""
     check_mode(mode)
     check_dedup(dedup)
     check_budget(max_in_flight_bytes, schedule)
+    check_payload(payload)
 
 
 def check_budget(max_in_flight_bytes: object, schedule: object) -> None:

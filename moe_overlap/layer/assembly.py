@@ -29,7 +29,8 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import NodeTopology
 from moe_overlap.transport.opening import open_transport
 
-ROUTER_DEFAULTS = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
+ROUTER_DEFAULTS = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "balance": "micro",
+                   "bad_logits": "raise"}  # fmt: skip
 DEFAULT_ACTIVATION = "swiglu"
 
 

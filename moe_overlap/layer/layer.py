@@ -25,10 +25,10 @@ from moe_overlap.layer.arguments import (
     check_choice,
     check_choices,
     check_options,
-    check_payload,
     check_positive,
     rows_dtype,
 )
+from moe_overlap.layer.balance import route, sums_over_replicas
 from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tokens, make_projections, project
@@ -36,7 +36,7 @@ from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel.entering import entered
-from moe_overlap.routing.decision import RoutingDecision, as_decision
+from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.rows import ExpertWeights
@@ -69,7 +69,7 @@ class MoELayer(Tickets, Copies):
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
     value at most), and are computed in float32. None: as they are.
-    capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
+    capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits: see LinearRouter (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
@@ -109,6 +109,7 @@ class MoELayer(Tickets, Copies):
         capacity_factor: float | None = None,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        balance: str = "micro",
         bad_logits: str = "raise",
         transport: Transport | None = None,
         dispatcher: Dispatcher | None = None,
@@ -122,11 +123,10 @@ class MoELayer(Tickets, Copies):
         check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
-        check_options(mode, dedup, max_in_flight_bytes, schedule)
-        check_payload(payload_dtype)
+        check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
-                   "bad_logits": bad_logits}  # fmt: skip
+                   "balance": balance, "bad_logits": bad_logits}  # fmt: skip
         self.transport, replicas = assembly.make_transport(
             transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device
         )
@@ -208,7 +208,7 @@ class MoELayer(Tickets, Copies):
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
                         payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
-            routing = as_decision(self.router(x_router))
+            routing = route(self.router, x_router, x.shape)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(w_out.dtype)
@@ -233,7 +233,7 @@ class MoELayer(Tickets, Copies):
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
-        routing = as_decision(self.router(x_TD))
+        routing = route(self.router, x_TD, x.shape)
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
         placement = self.dispatcher.placement
         check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)
@@ -263,7 +263,8 @@ class MoELayer(Tickets, Copies):
 
     @property
     def _runs_inline(self) -> bool:
-        return self.ownership.grad_scale == 1.0 and runs_inline(self.transport, self.schedule)
+        whole = self.ownership.grad_scale == 1.0 and not sums_over_replicas(self.router, self.ownership)
+        return whole and runs_inline(self.transport, self.schedule)
 
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""

@@ -9,6 +9,7 @@ import torch
 
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.placement.placement import Placement
+from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -36,9 +37,10 @@ class LayerStats:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastStep:
     """What a layer remembers of its last forward call. `plan` and `lanes` are None where one rank ran its ops in a
-    row. Nothing here leads into the graph of the call."""
+    row. chosen_E: int64 [E], what this rank's router chose. Nothing here leads into the graph of the call."""
 
     topk_ids_TK: torch.Tensor
+    chosen_E: torch.Tensor
     dropped_tokens: torch.Tensor
     plan: ChunkPlan | None
     payload_bytes: int
@@ -47,21 +49,24 @@ class LastStep:
     lanes: Lanes | None
 
     @classmethod
-    def of(cls, step: Step, ids_TK: torch.Tensor, dropped: torch.Tensor) -> LastStep:
+    def of(cls, step: Step, routing: RoutingDecision) -> LastStep:
         """At the end of a step's forward."""
         plan, rows = step.plan, 0
         for chunk in range(plan.chunks):
             for reverse in (False, True):
                 sent, _ = plan.counts(chunk, reverse=reverse)
                 rows += sum(sent) - sent[plan.rank]
-        return cls(topk_ids_TK=ids_TK, dropped_tokens=dropped, plan=step.plan, schedule=step.schedule, pair=step.pair,
+        return cls(topk_ids_TK=routing.topk_ids_TK, chosen_E=routing.tokens_per_expert_E,
+                   dropped_tokens=routing.dropped_tokens, plan=step.plan, schedule=step.schedule, pair=step.pair,
                    payload_bytes=rows * step.layout.row_bytes, lanes=step.lanes)  # fmt: skip
 
     @classmethod
-    def of_one_rank(cls, pair: SchedulePair, ids_TK: torch.Tensor, dropped: torch.Tensor) -> LastStep:
+    def of_one_rank(
+        cls, pair: SchedulePair, ids_TK: torch.Tensor, chosen_E: torch.Tensor, dropped: torch.Tensor
+    ) -> LastStep:
         """Of a call whose ops ran in a row; `pair`: what that stands for."""
-        return cls(topk_ids_TK=ids_TK, dropped_tokens=dropped, plan=None, payload_bytes=0, schedule=pair, pair=pair,
-                   lanes=None)  # fmt: skip
+        return cls(topk_ids_TK=ids_TK, chosen_E=chosen_E, dropped_tokens=dropped, plan=None, payload_bytes=0,
+                   schedule=pair, pair=pair, lanes=None)  # fmt: skip
 
     @property
     def events(self) -> list[TimelineEvent]:

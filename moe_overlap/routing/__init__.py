@@ -4,19 +4,30 @@ A router is scores -> selection -> capacity: `scores.py`, `choice.py`, `select.p
 `decision.py` is what comes out, `balance.py` has the losses.
 """
 
-from moe_overlap.routing.balance import load_balancing_loss, router_probabilities, z_loss
+from moe_overlap.routing.balance import (
+    GlobalBalance,
+    load_balancing_loss,
+    router_probabilities,
+    sequence_balancing_loss,
+    z_loss,
+)
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.loss_free import max_violation, update_bias_
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
 
 __all__ = [
     "STATUS_BAD_LOGITS",
     "STATUS_OK",
+    "GlobalBalance",
     "LinearRouter",
     "RoutingDecision",
     "drop_over_capacity",
     "expert_capacity",
     "load_balancing_loss",
+    "max_violation",
     "router_probabilities",
+    "sequence_balancing_loss",
+    "update_bias_",
     "z_loss",
 ]

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 
 from moe_overlap.ops.gate import gate_topk
+from moe_overlap.routing.balance import GlobalBalance
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.select import drop_over_capacity
+
+
+Losses = tuple[torch.Tensor | None, GlobalBalance | None]
+"""What one rank can compute, coefficients included, and what waits for the counts of all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ def drop_bad_tokens(choice: Choice) -> Choice:
 def decide(
     choice: Choice,
     *,
-    aux_loss: torch.Tensor | None = None,
+    losses: Losses = (None, None),
     capacity: int | None = None,
     rank_by_TK: torch.Tensor | None = None,
 ) -> RoutingDecision:
@@ -67,5 +72,6 @@ def decide(
         tokens_per_expert_E=choice.counts_E.to(torch.int64),
         dropped_tokens=dropped,
         status=choice.status,
-        aux_loss=aux_loss,
+        aux_loss=losses[0],
+        global_balance=losses[1],
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.routing.balance import GlobalBalance
 
 STATUS_OK = 0
 STATUS_BAD_LOGITS = 1
@@ -22,6 +23,7 @@ class RoutingDecision:
     dropped_tokens: int64 scalar tensor, number of (token, k) slots that were dropped.
     status: int32 [1]; 0 = fine, 1 = bad logits seen (NaN, +inf, or a row of -inf) and the policy is to raise.
     aux_loss: differentiable scalar, already multiplied by its coefficients, or None when no coefficient is set.
+    global_balance: the part of the auxiliary loss that waits for the counts of all ranks; the layer finishes it.
     """
 
     topk_ids_TK: torch.Tensor
@@ -30,6 +32,7 @@ class RoutingDecision:
     dropped_tokens: torch.Tensor
     status: torch.Tensor
     aux_loss: torch.Tensor | None = None
+    global_balance: GlobalBalance | None = None
 
 
 def as_decision(value: object) -> RoutingDecision:

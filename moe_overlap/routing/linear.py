@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from moe_overlap.ops.checks import check_transform
-from moe_overlap.routing.balance import Reduce, load_balancing_loss, router_probabilities, z_loss
+from moe_overlap.routing.balance import (
+    GlobalBalance,
+    load_balancing_loss,
+    router_probabilities,
+    sequence_balancing_loss,
+    z_loss,
+)
 from moe_overlap.routing.checks import (
     check_capacity_factor,
     check_coefficients,
@@ -18,7 +24,7 @@ from moe_overlap.routing.checks import (
     check_tokens,
     check_words,
 )
-from moe_overlap.routing.choice import Choice, choose_top_k, decide, drop_bad_tokens
+from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
@@ -34,7 +40,8 @@ class LinearRouter(nn.Module):
     renormalize: divide the K weights by their sum. scale: multiply them. n_group, topk_group: choose the experts
     from the best `topk_group` of `n_group` groups. bias: a buffer `expert_bias_E` that is added for the selection
     only, never to the weights (arXiv 2408.15664). It is float32 whatever the module is cast to (float64 too) or loaded
-    from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`.
+    from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`. balance: over what the auxiliary loss
+    spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').
     capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
     highest weight (equal weights: earlier token first).
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
@@ -60,6 +67,7 @@ class LinearRouter(nn.Module):
         bias: bool = False,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        balance: str = "micro",
         capacity_factor: float | None = None,
         bad_logits: str = "raise",
         device: torch.device | str | None = None,
@@ -67,7 +75,7 @@ class LinearRouter(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
-        check_words(score, bad_logits)
+        check_words(score, bad_logits, balance)
         check_scale(scale)
         check_coefficients(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
         check_capacity_factor(capacity_factor)
@@ -81,6 +89,7 @@ class LinearRouter(nn.Module):
         self.topk_group = topk_group
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
+        self.balance = balance
         self.capacity_factor = capacity_factor
         self.bad_logits = bad_logits
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
@@ -114,9 +123,10 @@ class LinearRouter(nn.Module):
         return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
     def forward(
-        self, x_TD: torch.Tensor, *, reduce: Reduce | None = None, local_experts: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, *, sequence_length: int | None = None, local_experts: torch.Tensor | None = None
     ) -> RoutingDecision:
-        """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
+        """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
+        (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
 
         Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
         bad logits (see `bad_logits`).
@@ -126,15 +136,16 @@ class LinearRouter(nn.Module):
         if local_experts is not None:
             raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, reduce)
+            return self._route(x_TD, sequence_length)
 
-    def _route(self, x_TD: torch.Tensor, reduce: Reduce | None) -> RoutingDecision:
+    def _route(self, x_TD: torch.Tensor, sequence_length: int | None) -> RoutingDecision:
         """Scores -> selection -> capacity; the losses read scores and selection."""
         logits_TE = linear_logits(x_TD, self.weight, drop_bad=self.bad_logits == "drop")
         choice = self._choose(logits_TE)
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
-        return decide(choice, aux_loss=self._losses(logits_TE, choice, reduce), capacity=self._capacity(x_TD.shape[0]))
+        losses = self._losses(logits_TE, choice, sequence_length)
+        return decide(choice, losses=losses, capacity=self._capacity(x_TD.shape[0]))
 
     def _choose(self, logits_TE: torch.Tensor) -> Choice:
         bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
@@ -154,17 +165,23 @@ class LinearRouter(nn.Module):
             return None
         return expert_capacity(self.capacity_factor, num_tokens, self.top_k, self.num_experts)
 
-    def _losses(self, logits_TE: torch.Tensor, choice: Choice, reduce: Reduce | None) -> torch.Tensor | None:
+    def _losses(self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None) -> Losses:
         if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
-            return None
-        valid_T1 = choice.valid_T1
+            return None, None
+        valid_T1, coef = choice.valid_T1, self.aux_loss_coef
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
-        loss = logits_TE.new_zeros(())
-        if self.aux_loss_coef != 0.0:
+        loss, rest = logits_TE.new_zeros(()), None
+        if coef != 0.0:
             probs_TE = router_probabilities(logits_TE, self.score)
-            balance = load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1, reduce=reduce)
-            loss = loss + self.aux_loss_coef * balance
+            if self.balance == "global":
+                drops = self.capacity_factor is not None
+                rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=drops)
+            elif self.balance == "sequence":
+                length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length
+                loss = loss + coef * sequence_balancing_loss(probs_TE, choice.ids_TK, length, valid_T1=valid_T1)
+            else:
+                loss = loss + coef * load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1)
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
-        return loss
+        return loss, rest

@@ -21,10 +21,10 @@ from moe_overlap.commands.train.seeds import generator
 from moe_overlap.layer.experts import old_name
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.shortcut import ShortcutBlock
+from moe_overlap.routing import LinearRouter
 from moe_overlap.schedule.builders import tap_of_position
 from moe_overlap.transport import EmulatedLinkTransport, LinkSpec, NodeTopology, ProcessGroupTransport, Transport
 
-AUX_LOSS_COEF = 0.01
 Z_LOSS_COEF = 0.001
 EMBEDDING_STD = 0.05
 ROPE_BASE = 10000.0
@@ -105,9 +105,8 @@ def moe_block(options: TrainOptions, group: dist.ProcessGroup | None) -> nn.Modu
         options.experts,
         options.top_k,
         transport=_transport(options, group),
-        aux_loss_coef=AUX_LOSS_COEF,
-        z_loss_coef=Z_LOSS_COEF,
         overlap=overlap,
+        **_balance(options),
     )
     if options.position:
         middle = (options.window_ops + 1) // 2
@@ -127,6 +126,15 @@ def moe_block(options: TrainOptions, group: dist.ProcessGroup | None) -> nn.Modu
     layer = new_layer(schedule=options.schedule or default, shared_expert_size=shared)
     norm = nn.RMSNorm(options.hidden, eps=NORM_EPS)
     return nn.Sequential(*backbone, Residual(nn.Sequential(norm, layer)))
+
+
+def _balance(options: TrainOptions) -> dict[str, Any]:
+    """The layer's options of a balanced router. For the loss-free kind it is given, as its bias is an option of its."""
+    if options.balance != "loss-free":
+        coefficients = {"aux_loss_coef": options.coefficient, "z_loss_coef": Z_LOSS_COEF}
+        return {"balance": options.balance, **coefficients}
+    sizes = (options.hidden, options.experts, options.top_k)
+    return {"router": LinearRouter(*sizes, bias=True, z_loss_coef=Z_LOSS_COEF)}
 
 
 def _transport(options: TrainOptions, group: dist.ProcessGroup | None) -> Transport | None:
@@ -174,6 +182,11 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     for name, parameter in model.named_parameters():
         (expert if id(parameter) in expert_ids else dense)[name] = parameter
     return dense, expert
+
+
+def router_biases(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The biases of --balance loss-free by name: buffers, equal on all ranks."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias_E")}
 
 
 @torch.no_grad()

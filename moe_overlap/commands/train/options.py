@@ -24,9 +24,14 @@ MOST_VOCAB = 1 << 20
 MOST_LAYERS = 4096
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
+# How experts are kept balanced, and the coefficient where none is asked for: of the auxiliary loss, at one of three
+# levels, or what a bias moves in a step (arXiv 2408.15664).
+BALANCE = {"micro": 0.01, "sequence": 0.01, "global": 0.01, "loss-free": 0.001}
+
 # The options that decide a run's numbers, bit for bit (the overlap does not).
 IDENTITY = (
-    "kind steps batch seq layers hidden ffn experts vocab ranks seed lr warmup weight_decay schedule chunks slot"
+    "kind steps batch seq layers hidden ffn experts vocab ranks seed lr warmup weight_decay schedule chunks slot "
+    "balance balance_coef"
 ).split()
 
 
@@ -51,6 +56,8 @@ class TrainOptions:
     lr: float = 5e-3
     warmup: int = 20
     weight_decay: float = 0.1
+    balance: str = "micro"
+    balance_coef: float | None = None
     overlap: str = "on"
     schedule: str | None = None
     chunks: int = 1
@@ -69,6 +76,9 @@ class TrainOptions:
             raise ConfigError("--kind", self.kind, f"one of {', '.join(KINDS)}")
         if self.overlap not in ("on", "off"):
             raise ConfigError("--overlap", self.overlap, "on or off")
+        if self.balance not in BALANCE:
+            raise ConfigError("--balance", self.balance, f"one of {', '.join(BALANCE)}")
+        check_number("balance_coef", self.coefficient, 1e-9 if self.balance == "loss-free" else 0.0, 1e3)
         if self.layers % 2:
             raise ConfigError("--layers", self.layers, "an even number (blocks come in pairs, the second with experts)")
         if self.batch % self.ranks:
@@ -110,6 +120,11 @@ class TrainOptions:
             raise ConfigError("--link", self.link, error.expected) from None
         if link is not None and self.ranks == 1:
             raise ConfigError("--link", self.link, "none for one rank, which sends nothing")
+
+    @property
+    def coefficient(self) -> float:
+        """That of the balance, as asked for or as usual."""
+        return BALANCE[self.balance] if self.balance_coef is None else self.balance_coef
 
     @property
     def top_k(self) -> int:
@@ -184,6 +199,9 @@ HELP = {
     "lr": "peak learning rate of the cosine schedule",
     "warmup": "steps of linear warm-up",
     "weight_decay": "AdamW weight decay of matrices",
+    "balance": "what keeps the experts balanced: an auxiliary loss over a rank's tokens of a step (micro), over each "
+    "sequence (sequence) or over all ranks' tokens (global), or a bias on the selection (loss-free)",
+    "balance_coef": "coefficient of the auxiliary loss (default 0.01), or what a bias moves in a step (default 0.001)",
     "overlap": "on, or off: the same schedule with every exchange joined right after its start",
     "schedule": "auto: measure at the first step, then run the fastest found; top2, shared1 also: serial, chunked(r), "
     "chunked(r,experts), shared_expert; default by kind (a run that is resumed with auto may choose others)",
@@ -198,7 +216,7 @@ HELP = {
     "save_routing": "write the routing of one MoE layer on the held-out text to this safetensors file",
     "timeout_s": "longest wait for another rank, seconds",
 }
-_TYPES = {"int": int, "int | None": int, "float": float, "str": str, "str | None": str}
+_TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str}
 
 
 def parse(argv: Sequence[str] | None, *, ranks: int | None = None) -> TrainOptions:

@@ -25,7 +25,8 @@ MAX_TOKENS = 16384  # Far more than a benchmark's batch; the rest would cost tim
 
 @torch.no_grad()
 def save_routing(path: Path, model: LanguageModel, options: TrainOptions, corpus: Corpus, world: World) -> None:
-    """Write `ids` int32 and `weights` float32, both [N, max(2, K)]: the best experts of the last MoE layer by score.
+    """Write `ids` int32 and `weights` float32, both [N, max(2, K)]: the best experts of the last MoE layer by score, or
+    by score and bias where the router has one.
 
     A layer with K = 1 is asked for its second choice too, so that one file serves cases with one and two experts.
     Rows are held-out tokens, rank by rank, in order of the text. Metadata: E, K, kind, layer. Collective.
@@ -39,7 +40,8 @@ def save_routing(path: Path, model: LanguageModel, options: TrainOptions, corpus
 
     def choose(module: nn.Module, args: tuple[Any, ...]) -> None:
         logits_TE = F.linear(args[0].float(), router.weight.float())
-        weights_TK, ids_TK, _, _ = gate_topk(logits_TE, k=options.routing_width, score=router.score)
+        bias_E = router.expert_bias_E
+        weights_TK, ids_TK, _, _ = gate_topk(logits_TE, bias_E, k=options.routing_width, score=router.score)
         ids.append(ids_TK)
         weights.append(weights_TK)
 
