@@ -1,7 +1,8 @@
 """Which expert a token wants: tensors of one rank, no process group.
 
 A router is scores -> selection -> capacity: `scores.py`, `choice.py`, `select.py`. `linear.py` puts them together,
-`decision.py` is what comes out, `balance.py` has the losses.
+`decision.py` is what comes out, `balance.py` and `locality.py` have the losses, `nodes.py` says where experts are.
+Others: `locmoe.py`, `smile.py`, and `baselines.py` with Switch and Hash.
 """
 
 from moe_overlap.routing.balance import (
@@ -11,20 +12,38 @@ from moe_overlap.routing.balance import (
     sequence_balancing_loss,
     z_loss,
 )
+from moe_overlap.routing.baselines import HashRouter, SwitchRouter
+from moe_overlap.routing.capacity_floor import cap_probability, capacity_bound
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.locality import Locality, LocalityBias, locality_loss
+from moe_overlap.routing.locmoe import LocMoEPlusRouter, LocMoERouter, grap_rows
 from moe_overlap.routing.loss_free import max_violation, update_bias_
+from moe_overlap.routing.nodes import Nodes
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
+from moe_overlap.routing.smile import SmileRouter
 
 __all__ = [
     "STATUS_BAD_LOGITS",
     "STATUS_OK",
     "GlobalBalance",
+    "HashRouter",
     "LinearRouter",
+    "LocMoEPlusRouter",
+    "LocMoERouter",
+    "Locality",
+    "LocalityBias",
+    "Nodes",
     "RoutingDecision",
+    "SmileRouter",
+    "SwitchRouter",
+    "cap_probability",
+    "capacity_bound",
     "drop_over_capacity",
     "expert_capacity",
+    "grap_rows",
     "load_balancing_loss",
+    "locality_loss",
     "max_violation",
     "router_probabilities",
     "sequence_balancing_loss",

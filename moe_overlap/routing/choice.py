@@ -16,7 +16,6 @@ from moe_overlap.routing.balance import GlobalBalance
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.select import drop_over_capacity
 
-
 Losses = tuple[torch.Tensor | None, GlobalBalance | None]
 """What one rank can compute, coefficients included, and what waits for the counts of all ranks."""
 
@@ -37,11 +36,18 @@ class Choice:
     valid_T1: torch.Tensor | None = None
 
 
-def choose_top_k(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, **how: Any) -> Choice:
+def choose_top_k(logits_TE: torch.Tensor, bias_E: torch.Tensor | None = None, **how: Any) -> Choice:
     """The K best experts of each token. `how`: k, n_group, topk_group, score, renormalize, scale, as `gate_topk`."""
     weights_TK, ids_TK, counts_E, status = gate_topk(logits_TE, bias_E, **how)
     return Choice(weights_TK=weights_TK, ids_TK=ids_TK, counts_E=counts_E, status=status,
                   dropped=counts_E.new_zeros((), dtype=torch.int64))  # fmt: skip
+
+
+def count_choices(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int32 [E]: how often each expert is chosen; -1 counts nowhere. The host reads nothing."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids_TK.device)
+    ones_S = torch.ones(ids_TK.numel(), dtype=torch.int32, device=ids_TK.device)
+    return counts.index_add(0, (ids_TK + 1).reshape(-1), ones_S)[1:]
 
 
 def drop_bad_tokens(choice: Choice) -> Choice:

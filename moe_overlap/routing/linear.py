@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.routing.balance import (
     GlobalBalance,
@@ -26,6 +28,8 @@ from moe_overlap.routing.checks import (
 )
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.routing.locality import Locality, LocalityBias, check_locality, limit_off_node, locality_loss
+from moe_overlap.routing.nodes import Nodes, check_nodes
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
 
@@ -44,14 +48,19 @@ class LinearRouter(nn.Module):
     spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').
     capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
     highest weight (equal weights: earlier token first).
+    locality: None, or what keeps tokens on their node (`Locality`); the router then needs `local_experts`.
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
     status says so, and all ranks raise together when they agree on the step. "drop": the token takes no expert, its
     K slots count as dropped, and no gradient comes from it.
 
-    Computes in float32, float64 for float64 input, whatever autocast says. Parameter: `weight` [E, D].
+    Computes in float32, float64 for float64 input, whatever autocast says. Parameters: `weight` [E, D], and
+    `locality_bias.weight` [nodes, E] where the locality has one.
+
+    Its parts, for routers made of it: `_logits` (scores), `_choose` (selection), `_capacity`, `_rank_by` and `_losses`.
     """
 
     expert_bias_E: torch.Tensor | None
+    locality_bias: LocalityBias | None
 
     def __init__(
         self,
@@ -69,6 +78,7 @@ class LinearRouter(nn.Module):
         z_loss_coef: float = 0.0,
         balance: str = "micro",
         capacity_factor: float | None = None,
+        locality: Locality | None = None,
         bad_logits: str = "raise",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -91,17 +101,31 @@ class LinearRouter(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.balance = balance
         self.capacity_factor = capacity_factor
+        self.locality = locality
         self.bad_logits = bad_logits
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.locality_bias = None
+        if locality is not None:
+            check_locality(locality, bias=bias, n_group=n_group)
+            if locality.nodes:
+                self.locality_bias = LocalityBias(locality.nodes, num_experts, device=device, dtype=dtype)
         bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias else None
         self.register_buffer("expert_bias_E", bias_E)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Small normal weights (std 0.02): near-uniform probabilities, so that training starts balanced. Bias 0."""
-        nn.init.normal_(self.weight, std=INIT_STD)
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=INIT_STD)
         if self.expert_bias_E is not None:
             nn.init.zeros_(self.expert_bias_E)
+        if self.locality_bias is not None:
+            self.locality_bias.reset_parameters()
+
+    @property
+    def needs_nodes(self) -> bool:
+        """Whether it has to be told where experts are: a layer then calls it with `local_experts=`."""
+        return self.locality is not None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LinearRouter:
         """What `to`, `bfloat16`, `cuda`, `to_empty` and the like do: the bias takes the device, not the dtype."""
@@ -123,35 +147,57 @@ class LinearRouter(nn.Module):
         return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
     def forward(
-        self, x_TD: torch.Tensor, *, sequence_length: int | None = None, local_experts: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, *, sequence_length: int | None = None, local_experts: Nodes | None = None
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
         (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
+        local_experts: where experts and tokens are, which a router with a `locality` needs and others ignore.
 
-        Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
-        bad logits (see `bad_logits`).
+        Raises ConfigError for a wrong shape, dtype or device, for nodes that are missing or do not fit, and inside vmap
+        and the like; never for bad logits (see `bad_logits`).
         """
         check_transform(inline=True)
-        check_tokens(x_TD, self.hidden_size, self.weight.device)
-        if local_experts is not None:
-            raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
+        check_tokens(x_TD, self.hidden_size, x_TD.device if self.weight is None else self.weight.device)
+        nodes = self._nodes(local_experts, x_TD.shape[0])
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, sequence_length)
+            return self._route(x_TD, sequence_length, nodes)
 
-    def _route(self, x_TD: torch.Tensor, sequence_length: int | None) -> RoutingDecision:
+    def _route(self, x_TD: torch.Tensor, sequence_length: int | None, nodes: Nodes | None) -> RoutingDecision:
         """Scores -> selection -> capacity; the losses read scores and selection."""
-        logits_TE = linear_logits(x_TD, self.weight, drop_bad=self.bad_logits == "drop")
-        choice = self._choose(logits_TE)
+        logits_TE = self._logits(x_TD)
+        if self.locality_bias is not None and nodes is not None:
+            logits_TE = self.locality_bias(logits_TE, nodes)
+        choice = self._choose(logits_TE, nodes)
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
-        losses = self._losses(logits_TE, choice, sequence_length)
-        return decide(choice, losses=losses, capacity=self._capacity(x_TD.shape[0]))
+        return decide(
+            choice,
+            losses=self._losses(logits_TE, choice, sequence_length, nodes),
+            capacity=self._capacity(x_TD.shape[0]),
+            rank_by_TK=self._rank_by(x_TD, choice),
+        )
 
-    def _choose(self, logits_TE: torch.Tensor) -> Choice:
+    def _nodes(self, given: Nodes | None, num_tokens: int) -> Nodes | None:
+        if self.locality is None:
+            return None
+        nodes = check_nodes(given, self.num_experts, num_tokens)
+        if self.locality.off_node_share is not None and nodes.fewest_experts() < self.top_k:
+            expected = f"at most {nodes.fewest_experts()}, the experts of a node, beside off_node_share"
+            raise ConfigError("top_k", self.top_k, expected)
+        return nodes
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return linear_logits(x_TD, self._gate(x_TD), drop_bad=self.bad_logits == "drop")
+
+    def _gate(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[E, D], the row of each expert."""
+        return self.weight
+
+    def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
-        return choose_top_k(
-            logits_TE,
-            bias_E,
+        choose = partial(
+            choose_top_k,
+            bias_E=bias_E,
             k=self.top_k,
             n_group=self.n_group,
             topk_group=self.topk_group,
@@ -159,21 +205,32 @@ class LinearRouter(nn.Module):
             renormalize=self.renormalize,
             scale=self.scale,
         )
+        if nodes is None or self.locality is None or self.locality.off_node_share is None:
+            return choose(logits_TE)
+        near_TE = logits_TE.masked_fill(~nodes.near(logits_TE.device), -torch.inf)
+        return limit_off_node(choose(logits_TE), choose(near_TE), nodes, self.locality.off_node_share)
+
+    def _rank_by(self, x_TD: torch.Tensor, choice: Choice) -> torch.Tensor | None:
+        """[T, K], by which an expert that is full picks its tokens; None: by weight."""
+        return None
 
     def _capacity(self, num_tokens: int) -> int | None:
         if self.capacity_factor is None:
             return None
         return expert_capacity(self.capacity_factor, num_tokens, self.top_k, self.num_experts)
 
-    def _losses(self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None) -> Losses:
-        if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
+    def _losses(
+        self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None, nodes: Nodes | None
+    ) -> Losses:
+        mu = 0.0 if self.locality is None else self.locality.mu
+        if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0 and mu == 0.0:
             return None, None
         valid_T1, coef = choice.valid_T1, self.aux_loss_coef
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
         loss, rest = logits_TE.new_zeros(()), None
+        probs_TE = router_probabilities(logits_TE, self.score) if coef or mu else logits_TE
         if coef != 0.0:
-            probs_TE = router_probabilities(logits_TE, self.score)
             if self.balance == "global":
                 drops = self.capacity_factor is not None
                 rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=drops)
@@ -184,4 +241,7 @@ class LinearRouter(nn.Module):
                 loss = loss + coef * load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1)
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
+        if self.locality is not None and nodes is not None and mu != 0.0:
+            there = locality_loss(probs_TE, nodes, smoothing=self.locality.smoothing, valid_T1=valid_T1)
+            loss = loss + mu * there
         return loss, rest
