@@ -21,7 +21,7 @@ Kernel = tuple[str, str, str]
 Command = Callable[..., Any]
 """gpu_run.Run.command: (*words, most_s=, ...) -> Done"""
 
-PROCESSES = 12
+PROCESSES = 10
 """At a time, on one GPU: compiling, importing and the references take most of the time."""
 
 
@@ -74,6 +74,35 @@ def essential(cases: Iterable[Case]) -> list[Case]:
             kept = chosen.setdefault((case.function, case.covers), [])
             kept[1:] = [case]
     return [case for kept in chosen.values() for case in kept]
+
+
+def unverified(cases: Iterable[Case]) -> list[Case]:
+    """Those that cover a kernel which has not been found right here with these very sources."""
+    import torch
+
+    from moe_overlap.ops import hardware, verified
+
+    here, sources = hardware.architecture(torch.device("cuda", 0)), current_sources()
+
+    def known(kernel: Kernel) -> bool:
+        op, implementation, dtype = kernel
+        doubt = verified.doubt(op, implementation, architecture=here, dtype=getattr(torch, dtype),
+                               sources=sources[implementation])  # fmt: skip
+        return doubt is None
+
+    return [case for case in cases if not all(map(known, case.covers))]
+
+
+def current_sources() -> dict[str, str]:
+    """What a verification holds for, by implementation."""
+    from moe_overlap.native import native
+    from moe_overlap.ops import expert_mlp_grouped, triton_kernels
+
+    return {
+        "cuda": native.kernel_sources(),
+        "triton": triton_kernels.sources(),
+        "grouped_mm": expert_mlp_grouped.sources(),
+    }
 
 
 def run(command: Command, folder: Path, cases: Sequence[Case], *, most_s: float, each_s: float) -> list[Outcome]:
@@ -137,15 +166,9 @@ def verify(found: Mapping[Kernel, str], commit: str, date: str) -> int:
     """Write the kernels that are right into verified.json, take out those that are not; how many are right."""
     import torch
 
-    from moe_overlap.native import native
-    from moe_overlap.ops import expert_mlp_grouped, hardware, triton_kernels, verified
+    from moe_overlap.ops import hardware, verified
 
-    here = hardware.architecture(torch.device("cuda", 0))
-    sources = {
-        "cuda": native.kernel_sources(),
-        "triton": triton_kernels.sources(),
-        "grouped_mm": expert_mlp_grouped.sources(),
-    }
+    here, sources = hardware.architecture(torch.device("cuda", 0)), current_sources()
     new = [
         verified.Record(op, implementation, here, dtype, sources[implementation], commit, date)
         for (op, implementation, dtype), verdict in found.items()

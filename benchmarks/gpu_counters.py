@@ -15,10 +15,11 @@ import torch  # noqa: E402
 
 from benchmarks import gpu_expert_mlp_cases, gpu_kernels  # noqa: E402
 from benchmarks.gpu_expert_mlp_ways import Way, contender  # noqa: E402
-from moe_overlap.ops import registry  # noqa: E402
+from moe_overlap.ops import cuda_kernels, registry  # noqa: E402
 
 
 def main(op: str) -> None:
+    assert cuda_kernels.missing() is None, cuda_kernels.missing()  # and loads them
     if op == "mlp":
         inputs = gpu_expert_mlp_cases.make(
             gpu_expert_mlp_cases.SHAPES[0], "uniform", device="cuda", dtype=torch.bfloat16

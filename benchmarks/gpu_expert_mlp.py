@@ -9,7 +9,8 @@ NaN; a wrong one has no speed. Rows: TFLOP/s (6 R D F forward, 12 backward), `sh
 sustains at the start of the same run, memory beside the inputs (`saved_gib` between the phases, result included,
 `peak_gib` at most), block shapes of the Triton kernels, target and whether it was `met`; `chosen`: what `auto` would
 take. --budgets: rows with `num_sms`, ours on fewer multiprocessors, and liger-kernel. --tune measures other block
-shapes too (minutes) and prints lines for the committed table. A last row sums up.
+shapes too (minutes) and prints lines for the committed table; --profile: rows with the time of every kernel.
+A last row sums up.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Bench:
     end_s: float
     matmul_rate: float
     double_rate: float
+    profile: bool = False
     measured: dict[Any, Any] = field(default_factory=dict)
     tflops: dict[tuple[Shape, str, str], dict[str, float]] = field(default_factory=dict)
 
@@ -113,6 +115,15 @@ def check(contender: ways.Contender, inputs: Inputs, want: Right) -> Checked:
     return Checked(contender, saved_bytes, peak_bytes, errors)
 
 
+def profile(contender: ways.Contender) -> dict[str, object]:
+    """The time of every kernel, forward and backward apart."""
+    _, saved = contender.forward()
+    return {
+        "forward": gpu_timing.kernel_times(contender.forward),
+        "backward": gpu_timing.kernel_times(lambda: contender.backward(saved)),
+    }
+
+
 def memory() -> int:
     """Bytes that tensors hold."""
     return torch.cuda.memory_allocated()
@@ -133,6 +144,9 @@ def measure(bench: Bench, shape: Shape, routing: str, wanted: Sequence[Way]) -> 
             continue
         try:
             ready[way] = check(ways.contender(way, inputs, bench.measured), inputs, want)
+            if bench.profile:
+                bench.results.row(kind="profile", case=shape.name, implementation=way.name,
+                                  **profile(ready[way].contender))  # fmt: skip
         except Exception as error:  # the others go on
             bench.row(shape, routing, way, result=f"{_verb(error)}: {reason(error)}")
     del want
@@ -231,9 +245,10 @@ def summary(bench: Bench) -> dict[str, object]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     found = gpu_timing.options(__doc__.splitlines()[0], argv, sustained_s=5.0, only="", tune=False, budgets=False,
+                               profile=False,
                                ways=",".join(way.name for way in MAIN), routings=",".join(cases.ROUTINGS))  # fmt: skip
     results = gpu_timing.Results(found.out)
-    bench = Bench(results, found.end_s, sustained(found.sustained_s), double_rate())
+    bench = Bench(results, found.end_s, sustained(found.sustained_s), double_rate(), found.profile)
     results.row(kind="limit", what=f"bf16 matmul 8192, {found.sustained_s:.0f} s", flop_per_s=round(bench.matmul_rate),
                 float64_flop_per_s=round(bench.double_rate), rows_moved_by=ways.moving_rows(DEVICE))  # fmt: skip
     shapes = [shape for shape in cases.SHAPES if found.only.lower() in shape.name.lower()]

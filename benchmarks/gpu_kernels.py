@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 from benchmarks import gpu_timing  # noqa: E402
 from moe_overlap.errors import ConfigError  # noqa: E402
-from moe_overlap.ops import registry  # noqa: E402
+from moe_overlap.ops import cuda_kernels, registry  # noqa: E402
 
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 Inputs = tuple[Any, ...]
@@ -231,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = gpu_timing.options(__doc__.splitlines()[0], argv, begin=0, mark="", contenders="cuda,eager,triton,compile",
                                skip="")  # fmt: skip
     results = gpu_timing.Results(found.out)
+    if why := cuda_kernels.missing():  # and loads them
+        results.row(kind="kernel", result=f"no CUDA kernels: {why}")
     copy_rate = gpu_timing.copy_bytes_per_s()
     results.row(kind="limit", what="copy on the device, read + written", bytes_per_s=round(copy_rate))
     missed = []

@@ -1,13 +1,13 @@
 """A whole MoE layer on one card, forward and backward, beside what one would use otherwise, in one process.
 
-    python benchmarks/gpu_layer.py [--out FILE] [--ways ours,transformers,plain,compile]
+    python benchmarks/gpu_layer.py [--out FILE] [--ways ours,transformers,plain,compile] [--profile]
 
 Qwen3-30B-A3B's layer (128 experts, top-8, 2048 x 768) on 8192 tokens in bfloat16, the weights the same for all: `ours`
 (MoELayer, one rank), `chunked` (ours in four chunks), `transformers` (its Qwen3 block with `grouped_mm` experts),
 `plain` (as one writes it with torch's grouped matmul) and `compile` (that under torch.compile). Each is compared with
 float64 first: the median over tokens of the relative error, forward and of x's gradient; routers round differently, so
 a few tokens may take another expert. A wrong one has no time. Rows: milliseconds of each phase and of both, time over
-ours, memory.
+ours, memory. --profile: rows with the time of every kernel, and how long the host is busy.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def exact(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    found = gpu_timing.options(__doc__.splitlines()[0], argv, ways=",".join(WAYS))
+    found = gpu_timing.options(__doc__.splitlines()[0], argv, ways=",".join(WAYS), profile=False)
     results = gpu_timing.Results(found.out)
     weights = Weights()
     want = exact(weights)
@@ -190,6 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.row(kind="layer", case="Qwen3-30B-A3B T=8192", implementation=way, result=reason)
             continue
         ready[way] = both
+        if found.profile:
+            kernels = gpu_timing.kernel_times(once)
+            results.row(kind="profile", case="Qwen3-30B-A3B T=8192", implementation=way,
+                        forward_host_ms=round(gpu_timing.host_s(both[0]) * 1e3, 3),
+                        both_host_ms=round(gpu_timing.host_s(once) * 1e3, 3),
+                        device_ms=round(sum(us for _, us in kernels.values()) / 1e3, 3), kernels=kernels)  # fmt: skip
         about[way] = {
             "peak_gib": round(peak / 2**30, 2),
             "error": round(errors[0][0], 5),

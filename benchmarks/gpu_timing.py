@@ -113,6 +113,34 @@ def two_phases(contenders: Mapping[Key, Phases], *, repeats: int = 10) -> dict[K
     return {key: (Time.of(first), Time.of(second)) for key, (first, second) in samples.items()}
 
 
+def kernel_times(call: Callable[[], Any], *, repeats: int = 5) -> dict[str, list[float]]:
+    """kernel -> [launches in a call, microseconds of all of them]; the longest first. By torch's profiler."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    found = [one for one in profile.key_averages() if one.self_device_time_total > 0]
+    found.sort(key=lambda one: -one.self_device_time_total)
+    return {
+        one.key[:80]: [round(one.count / repeats, 1), round(one.self_device_time_total / repeats, 1)] for one in found
+    }
+
+
+def host_s(call: Callable[[], Any], *, repeats: int = 5) -> float:
+    """Seconds until a call is back on the host, while the GPU has other work: what it costs to say what is to be done,
+    or to wait for the GPU where it does."""
+    samples = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin_s = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - begin_s)
+    torch.cuda.synchronize()
+    return statistics.median(samples)
+
+
 def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
     """(result of the call, how much more memory than before it held at most)."""
     torch.cuda.synchronize()

@@ -100,15 +100,16 @@ def through_activation(
 
 @triton.jit(do_not_specialize=["num_rows", "first_expert", "last_expert"])
 def weights_kernel(
-    left, right, row_map, out, starts, ends, first_expert, last_expert, num_rows, left_width, right_width,
-    left_stride, right_stride,
-    HAS_STARTS: tl.constexpr, MAP_LEFT: tl.constexpr, MAP_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    left, right, left_blocks, right_blocks, row_map, out, starts, ends, first_expert, last_expert, num_rows,
+    left_width, right_width, left_stride, right_stride,
+    HAS_STARTS: tl.constexpr, MAP_LEFT: tl.constexpr, MAP_RIGHT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[expert] = left.T @ right over the rows of the expert: [E, left_width, right_width], zeros without rows.
 
     With MAP_LEFT or MAP_RIGHT the rows of that side are read through row_map, -1 giving zeros. The sum runs over the
-    rows in their order, in blocks of BLOCK_K.
+    rows in their order, in blocks of BLOCK_K: whole ones by TMA where left_blocks and right_blocks are descriptors of
+    both sides, and what is left of an expert's rows through pointers, as its end is nothing a descriptor knows.
     """
     num_left = tl.cdiv(left_width, BLOCK_M)
     num_right = tl.cdiv(right_width, BLOCK_N)
@@ -122,10 +123,17 @@ def weights_kernel(
             begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         begin = tl.minimum(tl.maximum(begin, 0), num_rows)
         end = tl.minimum(tl.load(ends + expert), num_rows)
+        acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if TMA:
+            whole_end = begin + tl.maximum(end - begin, 0) // BLOCK_K * BLOCK_K
+            for row in tl.range(begin, whole_end, BLOCK_K):
+                left_KM = left_blocks.load([row, left_tile * BLOCK_M])
+                right_KN = right_blocks.load([row, right_tile * BLOCK_N])
+                acc_MN = tl.dot(left_KM.T, right_KN, acc_MN, input_precision="ieee")
+            begin = whole_end
         left_M = left_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         right_N = right_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for row in tl.range(begin, end, BLOCK_K):
+        for row in tl.range(begin, end, BLOCK_K, num_stages=1 if TMA else None):
             row_K = (row + tl.arange(0, BLOCK_K)).to(tl.int64)
             live_K = row_K < end
             left_row_K = row_K
@@ -177,3 +185,14 @@ def sum_rows_kernel(rows, order, bounds, out, width, BLOCK_N: tl.constexpr):
         row = tl.load(order + i).to(tl.int64)
         sum_N += tl.load(rows + row * width + column_N, mask=exists_N, other=0.0).to(tl.float32)
     tl.store(out + token.to(tl.int64) * width + column_N, sum_N.to(out.dtype.element_ty), mask=exists_N)
+
+
+@triton.jit
+def gather_rows_kernel(rows, row_map, out, width, BLOCK_N: tl.constexpr):
+    """out[r] = rows[row_map[r]], -1 giving zeros."""
+    row = tl.program_id(0).to(tl.int64)
+    column_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    from_row = tl.load(row_map + row).to(tl.int64)
+    exists_N = column_N < width
+    value_N = tl.load(rows + from_row * width + column_N, mask=exists_N & (from_row >= 0), other=0.0)
+    tl.store(out + row * width + column_N, value_N, mask=exists_N)

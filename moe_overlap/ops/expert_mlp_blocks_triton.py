@@ -110,8 +110,7 @@ TABLE: Mapping[str, tuple[Row, ...]] = {
         *(_row("interpreter", size, (16, 16, 16), (2, 1, 1, 1)) for size in (2, 4)),
     ),
     "weights": (  # not by rows: a weight gradient is one kernel whatever the chunks were
-        _row("sm_90", 2, (128, 128, 64), (8, 8, 4, 1), ffn=1024),
-        _row("sm_90", 2, (128, 256, 64), (8, 8, 3, 1)),
+        _row("sm_90", 2, (128, 256, 64), (8, 8, 4, 1)),
         _row("sm_100", 2, (128, 128, 64), (8, 8, 4, 1), ffn=1024),
         _row("sm_100", 2, (128, 256, 64), (8, 8, 3, 1)),
         _row("sm_80", 2, (128, 128, 32), (8, 8, 4, 1)),

@@ -26,6 +26,7 @@ from moe_overlap.ops import hardware
 from moe_overlap.ops.activation import width
 from moe_overlap.ops.activation_math_triton import KIND_NUMBERS
 from moe_overlap.ops.expert_mlp_backward_triton import (
+    gather_rows_kernel,
     hidden_gradient_kernel,
     sum_parts_kernel,
     sum_rows_kernel,
@@ -82,7 +83,11 @@ def expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.Te
         launcher.weights(dy_RD, a_RF, dw_out)
     if wants_dw_in:
         dw_in = torch.empty_like(w_in, memory_format=torch.contiguous_format)
-        launcher.weights(dh_RF, x, dw_in, right_map=row_to_token)
+        if row_to_token is not None and launcher.problem.arch in _TMA_CLASSES:
+            # A copy of the rows, so that whole blocks of them can be read: TMA of these chips gathers no single rows.
+            launcher.weights(dh_RF, _gathered(x, row_to_token), dw_in)
+        else:
+            launcher.weights(dh_RF, x, dw_in, right_map=row_to_token)
     if wants_dx:
         dx = x.new_empty(call.num_rows, x.shape[1])
         launcher.rows(dh_RF, w_in, dx, transposed=False)
@@ -220,10 +225,14 @@ class _Launcher:
         left_RM, right_RN = _unit_stride(left_RM), _unit_stride(right_RN)
         _, left_width, right_width = out.shape
         tiles = (last - first) * blocks(left_width, shape.m) * blocks(right_width, shape.n)
+        left_blocks, left_tma = _operand(left_RM, self.problem, (shape.k, shape.m))
+        right_blocks, right_tma = _operand(right_RN, self.problem, (shape.k, shape.n))
+        tma = left_tma and right_tma and row_map is None
         self._launch(
-            weights_kernel, shape, tiles, left_RM, right_RN, row_map, out, self.starts, self.ends, first, last,
+            weights_kernel, shape, tiles, left_RM, right_RN, left_blocks if tma else None,
+            right_blocks if tma else None, row_map, out, self.starts, self.ends, first, last,
             self.num_rows, left_width, right_width, left_RM.stride(0), right_RN.stride(0),
-            HAS_STARTS=self.starts is not None, MAP_LEFT=left_map is not None, MAP_RIGHT=right_map is not None,
+            HAS_STARTS=self.starts is not None, MAP_LEFT=left_map is not None, MAP_RIGHT=right_map is not None, TMA=tma,
         )  # fmt: skip
 
     def _over_rows(self, kernel: Any, shape: Blocks, columns: int, *args: Any, **constants: Any) -> None:
@@ -297,6 +306,17 @@ def target(device: torch.device) -> Target:
         return Target("interpreter", INTERPRETED_SMS)
     arch = architecture_class(hardware.architecture(device))
     return Target(arch, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _gathered(x_TD: torch.Tensor, row_to_token: torch.Tensor) -> torch.Tensor:
+    """x[row_to_token], zeros for -1: [R, D]."""
+    out_RD, x_TD = x_TD.new_empty(row_to_token.shape[0], x_TD.shape[1]), x_TD.contiguous()
+    if x_TD.shape[0] == 0:
+        return out_RD.zero_()
+    block = min(power_of_two(x_TD.shape[1]), 2 * _SUM_COLUMNS)
+    grid = (out_RD.shape[0], blocks(x_TD.shape[1], block))
+    launch(gather_rows_kernel, grid, x_TD, row_to_token, out_RD, x_TD.shape[1], BLOCK_N=block)
+    return out_RD
 
 
 def _sum_by_token(rows_RD: torch.Tensor, row_to_token: torch.Tensor, num_tokens: int) -> torch.Tensor:

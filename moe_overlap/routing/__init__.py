@@ -1,6 +1,7 @@
 """Which expert a token wants: tensors of one rank, no process group.
 
-`linear.py` is the router, `decision.py` what it returns, `balance.py` its losses, `select.py` capacity.
+A router is scores -> selection -> capacity: `scores.py`, `choice.py`, `select.py`. `linear.py` puts them together,
+`decision.py` is what comes out, `balance.py` has the losses.
 """
 
 from moe_overlap.routing.balance import (

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
-from moe_overlap.ops.gate import gate_topk
 from moe_overlap.routing.balance import (
-    LEVELS,
     GlobalBalance,
     load_balancing_loss,
     router_probabilities,
     sequence_balancing_loss,
     z_loss,
 )
+from moe_overlap.routing.checks import (
+    check_balance,
+    check_capacity_factor,
+    check_coefficients,
+    check_scale,
+    check_sizes,
+    check_tokens,
+    check_words,
+)
+from moe_overlap.routing.choice import Choice, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.routing.select import drop_over_capacity, expert_capacity
+from moe_overlap.routing.scores import linear_logits
+from moe_overlap.routing.select import expert_capacity
 
-SCORES = ("softmax", "topk_softmax", "sigmoid")
-BAD_LOGITS = ("raise", "drop")
 INIT_STD = 0.02
 
 
@@ -70,11 +75,12 @@ class LinearRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
-        _check_choices(score, bad_logits, balance)
-        _check_numbers(scale=scale, aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
-        if capacity_factor is not None and not (_is_finite(capacity_factor) and capacity_factor > 0):
-            raise ConfigError("capacity_factor", capacity_factor, "None or a finite number above 0")
+        check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
+        check_words(score, bad_logits)
+        check_balance(balance)
+        check_scale(scale)
+        check_coefficients(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
+        check_capacity_factor(capacity_factor)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -128,16 +134,24 @@ class LinearRouter(nn.Module):
         bad logits (see `bad_logits`).
         """
         check_transform(inline=True)
-        self._check_input(x_TD)
+        check_tokens(x_TD, self.hidden_size, self.weight.device)
         if local_experts is not None:
             raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             return self._route(x_TD, sequence_length)
 
     def _route(self, x_TD: torch.Tensor, sequence_length: int | None) -> RoutingDecision:
-        logits_TE = self._logits(x_TD)
+        """Scores -> selection -> capacity; the losses read scores and selection."""
+        logits_TE = linear_logits(x_TD, self.weight, drop_bad=self.bad_logits == "drop")
+        choice = self._choose(logits_TE)
+        if self.bad_logits == "drop":
+            choice = drop_bad_tokens(choice)
+        loss, rest = self._losses(logits_TE, choice, sequence_length)
+        return decide(choice, aux_loss=loss, global_balance=rest, capacity=self._capacity(x_TD.shape[0]))
+
+    def _choose(self, logits_TE: torch.Tensor) -> Choice:
         bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
-        weights_TK, ids_TK, counts_E, status = gate_topk(
+        return choose_top_k(
             logits_TE,
             bias_E,
             k=self.top_k,
@@ -147,112 +161,33 @@ class LinearRouter(nn.Module):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        dropped = counts_E.new_zeros((), dtype=torch.int64)
-        valid_T1 = None
-        if self.bad_logits == "drop":
-            # A refused token has no id at all, so its first id tells.
-            valid_T1 = ids_TK[:, :1] >= 0
-            dropped = (ids_TK < 0).sum()
-            status = torch.zeros_like(status)
-        aux_loss, global_balance = self._losses(logits_TE, ids_TK, counts_E, valid_T1, sequence_length)
-        if self.capacity_factor is not None:
-            capacity = expert_capacity(self.capacity_factor, x_TD.shape[0], self.top_k, self.num_experts)
-            ids_TK, weights_TK, over_capacity = drop_over_capacity(
-                ids_TK, weights_TK, num_experts=self.num_experts, capacity=capacity
-            )
-            dropped = dropped + over_capacity
-        return RoutingDecision(
-            topk_ids_TK=ids_TK,
-            topk_weights_TK=weights_TK,
-            tokens_per_expert_E=counts_E.to(torch.int64),
-            dropped_tokens=dropped,
-            status=status,
-            aux_loss=aux_loss,
-            global_balance=global_balance,
-        )
 
-    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        weight_ED = self.weight.to(dtype)
-        if self.bad_logits == "raise":
-            return nn.functional.linear(x_TD.to(dtype), weight_ED)
-        # Zero gradient times a NaN activation is still NaN in the weight's gradient: bad rows leave before the
-        # product, and their logits are marked after it.
-        bad_T1 = ~x_TD.isfinite().all(dim=-1, keepdim=True)
-        logits_TE = nn.functional.linear(x_TD.to(dtype).masked_fill(bad_T1, 0.0), weight_ED)
-        return logits_TE.masked_fill(bad_T1, float("nan"))
+    def _capacity(self, num_tokens: int) -> int | None:
+        if self.capacity_factor is None:
+            return None
+        return expert_capacity(self.capacity_factor, num_tokens, self.top_k, self.num_experts)
 
     def _losses(
-        self,
-        logits_TE: torch.Tensor,
-        ids_TK: torch.Tensor,
-        counts_E: torch.Tensor,
-        valid_T1: torch.Tensor | None,
-        sequence_length: int | None,
+        self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None
     ) -> tuple[torch.Tensor | None, GlobalBalance | None]:
         """The losses that a rank can compute, summed, and what remains of the one that it cannot."""
         if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
             return None, None
+        valid_T1 = choice.valid_T1
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
         loss, rest = logits_TE.new_zeros(()), None
         if self.aux_loss_coef != 0.0:
             probs_TE = router_probabilities(logits_TE, self.score)
             if self.balance == "global":
-                rest = GlobalBalance.of(probs_TE, counts_E, coef=self.aux_loss_coef, valid_T1=valid_T1,
+                rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=self.aux_loss_coef, valid_T1=valid_T1,
                                         drops=self.capacity_factor is not None)  # fmt: skip
             elif self.balance == "sequence":
                 length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length
-                balance = sequence_balancing_loss(probs_TE, ids_TK, length, valid_T1=valid_T1)
+                balance = sequence_balancing_loss(probs_TE, choice.ids_TK, length, valid_T1=valid_T1)
                 loss = loss + self.aux_loss_coef * balance
             else:
-                loss = loss + self.aux_loss_coef * load_balancing_loss(probs_TE, counts_E, valid_T1=valid_T1)
+                loss = loss + self.aux_loss_coef * load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1)
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
         return loss, rest
-
-    def _check_input(self, x_TD: torch.Tensor) -> None:
-        if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_size:
-            raise ConfigError("x.shape", tuple(x_TD.shape), f"[tokens, {self.hidden_size}]")
-        if not x_TD.is_floating_point():
-            raise ConfigError("x.dtype", x_TD.dtype, "a floating-point dtype")
-        if x_TD.device != self.weight.device:
-            raise ConfigError("x.device", str(x_TD.device), f"the router's device, {self.weight.device}")
-
-
-def _check_sizes(hidden_size: int, num_experts: int, top_k: int, n_group: int, topk_group: int) -> None:
-    sizes = {"hidden_size": hidden_size, "num_experts": num_experts, "n_group": n_group, "topk_group": topk_group}
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(name, value, "an integer of at least 1")
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
-    if not 1 <= top_k <= num_experts:
-        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
-    if n_group < 1 or num_experts % n_group:
-        raise ConfigError("n_group", n_group, f"a positive divisor of num_experts ({num_experts})")
-    if not 1 <= topk_group <= n_group:
-        raise ConfigError("topk_group", topk_group, f"an integer from 1 to n_group ({n_group})")
-    if topk_group * (num_experts // n_group) < top_k:
-        raise ConfigError("topk_group", topk_group, f"groups with at least top_k ({top_k}) experts together")
-
-
-def _check_choices(score: str, bad_logits: str, balance: str) -> None:
-    if score not in SCORES:
-        raise ConfigError("score", score, f"one of {', '.join(SCORES)}")
-    if bad_logits not in BAD_LOGITS:
-        raise ConfigError("bad_logits", bad_logits, f"one of {', '.join(BAD_LOGITS)}")
-    if balance not in LEVELS:
-        raise ConfigError("balance", balance, f"one of {', '.join(LEVELS)}")
-
-
-def _check_numbers(*, scale: float, aux_loss_coef: float, z_loss_coef: float) -> None:
-    if not _is_finite(scale):
-        raise ConfigError("scale", scale, "a finite number")
-    for name, value in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
-        if not (_is_finite(value) and value >= 0):
-            raise ConfigError(name, value, "a finite number of at least 0")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

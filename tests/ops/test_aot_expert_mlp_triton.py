@@ -114,7 +114,7 @@ def check(launch: aot.Launch, row: Row, folder: Path, capability: int) -> None:
     assert used.registers * 32 * kernel.metadata.num_warps * shape.per_sm <= REGISTERS, (launch.name, used)
     if row.item_bytes == 2:
         assert aot.MATRIX_INSTRUCTION[capability] in ptx
-    if launch.keywords.get("B_TMA"):
+    if launch.keywords.get("B_TMA") or launch.keywords.get("TMA"):
         assert "cp.async.bulk.tensor" in ptx
 
 
@@ -154,7 +154,8 @@ def test_variants_on_sm_90(name: str, tmp_path: Path) -> None:
             gathered = bool(launch.keywords.get("MAPPED"))
             assert (launch.keywords["A_TMA"], launch.keywords["B_TMA"]) == (not odd and not gathered, not odd)
     mapped = variant.get("mapped", True)
-    assert found == {"list_tiles_kernel", "sum_parts_kernel", *KERNELS} | ({"sum_rows_kernel"} if mapped else set())
+    for_maps = {"sum_rows_kernel"} | (set() if odd else {"gather_rows_kernel"})
+    assert found == {"list_tiles_kernel", "sum_parts_kernel", *KERNELS} | (for_maps if mapped else set())
     assert mapped == any(launch.keywords.get("MAPPED") for launch in launches(MAIN, **variant))
 
 
@@ -162,7 +163,8 @@ def test_variants_on_sm_90(name: str, tmp_path: Path) -> None:
 def test_the_kernels_without_a_block_shape(arch: str, tmp_path: Path) -> None:
     """The list of tiles, the sums of dscale and those by token, on the other architectures."""
     found = [launch for launch in launches(replace(MAIN, arch=arch)) if launch.name not in KERNELS]
-    assert {launch.name for launch in found} == {"list_tiles_kernel", "sum_parts_kernel", "sum_rows_kernel"}
+    names = {"list_tiles_kernel", "sum_parts_kernel", "sum_rows_kernel"}
+    assert {launch.name for launch in found} == names | ({"gather_rows_kernel"} if arch == "sm_100" else set())
     for launch in found:
         used = aot.resources(aot.compiled(launch, CAPABILITY[arch]), tmp_path)
         assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)
