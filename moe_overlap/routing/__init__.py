@@ -11,17 +11,25 @@ from moe_overlap.routing.balance import (
     sequence_balancing_loss,
     z_loss,
 )
+from moe_overlap.routing.base_assignment import BaseRouter
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, RoutingDecision
+from moe_overlap.routing.expert_choice import ExpertChoiceRouter
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.routing.loss_free import max_violation, update_bias_
+from moe_overlap.routing.quantile import QuantileRouter
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
+from moe_overlap.routing.sinkhorn import SinkhornRouter
 
 __all__ = [
     "STATUS_BAD_LOGITS",
     "STATUS_OK",
+    "BaseRouter",
+    "ExpertChoiceRouter",
     "GlobalBalance",
     "LinearRouter",
+    "QuantileRouter",
     "RoutingDecision",
+    "SinkhornRouter",
     "drop_over_capacity",
     "expert_capacity",
     "load_balancing_loss",
