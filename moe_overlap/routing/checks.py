@@ -36,16 +36,12 @@ def check_sizes(hidden_size: int, num_experts: int, top_k: int, n_group: int = 1
         raise ConfigError("topk_group", topk_group, f"groups with at least top_k ({top_k}) experts together")
 
 
-def check_words(score: str, bad_logits: str) -> None:
-    """Raises ConfigError for a score or a policy that does not exist."""
+def check_words(score: str, bad_logits: str, balance: str = "micro") -> None:
+    """Raises ConfigError for a score, a policy or a level of balance that does not exist."""
     if score not in SCORES:
         raise ConfigError("score", score, f"one of {', '.join(SCORES)}")
     if bad_logits not in BAD_LOGITS:
         raise ConfigError("bad_logits", bad_logits, f"one of {', '.join(BAD_LOGITS)}")
-
-
-def check_balance(balance: str) -> None:
-    """Raises ConfigError for a level of the auxiliary loss that does not exist."""
     if balance not in LEVELS:
         raise ConfigError("balance", balance, f"one of {', '.join(LEVELS)}")
 

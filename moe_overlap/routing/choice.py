@@ -16,6 +16,9 @@ from moe_overlap.routing.balance import GlobalBalance
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.select import drop_over_capacity
 
+Losses = tuple[torch.Tensor | None, GlobalBalance | None]
+"""What one rank can compute, coefficients included, and what waits for the counts of all ranks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -50,8 +53,7 @@ def drop_bad_tokens(choice: Choice) -> Choice:
 def decide(
     choice: Choice,
     *,
-    aux_loss: torch.Tensor | None = None,
-    global_balance: GlobalBalance | None = None,
+    losses: Losses = (None, None),
     capacity: int | None = None,
     rank_by_TK: torch.Tensor | None = None,
 ) -> RoutingDecision:
@@ -69,6 +71,6 @@ def decide(
         tokens_per_expert_E=choice.counts_E.to(torch.int64),
         dropped_tokens=dropped,
         status=choice.status,
-        aux_loss=aux_loss,
-        global_balance=global_balance,
+        aux_loss=losses[0],
+        global_balance=losses[1],
     )

@@ -17,7 +17,6 @@ from moe_overlap.routing.balance import (
     z_loss,
 )
 from moe_overlap.routing.checks import (
-    check_balance,
     check_capacity_factor,
     check_coefficients,
     check_scale,
@@ -25,7 +24,7 @@ from moe_overlap.routing.checks import (
     check_tokens,
     check_words,
 )
-from moe_overlap.routing.choice import Choice, choose_top_k, decide, drop_bad_tokens
+from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
@@ -76,8 +75,7 @@ class LinearRouter(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
-        check_words(score, bad_logits)
-        check_balance(balance)
+        check_words(score, bad_logits, balance)
         check_scale(scale)
         check_coefficients(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
         check_capacity_factor(capacity_factor)
@@ -146,8 +144,8 @@ class LinearRouter(nn.Module):
         choice = self._choose(logits_TE)
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
-        loss, rest = self._losses(logits_TE, choice, sequence_length)
-        return decide(choice, aux_loss=loss, global_balance=rest, capacity=self._capacity(x_TD.shape[0]))
+        losses = self._losses(logits_TE, choice, sequence_length)
+        return decide(choice, losses=losses, capacity=self._capacity(x_TD.shape[0]))
 
     def _choose(self, logits_TE: torch.Tensor) -> Choice:
         bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
@@ -167,27 +165,23 @@ class LinearRouter(nn.Module):
             return None
         return expert_capacity(self.capacity_factor, num_tokens, self.top_k, self.num_experts)
 
-    def _losses(
-        self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None
-    ) -> tuple[torch.Tensor | None, GlobalBalance | None]:
-        """The losses that a rank can compute, summed, and what remains of the one that it cannot."""
+    def _losses(self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None) -> Losses:
         if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
             return None, None
-        valid_T1 = choice.valid_T1
+        valid_T1, coef = choice.valid_T1, self.aux_loss_coef
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
         loss, rest = logits_TE.new_zeros(()), None
-        if self.aux_loss_coef != 0.0:
+        if coef != 0.0:
             probs_TE = router_probabilities(logits_TE, self.score)
             if self.balance == "global":
-                rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=self.aux_loss_coef, valid_T1=valid_T1,
-                                        drops=self.capacity_factor is not None)  # fmt: skip
+                drops = self.capacity_factor is not None
+                rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=drops)
             elif self.balance == "sequence":
                 length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length
-                balance = sequence_balancing_loss(probs_TE, choice.ids_TK, length, valid_T1=valid_T1)
-                loss = loss + self.aux_loss_coef * balance
+                loss = loss + coef * sequence_balancing_loss(probs_TE, choice.ids_TK, length, valid_T1=valid_T1)
             else:
-                loss = loss + self.aux_loss_coef * load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1)
+                loss = loss + coef * load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1)
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
         return loss, rest
