@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import MoELayer, ShortcutBlock, aux_loss, moe_forward, prepare
@@ -228,3 +229,19 @@ def test_expert_parallel_in_data_parallel(replicas, prepared):
     want = one_process(4, aux_loss_coef=0.3)
     for results in zip(*gloo_pool(4).run(replicated, replicas, prepared), strict=True):
         check_sum(results, want)
+
+
+def under_ddp():
+    """On a gloo rank of four that has all experts: the router's gradient, of which DDP has made a mean."""
+    torch.manual_seed(3)
+    layer = MoELayer(D, F, E, 2, replicate_group=dist.group.WORLD, dtype=torch.float64, **OPTIONS)
+    ddp = DistributedDataParallel(prepare(layer))
+    y = ddp(all_tokens(4)[dist.get_rank()])
+    (aux_loss(ddp) + 0.0 * y.sum()).backward()
+    return layer.router.weight.grad
+
+
+def test_plain_data_parallel():
+    _, want, _ = one_process(4, aux_loss_coef=0.3)
+    for found in gloo_pool(4).run(under_ddp):
+        close(found, want)
