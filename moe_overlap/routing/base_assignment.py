@@ -10,6 +10,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.routing.assigned import bad_rows, choice_of
 from moe_overlap.routing.choice import Choice
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.nodes import Nodes
 
 PRECISION = 1 / 50  # of the range of the scores: the least that a bid raises a price by
 MOST_ROUNDS = 10_000
@@ -67,9 +68,9 @@ class BaseRouter(LinearRouter):
             given = f"n_group={self.n_group}, bias={self.expert_bias_E is not None}"
             raise ConfigError("n_group", given, "n_group=1 and bias=False: the assignment is what balances")
 
-    def _choose(self, logits_TE: torch.Tensor) -> Choice:
+    def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         if not self.training:
-            return super()._choose(logits_TE)
+            return super()._choose(logits_TE, nodes)
         known_TE = logits_TE.detach().masked_fill(bad_rows(logits_TE), 0.0)
         ids_TK = assign(known_TE)[:, None].to(logits_TE.device)
         return choice_of(logits_TE, ids_TK, score=self.score, renormalize=self.renormalize, scale=self.scale)

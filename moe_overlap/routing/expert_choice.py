@@ -12,6 +12,7 @@ from moe_overlap.routing.assigned import bad_rows, choice_of, selection_scores
 from moe_overlap.routing.checks import is_finite
 from moe_overlap.routing.choice import Choice
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.nodes import Nodes
 from moe_overlap.routing.select import expert_capacity
 
 WHY = "True, for a model that may see the future: whether an expert takes a token depends on the tokens after it"
@@ -42,7 +43,7 @@ class ExpertChoiceRouter(LinearRouter):
                 raise ConfigError(name, getattr(self, name), f"{only!r} where experts choose, whose loads are even")
         self.average = average
 
-    def _choose(self, logits_TE: torch.Tensor) -> Choice:
+    def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         bad_T1 = bad_rows(logits_TE)
         scores_TE = selection_scores(logits_TE.detach().masked_fill(bad_T1, 0.0), self.score)
         scores_TE = scores_TE.masked_fill(bad_T1, float("-inf"))

@@ -28,7 +28,6 @@ from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.routing.locality import Locality
 from moe_overlap.routing.nodes import Nodes
 from moe_overlap.routing.scores import routing_dtype
-from moe_overlap.routing.select import expert_capacity
 
 GATES = ("linear", "grap")
 
@@ -94,10 +93,10 @@ class LocMoERouter(LinearRouter):
         return grap_rows(self.num_experts, self.hidden_size, device=x_TD.device, dtype=routing_dtype(x_TD))
 
     def _capacity(self, num_tokens: int) -> int | None:
-        if self.capacity_factor is None:
-            return None
-        capacity = expert_capacity(self.capacity_factor, num_tokens, self.top_k, self.num_experts)
-        return capacity if self.bound is None else max(capacity, clamp_capacity(self.bound, num_tokens))
+        capacity = super()._capacity(num_tokens)
+        if capacity is None or self.bound is None:
+            return capacity
+        return max(capacity, clamp_capacity(self.bound, num_tokens))
 
 
 class LocMoEPlusRouter(LocMoERouter):

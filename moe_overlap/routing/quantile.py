@@ -11,6 +11,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.routing.assigned import bad_rows, selection_scores
 from moe_overlap.routing.choice import Choice
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.nodes import Nodes
 
 ROUNDS = 4
 
@@ -60,10 +61,10 @@ class QuantileRouter(LinearRouter):
         self.expert_bias_E.mul_(self.momentum).add_(wanted_E, alpha=1 - self.momentum)
         self._next_E = None
 
-    def _choose(self, logits_TE: torch.Tensor) -> Choice:
+    def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         if self.training and torch.is_grad_enabled():
             assert self.expert_bias_E is not None
             known_TE = logits_TE.detach().masked_fill(bad_rows(logits_TE), 0.0)
             scores_TE = selection_scores(known_TE, self.score)
             self._next_E = quantile_prices(scores_TE, self.top_k, -self.expert_bias_E.to(scores_TE.dtype))
-        return super()._choose(logits_TE)
+        return super()._choose(logits_TE, nodes)

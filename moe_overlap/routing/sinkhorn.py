@@ -11,6 +11,7 @@ from moe_overlap.routing.assigned import bad_rows, choice_of
 from moe_overlap.routing.checks import check_count
 from moe_overlap.routing.choice import Choice
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.nodes import Nodes
 
 
 @torch.no_grad()
@@ -44,9 +45,9 @@ class SinkhornRouter(LinearRouter):
             raise ConfigError("bias", True, "False: the plan is what balances")
         self.iterations = iterations
 
-    def _choose(self, logits_TE: torch.Tensor) -> Choice:
+    def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         if not self.training:
-            return super()._choose(logits_TE)
+            return super()._choose(logits_TE, nodes)
         known_TE = logits_TE.detach().masked_fill(bad_rows(logits_TE), 0.0)
         ids_TK = (known_TE + sinkhorn_potential(known_TE, self.iterations)).topk(self.top_k, dim=1).indices
         return choice_of(logits_TE, ids_TK, score=self.score, renormalize=self.renormalize, scale=self.scale)
