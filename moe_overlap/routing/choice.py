@@ -16,7 +16,6 @@ from moe_overlap.routing.balance import GlobalBalance
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.select import drop_over_capacity
 
-
 Losses = tuple[torch.Tensor | None, GlobalBalance | None]
 """What one rank can compute, coefficients included, and what waits for the counts of all ranks."""
 
@@ -44,6 +43,13 @@ def choose_top_k(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, **how: An
                   dropped=counts_E.new_zeros((), dtype=torch.int64))  # fmt: skip
 
 
+def count_choices(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int32 [E]: how often each expert is chosen; -1 counts nowhere. The host reads nothing."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids_TK.device)
+    ones_S = torch.ones(ids_TK.numel(), dtype=torch.int32, device=ids_TK.device)
+    return counts.index_add(0, (ids_TK + 1).reshape(-1), ones_S)[1:]
+
+
 def drop_bad_tokens(choice: Choice) -> Choice:
     """Tokens with bad logits take no expert and count in no loss, instead of raising."""
     # A refused token has no id at all, so its first id tells.
@@ -57,14 +63,20 @@ def decide(
     losses: Losses = (None, None),
     capacity: int | None = None,
     rank_by_TK: torch.Tensor | None = None,
+    zero_experts: int = 0,
 ) -> RoutingDecision:
     """The decision: each expert keeps at most `capacity` of this rank's slots (None: all), those of highest
-    `rank_by_TK`, else of highest weight."""
+    `rank_by_TK`, else of highest weight. zero_experts: so many of the last experts return their input and keep all."""
     ids_TK, weights_TK, dropped = choice.ids_TK, choice.weights_TK, choice.dropped
+    num_experts = choice.counts_E.shape[0] - zero_experts
     if capacity is not None:
+        zero_TK = ids_TK >= num_experts
         ids_TK, weights_TK, over_capacity = drop_over_capacity(
-            ids_TK, weights_TK, num_experts=choice.counts_E.shape[0], capacity=capacity, rank_by_TK=rank_by_TK
-        )
+            ids_TK.masked_fill(zero_TK, -1), weights_TK, num_experts=num_experts, capacity=capacity,
+            rank_by_TK=rank_by_TK,
+        )  # fmt: skip
+        ids_TK = torch.where(zero_TK, choice.ids_TK, ids_TK)
+        weights_TK = torch.where(zero_TK, choice.weights_TK, weights_TK)
         dropped = dropped + over_capacity
     return RoutingDecision(
         topk_ids_TK=ids_TK,
@@ -74,4 +86,5 @@ def decide(
         status=choice.status,
         aux_loss=losses[0],
         global_balance=losses[1],
+        zero_experts=zero_experts,
     )

@@ -17,12 +17,16 @@ STATUS_BAD_LOGITS = 1
 class RoutingDecision:
     """Which experts each of this rank's T tokens wants.
 
-    topk_ids_TK: int32 [T, K], *logical* expert ids; -1 = unused (dropped slot or refused token). In order of score.
+    topk_ids_TK: int32 [T, K], *logical* expert ids; -1 = unused (dropped slot, refused token, padding, or a slot that
+    the token does not take). In order of score. From E on: zero-computation experts.
     topk_weights_TK: float32 [T, K] (float64 for float64 input), differentiable; 0 where the id is -1.
-    tokens_per_expert_E: int64 [E], what the router chose, before capacity dropped anything.
+    tokens_per_expert_E: int64 [E] (with zero-computation experts [E + Z]), what the router chose, before capacity
+    dropped anything.
     dropped_tokens: int64 scalar tensor, number of (token, k) slots that were dropped.
     status: int32 [1]; 0 = fine, 1 = bad logits seen (NaN, +inf, or a row of -inf) and the policy is to raise.
     aux_loss: differentiable scalar, already multiplied by its coefficients, or None when no coefficient is set.
+    zero_experts: Z, how many ids from E on return the token itself (see `zero.py`).
+    state: [T, R], differentiable: what the router hands to that of the next layer, or None (see `recurrent.py`).
     global_balance: the part of the auxiliary loss that waits for the counts of all ranks; the layer finishes it.
     """
 
@@ -33,6 +37,8 @@ class RoutingDecision:
     status: torch.Tensor
     aux_loss: torch.Tensor | None = None
     global_balance: GlobalBalance | None = None
+    zero_experts: int = 0
+    state: torch.Tensor | None = None
 
 
 def as_decision(value: object) -> RoutingDecision:

@@ -19,20 +19,24 @@ from moe_overlap.routing.balance import (
 from moe_overlap.routing.checks import (
     check_capacity_factor,
     check_coefficients,
+    check_eval_capacity_factor,
     check_scale,
     check_sizes,
     check_tokens,
     check_words,
+    check_zero_experts,
 )
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.routing.masks import ExpertMask, check_token_mask, mark_padding, settle_padding, without_padding
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
+from moe_overlap.routing.variable_k import VariableK, as_variable_k
 
 INIT_STD = 0.02
 
 
-class LinearRouter(nn.Module):
+class LinearRouter(ExpertMask):
     """Scores every expert with one matrix and picks `top_k` of them per token.
 
     score: "softmax" (softmax over all experts, then top-k: GShard, Switch), "topk_softmax" (top-k, then softmax over
@@ -43,12 +47,18 @@ class LinearRouter(nn.Module):
     from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`. balance: over what the auxiliary loss
     spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').
     capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
-    highest weight (equal weights: earlier token first).
+    highest weight (equal weights: earlier token first). eval_capacity_factor: the same for a router in eval mode; None:
+    no limit there; "same": as in training. T counts padding, so that the capacity follows from the shape.
+    zero_experts: Z more logits, of experts that return their input (see `zero.py`): ids from E on. They have no limit;
+    the auxiliary loss, the bias and the counts treat all E + Z alike, so that balance means that K * E / (E + Z) of a
+    token's experts compute, as LongCat-Flash's budget K_e = 8 of K = 12 is with its 512 + 256.
+    variable_k: None, or how many of its K experts each token takes (see `VariableK`). `mask_experts`: experts that are
+    never chosen (see `ExpertMask`).
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
     status says so, and all ranks raise together when they agree on the step. "drop": the token takes no expert, its
     K slots count as dropped, and no gradient comes from it.
 
-    Computes in float32, float64 for float64 input, whatever autocast says. Parameter: `weight` [E, D].
+    Computes in float32, float64 for float64 input, whatever autocast says. Parameter: `weight` [E + Z, D].
     """
 
     expert_bias_E: torch.Tensor | None
@@ -69,6 +79,9 @@ class LinearRouter(nn.Module):
         z_loss_coef: float = 0.0,
         balance: str = "micro",
         capacity_factor: float | None = None,
+        eval_capacity_factor: float | str | None = "same",
+        zero_experts: int = 0,
+        variable_k: VariableK | None = None,
         bad_logits: str = "raise",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,6 +92,8 @@ class LinearRouter(nn.Module):
         check_scale(scale)
         check_coefficients(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
         check_capacity_factor(capacity_factor)
+        check_eval_capacity_factor(eval_capacity_factor)
+        check_zero_experts(zero_experts, n_group)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -91,9 +106,12 @@ class LinearRouter(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.balance = balance
         self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.zero_experts = zero_experts
+        self.variable_k = as_variable_k(variable_k)
         self.bad_logits = bad_logits
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias else None
+        self.weight = nn.Parameter(torch.empty(self.num_logits, hidden_size, device=device, dtype=dtype))
+        bias_E = torch.zeros(self.num_logits, device=device, dtype=torch.float32) if bias else None
         self.register_buffer("expert_bias_E", bias_E)
         self.reset_parameters()
 
@@ -102,6 +120,11 @@ class LinearRouter(nn.Module):
         nn.init.normal_(self.weight, std=INIT_STD)
         if self.expert_bias_E is not None:
             nn.init.zeros_(self.expert_bias_E)
+
+    @property
+    def num_logits(self) -> int:
+        """E + Z."""
+        return self.num_experts + self.zero_experts
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LinearRouter:
         """What `to`, `bfloat16`, `cuda`, `to_empty` and the like do: the bias takes the device, not the dtype."""
@@ -123,10 +146,18 @@ class LinearRouter(nn.Module):
         return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
     def forward(
-        self, x_TD: torch.Tensor, *, sequence_length: int | None = None, local_experts: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor,
+        *,
+        sequence_length: int | None = None,
+        local_experts: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
         (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
+        token_mask: bool [T], True = a token, False = padding, which takes no expert and is counted nowhere, whatever
+        its x holds: not in losses, not in `tokens_per_expert_E`, not in drops, and bad logits of it are none. With
+        balance="global" all ranks give one, or none does.
 
         Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
         bad logits (see `bad_logits`).
@@ -136,19 +167,28 @@ class LinearRouter(nn.Module):
         if local_experts is not None:
             raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, sequence_length)
+            return self._route(x_TD, sequence_length, check_token_mask(token_mask, x_TD))
 
-    def _route(self, x_TD: torch.Tensor, sequence_length: int | None) -> RoutingDecision:
+    def _route(
+        self, x_TD: torch.Tensor, sequence_length: int | None, token_mask: torch.Tensor | None
+    ) -> RoutingDecision:
         """Scores -> selection -> capacity; the losses read scores and selection."""
+        x_TD = without_padding(x_TD, token_mask)
         logits_TE = linear_logits(x_TD, self.weight, drop_bad=self.bad_logits == "drop")
-        choice = self._choose(logits_TE)
+        logits_TE = self.hide_masked(mark_padding(logits_TE, token_mask))
+        choice = self.refuse_masked(self._choose(logits_TE))
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
+        choice = settle_padding(choice, token_mask, raises=self.bad_logits == "raise")
+        if self.variable_k is not None:
+            sum_to = self.scale if self.renormalize or self.score == "topk_softmax" else None
+            choice = self.variable_k(choice, x_TD, logits_TE, score=self.score, sum_to=sum_to)
         losses = self._losses(logits_TE, choice, sequence_length)
-        return decide(choice, losses=losses, capacity=self._capacity(x_TD.shape[0]))
+        capacity = self._capacity(x_TD.shape[0])
+        return decide(choice, losses=losses, capacity=capacity, zero_experts=self.zero_experts)
 
     def _choose(self, logits_TE: torch.Tensor) -> Choice:
-        bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
+        bias_E = None if self.expert_bias_E is None else self.hide_masked(self.expert_bias_E.to(logits_TE.dtype))
         return choose_top_k(
             logits_TE,
             bias_E,
@@ -160,22 +200,29 @@ class LinearRouter(nn.Module):
             scale=self.scale,
         )
 
+    @property
+    def _capacity_factor(self) -> float | None:
+        """The factor in force."""
+        if self.training or isinstance(self.eval_capacity_factor, str):
+            return self.capacity_factor
+        return self.eval_capacity_factor
+
     def _capacity(self, num_tokens: int) -> int | None:
-        if self.capacity_factor is None:
-            return None
-        return expert_capacity(self.capacity_factor, num_tokens, self.top_k, self.num_experts)
+        factor = self._capacity_factor
+        return None if factor is None else expert_capacity(factor, num_tokens, self.top_k, self.num_logits)
 
     def _losses(self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None) -> Losses:
         if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
             return None, None
-        valid_T1, coef = choice.valid_T1, self.aux_loss_coef
+        valid_T1, coef = choice.valid_T1, self.aux_loss_coef * self.unmasked_share
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
         loss, rest = logits_TE.new_zeros(()), None
         if coef != 0.0:
             probs_TE = router_probabilities(logits_TE, self.score)
             if self.balance == "global":
-                drops = self.capacity_factor is not None
+                # Counts that are agreed on are K a token, or the sums of what is dispatched; else they are summed.
+                drops = self._capacity_factor is not None or self.variable_k is not None or self.zero_experts > 0
                 rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=drops)
             elif self.balance == "sequence":
                 length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length
