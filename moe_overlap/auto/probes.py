@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,15 +33,16 @@ class ProbeInputs:
     """What a layer gives to a calibration, as it stands before a step.
 
     x_TD: this rank's tokens; latents: [T, L], what their rows hold where that is not x. w_in, w_out: the experts'
-    weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`).
-    backbone: the ops beside the exchanges and their input h; shared: the shared expert.
+    weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`); told:
+    its arguments by name. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
     """
 
     dispatcher: Dispatcher
-    router: Callable[[torch.Tensor], Any]
+    router: Callable[..., Any]
     x_TD: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
+    told: Mapping[str, Any] = field(default_factory=dict)
     latents: torch.Tensor | None = None
     h: torch.Tensor | None = None
     backbone: Sequence[Op] = ()
@@ -59,7 +60,7 @@ class ProbeInputs:
     def routed(self) -> tuple[Probes, torch.Tensor]:
         """The probes on this routing, and the router's status. Raises ConfigError for what cannot be probed."""
         refuse_units(self.ops)
-        routing = as_decision(self.router(self.x_TD.detach()))
+        routing = as_decision(self.router(self.x_TD.detach(), **self.told))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
         probes = Probes(
             inputs=self,

@@ -17,16 +17,9 @@ from torch.autograd.function import once_differentiable
 from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.balance import GlobalBalance
-from moe_overlap.routing.decision import RoutingDecision, as_decision
+from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.closing import closing_on_error
-
-
-def route(router: nn.Module, x_TD: torch.Tensor, shape: torch.Size) -> RoutingDecision:
-    """The decision for x_TD, the tokens of an x of `shape` [..., S, D]. A router with balance="sequence" learns S."""
-    if getattr(router, "balance", None) == "sequence" and x_TD.shape[0] and len(shape) > 1:
-        return as_decision(router(x_TD, sequence_length=shape[-2]))
-    return as_decision(router(x_TD))
 
 
 def sums_over_replicas(router: nn.Module, ownership: Ownership) -> bool:

@@ -28,12 +28,13 @@ from moe_overlap.layer.arguments import (
     check_positive,
     rows_dtype,
 )
-from moe_overlap.layer.balance import route, sums_over_replicas
+from moe_overlap.layer.balance import sums_over_replicas
 from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tokens, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
+from moe_overlap.layer.told import Routes
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel.entering import entered
 from moe_overlap.routing.decision import RoutingDecision
@@ -45,7 +46,7 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Tickets, Copies):
+class MoELayer(Tickets, Copies, Routes):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -157,6 +158,7 @@ class MoELayer(Tickets, Copies):
             top_k=top_k, activation=activation, payload_dtype=payload_dtype,
             dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
+        self._check_router()
         self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
 
@@ -199,8 +201,9 @@ class MoELayer(Tickets, Copies):
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
-            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, x_TD=x_TD, w_in=w_in, w_out=w_out,
-                                 latents=tokens.latents, h=h, backbone=backbone, shared=self.shared_expert)  # fmt: skip
+            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=self._told(x_TD, x.shape),
+                                 x_TD=x_TD, w_in=w_in, w_out=w_out, latents=tokens.latents, h=h, backbone=backbone,
+                                 shared=self.shared_expert)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
@@ -208,7 +211,7 @@ class MoELayer(Tickets, Copies):
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
                         payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
-            routing = route(self.router, x_router, x.shape)
+            routing = self._route(x_router, x.shape)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(w_out.dtype)
@@ -233,7 +236,7 @@ class MoELayer(Tickets, Copies):
     def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
-        routing = route(self.router, x_TD, x.shape)
+        routing = self._route(x_TD, x.shape)
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
         placement = self.dispatcher.placement
         check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)

@@ -1,8 +1,10 @@
 """Which expert a token wants: tensors of one rank, no process group.
 
 A router is scores -> selection -> capacity: `scores.py`, `choice.py`, `select.py`. `linear.py` puts them together,
-`decision.py` is what comes out, `balance.py` has the losses. `masks.py`, `variable_k.py`, `zero.py`: experts and tokens
-that are left out, fewer than K experts, experts that compute nothing. `recurrent.py`: a state from layer to layer.
+`decision.py` is what comes out, `balance.py` and `locality.py` have the losses, `nodes.py` says where experts are.
+Others: `locmoe.py`, `smile.py`, and `baselines.py` with Switch and Hash.
+Left out: experts and tokens (`masks.py`), some of the K (`variable_k.py`), the work (`zero.py`). `recurrent.py`: a
+state from layer to layer.
 """
 
 from moe_overlap.routing.balance import (
@@ -12,11 +14,17 @@ from moe_overlap.routing.balance import (
     sequence_balancing_loss,
     z_loss,
 )
+from moe_overlap.routing.baselines import HashRouter, SwitchRouter
+from moe_overlap.routing.capacity_floor import cap_probability, capacity_bound
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.locality import Locality, LocalityBias, locality_loss
+from moe_overlap.routing.locmoe import LocMoEPlusRouter, LocMoERouter, grap_rows
 from moe_overlap.routing.loss_free import max_violation, update_bias_
+from moe_overlap.routing.nodes import Nodes
 from moe_overlap.routing.recurrent import RecurrentRouter
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
+from moe_overlap.routing.smile import SmileRouter
 from moe_overlap.routing.variable_k import VariableK
 from moe_overlap.routing.zero import Identity, part_zero_experts
 
@@ -24,14 +32,26 @@ __all__ = [
     "STATUS_BAD_LOGITS",
     "STATUS_OK",
     "GlobalBalance",
+    "HashRouter",
     "Identity",
     "LinearRouter",
+    "LocMoEPlusRouter",
+    "LocMoERouter",
+    "Locality",
+    "LocalityBias",
+    "Nodes",
     "RecurrentRouter",
     "RoutingDecision",
+    "SmileRouter",
+    "SwitchRouter",
     "VariableK",
+    "cap_probability",
+    "capacity_bound",
     "drop_over_capacity",
     "expert_capacity",
+    "grap_rows",
     "load_balancing_loss",
+    "locality_loss",
     "max_violation",
     "part_zero_experts",
     "router_probabilities",

@@ -43,7 +43,7 @@ def load_balancing_loss(
     """
     counts_E = tokens_per_expert_E.to(probs_TE.dtype)
     f_E = (counts_E / counts_E.sum().clamp_min(1)).detach()
-    p_E = _mean_over_tokens(probs_TE, valid_T1)
+    p_E = mean_over_tokens(probs_TE, valid_T1)
     return probs_TE.shape[-1] * (f_E * p_E).sum()
 
 
@@ -132,10 +132,10 @@ class GlobalBalance:
 
 def z_loss(logits_TE: torch.Tensor, *, valid_T1: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over tokens of logsumexp(logits)^2, without its coefficient (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return _mean_over_tokens(logits_TE.logsumexp(dim=-1, keepdim=True).square(), valid_T1).sum()
+    return mean_over_tokens(logits_TE.logsumexp(dim=-1, keepdim=True).square(), valid_T1).sum()
 
 
-def _mean_over_tokens(values_TX: torch.Tensor, valid_T1: torch.Tensor | None) -> torch.Tensor:
+def mean_over_tokens(values_TX: torch.Tensor, valid_T1: torch.Tensor | None) -> torch.Tensor:
     """Mean over dim 0; 0 for no tokens (a rank may hold none)."""
     if valid_T1 is None:
         return values_TX.sum(dim=0) / max(values_TX.shape[0], 1)

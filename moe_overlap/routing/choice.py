@@ -36,7 +36,7 @@ class Choice:
     valid_T1: torch.Tensor | None = None
 
 
-def choose_top_k(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, **how: Any) -> Choice:
+def choose_top_k(logits_TE: torch.Tensor, bias_E: torch.Tensor | None = None, **how: Any) -> Choice:
     """The K best experts of each token. `how`: k, n_group, topk_group, score, renormalize, scale, as `gate_topk`."""
     weights_TK, ids_TK, counts_E, status = gate_topk(logits_TE, bias_E, **how)
     return Choice(weights_TK=weights_TK, ids_TK=ids_TK, counts_E=counts_E, status=status,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.routing.balance import (
     GlobalBalance,
@@ -28,7 +30,9 @@ from moe_overlap.routing.checks import (
 )
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.routing.locality import Locality, LocalityBias, check_locality, limit_off_node, locality_loss
 from moe_overlap.routing.masks import ExpertMask, check_token_mask, mark_padding, settle_padding, without_padding
+from moe_overlap.routing.nodes import Nodes, check_nodes
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
 from moe_overlap.routing.variable_k import VariableK, as_variable_k
@@ -54,14 +58,19 @@ class LinearRouter(ExpertMask):
     token's experts compute, as LongCat-Flash's budget K_e = 8 of K = 12 is with its 512 + 256.
     variable_k: None, or how many of its K experts each token takes (see `VariableK`). `mask_experts`: experts that are
     never chosen (see `ExpertMask`).
+    locality: None, or what keeps tokens on their node (`Locality`); the router then needs `local_experts`.
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
     status says so, and all ranks raise together when they agree on the step. "drop": the token takes no expert, its
     K slots count as dropped, and no gradient comes from it.
 
-    Computes in float32, float64 for float64 input, whatever autocast says. Parameter: `weight` [E + Z, D].
+    Computes in float32, float64 for float64 input, whatever autocast says. Parameters: `weight` [E + Z, D], and
+    `locality_bias.weight` [nodes, E] where the locality has one.
+
+    Its parts, for routers made of it: `_logits` (scores), `_choose` (selection), `_capacity`, `_rank_by` and `_losses`.
     """
 
     expert_bias_E: torch.Tensor | None
+    locality_bias: LocalityBias | None
 
     def __init__(
         self,
@@ -82,6 +91,7 @@ class LinearRouter(ExpertMask):
         eval_capacity_factor: float | str | None = "same",
         zero_experts: int = 0,
         variable_k: VariableK | None = None,
+        locality: Locality | None = None,
         bad_logits: str = "raise",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -109,17 +119,31 @@ class LinearRouter(ExpertMask):
         self.eval_capacity_factor = eval_capacity_factor
         self.zero_experts = zero_experts
         self.variable_k = as_variable_k(variable_k)
+        self.locality = locality
         self.bad_logits = bad_logits
         self.weight = nn.Parameter(torch.empty(self.num_logits, hidden_size, device=device, dtype=dtype))
+        self.locality_bias = None
+        if locality is not None:
+            check_locality(locality, bias=bias, n_group=n_group, zero_experts=zero_experts)
+            if locality.nodes:
+                self.locality_bias = LocalityBias(locality.nodes, num_experts, device=device, dtype=dtype)
         bias_E = torch.zeros(self.num_logits, device=device, dtype=torch.float32) if bias else None
         self.register_buffer("expert_bias_E", bias_E)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Small normal weights (std 0.02): near-uniform probabilities, so that training starts balanced. Bias 0."""
-        nn.init.normal_(self.weight, std=INIT_STD)
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=INIT_STD)
         if self.expert_bias_E is not None:
             nn.init.zeros_(self.expert_bias_E)
+        if self.locality_bias is not None:
+            self.locality_bias.reset_parameters()
+
+    @property
+    def needs_nodes(self) -> bool:
+        """Whether it has to be told where experts are: a layer then calls it with `local_experts=`."""
+        return self.locality is not None
 
     @property
     def num_logits(self) -> int:
@@ -150,48 +174,70 @@ class LinearRouter(ExpertMask):
         x_TD: torch.Tensor,
         *,
         sequence_length: int | None = None,
-        local_experts: torch.Tensor | None = None,
+        local_experts: Nodes | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
         (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
+        local_experts: where experts and tokens are, which a router with a `locality` needs and others ignore.
         token_mask: bool [T], True = a token, False = padding, which takes no expert and is counted nowhere, whatever
         its x holds: not in losses, not in `tokens_per_expert_E`, not in drops, and bad logits of it are none. With
         balance="global" all ranks give one, or none does.
 
-        Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
-        bad logits (see `bad_logits`).
+        Raises ConfigError for a wrong shape, dtype or device, for nodes that are missing or do not fit, and inside vmap
+        and the like; never for bad logits (see `bad_logits`).
         """
         check_transform(inline=True)
-        check_tokens(x_TD, self.hidden_size, self.weight.device)
-        if local_experts is not None:
-            raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
+        check_tokens(x_TD, self.hidden_size, x_TD.device if self.weight is None else self.weight.device)
+        nodes = self._nodes(local_experts, x_TD.shape[0])
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, sequence_length, check_token_mask(token_mask, x_TD))
+            return self._route(x_TD, sequence_length, nodes, check_token_mask(token_mask, x_TD))
 
     def _route(
-        self, x_TD: torch.Tensor, sequence_length: int | None, token_mask: torch.Tensor | None
+        self, x_TD: torch.Tensor, sequence_length: int | None, nodes: Nodes | None, token_mask: torch.Tensor | None
     ) -> RoutingDecision:
         """Scores -> selection -> capacity; the losses read scores and selection."""
         x_TD = without_padding(x_TD, token_mask)
-        logits_TE = linear_logits(x_TD, self.weight, drop_bad=self.bad_logits == "drop")
+        logits_TE = self._logits(x_TD)
+        if self.locality_bias is not None and nodes is not None:
+            logits_TE = self.locality_bias(logits_TE, nodes)
         logits_TE = self.hide_masked(mark_padding(logits_TE, token_mask))
-        choice = self.refuse_masked(self._choose(logits_TE))
+        choice = self.refuse_masked(self._choose(logits_TE, nodes))
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
         choice = settle_padding(choice, token_mask, raises=self.bad_logits == "raise")
         if self.variable_k is not None:
             sum_to = self.scale if self.renormalize or self.score == "topk_softmax" else None
             choice = self.variable_k(choice, x_TD, logits_TE, score=self.score, sum_to=sum_to)
-        losses = self._losses(logits_TE, choice, sequence_length)
-        capacity = self._capacity(x_TD.shape[0])
-        return decide(choice, losses=losses, capacity=capacity, zero_experts=self.zero_experts)
+        return decide(
+            choice,
+            losses=self._losses(logits_TE, choice, sequence_length, nodes),
+            capacity=self._capacity(x_TD.shape[0]),
+            rank_by_TK=self._rank_by(x_TD, choice),
+            zero_experts=self.zero_experts,
+        )
 
-    def _choose(self, logits_TE: torch.Tensor) -> Choice:
+    def _nodes(self, given: Nodes | None, num_tokens: int) -> Nodes | None:
+        if self.locality is None:
+            return None
+        nodes = check_nodes(given, self.num_experts, num_tokens)
+        if self.locality.off_node_share is not None and nodes.fewest_experts() < self.top_k:
+            expected = f"at most {nodes.fewest_experts()}, the experts of a node, beside off_node_share"
+            raise ConfigError("top_k", self.top_k, expected)
+        return nodes
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return linear_logits(x_TD, self._gate(x_TD), drop_bad=self.bad_logits == "drop")
+
+    def _gate(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[E, D], the row of each expert."""
+        return self.weight
+
+    def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         bias_E = None if self.expert_bias_E is None else self.hide_masked(self.expert_bias_E.to(logits_TE.dtype))
-        return choose_top_k(
-            logits_TE,
-            bias_E,
+        choose = partial(
+            choose_top_k,
+            bias_E=bias_E,
             k=self.top_k,
             n_group=self.n_group,
             topk_group=self.topk_group,
@@ -199,6 +245,14 @@ class LinearRouter(ExpertMask):
             renormalize=self.renormalize,
             scale=self.scale,
         )
+        if nodes is None or self.locality is None or self.locality.off_node_share is None:
+            return choose(logits_TE)
+        near_TE = logits_TE.masked_fill(~nodes.near(logits_TE.device), -torch.inf)
+        return limit_off_node(choose(logits_TE), choose(near_TE), nodes, self.locality.off_node_share)
+
+    def _rank_by(self, x_TD: torch.Tensor, choice: Choice) -> torch.Tensor | None:
+        """[T, K], by which an expert that is full picks its tokens; None: by weight."""
+        return None
 
     @property
     def _capacity_factor(self) -> float | None:
@@ -211,15 +265,18 @@ class LinearRouter(ExpertMask):
         factor = self._capacity_factor
         return None if factor is None else expert_capacity(factor, num_tokens, self.top_k, self.num_logits)
 
-    def _losses(self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None) -> Losses:
-        if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
+    def _losses(
+        self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None, nodes: Nodes | None
+    ) -> Losses:
+        mu = 0.0 if self.locality is None else self.locality.mu
+        if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0 and mu == 0.0:
             return None, None
         valid_T1, coef = choice.valid_T1, self.aux_loss_coef * self.unmasked_share
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
         loss, rest = logits_TE.new_zeros(()), None
+        probs_TE = router_probabilities(logits_TE, self.score) if coef or mu else logits_TE
         if coef != 0.0:
-            probs_TE = router_probabilities(logits_TE, self.score)
             if self.balance == "global":
                 # Counts that are agreed on are K a token, or the sums of what is dispatched; else they are summed.
                 drops = self._capacity_factor is not None or self.variable_k is not None or self.zero_experts > 0
@@ -231,4 +288,7 @@ class LinearRouter(ExpertMask):
                 loss = loss + coef * load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1)
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
+        if self.locality is not None and nodes is not None and mu != 0.0:
+            there = locality_loss(probs_TE, nodes, smoothing=self.locality.smoothing, valid_T1=valid_T1)
+            loss = loss + mu * there
         return loss, rest

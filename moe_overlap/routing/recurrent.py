@@ -68,6 +68,11 @@ class RecurrentRouter(nn.Module):
         """As a LinearRouter's, by which a layer knows what to do about its loss."""
         return self.head.balance
 
+    @property
+    def needs_nodes(self) -> bool:
+        """As a LinearRouter's."""
+        return self.head.needs_nodes
+
     def reset_parameters(self) -> None:
         """Every part as it starts, the shared cell too."""
         for part in (self.head, self.project, self.cell):
