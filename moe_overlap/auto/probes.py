@@ -17,6 +17,7 @@ from moe_overlap.auto.beside import Op, refuse_units, signature
 from moe_overlap.auto.calibrate import StepTimes
 from moe_overlap.planning.shapes import MetadataBytes
 from moe_overlap.routing.decision import as_decision
+from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing
@@ -172,8 +173,8 @@ class Probes:
             x_shared = leaf(self.shared_TD)
             leaves.append(x_shared)
         schedule = AsGiven(pair)
-        exchange = self.dispatcher.plan(self.slots_TK, x_rows, schedule)
-        step.bind(schedule, exchange, x_rows, self.slots_TK, weights_TK)
+        step.ask(schedule, self.dispatcher, self.dispatcher.begin(self.slots_TK, x_rows, schedule))
+        step.give(x_rows, self.slots_TK, weights_TK)
         step.hidden = h
         shared = self.inputs.shared
         y_TD = step.run(self.inputs.backbone, None if shared is None else lambda: shared(x_shared))
@@ -189,7 +190,7 @@ class Probes:
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
         start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
         return StepTimes(events=step.events, forward_s=middle_s - start_s,
-                         backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
+                         backward_s=end_s - middle_s if grad else 0.0, exchange=step.plan.exchange)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,14 @@ class AsGiven:
     @property
     def by(self) -> ChunkBy:
         return self.pair.by
+
+    @property
+    def ahead(self) -> tuple[Action, ...]:
+        return self.pair.ahead
+
+    @property
+    def joined(self) -> bool:
+        return self.pair.joined
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         return self.pair

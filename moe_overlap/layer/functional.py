@@ -193,8 +193,8 @@ def _scheduled(
         (x_TD,) = step.enter(call.x_TD, call.w_in, call.w_out, copies=1)
     except BaseException as error:
         dispatcher.refuse(error, known)
-    exchange = dispatcher.plan(call.ids_TK, x_TD, known)
-    step.bind(known, exchange, x_TD, call.ids_TK.to(torch.int32), call.weights_TK)
+    step.ask(known, dispatcher, dispatcher.begin(call.ids_TK, x_TD, known))
+    step.give(x_TD, call.ids_TK.to(torch.int32), call.weights_TK)
     y_TD = step.run()
     if phase == 0:
         calls.outgrown.note(step)

@@ -217,10 +217,9 @@ class MoELayer(Tickets, Copies, Routes):
             rows_TD = x_rows.to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
-        start = step.lanes.now()
-        exchange = self.dispatcher.plan(slots_TK, rows_TD, known, status=routing.status)
-        step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
-        step.lanes.note("N", "wire", start, step.lanes.now())
+        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status)
+        step.ask(known, self.dispatcher, agreement)
+        step.give(rows_TD, slots_TK, routing.topk_weights_TK)
         return step, routing, x_shared
 
     def _planned(self, schedule: AutoSchedule, inputs: ProbeInputs, phase: int) -> Schedules:
