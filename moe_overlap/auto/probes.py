@@ -17,6 +17,7 @@ from moe_overlap.auto.beside import Op, refuse_units, signature
 from moe_overlap.auto.calibrate import StepTimes
 from moe_overlap.planning.shapes import MetadataBytes
 from moe_overlap.routing.decision import as_decision
+from moe_overlap.routing.zero import part_decision
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
@@ -62,6 +63,7 @@ class ProbeInputs:
         """The probes on this routing, and the router's status. Raises ConfigError for what cannot be probed."""
         refuse_units(self.ops)
         routing = as_decision(self.router(self.x_TD.detach(), **self.told))
+        routing = part_decision(routing, self.x_TD, self.dispatcher.placement.num_experts)
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
         probes = Probes(
             inputs=self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -130,8 +131,8 @@ class ShortcutBlock(nn.Module):
                 reset(op.gate)
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
+    def forward(self, h: torch.Tensor, **given: torch.Tensor | None) -> Any:
+        """h: [..., D] -> the same shape, or (that, state). `given` and errors as MoELayer.forward."""
         with closing_on_error(self.moe.transport, "the backbone before the tap"):
             if not isinstance(h, torch.Tensor):
                 raise ConfigError("h", type(h).__name__, f"a tensor [..., {self.moe.hidden_size}]")
@@ -146,10 +147,10 @@ class ShortcutBlock(nn.Module):
             if self.schedule.ahead and not apart and tapped.data_ptr() == hidden.data_ptr():
                 tapped = tapped.clone()  # an op may work in place, and P reads it after those ahead
         beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
-        h, routed = self.moe(tapped, beside)
-        if self.post_norm is None:
-            return h + routed
-        with closing_on_error(self.moe.transport, "post_norm"):
-            normed = self.post_norm(routed)
-        check_result("post_norm", normed, routed)  # alike on all ranks, and nothing is under way
-        return h + normed
+        h, routed = self.moe(tapped, beside, **given)
+        routed, state = routed if isinstance(routed, tuple) else (routed, None)
+        if self.post_norm is not None:
+            with closing_on_error(self.moe.transport, "post_norm"):
+                before, routed = routed, self.post_norm(routed)
+            check_result("post_norm", routed, before)  # alike on all ranks, and nothing is under way
+        return h + routed if state is None else (h + routed, state)

@@ -16,7 +16,7 @@ from moe_overlap.routing.balance import (
 )
 from moe_overlap.routing.baselines import HashRouter, SwitchRouter
 from moe_overlap.routing.capacity_floor import cap_probability, capacity_bound
-from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, RoutingDecision
+from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, Identity, RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.routing.locality import Locality, LocalityBias, locality_loss
 from moe_overlap.routing.locmoe import LocMoEPlusRouter, LocMoERouter, grap_rows
@@ -26,7 +26,7 @@ from moe_overlap.routing.recurrent import RecurrentRouter
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
 from moe_overlap.routing.smile import SmileRouter
 from moe_overlap.routing.variable_k import VariableK
-from moe_overlap.routing.zero import Identity, part_zero_experts
+from moe_overlap.routing.zero import part_zero_experts
 
 __all__ = [
     "STATUS_BAD_LOGITS",

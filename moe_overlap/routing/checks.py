@@ -69,7 +69,7 @@ def check_eval_capacity_factor(factor: object) -> None:
         raise ConfigError("eval_capacity_factor", factor, '"same", None or a finite number above 0')
 
 
-def check_zero_experts(zero_experts: object, n_group: int) -> None:
+def check_zero_experts(zero_experts: object, n_group: int = 1) -> None:
     if isinstance(zero_experts, bool) or not isinstance(zero_experts, int) or zero_experts < 0:
         raise ConfigError("zero_experts", zero_experts, "an integer of at least 0")
     if zero_experts and n_group > 1:

@@ -94,11 +94,9 @@ class LocMoERouter(LinearRouter):
 
     def _capacity(self, num_tokens: int) -> int | None:
         capacity = super()._capacity(num_tokens)
-        return (
-            capacity
-            if capacity is None or self.bound is None
-            else max(capacity, clamp_capacity(self.bound, num_tokens))
-        )
+        if capacity is None or self.bound is None:
+            return capacity
+        return max(capacity, clamp_capacity(self.bound, num_tokens))
 
 
 class LocMoEPlusRouter(LocMoERouter):
