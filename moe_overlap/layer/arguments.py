@@ -14,6 +14,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
 
 AnySchedule = SchedulePair | AutoSchedule
+Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 

@@ -22,6 +22,7 @@ from moe_overlap.layer.arguments import (
     NOT_TRACEABLE,
     AnySchedule,
     Beside,
+    Given,
     check_choice,
     check_choices,
     check_options,
@@ -164,45 +165,54 @@ class MoELayer(Tickets, Copies, Routes):
 
     # ---------------------------------------------------------------- the layer as a sentence
 
-    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> Any:
+    def forward(self, x: torch.Tensor, beside: Beside | None = None, **given: torch.Tensor | None) -> Any:
         """x: [..., D] of this rank's tokens (any number, zero included) -> y of the same shape.
 
-        With `beside`, which is ShortcutBlock's, backbone ops run beside the exchanges: (their result, y).
+        given: what the router takes beside x, its first sizes those of x or [T]: `token_mask` (bool, True = a token,
+        False = padding, routed nowhere and counted nowhere), `state` of the router of the layer before; a router with a
+        state makes the result (y, state). With `beside`, which is ShortcutBlock's, backbone ops run beside the
+        exchanges: (their result, y).
         Raises ConfigError (bad argument, bad logits; on every rank alike), MoeTransportError and its subclasses.
         """
         if beside is not None:
-            return self._forward_beside(x, beside)
-        return self._forward_one_rank(x) if self._runs_inline else self._forward_scheduled(x)
+            return self._forward_beside(x, beside, given)
+        return self._forward_one_rank(x, given) if self._runs_inline else self._forward_scheduled(x, given)
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def _forward_scheduled(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_scheduled(self, x: torch.Tensor, given: Given) -> Any:
         """The sentence: route and agree, run the schedule, add the shared expert."""
-        step, routing, x_shared = self._begin(x, self.schedule)
+        step, routing, x_shared = self._begin(x, self.schedule, given)
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         return self._end(step, routing, y_TD, x.shape, step.take_shared())
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def _forward_beside(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_beside(self, x: torch.Tensor, beside: Beside, given: Given) -> tuple[torch.Tensor, Any]:
         """The same with backbone ops: part of the layer's own call, so that hooks and wrappers of the layer see it."""
-        step, routing, _ = self._begin(x, beside.schedule, beside.backbone, beside.hidden)
+        step, routing, _ = self._begin(x, beside.schedule, given, beside.backbone, beside.hidden)
         step.hidden = beside.hidden
         y_TD = step.run(backbone=beside.backbone)
         return step.take_hidden(), self._end(step, routing, y_TD, x.shape)
 
     def _begin(
-        self, x: torch.Tensor, schedule: AnySchedule, backbone: Sequence[Op] = (), h: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        schedule: AnySchedule,
+        given: Given,
+        backbone: Sequence[Op] = (),
+        h: torch.Tensor | None = None,
     ) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
         known: Schedules = schedule.unplanned if isinstance(schedule, AutoSchedule) else schedule
         try:
             phase = current_phase()
             x_TD, w_in, w_out = self._entry(x)
+            told = self._told(x, given)
             tokens = Tokens.of(x_TD, self.latent_in, self.dispatcher.hidden, w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
-            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=self._told(x_TD, x.shape),
-                                 x_TD=x_TD, w_in=w_in, w_out=w_out, latents=tokens.latents, h=h, backbone=backbone,
+            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=told, x_TD=x_TD, w_in=w_in,
+                                 w_out=w_out, latents=tokens.latents, h=h, backbone=backbone,
                                  shared=self.shared_expert)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
@@ -211,16 +221,15 @@ class MoELayer(Tickets, Copies, Routes):
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
                         payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
-            routing = self._route(x_router, x.shape)
+            routing = self._route(x_router, x_shared, told)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
-        start = step.lanes.now()
-        exchange = self.dispatcher.plan(slots_TK, rows_TD, known, status=routing.status)
-        step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
-        step.lanes.note("N", "wire", start, step.lanes.now())
+        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status)
+        step.ask(known, self.dispatcher, agreement)
+        step.give(rows_TD, slots_TK, routing.topk_weights_TK)
         return step, routing, x_shared
 
     def _planned(self, schedule: AutoSchedule, inputs: ProbeInputs, phase: int) -> Schedules:
@@ -233,10 +242,10 @@ class MoELayer(Tickets, Copies, Routes):
             self._left.forget_last_tail()  # which this call follows: without it that call may be seen to be over
         return schedule.calibrate(inputs, old=found, waiting=self._outgrown.waiting)
 
-    def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_one_rank(self, x: torch.Tensor, given: Given) -> Any:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
-        routing = self._route(x_TD, x.shape)
+        routing = self._route(x_TD, x_TD, self._told(x, given))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
         placement = self.dispatcher.placement
         check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)

@@ -2,12 +2,15 @@
 working.
 
 A router with a true attribute `needs_nodes` is called with `local_experts=`, a `routing.Nodes`; one whose `balance` is
-"sequence" with `sequence_length=`.
+"sequence" with `sequence_length=`. What the caller of the layer gives by name goes to the router: `token_mask` (which
+tokens are no padding), `state` (what the router of the layer before handed on), or what another router takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from moe_overlap.layer.assembly import Rows
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.routing.nodes import Nodes
+from moe_overlap.routing.zero import part_decision
 from moe_overlap.schedule.dispatch import Dispatcher
 
 
@@ -28,15 +32,20 @@ class Routes:
     dispatcher: Dispatcher
     rows: Rows
 
-    def _route(self, x_TD: torch.Tensor, shape: torch.Size) -> RoutingDecision:
-        """The decision for x_TD, the tokens of an x of `shape` [..., S, D]. Raises ConfigError."""
-        return as_decision(self.router(x_TD, **self._told(x_TD, shape)))
+    def _route(self, x_TD: torch.Tensor, x_shared: torch.Tensor, told: dict[str, Any]) -> RoutingDecision:
+        """The decision for x_TD, the tokens of the call. x_shared: the tokens as zero-computation experts return them.
+        Raises ConfigError."""
+        routing = as_decision(self.router(x_TD, **told))
+        return part_decision(routing, x_shared, self.dispatcher.placement.num_experts)
 
-    def _told(self, x_TD: torch.Tensor, shape: torch.Size) -> dict[str, Any]:
-        """The arguments by name with which the router is called."""
-        arguments: dict[str, Any] = {}
-        if getattr(self.router, "balance", None) == "sequence" and x_TD.shape[0] and len(shape) > 1:
-            arguments["sequence_length"] = shape[-2]
+    def _told(self, x: torch.Tensor, given: Mapping[str, object]) -> dict[str, Any]:
+        """The arguments by name with which the router is called for x [..., S, D]; given: those of the layer's caller.
+        Raises ConfigError."""
+        arguments = {name: rows_of(name, value, x) for name, value in given.items() if value is not None}
+        if not torch.compiler.is_compiling():  # which looks at no signature; there the call itself is a TypeError
+            check_taken(self.router, arguments)
+        if getattr(self.router, "balance", None) == "sequence" and x.numel() and x.dim() > 1:
+            arguments["sequence_length"] = x.shape[-2]
         if getattr(self.router, "needs_nodes", False):
             arguments["local_experts"] = nodes_of_rank(self.dispatcher, self.rows)
         return arguments
@@ -45,6 +54,35 @@ class Routes:
         """Raises ConfigError where a router needs to know its node and the layer does not know the nodes."""
         if getattr(self.router, "needs_nodes", False):
             nodes_of_rank(self.dispatcher, self.rows)
+
+
+def rows_of(name: str, value: object, x: torch.Tensor) -> Any:
+    """`value`, one entry for each token of x [..., D], as [T, ...]. Raises ConfigError."""
+    lead, tokens = x.shape[:-1], x.shape[:-1].numel()
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(name, type(value).__name__, "a tensor with an entry for each token, or None")
+    if value.shape[: len(lead)] == lead:
+        return value.reshape(tokens, *value.shape[len(lead) :])
+    if value.dim() < 1 or value.shape[0] != tokens:
+        raise ConfigError(name, tuple(value.shape), f"a shape that begins with {tuple(lead)} or ({tokens},), as x has")
+    return value
+
+
+def check_taken(router: nn.Module, arguments: Mapping[str, object]) -> None:
+    """Raises ConfigError for an argument that the router does not take."""
+    if not arguments:
+        return
+    parameters = signature(router.forward).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return
+    for name in arguments:
+        if name not in parameters:
+            raise ConfigError(name, "given", f"None: the forward of {type(router).__name__} does not take it")
+
+
+def hand_on(y: torch.Tensor, state_TR: torch.Tensor | None) -> Any:
+    """What a call returns: y [..., D], or (y, state [..., R]) where the router has a state for the next layer."""
+    return y if state_TR is None else (y, state_TR.reshape(*y.shape[:-1], state_TR.shape[-1]))
 
 
 def nodes_of_rank(dispatcher: Dispatcher, rows: Rows) -> Nodes:

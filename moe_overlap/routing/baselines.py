@@ -12,6 +12,7 @@ from moe_overlap.routing.checks import check_count, check_sizes, check_tokens, i
 from moe_overlap.routing.choice import Choice, count_choices, decide
 from moe_overlap.routing.decision import STATUS_OK, RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.routing.masks import check_token_mask
 from moe_overlap.routing.scores import routing_dtype
 
 
@@ -86,9 +87,10 @@ class HashRouter(nn.Module):
     def extra_repr(self) -> str:
         return f"vocab={self.table_VK.shape[0]}, experts={self.num_experts}, top_k={self.top_k}"
 
-    def forward(self, x_TD: torch.Tensor) -> RoutingDecision:
-        """x_TD: [T, D], floating; only its size, dtype and device count. Raises ConfigError unless the ids of T tokens
-        have been given."""
+    def forward(self, x_TD: torch.Tensor, *, token_mask: torch.Tensor | None = None) -> RoutingDecision:
+        """x_TD: [T, D], floating; only its size, dtype and device count. token_mask: as LinearRouter's. Raises
+        ConfigError unless the ids of T tokens have been given.
+        """
         check_tokens(x_TD, x_TD.shape[-1], self.table_VK.device)
         ids_T = self._token_ids
         if ids_T is None or ids_T.shape[0] != x_TD.shape[0]:
@@ -96,6 +98,10 @@ class HashRouter(nn.Module):
             raise ConfigError("token_ids", given, f"ids of {x_TD.shape[0]} tokens, by `give` before the call")
         ids_TK = self.table_VK[ids_T.to(x_TD.device).long()]
         weights_TK = x_TD.new_full(ids_TK.shape, 1 / self.top_k, dtype=routing_dtype(x_TD))
+        token_mask = check_token_mask(token_mask, x_TD)
+        if token_mask is not None:
+            ids_TK = ids_TK.masked_fill(~token_mask[:, None], -1)
+            weights_TK = weights_TK.masked_fill(~token_mask[:, None], 0.0)
         counts_E = count_choices(ids_TK, self.num_experts)
         status = torch.full((1,), STATUS_OK, dtype=torch.int32, device=x_TD.device)
         return decide(Choice(weights_TK=weights_TK, ids_TK=ids_TK, counts_E=counts_E, status=status,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 
@@ -63,6 +64,18 @@ def check_capacity_factor(capacity_factor: float | None) -> None:
         raise ConfigError("capacity_factor", capacity_factor, "None or a finite number above 0")
 
 
+def check_eval_capacity_factor(factor: object) -> None:
+    if factor is not None and factor != "same" and not (is_finite(factor) and factor > 0):
+        raise ConfigError("eval_capacity_factor", factor, '"same", None or a finite number above 0')
+
+
+def check_zero_experts(zero_experts: object, n_group: int = 1) -> None:
+    if isinstance(zero_experts, bool) or not isinstance(zero_experts, int) or zero_experts < 0:
+        raise ConfigError("zero_experts", zero_experts, "an integer of at least 0")
+    if zero_experts and n_group > 1:
+        raise ConfigError("n_group", n_group, "1 beside zero-computation experts, which belong to no group")
+
+
 def check_tokens(x_TD: torch.Tensor, hidden_size: int, device: torch.device) -> None:
     """Raises ConfigError unless x is floating [T, D] on the router's device."""
     if x_TD.dim() != 2 or x_TD.shape[-1] != hidden_size:
@@ -73,5 +86,5 @@ def check_tokens(x_TD: torch.Tensor, hidden_size: int, device: torch.device) -> 
         raise ConfigError("x.device", str(x_TD.device), f"the router's device, {device}")
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -63,14 +63,20 @@ def decide(
     losses: Losses = (None, None),
     capacity: int | None = None,
     rank_by_TK: torch.Tensor | None = None,
+    zero_experts: int = 0,
 ) -> RoutingDecision:
     """The decision: each expert keeps at most `capacity` of this rank's slots (None: all), those of highest
-    `rank_by_TK`, else of highest weight."""
+    `rank_by_TK`, else of highest weight. zero_experts: so many of the last experts return their input and keep all."""
     ids_TK, weights_TK, dropped = choice.ids_TK, choice.weights_TK, choice.dropped
+    num_experts = choice.counts_E.shape[0] - zero_experts
     if capacity is not None:
+        zero_TK = ids_TK >= num_experts
         ids_TK, weights_TK, over_capacity = drop_over_capacity(
-            ids_TK, weights_TK, num_experts=choice.counts_E.shape[0], capacity=capacity, rank_by_TK=rank_by_TK
-        )
+            ids_TK.masked_fill(zero_TK, -1), weights_TK, num_experts=num_experts, capacity=capacity,
+            rank_by_TK=rank_by_TK,
+        )  # fmt: skip
+        ids_TK = torch.where(zero_TK, choice.ids_TK, ids_TK)
+        weights_TK = torch.where(zero_TK, choice.weights_TK, weights_TK)
         dropped = dropped + over_capacity
     return RoutingDecision(
         topk_ids_TK=ids_TK,
@@ -80,4 +86,5 @@ def decide(
         status=choice.status,
         aux_loss=losses[0],
         global_balance=losses[1],
+        zero_experts=zero_experts,
     )

@@ -21,22 +21,26 @@ from moe_overlap.routing.balance import (
 from moe_overlap.routing.checks import (
     check_capacity_factor,
     check_coefficients,
+    check_eval_capacity_factor,
     check_scale,
     check_sizes,
     check_tokens,
     check_words,
+    check_zero_experts,
 )
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.locality import Locality, LocalityBias, check_locality, limit_off_node, locality_loss
+from moe_overlap.routing.masks import ExpertMask, check_token_mask, mark_padding, settle_padding, without_padding
 from moe_overlap.routing.nodes import Nodes, check_nodes
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
+from moe_overlap.routing.variable_k import VariableK, as_variable_k
 
 INIT_STD = 0.02
 
 
-class LinearRouter(nn.Module):
+class LinearRouter(ExpertMask):
     """Scores every expert with one matrix and picks `top_k` of them per token.
 
     score: "softmax" (softmax over all experts, then top-k: GShard, Switch), "topk_softmax" (top-k, then softmax over
@@ -47,13 +51,19 @@ class LinearRouter(nn.Module):
     from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`. balance: over what the auxiliary loss
     spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').
     capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
-    highest weight (equal weights: earlier token first).
+    highest weight (equal weights: earlier token first). eval_capacity_factor: the same for a router in eval mode; None:
+    no limit there; "same": as in training. T counts padding, so that the capacity follows from the shape.
+    zero_experts: Z more logits, of experts that return their input (see `zero.py`): ids from E on. They have no limit;
+    the auxiliary loss, the bias and the counts treat all E + Z alike, so that balance means that K * E / (E + Z) of a
+    token's experts compute, as LongCat-Flash's budget K_e = 8 of K = 12 is with its 512 + 256.
+    variable_k: None, or how many of its K experts each token takes (see `VariableK`). `mask_experts`: experts that are
+    never chosen (see `ExpertMask`).
     locality: None, or what keeps tokens on their node (`Locality`); the router then needs `local_experts`.
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
     status says so, and all ranks raise together when they agree on the step. "drop": the token takes no expert, its
     K slots count as dropped, and no gradient comes from it.
 
-    Computes in float32, float64 for float64 input, whatever autocast says. Parameters: `weight` [E, D], and
+    Computes in float32, float64 for float64 input, whatever autocast says. Parameters: `weight` [E + Z, D], and
     `locality_bias.weight` [nodes, E] where the locality has one.
 
     Its parts, for routers made of it: `_logits` (scores), `_choose` (selection), `_capacity`, `_rank_by` and `_losses`.
@@ -78,6 +88,9 @@ class LinearRouter(nn.Module):
         z_loss_coef: float = 0.0,
         balance: str = "micro",
         capacity_factor: float | None = None,
+        eval_capacity_factor: float | str | None = "same",
+        zero_experts: int = 0,
+        variable_k: VariableK | None = None,
         locality: Locality | None = None,
         bad_logits: str = "raise",
         device: torch.device | str | None = None,
@@ -89,6 +102,8 @@ class LinearRouter(nn.Module):
         check_scale(scale)
         check_coefficients(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
         check_capacity_factor(capacity_factor)
+        check_eval_capacity_factor(eval_capacity_factor)
+        check_zero_experts(zero_experts, n_group)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -101,15 +116,18 @@ class LinearRouter(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.balance = balance
         self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.zero_experts = zero_experts
+        self.variable_k = as_variable_k(variable_k)
         self.locality = locality
         self.bad_logits = bad_logits
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.num_logits, hidden_size, device=device, dtype=dtype))
         self.locality_bias = None
         if locality is not None:
-            check_locality(locality, bias=bias, n_group=n_group)
+            check_locality(locality, bias=bias, n_group=n_group, zero_experts=zero_experts)
             if locality.nodes:
                 self.locality_bias = LocalityBias(locality.nodes, num_experts, device=device, dtype=dtype)
-        bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias else None
+        bias_E = torch.zeros(self.num_logits, device=device, dtype=torch.float32) if bias else None
         self.register_buffer("expert_bias_E", bias_E)
         self.reset_parameters()
 
@@ -126,6 +144,11 @@ class LinearRouter(nn.Module):
     def needs_nodes(self) -> bool:
         """Whether it has to be told where experts are: a layer then calls it with `local_experts=`."""
         return self.locality is not None
+
+    @property
+    def num_logits(self) -> int:
+        """E + Z."""
+        return self.num_experts + self.zero_experts
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LinearRouter:
         """What `to`, `bfloat16`, `cuda`, `to_empty` and the like do: the bias takes the device, not the dtype."""
@@ -147,11 +170,19 @@ class LinearRouter(nn.Module):
         return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
     def forward(
-        self, x_TD: torch.Tensor, *, sequence_length: int | None = None, local_experts: Nodes | None = None
+        self,
+        x_TD: torch.Tensor,
+        *,
+        sequence_length: int | None = None,
+        local_experts: Nodes | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
         (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
         local_experts: where experts and tokens are, which a router with a `locality` needs and others ignore.
+        token_mask: bool [T], True = a token, False = padding, which takes no expert and is counted nowhere, whatever
+        its x holds: not in losses, not in `tokens_per_expert_E`, not in drops, and bad logits of it are none. With
+        balance="global" all ranks give one, or none does.
 
         Raises ConfigError for a wrong shape, dtype or device, for nodes that are missing or do not fit, and inside vmap
         and the like; never for bad logits (see `bad_logits`).
@@ -160,21 +191,30 @@ class LinearRouter(nn.Module):
         check_tokens(x_TD, self.hidden_size, x_TD.device if self.weight is None else self.weight.device)
         nodes = self._nodes(local_experts, x_TD.shape[0])
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, sequence_length, nodes)
+            return self._route(x_TD, sequence_length, nodes, check_token_mask(token_mask, x_TD))
 
-    def _route(self, x_TD: torch.Tensor, sequence_length: int | None, nodes: Nodes | None) -> RoutingDecision:
+    def _route(
+        self, x_TD: torch.Tensor, sequence_length: int | None, nodes: Nodes | None, token_mask: torch.Tensor | None
+    ) -> RoutingDecision:
         """Scores -> selection -> capacity; the losses read scores and selection."""
+        x_TD = without_padding(x_TD, token_mask)
         logits_TE = self._logits(x_TD)
         if self.locality_bias is not None and nodes is not None:
             logits_TE = self.locality_bias(logits_TE, nodes)
-        choice = self._choose(logits_TE, nodes)
+        logits_TE = self.hide_masked(mark_padding(logits_TE, token_mask))
+        choice = self.refuse_masked(self._choose(logits_TE, nodes))
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
+        choice = settle_padding(choice, token_mask, raises=self.bad_logits == "raise")
+        if self.variable_k is not None:
+            sum_to = self.scale if self.renormalize or self.score == "topk_softmax" else None
+            choice = self.variable_k(choice, x_TD, logits_TE, score=self.score, sum_to=sum_to)
         return decide(
             choice,
             losses=self._losses(logits_TE, choice, sequence_length, nodes),
             capacity=self._capacity(x_TD.shape[0]),
             rank_by_TK=self._rank_by(x_TD, choice),
+            zero_experts=self.zero_experts,
         )
 
     def _nodes(self, given: Nodes | None, num_tokens: int) -> Nodes | None:
@@ -194,7 +234,7 @@ class LinearRouter(nn.Module):
         return self.weight
 
     def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
-        bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
+        bias_E = None if self.expert_bias_E is None else self.hide_masked(self.expert_bias_E.to(logits_TE.dtype))
         choose = partial(
             choose_top_k,
             bias_E=bias_E,
@@ -214,10 +254,16 @@ class LinearRouter(nn.Module):
         """[T, K], by which an expert that is full picks its tokens; None: by weight."""
         return None
 
+    @property
+    def _capacity_factor(self) -> float | None:
+        """The factor in force."""
+        if self.training or isinstance(self.eval_capacity_factor, str):
+            return self.capacity_factor
+        return self.eval_capacity_factor
+
     def _capacity(self, num_tokens: int) -> int | None:
-        if self.capacity_factor is None:
-            return None
-        return expert_capacity(self.capacity_factor, num_tokens, self.top_k, self.num_experts)
+        factor = self._capacity_factor
+        return None if factor is None else expert_capacity(factor, num_tokens, self.top_k, self.num_logits)
 
     def _losses(
         self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None, nodes: Nodes | None
@@ -225,14 +271,15 @@ class LinearRouter(nn.Module):
         mu = 0.0 if self.locality is None else self.locality.mu
         if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0 and mu == 0.0:
             return None, None
-        valid_T1, coef = choice.valid_T1, self.aux_loss_coef
+        valid_T1, coef = choice.valid_T1, self.aux_loss_coef * self.unmasked_share
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
         loss, rest = logits_TE.new_zeros(()), None
         probs_TE = router_probabilities(logits_TE, self.score) if coef or mu else logits_TE
         if coef != 0.0:
             if self.balance == "global":
-                drops = self.capacity_factor is not None
+                # Counts that are agreed on are K a token, or the sums of what is dispatched; else they are summed.
+                drops = self._capacity_factor is not None or self.variable_k is not None or self.zero_experts > 0
                 rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=drops)
             elif self.balance == "sequence":
                 length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length

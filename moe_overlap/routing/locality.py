@@ -49,11 +49,13 @@ class Locality:
             raise ConfigError("off_node_share", share, "None or a number from 0 to 1")
 
 
-def check_locality(locality: object, *, bias: bool, n_group: int) -> None:
+def check_locality(locality: object, *, bias: bool, n_group: int, zero_experts: int = 0) -> None:
     """Raises ConfigError for what is no Locality, and for a cap beside what could have a masked expert win: a bias on
     the selection, or groups none of whose experts is on the node."""
     if not isinstance(locality, Locality):
         raise ConfigError("locality", type(locality).__name__, "None or a routing.Locality")
+    if zero_experts:
+        raise ConfigError("zero_experts", zero_experts, "0 beside a locality: those experts are on every node")
     if locality.off_node_share is not None and (bias or n_group > 1):
         field, value = ("bias", bias) if bias else ("n_group", n_group)
         raise ConfigError(field, value, f"{False if bias else 1} beside off_node_share")

@@ -15,6 +15,7 @@ from moe_overlap.routing.checks import check_coefficients, check_count, check_si
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, count_choices, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.linear import INIT_STD
+from moe_overlap.routing.masks import check_token_mask, mark_padding, settle_padding, without_padding
 from moe_overlap.routing.scores import linear_logits
 
 
@@ -80,17 +81,20 @@ class SmileRouter(nn.Module):
     def extra_repr(self) -> str:
         return f"hidden={self.hidden_size}, experts={self.num_experts}, nodes={self.num_nodes}, top_k={self.top_k}"
 
-    def forward(self, x_TD: torch.Tensor) -> RoutingDecision:
-        """x_TD: [T, D], floating. Raises ConfigError for a wrong shape, dtype or device."""
+    def forward(self, x_TD: torch.Tensor, *, token_mask: torch.Tensor | None = None) -> RoutingDecision:
+        """x_TD: [T, D], floating. token_mask: as LinearRouter's. Raises ConfigError for a wrong shape or dtype."""
         check_transform(inline=True)
         check_tokens(x_TD, self.hidden_size, self.weight.device)
+        token_mask = check_token_mask(token_mask, x_TD)
+        x_TD = without_padding(x_TD, token_mask)
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             drop = self.bad_logits == "drop"
             node_logits_Tn = linear_logits(x_TD, self.node_weight, drop_bad=drop)
             logits_Tm = linear_logits(x_TD, self.weight, drop_bad=drop)
-            choice = self._choose(node_logits_Tn, logits_Tm)
+            choice = self._choose(mark_padding(node_logits_Tn, token_mask), mark_padding(logits_Tm, token_mask))
             if drop:
                 choice = drop_bad_tokens(choice)
+            choice = settle_padding(choice, token_mask, raises=not drop)
             return decide(choice, losses=self._losses(node_logits_Tn, logits_Tm, choice))
 
     def _choose(self, node_logits_Tn: torch.Tensor, logits_Tm: torch.Tensor) -> Choice:
