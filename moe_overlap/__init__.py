@@ -15,6 +15,8 @@ from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
+from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
+from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
@@ -39,6 +41,9 @@ __all__ = [
     "PeerFailed",
     "PlanMismatch",
     "RemoteAbort",
+    "RoutingLog",
+    "RoutingRecorder",
+    "RoutingReplay",
     "ShortcutBlock",
     "TransportClosed",
     "TransportTimeout",

@@ -227,7 +227,7 @@ class MoELayer(Tickets, Copies, Routes):
             rows_TD = x_rows.to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
-        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status)
+        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status, router_state=routing.agreed)
         step.ask(known, self.dispatcher, agreement)
         step.give(rows_TD, slots_TK, routing.topk_weights_TK)
         return step, routing, x_shared
