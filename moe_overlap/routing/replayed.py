@@ -94,9 +94,9 @@ def replayed_choice(
 ) -> Choice:
     """The choice that was recorded, before capacity, with the weights that these logits give to it.
 
-    Weights are those of `gate_topk` for the same experts, up to rounding, normalised over the experts that a token chose
-    (by `variable_k` and LocMoE+'s `share`: over those that it kept). Padding takes none, whatever was recorded. Tokens with bad logits: as in
-    LinearRouter, by drop_bad.
+    Weights are those of `gate_topk` for the same experts, up to rounding, normalised over the experts that a token
+    chose (by `variable_k` and LocMoE+'s `share`: over those that it kept). Padding takes none, whatever was recorded.
+    Tokens with bad logits: as in LinearRouter, by drop_bad.
     """
     bad_T1 = bad_rows(logits_TE)
     choice = choice_of(logits_TE, recorded.wanted_TK, score=score, renormalize=renormalize, scale=scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -126,8 +127,6 @@ def test_records_that_are_none():
 
 
 def test_a_deep_copy_of_a_layer_records_and_replays_nothing():
-    import copy
-
     layer = make()
     with RoutingRecorder(layer) as recorder:
         copied = copy.deepcopy(layer)
