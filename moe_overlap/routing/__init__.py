@@ -14,16 +14,20 @@ from moe_overlap.routing.balance import (
     sequence_balancing_loss,
     z_loss,
 )
+from moe_overlap.routing.base_assignment import BaseRouter
 from moe_overlap.routing.baselines import HashRouter, SwitchRouter
 from moe_overlap.routing.capacity_floor import cap_probability, capacity_bound
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, Identity, RoutingDecision
+from moe_overlap.routing.expert_choice import ExpertChoiceRouter
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.routing.locality import Locality, LocalityBias, locality_loss
 from moe_overlap.routing.locmoe import LocMoEPlusRouter, LocMoERouter, grap_rows
 from moe_overlap.routing.loss_free import max_violation, update_bias_
 from moe_overlap.routing.nodes import Nodes
+from moe_overlap.routing.quantile import QuantileRouter
 from moe_overlap.routing.recurrent import RecurrentRouter
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
+from moe_overlap.routing.sinkhorn import SinkhornRouter
 from moe_overlap.routing.smile import SmileRouter
 from moe_overlap.routing.variable_k import VariableK
 from moe_overlap.routing.zero import part_zero_experts
@@ -31,6 +35,8 @@ from moe_overlap.routing.zero import part_zero_experts
 __all__ = [
     "STATUS_BAD_LOGITS",
     "STATUS_OK",
+    "BaseRouter",
+    "ExpertChoiceRouter",
     "GlobalBalance",
     "HashRouter",
     "Identity",
@@ -40,8 +46,10 @@ __all__ = [
     "Locality",
     "LocalityBias",
     "Nodes",
+    "QuantileRouter",
     "RecurrentRouter",
     "RoutingDecision",
+    "SinkhornRouter",
     "SmileRouter",
     "SwitchRouter",
     "VariableK",

@@ -82,10 +82,10 @@ def locality_loss(
         current_NE, near_NE = torch.stack(each), nodes.is_near(probs_TE.device)
     else:
         current_NE, near_NE = mean_over_tokens(probs_TE, valid_T1)[None], nodes.near(probs_TE.device)
-    num_near = near_NE.sum(dim=-1, keepdim=True)
+    num_near = near_NE.sum(dim=-1, keepdim=True).to(probs_TE.dtype)
     num_far = near_NE.shape[-1] - num_near
     favoured_NE = torch.where(near_NE, (1 - smoothing) / num_near, smoothing / num_far.clamp_min(1))
-    favoured_NE = torch.where(num_far == 0, 1 / num_near, favoured_NE).to(probs_TE.dtype)
+    favoured_NE = torch.where(num_far == 0, 1 / num_near, favoured_NE)
     tiny = torch.finfo(probs_TE.dtype).tiny
     terms_NE = current_NE * (current_NE.clamp_min(tiny) / favoured_NE.clamp_min(tiny)).log()
     return terms_NE.masked_fill(num_near == 0, 0.0).sum() / len(current_NE)

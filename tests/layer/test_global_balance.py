@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import MoELayer, ShortcutBlock, aux_loss, prepare
+from moe_overlap import MoELayer, ShortcutBlock, aux_loss, moe_forward, prepare
 from moe_overlap.routing import LinearRouter, RoutingDecision
 from tests.layers import D, E, F, make, tokens
 from tests.ranks import gloo_pool, virtual_world
@@ -83,6 +84,40 @@ def test_ranks_together_have_the_gradients_of_one_process(call, options):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_other_numbers_of_ranks(ranks):
     check_sum(virtual_world(ranks).run(lambda me: of_rank(me, called)), one_process(ranks, aux_loss_coef=0.3))
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}])
+def test_where_ranks_do_not_hear_all_counts(options):
+    """As with more than 64 ranks: the sums over the ranks are all that is known of the others."""
+
+    def rank(me):
+        transport = me.transport()
+        transport.gathered_ranks = 2
+        layer = make(transport, **OPTIONS, **options)
+        x = all_tokens(4)[me.rank].requires_grad_()
+        loss = called(layer, x) / 4
+        assert layer.last_exchange.counts.table is None
+        return loss.detach(), *torch.autograd.grad(loss, [layer.router.weight, x])
+
+    check_sum(virtual_world(4).run(rank), one_process(4, aux_loss_coef=0.3))
+
+
+def test_who_calls_the_router_sums_over_the_ranks():
+    """The functional form: the counts are the caller's, as the routing is."""
+
+    def rank(me):
+        layer = make(me.transport(), **OPTIONS)
+        x = all_tokens(4)[me.rank].requires_grad_()
+        routing = layer.router(x)
+        y = moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *layer.expert_weights,
+                        transport=layer.transport)  # fmt: skip
+        rest = routing.global_balance
+        counted = torch.cat([rest.counts_E, rest.tokens.reshape(1)])
+        counted = layer.transport.all_reduce(counted).wait()
+        loss = (rest.loss(counted[:-1], counted[-1], 4) + 0.0 * y.sum()) / 4
+        return loss.detach(), *torch.autograd.grad(loss, [layer.router.weight, x])
+
+    check_sum(virtual_world(4).run(rank), one_process(4, aux_loss_coef=0.3))
 
 
 def test_each_level_is_another_loss_where_tokens_are_uneven():
@@ -194,3 +229,19 @@ def test_expert_parallel_in_data_parallel(replicas, prepared):
     want = one_process(4, aux_loss_coef=0.3)
     for results in zip(*gloo_pool(4).run(replicated, replicas, prepared), strict=True):
         check_sum(results, want)
+
+
+def under_ddp():
+    """On a gloo rank of four that has all experts: the router's gradient, of which DDP has made a mean."""
+    torch.manual_seed(3)
+    layer = MoELayer(D, F, E, 2, replicate_group=dist.group.WORLD, dtype=torch.float64, **OPTIONS)
+    ddp = DistributedDataParallel(prepare(layer))
+    y = ddp(all_tokens(4)[dist.get_rank()])
+    (aux_loss(ddp) + 0.0 * y.sum()).backward()
+    return layer.router.weight.grad
+
+
+def test_plain_data_parallel():
+    _, want, _ = one_process(4, aux_loss_coef=0.3)
+    for found in gloo_pool(4).run(under_ddp):
+        close(found, want)

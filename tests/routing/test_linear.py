@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.routing import STATUS_BAD_LOGITS, STATUS_OK, LinearRouter
+from moe_overlap.routing import STATUS_BAD_LOGITS, STATUS_OK, LinearRouter, Locality, Nodes
 
 SCORES = ["softmax", "topk_softmax", "sigmoid"]
 NAN, INF = float("nan"), float("inf")
@@ -261,10 +261,16 @@ def test_bad_input_names_what_is_wrong(x, field):
     assert caught.value.field == field
 
 
-def test_locality_mask_is_refused_by_name():
+def test_it_ignores_nodes_without_a_locality_and_needs_them_with_one():
     router, x_TD = make()
-    with pytest.raises(NotImplementedError, match="local_experts"):
-        router(x_TD, local_experts=torch.ones(6, dtype=torch.bool))
+    nodes = Nodes(of_expert=(0, 0, 0, 1, 1, 1), num_nodes=2, own=1)
+    assert not router.needs_nodes
+    assert torch.equal(router(x_TD, local_experts=nodes).topk_weights_TK, router(x_TD).topk_weights_TK)
+    router, _ = make(locality=Locality(mu=1.0))
+    assert router.needs_nodes
+    with pytest.raises(ConfigError) as caught:
+        router(x_TD)
+    assert caught.value.field == "local_experts"
 
 
 def test_it_compiles_without_a_graph_break():

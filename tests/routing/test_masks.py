@@ -6,12 +6,16 @@ import torch
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.routing import (
+    BaseRouter,
+    ExpertChoiceRouter,
     HashRouter,
     LinearRouter,
     LocMoEPlusRouter,
     LocMoERouter,
     Nodes,
+    QuantileRouter,
     RecurrentRouter,
+    SinkhornRouter,
     SmileRouter,
     SwitchRouter,
 )
@@ -257,6 +261,17 @@ def test_what_is_no_token_mask_is_refused(kind):
     with pytest.raises(ConfigError) as caught:
         router(x_of(), token_mask=torch.ones(40, dtype=torch.bool, device="meta"))
     assert caught.value.field == "token_mask.device"
+
+
+@pytest.mark.parametrize("kind", [BaseRouter, SinkhornRouter, QuantileRouter, ExpertChoiceRouter])
+def test_a_router_that_selects_all_tokens_together_refuses_masks(kind):
+    router = make(kind, k=1, **({"allow_noncausal": True} if kind is ExpertChoiceRouter else {}))
+    with pytest.raises(ConfigError, match=kind.__name__) as caught:
+        router.mask_experts([1])
+    assert caught.value.field == "masked_experts" and router.masked_experts_E is None
+    with pytest.raises(ConfigError, match=kind.__name__) as caught:
+        router(x_of(), token_mask=torch.ones(40, dtype=torch.bool))
+    assert caught.value.field == "token_mask"
 
 
 # ---------------------------------------------------------------- capacity in eval

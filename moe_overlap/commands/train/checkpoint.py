@@ -43,7 +43,8 @@ MOST_STEPS = 10**9
 FIELD = "--resume"
 _RNG = "rng.torch"
 # Of runs that were saved before there was a choice.
-_BEFORE: dict[str, object] = {"balance": "micro", "balance_coef": None}
+_BEFORE: dict[str, object] = {"balance": "micro", "balance_coef": None, "router": "linear", "mu": 0.0,
+                              "locality_bias": False, "text_by": "even"}  # fmt: skip
 _MISSING = object()
 
 

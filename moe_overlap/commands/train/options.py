@@ -28,10 +28,13 @@ KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 # levels, or what a bias moves in a step (arXiv 2408.15664).
 BALANCE = {"micro": 0.01, "sequence": 0.01, "global": 0.01, "loss-free": 0.001}
 
+ROUTERS = ("linear", "switch", "hash", "locmoe", "locmoe+", "smile")
+TEXT_BY = ("even", "domain")
+
 # The options that decide a run's numbers, bit for bit (the overlap does not).
 IDENTITY = (
     "kind steps batch seq layers hidden ffn experts vocab ranks seed lr warmup weight_decay schedule chunks slot "
-    "balance balance_coef"
+    "balance balance_coef router mu locality_bias text_by"
 ).split()
 
 
@@ -56,6 +59,11 @@ class TrainOptions:
     lr: float = 5e-3
     warmup: int = 20
     weight_decay: float = 0.1
+    router: str = "linear"
+    mu: float = 0.0
+    locality_bias: bool = False
+    ranks_per_node: int = 1
+    text_by: str = "even"
     balance: str = "micro"
     balance_coef: float | None = None
     overlap: str = "on"
@@ -91,8 +99,30 @@ class TrainOptions:
             raise ConfigError("--experts", self.experts, f"at least {self.routing_width}")
         if self.compare_overlap and (self.resume or self.checkpoint_every):
             raise ConfigError("--compare-overlap", True, "a run without --resume and --checkpoint-every")
+        self._check_nodes()
+        self._check_router()
         self._check_schedule()
         self._check_link()
+
+    def _check_nodes(self) -> None:
+        if self.ranks % self.ranks_per_node:
+            raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
+        if self.text_by not in TEXT_BY:
+            raise ConfigError("--text-by", self.text_by, f"one of {', '.join(TEXT_BY)}")
+
+    def _check_router(self) -> None:
+        if self.router not in ROUTERS:
+            raise ConfigError("--router", self.router, f"one of {', '.join(ROUTERS)}")
+        local = self.router.startswith("locmoe")
+        if self.mu and not local:
+            raise ConfigError("--mu", self.mu, f"0 with --router {self.router}, which has no locality loss")
+        if self.locality_bias and not local:
+            raise ConfigError("--locality-bias", True, "a run with --router locmoe or locmoe+")
+        if self.router == "smile" and (self.experts % self.nodes or self.experts // self.nodes < self.top_k):
+            expected = f"a multiple of the {self.nodes} nodes, {self.top_k} for each at least, with --router smile"
+            raise ConfigError("--experts", self.experts, expected)
+        if self.router in ("hash", "smile") and self.balance != "micro":
+            raise ConfigError("--balance", self.balance, f"micro with --router {self.router}")
 
     def _check_schedule(self) -> None:
         if self.kind.startswith("scmoe"):
@@ -125,6 +155,10 @@ class TrainOptions:
     def coefficient(self) -> float:
         """That of the balance, as asked for or as usual."""
         return BALANCE[self.balance] if self.balance_coef is None else self.balance_coef
+
+    @property
+    def nodes(self) -> int:
+        return self.ranks // self.ranks_per_node
 
     @property
     def top_k(self) -> int:
@@ -163,7 +197,7 @@ class TrainOptions:
 
 
 def _check_ranges(options: TrainOptions) -> None:
-    for name in "ranks steps batch seq hidden ffn experts eval_tokens".split():
+    for name in "ranks ranks_per_node steps batch seq hidden ffn experts eval_tokens".split():
         check_count(name, getattr(options, name))
     for name in "warmup checkpoint_every".split():
         check_count(name, getattr(options, name), least=0)
@@ -177,6 +211,7 @@ def _check_ranges(options: TrainOptions) -> None:
     if options.slot is not None and options.slot < 0:
         raise ConfigError("--slot", options.slot, "an integer of at least 0")
     check_number("lr", options.lr, 1e-12, 1e3)
+    check_number("mu", options.mu, 0.0, 1e3)
     check_number("weight_decay", options.weight_decay, 0.0, 1e3)
     check_timeout(options.timeout_s)
 
@@ -199,6 +234,12 @@ HELP = {
     "lr": "peak learning rate of the cosine schedule",
     "warmup": "steps of linear warm-up",
     "weight_decay": "AdamW weight decay of matrices",
+    "router": f"router: {', '.join(ROUTERS)} (switch with capacity 1.25; locmoe is balanced best by --balance global)",
+    "mu": "locmoe, locmoe+: factor of the locality loss",
+    "locality_bias": "locmoe, locmoe+: a learned bias for each (node, expert)",
+    "ranks_per_node": "so many ranks in a row share a node: for --link, routers and --text-by",
+    "text_by": "even: every rank draws from all of the text; domain: each node has folders of its own, in training and "
+    "held out (resume on as many nodes)",
     "balance": "what keeps the experts balanced: an auxiliary loss over a rank's tokens of a step (micro), over each "
     "sequence (sequence) or over all ranks' tokens (global), or a bias on the selection (loss-free)",
     "balance_coef": "coefficient of the auxiliary loss (default 0.01), or what a bias moves in a step (default 0.001)",
