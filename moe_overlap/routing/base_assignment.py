@@ -60,6 +60,8 @@ class BaseRouter(LinearRouter):
     others do not get.
     """
 
+    selects_together = True
+
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 1, *, score: str = "sigmoid", **options: Any):
         super().__init__(hidden_size, num_experts, top_k, score=score, **options)
         if top_k != 1:

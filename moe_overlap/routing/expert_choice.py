@@ -28,6 +28,8 @@ class ExpertChoiceRouter(LinearRouter):
     experts), in eval as well. No auxiliary loss, bias, groups or capacity: loads are even. Bad logits raise.
     """
 
+    selects_together = True
+
     def __init__(
         self, *sizes: int, average: float = 2.0, allow_noncausal: bool = False, score: str = "softmax", **options: Any
     ) -> None:

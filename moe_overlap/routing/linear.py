@@ -31,7 +31,14 @@ from moe_overlap.routing.checks import (
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.locality import Locality, LocalityBias, check_locality, limit_off_node, locality_loss
-from moe_overlap.routing.masks import ExpertMask, check_token_mask, mark_padding, settle_padding, without_padding
+from moe_overlap.routing.masks import (
+    TOGETHER,
+    ExpertMask,
+    check_token_mask,
+    mark_padding,
+    settle_padding,
+    without_padding,
+)
 from moe_overlap.routing.nodes import Nodes, check_nodes
 from moe_overlap.routing.replayed import Recorded, replayed_choice, with_recorded_drops
 from moe_overlap.routing.scores import linear_logits
@@ -195,6 +202,8 @@ class LinearRouter(ExpertMask):
         check_transform(inline=True)
         check_tokens(x_TD, self.hidden_size, x_TD.device if self.weight is None else self.weight.device)
         nodes = self._nodes(local_experts, x_TD.shape[0])
+        if token_mask is not None and self.selects_together:
+            raise ConfigError("token_mask", "given", f"None for a {type(self).__name__}, {TOGETHER}")
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             return self._route(x_TD, sequence_length, nodes, check_token_mask(token_mask, x_TD), replay)
 

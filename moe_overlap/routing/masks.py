@@ -13,6 +13,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.routing.choice import Choice, count_choices
 
 GROUP_BEST = 2  # so many experts count for a group's worth where there is a bias (`ops.gate`), else one
+TOGETHER = "which selects the experts of all tokens of a call together"
 
 
 class ExpertMask(nn.Module):
@@ -30,6 +31,8 @@ class ExpertMask(nn.Module):
     top_k: int
     n_group: int
     topk_group: int
+    selects_together = False
+    """Whether the experts of a token depend on the other tokens of its call: such a router knows no masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +86,8 @@ class ExpertMask(nn.Module):
             self._mask_seen = now
 
     def _note_mask(self, masked: Sequence[bool]) -> None:
+        if any(masked) and self.selects_together:
+            raise ConfigError("masked_experts", masked.index(True), f"none in a {type(self).__name__}, {TOGETHER}")
         best = 1 if self.expert_bias_E is None else GROUP_BEST
         left = experts_left(masked, self.n_group, self.topk_group, best)
         if left < self.top_k:

@@ -42,6 +42,8 @@ class QuantileRouter(LinearRouter):
     limits are refused, since with them a price does not say who is taken.
     """
 
+    selects_together = True
+
     def __init__(self, *sizes: int, momentum: float = 0.0, **options: Any) -> None:
         super().__init__(*sizes, bias=True, **options)
         if self.n_group != 1:

@@ -36,6 +36,8 @@ class SinkhornRouter(LinearRouter):
     no groups.
     """
 
+    selects_together = True
+
     def __init__(self, *sizes: int, iterations: int = 16, **options: Any) -> None:
         super().__init__(*sizes, **options)
         check_count("iterations", iterations)
