@@ -20,6 +20,7 @@ from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
+from moe_overlap.layer.traffic import TrafficMonitor, TrafficReport
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
 from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
@@ -45,6 +46,8 @@ __all__ = [
     "RoutingRecorder",
     "RoutingReplay",
     "ShortcutBlock",
+    "TrafficMonitor",
+    "TrafficReport",
     "TransportClosed",
     "TransportTimeout",
     "aux_loss",
