@@ -41,10 +41,10 @@ def test_a_log_comes_back_from_its_file_and_is_replayed_from_there(tmp_path, lay
     with RoutingReplay(model, path, weights="recorded"):
         for x, y in zip(inputs, want, strict=True):
             same_bits(model(x), y)
-    ids, weights = read_file(path, experts=E, top_k=K)
+    read = read_file(path, experts=E, top_k=K)
     last = recorder.log.layers[-1].calls
-    assert torch.equal(ids, torch.cat([call.ids_TK for call in last]))
-    assert torch.equal(weights, torch.cat([call.weights_TK for call in last]))
+    assert torch.equal(read.ids_NK, torch.cat([call.ids_TK for call in last]))
+    assert torch.equal(read.weights_NK, torch.cat([call.weights_TK for call in last]))
 
 
 def test_a_file_of_train_is_one_call_of_one_layer_and_can_be_cut(tmp_path):

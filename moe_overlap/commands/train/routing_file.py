@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,8 @@ def save_routing(path: Path, model: LanguageModel, options: TrainOptions, corpus
 
     A layer with K = 1 is asked for its second choice too, so that one file serves cases with one and two experts; only
     a hash router has none, [N, K].
-    Rows are held-out tokens, rank by rank, in order of the text. Metadata: E, K, kind, layer. Collective.
+    Rows are held-out tokens, rank by rank, in order of the text. Metadata: E, K, kind, layer, router, mu, and how many
+    rows are whose. Collective.
     """
     layer = len(moe_layers(model)) - 1
     router = moe_layers(model)[layer].router
@@ -54,7 +56,16 @@ def save_routing(path: Path, model: LanguageModel, options: TrainOptions, corpus
         "ids": torch.cat(world.gather(torch.cat(ids))),
         "weights": torch.cat(world.gather(torch.cat(weights))),
     }
-    metadata = {"E": options.experts, "K": options.top_k, "kind": options.kind, "layer": layer}
+    counts = [int(one) for one in torch.cat(world.gather(torch.tensor([sum(len(one) for one in ids)])))]
+    metadata = {
+        "E": options.experts,
+        "K": options.top_k,
+        "kind": options.kind,
+        "layer": layer,
+        "router": options.router,
+        "mu": options.mu,
+        "rank_tokens": json.dumps(counts),
+    }
     if world.rank == 0:
         write_tensors(path, tensors, {key: str(value) for key, value in metadata.items()})
 
