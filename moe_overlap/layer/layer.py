@@ -137,9 +137,8 @@ class MoELayer(Tickets, Copies, Routes):
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
-        self.shared_expert = assembly.make_shared_expert(
-            shared_expert, hidden_size, shared_expert_size, activation, factory
-        )
+        self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
+                                                         factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         ranks = self.transport.world_size
