@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import ConfigError, MoELayer, PlanMismatch, RoutingLog, RoutingRecorder, RoutingReplay
+from moe_overlap import (
+    ConfigError,
+    MoELayer,
+    PlanMismatch,
+    RoutingLog,
+    RoutingRecorder,
+    RoutingReplay,
+    ShortcutBlock,
+)
 from moe_overlap.layer.routing_log import LayerLog
 from moe_overlap.routing import HashRouter, LinearRouter, Recorded, RecurrentRouter, SwitchRouter
 from tests.layers import D, E, F, K, make, tokens
@@ -320,3 +328,66 @@ def test_bad_arguments():
         with pytest.raises(ConfigError, match="one replay"), RoutingReplay(layer, log):
             pass
         layer(tokens(2))
+
+
+@pytest.mark.parametrize("way", ["block", "tickets", "deduplicated"])
+def test_every_way_of_calling_a_layer_records_and_replays(way):
+    def rank(me):
+        layer = make(me.transport(), dedup="on" if way == "deduplicated" else "off")
+        block = ShortcutBlock([nn.Identity()], layer, tap=0, slot=0) if way == "block" else None
+
+        def call(x):
+            if block is not None:
+                return block(x)
+            if way == "deduplicated":
+                return layer(x)
+            ticket = layer.begin(x)
+            layer.run_experts(ticket)
+            return layer.finish(ticket)
+
+        x = tokens(SIZES[me.rank], seed=me.rank).requires_grad_()
+        with RoutingRecorder(layer) as recorder:
+            want = call(x)
+        scramble(layer)
+        with RoutingReplay(layer, recorder.log, weights="recorded"):
+            same_bits(call(x), want)
+        with RoutingRecorder(layer) as again, RoutingReplay(layer, recorder.log):
+            call(x).square().sum().backward()
+        assert torch.equal(ids_of(again.log)[0], ids_of(recorder.log)[0])
+        return layer.router.weight.grad.abs().sum()
+
+    assert sum(virtual_world(4).run(rank)) > 0
+
+
+def test_low_precision_and_autocast():
+    layer, x = make(dtype=torch.bfloat16), tokens(9, dtype=torch.bfloat16)
+    log, (want,) = recorded(layer, x)
+    with RoutingReplay(layer, log):
+        y = checkpoint(layer, x, use_reentrant=False)
+    same_bits(y, want)
+    y.sum().backward()
+    layer = make(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        log, (want,) = recorded(layer, x.float())
+        with RoutingReplay(layer, log):
+            same_bits(layer(x.float()), want)
+    assert log.layers[0].calls[0].weights_TK.dtype == torch.float32
+
+
+def test_a_compiled_model_records_and_replays_with_a_graph_break():
+    layer, x = make(), tokens(6)
+    compiled = torch.compile(layer, backend="eager")
+    compiled(x)
+    log, (want,) = recorded(compiled, x)
+    assert [one.tokens for one in log.layers] == [(6,)]
+    scramble(layer)
+    with RoutingReplay(compiled, log, weights="recorded"):
+        same_bits(compiled(x), want)
+    assert not torch.equal(compiled(x), want)
+
+
+def test_a_transform_of_functions_is_refused_while_something_records():
+    layer, x = make(), tokens(3)
+    with RoutingRecorder(layer), pytest.raises(ConfigError, match=r"torch\.func"):
+        torch.func.grad(lambda x: layer(x).sum())(x)
+    torch.func.grad(lambda x: layer(x).sum())(x)
