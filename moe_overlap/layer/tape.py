@@ -116,7 +116,8 @@ class Tape:
     @torch.compiler.disable(reason="routing is recorded or replayed: one graph break")
     def decide(self, router: nn.Module, x_TD: torch.Tensor, told: dict[str, Any]) -> RoutingDecision:
         """The decision of a call: the router's, or the one to be replayed. Raises ConfigError."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(x_TD):
+        self._replayed = [ref for ref in self._replayed if ref() is not None]
+        if torch._C._functorch.is_functorch_wrapped_tensor(x_TD) and self.runs:
             raise ConfigError("replay", "a transform of torch.func", "no such transform while routing is recorded")
         if current_phase() > 0:
             found = self._found(x_TD)
@@ -130,7 +131,7 @@ class Tape:
             if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 cue.mark = mark_of(x_TD)
                 self._held = cue
-                self._replayed = [ref for ref in self._replayed if ref() is not None] + [weakref.ref(cue)]
+                self._replayed.append(weakref.ref(cue))
         self.decided = Recorded.of(decision, self.device) if self.recorders else None
         return decision
 
@@ -140,7 +141,6 @@ class Tape:
         as its forward did."""
         alive = [cue for ref in reversed(self._replayed) if (cue := ref()) is not None]
         if not alive:
-            self._replayed = []
             return None
         mark = mark_of(x_TD)
         same = sorted((cue for cue in alive if cue.is_for(x_TD, mark)), key=lambda cue: cue.used)

@@ -245,6 +245,9 @@ def test_what_a_recompute_may_need_lives_as_long_as_the_graph():
     assert ref() is not None
     del y
     assert ref() is None
+    assert layer._tape.runs
+    layer(x)  # which finds that nothing is left
+    assert not layer._tape.runs
 
 
 def other(log, **change):
