@@ -17,6 +17,7 @@ from moe_overlap import (
     RoutingRecorder,
     RoutingReplay,
     ShortcutBlock,
+    TrafficMonitor,
 )
 from moe_overlap.layer.routing_log import LayerLog
 from moe_overlap.routing import HashRouter, LinearRouter, Recorded, RecurrentRouter, SwitchRouter
@@ -394,3 +395,18 @@ def test_a_transform_of_functions_is_refused_while_something_records():
     with RoutingRecorder(layer), pytest.raises(ConfigError, match=r"torch\.func"):
         torch.func.grad(lambda x: layer(x).sum())(x)
     torch.func.grad(lambda x: layer(x).sum())(x)
+
+
+def test_a_calibration_is_neither_recorded_nor_replayed_nor_counted():
+    def rank(me):
+        layer, x = make(me.transport(), schedule="auto"), tokens(6 + me.rank, seed=me.rank)
+        with TrafficMonitor(layer) as monitor, RoutingRecorder(layer) as recorder:
+            layer(x)
+            counted = monitor.report()[""].calls
+        other = make(me.transport(), schedule="auto", activation="gelu")  # whose figures nobody has kept
+        with RoutingRecorder(other) as again, RoutingReplay(other, recorder.log):
+            other(x)
+        assert torch.equal(ids_of(again.log)[0], ids_of(recorder.log)[0])
+        return len(recorder.log.layers[0].calls), counted
+
+    assert virtual_world(2).run(rank) == [(1, 1)] * 2
