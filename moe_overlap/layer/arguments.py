@@ -14,6 +14,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
 
 AnySchedule = SchedulePair | AutoSchedule
+Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
@@ -64,11 +65,12 @@ def check_payload(dtype: object) -> None:
         raise ConfigError("payload_dtype", dtype, expected)
 
 
-def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object) -> None:
-    """The three checks of a layer's words and of its budget."""
+def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object, payload: object) -> None:
+    """The checks of a layer's words, of its budget and of the dtype of its rows on the wire."""
     check_mode(mode)
     check_dedup(dedup)
     check_budget(max_in_flight_bytes, schedule)
+    check_payload(payload)
 
 
 def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
