@@ -81,16 +81,17 @@ def test_values_gradients_and_bytes_on_every_path(name, path, padded):
 
     results = on(path, rank, make_router=ROUTERS[name], top_k=K)
     w_in, w_out = (torch.cat([result[3][i] for result in results]).requires_grad_() for i in range(2))
-    total, wanted = torch.zeros((), dtype=torch.float64), []
-    for me, (y, sent, _, _) in enumerate(results):
+    total, wanted, rows = torch.zeros((), dtype=torch.float64), [], 0
+    for me, (y, _, _, _) in enumerate(results):
         x = x_of(me)
         by_hand, decision, want = expected(ROUTERS[name], x, w_in, w_out, given_of(x, padded))
         close(y, want.detach())
-        rows = rows_sent(decision.topk_ids_TK, me, len(results), path.startswith("deduplicated"))
-        assert sent == 2 * rows * D * 8, "there and back, float64"
+        rows += rows_sent(decision.topk_ids_TK, me, len(results), path.startswith("deduplicated"))
         total = total + want.square().sum()
         wanted += [x, by_hand.weight]
         assert (decision.topk_ids_TK < 0).any() or not (padded or "threshold" in name or "allocator" in name)
+    # Each rank sends what is its own to the others, and back what is theirs; float64.
+    assert all(sent == rows * D * 8 for _, sent, _, _ in results) and (rows > 0) == (len(results) > 1)
     *both, dw_in, dw_out = torch.autograd.grad(total, [*wanted, w_in, w_out])
     for me, (_, _, grads, weights) in enumerate(results):
         local = slice(me * len(weights[0]), (me + 1) * len(weights[0]))
@@ -276,22 +277,16 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith("functional")])
 @pytest.mark.parametrize("case", BAD)
 def test_what_one_rank_is_given_wrong_all_refuse_and_nothing_is_sent(path, case):
     field, given, spoil = BAD[case]
-    if path.startswith("functional") and case != "too many masked":
-        pytest.skip("the router is the caller's there")
 
     def rank(call):
         me = 0 if call.transport is None else call.transport.rank
         bad = call.transport is None or me == 1
         if bad and spoil is not None:
             spoil(call.layer)
-        if path == "functional ranks":
-            with pytest.raises(ConfigError) as caught:
-                call(tokens(6)) if bad else call.layer.router(torch.zeros(1))
-            return
         with pytest.raises(ConfigError) as caught:
             call(tokens(6), **(given if bad else {}))
         if bad:
