@@ -18,6 +18,7 @@ from moe_overlap.layer.explain import explain
 from moe_overlap.layer.latent import project
 from moe_overlap.layer.left import Left, leave_compiled
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
+from moe_overlap.layer.tape import Tape
 from moe_overlap.layer.told import hand_on
 from moe_overlap.ops.checks import inside_transform
 from moe_overlap.parallel.ownership import Ownership
@@ -46,6 +47,7 @@ class LastCall:
     def _forget(self) -> None:
         """Before the first call."""
         self._left = Left()
+        self._tape = Tape()
         self._outgrown = Outgrown()
 
     def _end(
@@ -68,7 +70,8 @@ class LastCall:
         tail = y_TD.reshape(-1)[:0] if step.grad and self.transport.world_size > 1 else None
         y_TD = y_TD if shared_TD is None else y_TD + shared_TD
         y_TD = y_TD if routing.identity is None else routing.identity.added_to(y_TD)
-        y = self._left.keep(y_TD, shape, loss=loss, tail=tail, node=node, recompute=recompute)
+        held = self._tape.take_held()
+        y = self._left.keep(y_TD, shape, loss=loss, tail=tail, node=node, recompute=recompute, held=held)
         return hand_on(y, routing.state)
 
     def _end_inline(
@@ -87,7 +90,8 @@ class LastCall:
             what = (routing.topk_ids_TK, routing.tokens_per_expert_E, routing.dropped_tokens)
             self._left.note(LastStep.of_one_rank(self.schedule, *what))
         digest = routing_digest(slot_to_row) if y_TD.requires_grad and not inside_transform() else None
-        y = self._left.keep(y_TD, shape, loss=loss, digest=digest, recompute=recompute)
+        held = self._tape.take_held()
+        y = self._left.keep(y_TD, shape, loss=loss, digest=digest, recompute=recompute, held=held)
         return hand_on(y, routing.state)
 
     def watch(self, watcher: Callable[[LastStep], None]) -> None:

@@ -137,9 +137,8 @@ class MoELayer(Tickets, Copies, Routes):
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
-        self.shared_expert = assembly.make_shared_expert(
-            shared_expert, hidden_size, shared_expert_size, activation, factory
-        )
+        self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
+                                                         factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         ranks = self.transport.world_size
@@ -227,7 +226,7 @@ class MoELayer(Tickets, Copies, Routes):
             rows_TD = x_rows.to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
-        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status)
+        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status, router_state=routing.agreed)
         step.ask(known, self.dispatcher, agreement)
         step.give(rows_TD, slots_TK, routing.topk_weights_TK)
         return step, routing, x_shared

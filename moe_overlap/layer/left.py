@@ -29,6 +29,7 @@ class Call:
     def __init__(self, loss: torch.Tensor | None, tail: torch.Tensor | None, *, compiled: bool = False) -> None:
         self.loss, self.tail, self.compiled = loss, tail, compiled
         self.attached = False
+        self.held: object = None
         self._node: weakref.ref[Any] | None = None
 
     def watch(self, node: Any) -> None:
@@ -85,11 +86,14 @@ class Left:
         digest: torch.Tensor | None = None,
         node: Any = None,
         recompute: bool = False,
+        held: object = None,
     ) -> torch.Tensor:
-        """The end of an eager call: y in `shape`, which holds the rest. `node`: see `Call.watch`; None: that of y."""
+        """The end of an eager call: y in `shape`, which holds the rest. `node`: see `Call.watch`; None: that of y.
+        `held`: lives as long as the graph of y does, for a recompute of the call."""
         if loss is not None and not loss.requires_grad:
             loss = None  # a call without gradients leaves none behind, and takes nothing away
         call = Call(loss, tail)
+        call.held = held
         if y_TD.requires_grad:
             y_TD = Keep.apply(y_TD, digest, call, shape)
             call.watch(y_TD.grad_fn if node is None else node)

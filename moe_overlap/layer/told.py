@@ -18,6 +18,7 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.assembly import Rows
+from moe_overlap.layer.tape import Tape
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.routing.nodes import Nodes
@@ -31,11 +32,13 @@ class Routes:
     router: nn.Module
     dispatcher: Dispatcher
     rows: Rows
+    _tape: Tape
 
     def _route(self, x_TD: torch.Tensor, x_shared: torch.Tensor, told: dict[str, Any]) -> RoutingDecision:
         """The decision for x_TD, the tokens of the call. x_shared: the tokens as zero-computation experts return them.
         Raises ConfigError."""
-        routing = as_decision(self.router(x_TD, **told))
+        tape = self._tape
+        routing = tape.decide(self.router, x_TD, told) if tape.runs else as_decision(self.router(x_TD, **told))
         return part_decision(routing, x_shared, self.dispatcher.placement.num_experts)
 
     def _told(self, x: torch.Tensor, given: Mapping[str, object]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A router is scores -> selection -> capacity: `scores.py`, `choice.py`, `select.p
 `decision.py` is what comes out, `balance.py` and `locality.py` have the losses, `nodes.py` says where experts are.
 Others: `locmoe.py`, `smile.py`, and `baselines.py` with Switch and Hash.
 Left out: experts and tokens (`masks.py`), some of the K (`variable_k.py`), the work (`zero.py`). `recurrent.py`: a
-state from layer to layer.
+state from layer to layer. `replayed.py`: decisions of earlier, given again.
 """
 
 from moe_overlap.routing.balance import (
@@ -26,6 +26,7 @@ from moe_overlap.routing.loss_free import max_violation, update_bias_
 from moe_overlap.routing.nodes import Nodes
 from moe_overlap.routing.quantile import QuantileRouter
 from moe_overlap.routing.recurrent import RecurrentRouter
+from moe_overlap.routing.replayed import Recorded
 from moe_overlap.routing.select import drop_over_capacity, expert_capacity
 from moe_overlap.routing.sinkhorn import SinkhornRouter
 from moe_overlap.routing.smile import SmileRouter
@@ -47,6 +48,7 @@ __all__ = [
     "LocalityBias",
     "Nodes",
     "QuantileRouter",
+    "Recorded",
     "RecurrentRouter",
     "RoutingDecision",
     "SinkhornRouter",

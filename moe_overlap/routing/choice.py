@@ -87,4 +87,5 @@ def decide(
         aux_loss=losses[0],
         global_balance=losses[1],
         zero_experts=zero_experts,
+        chosen_ids_TK=None if capacity is None else choice.ids_TK,
     )

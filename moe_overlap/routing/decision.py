@@ -47,6 +47,8 @@ class RoutingDecision:
     where a layer has taken them out of the ids already.
     state: [T, R], differentiable: what the router hands to that of the next layer, or None (see `recurrent.py`).
     global_balance: the part of the auxiliary loss that waits for the counts of all ranks; the layer finishes it.
+    chosen_ids_TK: int32 [T, K], the ids before capacity dropped some; None where there was no limit.
+    agreed: a number that all ranks must have in common, which goes into the step's record (0: nothing).
     """
 
     topk_ids_TK: torch.Tensor
@@ -59,6 +61,8 @@ class RoutingDecision:
     zero_experts: int = 0
     identity: Identity | None = None
     state: torch.Tensor | None = None
+    chosen_ids_TK: torch.Tensor | None = None
+    agreed: int = 0
 
 
 def as_decision(value: object) -> RoutingDecision:

@@ -40,6 +40,7 @@ from moe_overlap.routing.masks import (
     without_padding,
 )
 from moe_overlap.routing.nodes import Nodes, check_nodes
+from moe_overlap.routing.replayed import Recorded, replayed_choice, with_recorded_drops
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
 from moe_overlap.routing.variable_k import VariableK, as_variable_k
@@ -76,6 +77,7 @@ class LinearRouter(ExpertMask):
     Its parts, for routers made of it: `_logits` (scores), `_choose` (selection), `_capacity`, `_rank_by` and `_losses`.
     """
 
+    replays = True  # a layer may call it with `replay=`
     expert_bias_E: torch.Tensor | None
     locality_bias: LocalityBias | None
 
@@ -183,6 +185,7 @@ class LinearRouter(ExpertMask):
         sequence_length: int | None = None,
         local_experts: Nodes | None = None,
         token_mask: torch.Tensor | None = None,
+        replay: Recorded | None = None,
     ) -> RoutingDecision:
         """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
         (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
@@ -190,6 +193,8 @@ class LinearRouter(ExpertMask):
         token_mask: bool [T], True = a token, False = padding, which takes no expert and is counted nowhere, whatever
         its x holds: not in losses, not in `tokens_per_expert_E`, not in drops, and bad logits of it are none. With
         balance="global" all ranks give one, or none does.
+        replay: a decision of earlier for the same tokens: its ids, its drops, and the weights of these logits (see
+        `replayed.py`); nothing is selected.
 
         Raises ConfigError for a wrong shape, dtype or device, for nodes that are missing or do not fit, and inside vmap
         and the like; never for bad logits (see `bad_logits`).
@@ -200,10 +205,15 @@ class LinearRouter(ExpertMask):
         if token_mask is not None and self.selects_together:
             raise ConfigError("token_mask", "given", f"None for a {type(self).__name__}, {TOGETHER}")
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, sequence_length, nodes, check_token_mask(token_mask, x_TD))
+            return self._route(x_TD, sequence_length, nodes, check_token_mask(token_mask, x_TD), replay)
 
     def _route(
-        self, x_TD: torch.Tensor, sequence_length: int | None, nodes: Nodes | None, token_mask: torch.Tensor | None
+        self,
+        x_TD: torch.Tensor,
+        sequence_length: int | None,
+        nodes: Nodes | None,
+        token_mask: torch.Tensor | None,
+        replay: Recorded | None,
     ) -> RoutingDecision:
         """Scores -> selection -> capacity; the losses read scores and selection."""
         x_TD = without_padding(x_TD, token_mask)
@@ -211,6 +221,11 @@ class LinearRouter(ExpertMask):
         if self.locality_bias is not None and nodes is not None:
             logits_TE = self.locality_bias(logits_TE, nodes)
         logits_TE = self.hide_masked(mark_padding(logits_TE, token_mask))
+        if replay is not None:
+            choice = replayed_choice(logits_TE, replay, token_mask, score=self.score, renormalize=self.renormalize,
+                                     scale=self.scale, drop_bad=self.bad_logits == "drop")  # fmt: skip
+            losses = self._losses(logits_TE, choice, sequence_length, nodes)
+            return with_recorded_drops(decide(choice, losses=losses, zero_experts=self.zero_experts), replay)
         choice = self.refuse_masked(self._choose(logits_TE, nodes))
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)

@@ -73,6 +73,11 @@ class RecurrentRouter(nn.Module):
         """As a LinearRouter's."""
         return self.head.needs_nodes
 
+    @property
+    def replays(self) -> bool:
+        """As a LinearRouter's."""
+        return self.head.replays
+
     def reset_parameters(self) -> None:
         """Every part as it starts, the shared cell too."""
         for part in (self.head, self.project, self.cell):

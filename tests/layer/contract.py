@@ -18,8 +18,8 @@ MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicate
 
 
 class Call:
-    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'. make_router: makes
-    the router of each rank's layer."""
+    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'. make_router:
+    makes the router of each rank's layer."""
 
     def __init__(self, path, me, make_router=None, **options):
         if make_router is not None:

@@ -10,7 +10,7 @@ from torch import nn
 from moe_overlap import ConfigError, MoELayer, aux_loss, moe_forward
 from moe_overlap.routing import LinearRouter, VariableK
 from tests import oracle
-from tests.layer.contract import MODULES, PATHS, Call, gradients, on
+from tests.layer.contract import MODULES, PATHS, gradients, on
 from tests.layers import D, E, F, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
@@ -216,7 +216,7 @@ def test_auto_probes_with_the_masks_of_the_call():
 
 @pytest.mark.parametrize("kind", ["shared", "latent", "autocast"])
 def test_zero_experts_beside_other_parts(kind):
-    """They return x itself, at its full width, beside a shared expert and latent experts; under autocast in its dtype."""
+    """They return x itself, at its full width, beside a shared expert and latent experts; under autocast, its dtype."""
     options = {"shared": {"shared_expert_size": 8}, "latent": {"latent_size": 6}, "autocast": {}}[kind]
     dtype = torch.float32 if kind == "autocast" else torch.float64
 

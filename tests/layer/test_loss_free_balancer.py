@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from moe_overlap import ConfigError, LossFreeBalancer, MoELayer, ShortcutBlock, sac_policy
 from moe_overlap.routing import LinearRouter, update_bias_
@@ -88,6 +88,12 @@ def recomputed(layer, x, **options):
     checkpoint(layer, x, use_reentrant=False, **options).sum().backward()
 
 
+def recomputed_whole(layer, x):
+    """To the end of the call, not only to what backward needs."""
+    with set_checkpoint_early_stop(False):
+        recomputed(layer, x)
+
+
 def in_eval(layer, x):
     layer(x)
     layer.eval()
@@ -115,6 +121,7 @@ WAYS = {
     "call": lambda layer, x: layer(x),
     "backward": lambda layer, x: layer(x).sum().backward(),
     "recompute": recomputed,
+    "whole recompute": recomputed_whole,
     "selective recompute": partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, sac_policy())),
     "eval beside": in_eval,
     "no_grad beside": without_gradients,
@@ -124,6 +131,7 @@ WAYS = {
 OF_ONE_RANK = {
     "torch.func": of_torch_func,
     "compiled": lambda layer, x: torch.compile(layer, backend="aot_eager", fullgraph=True)(x),
+    "compiled, whole recompute": lambda layer, x: recomputed_whole(torch.compile(layer, backend="aot_eager"), x),
     "compiled, recompute": lambda layer, x: recomputed(torch.compile(layer, backend="aot_eager"), x),
 }
 
@@ -163,11 +171,12 @@ def test_a_router_by_itself_counts_as_a_layer_does():
     alone = router()
     balancer = LossFreeBalancer(alone, U)
     x = tokens(9).requires_grad_()
-    checkpoint(lambda x: alone(x).topk_weights_TK.square().sum(), x, use_reentrant=False).backward()
+    recomputed_whole(lambda x: alone(x).topk_weights_TK.square(), x)
     alone.eval()(2 * x)
     alone.train()
     with torch.no_grad():
         alone(2 * x)
+    same_bits(balancer._counted[alone].counts_E, chosen(tokens(9)))
     balancer.step()
     same_bits(alone.expert_bias_E, moved(chosen(tokens(9))))
 

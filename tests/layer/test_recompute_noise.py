@@ -96,8 +96,9 @@ def test_a_recompute_that_routes_otherwise_is_refused(name, kind, schedule):
 
 @pytest.mark.parametrize(("name", "kind"), [("noisy top-k", "lost"), ("jumping", "kept")])
 def test_and_on_several_ranks_no_rank_gets_gradients(name, kind):
-    """There a recompute may receive another number of rows, which torch's checkpoint sees before the layer does; of two
-    ranks one may see it, and end the exchanges of the other. On a world of its own, whose connections that closes."""
+    """Where a recompute receives another number of rows, torch's checkpoint refuses it before the layer does, and one
+    rank's refusal ends the exchanges of the other. In a world of its own, whose connections that closes."""
     with Ranks(2) as world:
-        about = world.run(run_in_group, name, kind, "serial")
+        world.start(run_in_group, name, kind, "serial")
+        about = [rank.value for rank in world.wait()]
     assert set(about) <= {"routing", "shapes", "peer"} and about != ["peer", "peer"]

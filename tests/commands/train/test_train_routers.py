@@ -46,7 +46,7 @@ def test_its_routing_can_be_saved(router, text, tmp_path):
     options = ("--kind", "shared1", "--steps", 1, "--router", router, "--save-routing", file)
     assert run_on_two(text, tmp_path, *options) == [0, 0]
     ids = read_tensors(file)[0]["ids"]
-    assert ids.shape == (512, 1 if router == "hash" else 2)
+    assert ids.shape == (512, 2)
     load = torch.bincount(ids[:, 0].long(), minlength=4)
     (end,) = events(tmp_path, "end")
     computed = torch.tensor(end["expert_load"][-1])
