@@ -1,5 +1,5 @@
 """Noisy routers under activation checkpointing: torch's checkpoint keeps the state of the random numbers, so that a
-recompute draws the same noise and routes alike; where it is told not to, the layer refuses what was routed otherwise."""
+recompute draws the same noise and routes alike; where it may not, a layer refuses another routing."""
 
 from __future__ import annotations
 
