@@ -130,8 +130,8 @@ def run(command: Command, folder: Path, cases: Sequence[Case], *, most_s: float,
 
 
 def outcomes(group: Sequence[Case], record: Path, done: Any, *, cut: bool) -> list[Outcome]:
-    """Of the tests of one process: what they wrote, and `lost` for those that wrote nothing; `cut` where the process ran
-    past a limit that was less than its own."""
+    """Of the tests of one process: what they wrote, and `lost` for those that wrote nothing; `cut` where the process
+    ran past a limit that was less than its own."""
     rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.is_file() else []
     said: dict[str, dict[str, Any]] = {}
     for row in rows:

@@ -11,7 +11,7 @@ import torch
 import moe_overlap
 from moe_overlap.ops import cuda_kernels, registry, triton_kernels
 from tests.gpu.both import MOE, kernel
-from tests.ops.cases import randn, routed
+from tests.ops.cases import randn
 from tests.tolerances import bits, close
 
 pytestmark = pytest.mark.gpu
