@@ -35,7 +35,8 @@ class ProbeInputs:
 
     x_TD: this rank's tokens; latents: [T, L], what their rows hold where that is not x. w_in, w_out: the experts'
     weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`).
-    backbone: the ops beside the exchanges and their input h; shared: the shared expert.
+    backbone: the ops beside the exchanges and their input h; shared: the shared expert. router_input: what the router
+    reads instead of x.
     """
 
     dispatcher: Dispatcher
@@ -47,6 +48,7 @@ class ProbeInputs:
     h: torch.Tensor | None = None
     backbone: Sequence[Op] = ()
     shared: Op | None = None
+    router_input: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +62,8 @@ class ProbeInputs:
     def routed(self) -> tuple[Probes, torch.Tensor]:
         """The probes on this routing, and the router's status. Raises ConfigError for what cannot be probed."""
         refuse_units(self.ops)
-        routing = as_decision(self.router(self.x_TD.detach()))
+        read_TD = self.x_TD if self.router_input is None else self.router_input
+        routing = as_decision(self.router(read_TD.detach()))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
         probes = Probes(
             inputs=self,

@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule
+from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside
 from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
@@ -48,14 +48,18 @@ class Tickets(LastCall):
     shared_expert: nn.Module | None
     _ticket: weakref.ref[Ticket] | None
 
-    def _begin(self, x: torch.Tensor, schedule: AnySchedule) -> tuple[Step, RoutingDecision, torch.Tensor]:
+    def _begin(
+        self, x: torch.Tensor, schedule: AnySchedule, beside: Beside | None = None, *,
+        router_input: torch.Tensor | None = None,
+    ) -> tuple[Step, RoutingDecision, torch.Tensor]:  # fmt: skip
         raise NotImplementedError
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def begin(self, x: torch.Tensor) -> Ticket:
+    def begin(self, x: torch.Tensor, router_input: torch.Tensor | None = None) -> Ticket:
         """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`.
 
         The layer's schedule says into how many chunks ("auto": one, as what stands between the stages is unknown).
+        The agreement is waited for here, since dispatches follow. router_input: as in `forward`.
         """
         if self.shared_expert is not None:
             raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
@@ -67,7 +71,7 @@ class Tickets(LastCall):
         else:
             pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
         pair = self.rows.pair(pair, self.transport.world_size)
-        step, routing, _ = self._begin(x, pair)
+        step, routing, _ = self._begin(x, pair, router_input=router_input)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)
         # Weak: a ticket that was lost to an error between the stages must not block the layer for ever.
