@@ -9,11 +9,13 @@ each of which sleeps --op-ms) on 4 ranks, each a node of its own, behind an emul
     ops      the same model: the MLP runs while ranks agree
     router   another model: the router reads before the attention, which runs while ranks agree
 
-Every round runs every way once and the agreement alone, all from a common barrier; the order turns round. Times are
-those of the slowest rank. saved_ms: the median over the rounds of plain minus this way; agree_ms: the median of the
-agreement alone, from when a rank begins to tell what it will send to when it knows the plan; agree_wait_ms: the part of
-it that waits. predicted_ms: with ops of o, agreement n, dispatch d, all measured alone, `router` saves min(n, o) and
-`ops` that less what of the dispatch is no longer hidden, max(0, d - o) - max(0, d - 2 o).
+Every round runs every way once from a common barrier, the order turning round, and the agreement alone. Times are
+those of the slowest rank. saved_ms: the median over the rounds of plain minus this way. agree_all_ms: the agreement
+alone. agree_ms: what of that a sleep of --op-ms beside it hides, with nothing else around; the rest is work of the
+processor, which tells the ranks and makes the plan. link_ms: the agreement alone over the link less without it.
+n_wait_ms: what the wait is in a step, of the rank that waits least. predicted_ms: with ops of o, n = agree_ms and a
+dispatch of d, `router` saves n, and `ops` that less what of the dispatch is no longer hidden, max(0, d - o) -
+max(0, d - 2 o).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,12 @@ from moe_overlap.commands.bench.wires import Wires, isolated
 from moe_overlap.launch.launch import World, spawn
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.measure.overlap import is_noisy, median, percentile
-from moe_overlap.schedule.builders import agree_ahead
+from moe_overlap.schedule.builders import SchedulePair, agree_ahead
+from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
 
 CASE, WARMUP = "scmoe_pos2", 3
+ROOM_S = 5e-3
 WAYS = ("plain", "ops", "router")
 
 
@@ -66,18 +70,21 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     wires.emulate(LinkSpec.parse(known.link), 1)
     rows = []
     for op_ms in map(float, known.op_ms.split(",")):
-        sleep = Calibration(attention_forward_s=op_ms / 1e3, attention_backward_s=op_ms / 500, mlp_forward_s=op_ms / 1e3,
-                            mlp_backward_s=op_ms / 500, expert_row_s=1e-5, dgrad_row_s=1e-5,
-                            wgrad_row_s=1e-5)  # fmt: skip
+        forward_s, backward_s, row_s = op_ms / 1e3, op_ms / 500, 1e-5
+        sleep = Calibration(attention_forward_s=forward_s, attention_backward_s=backward_s, mlp_forward_s=forward_s,
+                            mlp_backward_s=backward_s, expert_row_s=row_s, dgrad_row_s=row_s,
+                            wgrad_row_s=row_s)  # fmt: skip
         for phase in known.phases.split(","):
             with slept_experts(sleep):
                 found = rows_of(world, options, wires, sleep, phase, op_ms)
             rows += found
             if world.rank == 0:
                 for row in found:
-                    print(f"{phase} op {op_ms:g} ms, {row['way']:6}: step {row['time_ms_median']:7.2f} ms, saved "
-                          f"{row['saved_ms']:6.2f} (predicted {row['predicted_ms']:5.2f}) of an agreement of "
-                          f"{row['agree_ms']:.2f} ms: {row['saved_share']:.2f} {row['flagged'] or ''}", flush=True)  # fmt: skip
+                    saved = f"saved {row['saved_ms']:6.2f} ms (predicted {row['predicted_ms']:5.2f})"
+                    print(f"{phase} op {op_ms:g} ms, {row['way']:6}: step {row['time_ms_median']:7.2f} ms, {saved}, "
+                          f"{row['saved_share']:.2f} of an agreement's {row['agree_ms']:.2f} ms (all of it "
+                          f"{row['agree_all_ms']:.2f}), waits {row['n_wait_ms']:.2f} ms {row['flagged'] or ''}",
+                          flush=True)  # fmt: skip
     if world.rank == 0 and known.out is not None:
         known.out.parent.mkdir(parents=True, exist_ok=True)
         known.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -108,58 +115,76 @@ def rows_of(
     runner = Runner(world, phase, x_TD, dy_TD)
     dispatch_s = isolated(world, plain, pair, wires, phase).dispatch_s
     samples = [Samples() for _ in WAYS]
-    alone: list[tuple[float, float]] = []
+    alone: dict[str, list[float]] = {name: [] for name in ("link", "core", "beside", "sleep")}
     with quiet_collector():
         for round_ in range(WARMUP + options.repeats):
             for at in range(len(WAYS)) if round_ % 2 else reversed(range(len(WAYS))):
                 runner.once(variants[at], samples[at] if round_ >= WARMUP else None)
-            found = agree_alone(world, plain, variants[0])
-            alone += [found] if round_ >= WARMUP else []
+            for name, found in alone.items():
+                transport = wires.nocomm if name == "core" else wires.link
+                asleep_s = op_ms / 1e3 if name in ("beside", "sleep") else 0.0
+                taken_s = agree_alone(world, plain, pair, transport, asleep_s, agree=name != "sleep")
+                found += [taken_s] if round_ >= WARMUP else []
     times = [runner.maximum(one.own_s) for one in samples]
-    agree_s, wait_s = (median(runner.maximum([one[i] for one in alone])) for i in (0, 1))
+    worst = {name: runner.maximum(found) for name, found in alone.items()}
+    rounds = list(zip(*(worst[name] for name in ("link", "core", "beside", "sleep")), strict=True))
+    agree_s = median([link - (beside - sleep) for link, _, beside, sleep in rounds])
+    waits = [least(world, waits_of(one)) for one in samples]
+    alone_s = {"agree_all": median(worst["link"]), "agree": agree_s, "dispatch": dispatch_s,
+               "link": median([link - core for link, core, _, _ in rounds])}  # fmt: skip
     return [
-        row_of(options, phase, op_ms, variant, times[at], times[0], waits_of(samples[at]), agree_s, wait_s, dispatch_s)
+        row_of(options, phase, op_ms, variant, times[at], times[0], waits[at], alone_s)
         for at, variant in enumerate(variants)
     ]
 
 
-def agree_alone(world: World, model: BlockPair, variant: Variant) -> tuple[float, float]:
-    """(seconds of the agreement, of the wait for it) on this rank, with nothing beside it. Collective."""
-    model.use(variant.pair, variant.transport)
-    dispatcher, rows_TD = model.moe.dispatcher, torch.empty(model.sizes.tokens, model.sizes.hidden)
-    ids_TK = model.moe.router.ids_TK
-    assert isinstance(ids_TK, torch.Tensor)
-    world.barrier()
-    start_s = time.perf_counter()
-    agreement = dispatcher.begin(ids_TK, rows_TD, variant.pair)
-    said_s = time.perf_counter()
-    dispatcher.finish(agreement)
-    end_s = time.perf_counter()
-    return end_s - start_s, end_s - said_s
+def least(world: World, seconds: Sequence[float]) -> float:
+    """The median over the rounds of what the rank took that took least. Collective."""
+    parts = world.gather(torch.tensor(seconds, dtype=torch.float64))
+    return median(torch.stack(parts).amin(dim=0).tolist())
 
 
-def waits_of(samples: Samples) -> float:
-    """Seconds that this rank stood still for the agreement, the median of its steps."""
+def agree_alone(
+    world: World, model: BlockPair, pair: SchedulePair, transport: Transport, asleep_s: float, *, agree: bool
+) -> float:
+    """Seconds of an agreement on this rank beside a sleep, or of the sleep alone, from a common moment. Collective."""
+    model.use(pair, transport)
+    dispatcher, router = model.moe.dispatcher, model.moe.router
+    rows_TD = torch.empty(model.sizes.tokens, model.sizes.hidden)
+    assert isinstance(router.ids_TK, torch.Tensor)
+    ready = world.gather(torch.tensor([time.perf_counter()], dtype=torch.float64))
+    start_s = float(torch.stack(ready).max()) + ROOM_S  # the ranks leave a barrier one by one, which N would pay for
+    time.sleep(max(0.0, start_s - time.perf_counter()))
+    agreement = dispatcher.begin(router.ids_TK, rows_TD, pair) if agree else None
+    if asleep_s:
+        time.sleep(asleep_s)
+    if agreement is not None:
+        dispatcher.finish(agreement)
+    return time.perf_counter() - start_s
+
+
+def waits_of(samples: Samples) -> list[float]:
+    """Seconds that this rank stood still for the agreement, by step."""
     waits = [[e.end_s - e.start_s for e in events if (e.action, e.lane) == ("N", "wait")] for events in samples.events]
-    return median([sum(one) for one in waits])
+    return [sum(one) for one in waits]
 
 
 def row_of(
     options: LayerOptions, phase: str, op_ms: float, variant: Variant, times: Sequence[float], plain: Sequence[float],
-    waited_s: float, agree_s: float, wait_s: float, dispatch_s: float,
+    waited_s: float, alone_s: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     saved_s = median([before - after for before, after in zip(plain, times, strict=True)])
-    o, d = op_ms / 1e3, dispatch_s
-    predicted_s = 0.0 if variant.name == "plain" else min(agree_s, o)
+    o, d, n = op_ms / 1e3, alone_s["dispatch"], alone_s["agree"]
+    predicted_s = 0.0 if variant.name == "plain" else n
     if variant.name == "ops":
         predicted_s -= max(0.0, d - o) - max(0.0, d - 2 * o)
     return {
         "case": CASE, "phase": phase, "way": variant.name, "schedule": variant.pair.forward.text, "op_ms": op_ms,
         "time_ms_median": round(1e3 * median(times), 3), "time_ms_p10": round(1e3 * percentile(times, 0.1), 3),
         "time_ms_p90": round(1e3 * percentile(times, 0.9), 3), "saved_ms": round(1e3 * saved_s, 3),
-        "predicted_ms": round(1e3 * predicted_s, 3), "agree_ms": round(1e3 * agree_s, 3),
-        "agree_wait_ms": round(1e3 * wait_s, 3), "dispatch_ms": round(1e3 * dispatch_s, 3),
-        "n_wait_ms": round(1e3 * waited_s, 3), "saved_share": round(saved_s / agree_s, 4),
+        "predicted_ms": round(1e3 * predicted_s, 3), "n_wait_ms": round(1e3 * waited_s, 3),
+        **{f"{name}_ms": round(1e3 * seconds, 3) for name, seconds in alone_s.items()},
+        "saved_share": round(saved_s / n, 4), "saved_share_of_all": round(saved_s / alone_s["agree_all"], 4),
         "flagged": "noisy" if is_noisy(times) else None, "link": options.link, **constants(options),
     }  # fmt: skip
 

@@ -162,11 +162,10 @@ class ShortcutBlock(nn.Module):
         for index in before:
             last, h = h, self.backbone[index](h)
             check_result(f"backbone op {index} before the tap", h, last)
-        apart = torch.is_grad_enabled() and h.requires_grad
-        hidden, tapped = Tap.apply(h) if apart else (h, h)
+        hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
         if self.pre_norm is not None:
             tapped = self.pre_norm(tapped)
             check_result("pre_norm", tapped, hidden)
-        if self.schedule.ahead and not apart and tapped.data_ptr() == hidden.data_ptr():
+        if self.schedule.ahead and tapped is hidden:
             tapped = tapped.clone()  # an op may work in place, and P reads it after those ahead
         return hidden, tapped
