@@ -9,7 +9,7 @@ each of which sleeps --op-ms) on 4 ranks, each a node of its own, behind an emul
     ops      the same model: the MLP runs while ranks agree
     router   another model: the router reads before the attention, which runs while ranks agree
 
-Every round runs every way once from a common barrier, the order turning round, and the agreement alone. Times are
+Every round runs every way once from a common moment, the order turning round, and the agreement alone. Times are
 those of the slowest rank. saved_ms: the median over the rounds of plain minus this way. agree_all_ms: the agreement
 alone. agree_ms: what of that a sleep of --op-ms beside it hides, with nothing else around; the rest is work of the
 processor, which tells the ranks and makes the plan. link_ms: the agreement alone over the link less without it.
@@ -49,13 +49,22 @@ ROOM_S = 5e-3
 WAYS = ("plain", "ops", "router")
 
 
+class Punctual(World):
+    """Whose ranks leave a barrier at one moment of the clock that they share, instead of one by one: else the first
+    exchange of a step waits for the last to leave."""
+
+    def barrier(self) -> None:
+        moments = self.gather(torch.tensor([time.perf_counter() + ROOM_S], dtype=torch.float64))
+        time.sleep(max(0.0, float(torch.stack(moments).max()) - time.perf_counter()))
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--op-ms", default="1,2,4,8,12", help="how long each op sleeps, forward; twice in backward")
+    parser.add_argument("--op-ms", default="1,4,8", help="how long each op sleeps, forward; twice in backward")
     parser.add_argument("--link", default="1gbit:2ms")
     parser.add_argument("--phases", default="infer,train")
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--out", type=Path, help="write the rows to this .jsonl file")
     return parser.parse_args(argv)
 
@@ -63,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run_rank(world: World, argv: Sequence[str]) -> int:
     """What every rank does; rank 0 prints and writes."""
     known = parse(argv)
+    world = Punctual(world.rank, world.size, world.local_rank, world.group)
     torch.set_num_threads(1)
     options = LayerOptions(ranks=world.size, tokens=64, hidden=64, ffn=64, experts=2 * world.size, dtype="fp32",
                            link=known.link, compute="slept", repeats=known.repeats)  # fmt: skip
@@ -147,14 +157,13 @@ def least(world: World, seconds: Sequence[float]) -> float:
 def agree_alone(
     world: World, model: BlockPair, pair: SchedulePair, transport: Transport, asleep_s: float, *, agree: bool
 ) -> float:
-    """Seconds of an agreement on this rank beside a sleep, or of the sleep alone, from a common moment. Collective."""
+    """Seconds of an agreement on this rank beside a sleep, or of the sleep alone. Collective."""
     model.use(pair, transport)
     dispatcher, router = model.moe.dispatcher, model.moe.router
     rows_TD = torch.empty(model.sizes.tokens, model.sizes.hidden)
     assert isinstance(router.ids_TK, torch.Tensor)
-    ready = world.gather(torch.tensor([time.perf_counter()], dtype=torch.float64))
-    start_s = float(torch.stack(ready).max()) + ROOM_S  # the ranks leave a barrier one by one, which N would pay for
-    time.sleep(max(0.0, start_s - time.perf_counter()))
+    world.barrier()
+    start_s = time.perf_counter()
     agreement = dispatcher.begin(router.ids_TK, rows_TD, pair) if agree else None
     if asleep_s:
         time.sleep(asleep_s)
