@@ -185,7 +185,7 @@ def numbers(
     if way.num_sms is None and not way.tuned:
         bench.tflops.setdefault((shape, routing, phase), {})[way.name] = tflops
         if way.name in ways.IMPLEMENTATIONS:
-            row |= {"chosen": way.name == ways.chosen(shape, DTYPE)} | verdict(shape, phase, tflops)
+            row |= {"chosen": way.name == ways.chosen(DTYPE)} | verdict(shape, phase, tflops)
     return row
 
 
@@ -232,7 +232,7 @@ def summary(bench: Bench) -> dict[str, object]:
     """Targets that the choice missed, and where another contender of ours was faster than it."""
     missed, better = [], []
     for (shape, routing, phase), tflops in bench.tflops.items():
-        choice, case = ways.chosen(shape, DTYPE), f"{shape.name}, {routing}, {phase}"
+        choice, case = ways.chosen(DTYPE), f"{shape.name}, {routing}, {phase}"
         got, target = tflops.get(choice, 0.0), shape.targets.get(phase, 0.0)
         if got < target:
             missed.append(f"{case}: {choice} {got:.0f} of {target:.0f}" if got else f"{case}: {choice} has no figure")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.gpu_expert_mlp_cases import Inputs, Shape
+from benchmarks.gpu_expert_mlp_cases import Inputs
 from moe_overlap.ops import cuda_kernels, expert_mlp_choice, registry
 from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward
 
@@ -48,10 +48,9 @@ def moving_rows(device: str) -> str:
     return "cuda" if cuda_kernels.missing() is None else "triton"
 
 
-def chosen(shape: Shape, dtype: torch.dtype) -> str:
+def chosen(dtype: torch.dtype) -> str:
     """The contender that `auto` would take for the operator on a GPU, were all of them verified."""
-    shapes = expert_mlp_choice.Shapes(dtype, shape.experts, shape.rows, shape.hidden, shape.ffn, on_host=False)
-    wanted = expert_mlp_choice.best(shapes)[0]
+    wanted = expert_mlp_choice.best(dtype, on_host=False)[0]
     return next(name for name, implementation in IMPLEMENTATIONS.items() if implementation == wanted)
 
 

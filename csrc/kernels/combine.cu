@@ -2,10 +2,11 @@
 // product and each sum rounded by itself, as the reference does: the same bits (but for the sign of a sum of -0). No
 // atomics anywhere.
 //
-// Bytes: T * (K + 1) * width, and T * width more with a residual. A thread has the loads of 8 slots under way for its
-// 16 bytes; at 24 warps for each multiprocessor that is 96 KB in flight, four times what 4.3 TB/s at 700 ns of latency
-// need. Arithmetic: about 24 instructions for 8 elements, against some 100 issue slots in the time of one 512-byte
-// access of a warp. The backward is permute with a weight, and a dot product for each slot, summed in a fixed tree.
+// Bytes: T * (K + 1) * width, and T * width more with a residual. A thread has 8 loads of 16 bytes under way: of 8
+// slots, or of 4 or 2 where there are no more, for 2 or 4 words of the row; at 24 warps for each multiprocessor that is
+// 96 KB in flight, four times what 4.3 TB/s at 700 ns of latency need. Arithmetic: about 24 instructions for 8
+// elements, against some 100 issue slots in the time of one 512-byte access of a warp. The backward is permute with a
+// weight, and a dot product for each slot, summed in a fixed tree.
 #include "kernels/unused_rows.cuh"
 
 namespace moe_overlap {
@@ -42,10 +43,11 @@ __device__ inline Vec<T, N> elements(const Bytes16& bytes) {
 
 // The weights of the slots whose rows are `row`: 1 where there are none, 0 where there is no row, whatever stands
 // there.
-__device__ inline void load_weights(const float* weights, int64_t first, const int32_t (&row)[kSlotsAtOnce],
-                                    float (&weight)[kSlotsAtOnce]) {
+template <int kSlots>
+__device__ inline void load_weights(const float* weights, int64_t first, const int32_t (&row)[kSlots],
+                                    float (&weight)[kSlots]) {
 #pragma unroll
-  for (int j = 0; j < kSlotsAtOnce; ++j) {
+  for (int j = 0; j < kSlots; ++j) {
     weight[j] = row[j] < 0 ? 0.0f : weights == nullptr ? 1.0f : weights[first + j];
   }
 }
@@ -85,45 +87,62 @@ __device__ inline void add_residual(const CombineArgs& args, int64_t offset, flo
   }
 }
 
-template <typename T, int N>
-__device__ inline void add_slots(const CombineArgs& args, int width, int64_t token, int64_t column, float (&sum)[N]) {
+// sum[w] += the slots of kWords words, `step` words apart from `word` on: kSlots at a time, so that there are
+// kSlots * kWords loads under way. Words from `words` on are not read.
+template <typename T, int N, int kSlots, int kWords>
+__device__ inline void add_slots(const CombineArgs& args, int width, int64_t token, int64_t word, int64_t words,
+                                 int step, float (&sum)[kWords][N]) {
   const int32_t* const slots = args.slot_to_row + element_offset(token, args.k);
   const float* const weights = args.weights == nullptr ? nullptr : args.weights + element_offset(token, args.k);
   const T* const y = static_cast<const T*>(args.y);
-  for (int64_t k = 0; k < args.k; k += kSlotsAtOnce) {
-    int32_t row[kSlotsAtOnce];
-    float weight[kSlotsAtOnce];
-    Bytes16 value[kSlotsAtOnce];
+  for (int64_t k = 0; k < args.k; k += kSlots) {
+    int32_t row[kSlots];
+    float weight[kSlots];
+    Bytes16 value[kSlots][kWords];
     load_rows(slots, k, args.k, args.num_rows, row);
     load_weights(weights, k, row, weight);
 #pragma unroll
-    for (int j = 0; j < kSlotsAtOnce; ++j) {
-      value[j] = {};
-      if (row[j] >= 0) value[j] = load_bytes<N>(y + element_offset(row[j], width, column));
+    for (int j = 0; j < kSlots; ++j) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const int64_t at = word + int64_t{w} * step;
+        value[j][w] = {};
+        if (row[j] >= 0 && at < words) value[j][w] = load_bytes<N>(y + element_offset(row[j], width, at * N));
+      }
     }
 #pragma unroll
-    for (int j = 0; j < kSlotsAtOnce; ++j) {
-      const auto part = elements<T, N>(value[j]);
+    for (int j = 0; j < kSlots; ++j) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] = add_rn(sum[i], mul_rn(to_float(part.v[i]), weight[j]));
+      for (int w = 0; w < kWords; ++w) {
+        const auto part = elements<T, N>(value[j][w]);
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[w][i] = add_rn(sum[w][i], mul_rn(to_float(part.v[i]), weight[j]));
+      }
     }
   }
 }
 
-template <typename T, int N>
+template <typename T, int N, int kSlots>
 __global__ void __launch_bounds__(kRowThreads, 3)
     combine_kernel(CombineArgs args, int width, int threads_per_row, int splits) {
+  constexpr int kWords = kSlotsAtOnce / kSlots;
   const RowPlace place = row_place(threads_per_row, splits);
   if (place.row >= args.tokens) return;
-  for (int64_t word = place.first; word < width / N; word += place.step) {
-    float sum[N] = {};
-    add_slots<T, N>(args, width, place.row, word * N, sum);
-    const int64_t offset = element_offset(place.row, width, word * N);
-    if (args.residual != nullptr) add_residual(args, offset, sum);
-    Vec<T, N> out;
+  const int64_t words = width / N;
+  for (int64_t first = place.first; first < words; first += int64_t{kWords} * place.step) {
+    float sum[kWords][N] = {};
+    add_slots<T, N, kSlots, kWords>(args, width, place.row, first, words, place.step, sum);
 #pragma unroll
-    for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(sum[i]);
-    store_streaming_vec<T, N>(static_cast<T*>(args.out) + offset, out);
+    for (int w = 0; w < kWords; ++w) {
+      const int64_t word = first + int64_t{w} * place.step;
+      if (word >= words) break;
+      const int64_t offset = element_offset(place.row, width, word * N);
+      if (args.residual != nullptr) add_residual(args, offset, sum[w]);
+      Vec<T, N> out;
+#pragma unroll
+      for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(sum[w][i]);
+      store_streaming_vec<T, N>(static_cast<T*>(args.out) + offset, out);
+    }
   }
 }
 
@@ -232,6 +251,21 @@ int64_t words(const Args& args) {
   return wide(args) ? args.width / (16 / dtype_bytes(args.dtype)) : args.width;
 }
 
+// Few slots of a token leave room for more of its words under way.
+int slots_at_once(int64_t k) { return k <= 2 ? 2 : k <= 4 ? 4 : kSlotsAtOnce; }
+
+template <typename T, int N>
+auto combine_kernel_for(int64_t k) {
+  switch (slots_at_once(k)) {
+    case 2:
+      return combine_kernel<T, N, 2>;
+    case 4:
+      return combine_kernel<T, N, 4>;
+    default:
+      return combine_kernel<T, N, kSlotsAtOnce>;
+  }
+}
+
 template <typename Args>
 void check_sizes(const Args& args) {
   checked_mul(args.tokens, args.k);
@@ -240,7 +274,9 @@ void check_sizes(const Args& args) {
 
 }  // namespace
 
-RowTiling combine_tiling(const CombineArgs& args) { return row_tiling(args.tokens, words(args), true); }
+RowTiling combine_tiling(const CombineArgs& args) {
+  return row_tiling(args.tokens, ceil_div(words(args), kSlotsAtOnce / slots_at_once(args.k)), true);
+}
 
 // The gradient of a weight is summed within one block: no splits where it is wanted.
 RowTiling combine_tiling(const CombineBackwardArgs& args) {
@@ -252,7 +288,7 @@ void combine(const CombineArgs& args, cudaStream_t stream) {
   const RowTiling tiling = combine_tiling(args);
   with_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = wide(args) ? combine_kernel<T, kVec<T>> : combine_kernel<T, 1>;
+    const auto kernel = wide(args) ? combine_kernel_for<T, kVec<T>>(args.k) : combine_kernel_for<T, 1>(args.k);
     launch(kernel, tiling.launch, stream, args, row_length(args.width), tiling.threads_per_row, tiling.splits);
   });
 }

@@ -63,7 +63,8 @@ void copy_rows(const PackArgs& args, cudaStream_t stream) {
 }  // namespace
 
 RowTiling pack_tiling(const PackArgs& args) {
-  return row_tiling(args.num_order, args.width * args.element_bytes / word_bytes(args), true);
+  const int64_t words = args.width * args.element_bytes / word_bytes(args);
+  return row_tiling(args.num_order, ceil_div(words, kWordsAtOnce), true);
 }
 
 void pack(const PackArgs& args, cudaStream_t stream) { copy_rows<false>(args, stream); }

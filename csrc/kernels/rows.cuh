@@ -60,11 +60,12 @@ __device__ inline RowPlace row_place(int threads_per_row, int splits) {
           split * threads_per_row + thread % threads_per_row, splits * threads_per_row};
 }
 
-// Up to kSlotsAtOnce entries of a token's slots from `first` on; -1 past the end and for entries that are no row.
+// Up to kSlots entries of a token's slots from `first` on; -1 past the end and for entries that are no row.
+template <int kSlots>
 __device__ inline void load_rows(const int32_t* slot_to_row, int64_t first, int64_t k, int64_t num_rows,
-                                 int32_t (&row)[kSlotsAtOnce]) {
+                                 int32_t (&row)[kSlots]) {
 #pragma unroll
-  for (int j = 0; j < kSlotsAtOnce; ++j) {
+  for (int j = 0; j < kSlots; ++j) {
     const int32_t entry = first + j < k ? slot_to_row[first + j] : -1;
     row[j] = entry < num_rows ? entry : -1;
   }

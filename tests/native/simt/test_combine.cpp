@@ -152,6 +152,11 @@ TEST(combine_tiling_splits_rows_only_where_it_may) {
   CHECK(combine_tiling(args).launch.text() == "grid 28 block 256 shared 0 B" && combine_tiling(args).splits == 7);
   args.tokens = 8192;
   CHECK(combine_tiling(args).launch.text() == "grid 4096 block 256 shared 0 B");
+  args.k = 2;  // 896 words, 4 a thread: 7 rounds of 32 threads
+  CHECK(combine_tiling(args).threads_per_row == 32);
+  args.width = 4096;
+  CHECK(combine_tiling(args).threads_per_row == 128);
+  args.k = 8;
   args.width = 7169;  // no 16-byte accesses
   CHECK(combine_tiling(args).threads_per_row == 32);
   float dweights[1];

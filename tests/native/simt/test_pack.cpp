@@ -91,8 +91,8 @@ TEST(pack_tiling_covers_the_rows) {
   args.element_bytes = 2;
   CHECK(moe_overlap::pack_tiling(args).launch.grid == 0);
   args.num_order = 1000;
-  CHECK(moe_overlap::pack_tiling(args).launch.text() == "grid 1000 block 256 shared 0 B");
-  args.num_order = 16;  // 256 words in one round: nothing to split
+  CHECK(moe_overlap::pack_tiling(args).launch.text() == "grid 250 block 256 shared 0 B");  // 4 words a thread
+  args.num_order = 16;  // 256 words, 64 threads, one round: nothing to split
   CHECK(moe_overlap::pack_tiling(args).splits == 1);
   args.width = 64;  // 8 words: a warp takes a row, 8 rows a block
   CHECK(moe_overlap::pack_tiling(args).launch.text() == "grid 2 block 256 shared 0 B");
