@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run_rank(world: World, argv: Sequence[str]) -> int:
     """What every rank does; rank 0 prints and writes."""
     known = parse(argv)
-    world = Punctual(world.rank, world.size, world.local_rank, world.group)
+    world = Punctual(rank=world.rank, size=world.size, local_rank=world.local_rank, group=world.group)
     torch.set_num_threads(1)
     options = LayerOptions(ranks=world.size, tokens=64, hidden=64, ffn=64, experts=2 * world.size, dtype="fp32",
                            link=known.link, compute="slept", repeats=known.repeats)  # fmt: skip
