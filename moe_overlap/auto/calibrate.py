@@ -288,13 +288,14 @@ def _probe(
     """Gather one probe's runs. Collective."""
     backward = runs[0].backward_s > 0
     actions = [*pair.forward, *(pair.backward if backward else ())]
-    own = torch.tensor([[*_seconds(run, actions), *_rest(run)] for run in runs], dtype=torch.float64, device=device)
+    own = torch.tensor([[*_seconds(run, [*actions, Action("N")]), *_rest(run)] for run in runs],
+                       dtype=torch.float64, device=device)  # fmt: skip
     table = gathered(transport, own.reshape(-1)).reshape(transport.world_size, len(runs), -1)
     whole = table[:, :, -2:].sum(dim=2).amax(dim=0)
     table = table[:, whole.argsort(stable=True)[: -(-len(runs) // 2)]]
     most, least = table.amax(dim=0).median(dim=0).values, table.amin(dim=0).median(dim=0).values
     chosen = [float((least if action.lane == "wire" else most)[i]) for i, action in enumerate(actions)]
-    *host, hidden, compute, _, forward_s, backward_s = (float(value) for value in most[len(actions) :])
+    *host, hidden, compute, _, forward_s, backward_s = (float(value) for value in most[len(actions) + 1 :])
     phases: tuple[Phase, ...] = ("forward", "backward") if backward else ("forward",)
     plan = runs[0].exchange.chunked(pair.chunks, pair.by)
     shape = (
@@ -310,6 +311,7 @@ def _probe(
         hidden_s=hidden,
         compute_s=compute,
         waited_s=float(least[-3]),
+        agree_s=float(least[len(actions)]),
         shape=shape,
     )
 

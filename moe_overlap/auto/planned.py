@@ -281,7 +281,10 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
     )
     check(pair)
     model = schedule.model if kind.distinct is None else schedule.model.deduplicated
-    outside_s = {phase: model.outside(phase, schedule.num_ops) for phase in phases}
+    outside_s = {
+        phase: model.outside(phase, schedule.num_ops, op_verb=schedule.op_verb, num_ahead=schedule.num_ahead)
+        for phase in phases
+    }
     pair = pair if schedule.overlap else pair.join()
     return Planned(pair=pair, windows=windows, candidates=candidates, outside_s=outside_s)
 

@@ -37,6 +37,7 @@ class ProbeInputs:
     x_TD: this rank's tokens; latents: [T, L], what their rows hold where that is not x. w_in, w_out: the experts'
     weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`); told:
     its arguments by name. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
+    router_input: what the router reads instead of x.
     """
 
     dispatcher: Dispatcher
@@ -49,6 +50,7 @@ class ProbeInputs:
     h: torch.Tensor | None = None
     backbone: Sequence[Op] = ()
     shared: Op | None = None
+    router_input: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,7 +64,8 @@ class ProbeInputs:
     def routed(self) -> tuple[Probes, torch.Tensor]:
         """The probes on this routing, and the router's status. Raises ConfigError for what cannot be probed."""
         refuse_units(self.ops)
-        routing = as_decision(self.router(self.x_TD.detach(), **self.told))
+        read_TD = self.x_TD if self.router_input is None else self.router_input
+        routing = as_decision(self.router(read_TD.detach(), **self.told))
         routing = part_decision(routing, self.x_TD, self.dispatcher.placement.num_experts)
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
         probes = Probes(

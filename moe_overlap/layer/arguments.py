@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,14 @@ NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one grap
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Beside:
-    """Backbone ops that run beside a layer's exchanges, their input, and the schedules that order both."""
+    """Backbone ops that run beside a layer's exchanges, their input, and the schedules that order both. `late`: the
+    layer's x is what its router alone reads; this gives the ops' input and what the experts read, both of x's shape,
+    and is called while ranks agree."""
 
     hidden: torch.Tensor
     schedule: AnySchedule
     backbone: Sequence[Op]
+    late: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def check_positive(*, optional: Mapping[str, object] | None = None, **sizes: object) -> None:
@@ -109,6 +112,16 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
     if x.dtype != weight.dtype:
         raise ConfigError("x.dtype", x.dtype, f"the dtype of the expert weights, {weight.dtype}, or autocast")
     return weight.dtype
+
+
+def check_router_input(router_input: object, x: torch.Tensor) -> torch.Tensor:
+    """What the router reads instead of x [..., D], as [T, D]. Raises ConfigError for what does not go with x."""
+    if not isinstance(router_input, torch.Tensor):
+        raise ConfigError("router_input", type(router_input).__name__, f"None or a tensor {tuple(x.shape)}, as x is")
+    if router_input.shape != x.shape or router_input.device != x.device or not router_input.is_floating_point():
+        given = f"{router_input.dtype} {tuple(router_input.shape)} on {router_input.device}"
+        raise ConfigError("router_input", given, f"a floating-point tensor {tuple(x.shape)} on {x.device}, as x is")
+    return router_input.reshape(-1, x.shape[-1])
 
 
 def check_choice(ids_TK: torch.Tensor, num_experts: int, status: torch.Tensor | None = None) -> None:

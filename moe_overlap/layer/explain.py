@@ -61,6 +61,10 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     lines = ["", f"chosen by the planner from a cost model {schedule.model.source}", *_deduplication(schedule, planned)]
     if not schedule.overlap:
         lines.append("overlap=False: every exchange of what was chosen is joined where it starts")
+    if schedule.ahead:
+        ops = " ".join(action.text for action in schedule.ahead)
+        lines.append(f"while ranks agree ({in_ms(schedule.model.agree_s)} in the calibration): {ops}, fixed before "
+                     "the plan and in no window of forward")  # fmt: skip
     shape = step_shape(exchange.chunked(1, "tokens"), row_bytes=schedule.row_bytes, nodes=schedule.nodes)
     measured = schedule.model.measured_rows
     if measured and shape.slots_rows > FAR * measured:

@@ -6,7 +6,6 @@ Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import AutoSchedule
-from moe_overlap.auto.beside import Op
 from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer import assembly
@@ -27,12 +25,14 @@ from moe_overlap.layer.arguments import (
     check_choices,
     check_options,
     check_positive,
+    check_router_input,
     rows_dtype,
 )
 from moe_overlap.layer.balance import sums_over_replicas
+from moe_overlap.layer.choosing import Chooses
 from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
-from moe_overlap.layer.latent import Tokens, make_projections, project
+from moe_overlap.layer.latent import Tie, Tokens, late_rows, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
 from moe_overlap.layer.told import Routes
@@ -47,7 +47,7 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Tickets, Copies, Routes):
+class MoELayer(Tickets, Copies, Routes, Chooses):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -164,10 +164,14 @@ class MoELayer(Tickets, Copies, Routes):
 
     # ---------------------------------------------------------------- the layer as a sentence
 
-    def forward(self, x: torch.Tensor, beside: Beside | None = None, **given: torch.Tensor | None) -> Any:
+    def forward(
+        self, x: torch.Tensor, beside: Beside | None = None, router_input: torch.Tensor | None = None,
+        **given: torch.Tensor | None,
+    ) -> Any:  # fmt: skip
         """x: [..., D] of this rank's tokens (any number, zero included) -> y of the same shape.
 
-        given: what the router takes beside x, its first sizes those of x or [T]: `token_mask` (bool, True = a token,
+        router_input: what the router reads instead of x, such as an earlier state of the model; of x's shape. given:
+        what the router takes beside it, its first sizes those of x or [T]: `token_mask` (bool, True = a token,
         False = padding, routed nowhere and counted nowhere), `state` of the router of the layer before; a router with a
         state makes the result (y, state). With `beside`, which is ShortcutBlock's, backbone ops run beside the
         exchanges: (their result, y).
@@ -175,44 +179,43 @@ class MoELayer(Tickets, Copies, Routes):
         """
         if beside is not None:
             return self._forward_beside(x, beside, given)
-        return self._forward_one_rank(x, given) if self._runs_inline else self._forward_scheduled(x, given)
+        run = self._forward_one_rank if self._runs_inline else self._forward_scheduled
+        return run(x, given, router_input)
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def _forward_scheduled(self, x: torch.Tensor, given: Given) -> Any:
+    def _forward_scheduled(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
         """The sentence: route and agree, run the schedule, add the shared expert."""
-        step, routing, x_shared = self._begin(x, self.schedule, given)
+        step, routing, x_shared = self._begin(x, self.schedule, given, router_input=router_input)
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         return self._end(step, routing, y_TD, x.shape, step.take_shared())
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
     def _forward_beside(self, x: torch.Tensor, beside: Beside, given: Given) -> tuple[torch.Tensor, Any]:
         """The same with backbone ops: part of the layer's own call, so that hooks and wrappers of the layer see it."""
-        step, routing, _ = self._begin(x, beside.schedule, given, beside.backbone, beside.hidden)
-        step.hidden = beside.hidden
+        step, routing, _ = self._begin(x, beside.schedule, given, beside)
         y_TD = step.run(backbone=beside.backbone)
         return step.take_hidden(), self._end(step, routing, y_TD, x.shape)
 
     def _begin(
-        self,
-        x: torch.Tensor,
-        schedule: AnySchedule,
-        given: Given,
-        backbone: Sequence[Op] = (),
-        h: torch.Tensor | None = None,
-    ) -> tuple[Step, RoutingDecision, torch.Tensor]:
-        """Route and agree: up to the point where the schedule can run."""
+        self, x: torch.Tensor, schedule: AnySchedule, given: Given, beside: Beside | None = None, *,
+        router_input: torch.Tensor | None = None,
+    ) -> tuple[Step, RoutingDecision, torch.Tensor]:  # fmt: skip
+        """Route and begin to agree: up to the point where the schedule can run."""
+        late = None if beside is None else beside.late
         known: Schedules = schedule.unplanned if isinstance(schedule, AutoSchedule) else schedule
         try:
             phase = current_phase()
             x_TD, w_in, w_out = self._entry(x)
             told = self._told(x, given)
-            tokens = Tokens.of(x_TD, self.latent_in, self.dispatcher.hidden, w_out.dtype)
+            tokens = Tokens.of(x_TD, self.latent_in if late is None else None, self.dispatcher.hidden, w_out.dtype)
+            read_TD = None if router_input is None else check_router_input(router_input, x)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
+            ops, h = ((), None) if beside is None else (beside.backbone, beside.hidden)
             inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=told, x_TD=x_TD, w_in=w_in,
-                                 w_out=w_out, latents=tokens.latents, h=h, backbone=backbone,
-                                 shared=self.shared_expert)  # fmt: skip
+                                 w_out=w_out, latents=tokens.latents, h=h, backbone=ops, shared=self.shared_expert,
+                                 router_input=read_TD)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
@@ -220,31 +223,28 @@ class MoELayer(Tickets, Copies, Routes):
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
                         payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
+            if read_TD is not None:
+                x_router = Tie.apply(read_TD, x_router)
             routing = self._route(x_router, x_shared, told)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
-            rows_TD = x_rows.to(w_out.dtype)
+            rows_TD = (x_rows if late is None else step.anchor).to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status, router_state=routing.agreed)
         step.ask(known, self.dispatcher, agreement)
-        step.give(rows_TD, slots_TK, routing.topk_weights_TK)
+        if beside is not None:
+            step.hidden = beside.hidden
+        if late is not None:
+            rows_TD = late_rows(step, late, self.latent_in, self.dispatcher.hidden, w_out.dtype)
+        step.give(rows_TD, slots_TK, routing.topk_weights_TK, entered=late is None)
         return step, routing, x_shared
 
-    def _planned(self, schedule: AutoSchedule, inputs: ProbeInputs, phase: int) -> Schedules:
-        """What the coming step of "auto" runs. The first one calibrates, on its own tokens and with its own ops."""
-        self.dispatcher.open()
-        found = schedule.get(self.dispatcher.openings, inputs.dtype)
-        if found is not None and (phase > 0 or found not in self._outgrown):
-            return found
-        if found is not None and torch.is_grad_enabled():
-            self._left.forget_last_tail()  # which this call follows: without it that call may be seen to be over
-        return schedule.calibrate(inputs, old=found, waiting=self._outgrown.waiting)
-
-    def _forward_one_rank(self, x: torch.Tensor, given: Given) -> Any:
+    def _forward_one_rank(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
-        routing = self._route(x_TD, x_TD, self._told(x, given))
+        read_TD = x_TD if router_input is None else check_router_input(router_input, x)
+        routing = self._route(read_TD, x_TD, self._told(x, given))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
         placement = self.dispatcher.placement
         check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)

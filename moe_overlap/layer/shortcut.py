@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class ShortcutBlock(nn.Module):
     where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
     the experts' input and on their output. overlap=False: every exchange joined. ahead: so many of the ops after the
     tap run while the ranks agree on the counts, before the first dispatch; the same model, the same bits.
+    router_tap: how many ops run before the point that feeds the router, at most `tap`: with fewer the ranks agree while
+    the rest runs up to the tap, in another model, whose router reads pre_norm of an earlier state, as the pre-gating
+    router of Read-ME (arXiv 2410.19123) does.
 
     y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
     """
@@ -83,6 +87,7 @@ class ShortcutBlock(nn.Module):
         overlap: bool = True,
         max_in_flight_bytes: int | None = None,
         ahead: int = 0,
+        router_tap: int | None = None,
     ) -> None:
         super().__init__()
         if combine not in COMBINE:
@@ -97,8 +102,15 @@ class ShortcutBlock(nn.Module):
             ops.append(SharedExpertOp(shared_expert, moe.hidden_size, gated=combine == "gated", reference=weight))
         if not isinstance(tap, int) or not 0 <= tap <= len(ops):
             raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
+        router_tap = tap if router_tap is None else router_tap
+        if not isinstance(router_tap, int) or not 0 <= router_tap <= tap:
+            raise ConfigError("router_tap", router_tap, f"None or an integer from 0 to {tap}, the tap of the experts")
+        if router_tap < tap and moe.latent_in is not None and schedule == "auto":
+            raise NotImplementedError('router_tap before the tap of latent experts, with schedule="auto"')
+        if router_tap < tap and getattr(moe.router, "zero_experts", 0):
+            raise NotImplementedError("router_tap before the tap, with zero-computation experts")
         self.moe = moe
-        self.tap = tap
+        self.tap, self.router_tap = tap, router_tap
         self.backbone = nn.ModuleList(as_module(op) for op in ops)
         self.pre_norm = pre_norm
         self.post_norm = post_norm
@@ -136,17 +148,10 @@ class ShortcutBlock(nn.Module):
         with closing_on_error(self.moe.transport, "the backbone before the tap"):
             if not isinstance(h, torch.Tensor):
                 raise ConfigError("h", type(h).__name__, f"a tensor [..., {self.moe.hidden_size}]")
-            for index, op in enumerate(self.backbone[: self.tap]):
-                before, h = h, op(h)
-                check_result(f"backbone op {index} before the tap", h, before)
-            apart = torch.is_grad_enabled() and h.requires_grad
-            hidden, tapped = Tap.apply(h) if apart else (h, h)
-            if self.pre_norm is not None:
-                tapped = self.pre_norm(tapped)
-                check_result("pre_norm", tapped, hidden)
-            if self.schedule.ahead and not apart and tapped.data_ptr() == hidden.data_ptr():
-                tapped = tapped.clone()  # an op may work in place, and P reads it after those ahead
-        beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
+            hidden, tapped = self._tap(h, range(self.router_tap))
+        rest = range(self.router_tap, self.tap)
+        beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]),
+                        late=partial(self._tap, hidden, rest) if rest else None)  # fmt: skip
         h, routed = self.moe(tapped, beside, **given)
         routed, state = routed if isinstance(routed, tuple) else (routed, None)
         if self.post_norm is not None:
@@ -154,3 +159,16 @@ class ShortcutBlock(nn.Module):
                 before, routed = routed, self.post_norm(routed)
             check_result("post_norm", routed, before)  # alike on all ranks, and nothing is under way
         return h + routed if state is None else (h + routed, state)
+
+    def _tap(self, h: torch.Tensor, before: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """(for the backbone, for the experts or their router): h after these ops, and its pre_norm."""
+        for index in before:
+            last, h = h, self.backbone[index](h)
+            check_result(f"backbone op {index} before the tap", h, last)
+        hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
+        if self.pre_norm is not None:
+            tapped = self.pre_norm(tapped)
+            check_result("pre_norm", tapped, hidden)
+        if self.schedule.ahead and tapped is hidden:
+            tapped = tapped.clone()  # an op may work in place, and P reads it after those ahead
+        return hidden, tapped

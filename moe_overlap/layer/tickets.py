@@ -13,7 +13,7 @@ from torch import nn
 
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Given
+from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, Given
 from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
@@ -50,16 +50,18 @@ class Tickets(LastCall):
     _ticket: weakref.ref[Ticket] | None
 
     def _begin(
-        self, x: torch.Tensor, schedule: AnySchedule, given: Given
-    ) -> tuple[Step, RoutingDecision, torch.Tensor]:
+        self, x: torch.Tensor, schedule: AnySchedule, given: Given, beside: Beside | None = None, *,
+        router_input: torch.Tensor | None = None,
+    ) -> tuple[Step, RoutingDecision, torch.Tensor]:  # fmt: skip
         raise NotImplementedError
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def begin(self, x: torch.Tensor, **given: torch.Tensor | None) -> Ticket:
+    def begin(self, x: torch.Tensor, router_input: torch.Tensor | None = None, **given: torch.Tensor | None) -> Ticket:
         """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`. Arguments as
         `MoELayer.forward`.
 
         The layer's schedule says into how many chunks ("auto": one, as what stands between the stages is unknown).
+        The agreement is waited for here, since dispatches follow. router_input: as in `forward`.
         """
         if self.shared_expert is not None:
             raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
@@ -71,7 +73,7 @@ class Tickets(LastCall):
         else:
             pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
         pair = self.rows.pair(pair, self.transport.world_size)
-        step, routing, _ = self._begin(x, pair, given)
+        step, routing, _ = self._begin(x, pair, given, router_input=router_input)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)
         # Weak: a ticket that was lost to an error between the stages must not block the layer for ever.

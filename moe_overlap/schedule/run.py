@@ -84,15 +84,18 @@ class Step(Backward):
         where it is `joined`: in one order with what follows, so that backward is the same."""
         self.schedule, self.lanes.step = schedule, dispatcher.steps
         self._agreeing = Agreeing(dispatcher, agreement, self.lanes)
-        if schedule.joined or not schedule.ahead:
+        if schedule.joined:
             self._agreeing.hear()
 
-    def give(self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """This rank's tokens: [T, D] rows in the dtype that they travel and are computed in, and where they go."""
+    def give(
+        self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, *, entered: bool = True
+    ) -> None:
+        """This rank's tokens: [T, D] rows in the dtype that they are computed in, and where they go. entered: they are
+        a copy that `enter` gave; else the step was entered with what the router read."""
         self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
-        if self.schedule.ahead:
-            return
-        self._bind()
+        self._need_dx, self._entered = self.grad and x_TD.requires_grad, entered
+        if not self.schedule.ahead:
+            self._bind()
 
     def _bind(self) -> None:
         """The agreed counts: after this, the schedule can run."""

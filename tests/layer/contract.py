@@ -11,10 +11,10 @@ from tests.layers import D, make, tokens
 from tests.ranks import virtual_world
 
 PATHS = ["inline", "scheduled", "ranks", "functional", "functional ranks", "tickets", "block", "deduplicated",
-         "deduplicated block", "deduplicated tickets"]  # fmt: skip
+         "deduplicated block", "deduplicated tickets", "ahead block", "early block"]  # fmt: skip
 ONE_RANK = ("inline", "scheduled", "functional")
 TRANSPARENT = ("inline", "functional")  # one rank's ops in a row: grad and vjp of torch.func see through them
-MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicated block")
+MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicated block", "ahead block", "early block")
 
 
 class Call:
@@ -34,7 +34,8 @@ class Call:
         self.layer = self.module = make(transport, **options)
         self.weights = self.layer.expert_weights
         if path.endswith("block"):
-            self.module = ShortcutBlock([nn.Identity()], self.layer, tap=0, slot=0)
+            ahead = {"ahead": {"ahead": 1}, "early": {"tap": 1, "router_tap": 0}}.get(path.split()[0], {})
+            self.module = ShortcutBlock([nn.Identity()], self.layer, **{"tap": 0, "slot": 0, **ahead})
 
     def __call__(self, x, **given):
         """`given`: what the layer's router takes beside x."""

@@ -177,6 +177,7 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         shared_s=shared_s,
         shared_backward_s=2 * shared_s,
         outside_s=outside_s + router_s + agreement_s(options, at),
+        agree_s=agreement_s(options, at),
         distinct=_distinct_costs(options, kind, at, outside_s + router_s),
         outside_backward_s=2 * (outside_s + router_s),
         issue_s=options.issue,
