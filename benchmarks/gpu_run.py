@@ -213,10 +213,12 @@ def checks(run: Run, most_s: float) -> str:
 
 
 def tests(run: Run, most_s: float) -> str:
-    """All of tests/gpu that has not run yet; what does not begin in time is not held against a kernel."""
+    """All of tests/gpu that has not run yet, those of no single kernel first; what does not begin in time is not held
+    against a kernel."""
     cases = gpu_checks.collect(run.command, run.scratch, ["tests/gpu"], most_s)
     ran = {one.case.id for one in run.outcomes}
-    return check(run, [case for case in cases if case.id not in ran], most_s)
+    left = [case for case in cases if case.id not in ran]
+    return check(run, sorted(left, key=lambda case: bool(case.covers)), most_s)
 
 
 def check(run: Run, cases: Sequence[gpu_checks.Case], most_s: float) -> str:

@@ -58,6 +58,7 @@ EXECUTOR = {
     "schedule/run.py": {"transport"},
     "schedule/backward.py": {"transport"},
     "schedule/lanes.py": {"transport"},
+    "schedule/agreeing.py": {"transport"},
     "schedule/nodes.py": set(),
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},

@@ -333,11 +333,12 @@ def _rest(run: StepTimes) -> list[float]:
     backward]."""
     busy = {"forward": 0.0, "backward": 0.0}
     waited_s = 0.0
-    for event in run.events:
+    events = [event for event in run.events if event.action != "N"]  # which lies outside of the windows
+    for event in events:
         if event.lane in ("comp", "wait") and event.phase in busy:
             busy[event.phase] += event.end_s - event.start_s
         if event.lane == "wait":
             waited_s += event.end_s - event.start_s
-    found = overlap([event for event in run.events if event.action != "N"])
+    found = overlap(events)
     host_s = [run.forward_s - busy["forward"], run.backward_s - busy["backward"]]
     return [*host_s, found.hidden_s, found.compute_s, waited_s, run.forward_s, run.backward_s]

@@ -14,6 +14,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
 
 AnySchedule = SchedulePair | AutoSchedule
+Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
@@ -64,11 +65,12 @@ def check_payload(dtype: object) -> None:
         raise ConfigError("payload_dtype", dtype, expected)
 
 
-def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object) -> None:
-    """The three checks of a layer's words and of its budget."""
+def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object, payload: object) -> None:
+    """The checks of a layer's words, of its budget and of the dtype of its rows on the wire."""
     check_mode(mode)
     check_dedup(dedup)
     check_budget(max_in_flight_bytes, schedule)
+    check_payload(payload)
 
 
 def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
@@ -111,7 +113,10 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
 
 def check_choice(ids_TK: torch.Tensor, num_experts: int, status: torch.Tensor | None = None) -> None:
     """Raises ConfigError for an id outside -1..num_experts-1 or where the router saw bad logits: one rank's form of
-    what ranks agree on. One device-to-host read; none where torch.compile traces, which checks on the device."""
+    what ranks agree on. One device-to-host read; none where torch.compile traces, which checks on the device, and none
+    while a CUDA graph is captured, which may hold no read and checks nothing: the kernels skip ids out of range."""
+    if ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     ids = ((ids_TK < -1) | (ids_TK >= num_experts)).any()
     logits = torch.zeros_like(ids) if status is None else (status != 0).any()
     logits_text = "logits: a row with NaN or +inf, or with -inf everywhere"

@@ -29,7 +29,8 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import NodeTopology
 from moe_overlap.transport.opening import open_transport
 
-ROUTER_DEFAULTS = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
+ROUTER_DEFAULTS = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "balance": "micro",
+                   "bad_logits": "raise"}  # fmt: skip
 DEFAULT_ACTIVATION = "swiglu"
 
 
@@ -284,6 +285,8 @@ def make_schedule(
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
             given = f"AutoSchedule(op_verb={schedule.op_verb!r}, num_ops={schedule.num_ops})"
             raise ConfigError("schedule", given, f"AutoSchedule(op_verb={verb!r}, num_ops=0) for this layer")
+        if not 0 <= schedule.num_ahead <= shared:
+            raise ConfigError("schedule.num_ahead", schedule.num_ahead, f"at most the {int(shared)} shared experts")
         if schedule.dedup != rows.dedup:
             raise ConfigError("dedup", rows.dedup, f"{schedule.dedup!r} beside this AutoSchedule, which has its own")
         if schedule.overlap and not overlap:

@@ -22,21 +22,23 @@ from moe_overlap.layer.arguments import (
     NOT_TRACEABLE,
     AnySchedule,
     Beside,
+    Given,
     check_choice,
     check_choices,
     check_options,
-    check_payload,
     check_positive,
     rows_dtype,
 )
+from moe_overlap.layer.balance import sums_over_replicas
 from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tokens, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.tickets import Ticket, Tickets
+from moe_overlap.layer.told import Routes
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel.entering import entered
-from moe_overlap.routing.decision import RoutingDecision, as_decision
+from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.rows import ExpertWeights
@@ -45,7 +47,7 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Tickets, Copies):
+class MoELayer(Tickets, Copies, Routes):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -69,7 +71,7 @@ class MoELayer(Tickets, Copies):
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
     value at most), and are computed in float32. None: as they are.
-    capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
+    capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits: see LinearRouter (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
 
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
@@ -109,6 +111,7 @@ class MoELayer(Tickets, Copies):
         capacity_factor: float | None = None,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        balance: str = "micro",
         bad_logits: str = "raise",
         transport: Transport | None = None,
         dispatcher: Dispatcher | None = None,
@@ -122,11 +125,10 @@ class MoELayer(Tickets, Copies):
         check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
-        check_options(mode, dedup, max_in_flight_bytes, schedule)
-        check_payload(payload_dtype)
+        check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
-                   "bad_logits": bad_logits}  # fmt: skip
+                   "balance": balance, "bad_logits": bad_logits}  # fmt: skip
         self.transport, replicas = assembly.make_transport(
             transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device
         )
@@ -135,9 +137,8 @@ class MoELayer(Tickets, Copies):
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
-        self.shared_expert = assembly.make_shared_expert(
-            shared_expert, hidden_size, shared_expert_size, activation, factory
-        )
+        self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
+                                                         factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         ranks = self.transport.world_size
@@ -157,50 +158,61 @@ class MoELayer(Tickets, Copies):
             top_k=top_k, activation=activation, payload_dtype=payload_dtype,
             dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
+        self._check_router()
         self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
 
     # ---------------------------------------------------------------- the layer as a sentence
 
-    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> Any:
+    def forward(self, x: torch.Tensor, beside: Beside | None = None, **given: torch.Tensor | None) -> Any:
         """x: [..., D] of this rank's tokens (any number, zero included) -> y of the same shape.
 
-        With `beside`, which is ShortcutBlock's, backbone ops run beside the exchanges: (their result, y).
+        given: what the router takes beside x, its first sizes those of x or [T]: `token_mask` (bool, True = a token,
+        False = padding, routed nowhere and counted nowhere), `state` of the router of the layer before; a router with a
+        state makes the result (y, state). With `beside`, which is ShortcutBlock's, backbone ops run beside the
+        exchanges: (their result, y).
         Raises ConfigError (bad argument, bad logits; on every rank alike), MoeTransportError and its subclasses.
         """
         if beside is not None:
-            return self._forward_beside(x, beside)
-        return self._forward_one_rank(x) if self._runs_inline else self._forward_scheduled(x)
+            return self._forward_beside(x, beside, given)
+        return self._forward_one_rank(x, given) if self._runs_inline else self._forward_scheduled(x, given)
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def _forward_scheduled(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_scheduled(self, x: torch.Tensor, given: Given) -> Any:
         """The sentence: route and agree, run the schedule, add the shared expert."""
-        step, routing, x_shared = self._begin(x, self.schedule)
+        step, routing, x_shared = self._begin(x, self.schedule, given)
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         return self._end(step, routing, y_TD, x.shape, step.take_shared())
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def _forward_beside(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_beside(self, x: torch.Tensor, beside: Beside, given: Given) -> tuple[torch.Tensor, Any]:
         """The same with backbone ops: part of the layer's own call, so that hooks and wrappers of the layer see it."""
-        step, routing, _ = self._begin(x, beside.schedule, beside.backbone, beside.hidden)
+        step, routing, _ = self._begin(x, beside.schedule, given, beside.backbone, beside.hidden)
         step.hidden = beside.hidden
         y_TD = step.run(backbone=beside.backbone)
         return step.take_hidden(), self._end(step, routing, y_TD, x.shape)
 
     def _begin(
-        self, x: torch.Tensor, schedule: AnySchedule, backbone: Sequence[Op] = (), h: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        schedule: AnySchedule,
+        given: Given,
+        backbone: Sequence[Op] = (),
+        h: torch.Tensor | None = None,
     ) -> tuple[Step, RoutingDecision, torch.Tensor]:
         """Route and agree: up to the point where the schedule can run."""
         known: Schedules = schedule.unplanned if isinstance(schedule, AutoSchedule) else schedule
         try:
             phase = current_phase()
             x_TD, w_in, w_out = self._entry(x)
+            told = self._told(x, given)
             tokens = Tokens.of(x_TD, self.latent_in, self.dispatcher.hidden, w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
-            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, x_TD=x_TD, w_in=w_in, w_out=w_out,
-                                 latents=tokens.latents, h=h, backbone=backbone, shared=self.shared_expert)  # fmt: skip
+            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=told, x_TD=x_TD, w_in=w_in,
+                                 w_out=w_out, latents=tokens.latents, h=h, backbone=backbone,
+                                 shared=self.shared_expert)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
@@ -208,16 +220,15 @@ class MoELayer(Tickets, Copies):
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
                         payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
-            routing = as_decision(self.router(x_router))
+            routing = self._route(x_router, x_shared, told)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = x_rows.to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
-        start = step.lanes.now()
-        exchange = self.dispatcher.plan(slots_TK, rows_TD, known, status=routing.status)
-        step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
-        step.lanes.note("N", "wire", start, step.lanes.now())
+        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status, router_state=routing.agreed)
+        step.ask(known, self.dispatcher, agreement)
+        step.give(rows_TD, slots_TK, routing.topk_weights_TK)
         return step, routing, x_shared
 
     def _planned(self, schedule: AutoSchedule, inputs: ProbeInputs, phase: int) -> Schedules:
@@ -230,10 +241,10 @@ class MoELayer(Tickets, Copies):
             self._left.forget_last_tail()  # which this call follows: without it that call may be seen to be over
         return schedule.calibrate(inputs, old=found, waiting=self._outgrown.waiting)
 
-    def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_one_rank(self, x: torch.Tensor, given: Given) -> Any:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
-        routing = as_decision(self.router(x_TD))
+        routing = self._route(x_TD, x_TD, self._told(x, given))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
         placement = self.dispatcher.placement
         check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)
@@ -263,7 +274,8 @@ class MoELayer(Tickets, Copies):
 
     @property
     def _runs_inline(self) -> bool:
-        return self.ownership.grad_scale == 1.0 and runs_inline(self.transport, self.schedule)
+        whole = self.ownership.grad_scale == 1.0 and not sums_over_replicas(self.router, self.ownership)
+        return whole and runs_inline(self.transport, self.schedule)
 
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""

@@ -18,9 +18,13 @@ MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicate
 
 
 class Call:
-    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'."""
+    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'. make_router:
+    makes the router of each rank's layer."""
 
-    def __init__(self, path, me, **options):
+    def __init__(self, path, me, make_router=None, **options):
+        if make_router is not None:
+            torch.manual_seed(5)
+            options["router"] = make_router()
         transport = None if path in ONE_RANK else me.transport()
         if path not in ("inline", "functional", "functional ranks"):
             options["schedule"] = "chunked(2)"
@@ -32,16 +36,19 @@ class Call:
         if path.endswith("block"):
             self.module = ShortcutBlock([nn.Identity()], self.layer, tap=0, slot=0)
 
-    def __call__(self, x):
+    def __call__(self, x, **given):
+        """`given`: what the layer's router takes beside x."""
         if self.path in MODULES:
-            return self.module(x)
+            return self.module(x, **given)
         if self.path.endswith("tickets"):
-            ticket = self.layer.begin(x)
+            ticket = self.layer.begin(x, **given)
             self.layer.run_experts(ticket)
             return self.layer.finish(ticket)
         fits = x.is_floating_point() and x.shape[-1] == D and x.device.type == "cpu"
-        routing = self.layer.router(x if fits else tokens(len(x)))
-        return moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *self.weights, transport=self.transport)
+        routing = self.layer.router(x if fits else tokens(len(x)), **given)
+        y = moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *self.weights, transport=self.transport,
+                        zero_experts=routing.zero_experts)  # fmt: skip
+        return y if routing.state is None else (y, routing.state)
 
     def routed(self, x, y):
         """What came from the experts: a block adds its input."""

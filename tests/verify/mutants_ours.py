@@ -28,7 +28,7 @@ def clip(old: str, new: str) -> Patch:
     return Patch("parallel.clip", old, new)
 
 
-BIND = "step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)"
+GIVE = "step.give(rows_TD, slots_TK, routing.topk_weights_TK)"
 COMBINE = "return ops.combine(self.back, self.slot_to_row, self._weights_TK)"
 COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backward(
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
@@ -97,7 +97,7 @@ ROUTER: tuple[Mutant, ...] = (
         "router detached by an exchange",
         "NVIDIA-NeMo/Automodel#2995",
         "gradients",
-        layer(BIND, BIND.replace("topk_weights_TK", "topk_weights_TK.detach()")),
+        layer(GIVE, GIVE.replace("topk_weights_TK", "topk_weights_TK.detach()")),
     ),
     mutant(
         "router gradient without other ranks' experts",
@@ -115,16 +115,16 @@ ROUTER: tuple[Mutant, ...] = (
         "pytorch/torchtitan#1448",
         "output",
         layer(
-            BIND,
+            GIVE,
             "weights_TK = routing.topk_weights_TK / routing.topk_weights_TK.sum(-1, keepdim=True)\n        "
-            + BIND.replace("routing.topk_weights_TK", "weights_TK"),
+            + GIVE.replace("routing.topk_weights_TK", "weights_TK"),
         ),
     ),
     mutant(
         "the recompute weights otherwise",
         "NVIDIA-NeMo/Automodel#2635",
         "recompute",
-        layer(BIND, BIND.replace("topk_weights_TK", 'topk_weights_TK * (1.01 if step.phase == "recompute" else 1)')),
+        layer(GIVE, GIVE.replace("topk_weights_TK", 'topk_weights_TK * (1.01 if step.phase == "recompute" else 1)')),
     ),
     mutant(
         "auxiliary loss without gradient",
