@@ -39,7 +39,7 @@ class Case:
     chunks: int
     dtype: torch.dtype
     load: str
-    dedup: str = "off"  # "hierarchical": "on", and so
+    dedup: str = "off"  # "hierarchical": "on", and so; "static": off, and mode="static"
     node: int = 0  # ranks of a node, 0: not known
 
     def __str__(self) -> str:
@@ -53,9 +53,11 @@ class Case:
     @property
     def top_k(self) -> int:
         """More than one choice on a rank is what deduplication is about."""
-        return K if self.dedup == "off" else 5
+        return K if self.dedup in ("off", "static") else 5
 
     def tokens(self, rank: int) -> int:
+        if self.dedup == "static":  # as many on all ranks
+            return {"no_tokens": 0, "uneven": 33}.get(self.load, 16)
         if self.load == "no_tokens" and rank == self.world - 1:
             return 0
         return (5, 17, 2, 33, 9, 20)[rank] if self.load == "uneven" else 16
@@ -165,7 +167,8 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     elif name == "serial":
         schedule = serial()
     model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup="on" if hierarchical else case.dedup,
+                                overlap=overlap, dedup={"hierarchical": "on", "static": "off"}.get(case.dedup, case.dedup),
+                                **({"mode": "static", "static_capacity": "no_drop"} if case.dedup == "static" else {}),
                                 ranks_per_node=case.node or None, hierarchical=hierarchical,
                                 shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
     if name == "shortcut":

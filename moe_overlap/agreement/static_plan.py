@@ -137,9 +137,9 @@ class StaticChunks(ChunkPlan):
         return np.broadcast_to(np.searchsorted(begins, local, side="right") - 1, shape)
 
 
-def word_plan(rank: int, world_size: int, step: int, phase: str) -> ChunkPlan:
-    """The exchange of one row from each rank to each."""
+def word_plan(rank: int, world_size: int) -> ChunkPlan:
+    """The exchange of one row from each rank to each, of no step yet."""
     counts = np.zeros((world_size, BLOCKS, world_size), dtype=np.int64)
     counts[:, 0] = 1
-    return ExchangePlan(rank=rank, world_size=world_size, step=step, phase=phase, grad_enabled=False,
-                        x_requires_grad=False, counts=Counts.of(counts, rank)).chunked(1)  # fmt: skip
+    return ExchangePlan(rank=rank, world_size=world_size, step=0, phase="forward",
+                        grad_enabled=False, x_requires_grad=False, counts=Counts.of(counts, rank)).chunked(1)  # fmt: skip
