@@ -29,6 +29,8 @@ SCHEDULES = ("serial", "chunked-tokens", "chunked-experts", "chunked-apart", "sh
              "shortcut-pos1", "shortcut-pos2", "shortcut-pos3")  # fmt: skip
 CHUNKS = (1, 2, 3, 4, 7, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+STATIC = {"mode": "static", "static_capacity": "no_drop"}
+MODES = {"hierarchical": "on", "static": "off"}  # what `dedup` is there
 LOADS = ("balanced", "one_expert", "empty_expert", "no_tokens", "uneven")
 
 
@@ -167,8 +169,8 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     elif name == "serial":
         schedule = serial()
     model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup={"hierarchical": "on", "static": "off"}.get(case.dedup, case.dedup),
-                                **({"mode": "static", "static_capacity": "no_drop"} if case.dedup == "static" else {}),
+                                overlap=overlap, dedup=MODES.get(case.dedup, case.dedup),
+                                **(STATIC if case.dedup == "static" else {}),
                                 ranks_per_node=case.node or None, hierarchical=hierarchical,
                                 shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
     if name == "shortcut":

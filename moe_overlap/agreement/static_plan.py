@@ -141,5 +141,6 @@ def word_plan(rank: int, world_size: int) -> ChunkPlan:
     """The exchange of one row from each rank to each, of no step yet."""
     counts = np.zeros((world_size, BLOCKS, world_size), dtype=np.int64)
     counts[:, 0] = 1
-    return ExchangePlan(rank=rank, world_size=world_size, step=0, phase="forward",
-                        grad_enabled=False, x_requires_grad=False, counts=Counts.of(counts, rank)).chunked(1)  # fmt: skip
+    exchange = ExchangePlan(rank=rank, world_size=world_size, step=0, phase="forward", grad_enabled=False,
+                            x_requires_grad=False, counts=Counts.of(counts, rank))  # fmt: skip
+    return exchange.chunked(1)

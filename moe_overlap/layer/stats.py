@@ -92,7 +92,7 @@ class LastStep:
 
     def tokens_per_expert(self, placement: Placement) -> torch.Tensor:
         """int64 [E], choices that the experts computed, over all ranks; with `mode="static"` this rank's choices, as
-        no rank hears those of others. On their device there and where one rank ran its ops in a row, else on the CPU."""
+        no rank hears those of others. On the device there and where one rank ran its ops in a row, else on the CPU."""
         experts = placement.num_experts
         if self.plan is None or isinstance(self.plan.exchange, StaticExchange):
             ids_S = self.topk_ids_TK.reshape(-1).long() + 1

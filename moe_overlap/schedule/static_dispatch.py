@@ -50,6 +50,7 @@ class StaticDispatcher(Dispatcher):
     _agreed_in: int = field(default=0, init=False)
     _tokens: int = field(default=0, init=False)
     _watch: Watch | None = field(default=None, init=False, repr=False)
+    _watched_in: int = field(default=0, init=False)
     _late: Exception | None = field(default=None, init=False, repr=False)
 
     @property
@@ -131,7 +132,7 @@ class StaticDispatcher(Dispatcher):
         if torch._C._current_graph_task_id() >= 0 or _capturing():
             return
         self.open()
-        if self._watch is None or self._agreed_in != self.openings:
+        if self._watch is None or self._watched_in != self.openings:
             self._watch = None  # words of before a failure: not all ranks may have them
             return
         words = self._watch.read()
@@ -162,7 +163,7 @@ class StaticDispatcher(Dispatcher):
 
     def _begin_word(self, word: torch.Tensor, status: torch.Tensor | None) -> None:
         if self._watch is None:
-            self._watch = Watch(self.transport)
+            self._watch, self._watched_in = Watch(self.transport), self.openings
         flag = word.new_zeros(1) if status is None else status.reshape(1).to(torch.int32)
         self._watch.begin(torch.cat([word, flag]), self.steps)
 
