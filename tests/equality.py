@@ -30,6 +30,8 @@ SCHEDULES = ("serial", "chunked-tokens", "chunked-experts", "chunked-apart", "sh
              "shortcut-early-ahead-pos2")  # fmt: skip
 CHUNKS = (1, 2, 3, 4, 7, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+STATIC = {"mode": "static", "static_capacity": "no_drop"}
+MODES = {"hierarchical": "on", "static": "off"}  # what `dedup` is there
 LOADS = ("balanced", "one_expert", "empty_expert", "no_tokens", "uneven")
 
 
@@ -40,7 +42,7 @@ class Case:
     chunks: int
     dtype: torch.dtype
     load: str
-    dedup: str = "off"  # "hierarchical": "on", and so
+    dedup: str = "off"  # "hierarchical": "on", and so; "static": off, and mode="static"
     node: int = 0  # ranks of a node, 0: not known
 
     def __str__(self) -> str:
@@ -54,9 +56,11 @@ class Case:
     @property
     def top_k(self) -> int:
         """More than one choice on a rank is what deduplication is about."""
-        return K if self.dedup == "off" else 5
+        return K if self.dedup in ("off", "static") else 5
 
     def tokens(self, rank: int) -> int:
+        if self.dedup == "static":  # as many on all ranks
+            return {"no_tokens": 0, "uneven": 33}.get(self.load, 16)
         if self.load == "no_tokens" and rank == self.world - 1:
             return 0
         return (5, 17, 2, 33, 9, 20)[rank] if self.load == "uneven" else 16
@@ -168,7 +172,8 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     elif name == "serial":
         schedule = serial()
     model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup="on" if hierarchical else case.dedup,
+                                overlap=overlap, dedup=MODES.get(case.dedup, case.dedup),
+                                **(STATIC if case.dedup == "static" else {}),
                                 ranks_per_node=case.node or None, hierarchical=hierarchical,
                                 shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
     if name == "shortcut":

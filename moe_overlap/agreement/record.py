@@ -89,6 +89,7 @@ class StepRecord:
     counts [BLOCKS, E], by logical experts: those by slots follow from the placement, on every rank alike. dedup: a
     position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. ranks_per_node: so many
     ranks in a row share a node (0: not known); `node_rows` [BLOCKS, nodes] goes with `hierarchical` alone.
+    static_tokens: T, where all steps are to have as many (0: any number).
     router_state: a digest of what the routers of all ranks must have in common (0: nothing). caller: which of those
     that share a transport, copies of one layer for example. Not sent, but equal on all ranks: placement (None: expert i
     in slot i) and nodes, the node of each rank (None: each has its own).
@@ -113,6 +114,7 @@ class StepRecord:
     ranks_per_node: int = 0
     hierarchical: int = 0
     router_state: int = 0
+    static_tokens: int = 0
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
     node_rows: torch.Tensor | None = None

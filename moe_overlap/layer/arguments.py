@@ -16,6 +16,7 @@ from moe_overlap.schedule.builders import SchedulePair
 AnySchedule = SchedulePair | AutoSchedule
 Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
+MODES = ("host", "static")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
 
@@ -49,10 +50,8 @@ def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None) ->
 
 def check_mode(mode: object) -> None:
     """Raises ConfigError for a mode that does not exist."""
-    if mode == "static":
-        raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
-    if mode != "host":
-        raise ConfigError("mode", mode, "'host' (or 'static', once it exists)")
+    if mode not in MODES:
+        raise ConfigError("mode", mode, f"one of {MODES}")
 
 
 def check_dedup(dedup: object) -> None:
@@ -72,7 +71,7 @@ def check_options(mode: object, dedup: object, max_in_flight_bytes: object, sche
     """The checks of a layer's words, of its budget and of the dtype of its rows on the wire."""
     check_mode(mode)
     check_dedup(dedup)
-    check_budget(max_in_flight_bytes, schedule)
+    check_budget(max_in_flight_bytes, "auto" if mode == "static" else schedule)
     check_payload(payload)
 
 
@@ -83,7 +82,8 @@ def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
     if isinstance(max_in_flight_bytes, bool) or not isinstance(max_in_flight_bytes, int) or max_in_flight_bytes < 1:
         raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None or an integer of at least 1")
     if schedule != "auto":
-        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, 'None, or schedule="auto", which plans within it')
+        expected = 'None, or schedule="auto", which plans within it, or mode="static"'
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
 
 
 def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:

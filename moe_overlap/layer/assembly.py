@@ -25,6 +25,7 @@ from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.builders import SchedulePair, deduplicate, split_own
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher
+from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import NodeTopology
 from moe_overlap.transport.opening import open_transport
@@ -251,14 +252,21 @@ def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hier
 
 
 def make_dispatcher(
-    given: Dispatcher | None, placement: Placement, transport: Transport, bad_logits: str, rows: Rows, **options: Any
+    given: Dispatcher | None,
+    placement: Placement,
+    transport: Transport,
+    bad_logits: str,
+    rows: Rows,
+    static: dict[str, Any],
+    **options: Any,
 ) -> Dispatcher:
-    """The dispatcher given, checked against the layer, or a new one."""
+    """The dispatcher given, checked against the layer, or a new one; static: see `static_options`."""
     options["dedup"] = int(rows.dedup != "off" and transport.world_size > 1)
     options |= {"ranks_per_node": rows.ranks_per_node, "hierarchical": rows.hierarchical}
     if given is None:
-        return Dispatcher(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),
-                          **options)  # fmt: skip
+        made = StaticDispatcher if static else Dispatcher
+        return made(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),
+                    **static, **options)  # fmt: skip
     if not rows.hierarchical:
         del options["ranks_per_node"]  # it may know more of that
     for name, value in options.items():

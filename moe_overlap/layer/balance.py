@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from moe_overlap.agreement.static_plan import StaticExchange
 from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.balance import GlobalBalance
@@ -52,7 +53,8 @@ def loss_of_ranks(routing: RoutingDecision, step: Step, placement: Placement, ow
 def _sums(rest: GlobalBalance, top_k: int, step: Step, placement: Placement) -> torch.Tensor:
     """int64 [E + 1] on the device of the loss: counts, then tokens, of the ranks that share out the layer's experts."""
     device = rest.probs_E.device
-    if rest.agreed and rest.counts_E.shape[0] == placement.num_experts:
+    known = rest.agreed and not isinstance(step.plan.exchange, StaticExchange)
+    if known and rest.counts_E.shape[0] == placement.num_experts:
         totals = torch.from_numpy(step.plan.exchange.counts.totals)
         said = torch.zeros(placement.num_experts + 1, dtype=torch.int64)
         said.index_add_(0, torch.tensor(placement.slot_to_expert), totals)

@@ -28,6 +28,7 @@ from moe_overlap.schedule.dispatch import Dispatcher, current_phase
 from moe_overlap.schedule.nodes import Attach, routing_digest
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.run import Step
+from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 
@@ -61,6 +62,7 @@ class LastCall:
         """At the end of a call: its result (see `hand_on`), and what it leaves behind. A recompute leaves nothing."""
         recompute = step.phase != "forward"
         if not recompute:
+            self.dispatcher.end_step()
             self._outgrown.note(step)
             self._left.note(LastStep.of(step, routing))
         node = y_TD.grad_fn
@@ -120,6 +122,11 @@ class LastCall:
             return 'schedule "auto": the first forward call calibrates, then chooses'
         return explain(self.schedule, [], self.transport, computes=self._computes())
 
+    @property
+    def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate_up_proj or up_proj, down_proj) of `experts`."""
+        return weights_of(self.experts)
+
     def _computes(self) -> list[str]:
         """What runs on the device and in the dtype of the experts, one line per op, with reasons; and that rows are
         latents, where they are."""
@@ -127,6 +134,8 @@ class LastCall:
         parameters = list(self.experts.parameters())
         weight = parameters[0] if parameters else weights_of(self.experts)[1]
         lines = ops.registry.explain(weight.device, weight.dtype)
+        if isinstance(self.dispatcher, StaticDispatcher):
+            lines.append(self.dispatcher.says)
         if self.latent_in is not None:
             lines.append(f"rows: latents of width {self.dispatcher.hidden} instead of {self.hidden_size}, by latent_in "
                          "before dispatch; back by latent_out after combine")  # fmt: skip

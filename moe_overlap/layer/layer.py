@@ -21,7 +21,6 @@ from moe_overlap.layer.arguments import (
     AnySchedule,
     Beside,
     Given,
-    check_choice,
     check_choices,
     check_options,
     check_positive,
@@ -34,7 +33,8 @@ from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tie, Tokens, late_rows, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
-from moe_overlap.layer.tickets import Ticket, Tickets
+from moe_overlap.layer.static import Static, static_options
+from moe_overlap.layer.tickets import Ticket
 from moe_overlap.layer.told import Routes
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel.entering import entered
@@ -47,7 +47,7 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Tickets, Copies, Routes, Chooses):
+class MoELayer(Static, Copies, Routes, Chooses):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -72,7 +72,10 @@ class MoELayer(Tickets, Copies, Routes, Chooses):
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
     value at most), and are computed in float32. None: as they are.
     capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits: see LinearRouter (refused beside a router module).
-    mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
+    mode: "host" (exact row counts, read by the host once a step), or "static": fixed shapes, no read by the host, for
+    CUDA graphs; rows that do not fit raise CapacityExceeded at the next call (see docs/design.md, "Fixed shapes"). All
+    ranks have one number of tokens, in all steps. static_capacity: room for each expert over its mean share of a rank's
+    choices (1.25, say), or "no_drop", for all of them; max_in_flight_bytes: the most bytes that such rows may take.
 
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
@@ -116,6 +119,7 @@ class MoELayer(Tickets, Copies, Routes, Chooses):
         transport: Transport | None = None,
         dispatcher: Dispatcher | None = None,
         mode: str = "host",
+        static_capacity: float | str | None = None,
         timeout_s: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -126,6 +130,8 @@ class MoELayer(Tickets, Copies, Routes, Chooses):
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
         check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
+        static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,
+                                dispatcher=dispatcher)  # fmt: skip
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "balance": balance, "bad_logits": bad_logits}  # fmt: skip
@@ -154,8 +160,8 @@ class MoELayer(Tickets, Copies, Routes, Chooses):
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, bad_logits, self.rows, hidden=row_width, ffn_hidden=ffn_hidden_size,
-            top_k=top_k, activation=activation, payload_dtype=payload_dtype,
+            dispatcher, placement, self.transport, bad_logits, self.rows, static, hidden=row_width,
+            ffn_hidden=ffn_hidden_size, top_k=top_k, activation=activation, payload_dtype=payload_dtype,
             dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._check_router()
@@ -246,20 +252,14 @@ class MoELayer(Tickets, Copies, Routes, Chooses):
         read_TD = x_TD if router_input is None else check_router_input(router_input, x)
         routing = self._route(read_TD, x_TD, self._told(x, given))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
-        placement = self.dispatcher.placement
-        check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)
-        ids_TK = placement.to_physical(routing.topk_ids_TK)
+        self._check_choice(routing)
+        ids_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
         rows_TD = project("latent_in", self.latent_in, x_TD, self.dispatcher.hidden)
         y_TD, slot_to_row = one_rank(rows_TD, ids_TK, routing.topk_weights_TK, w_in, w_out, self.dispatcher.activation)
         y_TD = project("latent_out", self.latent_out, y_TD, self.hidden_size)
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         return self._end_inline(routing, y_TD, x.shape, slot_to_row)
-
-    @property
-    def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gate_up_proj or up_proj, down_proj) of `experts`."""
-        return weights_of(self.experts)
 
     def reset_parameters(self) -> None:
         """Every part as it starts, in the order in which they are built (after `to_empty`)."""
@@ -283,6 +283,7 @@ class MoELayer(Tickets, Copies, Routes, Chooses):
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
         check_transform(inline=self._runs_inline)
+        self._look_back()
         if not torch.compiler.is_compiling():  # a graph that writes an attribute cannot be inside a checkpoint
             self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)

@@ -21,6 +21,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, check_budget
 from moe_overlap.layer.experts import reset
 from moe_overlap.layer.layer import MoELayer
+from moe_overlap.layer.static import is_static
 from moe_overlap.schedule.builders import agree_ahead, window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.nodes import Tap
@@ -122,8 +123,8 @@ class ShortcutBlock(nn.Module):
         if not isinstance(ahead, int) or not 0 <= ahead <= num_ops:
             raise ConfigError("ahead", ahead, f"an integer from 0 to {num_ops}, the number of ops after the tap")
         self.schedule: AnySchedule
-        if slot is None and moe.rows.hierarchical:
-            raise ConfigError("schedule", schedule, "None and a slot=, with hierarchical exchanges")
+        if slot is None and (moe.rows.hierarchical or is_static(moe.dispatcher)):
+            raise ConfigError("schedule", schedule, 'None and a slot=, with hierarchical exchanges or mode="static"')
         if slot is None and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
                                          max_in_flight_bytes=max_in_flight_bytes, num_ahead=ahead)  # fmt: skip

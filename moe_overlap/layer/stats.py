@@ -9,6 +9,7 @@ import torch
 
 from moe_overlap.agreement.node_plan import NodePlan
 from moe_overlap.agreement.plan import ChunkPlan
+from moe_overlap.agreement.static_plan import StaticExchange
 from moe_overlap.layer.shares import Shares, choice_sums
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision
@@ -90,10 +91,10 @@ class LastStep:
         return (0, 0) if self.plan is None else (self.plan.rank, self.plan.exchange.ranks_per_node)
 
     def tokens_per_expert(self, placement: Placement) -> torch.Tensor:
-        """int64 [E], choices that the experts computed, over all ranks; on the device where one rank ran its ops in a
-        row, else on the CPU."""
+        """int64 [E], choices that the experts computed, over all ranks; with `mode="static"` this rank's choices, as
+        no rank hears those of others. On the device there and where one rank ran its ops in a row, else on the CPU."""
         experts = placement.num_experts
-        if self.plan is None:
+        if self.plan is None or isinstance(self.plan.exchange, StaticExchange):
             ids_S = self.topk_ids_TK.reshape(-1).long() + 1
             return torch.zeros(experts + 1, dtype=torch.int64, device=ids_S.device).index_add_(
                 0, ids_S, torch.ones_like(ids_S)

@@ -143,6 +143,9 @@ class Dispatcher:
         with closing_on_interrupt(self.transport):
             return agreement.wait()
 
+    def end_step(self) -> None:
+        """At the end of a forward that is no recompute: everything was agreed on."""
+
     def refuse(self, error: BaseException, schedule: Schedules) -> NoReturn:
         """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like. An
         interrupt waits for nobody: it closes the transport."""

@@ -20,7 +20,11 @@ import torch
 
 from moe_overlap import config, ops
 from moe_overlap.agreement.plan import ChunkPlan
+from moe_overlap.agreement.static_plan import StaticChunks
 from moe_overlap.ops import maps, workspace
+from moe_overlap.schedule.static_rows import static_order
+
+_Tables = tuple[dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class Saved:
 
 def send_order(plan: ChunkPlan, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(slot_to_row, offs): the row of each (token, k) in the send buffer of `plan`, and the ends of its groups."""
+    if isinstance(plan, StaticChunks):
+        return static_order(plan)
     keys_TK, num_keys = plan.send_keys(slots_TK)
     _, offs, slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
     return slot_to_row, offs
@@ -82,7 +88,7 @@ class _Chunks:
     """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all).
 
     A GPU gets the integers of all chunks in one copy that nobody waits for, before the first kernel needs them; a CPU
-    reads them from the plan.
+    reads them from the plan. Those of fixed shapes stay there.
     """
 
     def __init__(self, plan: ChunkPlan, device: torch.device, num_sms: int | None) -> None:
@@ -92,17 +98,18 @@ class _Chunks:
         self._bounds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._offs: torch.Tensor | None = None
         if device.type == "cuda":
-            self._upload(device)
+            kept = plan.layout.kept if isinstance(plan, StaticChunks) else {}
+            name = ("tables", plan.chunks, plan.by, device)
+            kept[name] = moved = kept.get(name) or self._upload(device)
+            self._orders, self._bounds, self._offs = moved
 
-    def _upload(self, device: torch.device) -> None:
+    def _upload(self, device: torch.device) -> _Tables:
         chunks = range(self.plan.chunks)
         orders = [self.plan.buffer_order(c) for c in chunks]
         bounds = [bound for c in chunks for bound in self.plan.expert_rows(c)]
         moved = maps.all_to_device([*orders, *bounds, self.plan.expert_offs], device)
-        self._orders = dict(enumerate(moved[: len(orders)]))
         starts, ends = (moved[first:-1:2] for first in (len(orders), len(orders) + 1))
-        self._bounds = dict(enumerate(zip(starts, ends, strict=True)))
-        self._offs = moved[-1]
+        return dict(enumerate(moved[: len(orders)])), dict(enumerate(zip(starts, ends, strict=True))), moved[-1]
 
     def _of(self, rows: torch.Tensor, c: int) -> torch.Tensor:
         """The slice of chunk c of a buffer in send order."""
@@ -218,8 +225,9 @@ class BackwardRows(_Chunks):
             return s.back
         rows = s.back.shape[0]
         used = s.slot_to_row >= 0
-        # Unused slots write to one row more: no selection whose size the host would have to know.
-        order = torch.empty(rows + 1, dtype=torch.int64, device=s.back.device)
+        # Unused slots write to one row more: no selection whose size the host would have to know. Unused rows (of fixed
+        # shapes) read row 0, and nobody reads them.
+        order = torch.zeros(rows + 1, dtype=torch.int64, device=s.back.device)
         order[torch.where(used, s.slot_to_dback, rows).long().reshape(-1)] = s.slot_to_row.long().reshape(-1)
         return ops.pack(s.back, order[:rows])
 

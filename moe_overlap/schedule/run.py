@@ -20,7 +20,7 @@ import torch
 
 from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.node_plan import rows_plan
-from moe_overlap.agreement.plan import ExchangePlan, RowLayout
+from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.errors import PlanMismatch
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.agreeing import Agreeing
@@ -104,7 +104,9 @@ class Step(Backward):
         x_TD = self._x_TD
         self.pair = pair = self.schedule.pair_for(exchange)
         self._distinct = pair.deduplicated
-        self.plan = (rows_plan if self._distinct else ExchangePlan.chunked)(exchange, pair.chunks, pair.by)
+        self.plan = (
+            rows_plan(exchange, pair.chunks, pair.by) if self._distinct else exchange.chunked(pair.chunks, pair.by)
+        )
         self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         self._needs = dependencies(pair.forward)
         if Action("N") in pair.forward.actions:  # it is over, and what stands beside it
