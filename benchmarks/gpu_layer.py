@@ -8,8 +8,8 @@ Qwen3-30B-A3B's layer (128 experts, top-8, 2048 x 768) on 8192 tokens in bfloat1
 graphs of forward and backward: torch.cuda.make_graphed_callables), `static` (chunked with mode="static", of the first
 of a few capacities that holds all rows) and `static-graph` (that in graphs). Each is compared with float64 first: the
 median over tokens of the relative error, forward and of x's gradient; routers round differently, so a few tokens may
-take another expert. A wrong one has no time. Rows: milliseconds of each phase and of both, time over ours, memory. --profile: rows
-with the time of every kernel, and what the host is busy with.
+take another expert. A wrong one has no time. Rows: milliseconds of each phase and of both, time over ours, memory.
+--profile: rows with the time of every kernel, and what the host is busy with.
 """
 
 from __future__ import annotations

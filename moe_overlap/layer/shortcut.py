@@ -108,7 +108,7 @@ class ShortcutBlock(nn.Module):
             raise ConfigError("router_tap", router_tap, f"None or an integer from 0 to {tap}, the tap of the experts")
         if router_tap < tap and moe.latent_in is not None and schedule == "auto":
             raise NotImplementedError('router_tap before the tap of latent experts, with schedule="auto"')
-        if router_tap < tap and getattr(moe.router, "zero_experts", 0):
+        if router_tap < tap and bool(getattr(moe.router, "zero_experts", False)):
             raise NotImplementedError("router_tap before the tap, with zero-computation experts")
         self.moe = moe
         self.tap, self.router_tap = tap, router_tap
