@@ -206,7 +206,8 @@ def ddp_gradients():
     case = Case("locmoe", 2, 1)
     layer = prepare(MoELayer(case.hidden, F, case.experts, 1, group=dist.group.WORLD, router=case.router(),
                              ranks_per_node=1, dtype=DTYPE))  # fmt: skip
-    y = DistributedDataParallel(layer)(case.tokens(dist.get_rank())[0])
+    wrapped = DistributedDataParallel(layer)  # alive until backward, or it reduces nothing
+    y = wrapped(case.tokens(dist.get_rank())[0])
     (layer.take_aux_loss() + 0 * y.sum()).backward()
     return {name: parameter.grad for name, parameter in layer.router.named_parameters()}
 
