@@ -1,6 +1,6 @@
 """Where tokens go when a router is asked to keep them on their node: LocMoE against Switch and Hash.
 
-    python benchmarks/locmoe.py --out out/locmoe [--steps 200 --seeds 0,1,2 --mus 0,0.003,0.01,0.03,0.1,0.3]
+    python benchmarks/locmoe.py --out out/locmoe [--steps 200 --seeds 0,1,2 --mus 0,0.0003,0.001,0.003,0.01,0.1]
                                 [-- --text FOLDER --batch 16 ...]
 
 Trains `moe-overlap train`'s model (options after `--` go to every run) on four ranks of two nodes, and measures on the
@@ -62,7 +62,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--mus", default="0,0.003,0.01,0.03,0.1,0.3")
+    parser.add_argument("--mus", default="0,0.0003,0.001,0.003,0.01,0.1")
     parser.add_argument("--arms", default=";".join(ARMS), help="by ;")
     parser.add_argument("--save-routing", action="store_true")
     parsed = parser.parse_args(own.split())

@@ -10,9 +10,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import ConfigError, MoELayer
+from moe_overlap import ConfigError, MoELayer, ShortcutBlock, prepare
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing import (
     HashRouter,
@@ -27,7 +29,7 @@ from moe_overlap.routing import (
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.transport.wrapper import Wrapper
 from tests import oracle
-from tests.ranks import virtual_world
+from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close, same_bits
 
 F, NODES, VOCAB = 8, 2, 50
@@ -167,6 +169,61 @@ def test_it_is_one_process_with_overlap_and_without_in_the_same_bits(name, world
             else:
                 assert want.abs().max() > 0, f"{key} has no gradient"
                 close(sum(parts), want, DTYPE)
+
+
+@pytest.mark.parametrize("builder", ["chunked(2,experts)", "shared_expert", "shortcut"])
+@pytest.mark.parametrize("name", ["linear", "locmoe", "hash"])
+def test_every_builder_gives_the_same_bits_with_overlap_and_without(name, builder):
+    case = Case(name, 4, 2)
+
+    def run(me, overlap):
+        shared = F if builder == "shared_expert" else None
+        schedule = "serial" if builder == "shortcut" else builder
+        layer = MoELayer(case.hidden, F, case.experts, 2, transport=me.transport(), router=case.router(),
+                         ranks_per_node=2, schedule=schedule, overlap=overlap, shared_expert_size=shared,
+                         dtype=DTYPE)  # fmt: skip
+        model = layer
+        if builder == "shortcut":
+            ops = [torch.nn.Linear(case.hidden, case.hidden, dtype=DTYPE) for _ in range(2)]
+            model = ShortcutBlock(ops, layer, tap=1, slot=1, chunks=2, overlap=overlap)
+        fill(model.parameters(), seed=me.rank)
+        x, dy, token_ids = case.tokens(me.rank)
+        if name == "hash":
+            layer.router.give(token_ids)
+        y = model(x.requires_grad_())
+        aux = layer.take_aux_loss()
+        loss = (y * dy).sum()
+        (loss if aux is None else loss + aux).backward()
+        return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+    for on, off in virtual_world(4).run(lambda me: (run(me, True), run(me, False))):
+        for got, want in zip(on, off, strict=True):
+            same_bits(got, want)
+
+
+def ddp_gradients():
+    """Of the router's parameters, on one rank, from the layer in DistributedDataParallel."""
+    case = Case("locmoe", 2, 1)
+    layer = prepare(MoELayer(case.hidden, F, case.experts, 1, group=dist.group.WORLD, router=case.router(),
+                             ranks_per_node=1, dtype=DTYPE))  # fmt: skip
+    wrapped = DistributedDataParallel(layer)  # alive until backward, or it reduces nothing
+    y = wrapped(case.tokens(dist.get_rank())[0])
+    (layer.take_aux_loss() + 0 * y.sum()).backward()
+    return {name: parameter.grad for name, parameter in layer.router.named_parameters()}
+
+
+def test_under_ddp_the_router_s_gradients_are_one_process_s_with_a_node_for_each_token():
+    """The losses alone: their mean over ranks is what one process has whose tokens say their node."""
+    case = Case("locmoe", 2, 1)
+    router = case.router()
+    xs = [case.tokens(rank)[0] for rank in range(2)]
+    own_T = torch.cat([torch.full((len(x),), rank) for rank, x in enumerate(xs)])
+    of_expert = tuple(expert * 2 // case.experts for expert in range(case.experts))
+    decision = router(torch.cat(xs), local_experts=Nodes(of_expert=of_expert, num_nodes=2, own=own_T))
+    (decision.aux_loss + decision.global_balance.alone()).backward()
+    for grads in gloo_pool(2).run(ddp_gradients):
+        for name, parameter in router.named_parameters():
+            close(grads[name], parameter.grad, DTYPE)
 
 
 def test_a_rank_learns_its_node_s_row_and_no_other():
