@@ -135,9 +135,8 @@ class MoELayer(Static, Copies, Routes, Chooses):
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
                    "balance": balance, "bad_logits": bad_logits}  # fmt: skip
-        self.transport, replicas = assembly.make_transport(
-            transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device
-        )
+        self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
+                                                           timeout_s=timeout_s, device=device)  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
         # First among the parameters, as before the experts were a module, since states of optimizers go by position;
         # built last, since random numbers are drawn for the router first.
@@ -150,13 +149,11 @@ class MoELayer(Static, Copies, Routes, Chooses):
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
-            max_in_flight_bytes=max_in_flight_bytes,
-        )  # fmt: skip
+            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
-        self.experts = assembly.make_experts(
-            experts, row_width, ffn_hidden_size, ownership=self.ownership, activation=activation, factory=factory
-        )  # fmt: skip
+        self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
+                                             activation=activation, factory=factory)  # fmt: skip
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
