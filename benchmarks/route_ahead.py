@@ -106,7 +106,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """The rows of one length of the ops. Collective."""
     ids_TK, weights_TK = load("balanced", out=options.out, tokens=options.tokens, experts=options.experts,
-                              top_k=options.top_k, rank=world.rank)  # fmt: skip
+                              top_k=options.top_k, rank=world.rank, ranks=world.size)  # fmt: skip
 
     def model(router_tap: int) -> BlockPair:
         made = BlockPair(
