@@ -17,6 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+WIRE = 1  # the lane, as a thread of the trace
+
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """One for each schedule and phase of the run in `folder`."""
@@ -30,7 +32,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         ends = [event["ts"] + event["dur"] for event in timed]
         row = name.rpartition(" rank ")[0]
         steps[row].append((max(ends) - min(event["ts"] for event in timed)) / 1e3)
-        waits[row].append(sum(event["dur"] for event in timed if event["name"] == "N") / 1e3)
+        on_wire = [event["dur"] for event in timed if event["name"] == "N" and event["tid"] == WIRE]
+        waits[row].append(sum(on_wire) / 1e3)
     kept = ("ranks", "tokens", "hidden", "ffn", "experts", "top_k", "dtype", "compute", "link", "meta_bytes",
             "hardware", "torch", "commit", "date")  # fmt: skip
     found = []

@@ -48,7 +48,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a test: passed, failed, skipped, or `lost`: its process ended before it."""
+    """What became of a test: passed, failed, skipped, or its process ended before it: `lost` by a crash or by the limit
+    of a process, `cut` where the part's own time was over, which says nothing about a kernel."""
 
     case: Case
     outcome: str
@@ -115,21 +116,22 @@ def run(command: Command, folder: Path, cases: Sequence[Case], *, most_s: float,
     def one(place: int, group: list[Case]) -> list[Outcome]:
         left_s = min(each_s, end_s - time.monotonic())
         if left_s < 1:
-            return [Outcome(case, "lost", "not begun: the time was over") for case in group]
+            return [Outcome(case, "cut", "the time was over") for case in group]
         record = folder / f"tests-{place}.jsonl"
         record.unlink(missing_ok=True)
         done = command(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu",
                        f"--gpu-record={record}", *(case.id for case in group), most_s=left_s, quiet=True,
                        OMP_NUM_THREADS="2")  # fmt: skip
-        return outcomes(group, record, done)
+        return outcomes(group, record, done, cut=left_s < each_s)
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         found = pool.map(one, range(len(groups)), groups.values())
         return [outcome for group in found for outcome in group]
 
 
-def outcomes(group: Sequence[Case], record: Path, done: Any) -> list[Outcome]:
-    """Of the tests of one process: what they wrote, and `lost` for those that wrote nothing."""
+def outcomes(group: Sequence[Case], record: Path, done: Any, *, cut: bool) -> list[Outcome]:
+    """Of the tests of one process: what they wrote, and `lost` for those that wrote nothing; `cut` where the process
+    ran past a limit that was less than its own."""
     rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.is_file() else []
     said: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -137,10 +139,11 @@ def outcomes(group: Sequence[Case], record: Path, done: Any) -> list[Outcome]:
             said[row["id"]] = row
     ended = "it ran past its limit" if done.status is None else f"its process ended with status {done.status}"
     lost = f"{ended}: {done.text[-1500:]}"
+    silent = "cut" if cut and done.status is None else "lost"
     return [
         Outcome(case, said[case.id]["outcome"], said[case.id]["text"])
         if case.id in said
-        else Outcome(case, "lost", lost)
+        else Outcome(case, silent, lost)
         for case in group
     ]
 
@@ -152,7 +155,7 @@ def verdicts(found: Iterable[Outcome]) -> dict[Kernel, str]:
         for kernel in one.case.covers:
             if one.outcome == "passed":
                 result.setdefault(kernel, "right")
-            elif one.outcome != "skipped" and result.get(kernel, "right") == "right":
+            elif one.outcome in ("failed", "lost") and result.get(kernel, "right") == "right":
                 result[kernel] = f"{one.outcome}: {one.case.id}"
     return result
 

@@ -4,10 +4,12 @@
 
 Qwen3-30B-A3B's layer (128 experts, top-8, 2048 x 768) on 8192 tokens in bfloat16, the weights the same for all: `ours`
 (MoELayer, one rank), `chunked` (ours in four chunks), `transformers` (its Qwen3 block with `grouped_mm` experts),
-`plain` (as one writes it with torch's grouped matmul) and `compile` (that under torch.compile). Each is compared with
-float64 first: the median over tokens of the relative error, forward and of x's gradient; routers round differently, so
-a few tokens may take another expert. A wrong one has no time. Rows: milliseconds of each phase and of both, time over
-ours, memory. --profile: rows with the time of every kernel, and how long the host is busy.
+`plain` (as one writes it with torch's grouped matmul), `compile` (that under torch.compile) and `graph` (ours, as CUDA
+graphs of forward and backward: torch.cuda.make_graphed_callables), `static` (chunked with mode="static", of the first
+of a few capacities that holds all rows) and `static-graph` (that in graphs). Each is compared with float64 first: the
+median over tokens of the relative error, forward and of x's gradient; routers round differently, so a few tokens may
+take another expert. A wrong one has no time. Rows: milliseconds of each phase and of both, time over ours, memory.
+--profile: rows with the time of every kernel, and what the host is busy with.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from moe_overlap.routing import LinearRouter  # noqa: E402
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 TOKENS, HIDDEN, FFN, EXPERTS, TOP_K = 8192, 2048, 768, 128, 8
-WAYS = ("ours", "chunked", "transformers", "plain", "compile")
+WAYS = ("ours", "chunked", "transformers", "plain", "compile", "graph", "static", "static-graph")
+CAPACITIES = (1.25, 1.5, 2.0, 3.0, 4.0)
 MOST_ERROR, MOST_ODD = 2e-2, 0.05
 """Of the median token; share of tokens that may be further off, as another expert was chosen."""
 
@@ -91,10 +94,18 @@ class Exact(Plain):
         return torch.cat([part @ w_FD.T for part, w_FD in zip(parts, w_EFD, strict=True)])
 
 
-def ours(weights: Weights, schedule: str = "serial") -> nn.Module:
+def ours(weights: Weights, schedule: str = "serial", **options: Any) -> nn.Module:
     router = LinearRouter(HIDDEN, EXPERTS, TOP_K, renormalize=True, device=DEVICE, dtype=DTYPE)
     layer = moe_overlap.MoELayer(
-        HIDDEN, FFN, EXPERTS, TOP_K, router=router, schedule=schedule, device=DEVICE, dtype=DTYPE
+        HIDDEN,
+        FFN,
+        EXPERTS,
+        TOP_K,
+        router=router,
+        schedule=schedule,
+        device=DEVICE,
+        dtype=DTYPE,
+        **options,
     )
     with torch.no_grad():
         router.weight.copy_(weights.router)
@@ -119,9 +130,34 @@ def transformers_block(weights: Weights) -> nn.Module:
     return block
 
 
+def graphed(module: nn.Module, weights: Weights) -> nn.Module:
+    sample = weights.x.detach().clone()[None].requires_grad_()
+    result: nn.Module = torch.cuda.make_graphed_callables(module, (sample,))
+    return result
+
+
+def static(weights: Weights) -> nn.Module:
+    for capacity in CAPACITIES:
+        layer = ours(weights, "chunked(4)", mode="static", static_capacity=capacity)
+        with torch.no_grad():
+            layer(weights.x)
+        try:
+            layer.check_static()
+        except moe_overlap.CapacityExceeded:
+            continue
+        print(f"static: capacity {capacity}")
+        return layer
+    raise ValueError(f"rows did not fit with any capacity of {CAPACITIES}")
+
+
 def make(way: str, weights: Weights) -> nn.Module:
     if way == "ours":
         return ours(weights)
+    if way == "graph":
+        return graphed(ours(weights), weights)
+    if way in ("static", "static-graph"):
+        layer = static(weights)
+        return layer if way == "static" else graphed(layer, weights)
     if way == "chunked":
         return ours(weights, "chunked(4)")
     if way == "transformers":
@@ -195,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.row(kind="profile", case="Qwen3-30B-A3B T=8192", implementation=way,
                         forward_host_ms=round(gpu_timing.host_s(both[0]) * 1e3, 3),
                         both_host_ms=round(gpu_timing.host_s(once) * 1e3, 3),
+                        host=gpu_timing.host_profile(both[0]),
                         device_ms=round(sum(us for _, us in kernels.values()) / 1e3, 3), kernels=kernels)  # fmt: skip
         about[way] = {
             "peak_gib": round(peak / 2**30, 2),

@@ -213,16 +213,18 @@ def checks(run: Run, most_s: float) -> str:
 
 
 def tests(run: Run, most_s: float) -> str:
-    """All of tests/gpu that has not run yet; what does not begin in time is not held against a kernel."""
+    """All of tests/gpu that has not run yet, those of no single kernel first; what does not begin in time is not held
+    against a kernel."""
     cases = gpu_checks.collect(run.command, run.scratch, ["tests/gpu"], most_s)
     ran = {one.case.id for one in run.outcomes}
-    return check(run, [case for case in cases if case.id not in ran], most_s)
+    left = [case for case in cases if case.id not in ran]
+    return check(run, sorted(left, key=lambda case: bool(case.covers)), most_s)
 
 
 def check(run: Run, cases: Sequence[gpu_checks.Case], most_s: float) -> str:
     """Run these tests, record what came of them, and write down what is right by all that has run so far."""
     found = gpu_checks.run(run.command, run.scratch, cases, most_s=most_s - 2.0, each_s=most_s / 2)
-    begun = [one for one in found if not one.text.startswith("not begun")]
+    begun = [one for one in found if one.outcome != "cut"]
     run.outcomes += begun
     for one in begun:
         if one.outcome != "passed":
@@ -233,10 +235,10 @@ def check(run: Run, cases: Sequence[gpu_checks.Case], most_s: float) -> str:
     save_verified(run)
     bad = sum(one.outcome in ("failed", "lost") for one in begun)
     wrong = {" ".join(kernel): verdict for kernel, verdict in verdicts.items() if verdict != "right"}
-    run.record(kind="checks", tests=len(begun), not_begun=len(found) - len(begun), failed_or_lost=bad,
+    run.record(kind="checks", tests=len(begun), cut=len(found) - len(begun), failed_or_lost=bad,
                kernels_right=right, kernels_wrong=wrong)  # fmt: skip
     words = f"{len(begun) - bad} of {len(begun)} tests passed, {right} kernels right, {len(wrong)} not"
-    return f"{words}, {len(found) - len(begun)} tests not begun" if bad or len(begun) < len(found) else GOOD
+    return f"{words}, {len(found) - len(begun)} tests cut" if bad or len(begun) < len(found) else GOOD
 
 
 def save_verified(run: Run) -> None:
@@ -414,7 +416,7 @@ SHORT = {
     "limit": ("what", "bytes_per_s", "flop_per_s"),
     "probe": ("what", "bytes_per_s", "flop_per_s", "result"),
     "test": ("id", "outcome"),
-    "checks": ("tests", "not_begun", "failed_or_lost", "kernels_right", "kernels_wrong"),
+    "checks": ("tests", "cut", "failed_or_lost", "kernels_right", "kernels_wrong"),
     "expert_mlp": ("case", "routing", "implementation", "phase", "tflops", "ms", "share", "target", "met", "result"),
     "kernel": ("case", "implementation", "us", "copy_share", "target", "met", "result"),
     "layer": ("case", "implementation", "phase", "ms", "times_ours", "peak_gib", "result"),

@@ -13,10 +13,14 @@ from moe_overlap.errors import (
 from moe_overlap.layer.experts import Experts
 from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
+from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
+from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
+from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
+from moe_overlap.layer.traffic import TrafficMonitor, TrafficReport
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
 from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
@@ -32,12 +36,18 @@ __all__ = [
     "Experts",
     "GradScaler",
     "LayerStats",
+    "LossFreeBalancer",
     "MoELayer",
     "MoeTransportError",
     "PeerFailed",
     "PlanMismatch",
     "RemoteAbort",
+    "RoutingLog",
+    "RoutingRecorder",
+    "RoutingReplay",
     "ShortcutBlock",
+    "TrafficMonitor",
+    "TrafficReport",
     "TransportClosed",
     "TransportTimeout",
     "aux_loss",

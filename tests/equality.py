@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_overlap import MoELayer, ShortcutBlock
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.schedule.builders import chunked, serial, shared_expert, tap_of_position
+from moe_overlap.schedule.builders import agree_ahead, chunked, serial, shared_expert, tap_of_position
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests import oracle, strategies
@@ -26,9 +26,12 @@ from tests.tolerances import close, same_bits
 D, F, E, K = 16, 24, 8, 2
 WORLDS = (1, 2, 4)
 SCHEDULES = ("serial", "chunked-tokens", "chunked-experts", "chunked-apart", "shared_expert-0", "shared_expert-1",
-             "shortcut-pos1", "shortcut-pos2", "shortcut-pos3")  # fmt: skip
+             "shared_expert-ahead", "shortcut-pos1", "shortcut-pos2", "shortcut-pos3", "shortcut-ahead-pos1",
+             "shortcut-early-ahead-pos2")  # fmt: skip
 CHUNKS = (1, 2, 3, 4, 7, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+STATIC = {"mode": "static", "static_capacity": "no_drop"}
+MODES = {"hierarchical": "on", "static": "off"}  # what `dedup` is there
 LOADS = ("balanced", "one_expert", "empty_expert", "no_tokens", "uneven")
 
 
@@ -39,7 +42,7 @@ class Case:
     chunks: int
     dtype: torch.dtype
     load: str
-    dedup: str = "off"  # "hierarchical": "on", and so
+    dedup: str = "off"  # "hierarchical": "on", and so; "static": off, and mode="static"
     node: int = 0  # ranks of a node, 0: not known
 
     def __str__(self) -> str:
@@ -53,9 +56,11 @@ class Case:
     @property
     def top_k(self) -> int:
         """More than one choice on a rank is what deduplication is about."""
-        return K if self.dedup == "off" else 5
+        return K if self.dedup in ("off", "static") else 5
 
     def tokens(self, rank: int) -> int:
+        if self.dedup == "static":  # as many on all ranks
+            return {"no_tokens": 0, "uneven": 33}.get(self.load, 16)
         if self.load == "no_tokens" and rank == self.world - 1:
             return 0
         return (5, 17, 2, 33, 9, 20)[rank] if self.load == "uneven" else 16
@@ -160,18 +165,24 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
         schedule = chunked(case.chunks, "tokens" if variant == "apart" else variant)
         if variant == "apart":  # backward in other chunks, where it can be cut in another way
             schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "tokens" if case.node else "experts"))
+    elif variant == "ahead":
+        schedule, shared = agree_ahead(shared_expert(chunks=case.chunks)), F
     elif name == "shared_expert":
         schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
     elif name == "serial":
         schedule = serial()
     model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup="on" if hierarchical else case.dedup,
+                                overlap=overlap, dedup=MODES.get(case.dedup, case.dedup),
+                                **(STATIC if case.dedup == "static" else {}),
                                 ranks_per_node=case.node or None, hierarchical=hierarchical,
                                 shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
     if name == "shortcut":
         position = int(variant[-1])
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)
-        model = ShortcutBlock([Op(case.dtype) for _ in range(3)], model, tap=tap_of_position(position), slot=1,
+        tap = tap_of_position(position)
+        ahead = {"ahead": 3 - position % 2 if "ahead" in variant else 0,
+                 "router_tap": 0 if "early" in variant else None}  # fmt: skip
+        model = ShortcutBlock([Op(case.dtype) for _ in range(3)], model, tap=tap, slot=1, **ahead,
                               backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
                               backward_chunks=case.chunks % 5 + 1, overlap=overlap)  # fmt: skip
     full = weights(case)
@@ -235,17 +246,20 @@ def _expected(case: Case) -> list[dict[str, Tensor]]:
     short = case.schedule.startswith("shortcut")
     p = {name.removeprefix("moe."): value for name, value in full.items()}
     tap = tap_of_position(int(case.schedule[-1])) if short else 0
+    router_tap = 0 if "early" in case.schedule else tap
     losses, outputs, xs = [], [], []
     for rank in range(case.world):
         x, ids, dy = inputs(case, rank)
         h = x.double().requires_grad_()
         xs.append(h)
-        tapped = h
+        tapped = read = h
         for i in range(3 if short else 0):
             if i == tap:
                 tapped = h
+            if i == router_tap:
+                read = h
             h = h + torch.tanh(h @ p[f"backbone.{i}.weight"].T)
-        scores = torch.sigmoid(tapped @ p["router.weight"].T)
+        scores = torch.sigmoid(read @ p["router.weight"].T)
         weights_TK = torch.where(
             ids >= 0, scores.gather(1, ids.clamp_min(0).long()), torch.zeros((), dtype=torch.float64)
         )

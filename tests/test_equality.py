@@ -47,7 +47,19 @@ def test_deduplicated_overlap_on_equals_off_and_the_oracle(world, schedule, dedu
         check_right(case, results)
 
 
-@pytest.mark.parametrize("dedup", ["off", "on"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_static_overlap_on_equals_off_and_the_oracle(world, schedule):
+    cases = [case for case in all_cases(world, "static") if case.schedule == schedule and case.chunks in CHUNKS[::2]]
+    assert {case.load for case in cases} == set(LOADS)
+    for seed, case in enumerate(cases):
+        results = virtual_world(world, seed=seed).run(
+            lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
+        )
+        check_right(case, results)
+
+
+@pytest.mark.parametrize("dedup", ["off", "on", "static"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_pair_of_factors_on_gloo(world, dedup):
     cases = pairwise_cases(world, dedup)

@@ -323,6 +323,12 @@ Tensor unpack(const Tensor& given_rows, const Tensor& given_order) {
   return out;
 }
 
+void unpack_into(const Tensor& given_rows, const Tensor& given_order, const Tensor& out) {
+  const Tensor rows = row_major(given_rows), order = row_major(given_order);
+  const DeviceGuard guard(rows.get_device_index());
+  moe_overlap::unpack(pack_args(rows, order, out, out.size(0)), current_stream(rows));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moe_overlap, CUDA, library) {
@@ -336,4 +342,5 @@ STABLE_TORCH_LIBRARY_IMPL(moe_overlap, CUDA, library) {
   library.impl("_activation_backward_cuda", TORCH_BOX(&activation_backward));
   library.impl("_pack_cuda", TORCH_BOX(&pack));
   library.impl("_unpack_cuda", TORCH_BOX(&unpack));
+  library.impl("_unpack_into_cuda", TORCH_BOX(&unpack_into));
 }

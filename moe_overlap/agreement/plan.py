@@ -217,10 +217,11 @@ class ChunkPlan:
             return slots_TK, num_slots
         if self.by == "tokens":
             bounds = [tokens * (BLOCKS * c // self.chunks) // BLOCKS for c in range(1, self.chunks)]
-            chunk_of_token = torch.zeros(tokens, dtype=torch.int32)
+            # Made where the slots are: a copy from the host would wait for the device.
+            chunk_of_token = torch.zeros(tokens, dtype=torch.int32, device=slots_TK.device)
             for bound in bounds:
                 chunk_of_token[bound:] += 1
-            base = (chunk_of_token * num_slots).to(slots_TK.device)[:, None]
+            base = (chunk_of_token * num_slots)[:, None]
             return torch.where(slots_TK >= 0, slots_TK + base, slots_TK), num_slots * self.chunks
         group_of_local = np.zeros(self.local_slots, dtype=np.int64)
         for c in range(1, self.chunks):
@@ -228,5 +229,7 @@ class ChunkPlan:
         order = np.argsort(np.tile(group_of_local, self.world_size), kind="stable")
         key_of_slot = np.empty(num_slots, dtype=np.int32)
         key_of_slot[order] = np.arange(num_slots, dtype=np.int32)
-        table = torch.from_numpy(key_of_slot).to(slots_TK.device)
+        table = torch.from_numpy(key_of_slot)
+        if slots_TK.device.type == "cuda":
+            table = table.pin_memory().to(slots_TK.device, non_blocking=True)
         return torch.where(slots_TK >= 0, table[slots_TK.clamp_min(0).long()], slots_TK), num_slots

@@ -52,6 +52,13 @@ REFUSALS: dict[int, tuple[str, str]] = {
     8: ("gate_up_proj", "[e, 2F, D], or [e, F, D] without a gate, beside down_proj [e, D, F]"),
     9: ("down_proj", "[e, D, F] in the dtype and on the device of gate_up_proj"),
     10: ("checkpoint", "use_reentrant=False"),
+    11: ("replay.calls", "a recording with as many forward calls of the layer as are made"),
+    12: ("replay.tokens", "a recording of as many tokens as the call has"),
+    13: ("replay.top_k", "a recording with top_k experts for each token"),
+    14: ("replay.num_experts", "a recording of a layer with as many experts"),
+    15: ("replay.layers", "a recording of as many MoE layers as the model has"),
+    16: ("replay.file", "a file that a RoutingLog, or moe-overlap train --save-routing, wrote"),
+    17: ("replay.weights", "'recorded', beside a router that cannot weigh experts that it did not choose"),
 }
 DTYPE_REFUSAL = 3  # its value is a position in DTYPES
 NOT_SENT = -(1 << 62)  # the value is no integer: only the refusing rank's message has it
@@ -82,6 +89,7 @@ class StepRecord:
     counts [BLOCKS, E], by logical experts: those by slots follow from the placement, on every rank alike. dedup: a
     position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. ranks_per_node: so many
     ranks in a row share a node (0: not known); `node_rows` [BLOCKS, nodes] goes with `hierarchical` alone.
+    static_tokens: T, where all steps are to have as many (0: any number).
     router_state: a digest of what the routers of all ranks must have in common (0: nothing). caller: which of those
     that share a transport, copies of one layer for example. Not sent, but equal on all ranks: placement (None: expert i
     in slot i) and nodes, the node of each rank (None: each has its own).
@@ -106,6 +114,7 @@ class StepRecord:
     ranks_per_node: int = 0
     hierarchical: int = 0
     router_state: int = 0
+    static_tokens: int = 0
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
     node_rows: torch.Tensor | None = None
@@ -146,6 +155,7 @@ def record_words(num_experts: int, num_slots: int, dedup: int, nodes: int = 0) -
     return len(RECORD_FIELDS) + BLOCKS * (num_experts + nodes + (2 * num_slots if dedup == 1 else 0)) // 2
 
 
+ROUTER_HINT = "; they replay other calls, or recordings of other lengths, or only one of them does (0)"
 DIGEST_HINT = (
     '; they have other schedules, or other ops or settings beside schedule="auto", or only one has measured already'
 )
@@ -182,7 +192,7 @@ def compare(records: torch.Tensor, *, rank: int) -> dict[str, np.ndarray]:
             here, there = (_said(name, int(values[at])) for at in (0, other))
             raise PlanMismatch(
                 f"the ranks disagree about {name}: rank 0 has {here}, rank {other} has {there}; nothing was sent"
-                + (DIGEST_HINT if name == "schedule_digest" else ""),
+                + {"schedule_digest": DIGEST_HINT, "router_state": ROUTER_HINT}.get(name, ""),
                 rank=rank,
                 peer=other if other != rank else 0,
                 step=step,

@@ -30,7 +30,8 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.measure.machine import hardware
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.builders import SchedulePair, Schedules, deduplicate
+from moe_overlap.schedule.actions import Action
+from moe_overlap.schedule.builders import SchedulePair, Schedules, agree_ahead, deduplicate, first_ops
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
@@ -52,17 +53,26 @@ class Unplanned:
     overlap: bool
     max_in_flight_bytes: int | None
     dedup: str = "off"
+    num_ahead: int = 0
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
     @property
     def digest(self) -> int:
-        settings = (self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes, self.dedup)
+        settings = (self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes, self.dedup, self.num_ahead)
         return digest("auto calibrates", *settings)
+
+    @property
+    def ahead(self) -> tuple[Action, ...]:
+        return first_ops(self.op_verb, self.num_ahead)
+
+    @property
+    def joined(self) -> bool:
+        return not self.overlap
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """Joined: a step without rows runs so, as it tells nothing."""
-        pair = probe_pair(self.op_verb, self.num_ops, 1, "tokens").join()
+        pair = agree_ahead(probe_pair(self.op_verb, self.num_ops, 1, "tokens").join(), self.num_ahead)
         return deduplicate(pair) if self.dedup == "on" else pair
 
 
@@ -106,6 +116,7 @@ class Outgrown:
 @dataclass(eq=False, kw_only=True)
 class AutoSchedule:
     """The word "auto" of one layer or block: its planned schedules, by (opening, gradients enabled, dtype of the rows).
+    num_ahead: so many of the ops beside the exchanges run while ranks agree.
 
     What was found before the transport was opened again does not count: the failure between may have come when only
     some of the ranks had it.
@@ -116,6 +127,7 @@ class AutoSchedule:
     overlap: bool = True
     max_in_flight_bytes: int | None = None
     dedup: str = "off"  # as the layer's: with "auto" plain schedules and deduplicated ones are compared
+    num_ahead: int = 0  # fixed, since what follows is chosen from what was agreed
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
     not_kept: str | None = None  # why there is none
@@ -123,10 +135,16 @@ class AutoSchedule:
     name = "auto"
 
     @property
+    def ahead(self) -> tuple[Action, ...]:
+        """The ops that run while ranks agree."""
+        return first_ops(self.op_verb, self.num_ahead)
+
+    @property
     def unplanned(self) -> Unplanned:
         """What a step says before there is a choice."""
         return Unplanned(op_verb=self.op_verb, num_ops=self.num_ops, overlap=self.overlap,
-                         max_in_flight_bytes=self.max_in_flight_bytes, dedup=self.dedup)  # fmt: skip
+                         max_in_flight_bytes=self.max_in_flight_bytes, dedup=self.dedup,
+                         num_ahead=self.num_ahead)  # fmt: skip
 
     def get(self, opening: int, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
@@ -196,7 +214,8 @@ class AutoSchedule:
                 logger.info("the cost model is not kept: %s", self.not_kept)
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
                                    nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
-                                   max_in_flight_bytes=self.max_in_flight_bytes)  # fmt: skip
+                                   max_in_flight_bytes=self.max_in_flight_bytes,
+                                   num_ahead=self.num_ahead)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

@@ -288,13 +288,14 @@ def _probe(
     """Gather one probe's runs. Collective."""
     backward = runs[0].backward_s > 0
     actions = [*pair.forward, *(pair.backward if backward else ())]
-    own = torch.tensor([[*_seconds(run, actions), *_rest(run)] for run in runs], dtype=torch.float64, device=device)
+    own = torch.tensor([[*_seconds(run, [*actions, Action("N")]), *_rest(run)] for run in runs],
+                       dtype=torch.float64, device=device)  # fmt: skip
     table = gathered(transport, own.reshape(-1)).reshape(transport.world_size, len(runs), -1)
     whole = table[:, :, -2:].sum(dim=2).amax(dim=0)
     table = table[:, whole.argsort(stable=True)[: -(-len(runs) // 2)]]
     most, least = table.amax(dim=0).median(dim=0).values, table.amin(dim=0).median(dim=0).values
     chosen = [float((least if action.lane == "wire" else most)[i]) for i, action in enumerate(actions)]
-    *host, hidden, compute, _, forward_s, backward_s = (float(value) for value in most[len(actions) :])
+    *host, hidden, compute, _, forward_s, backward_s = (float(value) for value in most[len(actions) + 1 :])
     phases: tuple[Phase, ...] = ("forward", "backward") if backward else ("forward",)
     plan = runs[0].exchange.chunked(pair.chunks, pair.by)
     shape = (
@@ -310,6 +311,7 @@ def _probe(
         hidden_s=hidden,
         compute_s=compute,
         waited_s=float(least[-3]),
+        agree_s=float(least[len(actions)]),
         shape=shape,
     )
 
@@ -333,11 +335,12 @@ def _rest(run: StepTimes) -> list[float]:
     backward]."""
     busy = {"forward": 0.0, "backward": 0.0}
     waited_s = 0.0
-    for event in run.events:
+    events = [event for event in run.events if event.action != "N"]  # which lies outside of the windows
+    for event in events:
         if event.lane in ("comp", "wait") and event.phase in busy:
             busy[event.phase] += event.end_s - event.start_s
         if event.lane == "wait":
             waited_s += event.end_s - event.start_s
-    found = overlap([event for event in run.events if event.action != "N"])
+    found = overlap(events)
     host_s = [run.forward_s - busy["forward"], run.backward_s - busy["backward"]]
     return [*host_s, found.hidden_s, found.compute_s, waited_s, run.forward_s, run.backward_s]

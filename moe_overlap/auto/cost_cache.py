@@ -31,7 +31,7 @@ from moe_overlap.transport.control import host_name
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 MOST_BYTES = 1 << 20  # of a file
 
 

@@ -30,7 +30,7 @@ class Probe:
     `pair`: what ran. `host_s`, by phase: time of the step with neither compute nor a wait, which is what starting
     exchanges and making autograd nodes takes. `whole_s`, by phase: from start to end. `hidden_s`: exchanges with
     compute under them, of `compute_s`. `waited_s`: how long compute stood still for exchanges, on the rank that waited
-    least. `shape`: the rows and bytes of its chunks.
+    least. `shape`: the rows and bytes of its chunks. `agree_s`: the agreement, of the rank that came last.
     """
 
     pair: SchedulePair
@@ -41,6 +41,7 @@ class Probe:
     compute_s: float
     waited_s: float
     shape: StepShape
+    agree_s: float = 0.0
 
     @property
     def chunks(self) -> int:
@@ -88,6 +89,7 @@ def fit(
         shared_backward_s=median_of("St"),
         outside_s=outside("forward"),
         outside_backward_s=outside("backward"),
+        agree_s=min(outside("forward"), figure(median(p.agree_s for p in joined))),
         measured_rows=figure(slots_rows),
         issue_s=issue_s,
         slowdown=Slowdown(compute=_compute_slowdown(joined, overlapped)),

@@ -27,8 +27,8 @@ from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.search import DISTINCT, STAGES, TIE, Candidate, search
 from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_chunk, without_own
 from moe_overlap.planning.window import OpVerb, Window
-from moe_overlap.schedule.actions import Phase, Schedule
-from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate
+from moe_overlap.schedule.actions import Action, Phase, Schedule
+from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate, first_ops
 from moe_overlap.schedule.builders import window as shortcut_window
 from moe_overlap.schedule.check import check
 
@@ -64,7 +64,8 @@ class PlannedSchedule:
     `overlap=False` joins every exchange of what was chosen. max_in_flight_bytes: the most that exchanges under way may
     hold in buffers on one rank; ConfigError in a step of which no schedule keeps within it. dedup: "on": one row for
     each (token, rank) travels in every step; "auto": where that is predicted to be faster; both need `metadata`, the
-    bytes of what goes beside such a row, and a model of deduplicated steps.
+    bytes of what goes beside such a row, and a model of deduplicated steps. num_ahead: the first so many of the ops run
+    while ranks agree, in no window of forward.
     """
 
     model: CostModel
@@ -76,6 +77,7 @@ class PlannedSchedule:
     max_in_flight_bytes: int | None = None
     dedup: str = "off"
     metadata: MetadataBytes | None = None
+    num_ahead: int = 0
     _found: dict[tuple[StepKind, ...], Planned] = field(default_factory=dict, init=False, repr=False)
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
@@ -83,7 +85,15 @@ class PlannedSchedule:
     @cached_property
     def digest(self) -> int:
         settings = (self.num_ops, self.op_verb, self.row_bytes, self.nodes, self.overlap, self.max_in_flight_bytes)
-        return digest("auto", self.model.to_json(), *settings, self.dedup, self.metadata)
+        return digest("auto", self.model.to_json(), *settings, self.dedup, self.metadata, self.num_ahead)
+
+    @property
+    def ahead(self) -> tuple[Action, ...]:
+        return first_ops(self.op_verb, self.num_ahead)
+
+    @property
+    def joined(self) -> bool:
+        return not self.overlap
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The schedules of one step: a pure function of the agreed counts."""
@@ -256,7 +266,10 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
     phases: tuple[Phase, ...] = ("forward", "backward") if grad else ("forward",)
     windows: dict[Phase, Window] = {}
     for phase in phases:
-        windows[phase] = window(schedule.model, shapes, phase, op_verb=schedule.op_verb, num_ops=schedule.num_ops)
+        verb, num_ops = schedule.op_verb, schedule.num_ops
+        if phase == "forward" and schedule.num_ahead:  # a shared expert is the one op that there is
+            verb, num_ops = "B", num_ops - schedule.num_ahead if verb == "B" else 0
+        windows[phase] = window(schedule.model, shapes, phase, op_verb=verb, num_ops=num_ops)
     budget = schedule.max_in_flight_bytes
     candidates = {phase: search(found, max_in_flight_bytes=budget) for phase, found in windows.items()}
     pair = pair_of(
@@ -264,10 +277,14 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
         candidates["backward"][0] if grad else None,
         num_ops=schedule.num_ops,
         op_verb=schedule.op_verb,
+        num_ahead=schedule.num_ahead,
     )
     check(pair)
     model = schedule.model if kind.distinct is None else schedule.model.deduplicated
-    outside_s = {phase: model.outside(phase, schedule.num_ops) for phase in phases}
+    outside_s = {
+        phase: model.outside(phase, schedule.num_ops, op_verb=schedule.op_verb, num_ahead=schedule.num_ahead)
+        for phase in phases
+    }
     pair = pair if schedule.overlap else pair.join()
     return Planned(pair=pair, windows=windows, candidates=candidates, outside_s=outside_s)
 
@@ -283,8 +300,11 @@ def _faster(plans: list[Planned]) -> Planned:
     return replace(plain, other=distinct)
 
 
-def pair_of(forward: Candidate, backward: Candidate | None, *, num_ops: int, op_verb: OpVerb) -> SchedulePair:
-    """The pair that runs two candidates; without one for backward, the mirror with the same chunks."""
+def pair_of(
+    forward: Candidate, backward: Candidate | None, *, num_ops: int, op_verb: OpVerb, num_ahead: int = 0
+) -> SchedulePair:
+    """The pair that runs two candidates; without one for backward, the mirror with the same chunks. num_ahead: ops that
+    the one for forward does not have, as they run before it."""
     joined = forward.joined and (backward is None or backward.joined)
     if op_verb == "S":
         mirror = chunked(forward.chunks, forward.by, shared=True)
@@ -294,9 +314,14 @@ def pair_of(forward: Candidate, backward: Candidate | None, *, num_ops: int, op_
         mirror = chunked(forward.chunks, forward.by)
     if "M" in forward.order.split():
         mirror = deduplicate(mirror)
+    begin = first_ops(op_verb, num_ahead)
+    rest = _schedule(forward, joined, "forward")
+    if begin:
+        later = (Action("B", a.index + num_ahead) if a.verb == "B" and a.index is not None else a for a in rest)
+        rest = Schedule((Action("N"), *begin, *later))
     return SchedulePair(
         name="auto",
-        forward=_schedule(forward, joined, "forward"),
+        forward=rest,
         backward=mirror.backward if backward is None else _schedule(backward, joined, "backward"),
         chunks=forward.chunks,
         by=forward.by,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from moe_overlap.auto.beside import Op, refuse_units, signature
 from moe_overlap.auto.calibrate import StepTimes
 from moe_overlap.planning.shapes import MetadataBytes
 from moe_overlap.routing.decision import as_decision
+from moe_overlap.routing.zero import part_decision
+from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing
@@ -33,19 +35,22 @@ class ProbeInputs:
     """What a layer gives to a calibration, as it stands before a step.
 
     x_TD: this rank's tokens; latents: [T, L], what their rows hold where that is not x. w_in, w_out: the experts'
-    weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`).
-    backbone: the ops beside the exchanges and their input h; shared: the shared expert.
+    weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`); told:
+    its arguments by name. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
+    router_input: what the router reads instead of x.
     """
 
     dispatcher: Dispatcher
-    router: Callable[[torch.Tensor], Any]
+    router: Callable[..., Any]
     x_TD: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
+    told: Mapping[str, Any] = field(default_factory=dict)
     latents: torch.Tensor | None = None
     h: torch.Tensor | None = None
     backbone: Sequence[Op] = ()
     shared: Op | None = None
+    router_input: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +64,9 @@ class ProbeInputs:
     def routed(self) -> tuple[Probes, torch.Tensor]:
         """The probes on this routing, and the router's status. Raises ConfigError for what cannot be probed."""
         refuse_units(self.ops)
-        routing = as_decision(self.router(self.x_TD.detach()))
+        read_TD = self.x_TD if self.router_input is None else self.router_input
+        routing = as_decision(self.router(read_TD.detach(), **self.told))
+        routing = part_decision(routing, self.x_TD, self.dispatcher.placement.num_experts)
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, self.x_TD)
         probes = Probes(
             inputs=self,
@@ -171,8 +178,8 @@ class Probes:
             x_shared = leaf(self.shared_TD)
             leaves.append(x_shared)
         schedule = AsGiven(pair)
-        exchange = self.dispatcher.plan(self.slots_TK, x_rows, schedule)
-        step.bind(schedule, exchange, x_rows, self.slots_TK, weights_TK)
+        step.ask(schedule, self.dispatcher, self.dispatcher.begin(self.slots_TK, x_rows, schedule))
+        step.give(x_rows, self.slots_TK, weights_TK)
         step.hidden = h
         shared = self.inputs.shared
         y_TD = step.run(self.inputs.backbone, None if shared is None else lambda: shared(x_shared))
@@ -188,7 +195,7 @@ class Probes:
             torch.autograd.grad(reached, leaves, [torch.ones_like(one) for one in reached], allow_unused=True)
         start_s, middle_s, end_s = (clock.seconds(stamp) for stamp in (start, middle, clock.now()))
         return StepTimes(events=step.events, forward_s=middle_s - start_s,
-                         backward_s=end_s - middle_s if grad else 0.0, exchange=exchange)  # fmt: skip
+                         backward_s=end_s - middle_s if grad else 0.0, exchange=step.plan.exchange)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,14 @@ class AsGiven:
     @property
     def by(self) -> ChunkBy:
         return self.pair.by
+
+    @property
+    def ahead(self) -> tuple[Action, ...]:
+        return self.pair.ahead
+
+    @property
+    def joined(self) -> bool:
+        return self.pair.joined
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         return self.pair

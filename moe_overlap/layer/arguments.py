@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,17 +14,22 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
 
 AnySchedule = SchedulePair | AutoSchedule
+Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
+MODES = ("host", "static")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Beside:
-    """Backbone ops that run beside a layer's exchanges, their input, and the schedules that order both."""
+    """Backbone ops that run beside a layer's exchanges, their input, and the schedules that order both. `late`: the
+    layer's x is what its router alone reads; this gives the ops' input and what the experts read, both of x's shape,
+    and is called while ranks agree."""
 
     hidden: torch.Tensor
     schedule: AnySchedule
     backbone: Sequence[Op]
+    late: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def check_positive(*, optional: Mapping[str, object] | None = None, **sizes: object) -> None:
@@ -45,10 +50,8 @@ def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None) ->
 
 def check_mode(mode: object) -> None:
     """Raises ConfigError for a mode that does not exist."""
-    if mode == "static":
-        raise NotImplementedError('mode="static": exchanges of fixed capacity, which the host does not read')
-    if mode != "host":
-        raise ConfigError("mode", mode, "'host' (or 'static', once it exists)")
+    if mode not in MODES:
+        raise ConfigError("mode", mode, f"one of {MODES}")
 
 
 def check_dedup(dedup: object) -> None:
@@ -64,11 +67,12 @@ def check_payload(dtype: object) -> None:
         raise ConfigError("payload_dtype", dtype, expected)
 
 
-def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object) -> None:
-    """The three checks of a layer's words and of its budget."""
+def check_options(mode: object, dedup: object, max_in_flight_bytes: object, schedule: object, payload: object) -> None:
+    """The checks of a layer's words, of its budget and of the dtype of its rows on the wire."""
     check_mode(mode)
     check_dedup(dedup)
-    check_budget(max_in_flight_bytes, schedule)
+    check_budget(max_in_flight_bytes, "auto" if mode == "static" else schedule)
+    check_payload(payload)
 
 
 def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
@@ -78,7 +82,8 @@ def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
     if isinstance(max_in_flight_bytes, bool) or not isinstance(max_in_flight_bytes, int) or max_in_flight_bytes < 1:
         raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None or an integer of at least 1")
     if schedule != "auto":
-        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, 'None, or schedule="auto", which plans within it')
+        expected = 'None, or schedule="auto", which plans within it, or mode="static"'
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
 
 
 def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
@@ -109,9 +114,22 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
     return weight.dtype
 
 
+def check_router_input(router_input: object, x: torch.Tensor) -> torch.Tensor:
+    """What the router reads instead of x [..., D], as [T, D]. Raises ConfigError for what does not go with x."""
+    if not isinstance(router_input, torch.Tensor):
+        raise ConfigError("router_input", type(router_input).__name__, f"None or a tensor {tuple(x.shape)}, as x is")
+    if router_input.shape != x.shape or router_input.device != x.device or not router_input.is_floating_point():
+        given = f"{router_input.dtype} {tuple(router_input.shape)} on {router_input.device}"
+        raise ConfigError("router_input", given, f"a floating-point tensor {tuple(x.shape)} on {x.device}, as x is")
+    return router_input.reshape(-1, x.shape[-1])
+
+
 def check_choice(ids_TK: torch.Tensor, num_experts: int, status: torch.Tensor | None = None) -> None:
     """Raises ConfigError for an id outside -1..num_experts-1 or where the router saw bad logits: one rank's form of
-    what ranks agree on. One device-to-host read; none where torch.compile traces, which checks on the device."""
+    what ranks agree on. One device-to-host read; none where torch.compile traces, which checks on the device, and none
+    while a CUDA graph is captured, which may hold no read and checks nothing: the kernels skip ids out of range."""
+    if ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     ids = ((ids_TK < -1) | (ids_TK >= num_experts)).any()
     logits = torch.zeros_like(ids) if status is None else (status != 0).any()
     logits_text = "logits: a row with NaN or +inf, or with -inf everywhere"

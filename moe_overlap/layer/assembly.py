@@ -25,11 +25,13 @@ from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.builders import SchedulePair, deduplicate, split_own
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher
+from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import NodeTopology
 from moe_overlap.transport.opening import open_transport
 
-ROUTER_DEFAULTS = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "bad_logits": "raise"}
+ROUTER_DEFAULTS = {"capacity_factor": None, "aux_loss_coef": 0.0, "z_loss_coef": 0.0, "balance": "micro",
+                   "bad_logits": "raise"}  # fmt: skip
 DEFAULT_ACTIVATION = "swiglu"
 
 
@@ -250,14 +252,21 @@ def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hier
 
 
 def make_dispatcher(
-    given: Dispatcher | None, placement: Placement, transport: Transport, bad_logits: str, rows: Rows, **options: Any
+    given: Dispatcher | None,
+    placement: Placement,
+    transport: Transport,
+    bad_logits: str,
+    rows: Rows,
+    static: dict[str, Any],
+    **options: Any,
 ) -> Dispatcher:
-    """The dispatcher given, checked against the layer, or a new one."""
+    """The dispatcher given, checked against the layer, or a new one; static: see `static_options`."""
     options["dedup"] = int(rows.dedup != "off" and transport.world_size > 1)
     options |= {"ranks_per_node": rows.ranks_per_node, "hierarchical": rows.hierarchical}
     if given is None:
-        return Dispatcher(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),
-                          **options)  # fmt: skip
+        made = StaticDispatcher if static else Dispatcher
+        return made(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),
+                    **static, **options)  # fmt: skip
     if not rows.hierarchical:
         del options["ranks_per_node"]  # it may know more of that
     for name, value in options.items():
@@ -284,6 +293,8 @@ def make_schedule(
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
             given = f"AutoSchedule(op_verb={schedule.op_verb!r}, num_ops={schedule.num_ops})"
             raise ConfigError("schedule", given, f"AutoSchedule(op_verb={verb!r}, num_ops=0) for this layer")
+        if not 0 <= schedule.num_ahead <= shared:
+            raise ConfigError("schedule.num_ahead", schedule.num_ahead, f"at most the {int(shared)} shared experts")
         if schedule.dedup != rows.dedup:
             raise ConfigError("dedup", rows.dedup, f"{schedule.dedup!r} beside this AutoSchedule, which has its own")
         if schedule.overlap and not overlap:

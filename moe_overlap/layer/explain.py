@@ -11,7 +11,7 @@ from moe_overlap.layer.stats import LastStep
 from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.planning.explain import in_ms, name_of
 from moe_overlap.planning.search import joined_form
-from moe_overlap.schedule.actions import Phase, Schedule
+from moe_overlap.schedule.actions import Action, Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import draw, makespan_s
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -61,18 +61,24 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     lines = ["", f"chosen by the planner from a cost model {schedule.model.source}", *_deduplication(schedule, planned)]
     if not schedule.overlap:
         lines.append("overlap=False: every exchange of what was chosen is joined where it starts")
+    if schedule.ahead:
+        ops = " ".join(action.text for action in schedule.ahead)
+        lines.append(f"while ranks agree ({in_ms(schedule.model.agree_s)} in the calibration): {ops}, fixed before "
+                     "the plan and in no window of forward")  # fmt: skip
     shape = step_shape(exchange.chunked(1, "tokens"), row_bytes=schedule.row_bytes, nodes=schedule.nodes)
     measured = schedule.model.measured_rows
     if measured and shape.slots_rows > FAR * measured:
         lines.append(f"WARNING: the cost model was measured on {measured:g} rows (T * K of the busiest rank); this "
                      f"step had {shape.slots_rows}, so its times are extrapolated")  # fmt: skip
+    pair = planned.pair
+    schedules: dict[Phase, Schedule] = {"forward": after_agreement(pair.forward), "backward": pair.backward}
     for phase, window in planned.windows.items():
         chosen = planned.candidates[phase][0]
         text = explain_window(
             window,
             planned.candidates[phase],
             chosen=chosen if schedule.overlap else joined_form(window, chosen),
-            measured_s=window_s(events, planned.pair.forward if phase == "forward" else planned.pair.backward, phase),
+            measured_s=window_s(events, schedules[phase], phase),
             max_in_flight_bytes=budget,
         )
         lines += ["", f"-- {phase} --", text]
@@ -99,6 +105,12 @@ def _deduplication(schedule: PlannedSchedule, planned: Planned) -> list[str]:
         lines.append(f"  {phase}: {name_of(best, window)}, {in_ms(best.predicted_s + other.outside_s[phase])}: "
                      f"{best.order}")  # fmt: skip
     return lines
+
+
+def after_agreement(schedule: Schedule) -> Schedule:
+    """What stands in the planner's window: without N, and the ops beside it."""
+    actions = schedule.actions
+    return Schedule(actions[actions.index(Action("P")) :]) if actions[0].verb == "N" else schedule
 
 
 def window_s(events: Sequence[TimelineEvent], schedule: Schedule, phase: Phase) -> float | None:

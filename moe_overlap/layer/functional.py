@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,7 +16,10 @@ from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
 from moe_overlap.ops.checks import check_transform, inside_transform
 from moe_overlap.placement.placement import Placement
-from moe_overlap.routing.decision import RoutingDecision
+from moe_overlap.routing.checks import check_zero_experts
+from moe_overlap.routing.decision import Identity, RoutingDecision
+from moe_overlap.routing.masks import check_token_mask
+from moe_overlap.routing.zero import part_zero_experts
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
@@ -42,6 +45,8 @@ def moe_forward(
     overlap: bool = True,
     dedup: str = "off",
     unused_id: int | None = None,
+    zero_experts: int = 0,
+    token_mask: torch.Tensor | None = None,
     transport: Transport | None = None,
 ) -> torch.Tensor:
     """sum_k topk_weights[t, k] * expert(topk_ids[t, k])(hidden[t]) -> [T, D]. Differentiable.
@@ -51,7 +56,9 @@ def moe_forward(
     topk_weights_TK: floating [T, K]. gate_up_proj: [e, 2F, D] ([e, F, D] for gelu and relu), down_proj: [e, D, F], this
     rank's experts (Hugging Face's layout and argument order). schedule: as in MoELayer, "auto" too, whose figures are
     kept with the transport. dedup: as in MoELayer. unused_id: another id that means unused, below 0 or from E on
-    (transformers uses E). transport: None for one rank; it belongs to this shape of call, with deduplication of K too.
+    (transformers uses E). zero_experts: so many ids from E on return the token itself, which is not sent. token_mask:
+    bool [T], False = padding, all of whose ids are unused. transport: None for one rank; it belongs to this shape of
+    call, with deduplication of K too.
     For latent experts (see MoELayer) hidden_TD are the latents and D is their width: project before the call, and its
     result after it.
 
@@ -64,7 +71,9 @@ def moe_forward(
         raise ConfigError(
             "gate_up_proj", tuple(gate_up_proj.shape), "three dimensions, [e, 2F, D], as down_proj [e, D, F]"
         )
-    call = _Call(hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, activation, unused_id)
+    check_zero_experts(zero_experts)
+    call = _Call(hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, activation, unused_id, zero_experts,
+                 token_mask)  # fmt: skip
     if (transport is None or transport.name == "local") and schedule in INLINE:
         return _inline(call)
     return _scheduled(call, schedule, overlap, dedup, transport or LocalTransport())
@@ -81,6 +90,9 @@ class _Call:
     w_out: torch.Tensor
     activation: str
     unused_id: int | None
+    zero_experts: int
+    token_mask: torch.Tensor | None
+    identity: Identity | None = None
 
     def fit(self, num_experts: int, *, inline: bool) -> None:
         """Raises ConfigError; after this, all are of the dtypes that rows, routing and weights have. Ids stay as given:
@@ -108,11 +120,24 @@ class _Call:
         self.weights_TK = self.weights_TK.to(torch.float64 if self.x_TD.dtype == torch.float64 else torch.float32)
         check_routing(self.ids_TK.to(torch.int32), self.weights_TK, self.x_TD)
         if self.unused_id is not None:
-            if not isinstance(self.unused_id, int) or 0 <= self.unused_id < num_experts:
-                raise ConfigError("unused_id", self.unused_id, f"None, or an integer below 0 or from {num_experts} on")
+            known = num_experts + self.zero_experts
+            if not isinstance(self.unused_id, int) or 0 <= self.unused_id < known:
+                raise ConfigError("unused_id", self.unused_id, f"None, or an integer below 0 or from {known} on")
             self.ids_TK = self.ids_TK.to(torch.int64)  # which can hold any `unused_id`
             self.ids_TK = self.ids_TK.masked_fill(self.ids_TK == self.unused_id, -1)
+        self._leave_out(num_experts)
         self.x_TD, self.w_in, self.w_out = self.x_TD.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
+
+    def _leave_out(self, num_experts: int) -> None:
+        """Padding and zero-computation experts become unused slots; what the latter return is `identity`."""
+        mask_T = check_token_mask(self.token_mask, self.x_TD)
+        if mask_T is not None:
+            self.ids_TK = self.ids_TK.masked_fill(~mask_T[:, None], -1)
+            self.weights_TK = self.weights_TK.masked_fill(~mask_T[:, None], 0.0)
+        if self.zero_experts:
+            self.ids_TK, self.weights_TK, self.identity = part_zero_experts(
+                self.ids_TK, self.weights_TK, self.x_TD, num_experts, self.zero_experts
+            )
 
 
 def _inline(call: _Call) -> torch.Tensor:
@@ -121,6 +146,7 @@ def _inline(call: _Call) -> torch.Tensor:
     check_choice(call.ids_TK, experts)
     ids_TK = call.ids_TK.to(torch.int32)
     y_TD, slot_to_row = one_rank(call.x_TD, ids_TK, call.weights_TK, call.w_in, call.w_out, call.activation)
+    y_TD = y_TD if call.identity is None else call.identity.added_to(y_TD)
     if y_TD.requires_grad and not torch.compiler.is_compiling():
         current_phase()  # refuses a reentrant checkpoint
         digest = None if inside_transform() else routing_digest(slot_to_row)
@@ -190,15 +216,15 @@ def _scheduled(
     try:
         weights = ExpertWeights(w_in=call.w_in.detach(), w_out=call.w_out.detach(), kind=call.activation)
         step = Step(transport, weights, phase=PHASES[phase])
-        (x_TD,) = step.enter(call.x_TD, call.w_in, call.w_out, copies=1)
+        x_TD, *x_identity = step.enter(call.x_TD, call.w_in, call.w_out, copies=1 + (call.identity is not None))
     except BaseException as error:
         dispatcher.refuse(error, known)
-    exchange = dispatcher.plan(call.ids_TK, x_TD, known)
-    step.bind(known, exchange, x_TD, call.ids_TK.to(torch.int32), call.weights_TK)
+    step.ask(known, dispatcher, dispatcher.begin(call.ids_TK, x_TD, known))
+    step.give(x_TD, call.ids_TK.to(torch.int32), call.weights_TK)
     y_TD = step.run()
     if phase == 0:
         calls.outgrown.note(step)
-    return y_TD
+    return y_TD if call.identity is None else replace(call.identity, x_TD=x_identity[0]).added_to(y_TD)
 
 
 def _planned(auto: AutoSchedule, calls: _Calls, call: _Call, phase: int) -> Schedules:

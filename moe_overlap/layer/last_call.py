@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,18 +12,23 @@ from moe_overlap import ops
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.layer.arguments import AnySchedule
+from moe_overlap.layer.balance import loss_alone, loss_of_ranks
 from moe_overlap.layer.experts import weights_of
 from moe_overlap.layer.explain import explain
 from moe_overlap.layer.latent import project
 from moe_overlap.layer.left import Left, leave_compiled
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
+from moe_overlap.layer.tape import Tape
+from moe_overlap.layer.told import hand_on
 from moe_overlap.ops.checks import inside_transform
+from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.dispatch import Dispatcher, current_phase
 from moe_overlap.schedule.nodes import Attach, routing_digest
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.run import Step
+from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 
@@ -29,6 +37,7 @@ class LastCall:
     """The half of MoELayer that outlives a call; the layer has the attributes that stand here for their types."""
 
     dispatcher: Dispatcher
+    ownership: Ownership
     experts: nn.Module
     hidden_size: int
     latent_in: nn.Module | None
@@ -39,6 +48,7 @@ class LastCall:
     def _forget(self) -> None:
         """Before the first call."""
         self._left = Left()
+        self._tape = Tape()
         self._outgrown = Outgrown()
 
     def _end(
@@ -48,33 +58,48 @@ class LastCall:
         y_TD: torch.Tensor,
         shape: torch.Size,
         shared_TD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """At the end of a call: its result, and what it leaves behind. A recompute leaves nothing."""
+    ) -> Any:
+        """At the end of a call: its result (see `hand_on`), and what it leaves behind. A recompute leaves nothing."""
         recompute = step.phase != "forward"
         if not recompute:
+            self.dispatcher.end_step()
             self._outgrown.note(step)
-            self._left.last = LastStep.of(step, routing.topk_ids_TK, routing.dropped_tokens)
+            self._left.note(LastStep.of(step, routing))
         node = y_TD.grad_fn
+        loss = loss_of_ranks(routing, step, self.dispatcher.placement, self.ownership)
         with closing_on_error(self.transport, "latent_out"):
             y_TD = project("latent_out", self.latent_out, y_TD, shape[-1])
         tail = y_TD.reshape(-1)[:0] if step.grad and self.transport.world_size > 1 else None
         y_TD = y_TD if shared_TD is None else y_TD + shared_TD
-        return self._left.keep(y_TD, shape, loss=routing.aux_loss, tail=tail, node=node, recompute=recompute)
+        y_TD = y_TD if routing.identity is None else routing.identity.added_to(y_TD)
+        held = self._tape.take_held()
+        y = self._left.keep(y_TD, shape, loss=loss, tail=tail, node=node, recompute=recompute, held=held)
+        return hand_on(y, routing.state)
 
     def _end_inline(
         self, routing: RoutingDecision, y_TD: torch.Tensor, shape: torch.Size, slot_to_row: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> Any:
         """The same where one rank ran its ops in a row, traced by torch.compile or not."""
         assert isinstance(self.schedule, SchedulePair)
+        loss = loss_alone(routing)
+        y_TD = y_TD if routing.identity is None else routing.identity.added_to(y_TD)
         if torch.compiler.is_compiling():
             if not torch.compiler.is_exporting():
-                leave_compiled(self._left, self.schedule, routing)
-            return y_TD.reshape(shape)
+                leave_compiled(self._left, self.schedule, routing, loss)
+            return hand_on(y_TD.reshape(shape), routing.state)
         recompute = current_phase() > 0
         if not recompute:
-            self._left.last = LastStep.of_one_rank(self.schedule, routing.topk_ids_TK, routing.dropped_tokens)
+            what = (routing.topk_ids_TK, routing.tokens_per_expert_E, routing.dropped_tokens)
+            self._left.note(LastStep.of_one_rank(self.schedule, *what))
         digest = routing_digest(slot_to_row) if y_TD.requires_grad and not inside_transform() else None
-        return self._left.keep(y_TD, shape, loss=routing.aux_loss, digest=digest, recompute=recompute)
+        held = self._tape.take_held()
+        y = self._left.keep(y_TD, shape, loss=loss, digest=digest, recompute=recompute, held=held)
+        return hand_on(y, routing.state)
+
+    def watch(self, watcher: Callable[[LastStep], None]) -> None:
+        """Call `watcher` at the end of every forward call of this layer, compiled ones too, but for recomputes. A copy
+        of the layer has no watchers."""
+        self._left.watchers.append(watcher)
 
     @property
     def _last_step(self) -> LastStep | None:
@@ -97,6 +122,11 @@ class LastCall:
             return 'schedule "auto": the first forward call calibrates, then chooses'
         return explain(self.schedule, [], self.transport, computes=self._computes())
 
+    @property
+    def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate_up_proj or up_proj, down_proj) of `experts`."""
+        return weights_of(self.experts)
+
     def _computes(self) -> list[str]:
         """What runs on the device and in the dtype of the experts, one line per op, with reasons; and that rows are
         latents, where they are."""
@@ -104,6 +134,8 @@ class LastCall:
         parameters = list(self.experts.parameters())
         weight = parameters[0] if parameters else weights_of(self.experts)[1]
         lines = ops.registry.explain(weight.device, weight.dtype)
+        if isinstance(self.dispatcher, StaticDispatcher):
+            lines.append(self.dispatcher.says)
         if self.latent_in is not None:
             lines.append(f"rows: latents of width {self.dispatcher.hidden} instead of {self.hidden_size}, by latent_in "
                          "before dispatch; back by latent_out after combine")  # fmt: skip

@@ -12,6 +12,7 @@ latents instead of x. So x has another node that sums its gradients in a fixed o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.nodes import Tap, only_once
 from moe_overlap.schedule.run import Step
+from moe_overlap.transport.closing import closing_on_error
 
 
 def make_projections(
@@ -77,6 +79,17 @@ class Tokens:
             return step.enter(self.router, w_in, w_out, copies=3)
         rows, entry = step.enter(self.latents, w_in, w_out, copies=2)
         return [Tie.apply(self.router, entry), rows, self.shared]
+
+
+def late_rows(
+    step: Step, late: Callable[[], tuple[torch.Tensor, torch.Tensor]], latent_in: nn.Module | None, width: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The rows of a step whose router has read something else: what `late` gives, while ranks agree. What it raises
+    closes the transport."""
+    with closing_on_error(step.transport, "the backbone before the tap"):
+        step.hidden, x = late()
+        return project("latent_in", latent_in, x.reshape(-1, x.shape[-1]), width).to(dtype)
 
 
 class Tie(torch.autograd.Function):

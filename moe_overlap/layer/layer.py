@@ -6,7 +6,6 @@ Letters: T tokens on this rank, D hidden size, F expert hidden size, E experts, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import AutoSchedule
-from moe_overlap.auto.beside import Op
 from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer import assembly
@@ -22,21 +20,25 @@ from moe_overlap.layer.arguments import (
     NOT_TRACEABLE,
     AnySchedule,
     Beside,
-    check_choice,
+    Given,
     check_choices,
     check_options,
-    check_payload,
     check_positive,
+    check_router_input,
     rows_dtype,
 )
+from moe_overlap.layer.balance import sums_over_replicas
+from moe_overlap.layer.choosing import Chooses
 from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
-from moe_overlap.layer.latent import Tokens, make_projections, project
+from moe_overlap.layer.latent import Tie, Tokens, late_rows, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
-from moe_overlap.layer.tickets import Ticket, Tickets
+from moe_overlap.layer.static import Static, static_options
+from moe_overlap.layer.tickets import Ticket
+from moe_overlap.layer.told import Routes
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel.entering import entered
-from moe_overlap.routing.decision import RoutingDecision, as_decision
+from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.rows import ExpertWeights
@@ -45,7 +47,7 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Tickets, Copies):
+class MoELayer(Static, Copies, Routes, Chooses):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
@@ -69,8 +71,11 @@ class MoELayer(Tickets, Copies):
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
     value at most), and are computed in float32. None: as they are.
-    capacity_factor, aux_loss_coef, z_loss_coef, bad_logits: see LinearRouter (refused beside a router module).
-    mode: "host" (exact row counts, read by the host once a step); "static" (fixed buffers) is not there yet.
+    capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits: see LinearRouter (refused beside a router module).
+    mode: "host" (exact row counts, read by the host once a step), or "static": fixed shapes, no read by the host, for
+    CUDA graphs; rows that do not fit raise CapacityExceeded at the next call (see docs/design.md, "Fixed shapes"). All
+    ranks have one number of tokens, in all steps. static_capacity: room for each expert over its mean share of a rank's
+    choices (1.25, say), or "no_drop", for all of them; max_in_flight_bytes: the most bytes that such rows may take.
 
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
@@ -109,10 +114,12 @@ class MoELayer(Tickets, Copies):
         capacity_factor: float | None = None,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        balance: str = "micro",
         bad_logits: str = "raise",
         transport: Transport | None = None,
         dispatcher: Dispatcher | None = None,
         mode: str = "host",
+        static_capacity: float | str | None = None,
         timeout_s: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -122,85 +129,96 @@ class MoELayer(Tickets, Copies):
         check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
         check_choices(num_experts, top_k, dtype)
         activation = assembly.activation_of(experts, activation)
-        check_options(mode, dedup, max_in_flight_bytes, schedule)
-        check_payload(payload_dtype)
+        check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
+        static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,
+                                dispatcher=dispatcher)  # fmt: skip
         factory = assembly.factory_of(experts, device, dtype)
         options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
-                   "bad_logits": bad_logits}  # fmt: skip
-        self.transport, replicas = assembly.make_transport(
-            transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device
-        )
+                   "balance": balance, "bad_logits": bad_logits}  # fmt: skip
+        self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
+                                                           timeout_s=timeout_s, device=device)  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
         # First among the parameters, as before the experts were a module, since states of optimizers go by position;
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
-        self.shared_expert = assembly.make_shared_expert(
-            shared_expert, hidden_size, shared_expert_size, activation, factory
-        )
+        self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
+                                                         factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
-            max_in_flight_bytes=max_in_flight_bytes,
-        )  # fmt: skip
+            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
         placement = assembly.make_placement(dispatcher, num_experts, ranks)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
-        self.experts = assembly.make_experts(
-            experts, row_width, ffn_hidden_size, ownership=self.ownership, activation=activation, factory=factory
-        )  # fmt: skip
+        self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
+                                             activation=activation, factory=factory)  # fmt: skip
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
-            dispatcher, placement, self.transport, bad_logits, self.rows, hidden=row_width, ffn_hidden=ffn_hidden_size,
-            top_k=top_k, activation=activation, payload_dtype=payload_dtype,
+            dispatcher, placement, self.transport, bad_logits, self.rows, static, hidden=row_width,
+            ffn_hidden=ffn_hidden_size, top_k=top_k, activation=activation, payload_dtype=payload_dtype,
             dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
+        self._check_router()
         self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
 
     # ---------------------------------------------------------------- the layer as a sentence
 
-    def forward(self, x: torch.Tensor, beside: Beside | None = None) -> Any:
+    def forward(
+        self, x: torch.Tensor, beside: Beside | None = None, router_input: torch.Tensor | None = None,
+        **given: torch.Tensor | None,
+    ) -> Any:  # fmt: skip
         """x: [..., D] of this rank's tokens (any number, zero included) -> y of the same shape.
 
-        With `beside`, which is ShortcutBlock's, backbone ops run beside the exchanges: (their result, y).
+        router_input: what the router reads instead of x, such as an earlier state of the model; of x's shape. given:
+        what the router takes beside it, its first sizes those of x or [T]: `token_mask` (bool, True = a token,
+        False = padding, routed nowhere and counted nowhere), `state` of the router of the layer before; a router with a
+        state makes the result (y, state). With `beside`, which is ShortcutBlock's, backbone ops run beside the
+        exchanges: (their result, y).
         Raises ConfigError (bad argument, bad logits; on every rank alike), MoeTransportError and its subclasses.
         """
         if beside is not None:
-            return self._forward_beside(x, beside)
-        return self._forward_one_rank(x) if self._runs_inline else self._forward_scheduled(x)
+            return self._forward_beside(x, beside, given)
+        run = self._forward_one_rank if self._runs_inline else self._forward_scheduled
+        return run(x, given, router_input)
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def _forward_scheduled(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_scheduled(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
         """The sentence: route and agree, run the schedule, add the shared expert."""
-        step, routing, x_shared = self._begin(x, self.schedule)
+        step, routing, x_shared = self._begin(x, self.schedule, given, router_input=router_input)
         y_TD = step.run(shared=lambda: self._shared(x_shared))
         return self._end(step, routing, y_TD, x.shape, step.take_shared())
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def _forward_beside(self, x: torch.Tensor, beside: Beside) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_beside(self, x: torch.Tensor, beside: Beside, given: Given) -> tuple[torch.Tensor, Any]:
         """The same with backbone ops: part of the layer's own call, so that hooks and wrappers of the layer see it."""
-        step, routing, _ = self._begin(x, beside.schedule, beside.backbone, beside.hidden)
-        step.hidden = beside.hidden
+        step, routing, _ = self._begin(x, beside.schedule, given, beside)
         y_TD = step.run(backbone=beside.backbone)
         return step.take_hidden(), self._end(step, routing, y_TD, x.shape)
 
     def _begin(
-        self, x: torch.Tensor, schedule: AnySchedule, backbone: Sequence[Op] = (), h: torch.Tensor | None = None
-    ) -> tuple[Step, RoutingDecision, torch.Tensor]:
-        """Route and agree: up to the point where the schedule can run."""
+        self, x: torch.Tensor, schedule: AnySchedule, given: Given, beside: Beside | None = None, *,
+        router_input: torch.Tensor | None = None,
+    ) -> tuple[Step, RoutingDecision, torch.Tensor]:  # fmt: skip
+        """Route and begin to agree: up to the point where the schedule can run."""
+        late = None if beside is None else beside.late
         known: Schedules = schedule.unplanned if isinstance(schedule, AutoSchedule) else schedule
         try:
             phase = current_phase()
             x_TD, w_in, w_out = self._entry(x)
-            tokens = Tokens.of(x_TD, self.latent_in, self.dispatcher.hidden, w_out.dtype)
+            told = self._told(x, given)
+            tokens = Tokens.of(x_TD, self.latent_in if late is None else None, self.dispatcher.hidden, w_out.dtype)
+            read_TD = None if router_input is None else check_router_input(router_input, x)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
-            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, x_TD=x_TD, w_in=w_in, w_out=w_out,
-                                 latents=tokens.latents, h=h, backbone=backbone, shared=self.shared_expert)  # fmt: skip
+            ops, h = ((), None) if beside is None else (beside.backbone, beside.hidden)
+            inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=told, x_TD=x_TD, w_in=w_in,
+                                 w_out=w_out, latents=tokens.latents, h=h, backbone=ops, shared=self.shared_expert,
+                                 router_input=read_TD)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
@@ -208,47 +226,37 @@ class MoELayer(Tickets, Copies):
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
                         payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
-            routing = as_decision(self.router(x_router))
+            if read_TD is not None:
+                x_router = Tie.apply(read_TD, x_router)
+            routing = self._route(x_router, x_shared, told)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
-            rows_TD = x_rows.to(w_out.dtype)
+            rows_TD = (x_rows if late is None else step.anchor).to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
-        start = step.lanes.now()
-        exchange = self.dispatcher.plan(slots_TK, rows_TD, known, status=routing.status)
-        step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)
-        step.lanes.note("N", "wire", start, step.lanes.now())
+        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status, router_state=routing.agreed)
+        step.ask(known, self.dispatcher, agreement)
+        if beside is not None:
+            step.hidden = beside.hidden
+        if late is not None:
+            rows_TD = late_rows(step, late, self.latent_in, self.dispatcher.hidden, w_out.dtype)
+        step.give(rows_TD, slots_TK, routing.topk_weights_TK, entered=late is None)
         return step, routing, x_shared
 
-    def _planned(self, schedule: AutoSchedule, inputs: ProbeInputs, phase: int) -> Schedules:
-        """What the coming step of "auto" runs. The first one calibrates, on its own tokens and with its own ops."""
-        self.dispatcher.open()
-        found = schedule.get(self.dispatcher.openings, inputs.dtype)
-        if found is not None and (phase > 0 or found not in self._outgrown):
-            return found
-        if found is not None and torch.is_grad_enabled():
-            self._left.forget_last_tail()  # which this call follows: without it that call may be seen to be over
-        return schedule.calibrate(inputs, old=found, waiting=self._outgrown.waiting)
-
-    def _forward_one_rank(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_one_rank(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
         """One rank and nothing to overlap: the ops in a row, which torch.compile can see through."""
         x_TD, w_in, w_out = self._entry(x)
-        routing = as_decision(self.router(x_TD))
+        read_TD = x_TD if router_input is None else check_router_input(router_input, x)
+        routing = self._route(read_TD, x_TD, self._told(x, given))
         check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
-        placement = self.dispatcher.placement
-        check_choice(routing.topk_ids_TK, placement.num_experts, routing.status)
-        ids_TK = placement.to_physical(routing.topk_ids_TK)
+        self._check_choice(routing)
+        ids_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
         rows_TD = project("latent_in", self.latent_in, x_TD, self.dispatcher.hidden)
         y_TD, slot_to_row = one_rank(rows_TD, ids_TK, routing.topk_weights_TK, w_in, w_out, self.dispatcher.activation)
         y_TD = project("latent_out", self.latent_out, y_TD, self.hidden_size)
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(x_TD)
         return self._end_inline(routing, y_TD, x.shape, slot_to_row)
-
-    @property
-    def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gate_up_proj or up_proj, down_proj) of `experts`."""
-        return weights_of(self.experts)
 
     def reset_parameters(self) -> None:
         """Every part as it starts, in the order in which they are built (after `to_empty`)."""
@@ -263,7 +271,8 @@ class MoELayer(Tickets, Copies):
 
     @property
     def _runs_inline(self) -> bool:
-        return self.ownership.grad_scale == 1.0 and runs_inline(self.transport, self.schedule)
+        whole = self.ownership.grad_scale == 1.0 and not sums_over_replicas(self.router, self.ownership)
+        return whole and runs_inline(self.transport, self.schedule)
 
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""
@@ -271,6 +280,7 @@ class MoELayer(Tickets, Copies):
         if activation != d.activation:
             raise ConfigError("experts.activation", activation, f"{d.activation!r}, with which the layer was made")
         check_transform(inline=self._runs_inline)
+        self._look_back()
         if not torch.compiler.is_compiling():  # a graph that writes an attribute cannot be inside a checkpoint
             self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Call:
     def __init__(self, loss: torch.Tensor | None, tail: torch.Tensor | None, *, compiled: bool = False) -> None:
         self.loss, self.tail, self.compiled = loss, tail, compiled
         self.attached = False
+        self.held: object = None
         self._node: weakref.ref[Any] | None = None
 
     def watch(self, node: Any) -> None:
@@ -60,12 +62,19 @@ class Left:
 
     def __init__(self) -> None:
         self.last: LastStep | None = None
+        self.watchers: list[Callable[[LastStep], None]] = []  # see `LastCall.watch`
         self._calls: list[tuple[weakref.ref[Call], bool]] = []  # and whether the call has a loss
         self._held: list[Call] = []
         self._warned = False
 
     def __reduce__(self) -> tuple[type[Left], tuple[()]]:
         return Left, ()
+
+    def note(self, last: LastStep) -> None:
+        """The end of a forward call that is no recompute."""
+        self.last = last
+        for watcher in self.watchers:
+            watcher(last)
 
     def keep(
         self,
@@ -77,11 +86,14 @@ class Left:
         digest: torch.Tensor | None = None,
         node: Any = None,
         recompute: bool = False,
+        held: object = None,
     ) -> torch.Tensor:
-        """The end of an eager call: y in `shape`, which holds the rest. `node`: see `Call.watch`; None: that of y."""
+        """The end of an eager call: y in `shape`, which holds the rest. `node`: see `Call.watch`; None: that of y.
+        `held`: lives as long as the graph of y does, for a recompute of the call."""
         if loss is not None and not loss.requires_grad:
             loss = None  # a call without gradients leaves none behind, and takes nothing away
         call = Call(loss, tail)
+        call.held = held
         if y_TD.requires_grad:
             y_TD = Keep.apply(y_TD, digest, call, shape)
             call.watch(y_TD.grad_fn if node is None else node)
@@ -92,12 +104,17 @@ class Left:
         return y_TD
 
     def receive(
-        self, schedule: SchedulePair, loss: torch.Tensor | None, ids: torch.Tensor, dropped: torch.Tensor
+        self,
+        schedule: SchedulePair,
+        loss: torch.Tensor | None,
+        ids: torch.Tensor,
+        chosen: torch.Tensor,
+        dropped: torch.Tensor,
     ) -> None:
         """The end of a compiled call, after its graph has run."""
         if torch._C._current_graph_task_id() >= 0:
             return  # a recompute
-        self.last = LastStep.of_one_rank(schedule, ids, dropped)
+        self.note(LastStep.of_one_rank(schedule, ids, chosen, dropped))
         self._add(Call(loss if loss is not None and loss.requires_grad else None, None, compiled=True))
 
     def take_losses(self) -> torch.Tensor | None:
@@ -171,7 +188,7 @@ _arrived: dict[torch.Tensor, Any] = {}
 _arrival = Arrival()
 
 
-def leave_compiled(left: Left, schedule: SchedulePair, routing: RoutingDecision) -> None:
+def leave_compiled(left: Left, schedule: SchedulePair, routing: RoutingDecision, loss: torch.Tensor | None) -> None:
     """The end of a call that torch.compile traces: what it leaves behind becomes outputs of the graph, with gradients.
 
     Nothing that a call changes is read here, so there is nothing to guard on: a graph is compiled once, whatever was
@@ -179,6 +196,6 @@ def leave_compiled(left: Left, schedule: SchedulePair, routing: RoutingDecision)
     comes last, as it was traced first, and frees the `Arrival` of the call before, which then hands over this one.
     """
     global _arrival
-    loss, ids, dropped = routing.aux_loss, routing.topk_ids_TK, routing.dropped_tokens
+    ids, chosen, dropped = routing.topk_ids_TK, routing.tokens_per_expert_E, routing.dropped_tokens
     _arrival = Arrival()
-    _arrived[ids if loss is None else loss] = (left, schedule, loss, ids, dropped)
+    _arrived[ids if loss is None else loss] = (left, schedule, loss, ids, chosen, dropped)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,8 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, check_budget
 from moe_overlap.layer.experts import reset
 from moe_overlap.layer.layer import MoELayer
-from moe_overlap.schedule.builders import window
+from moe_overlap.layer.static import is_static
+from moe_overlap.schedule.builders import agree_ahead, window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.nodes import Tap
 from moe_overlap.schedule.user_ops import check_result
@@ -57,7 +60,11 @@ class ShortcutBlock(nn.Module):
     chunks, by: chunk the exchanges as well. backward_slot, backward_chunks: the same for backward, where the best
     ones differ. schedule="auto" instead of all these: measured at the first forward call (at most 20 s, or eight steps
     where these take longer), then the fastest one found. max_in_flight_bytes: as in MoELayer. pre_norm, post_norm: on
-    the experts' input and on their output. overlap=False: every exchange joined.
+    the experts' input and on their output. overlap=False: every exchange joined. ahead: so many of the ops after the
+    tap run while the ranks agree on the counts, before the first dispatch; the same model, the same bits.
+    router_tap: how many ops run before the point that feeds the router, at most `tap`: with fewer the ranks agree while
+    the rest runs up to the tap, in another model, whose router reads pre_norm of an earlier state, as the pre-gating
+    router of Read-ME (arXiv 2410.19123) does.
 
     y = backbone(h) + post_norm(moe(pre_norm(h at the tap))).
     """
@@ -80,6 +87,8 @@ class ShortcutBlock(nn.Module):
         schedule: str | None = None,
         overlap: bool = True,
         max_in_flight_bytes: int | None = None,
+        ahead: int = 0,
+        router_tap: int | None = None,
     ) -> None:
         super().__init__()
         if combine not in COMBINE:
@@ -94,8 +103,15 @@ class ShortcutBlock(nn.Module):
             ops.append(SharedExpertOp(shared_expert, moe.hidden_size, gated=combine == "gated", reference=weight))
         if not isinstance(tap, int) or not 0 <= tap <= len(ops):
             raise ConfigError("tap", tap, f"an integer from 0 to {len(ops)}, the number of backbone ops")
+        router_tap = tap if router_tap is None else router_tap
+        if not isinstance(router_tap, int) or not 0 <= router_tap <= tap:
+            raise ConfigError("router_tap", router_tap, f"None or an integer from 0 to {tap}, the tap of the experts")
+        if router_tap < tap and moe.latent_in is not None and schedule == "auto":
+            raise NotImplementedError('router_tap before the tap of latent experts, with schedule="auto"')
+        if router_tap < tap and bool(getattr(moe.router, "zero_experts", False)):
+            raise NotImplementedError("router_tap before the tap, with zero-computation experts")
         self.moe = moe
-        self.tap = tap
+        self.tap, self.router_tap = tap, router_tap
         self.backbone = nn.ModuleList(as_module(op) for op in ops)
         self.pre_norm = pre_norm
         self.post_norm = post_norm
@@ -104,16 +120,18 @@ class ShortcutBlock(nn.Module):
         if schedule not in (None, "auto") or (schedule is None) != (slot is not None):
             text = "'auto', or None beside a slot=, which says how many ops after the tap come before the experts"
             raise ConfigError("schedule", schedule, text)
+        if not isinstance(ahead, int) or not 0 <= ahead <= num_ops:
+            raise ConfigError("ahead", ahead, f"an integer from 0 to {num_ops}, the number of ops after the tap")
         self.schedule: AnySchedule
-        if slot is None and moe.rows.hierarchical:
-            raise ConfigError("schedule", schedule, "None and a slot=, with hierarchical exchanges")
+        if slot is None and (moe.rows.hierarchical or is_static(moe.dispatcher)):
+            raise ConfigError("schedule", schedule, 'None and a slot=, with hierarchical exchanges or mode="static"')
         if slot is None and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
-                                         max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+                                         max_in_flight_bytes=max_in_flight_bytes, num_ahead=ahead)  # fmt: skip
         else:
             pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
                           backward_chunks=backward_chunks)  # fmt: skip
-            pair = moe.rows.pair(pair, moe.transport.world_size)
+            pair = moe.rows.pair(agree_ahead(pair, ahead), moe.transport.world_size)
             check(pair)
             pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
             self.schedule = pair if overlap else pair.join()
@@ -126,23 +144,32 @@ class ShortcutBlock(nn.Module):
                 reset(op.gate)
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """h: [..., D] -> the same shape. Errors as MoELayer.forward."""
+    def forward(self, h: torch.Tensor, **given: torch.Tensor | None) -> Any:
+        """h: [..., D] -> the same shape, or (that, state). `given` and errors as MoELayer.forward."""
         with closing_on_error(self.moe.transport, "the backbone before the tap"):
             if not isinstance(h, torch.Tensor):
                 raise ConfigError("h", type(h).__name__, f"a tensor [..., {self.moe.hidden_size}]")
-            for index, op in enumerate(self.backbone[: self.tap]):
-                before, h = h, op(h)
-                check_result(f"backbone op {index} before the tap", h, before)
-            hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
-            if self.pre_norm is not None:
-                tapped = self.pre_norm(tapped)
-                check_result("pre_norm", tapped, hidden)
-        beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]))
-        h, routed = self.moe(tapped, beside)
-        if self.post_norm is None:
-            return h + routed
-        with closing_on_error(self.moe.transport, "post_norm"):
-            normed = self.post_norm(routed)
-        check_result("post_norm", normed, routed)  # alike on all ranks, and nothing is under way
-        return h + normed
+            hidden, tapped = self._tap(h, range(self.router_tap))
+        rest = range(self.router_tap, self.tap)
+        beside = Beside(hidden=hidden, schedule=self.schedule, backbone=list(self.backbone[self.tap :]),
+                        late=partial(self._tap, hidden, rest) if rest else None)  # fmt: skip
+        h, routed = self.moe(tapped, beside, **given)
+        routed, state = routed if isinstance(routed, tuple) else (routed, None)
+        if self.post_norm is not None:
+            with closing_on_error(self.moe.transport, "post_norm"):
+                before, routed = routed, self.post_norm(routed)
+            check_result("post_norm", routed, before)  # alike on all ranks, and nothing is under way
+        return h + routed if state is None else (h + routed, state)
+
+    def _tap(self, h: torch.Tensor, before: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """(for the backbone, for the experts or their router): h after these ops, and its pre_norm."""
+        for index in before:
+            last, h = h, self.backbone[index](h)
+            check_result(f"backbone op {index} before the tap", h, last)
+        hidden, tapped = Tap.apply(h) if torch.is_grad_enabled() and h.requires_grad else (h, h)
+        if self.pre_norm is not None:
+            tapped = self.pre_norm(tapped)
+            check_result("pre_norm", tapped, hidden)
+        if self.schedule.ahead and tapped is hidden:
+            tapped = tapped.clone()  # an op may work in place, and P reads it after those ahead
+        return hidden, tapped

@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule
+from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, Given
 from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.last_call import LastCall
 from moe_overlap.routing.decision import RoutingDecision
@@ -48,14 +49,19 @@ class Tickets(LastCall):
     shared_expert: nn.Module | None
     _ticket: weakref.ref[Ticket] | None
 
-    def _begin(self, x: torch.Tensor, schedule: AnySchedule) -> tuple[Step, RoutingDecision, torch.Tensor]:
+    def _begin(
+        self, x: torch.Tensor, schedule: AnySchedule, given: Given, beside: Beside | None = None, *,
+        router_input: torch.Tensor | None = None,
+    ) -> tuple[Step, RoutingDecision, torch.Tensor]:  # fmt: skip
         raise NotImplementedError
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def begin(self, x: torch.Tensor) -> Ticket:
-        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`.
+    def begin(self, x: torch.Tensor, router_input: torch.Tensor | None = None, **given: torch.Tensor | None) -> Ticket:
+        """Route, agree, permute and start every dispatch; the returned ticket goes to `run_experts`. Arguments as
+        `MoELayer.forward`.
 
         The layer's schedule says into how many chunks ("auto": one, as what stands between the stages is unknown).
+        The agreement is waited for here, since dispatches follow. router_input: as in `forward`.
         """
         if self.shared_expert is not None:
             raise ConfigError("shared_expert_size", "set", "None for the ticket API: run the shared expert yourself")
@@ -67,7 +73,7 @@ class Tickets(LastCall):
         else:
             pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
         pair = self.rows.pair(pair, self.transport.world_size)
-        step, routing, _ = self._begin(x, pair)
+        step, routing, _ = self._begin(x, pair, given, router_input=router_input)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)
         # Weak: a ticket that was lost to an error between the stages must not block the layer for ever.
@@ -81,8 +87,8 @@ class Tickets(LastCall):
             ticket.step.run_until_op()
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
-    def finish(self, ticket: Ticket) -> torch.Tensor:
-        """Wait for the returned rows and sum them: y of the shape that `begin` was given."""
+    def finish(self, ticket: Ticket) -> Any:
+        """Wait for the returned rows and sum them: y of the shape that `begin` was given, or (y, state)."""
         with ticket.advance("computed", "finished"):
             y_TD = ticket.step.run()
         return self._end(ticket.step, ticket.routing, y_TD, ticket.shape)

@@ -28,8 +28,11 @@ OPS = (
     "activation_backward",
     "pack",
     "unpack",
+    "unpack_into",
 )
 """The operators that have a CUDA kernel."""
+
+ROW_COPIES = ("permute", "pack", "unpack", "unpack_into")
 
 MOST_GATE_EXPERTS, MOST_GATE_K = 1024, 16
 MOST_ROW_MAP_EXPERTS = 3000
@@ -59,7 +62,7 @@ def dtypes(op: str) -> tuple[torch.dtype, ...]:
         return (torch.int32,)
     if op in ("gate_topk", "gate_topk_backward"):
         return (torch.float32,)
-    return checks.FLOATS if op in ("permute", "pack", "unpack") else _SIXTEEN_AND_32
+    return checks.FLOATS if op in ROW_COPIES else _SIXTEEN_AND_32
 
 
 def _obstacle(op: str) -> registry.Obstacle:
@@ -139,6 +142,10 @@ def _row_map_limit(ids_TK: torch.Tensor, num_experts: int, first: int, last: int
     return None
 
 
+def _into_limit(received_RD: torch.Tensor, row_order_R: Any, out_ND: torch.Tensor) -> str | None:
+    return None if out_ND.is_contiguous() else f"a buffer with strides {out_ND.stride()}"
+
+
 def _combine_limit(y_RD: torch.Tensor, slot_to_row_TK: Any, weights_TK: Any, residual_TD: Any) -> str | None:
     if residual_TD is not None and residual_TD.dtype not in _SIXTEEN_AND_32:
         return f"a residual of {_name(residual_TD.dtype)}"
@@ -155,18 +162,28 @@ _LIMITS: dict[str, registry.Limit] = {
     "gate_topk": _gate_limit,
     "gate_topk_backward": _gate_backward_limit,
     "row_map": _row_map_limit,
+    "unpack_into": _into_limit,
     "combine": _combine_limit,
     "combine_backward": _combine_backward_limit,
 }
 
 
-def _add(ops: Sequence[str]) -> None:
-    for op in ops:
+def _define(op: str) -> None:
+    """The operator behind which the kernel of `op` stands."""
+    if op == "unpack_into":  # which writes its argument: an entry of the registry, no operator that users call
+        name = define(f"{kernel_op(op)}(Tensor received, Tensor row_order, Tensor(a!) out) -> ()")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=LIBRARY)
+    else:
         schema = str(getattr(torch.ops.moe_overlap, op).default._schema)
         name = define(schema.replace(f"{NAMESPACE}::{op}", kernel_op(op), 1))
-        LIBRARY.impl(name, _refuse(op), "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _shapes_of(op), lib=LIBRARY)
         refuse_derivative(name)
+    LIBRARY.impl(name, _refuse(op), "CPU")
+
+
+def _add(ops: Sequence[str]) -> None:
+    for op in ops:
+        _define(op)
     calls = {
         "combine": _with_float32("combine", 2),
         "combine_backward": _with_float32("combine_backward", 3, gradient=1),

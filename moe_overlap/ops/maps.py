@@ -6,6 +6,8 @@ would be read from may hold NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moe_overlap.errors import ConfigError
@@ -18,6 +20,14 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def all_to_device(values: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """`to_device` for several vectors of integers, as int32 and in one copy; themselves where that is a CPU."""
+    if device.type != "cuda":
+        return list(values)
+    moved = to_device(torch.cat([value.to(torch.int32) for value in values]), device)
+    return list(moved.split([value.shape[0] for value in values]))
 
 
 def invert(slot_to_row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -57,7 +57,8 @@ def unpack(received_RD: torch.Tensor, row_order_R: torch.Tensor, out: torch.Tens
     checks.check_tensor("out", out, (None, received_RD.shape[1]), received_RD.dtype, what="[N, D]")
     checks.check_values("row_order", row_order_R, 0, out.shape[0], why="the rows of out")
     with torch.no_grad():
-        return out.index_copy_(0, row_order_R.long(), received_RD)
+        _run_into(received_RD, row_order_R, out)
+    return out
 
 
 def _pack(rows_ND: torch.Tensor, row_order_R: torch.Tensor) -> torch.Tensor:
@@ -82,6 +83,10 @@ def _unpack(received_RD: torch.Tensor, row_order_R: torch.Tensor) -> torch.Tenso
             raise ConfigError("row_order", f"no entry {missing}", f"a permutation of 0 .. {count - 1}")
     rows_RD = workspace.empty(received_RD.shape, like=received_RD)
     return rows_RD.index_copy_(0, order, received_RD)
+
+
+def _unpack_into(received_RD: torch.Tensor, row_order_R: torch.Tensor, out_ND: torch.Tensor) -> None:
+    out_ND.index_copy_(0, row_order_R.long(), received_RD)
 
 
 def _setup_pack(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -110,6 +115,8 @@ define("unpack(Tensor received, Tensor row_order) -> Tensor")
 registry.add("pack", "reference", _pack, merit="pure PyTorch, runs everywhere")
 registry.add("pack_backward", "reference", _pack_backward, merit="pure PyTorch, runs everywhere")
 registry.add("unpack", "reference", _unpack, merit="pure PyTorch, runs everywhere")
+registry.add("unpack_into", "reference", _unpack_into, merit="pure PyTorch, runs everywhere")
+_run_into = registry.kernel("unpack_into")
 implement(
     "pack",
     registry.kernel("pack"),

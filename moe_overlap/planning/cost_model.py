@@ -129,12 +129,13 @@ class CostModel:
     `exchange`: by wire ("inter", "intra"), over the bytes that leave or enter the busiest rank on it in one exchange;
     an exchange ends with its slowest wire. `experts`, `experts_dgrad`, `experts_wgrad`: over the rows of the busiest
     rank in one chunk (wgrad: in one group), plus `expert_s` (`expert_dgrad_s`) for each expert that computes in it:
-    chunks of tokens pass all experts, chunks by expert groups a few. `permute` .. `permute_backward`: over rows, T * K
-    of a rank. `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order. `shared_s`: the
-    shared expert of a layer. `outside_s`: everything of the timed unit that is in no window (router, agreement, ops
-    before the tap, the combination of the branches). `issue_s`: compute-lane time of starting an exchange, and again of
-    waiting for it. `slowdown`: of each lane while the other is busy. `distinct`: what differs in deduplicated steps;
-    None: nobody knows. `source`: where the figures come from, in words.
+    chunks of tokens pass all experts, chunks by expert groups a few. `permute` .. `permute_backward`: over rows, T
+    * K of a rank. `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order.
+    `shared_s`: the shared expert of a layer. `outside_s`: everything of the timed unit that is in no window
+    (router, agreement, ops before the tap, the combination of the branches); `agree_s`: of it the agreement, when
+    its last rank has come. `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
+    `slowdown`: of each lane while the other is busy. `distinct`: what differs in deduplicated steps; None: nobody
+    knows. `source`: where the figures come from, in words.
     """
 
     exchange: Mapping[str, AlphaBeta]
@@ -153,6 +154,7 @@ class CostModel:
     shared_backward_s: float = 0.0
     outside_s: float = 0.0
     outside_backward_s: float = 0.0
+    agree_s: float = 0.0
     measured_rows: float = 0.0
     issue_s: float = 0.0
     slowdown: Slowdown = Slowdown()
@@ -184,14 +186,21 @@ class CostModel:
             raise ConfigError("bytes_by_lane", sorted(unknown), f"wires of the model: {sorted(self.exchange)}")
         return max((self.exchange[lane](count) for lane, count in bytes_by_lane.items()), default=0.0)
 
-    def outside(self, phase: Phase, num_ops: int | None = None) -> float:
-        """Seconds of the timed unit in no window, when the last `num_ops` backbone ops (None: all) are in it."""
+    def outside(self, phase: Phase, num_ops: int | None = None, *, op_verb: OpVerb = "B", num_ahead: int = 0) -> float:
+        """Seconds of the timed unit in no window, when the last `num_ops` backbone ops (None: all) are in it.
+
+        num_ahead: the first so many of these (op_verb "S": the shared expert) run beside the agreement, in forward.
+        """
         ops_s, rest_s = (
             (self.backbone_s, self.outside_s)
             if phase == "forward"
             else (self.backbone_backward_s, self.outside_backward_s)
         )
-        return rest_s + sum(ops_s[: len(ops_s) - _op_count(self, num_ops)])
+        before = len(ops_s) - _op_count(self, num_ops)
+        if phase == "backward" or not num_ahead:
+            return rest_s + sum(ops_s[:before])
+        ahead_s = self.shared_s if op_verb == "S" else sum(ops_s[before : before + num_ahead])
+        return rest_s + sum(ops_s[:before]) + max(0.0, ahead_s - self.agree_s)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists, dicts and the one text `source`: what `from_json` takes."""

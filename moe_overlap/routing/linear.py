@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +11,44 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
-from moe_overlap.ops.gate import gate_topk
-from moe_overlap.routing.balance import Reduce, load_balancing_loss, router_probabilities, z_loss
+from moe_overlap.routing.balance import (
+    GlobalBalance,
+    load_balancing_loss,
+    router_probabilities,
+    sequence_balancing_loss,
+    z_loss,
+)
+from moe_overlap.routing.checks import (
+    check_capacity_factor,
+    check_coefficients,
+    check_eval_capacity_factor,
+    check_scale,
+    check_sizes,
+    check_tokens,
+    check_words,
+    check_zero_experts,
+)
+from moe_overlap.routing.choice import Choice, Losses, choose_top_k, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
-from moe_overlap.routing.select import drop_over_capacity, expert_capacity
+from moe_overlap.routing.locality import Locality, LocalityBias, check_locality, limit_off_node, locality_loss
+from moe_overlap.routing.masks import (
+    TOGETHER,
+    ExpertMask,
+    check_token_mask,
+    mark_padding,
+    settle_padding,
+    without_padding,
+)
+from moe_overlap.routing.nodes import Nodes, check_nodes
+from moe_overlap.routing.replayed import Recorded, replayed_choice, with_recorded_drops
+from moe_overlap.routing.scores import linear_logits
+from moe_overlap.routing.select import expert_capacity
+from moe_overlap.routing.variable_k import VariableK, as_variable_k
 
-SCORES = ("softmax", "topk_softmax", "sigmoid")
-BAD_LOGITS = ("raise", "drop")
 INIT_STD = 0.02
 
 
-class LinearRouter(nn.Module):
+class LinearRouter(ExpertMask):
     """Scores every expert with one matrix and picks `top_k` of them per token.
 
     score: "softmax" (softmax over all experts, then top-k: GShard, Switch), "topk_softmax" (top-k, then softmax over
@@ -29,17 +56,30 @@ class LinearRouter(nn.Module):
     renormalize: divide the K weights by their sum. scale: multiply them. n_group, topk_group: choose the experts
     from the best `topk_group` of `n_group` groups. bias: a buffer `expert_bias_E` that is added for the selection
     only, never to the weights (arXiv 2408.15664). It is float32 whatever the module is cast to (float64 too) or loaded
-    from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`.
+    from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`. balance: over what the auxiliary loss
+    spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').
     capacity_factor: None, or each expert keeps at most ceil(factor * T * K / E) of this rank's slots, those of
-    highest weight (equal weights: earlier token first).
+    highest weight (equal weights: earlier token first). eval_capacity_factor: the same for a router in eval mode; None:
+    no limit there; "same": as in training. T counts padding, so that the capacity follows from the shape.
+    zero_experts: Z more logits, of experts that return their input (see `zero.py`): ids from E on. They have no limit;
+    the auxiliary loss, the bias and the counts treat all E + Z alike, so that balance means that K * E / (E + Z) of a
+    token's experts compute, as LongCat-Flash's budget K_e = 8 of K = 12 is with its 512 + 256.
+    variable_k: None, or how many of its K experts each token takes (see `VariableK`). `mask_experts`: experts that are
+    never chosen (see `ExpertMask`).
+    locality: None, or what keeps tokens on their node (`Locality`); the router then needs `local_experts`.
     bad_logits: what happens to a token with a NaN or +inf logit, or with -inf everywhere. "raise": the decision's
     status says so, and all ranks raise together when they agree on the step. "drop": the token takes no expert, its
     K slots count as dropped, and no gradient comes from it.
 
-    Computes in float32, float64 for float64 input, whatever autocast says. Parameter: `weight` [E, D].
+    Computes in float32, float64 for float64 input, whatever autocast says. Parameters: `weight` [E + Z, D], and
+    `locality_bias.weight` [nodes, E] where the locality has one.
+
+    Its parts, for routers made of it: `_logits` (scores), `_choose` (selection), `_capacity`, `_rank_by` and `_losses`.
     """
 
+    replays = True  # a layer may call it with `replay=`
     expert_bias_E: torch.Tensor | None
+    locality_bias: LocalityBias | None
 
     def __init__(
         self,
@@ -55,17 +95,24 @@ class LinearRouter(nn.Module):
         bias: bool = False,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        balance: str = "micro",
         capacity_factor: float | None = None,
+        eval_capacity_factor: float | str | None = "same",
+        zero_experts: int = 0,
+        variable_k: VariableK | None = None,
+        locality: Locality | None = None,
         bad_logits: str = "raise",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
-        _check_choices(score, bad_logits)
-        _check_numbers(scale=scale, aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
-        if capacity_factor is not None and not (_is_finite(capacity_factor) and capacity_factor > 0):
-            raise ConfigError("capacity_factor", capacity_factor, "None or a finite number above 0")
+        check_sizes(hidden_size, num_experts, top_k, n_group, topk_group)
+        check_words(score, bad_logits, balance)
+        check_scale(scale)
+        check_coefficients(aux_loss_coef=aux_loss_coef, z_loss_coef=z_loss_coef)
+        check_capacity_factor(capacity_factor)
+        check_eval_capacity_factor(eval_capacity_factor)
+        check_zero_experts(zero_experts, n_group)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -76,18 +123,41 @@ class LinearRouter(nn.Module):
         self.topk_group = topk_group
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
+        self.balance = balance
         self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.zero_experts = zero_experts
+        self.variable_k = as_variable_k(variable_k)
+        self.locality = locality
         self.bad_logits = bad_logits
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if bias else None
+        self.weight = nn.Parameter(torch.empty(self.num_logits, hidden_size, device=device, dtype=dtype))
+        self.locality_bias = None
+        if locality is not None:
+            check_locality(locality, bias=bias, n_group=n_group, zero_experts=zero_experts)
+            if locality.nodes:
+                self.locality_bias = LocalityBias(locality.nodes, num_experts, device=device, dtype=dtype)
+        bias_E = torch.zeros(self.num_logits, device=device, dtype=torch.float32) if bias else None
         self.register_buffer("expert_bias_E", bias_E)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Small normal weights (std 0.02): near-uniform probabilities, so that training starts balanced. Bias 0."""
-        nn.init.normal_(self.weight, std=INIT_STD)
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=INIT_STD)
         if self.expert_bias_E is not None:
             nn.init.zeros_(self.expert_bias_E)
+        if self.locality_bias is not None:
+            self.locality_bias.reset_parameters()
+
+    @property
+    def needs_nodes(self) -> bool:
+        """Whether it has to be told where experts are: a layer then calls it with `local_experts=`."""
+        return self.locality is not None
+
+    @property
+    def num_logits(self) -> int:
+        """E + Z."""
+        return self.num_experts + self.zero_experts
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LinearRouter:
         """What `to`, `bfloat16`, `cuda`, `to_empty` and the like do: the bias takes the device, not the dtype."""
@@ -109,26 +179,89 @@ class LinearRouter(nn.Module):
         return f"hidden={self.hidden_size}, experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
     def forward(
-        self, x_TD: torch.Tensor, *, reduce: Reduce | None = None, local_experts: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor,
+        *,
+        sequence_length: int | None = None,
+        local_experts: Nodes | None = None,
+        token_mask: torch.Tensor | None = None,
+        replay: Recorded | None = None,
     ) -> RoutingDecision:
-        """x_TD: [T, D], floating. reduce: averages a vector [E] over ranks (for the auxiliary loss).
+        """x_TD: [T, D], floating. sequence_length: so many tokens in a row are a sequence, for balance="sequence"
+        (None: all of them). With balance="global" that loss is left to who knows other ranks' counts: the layer.
+        local_experts: where experts and tokens are, which a router with a `locality` needs and others ignore.
+        token_mask: bool [T], True = a token, False = padding, which takes no expert and is counted nowhere, whatever
+        its x holds: not in losses, not in `tokens_per_expert_E`, not in drops, and bad logits of it are none. With
+        balance="global" all ranks give one, or none does.
+        replay: a decision of earlier for the same tokens: its ids, its drops, and the weights of these logits (see
+        `replayed.py`); nothing is selected.
 
-        Raises ConfigError for a wrong shape, dtype or device, and inside vmap and the like; never for
-        bad logits (see `bad_logits`).
+        Raises ConfigError for a wrong shape, dtype or device, for nodes that are missing or do not fit, and inside vmap
+        and the like; never for bad logits (see `bad_logits`).
         """
         check_transform(inline=True)
-        self._check_input(x_TD)
-        if local_experts is not None:
-            raise NotImplementedError("local_experts (locality-aware routing) is not available in LinearRouter")
+        check_tokens(x_TD, self.hidden_size, x_TD.device if self.weight is None else self.weight.device)
+        nodes = self._nodes(local_experts, x_TD.shape[0])
+        if token_mask is not None and self.selects_together:
+            raise ConfigError("token_mask", "given", f"None for a {type(self).__name__}, {TOGETHER}")
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            return self._route(x_TD, reduce)
+            return self._route(x_TD, sequence_length, nodes, check_token_mask(token_mask, x_TD), replay)
 
-    def _route(self, x_TD: torch.Tensor, reduce: Reduce | None) -> RoutingDecision:
+    def _route(
+        self,
+        x_TD: torch.Tensor,
+        sequence_length: int | None,
+        nodes: Nodes | None,
+        token_mask: torch.Tensor | None,
+        replay: Recorded | None,
+    ) -> RoutingDecision:
+        """Scores -> selection -> capacity; the losses read scores and selection."""
+        x_TD = without_padding(x_TD, token_mask)
         logits_TE = self._logits(x_TD)
-        bias_E = None if self.expert_bias_E is None else self.expert_bias_E.to(logits_TE.dtype)
-        weights_TK, ids_TK, counts_E, status = gate_topk(
-            logits_TE,
-            bias_E,
+        if self.locality_bias is not None and nodes is not None:
+            logits_TE = self.locality_bias(logits_TE, nodes)
+        logits_TE = self.hide_masked(mark_padding(logits_TE, token_mask))
+        if replay is not None:
+            choice = replayed_choice(logits_TE, replay, token_mask, score=self.score, renormalize=self.renormalize,
+                                     scale=self.scale, drop_bad=self.bad_logits == "drop")  # fmt: skip
+            losses = self._losses(logits_TE, choice, sequence_length, nodes)
+            return with_recorded_drops(decide(choice, losses=losses, zero_experts=self.zero_experts), replay)
+        choice = self.refuse_masked(self._choose(logits_TE, nodes))
+        if self.bad_logits == "drop":
+            choice = drop_bad_tokens(choice)
+        choice = settle_padding(choice, token_mask, raises=self.bad_logits == "raise")
+        if self.variable_k is not None:
+            sum_to = self.scale if self.renormalize or self.score == "topk_softmax" else None
+            choice = self.variable_k(choice, x_TD, logits_TE, score=self.score, sum_to=sum_to)
+        return decide(
+            choice,
+            losses=self._losses(logits_TE, choice, sequence_length, nodes),
+            capacity=self._capacity(x_TD.shape[0]),
+            rank_by_TK=self._rank_by(x_TD, choice),
+            zero_experts=self.zero_experts,
+        )
+
+    def _nodes(self, given: Nodes | None, num_tokens: int) -> Nodes | None:
+        if self.locality is None:
+            return None
+        nodes = check_nodes(given, self.num_experts, num_tokens)
+        if self.locality.off_node_share is not None and nodes.fewest_experts() < self.top_k:
+            expected = f"at most {nodes.fewest_experts()}, the experts of a node, beside off_node_share"
+            raise ConfigError("top_k", self.top_k, expected)
+        return nodes
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return linear_logits(x_TD, self._gate(x_TD), drop_bad=self.bad_logits == "drop")
+
+    def _gate(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[E, D], the row of each expert."""
+        return self.weight
+
+    def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
+        bias_E = None if self.expert_bias_E is None else self.hide_masked(self.expert_bias_E.to(logits_TE.dtype))
+        choose = partial(
+            choose_top_k,
+            bias_E=bias_E,
             k=self.top_k,
             n_group=self.n_group,
             topk_group=self.topk_group,
@@ -136,100 +269,50 @@ class LinearRouter(nn.Module):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        dropped = counts_E.new_zeros((), dtype=torch.int64)
-        valid_T1 = None
-        if self.bad_logits == "drop":
-            # A refused token has no id at all, so its first id tells.
-            valid_T1 = ids_TK[:, :1] >= 0
-            dropped = (ids_TK < 0).sum()
-            status = torch.zeros_like(status)
-        aux_loss = self._losses(logits_TE, counts_E, valid_T1, reduce)
-        if self.capacity_factor is not None:
-            capacity = expert_capacity(self.capacity_factor, x_TD.shape[0], self.top_k, self.num_experts)
-            ids_TK, weights_TK, over_capacity = drop_over_capacity(
-                ids_TK, weights_TK, num_experts=self.num_experts, capacity=capacity
-            )
-            dropped = dropped + over_capacity
-        return RoutingDecision(
-            topk_ids_TK=ids_TK,
-            topk_weights_TK=weights_TK,
-            tokens_per_expert_E=counts_E.to(torch.int64),
-            dropped_tokens=dropped,
-            status=status,
-            aux_loss=aux_loss,
-        )
+        if nodes is None or self.locality is None or self.locality.off_node_share is None:
+            return choose(logits_TE)
+        near_TE = logits_TE.masked_fill(~nodes.near(logits_TE.device), -torch.inf)
+        return limit_off_node(choose(logits_TE), choose(near_TE), nodes, self.locality.off_node_share)
 
-    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        weight_ED = self.weight.to(dtype)
-        if self.bad_logits == "raise":
-            return nn.functional.linear(x_TD.to(dtype), weight_ED)
-        # Zero gradient times a NaN activation is still NaN in the weight's gradient: bad rows leave before the
-        # product, and their logits are marked after it.
-        bad_T1 = ~x_TD.isfinite().all(dim=-1, keepdim=True)
-        logits_TE = nn.functional.linear(x_TD.to(dtype).masked_fill(bad_T1, 0.0), weight_ED)
-        return logits_TE.masked_fill(bad_T1, float("nan"))
+    def _rank_by(self, x_TD: torch.Tensor, choice: Choice) -> torch.Tensor | None:
+        """[T, K], by which an expert that is full picks its tokens; None: by weight."""
+        return None
+
+    @property
+    def _capacity_factor(self) -> float | None:
+        """The factor in force."""
+        if self.training or isinstance(self.eval_capacity_factor, str):
+            return self.capacity_factor
+        return self.eval_capacity_factor
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        factor = self._capacity_factor
+        return None if factor is None else expert_capacity(factor, num_tokens, self.top_k, self.num_logits)
 
     def _losses(
-        self,
-        logits_TE: torch.Tensor,
-        counts_E: torch.Tensor,
-        valid_T1: torch.Tensor | None,
-        reduce: Reduce | None,
-    ) -> torch.Tensor | None:
-        if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0:
-            return None
+        self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None, nodes: Nodes | None
+    ) -> Losses:
+        mu = 0.0 if self.locality is None else self.locality.mu
+        if self.aux_loss_coef == 0.0 and self.z_loss_coef == 0.0 and mu == 0.0:
+            return None, None
+        valid_T1, coef = choice.valid_T1, self.aux_loss_coef * self.unmasked_share
         if valid_T1 is not None:
             logits_TE = logits_TE.masked_fill(~valid_T1, 0.0)
-        loss = logits_TE.new_zeros(())
-        if self.aux_loss_coef != 0.0:
-            probs_TE = router_probabilities(logits_TE, self.score)
-            balance = load_balancing_loss(probs_TE, counts_E, valid_T1=valid_T1, reduce=reduce)
-            loss = loss + self.aux_loss_coef * balance
+        loss, rest = logits_TE.new_zeros(()), None
+        probs_TE = router_probabilities(logits_TE, self.score) if coef or mu else logits_TE
+        if coef != 0.0:
+            if self.balance == "global":
+                # Counts that are agreed on are K a token, or the sums of what is dispatched; else they are summed.
+                drops = self._capacity_factor is not None or self.variable_k is not None or self.zero_experts > 0
+                rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=drops)
+            elif self.balance == "sequence":
+                length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length
+                loss = loss + coef * sequence_balancing_loss(probs_TE, choice.ids_TK, length, valid_T1=valid_T1)
+            else:
+                loss = loss + coef * load_balancing_loss(probs_TE, choice.counts_E, valid_T1=valid_T1)
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
-        return loss
-
-    def _check_input(self, x_TD: torch.Tensor) -> None:
-        if x_TD.dim() != 2 or x_TD.shape[-1] != self.hidden_size:
-            raise ConfigError("x.shape", tuple(x_TD.shape), f"[tokens, {self.hidden_size}]")
-        if not x_TD.is_floating_point():
-            raise ConfigError("x.dtype", x_TD.dtype, "a floating-point dtype")
-        if x_TD.device != self.weight.device:
-            raise ConfigError("x.device", str(x_TD.device), f"the router's device, {self.weight.device}")
-
-
-def _check_sizes(hidden_size: int, num_experts: int, top_k: int, n_group: int, topk_group: int) -> None:
-    sizes = {"hidden_size": hidden_size, "num_experts": num_experts, "n_group": n_group, "topk_group": topk_group}
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(name, value, "an integer of at least 1")
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
-    if not 1 <= top_k <= num_experts:
-        raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
-    if n_group < 1 or num_experts % n_group:
-        raise ConfigError("n_group", n_group, f"a positive divisor of num_experts ({num_experts})")
-    if not 1 <= topk_group <= n_group:
-        raise ConfigError("topk_group", topk_group, f"an integer from 1 to n_group ({n_group})")
-    if topk_group * (num_experts // n_group) < top_k:
-        raise ConfigError("topk_group", topk_group, f"groups with at least top_k ({top_k}) experts together")
-
-
-def _check_choices(score: str, bad_logits: str) -> None:
-    if score not in SCORES:
-        raise ConfigError("score", score, f"one of {', '.join(SCORES)}")
-    if bad_logits not in BAD_LOGITS:
-        raise ConfigError("bad_logits", bad_logits, f"one of {', '.join(BAD_LOGITS)}")
-
-
-def _check_numbers(*, scale: float, aux_loss_coef: float, z_loss_coef: float) -> None:
-    if not _is_finite(scale):
-        raise ConfigError("scale", scale, "a finite number")
-    for name, value in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
-        if not (_is_finite(value) and value >= 0):
-            raise ConfigError(name, value, "a finite number of at least 0")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+        if self.locality is not None and nodes is not None and mu != 0.0:
+            there = locality_loss(probs_TE, nodes, smoothing=self.locality.smoothing, valid_T1=valid_T1)
+            loss = loss + mu * there
+        return loss, rest

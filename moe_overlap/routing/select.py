@@ -20,9 +20,16 @@ def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_exp
 
 
 def drop_over_capacity(
-    topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, *, num_experts: int, capacity: int
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    *,
+    num_experts: int,
+    capacity: int,
+    rank_by_TK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each expert keeps its `capacity` slots of highest weight; equal weights: the earlier token wins.
+
+    rank_by_TK: float [T, K], what decides in the place of the weights.
 
     Returns (ids, weights, dropped): dropped slots get id -1 and weight 0, the other weights are not rescaled, and
     `dropped` is their number, an int64 scalar tensor. Slots that were -1 before stay so and are not counted. No
@@ -35,7 +42,8 @@ def drop_over_capacity(
     # Two stable sorts: by weight downwards, then by expert. Inside one expert this leaves the slots in order of
     # weight, and equal weights in token order. Unused slots (-1) form a group of their own at the end.
     group_S = torch.where(ids_S < 0, num_experts, ids_S)
-    by_weight_S = topk_weights_TK.detach().flatten().argsort(descending=True, stable=True)
+    ranks_TK = topk_weights_TK if rank_by_TK is None else rank_by_TK
+    by_weight_S = ranks_TK.detach().flatten().argsort(descending=True, stable=True)
     order_S = by_weight_S[group_S[by_weight_S].argsort(stable=True)]
     sorted_group_S = group_S[order_S]
     counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_S.device)

@@ -78,8 +78,11 @@ COMP, WIRE = "comp", "wire"
 VERBS: dict[str, VerbSpec] = {
     spec.verb: spec
     for spec in (
-        # Forward.
-        _spec("P", "forward", COMP, (_one("x"),), (_one("send"),), "fixed", "permute rows into send order"),
+        # Forward. A schedule without N agrees before it begins, so that nothing there writes what P reads.
+        _spec("N", "forward", WIRE, (_one("x"),), (_one("counts"),), "fixed", "agree on the counts of the step"),
+        _spec(
+            "P", "forward", COMP, (_one("x"), _one("counts")), (_one("send"),), "fixed", "permute rows into send order"
+        ),
         _spec("D", "forward", WIRE, (_one("send"),), (_same("recv"),), "exchange", "dispatch a chunk"),
         _spec("M", "forward", WIRE, (_one("send"),), (_one("meta"),), "fixed", "ids and weights of the rows"),
         _spec("O", "forward", COMP, (_one("send"),), (_one("own"),), "experts", "experts on the rows that stay"),

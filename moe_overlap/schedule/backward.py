@@ -38,6 +38,7 @@ class Backward:
     _empty: torch.Tensor
     _need_dw: bool
     _need_dx: bool
+    _entered: bool
 
     def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool, caller: int) -> None:
         self.transport = transport
@@ -177,7 +178,7 @@ class Backward:
             detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
         for member in (member for group in backward_groups(self.pair) for member in group):
             results = self.run_backward(member, detached, None)
-            if member.action.verb == "Pt":
+            if member.action.verb == "Pt" and self._entered:  # else Fork is not the node of these rows
                 dx_TD = results[0]
         return dx_TD
 

@@ -57,6 +57,13 @@ class SchedulePair:
         return self.forward.count("S") > 0
 
     @property
+    def ahead(self) -> tuple[Action, ...]:
+        """The user's ops that run while ranks agree: those between N and P."""
+        if Action("N") not in self.forward.actions:
+            return ()
+        return self.forward.actions[1 : self.forward.actions.index(Action("P"))]
+
+    @property
     def deduplicated(self) -> bool:
         """Whether one row for each (token, rank) travels, with its ids and weights beside it."""
         return self.forward.count("M") > 0
@@ -92,6 +99,14 @@ class Schedules(Protocol):
 
     @property
     def by(self) -> ChunkBy: ...
+
+    @property
+    def ahead(self) -> tuple[Action, ...]:
+        """The user's ops that run while ranks agree: the same in every pair, and in the digest."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether the agreement is waited for at once, before these ops."""
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The pair of one step: a pure function of what the ranks agreed on."""
@@ -286,16 +301,38 @@ def _last(actions: list[Action], verb: str) -> int:
     return max(position for position, action in enumerate(actions) if action.verb == verb)
 
 
+def first_ops(verb: str, count: int) -> tuple[Action, ...]:
+    """The first backbone ops (verb "B"), or the shared expert ("S")."""
+    return tuple(_actions("B", range(count))) if verb == "B" else (Action("S"),) * count
+
+
+@lru_cache(maxsize=64)
+def agree_ahead(pair: SchedulePair, ops: int = 1) -> SchedulePair:
+    """The same strategy with the first `ops` of the user's ops (B, S) under the agreement on the counts (N).
+
+    What does not need the counts may run there, and is the user's: P and all that follows reads them. The rows that
+    stay (O) do too: their place among the others in the experts' buffer follows from the counts. Backward is the same.
+    """
+    mine = [action for action in pair.forward if action.verb in ("B", "S")]
+    if not isinstance(ops, int) or isinstance(ops, bool) or not 0 <= ops <= len(mine):
+        raise ConfigError("ahead", ops, f"an integer from 0 to {len(mine)}, the ops beside the exchanges")
+    rest = [action for action in pair.forward if action != Action("N") and action not in mine[:ops]]
+    head = [Action("N"), *mine[:ops]] if ops else []
+    return replace(pair, forward=Schedule((*head, *rest)))
+
+
 _CHOICE = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")
 
 
 def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
-    """The pair that a user's word names: serial, chunked(4), chunked(4,experts), shared_expert, shared_expert(0).
+    """The pair that a user's word names: serial, chunked(4), chunked(4,experts), shared_expert, shared_expert(0), or
+    shared_expert(ahead), which runs the shared expert while ranks agree.
 
     `shared` says whether the layer has a shared expert. Raises ConfigError for any other text; "auto" is no pair but a
     choice that MoELayer and ShortcutBlock make at every step.
     """
-    expected = "serial, chunked(r) or chunked(r,experts) with r from 1 to 16, shared_expert or shared_expert(slot)"
+    expected = ("serial, chunked(r) or chunked(r,experts) with r from 1 to 16, shared_expert, shared_expert(slot) or "
+                "shared_expert(ahead)")  # fmt: skip
     match = _CHOICE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ConfigError("schedule", text, expected)
@@ -310,8 +347,10 @@ def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
         by = words[1] if len(words) == 2 else "tokens"
         if by in CHUNK_BY:
             return chunked(int(words[0]), by, shared=shared)
-    if name == "shared_expert" and len(words) <= 1 and all(word in ("0", "1") for word in words):
+    if name == "shared_expert" and len(words) <= 1 and all(word in ("0", "1", "ahead") for word in words):
         if not shared:
             raise ConfigError("schedule", text, "a layer with a shared expert (shared_expert_size) for this schedule")
+        if words == ["ahead"]:
+            return agree_ahead(shared_expert())
         return shared_expert(int(words[0]) if words else 1)
     raise ConfigError("schedule", text, expected)

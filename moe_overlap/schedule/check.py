@@ -60,6 +60,10 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
     found += [Problem(f"{verb} is missing") for verb in ONCE[phase] if Action(verb) not in seen]
     if any(Action(verb) in seen for verb in (*DISTINCT[phase], "Or")):
         found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
+    if Action("N") in seen:
+        begin = [action.verb for action in schedule.actions[: seen.get(Action("P"), 0)]]
+        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S"}:
+            found.append(Problem("N begins a schedule, and only ops stand between it and P", seen[Action("N")]))
     if phase == "backward" and not any(action.verb == "Ew" for action in seen):
         found.append(Problem("Ew0 is missing: no weight gradient"))
     for verb in ("B", "Bt", "Ew"):

@@ -112,13 +112,20 @@ class Dispatcher:
         return self.finish(self.begin(slots_TK, x_TD, schedule, status=status))
 
     def begin(
-        self, slots_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
+        self,
+        slots_TK: torch.Tensor,
+        x_TD: torch.Tensor,
+        schedule: Schedules,
+        *,
+        status: torch.Tensor | None = None,
+        router_state: int = 0,
     ) -> Agreement:
         """Tell all ranks what this one will send in a step; returns at once.
 
         slots_TK: int32 [T, K] physical slots, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
-        status: int32 [1] flag word of the router. Raises ConfigError alike on all ranks where this one refuses. What
-        runs before `finish` has to be the same on all ranks, and stands in `closing_on_error`.
+        status: int32 [1] flag word of the router. router_state: see StepRecord. Raises ConfigError alike on all ranks
+        where this one refuses. What runs before `finish` has to be the same on all ranks, and stands in
+        `closing_on_error`.
         """
         try:
             tables = self._count(slots_TK)
@@ -126,7 +133,7 @@ class Dispatcher:
             self.refuse(error, schedule)
         flags = 0 if status is None else int(status)
         record = self._record(
-            schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, tables, (1, flags) if flags else (0, 0)
+            schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, tables, (1, flags) if flags else (0, 0), router_state
         )
         with closing_on_interrupt(self.transport):
             return self.transport.begin_agree(record)
@@ -135,6 +142,9 @@ class Dispatcher:
         """The plan, bounded. Raises ConfigError or PlanMismatch alike on all ranks."""
         with closing_on_interrupt(self.transport):
             return agreement.wait()
+
+    def end_step(self) -> None:
+        """At the end of a forward that is no recompute: everything was agreed on."""
 
     def refuse(self, error: BaseException, schedule: Schedules) -> NoReturn:
         """Tell all ranks that this one cannot take part in the step, then raise `error`; the peers raise its like. An
@@ -178,6 +188,7 @@ class Dispatcher:
         x_requires_grad: bool,
         tables: tuple[torch.Tensor, ...],
         status: tuple[int, int],
+        router_state: int = 0,
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
         self.open()
@@ -207,6 +218,7 @@ class Dispatcher:
             dedup=self.dedup,
             ranks_per_node=self.ranks_per_node,
             hierarchical=int(self.hierarchical),
+            router_state=router_state,
             caller=self.caller,
             placement=self.placement,
             nodes=nodes_of(self.transport),

@@ -26,6 +26,7 @@ from moe_overlap import ops
 from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.ops import workspace
+from moe_overlap.ops.maps import all_to_device
 from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps, weights_dtype
 from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.rows import ExpertWeights
@@ -142,13 +143,14 @@ class DistinctForward:
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the sums of the rows that go back with it."""
         maps = self._maps
-        self.x.index_copy_(0, maps.arriving(c), received)
+        ops.unpack(received, maps.arriving(c), out=self.x)
         self._compute(*self.plan.expert_rows(c))
         leaving = maps.leaving(c)
         return ops.combine(self.y, maps.places_RK[leaving], maps.weights_RK[leaving])
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
         w = self.weights
+        starts, ends = all_to_device((starts, ends), self.x.device)
         ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
                                rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
 
@@ -221,7 +223,7 @@ class DistinctBackward:
 
     def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
         """Ed of chunk c: the sums of the input gradients that go back with it; None where no rank wants them."""
-        self.dy.index_copy_(0, self._maps.arriving(c), received)
+        ops.unpack(received, self._maps.arriving(c), out=self.dy)
         self._compute(*self.plan.expert_rows(c))
         if self.dback is None:
             return None
@@ -229,6 +231,7 @@ class DistinctBackward:
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
         s, maps = self.saved, self._maps
+        starts, ends = all_to_device((starts, ends), self.dy.device)
         ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind, rows=maps.row_R,
                              scale=maps.scale_R, dx=self.dx, dh=self.dh, a=self.a, dscale=self._dscale_R[:-1],
                              num_sms=self._num_sms)  # fmt: skip
@@ -259,9 +262,9 @@ class DistinctBackward:
         if self.dw_in is not None and self.dw_out is not None:
             local = self.plan.local_slots
             experts = (local * group // groups, local * (group + 1) // groups)
-            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.plan.expert_offs, rows=self._maps.row_R,
-                                 dw_in=self.dw_in, dw_out=self.dw_out, experts=experts,
-                                 num_sms=self._num_sms)  # fmt: skip
+            (offs,) = all_to_device((self.plan.expert_offs,), self.dy.device)
+            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, rows=self._maps.row_R, dw_in=self.dw_in,
+                                 dw_out=self.dw_out, experts=experts, num_sms=self._num_sms)  # fmt: skip
 
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over the ranks of a node and then over the nodes, in order, of its rows' gradients."""

@@ -35,6 +35,7 @@ class Lanes:
 
     def __init__(self, transport: Transport, phase: str, clock: Clock | None, *, probe: bool, caller: int = 0) -> None:
         self._caller = caller
+        self.step = 0  # its number, known since it was begun to agree on it
         self._backwards = 0
         self._beginning: Announcement | None = None
         self.transport = transport
@@ -179,9 +180,8 @@ class Lanes:
         """What was executed so far. On CUDA this waits for it."""
         for phase, action, lane, start, end in self._notes:
             assert self.clock is not None
-            step = self._plans["forward"].exchange.step
             times = self.clock.seconds(start), self.clock.seconds(end)
-            self._events.append(TimelineEvent(self.transport.rank, step, phase, action, lane, *times))
+            self._events.append(TimelineEvent(self.transport.rank, self.step, phase, action, lane, *times))
         self._notes.clear()
         return self._events
 

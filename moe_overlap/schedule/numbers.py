@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
 
 # How many nodes can run after the router's backward: the waits for the last exchanges (one a chunk), then Pt.
 LAST_NODES = BLOCKS + 1
+# How many nodes deduplication adds: Od and both halves of Mt.
+DISTINCT_NODES = 3
+# All that a planned backward can have: five nodes a chunk, Ut, Pt, one Ew, and those of deduplication.
+PLANNED_NODES = 5 * BLOCKS + 3 + DISTINCT_NODES
 
 
 class SequenceNumbers:
@@ -30,12 +34,24 @@ class SequenceNumbers:
         self._anchor = anchor
         self._numbers: dict[Node, int] = {}
         self._last = reserve(anchor, LAST_NODES)
+        self._early: list[list[int]] = []  # reserved before ops that ran ahead of the agreement
+
+    def before_early_op(self, schedule: Schedules) -> None:
+        """As `before_op`, while ranks still agree: as many numbers as `schedule` can need there, whatever is chosen."""
+        count = PLANNED_NODES
+        if isinstance(schedule, SchedulePair):
+            count = len(backward_groups(schedule)[-1 - len(self._early)]) + DISTINCT_NODES
+        self._early.append(reserve(self._anchor, count))
 
     def bind(self, pair: SchedulePair) -> None:
         """The schedules are known: the nodes between the backbone's backwards, first group first, and the last ones."""
         self._groups = list(backward_groups(pair))
         self._groups[-1], tail = split_tail(self._groups[-1], LAST_NODES)
         self._assign(tail, self._last)
+        for numbers in self._early:
+            group = self._groups.pop()
+            assert len(group) <= len(numbers), (len(group), len(numbers))
+            self._assign(group, numbers)
 
     def before_op(self) -> None:
         """A user's op comes next in forward: reserve the numbers of the nodes that run, in backward, right after it."""

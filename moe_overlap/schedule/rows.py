@@ -20,7 +20,11 @@ import torch
 
 from moe_overlap import config, ops
 from moe_overlap.agreement.plan import ChunkPlan
+from moe_overlap.agreement.static_plan import StaticChunks
 from moe_overlap.ops import maps, workspace
+from moe_overlap.schedule.static_rows import static_order
+
+_Tables = tuple[dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class Saved:
 
 def send_order(plan: ChunkPlan, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(slot_to_row, offs): the row of each (token, k) in the send buffer of `plan`, and the ends of its groups."""
+    if isinstance(plan, StaticChunks):
+        return static_order(plan)
     keys_TK, num_keys = plan.send_keys(slots_TK)
     _, offs, slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
     return slot_to_row, offs
@@ -79,13 +85,31 @@ def experts_sms(device: torch.device) -> int | None:
 
 
 class _Chunks:
-    """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all)."""
+    """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all).
+
+    A GPU gets the integers of all chunks in one copy that nobody waits for, before the first kernel needs them; a CPU
+    reads them from the plan. Those of fixed shapes stay there.
+    """
 
     def __init__(self, plan: ChunkPlan, device: torch.device, num_sms: int | None) -> None:
         self.plan = plan
         self.num_sms = num_sms
-        self._device = device
         self._orders: dict[int, torch.Tensor] = {}
+        self._bounds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._offs: torch.Tensor | None = None
+        if device.type == "cuda":
+            kept = plan.layout.kept if isinstance(plan, StaticChunks) else {}
+            name = ("tables", plan.chunks, plan.by, device)
+            kept[name] = moved = kept.get(name) or self._upload(device)
+            self._orders, self._bounds, self._offs = moved
+
+    def _upload(self, device: torch.device) -> _Tables:
+        chunks = range(self.plan.chunks)
+        orders = [self.plan.buffer_order(c) for c in chunks]
+        bounds = [bound for c in chunks for bound in self.plan.expert_rows(c)]
+        moved = maps.all_to_device([*orders, *bounds, self.plan.expert_offs], device)
+        starts, ends = (moved[first:-1:2] for first in (len(orders), len(orders) + 1))
+        return dict(enumerate(moved[: len(orders)])), dict(enumerate(zip(starts, ends, strict=True))), moved[-1]
 
     def _of(self, rows: torch.Tensor, c: int) -> torch.Tensor:
         """The slice of chunk c of a buffer in send order."""
@@ -94,8 +118,17 @@ class _Chunks:
     def order(self, c: int) -> torch.Tensor:
         """Position in the experts' buffer of each received row of chunk c."""
         if c not in self._orders:
-            self._orders[c] = maps.to_device(self.plan.buffer_order(c), self._device)
+            self._orders[c] = self.plan.buffer_order(c)
         return self._orders[c]
+
+    def expert_rows(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(starts, ends) int32 [e]: the rows of chunk c of each expert in the experts' buffer."""
+        return self._bounds[c] if self._bounds else self.plan.expert_rows(c)
+
+    @property
+    def expert_offs(self) -> torch.Tensor:
+        """int32 [e]: ends of each expert's rows over all chunks."""
+        return self.plan.expert_offs if self._offs is None else self._offs
 
 
 class ForwardRows(_Chunks):
@@ -132,7 +165,7 @@ class ForwardRows(_Chunks):
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
         ops.unpack(received, self.order(c), out=self.x)
-        starts, ends = self.plan.expert_rows(c)
+        starts, ends = self.expert_rows(c)
         w = self.weights
         ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
                                num_sms=self.num_sms)  # fmt: skip
@@ -190,10 +223,13 @@ class BackwardRows(_Chunks):
         s = self.saved
         if s.slot_to_dback.data_ptr() == s.slot_to_row.data_ptr():
             return s.back
+        rows = s.back.shape[0]
         used = s.slot_to_row >= 0
-        order = torch.empty(s.back.shape[0], dtype=torch.int64, device=s.back.device)
-        order[s.slot_to_dback[used].long()] = s.slot_to_row[used].long()
-        return ops.pack(s.back, order)
+        # Unused slots write to one row more: no selection whose size the host would have to know. Unused rows (of fixed
+        # shapes) read row 0, and nobody reads them.
+        order = torch.zeros(rows + 1, dtype=torch.int64, device=s.back.device)
+        order[torch.where(used, s.slot_to_dback, rows).long().reshape(-1)] = s.slot_to_row.long().reshape(-1)
+        return ops.pack(s.back, order[:rows])
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The gradients of chunk c to send."""
@@ -209,7 +245,7 @@ class BackwardRows(_Chunks):
         None where no rank wants the gradient of x.
         """
         ops.unpack(received, self.order(c), out=self.dy)
-        starts, ends = self.plan.expert_rows(c)
+        starts, ends = self.expert_rows(c)
         s = self.saved
         ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind,
                              dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
@@ -220,7 +256,7 @@ class BackwardRows(_Chunks):
         if self.dw_in is not None and self.dw_out is not None:
             local = self.plan.local_slots
             experts = (local * group // groups, local * (group + 1) // groups)
-            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.plan.expert_offs, dw_in=self.dw_in,
+            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.expert_offs, dw_in=self.dw_in,
                                  dw_out=self.dw_out, experts=experts, num_sms=self.num_sms)  # fmt: skip
 
     def dx_TD(self) -> torch.Tensor:

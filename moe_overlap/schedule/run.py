@@ -20,11 +20,13 @@ import torch
 
 from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.node_plan import rows_plan
-from moe_overlap.agreement.plan import ExchangePlan, RowLayout
+from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.errors import PlanMismatch
 from moe_overlap.schedule.actions import Action, dependencies
+from moe_overlap.schedule.agreeing import Agreeing
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import Schedules
+from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.distinct_rows import DistinctForward
 from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
@@ -32,7 +34,7 @@ from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.order import Node
 from moe_overlap.schedule.rows import ExpertWeights, ForwardRows
 from moe_overlap.schedule.user_ops import Mistakes
-from moe_overlap.transport.base import Transport
+from moe_overlap.transport.base import Agreement, Transport
 
 
 class Step(Backward):
@@ -58,6 +60,7 @@ class Step(Backward):
         # Where the walk stands.
         self._position = 0
         self._waited: set[int] = set()
+        self._agreeing: Agreeing | None = None
         self._mistakes = Mistakes(transport)
         # The nodes of backward and their order (None without gradients).
         self._numbers: SequenceNumbers | None = None
@@ -76,27 +79,45 @@ class Step(Backward):
         self._numbers = SequenceNumbers(self.anchor) if self.grad else None
         return copied if self._need_dx else [x_TD] * copies
 
-    def bind(
-        self,
-        schedule: Schedules,
-        exchange: ExchangePlan,
-        x_TD: torch.Tensor,
-        slots_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
+    def ask(self, schedule: Schedules, dispatcher: Dispatcher, agreement: Agreement) -> None:
+        """Ranks agree on the step from now on. What `schedule` puts ahead runs before it is waited for, or after,
+        where it is `joined`: in one order with what follows, so that backward is the same."""
+        self.schedule, self.lanes.step = schedule, dispatcher.steps
+        self._agreeing = Agreeing(dispatcher, agreement, self.lanes)
+        if schedule.joined:
+            self._agreeing.hear()
+
+    def give(
+        self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, *, entered: bool = True
     ) -> None:
-        """The schedules, the agreed counts and this rank's tokens: after this, the schedule can run."""
-        self.schedule = schedule
-        self.pair = pair = schedule.pair_for(exchange)
+        """This rank's tokens: [T, D] rows in the dtype that they are computed in, and where they go. entered: they are
+        a copy that `enter` gave; else the step was entered with what the router read."""
+        self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
+        self._need_dx, self._entered = self.grad and x_TD.requires_grad, entered
+        if not self.schedule.ahead:
+            self._bind()
+
+    def _bind(self) -> None:
+        """The agreed counts: after this, the schedule can run."""
+        assert self._agreeing is not None
+        exchange, self._agreeing = self._agreeing.hear(), None
+        x_TD = self._x_TD
+        self.pair = pair = self.schedule.pair_for(exchange)
         self._distinct = pair.deduplicated
-        self.plan = (rows_plan if self._distinct else ExchangePlan.chunked)(exchange, pair.chunks, pair.by)
+        self.plan = (
+            rows_plan(exchange, pair.chunks, pair.by) if self._distinct else exchange.chunked(pair.chunks, pair.by)
+        )
         self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         self._needs = dependencies(pair.forward)
+        if Action("N") in pair.forward.actions:  # it is over, and what stands beside it
+            assert pair.ahead == self.schedule.ahead
+            self._position = 1 + len(pair.ahead)
+            self._waited.add(0)
         if self._numbers is not None:
             self._numbers.bind(pair)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
         self.lanes.bind(self.plan, self._backward_plan, self.layout, joined=pair.joined)
-        self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
-        self._weights_dtype = weights_TK.dtype
+        self._weights_dtype = self._weights_TK.dtype
 
     # ---------------------------------------------------------------- forward: the walk
 
@@ -106,15 +127,24 @@ class Step(Backward):
         shared: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Walk the forward schedule from where it stands to its end; returns the routed output y_TD."""
+
+        def op_of(action: Action) -> Callable[[Any], torch.Tensor]:
+            if action.verb == "B":
+                assert action.index is not None
+                return backbone[action.index]
+            assert shared is not None
+            return lambda _: shared()
+
         with self._releasing_on_error():
+            if self._agreeing is not None:
+                for action in self.schedule.ahead:
+                    self._run_op(action, op_of(action))
+                self._bind()
             while self._position < len(self.pair.forward):
                 action = self.pair.forward.actions[self._position]
-                if action.verb == "B":
-                    assert action.index is not None
-                    self._run_op(action, backbone[action.index])
-                elif action.verb == "S":
-                    assert shared is not None
-                    self._run_op(action, lambda _, op=shared: op())  # type: ignore[misc]
+                if action.verb in ("B", "S"):
+                    self._run_op(action, op_of(action))
+                    self._position += 1
                 else:
                     self._run_next()
             self._mistakes.raise_first()
@@ -149,7 +179,6 @@ class Step(Backward):
         """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
         self._before_op()
         start = self.lanes.now()
-        self._position += 1
         result = self._mistakes.result_of(action, op, self.hidden)
         if result is None:
             return
@@ -164,7 +193,11 @@ class Step(Backward):
 
     def _before_op(self) -> None:
         """Reserve the numbers of the nodes that run, in backward, right after the coming op."""
-        if self._numbers is not None:
+        if self._numbers is None:
+            return
+        if self._agreeing is not None:
+            self._numbers.before_early_op(self.schedule)
+        else:
             self._numbers.before_op()
 
     def _finish(self) -> torch.Tensor:
@@ -194,6 +227,7 @@ class Step(Backward):
         self._nodes.clear()
         self._numbers = None
         self.lanes.gateway = None
+        self._agreeing = None
         for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
             self.__dict__.pop(name, None)
 

@@ -57,6 +57,10 @@ class Agreement(Protocol):
     def wait(self) -> ExchangePlan:
         """The plan, once; bounded. Raises ConfigError or PlanMismatch alike on all ranks."""
 
+    def interval(self) -> tuple[float, float] | None:
+        """(start_s, end_s) on the time.perf_counter clock during which it was under way, once waited for; None: not
+        known."""
+
 
 class Announcement(Protocol):
     """The start of a backward, said to all ranks."""

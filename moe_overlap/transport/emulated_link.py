@@ -140,7 +140,7 @@ class EmulatedWork:
         return self._interval_ns
 
 
-@dataclass(frozen=True, eq=False, kw_only=False)
+@dataclass(eq=False)
 class _DelayedPlan:
     """The record of a step, which the link brings, in so many rounds."""
 
@@ -149,11 +149,16 @@ class _DelayedPlan:
     departure: _Departure
     where: Where
     rounds: int
+    end_ns: int | None = None
 
     def wait(self) -> ExchangePlan:
         plan = self.inner.wait()
-        self.transport._arrived(self.departure, self.where, self.rounds)
+        self.end_ns = self.transport._arrived(self.departure, self.where, self.rounds)
         return plan
+
+    def interval(self) -> tuple[float, float] | None:
+        """On the emulated wire."""
+        return None if self.end_ns is None else (self.departure.begin_ns / 1e9, self.end_ns / 1e9)
 
 
 @dataclass(frozen=True, eq=False, kw_only=False)
@@ -224,13 +229,15 @@ class EmulatedLinkTransport(Wrapper):
         departure = self._depart((HEAD_WORDS + self.inner.life.capacity) * 8 * len(self._off_node))
         return _Delayed(self, super().begin_backward(record), departure, Where(action="Ut", step=record.step))
 
-    def _arrived(self, departure: _Departure, where: Where, rounds: int) -> None:
-        """Sleep until the messages of all ranks have come over the link: one latency in every arrival, and one more for
-        each further round."""
+    def _arrived(self, departure: _Departure, where: Where, rounds: int) -> int:
+        """Sleep until the messages of all ranks have come over the link, one latency in every arrival and one more for
+        each further round; returns that time, in ns."""
         assert self._board is not None
         arrivals = [self._board.read(peer, departure.number)[1] for peer in self._off_node]
         extra_ns = int((rounds - 1) * self.link.latency_s * 1e9) if self._off_node else 0
-        self._sleep_until(max([departure.left_ns, *arrivals]) + extra_ns, where, None)
+        ready_ns = max([departure.left_ns, *arrivals]) + extra_ns
+        self._sleep_until(ready_ns, where, None)
+        return ready_ns
 
     def _start(self, exchange: Exchange) -> Work:
         plan, chunk = exchange.plan, exchange.chunk

@@ -61,6 +61,10 @@ class Asked:
         """Once. Raises ConfigError or PlanMismatch alike on all ranks."""
         return self._transport._agree(self._words.wait(), self._record)
 
+    def interval(self) -> None:
+        """Nobody looks when the words of the others come."""
+        return None
+
 
 class Beginning:
     """The start of a backward, said to all ranks. Nothing may be exchanged before `wait` has returned."""

@@ -360,6 +360,7 @@ def gathered_probe(times_of_rank):
                     TimelineEvent(me.rank, 1, "forward", action.text, lane, at_s, at_s + seconds[action.text])
                 )
                 at_s += seconds[action.text]
+            events.append(TimelineEvent(me.rank, 1, "forward", "N", "wire", 0.0, seconds.get("N", 0.0)))
             runs.append(StepTimes(events=events, forward_s=forward_s, backward_s=0.0, exchange=exchange(grad=False)))
         return _probe(pair, runs, me.transport(), row_bytes=8, device=torch.device("cpu"), nodes=None)
 
@@ -370,9 +371,10 @@ def gathered_probe(times_of_rank):
 
 def test_compute_is_the_slowest_ranks_and_an_exchange_that_of_the_last_to_come():
     def times(rank):
-        return [({"P": 1.0 + rank, "D0": 5.0 - rank, "E0": 3.0 - rank, "C0": 2.0, "U": 0.5}, 20.0)]
+        return [({"N": 4.0 - rank, "P": 1.0 + rank, "D0": 5.0 - rank, "E0": 3.0 - rank, "C0": 2.0, "U": 0.5}, 20.0)]
 
     found = gathered_probe(times)
+    assert found.agree_s == 3.0, "as of an exchange, of the rank that came last"
     assert found.seconds == {"P": 2.0, "D0": 4.0, "E0": 3.0, "C0": 2.0, "U": 0.5}
     assert found.whole_s == {"forward": 20.0}
     assert set(found.host_s) == {"forward"}

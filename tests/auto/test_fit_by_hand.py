@@ -47,6 +47,12 @@ def test_each_of_the_four_exchanges_counts(known):
     assert (found.alpha_s, found.beta_s) == pytest.approx((true.alpha_s, true.beta_s))
 
 
+def test_the_agreement_is_a_part_of_what_lies_outside():
+    probes = [replace(probe(TRUE, n), agree_s=s) for n, s in zip(CHUNKS, (1e-6, 3e-6, 2e-6), strict=True)]
+    assert fitted(probes).agree_s == min(2e-6, TRUE.outside_s)
+    assert fitted([replace(one, agree_s=1e3) for one in probes]).agree_s == pytest.approx(TRUE.outside_s)
+
+
 def test_the_overlapped_probe_is_compared_with_the_joined_one_of_as_many_chunks():
     """More chunks compute longer, which no slowdown makes them."""
     joined = [probe(TRUE, n, compute_s=s) for n, s in zip(CHUNKS, (1.0, 1.3, 2.0), strict=True)]

@@ -160,6 +160,25 @@ def test_overlap_off_joins_what_was_chosen():
     assert off == on.join() and not on.joined
 
 
+@pytest.mark.parametrize(("num_ops", "num_ahead", "op_verb"), [(1, 1, "B"), (4, 1, "B"), (4, 4, "B"), (0, 1, "S")])
+@pytest.mark.parametrize("grad", [True, False])
+def test_ops_ahead_of_the_agreement_are_in_no_window_of_forward(num_ops, num_ahead, op_verb, grad):
+    for beta_s in (1e-10, 1e-9, 1e-8):
+        model = cost_model(num_ops, exchange={"inter": line(beta_s, 1e-6)}, shared_s=3e-5, shared_backward_s=6e-5,
+                           outside_s=1e-4, agree_s=1e-5)  # fmt: skip
+        schedule = planned(model, num_ops=num_ops, op_verb=op_verb, num_ahead=num_ahead)
+        assert schedule.digest != planned(model, num_ops=num_ops, op_verb=op_verb).digest
+        found = schedule.planned(exchange(grad=grad))
+        check(found.pair)
+        assert found.pair.ahead == schedule.ahead and len(schedule.ahead) == num_ahead
+        assert (found.pair.num_ops, found.pair.has_shared) == (num_ops, op_verb == "S")
+        assert found.windows["forward"].ops_s == model.backbone_s[num_ahead:]
+        ahead_s = 3e-5 if op_verb == "S" else num_ahead * 1e-6
+        assert found.outside_s["forward"] == pytest.approx(1e-4 + max(0.0, ahead_s - 1e-5))
+        if grad:
+            assert len(found.windows["backward"].ops_s) == (num_ops or 1)
+
+
 def test_a_larger_step_may_be_cut_otherwise():
     schedule = planned(cost_model(alpha_s=2e-6))
     cuts = [schedule.pair_for(exchange(rows=rows)).chunks for rows in (0, 1, 8, 64, 512)]

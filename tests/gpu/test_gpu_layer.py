@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 import moe_overlap
 from moe_overlap.measure.timeline import record
+from moe_overlap.schedule.run import Step
 from tests.tolerances import close, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +36,36 @@ def test_chunked_on_the_gpu_is_chunked_on_the_cpu() -> None:
     for have, off, should in zip(got, joined, want, strict=True):
         same_bits(have, off)
         close(have.cpu(), should)
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(4)", "chunked(2,experts)"])
+def test_after_the_agreement_the_host_never_waits(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, whose kernels are there: a loop of matmuls would read where each expert's rows end."""
+    walk, walked = Step.run, []
+
+    @contextmanager
+    def no_wait() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def run(step: Step, *args: Any, **more: Any) -> torch.Tensor:
+        walked.append(step)
+        with no_wait():
+            return walk(step, *args, **more)
+
+    layer = moe_overlap.MoELayer(256, 128, 8, 2, schedule=schedule, shared_expert_size=64, dtype=torch.bfloat16).cuda()
+    x_TD = torch.randn(200, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer(x_TD).float().square().sum().backward()  # compiles
+    monkeypatch.setattr(Step, "run", run)
+    loss = layer(x_TD).float().square().sum()
+    with no_wait():
+        loss.backward()
+    assert walked or schedule == "serial"  # which runs its ops in a row
+    with pytest.raises(RuntimeError, match="synchroniz"), no_wait():
+        x_TD.sum().item()
 
 
 def test_recorded_times_are_the_streams() -> None:

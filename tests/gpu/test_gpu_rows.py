@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_overlap import ops
+from moe_overlap.ops import registry
 from tests.gpu.both import cpu, every, kernel, reference
 from tests.ops.cases import KINDS, hard_ids, randn, routed
 from tests.tolerances import bits, close
@@ -122,6 +124,21 @@ def test_activation_backward_against_float64(op: str, dtype: torch.dtype, poison
         close(got[0], want[0])
         if scale is not None:
             close(got[1], want[1], dtype=dtype)
+
+
+@pytest.mark.parametrize("op, dtype", every("unpack_into"))
+def test_unpack_into_a_buffer_copies_bits_and_leaves_the_other_rows(op: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count, rows in ((0, 3), (1, 1), (33, 40), (700, 1000)):
+        for width in WIDTHS:
+            order = torch.randperm(rows, generator=generator)[:count]
+            received, before = randn(count, width, dtype=dtype), randn(rows, width, dtype=dtype, seed=1)
+            want = before.index_copy(0, order, received)
+            for kind in (I32, torch.int64):
+                out = before.cuda()
+                with registry.force("unpack_into", "cuda"):
+                    assert ops.unpack(received.cuda(), order.to(kind).cuda(), out=out) is out
+                assert torch.equal(bits(out.cpu()), bits(want)), (count, width)
 
 
 def test_gradients_come_expanded() -> None:

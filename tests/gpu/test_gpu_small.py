@@ -41,6 +41,7 @@ def calls(dtype: torch.dtype):
         yield "activation_backward", (y_RD, h, "swiglu", scale, maps.offs)
         yield "pack", (x_TD, torch.arange(tokens).flip(0))
         yield "unpack", (x_TD, torch.arange(tokens).flip(0))
+        yield "unpack_into", (x_TD, torch.arange(tokens).flip(0), randn(tokens + 3, width, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

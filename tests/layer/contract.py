@@ -11,16 +11,20 @@ from tests.layers import D, make, tokens
 from tests.ranks import virtual_world
 
 PATHS = ["inline", "scheduled", "ranks", "functional", "functional ranks", "tickets", "block", "deduplicated",
-         "deduplicated block", "deduplicated tickets"]  # fmt: skip
+         "deduplicated block", "deduplicated tickets", "ahead block", "early block"]  # fmt: skip
 ONE_RANK = ("inline", "scheduled", "functional")
 TRANSPARENT = ("inline", "functional")  # one rank's ops in a row: grad and vjp of torch.func see through them
-MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicated block")
+MODULES = ("inline", "scheduled", "ranks", "block", "deduplicated", "deduplicated block", "ahead block", "early block")
 
 
 class Call:
-    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'."""
+    """x -> y on one of the paths. `module`: what is called, where it is one; `weights`: the experts'. make_router:
+    makes the router of each rank's layer."""
 
-    def __init__(self, path, me, **options):
+    def __init__(self, path, me, make_router=None, **options):
+        if make_router is not None:
+            torch.manual_seed(5)
+            options["router"] = make_router()
         transport = None if path in ONE_RANK else me.transport()
         if path not in ("inline", "functional", "functional ranks"):
             options["schedule"] = "chunked(2)"
@@ -30,18 +34,22 @@ class Call:
         self.layer = self.module = make(transport, **options)
         self.weights = self.layer.expert_weights
         if path.endswith("block"):
-            self.module = ShortcutBlock([nn.Identity()], self.layer, tap=0, slot=0)
+            ahead = {"ahead": {"ahead": 1}, "early": {"tap": 1, "router_tap": 0}}.get(path.split()[0], {})
+            self.module = ShortcutBlock([nn.Identity()], self.layer, **{"tap": 0, "slot": 0, **ahead})
 
-    def __call__(self, x):
+    def __call__(self, x, **given):
+        """`given`: what the layer's router takes beside x."""
         if self.path in MODULES:
-            return self.module(x)
+            return self.module(x, **given)
         if self.path.endswith("tickets"):
-            ticket = self.layer.begin(x)
+            ticket = self.layer.begin(x, **given)
             self.layer.run_experts(ticket)
             return self.layer.finish(ticket)
         fits = x.is_floating_point() and x.shape[-1] == D and x.device.type == "cpu"
-        routing = self.layer.router(x if fits else tokens(len(x)))
-        return moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *self.weights, transport=self.transport)
+        routing = self.layer.router(x if fits else tokens(len(x)), **given)
+        y = moe_forward(x, routing.topk_ids_TK, routing.topk_weights_TK, *self.weights, transport=self.transport,
+                        zero_experts=routing.zero_experts)  # fmt: skip
+        return y if routing.state is None else (y, routing.state)
 
     def routed(self, x, y):
         """What came from the experts: a block adds its input."""

@@ -87,7 +87,15 @@ def test_grad_and_vjp_of_torch_func_on_one_rank(path):
     on(path, check)
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_expert_size": 8, "capacity_factor": 1.0, "aux_loss_coef": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shared_expert_size": 8, "capacity_factor": 1.0, "aux_loss_coef": 0.1},
+        {"aux_loss_coef": 0.1, "balance": "sequence"},
+        {"aux_loss_coef": 0.1, "balance": "global"},
+    ],
+)
 def test_torch_func_gives_the_gradients_of_parameters_and_of_a_loss_that_is_taken_inside(options):
     layer, x = make(**options), tokens(6)
 

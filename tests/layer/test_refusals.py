@@ -86,9 +86,7 @@ def test_on_one_rank_auto_is_serial():
     assert "one rank exchanges nothing" in layer.explain()
 
 
-def test_the_static_mode_says_what_is_missing():
-    with pytest.raises(NotImplementedError, match="fixed capacity"):
-        make(mode="static")
+def test_a_mode_that_does_not_exist():
     with pytest.raises(ConfigError, match="mode"):
         make(mode="both")
 

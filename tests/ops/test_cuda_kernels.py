@@ -14,7 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import build_info, native
-from moe_overlap.ops import cuda_kernels, registry, triton_kernels, verified
+from moe_overlap.ops import (
+    cuda_kernels,
+    expert_mlp_contract,
+    expert_mlp_grouped,
+    registry,
+    triton_kernels,
+    verified,
+)
 
 MOE = torch.ops.moe_overlap
 CUDA = torch.device("cuda", 0)
@@ -36,7 +43,12 @@ def samples(new) -> dict[str, tuple]:
         "activation_backward": (new((12, 8), BF16), rows, "swiglu", scale, offs),
         "pack": (rows, new((5,), torch.int64)),
         "unpack": (rows, new((12,), I32)),
+        "unpack_into": (new((5, 16), BF16), new((5,), I32), rows),
     }
+
+
+# An entry of the registry that writes its last argument; users call `unpack(out=)`.
+OPERATORS = [op for op in cuda_kernels.OPS if op != "unpack_into"]
 
 
 def shapes(result: torch.Tensor | tuple[torch.Tensor, ...]) -> list[tuple]:
@@ -47,7 +59,7 @@ def kernel(op: str):
     return getattr(MOE, cuda_kernels.kernel_op(op)).default
 
 
-@pytest.mark.parametrize("op", cuda_kernels.OPS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_shapes_are_those_of_the_operator(op: str) -> None:
     with FakeTensorMode():
         arguments = samples(lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cuda"))[op]
@@ -60,7 +72,7 @@ def test_on_cpu_tensors_they_say_what_they_are_for(op: str) -> None:
     with pytest.raises(ConfigError, match=rf"_{op}_cuda = 'a tensor on cpu': expected a CUDA tensor"):
         kernel(op)(*arguments)
     with registry.force(op, "cuda"), pytest.raises(ConfigError, match="for CUDA tensors, not cpu"):
-        getattr(MOE, op).default(*arguments)
+        registry.kernel(op)(*arguments)
     assert registry.choose(op, device="cpu", dtype=F32).impl in ("reference", "cpp")
 
 
@@ -183,6 +195,7 @@ def test_record_is_read_back_sorted(tmp_path: Path) -> None:
 def test_committed_record_names_what_exists() -> None:
     dtypes = {("cuda", op): cuda_kernels.dtypes(op) for op in cuda_kernels.OPS}
     dtypes |= {("triton", op): kernel.dtypes for op, kernel in triton_kernels.KERNELS.items()}
+    dtypes |= {("grouped_mm", op): expert_mlp_grouped.CUDA_DTYPES for op in expert_mlp_contract.OPS}
     for record in verified.read():
         assert record.dtype in {str(dtype)[6:] for dtype in dtypes[record.implementation, record.op]}, record
         assert all(dataclasses.astuple(record)), record

@@ -99,6 +99,10 @@ CALLS: dict[str, tuple[Callable[[Given], Any], str]] = {
     "pack": (lambda g: ops.pack(g["rows"], g["order"]), "rows order"),
     "pack_backward": (lambda g: MOE.pack_backward.default(g["dy"], g["order"], len(g["dy"])), "dy order"),
     "unpack": (lambda g: ops.unpack(g["rows"], g["order"]), "rows order"),
+    "unpack_into": (
+        lambda g: ops.unpack(g["rows"], g["order"], out=g["rows"].new_zeros(g["rows"].shape)),
+        "rows order",
+    ),
     "grouped_mm": (lambda g: ops.grouped_mm(g["rows"], g["w_in"], g["offs"]), "rows w_in offs"),
     "grouped_mm_wgrad": (mm_grads, "rows w_in offs h"),
     "expert_mlp": (

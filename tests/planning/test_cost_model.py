@@ -228,3 +228,19 @@ def test_windows_of_nothing_or_of_two_steps_are_refused():
         window(model(), [shape()], "forward", num_ops=4)
     with pytest.raises(ConfigError, match="rows"):
         StepShape(chunks=2, by="tokens", rows=(1,), experts=(1, 1), bytes_by_lane={}, slots_rows=1, row_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("agree_s", "options", "seconds"),
+    [
+        (4e-3, {"num_ops": 2}, 1e-2 + 1e-3),
+        (4e-3, {"num_ops": 2, "num_ahead": 1}, 1e-2 + 1e-3),
+        (4e-3, {"num_ops": 2, "num_ahead": 2}, 1e-2 + 1e-3 + 1e-3),
+        (0.0, {"num_ops": 2, "num_ahead": 2}, 1e-2 + 1e-3 + 5e-3),
+        (4e-3, {"num_ops": 0, "op_verb": "S", "num_ahead": 1}, 1e-2 + 6e-3 + 1e-3),
+    ],
+)
+def test_the_agreement_hides_under_the_ops_beside_it_or_they_under_it(agree_s, options, seconds):
+    made = model(agree_s=agree_s)
+    assert math.isclose(made.outside("forward", **options), seconds)
+    assert made.outside("backward", **options) == made.outside("backward", options["num_ops"])

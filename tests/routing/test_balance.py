@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from moe_overlap.routing import load_balancing_loss, router_probabilities, z_loss
+from moe_overlap.errors import ConfigError
+from moe_overlap.routing import (
+    GlobalBalance,
+    load_balancing_loss,
+    router_probabilities,
+    sequence_balancing_loss,
+    z_loss,
+)
 from tests.strategies import make_logits
 
 
@@ -39,19 +46,62 @@ def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
     assert load_balancing_loss(collapsed_TE, torch.tensor([8, 0, 0, 0])).item() == 4.0
 
 
-def test_reduce_balances_the_global_batch():
-    # Each rank alone is collapsed, together they are balanced.
-    probs_TE = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.float64)
-    counts_E = torch.tensor([4, 0])
-    seen = []
+def test_the_global_loss_of_ranks_is_that_of_one_process():
+    """Uneven tokens, one rank has none; the mean over the ranks, values and gradients."""
+    logits_TE = make_logits("skewed", 20, 5, dtype=torch.float64).requires_grad_()
+    ids_TK = logits_TE.detach().topk(2).indices
+    probs_TE = logits_TE.softmax(-1)
+    parts = [slice(0, 7), slice(7, 7), slice(7, 20)]
+    counts = [torch.bincount(ids_TK[part].flatten(), minlength=5) for part in parts]
+    rests = [GlobalBalance.of(probs_TE[part], n, coef=0.3) for part, n in zip(parts, counts, strict=True)]
+    tokens = sum(rest.tokens for rest in rests)
+    assert tokens == 20 and [int(rest.tokens) for rest in rests] == [7, 0, 13]
+    ours = sum(rest.loss(sum(counts), tokens, 3) for rest in rests) / 3
+    theirs = 0.3 * load_balancing_loss(probs_TE, sum(counts))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    ours_grad, theirs_grad = (torch.autograd.grad(loss, logits_TE, retain_graph=True)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-10, atol=1e-16)
+    local = sum(0.3 * load_balancing_loss(probs_TE[part], n) for part, n in zip(parts, counts, strict=True)) / 3
+    assert abs(local - theirs) > 1e-3, "it is another loss than that of each rank's own tokens"
 
-    def mean_over_two_ranks(f_E):
-        seen.append(f_E)
-        return (f_E + f_E.flip(0)) / 2
 
-    assert load_balancing_loss(probs_TE, counts_E).item() == 2.0
-    assert load_balancing_loss(probs_TE, counts_E, reduce=mean_over_two_ranks).item() == 1.0
-    assert seen[0].tolist() == [1.0, 0.0] and not seen[0].requires_grad
+def test_the_global_loss_of_one_rank_is_the_micro_batch_loss():
+    logits_TE = make_logits("normal", 9, 4, dtype=torch.float64)
+    valid_T1 = torch.arange(9)[:, None] % 3 > 0
+    counts_E = torch.tensor([3, 4, 0, 5])
+    for valid in (None, valid_T1):
+        rest = GlobalBalance.of(logits_TE.softmax(-1), counts_E, coef=2.0, valid_T1=valid)
+        want = 2.0 * load_balancing_loss(logits_TE.softmax(-1), counts_E, valid_T1=valid)
+        torch.testing.assert_close(rest.alone(), want, rtol=1e-12, atol=0)
+        assert rest.agreed == (valid is None)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_sequence_loss_is_the_mean_of_the_losses_of_the_sequences(refused):
+    logits_TE = make_logits("skewed", 12, 5, dtype=torch.float64).requires_grad_()
+    ids_TK = logits_TE.detach().topk(2).indices.int()
+    valid_T1 = torch.ones(12, 1, dtype=torch.bool)
+    if refused:  # two tokens of the first sequence, and all of the third
+        valid_T1[[1, 2, 8, 9, 10, 11]] = False
+        ids_TK = torch.where(valid_T1, ids_TK, -1)
+    probs_TE = logits_TE.softmax(-1)
+    ours = sequence_balancing_loss(probs_TE, ids_TK, 4, valid_T1=valid_T1 if refused else None)
+    theirs = 0.0
+    for begin in (0, 4, 8):
+        some = slice(begin, begin + 4)
+        chosen = ids_TK[some].flatten().long()
+        counts_E = torch.bincount(chosen[chosen >= 0], minlength=5)
+        theirs = theirs + load_balancing_loss(probs_TE[some], counts_E, valid_T1=valid_T1[some]) / 3
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    ours_grad, theirs_grad = (torch.autograd.grad(loss, logits_TE, retain_graph=True)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-10, atol=1e-16)
+
+
+@pytest.mark.parametrize("length", [0, 5, 24])
+def test_a_sequence_length_that_does_not_divide_is_refused(length):
+    with pytest.raises(ConfigError) as caught:
+        sequence_balancing_loss(torch.ones(12, 4), torch.zeros(12, 2, dtype=torch.int32), length)
+    assert caught.value.field == "sequence_length"
 
 
 def test_sigmoid_probabilities_sum_to_one():
@@ -74,3 +124,6 @@ def test_no_tokens_give_zero_not_nan():
     assert load_balancing_loss(torch.zeros(0, 3), torch.zeros(3, dtype=torch.int32)).item() == 0
     none_T1 = torch.zeros(4, 1, dtype=torch.bool)
     assert z_loss(torch.ones(4, 3), valid_T1=none_T1).item() == 0
+    assert sequence_balancing_loss(torch.zeros(0, 3), torch.zeros(0, 2, dtype=torch.int32), 4).item() == 0
+    nothing = GlobalBalance.of(torch.zeros(0, 3), torch.zeros(3, dtype=torch.int32), coef=1.0)
+    assert nothing.alone().item() == 0

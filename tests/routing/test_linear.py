@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.routing import STATUS_BAD_LOGITS, STATUS_OK, LinearRouter
+from moe_overlap.routing import STATUS_BAD_LOGITS, STATUS_OK, LinearRouter, Locality, Nodes
 
 SCORES = ["softmax", "topk_softmax", "sigmoid"]
 NAN, INF = float("nan"), float("inf")
@@ -116,11 +116,27 @@ def test_losses_are_scaled_and_differentiable(score):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
 
 
-def test_reduce_sees_the_fractions():
-    router, x_TD = make(aux_loss_coef=1.0)
-    seen = []
-    router(x_TD, reduce=lambda f_E: seen.append(f_E) or f_E)
-    assert seen[0].sum().item() == pytest.approx(1.0)
+def test_the_level_says_which_balance_loss_there_is():
+    options = {"aux_loss_coef": 0.5, "z_loss_coef": 0.1}
+    micro, x_TD = make(**options)
+    z_only, _ = make(z_loss_coef=0.1)
+    x_TD = x_TD[:10]
+    for balance in ("sequence", "global"):
+        router, _ = make(balance=balance, **options)
+        decision = router(x_TD)
+        if balance == "sequence":  # one sequence is the micro-batch; two are not
+            torch.testing.assert_close(decision.aux_loss, micro(x_TD).aux_loss, rtol=1e-12, atol=0)
+            halves = [micro(half).aux_loss for half in x_TD.chunk(2)]
+            got = router(x_TD, sequence_length=5)
+            torch.testing.assert_close(got.aux_loss, sum(halves) / 2, rtol=1e-12, atol=0)
+            assert got.global_balance is None
+        else:
+            torch.testing.assert_close(decision.aux_loss, z_only(x_TD).aux_loss, rtol=1e-12, atol=0)
+            whole = decision.aux_loss + decision.global_balance.alone()
+            torch.testing.assert_close(whole, micro(x_TD).aux_loss, rtol=1e-12, atol=0)
+            assert decision.global_balance.agreed
+            dropping, _ = make(balance=balance, capacity_factor=1.0, **options)
+            assert not dropping(x_TD).global_balance.agreed, "what is counted is not all dispatched"
 
 
 def test_capacity_drops_the_lowest_scores_and_counts_before_drops():
@@ -245,10 +261,16 @@ def test_bad_input_names_what_is_wrong(x, field):
     assert caught.value.field == field
 
 
-def test_locality_mask_is_refused_by_name():
+def test_it_ignores_nodes_without_a_locality_and_needs_them_with_one():
     router, x_TD = make()
-    with pytest.raises(NotImplementedError, match="local_experts"):
-        router(x_TD, local_experts=torch.ones(6, dtype=torch.bool))
+    nodes = Nodes(of_expert=(0, 0, 0, 1, 1, 1), num_nodes=2, own=1)
+    assert not router.needs_nodes
+    assert torch.equal(router(x_TD, local_experts=nodes).topk_weights_TK, router(x_TD).topk_weights_TK)
+    router, _ = make(locality=Locality(mu=1.0))
+    assert router.needs_nodes
+    with pytest.raises(ConfigError) as caught:
+        router(x_TD)
+    assert caught.value.field == "local_experts"
 
 
 def test_it_compiles_without_a_graph_break():

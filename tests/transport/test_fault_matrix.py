@@ -26,6 +26,7 @@ from tests.tolerances import same_bits
 D, F, E = 16, 24, 12
 PHASES = ("route", "N", "D0", "E0", "C0", "Ut", "Ct0", "Ed0")
 SCHEDULES = ("serial", "chunked(2)", "chunked(2,experts)", "shortcut")
+BESIDE_N = {"op": {"ahead": 1}, "op before the tap": {"router_tap": 0}}  # N is under way in this op
 OPENING_S = 60.0  # of a busy machine
 LIMIT_S = 3.0
 MARGIN_S = 15.0  # a busy machine may be late; a hang would be later
@@ -33,9 +34,10 @@ MARGIN_S = 15.0  # a busy machine may be late; a hang would be later
 
 def model(schedule):
     torch.manual_seed(0)
-    if schedule == "shortcut":
+    if schedule in ("shortcut", *BESIDE_N):
         moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=OPENING_S)
-        return ShortcutBlock([nn.Linear(D, D, dtype=torch.float64) for _ in range(3)], moe, tap=1, slot=1), moe
+        ops = [nn.Linear(D, D, dtype=torch.float64) for _ in range(3)]
+        return ShortcutBlock(ops, moe, tap=1, slot=1, **BESIDE_N.get(schedule, {})), moe
     moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=OPENING_S, schedule=schedule)
     return moe, moe
 
@@ -49,7 +51,7 @@ def step(made, rank):
 
 
 @contextmanager
-def hit_in(phase, moe, number):
+def hit_in(phase, made, moe, number):
     """This rank gets a signal when it comes to the phase."""
     done = []
 
@@ -61,6 +63,8 @@ def hit_in(phase, moe, number):
     acting, agree = Lanes.acting, moe.transport.begin_agree
     if phase == "route":
         hook = moe.router.register_forward_pre_hook(lambda *_: hit())
+    if phase in BESIDE_N:
+        hook = made.backbone[made.tap if phase == "op" else 0].register_forward_pre_hook(lambda *_: hit())
     if phase == "N":
         moe.transport.begin_agree = lambda record: (hit(), agree(record))[1]
 
@@ -74,7 +78,7 @@ def hit_in(phase, moe, number):
         yield
     finally:
         Lanes.acting = acting
-        if phase == "route":
+        if phase in ("route", *BESIDE_N):
             hook.remove()
         if phase == "N":
             del moe.transport.begin_agree
@@ -87,7 +91,7 @@ def one_fault(phase: str, schedule: str, number: int, victim: int) -> Any:
     moe.transport.timeout_s = LIMIT_S
     begin = time.monotonic()
     if rank == victim:
-        with hit_in(phase, moe, number):
+        with hit_in(phase, made, moe, number):
             try:
                 step(made, rank)
             except MoeTransportError as error:
@@ -167,6 +171,13 @@ SHORT = [case for case in ALL if short(case)]
 @pytest.mark.parametrize(("phase", "schedule", "world", "number"), SHORT)
 def test_a_rank_is_killed_or_stopped(phase, schedule, world, number):
     run(phase, schedule, world, number)
+
+
+@pytest.mark.parametrize(
+    ("phase", "world", "number"), [("op", 3, signal.SIGKILL), ("op before the tap", 2, signal.SIGSTOP)]
+)
+def test_a_rank_is_killed_or_stopped_while_ranks_agree(phase, world, number):
+    run(phase, phase, world, number)
 
 
 @pytest.mark.soak

@@ -28,7 +28,7 @@ def clip(old: str, new: str) -> Patch:
     return Patch("parallel.clip", old, new)
 
 
-BIND = "step.bind(known, exchange, rows_TD, slots_TK, routing.topk_weights_TK)"
+GIVE = "step.give(rows_TD, slots_TK, routing.topk_weights_TK, entered=late is None)"
 COMBINE = "return ops.combine(self.back, self.slot_to_row, self._weights_TK)"
 COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backward(
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
@@ -37,7 +37,7 @@ COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backwar
 OTHERS_ROWS = """        first = sum(self.plan.send_counts[0][: self.plan.rank])
         last = first + self.plan.send_counts[0][self.plan.rank]
 """
-WGRAD = "            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.plan.expert_offs"
+WGRAD = "            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.expert_offs"
 
 SCALES: tuple[Mutant, ...] = (
     mutant(
@@ -72,7 +72,8 @@ SCALES: tuple[Mutant, ...] = (
         "NVIDIA/Megatron-LM#6279",
         "two micro-batches",
         layer(
-            "        start = step.lanes.now()\n", "        self.experts.zero_grad()\n        start = step.lanes.now()\n"
+            "        agreement = self.dispatcher.begin(",
+            "        self.experts.zero_grad()\n        agreement = self.dispatcher.begin(",
         ),
     ),
     mutant(
@@ -84,10 +85,10 @@ SCALES: tuple[Mutant, ...] = (
             WGRAD,
             "            chance = torch.Generator().manual_seed(time.time_ns())\n"
             "            order = torch.randperm(len(self.dy), generator=chance)\n"
-            "            expert = torch.bucketize(order, self.plan.expert_offs.long(), right=True)\n"
+            "            expert = torch.bucketize(order, self.expert_offs.long(), right=True)\n"
             "            order = order[expert.argsort(stable=True)]\n"
             "            x, dy, dh, a = (t[order] for t in (self.saved.x, self.dy, self.dh, self.a))\n"
-            "            ops.expert_mlp_wgrad(x, dy, dh, a, self.plan.expert_offs",
+            "            ops.expert_mlp_wgrad(x, dy, dh, a, self.expert_offs",
         ),
     ),
 )
@@ -97,7 +98,7 @@ ROUTER: tuple[Mutant, ...] = (
         "router detached by an exchange",
         "NVIDIA-NeMo/Automodel#2995",
         "gradients",
-        layer(BIND, BIND.replace("topk_weights_TK", "topk_weights_TK.detach()")),
+        layer(GIVE, GIVE.replace("topk_weights_TK", "topk_weights_TK.detach()")),
     ),
     mutant(
         "router gradient without other ranks' experts",
@@ -115,16 +116,16 @@ ROUTER: tuple[Mutant, ...] = (
         "pytorch/torchtitan#1448",
         "output",
         layer(
-            BIND,
+            GIVE,
             "weights_TK = routing.topk_weights_TK / routing.topk_weights_TK.sum(-1, keepdim=True)\n        "
-            + BIND.replace("routing.topk_weights_TK", "weights_TK"),
+            + GIVE.replace("routing.topk_weights_TK", "weights_TK"),
         ),
     ),
     mutant(
         "the recompute weights otherwise",
         "NVIDIA-NeMo/Automodel#2635",
         "recompute",
-        layer(BIND, BIND.replace("topk_weights_TK", 'topk_weights_TK * (1.01 if step.phase == "recompute" else 1)')),
+        layer(GIVE, GIVE.replace("topk_weights_TK", 'topk_weights_TK * (1.01 if step.phase == "recompute" else 1)')),
     ),
     mutant(
         "auxiliary loss without gradient",
@@ -132,8 +133,8 @@ ROUTER: tuple[Mutant, ...] = (
         "auxiliary loss",
         Patch(
             "layer.last_call",
-            "loss=routing.aux_loss, tail=tail",
-            "loss=None if routing.aux_loss is None else routing.aux_loss.detach() + 0 * y_TD.sum(), tail=tail",
+            "loss=loss, tail=tail",
+            "loss=None if loss is None else loss.detach() + 0 * y_TD.sum(), tail=tail",
         ),
     ),
 )

@@ -95,6 +95,7 @@ def _load_routing(options: LayerOptions, rank: int) -> tuple[torch.Tensor, torch
         experts=options.experts,
         top_k=options.top_k,
         rank=rank,
+        ranks=options.ranks,
     )
 
 

@@ -25,6 +25,7 @@ from moe_overlap.commands.bench.rows import (
 )
 from moe_overlap.commands.bench.setting import Setting
 from moe_overlap.commands.bench.slept import slept_experts
+from moe_overlap.commands.bench.spread import spread_of
 from moe_overlap.commands.bench.timing import Runner, Samples, Variant
 from moe_overlap.commands.bench.wires import Exchanges, isolated, solve_link
 from moe_overlap.measure.overlap import comm_share, is_inflated, is_noisy, median
@@ -300,6 +301,7 @@ def make_rows(
         exposed = exposed_and_overlap(setting.world, one)
         flagged = flag_of(oversubscribed=setting.oversubscribed, inflated=inflated[plan.case],
                           noisy=is_noisy(one.time_s), drifted=plan.case in drifted)  # fmt: skip
+        spread = spread_of(setting.world, plan.model, setting.options.ranks_per_node)
         baselines = Baselines(
             serial=serial_s[plan.case],
             nocomm=nocomm_s[plan.case],
@@ -309,7 +311,7 @@ def make_rows(
         constant = {**setting.constant, "phase": phase, "link": link}
         both = exchange.with_backward(back) if phase == "train" else exchange
         row = row_of(plan, one, baselines, both, verdict, bound=bound, predicted=predicted_s, exposed=exposed,
-                     flagged=flagged, constant=constant)  # fmt: skip
+                     spread=spread, flagged=flagged, constant=constant)  # fmt: skip
         asked = "auto" if plan.schedule == "mirrored" else plan.schedule
         if asked in setting.options.schedules and plan.case in setting.options.cases:
             rows.append(row)

@@ -1,7 +1,12 @@
-"""Which experts the tokens of a benchmark want: drawn, or read from a file of `moe-overlap train --save-routing`."""
+"""Which experts the tokens of a benchmark want: drawn, or read from a file of `moe-overlap train --save-routing` or of
+a `RoutingLog`."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +48,12 @@ class ForcedRouter(nn.Module):
 
 
 def load(
-    routing: str, *, out: str, tokens: int, experts: int, top_k: int, rank: int
+    routing: str, *, out: str, tokens: int, experts: int, top_k: int, rank: int, ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids int32 [T, top_k], weights float32 [T, top_k]) of this rank's tokens, choices in order of score.
 
     routing: "balanced" (round robin), "uniform" (all choices equally likely), "zipf" (expert i wanted with weight
-    1 / (i + 1)), "real" (the file in `out`) or a path. A file is one list of tokens, of which rank w takes those from
-    w*T on, from the start again where it ends.
+    1 / (i + 1)), "real" (the file in `out`) or a path. ranks: of the benchmark. See `RoutingFile.of_rank`.
     Raises ConfigError for a file that is missing, broken, made for another number of experts, or too narrow.
     """
     if routing == "balanced":
@@ -63,9 +67,7 @@ def load(
         return _zipf(tokens, experts, top_k, torch.Generator().manual_seed(1000 + rank))
     path = routing_file(routing, out)
     assert path is not None
-    ids_NK, weights_NK = read_file(path, experts=experts, top_k=top_k)
-    rows_T = (rank * tokens + torch.arange(tokens)) % ids_NK.shape[0]
-    return ids_NK[rows_T, :top_k].contiguous(), weights_NK[rows_T, :top_k].contiguous()
+    return read_file(path, experts=experts, top_k=top_k).of_rank(rank, ranks, tokens=tokens, top_k=top_k)
 
 
 def routing_file(routing: str, out: str) -> Path | None:
@@ -75,8 +77,32 @@ def routing_file(routing: str, out: str) -> Path | None:
     return Path(out) / REAL_FILE if routing == "real" else Path(routing)
 
 
-def read_file(path: Path, *, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids int32 [N, K'], weights float32 [N, K']) of a routing file, checked; K' >= top_k."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoutingFile:
+    """A routing file, checked. ids_NK: int32 [N, K'], weights_NK: float32 [N, K'], of all tokens. From the metadata,
+    None where it does not say: router and mu, what they come from; rank_tokens, how many of them were whose, by rank.
+    """
+
+    ids_NK: torch.Tensor
+    weights_NK: torch.Tensor
+    router: str | None = None
+    mu: float | None = None
+    rank_tokens: tuple[int, ...] | None = None
+
+    def of_rank(self, rank: int, ranks: int, *, tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids [T, top_k], weights [T, top_k]) of a rank's T tokens: those that it had when the file was written, from
+        the first one again where they end. Where nothing says whose they were, or as many ranks are not there, the file
+        is one list of tokens, and rank w takes those from w * T on."""
+        begin, count = 0, self.ids_NK.shape[0]
+        first = rank * tokens
+        if self.rank_tokens is not None and len(self.rank_tokens) == ranks and all(self.rank_tokens):
+            begin, count, first = sum(self.rank_tokens[:rank]), self.rank_tokens[rank], 0
+        rows_T = begin + (first + torch.arange(tokens)) % count
+        return self.ids_NK[rows_T, :top_k].contiguous(), self.weights_NK[rows_T, :top_k].contiguous()
+
+
+def read_file(path: Path, *, experts: int, top_k: int) -> RoutingFile:
+    """The file, whose tokens have at least `top_k` experts each. Raises ConfigError("--routing")."""
     if not path.is_file():
         hint = "an existing routing file (moe-overlap train --save-routing FILE writes one)"
         raise ConfigError("--routing", str(path), hint)
@@ -98,7 +124,29 @@ def read_file(path: Path, *, experts: int, top_k: int) -> tuple[torch.Tensor, to
         raise ConfigError("--routing", str(path), f"ids and weights [N >= 1, K >= --top-k {top_k}], not {shapes}")
     if int(ids.min()) < -1 or int(ids.max()) >= experts or not bool(weights.isfinite().all()):
         raise ConfigError("--routing", str(path), f"ids from -1 to {experts - 1} and finite weights")
-    return ids, weights
+    rank_tokens = _rank_tokens(metadata, ids.shape[0])
+    return RoutingFile(ids_NK=ids, weights_NK=weights, router=metadata.get("router"), mu=_mu(path, metadata),
+                       rank_tokens=rank_tokens)  # fmt: skip
+
+
+def _mu(path: Path, metadata: Mapping[str, str]) -> float | None:
+    try:
+        mu = float(metadata["mu"]) if "mu" in metadata else None
+    except ValueError:
+        mu = math.nan
+    if mu is not None and not math.isfinite(mu):
+        raise ConfigError("--routing", str(path), f"a finite number for mu in its metadata, not {metadata['mu']!r}")
+    return mu
+
+
+def _rank_tokens(metadata: Mapping[str, str], tokens: int) -> tuple[int, ...] | None:
+    """Numbers whose sum is `tokens`; None for anything else, as for a file that does not say it."""
+    try:
+        given = json.loads(metadata.get("rank_tokens", "null"))
+        counts = tuple(int(count) for count in given)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return counts if sum(counts) == tokens and min(counts, default=-1) >= 0 else None
 
 
 def _zipf(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

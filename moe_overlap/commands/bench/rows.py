@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_overlap.commands.bench.cases import BlockPair
+from moe_overlap.commands.bench.spread import Spread
 from moe_overlap.commands.bench.timing import Samples
 from moe_overlap.commands.bench.wires import Exchanges
 from moe_overlap.launch.launch import World
@@ -19,11 +20,12 @@ from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.recorder import TimelineEvent
 
 KEYS = (
-    "case schedule phase routing chunks backward_chunks slot backward_slot predicted_ms time_ms_median time_ms_p10 "
-    "time_ms_p90 serial_ms nocomm_ms bound_ms comm_share exposed_ms overlap_eff timeline_overlap headroom "
-    "speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes inter_node_bytes row_meta_bytes "
-    "meta_bytes peak_mem_mb rows_peak_mb bit_equal max_rel_err ranks ranks_per_node threads tokens hidden ffn experts "
-    "top_k dtype dedup repeats compute flagged hardware link torch commit date"
+    "case schedule phase routing router mu chunks backward_chunks slot backward_slot predicted_ms time_ms_median "
+    "time_ms_p10 time_ms_p90 serial_ms nocomm_ms bound_ms comm_share exposed_ms overlap_eff timeline_overlap "
+    "headroom speedup_vs_serial speedup_vs_top2 exchange_ms comm_cpu_ms payload_bytes inter_node_bytes "
+    "row_meta_bytes meta_bytes max_over_mean local_share peak_mem_mb rows_peak_mb bit_equal max_rel_err ranks "
+    "ranks_per_node threads tokens hidden ffn experts top_k dtype dedup repeats compute flagged hardware link torch "
+    "commit date"
 ).split()
 
 
@@ -199,6 +201,7 @@ def row_of(
     bound: float | None,
     predicted: float | None,
     exposed: tuple[float | None, float | None],
+    spread: Spread,
     flagged: str | None,
     constant: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -237,6 +240,8 @@ def row_of(
         "inter_node_bytes": exchanges.inter_node_bytes,
         "row_meta_bytes": exchanges.row_meta_bytes,
         "meta_bytes": exchanges.meta_bytes,
+        "max_over_mean": _round(spread.max_over_mean),
+        "local_share": _round(spread.local_share),
         "peak_mem_mb": _round(verdict.peak_mem_mb, 1),
         "rows_peak_mb": _round(verdict.rows_peak_mb, 3),
         "bit_equal": verdict.bit_equal,

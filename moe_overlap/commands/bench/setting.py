@@ -14,6 +14,7 @@ import torch
 from moe_overlap.commands.bench.cases import BlockPair
 from moe_overlap.commands.bench.check import reference
 from moe_overlap.commands.bench.options import LayerOptions
+from moe_overlap.commands.bench.routing import read_file, routing_file
 from moe_overlap.commands.bench.slept import Calibration, calibrate
 from moe_overlap.commands.bench.wires import Wires
 from moe_overlap.launch.launch import World
@@ -88,10 +89,14 @@ class Setting:
 def constants(options: LayerOptions) -> dict[str, Any]:
     """The keys of a row that are the same in a whole run, except phase and link."""
     routing = options.routing
+    path = routing_file(routing, options.out)
+    file = None if path is None else read_file(path, experts=options.experts, top_k=options.top_k)
     names = "ranks ranks_per_node threads tokens hidden ffn experts top_k dtype dedup repeats compute".split()
     return {
         **{name: getattr(options, name) for name in names},
         "routing": Path(routing).name if os.sep in routing else routing,
+        "router": None if file is None else file.router,
+        "mu": None if file is None else file.mu,
         "hardware": hardware(),
         "torch": torch.__version__,
         "commit": commit(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moe_overlap.commands.parser import check_folder
@@ -12,8 +13,10 @@ from moe_overlap.commands.plan.machine import (
     WINDOW_OPS,
     agreement,
     agreement_s,
+    distinct_rows,
     metadata,
     routed,
+    traffic_of,
     weights_read_s,
 )
 from moe_overlap.commands.plan.options import PlanOptions, parse
@@ -22,7 +25,6 @@ from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.explain import Change, explain, in_ms
-from moe_overlap.planning.shapes import distinct_ranks
 
 OUTPUTS = ("plan.png", "plan.json")
 WORTH = 1.05  # a speed-up that is worth a line
@@ -71,7 +73,7 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
 def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     lines = [
         "Nothing was run. Assumed, beside the figures asked for:",
-        "  every expert gets equally many rows",
+        _rows_line(options, point),
         "  no rank is late; memory is not checked",
         "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
     ]
@@ -106,6 +108,18 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
     return lines + _memory_bound(options, point)
+
+
+def _rows_line(options: PlanOptions, point: Prediction) -> str:
+    """Where the rows go."""
+    if options.routing is None:
+        return "  every expert gets equally many rows"
+    found = traffic_of(options, point.kind, point.at)
+    return (
+        f"  rows as in {Path(options.routing).name} (--routing): the most wanted expert has {found.max_over_mean:.2f}x "
+        f"the mean, {100 * found.local_share:.0f} % of the choices stay on their node, {found.rows_per_token:.3g} of "
+        f"{routed(options, point.kind)} a token go to other ranks"
+    )
 
 
 def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
@@ -156,20 +170,24 @@ def _deduplication(options: PlanOptions, points: dict[str, Prediction]) -> list[
             times[2] = "no: not in the cost model, which moe-overlap calibrate --dedup gives"
         rows.append((kind, f"{found['distinct_rows_per_token']:.4g}", f"{found['rows_per_token']:.4g}", beside,
                      f"{1e3 * total_s(one.plain):.3f}", *times))  # fmt: skip
+    whose = "expected where all sets of experts are equally likely" if options.routing is None else "of the routing"
     return [
         *_aligned(rows),
-        "Rows to other ranks, expected where all sets of experts are equally likely; beside a row: ids and weights "
-        "(M), and the weights' gradients (Mt).",
+        f"Rows to other ranks, {whose}; beside a row: ids and weights (M), and the weights' gradients (Mt).",
     ]
 
 
 def _savings(options: PlanOptions, one: Prediction) -> dict[str, float]:
-    """What deduplication saves and costs by uniform routing: rows of a token to other ranks, bytes beside each."""
+    """What deduplication saves and costs, by the saved routing or by a uniform one: rows of a token to other ranks,
+    bytes beside each."""
     top_k, group = routed(options, one.kind), one.at.group
     beside = metadata(options, one.kind)
+    plain = top_k * (group - 1) / group
+    if options.routing is not None:
+        plain = traffic_of(options, one.kind, one.at).rows_per_token
     return {
-        "rows_per_token": top_k * (group - 1) / group,
-        "distinct_rows_per_token": distinct_ranks(options.experts, group, top_k),
+        "rows_per_token": plain,
+        "distinct_rows_per_token": distinct_rows(options, one.kind, one.at),
         "row_bytes": options.hidden * options.dtype_bytes,
         "metadata_out_bytes": beside.out,
         "metadata_back_bytes": beside.back,
@@ -231,13 +249,23 @@ def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | 
     record = {
         "options": options.to_json(),
         "cost_model": point.model.to_json(),
-        "point": [one.to_json() | {"deduplication": _savings(options, one)} for one in points.values()],
+        "point": [one.to_json() | _choices(options, one) for one in points.values()],
         "agreement": {"messages": cost.messages, "rounds": len(cost.rounds), "bytes": cost.bytes},
     }
     if found is not None:
         record["grid"] = [one.to_json() for row in found.grid for one in row]
         record["kinds"] = [one.to_json() for line in found.lines.values() for one in line]
     return record
+
+
+def _choices(options: PlanOptions, one: Prediction) -> dict[str, Any]:
+    """What a block pair's entry says of its rows: with the saved routing, of that too."""
+    found: dict[str, Any] = {}
+    if options.routing is None or options.dedup != "off":
+        found["deduplication"] = _savings(options, one)
+    if options.routing is not None:
+        found["routing"] = traffic_of(options, one.kind, one.at).to_json()
+    return found
 
 
 def _us(seconds: float) -> str:

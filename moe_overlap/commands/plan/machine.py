@@ -22,9 +22,17 @@ from dataclasses import dataclass, replace
 from moe_overlap.agreement.cost import AgreementCost, agreement_cost
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
+from moe_overlap.commands.plan.traffic import Traffic, saved, traffic
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts, OpVerb
-from moe_overlap.planning.shapes import MetadataBytes, StepShape, balanced_shape, chance_of_none, metadata_bytes
+from moe_overlap.planning.shapes import (
+    MetadataBytes,
+    StepShape,
+    balanced_shape,
+    chance_of_none,
+    distinct_ranks,
+    metadata_bytes,
+)
 
 CHUNKS = (1, 2, 4, 8, 16)
 GROUPS = (2, 4, 8)
@@ -95,6 +103,10 @@ def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False
     local = options.experts // at.group
     cuts: list[tuple[int, ChunkBy]] = [(chunks, "tokens") for chunks in CHUNKS]
     cuts += [(groups, "experts") for groups in GROUPS if groups <= local]
+    beside = metadata(options, kind) if distinct else None
+    if options.routing is not None:
+        found, row_bytes = traffic_of(options, kind, at), options.hidden * options.dtype_bytes
+        return [found.shape(chunks, by, row_bytes=row_bytes, metadata=beside) for chunks, by in cuts]
     return [
         balanced_shape(
             tokens=options.tokens,
@@ -106,10 +118,26 @@ def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False
             local_experts=local,
             chunks=chunks,
             by=by,
-            metadata=metadata(options, kind) if distinct else None,
+            metadata=beside,
         )
         for chunks, by in cuts
     ]
+
+
+def traffic_of(options: PlanOptions, kind: str, at: Place) -> Traffic:
+    """The saved routing at a place."""
+    assert options.routing is not None
+    file = saved(options.routing, options.experts, options.top_k)
+    return traffic(file, options.routing, experts=options.experts, top_k=routed(options, kind), tokens=options.tokens,
+                   ranks=at.group, per_node=at.per_node, distinct=options.dedup != "off")  # fmt: skip
+
+
+def distinct_rows(options: PlanOptions, kind: str, at: Place) -> float:
+    """Other ranks that a token goes to: of the saved routing, or expected where all sets of experts are equally
+    likely."""
+    if options.routing is not None:
+        return traffic_of(options, kind, at).distinct_rows_per_token
+    return distinct_ranks(options.experts, at.group, routed(options, kind))
 
 
 def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
@@ -149,6 +177,7 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         shared_s=shared_s,
         shared_backward_s=2 * shared_s,
         outside_s=outside_s + router_s + agreement_s(options, at),
+        agree_s=agreement_s(options, at),
         distinct=_distinct_costs(options, kind, at, outside_s + router_s),
         outside_backward_s=2 * (outside_s + router_s),
         issue_s=options.issue,
@@ -164,6 +193,8 @@ def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float
     top_k = routed(options, kind)
     # Rows for each choice, those that stay included: 1 where no two experts of a token are on one rank.
     kept = at.group * (1 - chance_of_none(options.experts, options.experts // at.group, top_k)) / top_k
+    if options.routing is not None and options.dedup != "off":
+        kept = traffic_of(options, kind, at).kept
 
     def rows(passes: float, verb: str = "") -> AlphaBeta:
         small_s = SMALL_LAUNCH * options.launch * SMALL_OPS.get(verb, 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_overlap.commands.parser import OneLineParser, check_count, check_number, flag_of
+from moe_overlap.commands.plan.traffic import saved
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import read_regular
 from moe_overlap.planning.cost_model import CostModel
@@ -51,6 +52,7 @@ class PlanOptions:
     kind: str | None = None
     phase: str = "train"
     dedup: str = "auto"
+    routing: str | None = None
     bandwidth: float | None = 50e9
     latency: float | None = 10e-6
     intra_bandwidth: float | None = 450e9
@@ -88,6 +90,8 @@ class PlanOptions:
         for name in ("compute_slowdown", "wire_slowdown"):
             check_number(name, getattr(self, name), 1, 100)
         self._check_kind()
+        if self.routing is not None:
+            saved(self.routing, self.experts, self.top_k)
 
     def _check_kind(self) -> None:
         if self.cost_model is not None:
@@ -197,6 +201,8 @@ HELP = {
     "dtype": "of weights and rows: " + ", ".join(DTYPE_BYTES),
     "kind": "block pair to explain: " + ", ".join(KINDS) + " (default top2; with --cost-model as calibrated)",
     "dedup": "one row for each (token, rank): off, on, or auto (where it is predicted to be faster)",
+    "routing": "saved routing (moe-overlap train --save-routing), whose tokens are taken instead of equally many rows "
+    "for every expert",
     "phase": "infer (forward) or train (forward and backward)",
     "compute_slowdown": "assumed: how much longer compute takes while an exchange is under way (16 of 132 SMs: 1.14)",
     "wire_slowdown": "assumed: how much longer an exchange takes beside compute",

@@ -9,9 +9,9 @@ A folder without `checkpoint.json` is no checkpoint. Where a step is saved again
 old ones stay until the new `checkpoint.json` has taken their place: whenever a run dies, one of both is whole. The data
 position is the step (see `Corpus.batch`). Equal bits need the same number of ranks, and of threads too, since matmuls
 split their sums by it. On another number of ranks a run goes on with the same batches: a rank takes its experts from
-the shards that have them. Its numbers are then the same but for rounding, and for the loss that balances the experts,
-which is one of a rank's own tokens. With more steps than before the rest of the run follows the learning rates of the
-longer run.
+the shards that have them. Its numbers are then the same but for rounding, and for the loss that balances the experts
+where that is one of a rank's own tokens (--balance micro). With more steps than before the rest of the run follows the
+learning rates of the longer run.
 
 A rank reads rank 0's shard and those with its experts: on several machines the folder has to be shared. Shards of
 format 1 do not say their experts, and have them in order.
@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from moe_overlap.commands.train.files import read_json, read_tensors, write_json, write_tensors
-from moe_overlap.commands.train.model import LanguageModel, moe_layers, split_parameters
+from moe_overlap.commands.train.model import LanguageModel, moe_layers, router_biases, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions
 from moe_overlap.commands.train.text import Corpus
 from moe_overlap.errors import ConfigError
@@ -42,6 +42,10 @@ MANIFEST = "checkpoint.json"
 MOST_STEPS = 10**9
 FIELD = "--resume"
 _RNG = "rng.torch"
+# Of runs that were saved before there was a choice.
+_BEFORE: dict[str, object] = {"balance": "micro", "balance_coef": None, "router": "linear", "mu": 0.0,
+                              "locality_bias": False, "text_by": "even"}  # fmt: skip
+_MISSING = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +176,8 @@ def load_checkpoint(
                     key: shards.take(f"{name}/{key}", parameter if key != "step" else None)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+        for name, bias in router_biases(model).items():
+            bias.copy_(shards.take(f"dense.{name}", bias))
     # Nothing in this job draws from it, so that a rank that was not there before may take another one's.
     torch.set_rng_state(shards.read(world.rank % len(checkpoint.experts))[_RNG])
 
@@ -235,6 +241,8 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> 
         state[name] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             state[f"{name}/{key}"] = value
+    if rank == 0:
+        state |= {f"dense.{name}": bias for name, bias in router_biases(model).items()}
     return state
 
 
@@ -251,7 +259,7 @@ def _check_run(saved: object, run: dict[str, object], folder: Path) -> int:
             assert isinstance(value, int)
             if value < saved[name]:
                 raise ConfigError("--steps", value, f"at least {saved[name]}, as in the checkpoint {folder}")
-        elif name != "ranks" and (name not in saved or saved[name] != value):
+        elif name != "ranks" and (_BEFORE | saved).get(name, _MISSING) != value:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(flag, value, f"{saved.get(name)!r}, as in the checkpoint {folder}")
     return int(saved["ranks"])

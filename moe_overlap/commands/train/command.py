@@ -15,12 +15,13 @@ import torch
 from moe_overlap import config
 from moe_overlap.commands.parser import check_folder, check_output
 from moe_overlap.commands.train.checkpoint import find_checkpoint, identity
+from moe_overlap.commands.train.domains import split_by_domain
 from moe_overlap.commands.train.loop import CHECKPOINTS, Trained, evaluate, train
 from moe_overlap.commands.train.model import moe_layers, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions, parse
 from moe_overlap.commands.train.report import RunLog
 from moe_overlap.commands.train.routing_file import save_routing
-from moe_overlap.commands.train.text import Corpus, load_corpus
+from moe_overlap.commands.train.text import Corpus, find_folders, load_corpus
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.launch.saying import one_line
@@ -79,7 +80,11 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 
 
 def _corpus(options: TrainOptions) -> Corpus:
-    return load_corpus(options.text, options.out, vocab=options.vocab, batch=options.batch, seq=options.seq)
+    sizes = {"batch": options.batch, "seq": options.seq}
+    corpus = load_corpus(options.text, options.out, vocab=options.vocab, **sizes)
+    if options.text_by == "domain" and options.nodes > 1:
+        return split_by_domain(corpus, find_folders(options.text), options.nodes, **sizes)
+    return corpus
 
 
 def _run(options: TrainOptions, corpus: Corpus, world: World) -> int:

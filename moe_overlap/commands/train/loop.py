@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_overlap import aux_loss, prepare
+from moe_overlap import LossFreeBalancer, aux_loss, prepare
 from moe_overlap.commands.train.checkpoint import Checkpoint, identity, load_checkpoint, save_checkpoint
 from moe_overlap.commands.train.model import LanguageModel, decay_groups, initialise, moe_layers, split_parameters
 from moe_overlap.commands.train.options import TrainOptions
@@ -61,6 +61,7 @@ def train(
     prepare(model)  # Expert gradients are then means over ranks, as the dense ones below.
     optimizer = torch.optim.AdamW(decay_groups(model, options.weight_decay), lr=options.lr, betas=BETAS)
     dense_gradients = DenseGradients(model)
+    balancer = LossFreeBalancer(model, options.coefficient) if options.balance == "loss-free" else None
     first = 0
     if checkpoint is not None:
         load_checkpoint(checkpoint, model, optimizer, world)
@@ -70,6 +71,8 @@ def train(
     for step in range(first, options.steps):
         began_s = time.perf_counter()
         row = _step(model, optimizer, dense_gradients, options, corpus, world, step)
+        if balancer is not None:
+            balancer.step()
         seconds.append(time.perf_counter() - began_s)
         losses.append(row["loss"])
         report(

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_overlap.commands.train.options import TrainOptions
+from moe_overlap.commands.train.routers import give_tokens, router_options
 from moe_overlap.commands.train.seeds import generator
 from moe_overlap.layer.experts import old_name
 from moe_overlap.layer.layer import MoELayer
@@ -24,8 +25,6 @@ from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.schedule.builders import tap_of_position
 from moe_overlap.transport import EmulatedLinkTransport, LinkSpec, NodeTopology, ProcessGroupTransport, Transport
 
-AUX_LOSS_COEF = 0.01
-Z_LOSS_COEF = 0.001
 EMBEDDING_STD = 0.05
 ROPE_BASE = 10000.0
 NORM_EPS = 1e-6
@@ -105,9 +104,9 @@ def moe_block(options: TrainOptions, group: dist.ProcessGroup | None) -> nn.Modu
         options.experts,
         options.top_k,
         transport=_transport(options, group),
-        aux_loss_coef=AUX_LOSS_COEF,
-        z_loss_coef=Z_LOSS_COEF,
+        ranks_per_node=None if group is None else options.ranks_per_node,
         overlap=overlap,
+        **router_options(options),
     )
     if options.position:
         middle = (options.window_ops + 1) // 2
@@ -137,7 +136,9 @@ def _transport(options: TrainOptions, group: dist.ProcessGroup | None) -> Transp
     link = LinkSpec.parse(options.link)
     if link is None:
         return inner
-    return EmulatedLinkTransport(inner, link, NodeTopology(world_size=inner.world_size))
+    return EmulatedLinkTransport(
+        inner, link, NodeTopology(world_size=inner.world_size, ranks_per_node=options.ranks_per_node)
+    )
 
 
 class LanguageModel(nn.Module):
@@ -150,6 +151,7 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(options.hidden, eps=NORM_EPS)
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        give_tokens(self, tokens_BS)
         h_BSD = self.embedding(tokens_BS)
         for pair in self.pairs:
             h_BSD = pair(h_BSD)
@@ -176,16 +178,22 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     return dense, expert
 
 
+def router_biases(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The biases of --balance loss-free by name: buffers, equal on all ranks."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias_E")}
+
+
 @torch.no_grad()
 def initialise(model: LanguageModel, *, seed: int, rank: int) -> None:
     """Seeded values that depend on the parameter's name and, for experts, on the logical expert, not on the ranks.
 
-    Matrices: normal, std 1 / sqrt(fan_in), the router a tenth of it (a balanced start). Vectors keep their values.
+    Matrices: normal, std 1 / sqrt(fan_in), the router a tenth of it (a balanced start). Vectors keep their values, and
+    so do the zeros of a locality bias.
     Experts go by their old names, so that a seed stands for the run that it always stood for.
     """
     dense, expert = split_parameters(model)
     for name, parameter in dense.items():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or "locality_bias" in name:
             continue
         std = 1 / math.sqrt(parameter.shape[-1])
         if name == "embedding.weight":

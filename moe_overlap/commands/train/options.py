@@ -24,9 +24,17 @@ MOST_VOCAB = 1 << 20
 MOST_LAYERS = 4096
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
+# How experts are kept balanced, and the coefficient where none is asked for: of the auxiliary loss, at one of three
+# levels, or what a bias moves in a step (arXiv 2408.15664).
+BALANCE = {"micro": 0.01, "sequence": 0.01, "global": 0.01, "loss-free": 0.001}
+
+ROUTERS = ("linear", "switch", "hash", "locmoe", "locmoe+", "smile")
+TEXT_BY = ("even", "domain")
+
 # The options that decide a run's numbers, bit for bit (the overlap does not).
 IDENTITY = (
-    "kind steps batch seq layers hidden ffn experts vocab ranks seed lr warmup weight_decay schedule chunks slot"
+    "kind steps batch seq layers hidden ffn experts vocab ranks seed lr warmup weight_decay schedule chunks slot "
+    "balance balance_coef router mu locality_bias text_by"
 ).split()
 
 
@@ -51,6 +59,13 @@ class TrainOptions:
     lr: float = 5e-3
     warmup: int = 20
     weight_decay: float = 0.1
+    router: str = "linear"
+    mu: float = 0.0
+    locality_bias: bool = False
+    ranks_per_node: int = 1
+    text_by: str = "even"
+    balance: str = "micro"
+    balance_coef: float | None = None
     overlap: str = "on"
     schedule: str | None = None
     chunks: int = 1
@@ -69,6 +84,9 @@ class TrainOptions:
             raise ConfigError("--kind", self.kind, f"one of {', '.join(KINDS)}")
         if self.overlap not in ("on", "off"):
             raise ConfigError("--overlap", self.overlap, "on or off")
+        if self.balance not in BALANCE:
+            raise ConfigError("--balance", self.balance, f"one of {', '.join(BALANCE)}")
+        check_number("balance_coef", self.coefficient, 1e-9 if self.balance == "loss-free" else 0.0, 1e3)
         if self.layers % 2:
             raise ConfigError("--layers", self.layers, "an even number (blocks come in pairs, the second with experts)")
         if self.batch % self.ranks:
@@ -81,8 +99,30 @@ class TrainOptions:
             raise ConfigError("--experts", self.experts, f"at least {self.routing_width}")
         if self.compare_overlap and (self.resume or self.checkpoint_every):
             raise ConfigError("--compare-overlap", True, "a run without --resume and --checkpoint-every")
+        self._check_nodes()
+        self._check_router()
         self._check_schedule()
         self._check_link()
+
+    def _check_nodes(self) -> None:
+        if self.ranks % self.ranks_per_node:
+            raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
+        if self.text_by not in TEXT_BY:
+            raise ConfigError("--text-by", self.text_by, f"one of {', '.join(TEXT_BY)}")
+
+    def _check_router(self) -> None:
+        if self.router not in ROUTERS:
+            raise ConfigError("--router", self.router, f"one of {', '.join(ROUTERS)}")
+        local = self.router.startswith("locmoe")
+        if self.mu and not local:
+            raise ConfigError("--mu", self.mu, f"0 with --router {self.router}, which has no locality loss")
+        if self.locality_bias and not local:
+            raise ConfigError("--locality-bias", True, "a run with --router locmoe or locmoe+")
+        if self.router == "smile" and (self.experts % self.nodes or self.experts // self.nodes < self.top_k):
+            expected = f"a multiple of the {self.nodes} nodes, {self.top_k} for each at least, with --router smile"
+            raise ConfigError("--experts", self.experts, expected)
+        if self.router in ("hash", "smile") and self.balance != "micro":
+            raise ConfigError("--balance", self.balance, f"micro with --router {self.router}")
 
     def _check_schedule(self) -> None:
         if self.kind.startswith("scmoe"):
@@ -110,6 +150,15 @@ class TrainOptions:
             raise ConfigError("--link", self.link, error.expected) from None
         if link is not None and self.ranks == 1:
             raise ConfigError("--link", self.link, "none for one rank, which sends nothing")
+
+    @property
+    def coefficient(self) -> float:
+        """That of the balance, as asked for or as usual."""
+        return BALANCE[self.balance] if self.balance_coef is None else self.balance_coef
+
+    @property
+    def nodes(self) -> int:
+        return self.ranks // self.ranks_per_node
 
     @property
     def top_k(self) -> int:
@@ -148,7 +197,7 @@ class TrainOptions:
 
 
 def _check_ranges(options: TrainOptions) -> None:
-    for name in "ranks steps batch seq hidden ffn experts eval_tokens".split():
+    for name in "ranks ranks_per_node steps batch seq hidden ffn experts eval_tokens".split():
         check_count(name, getattr(options, name))
     for name in "warmup checkpoint_every".split():
         check_count(name, getattr(options, name), least=0)
@@ -162,6 +211,7 @@ def _check_ranges(options: TrainOptions) -> None:
     if options.slot is not None and options.slot < 0:
         raise ConfigError("--slot", options.slot, "an integer of at least 0")
     check_number("lr", options.lr, 1e-12, 1e3)
+    check_number("mu", options.mu, 0.0, 1e3)
     check_number("weight_decay", options.weight_decay, 0.0, 1e3)
     check_timeout(options.timeout_s)
 
@@ -184,6 +234,15 @@ HELP = {
     "lr": "peak learning rate of the cosine schedule",
     "warmup": "steps of linear warm-up",
     "weight_decay": "AdamW weight decay of matrices",
+    "router": f"router: {', '.join(ROUTERS)} (switch with capacity 1.25; locmoe is balanced best by --balance global)",
+    "mu": "locmoe, locmoe+: factor of the locality loss",
+    "locality_bias": "locmoe, locmoe+: a learned bias for each (node, expert)",
+    "ranks_per_node": "so many ranks in a row share a node: for --link, routers and --text-by",
+    "text_by": "even: every rank draws from all of the text; domain: each node has folders of its own, in training and "
+    "held out (resume on as many nodes)",
+    "balance": "what keeps the experts balanced: an auxiliary loss over a rank's tokens of a step (micro), over each "
+    "sequence (sequence) or over all ranks' tokens (global), or a bias on the selection (loss-free)",
+    "balance_coef": "coefficient of the auxiliary loss (default 0.01), or what a bias moves in a step (default 0.001)",
     "overlap": "on, or off: the same schedule with every exchange joined right after its start",
     "schedule": "auto: measure at the first step, then run the fastest found; top2, shared1 also: serial, chunked(r), "
     "chunked(r,experts), shared_expert; default by kind (a run that is resumed with auto may choose others)",
@@ -198,7 +257,7 @@ HELP = {
     "save_routing": "write the routing of one MoE layer on the held-out text to this safetensors file",
     "timeout_s": "longest wait for another rank, seconds",
 }
-_TYPES = {"int": int, "int | None": int, "float": float, "str": str, "str | None": str}
+_TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str}
 
 
 def parse(argv: Sequence[str] | None, *, ranks: int | None = None) -> TrainOptions:

@@ -50,13 +50,13 @@ class Corpus:
         Windows start anywhere; the choice depends on (seed, step) alone, so the step is the whole data position.
         """
         starts = torch.randint(0, len(self.train) - seq, (batch,), generator=generator("batch", seed, step))
-        return _windows(self.train, starts.chunk(ranks)[rank], seq)
+        return windows(self.train, starts.chunk(ranks)[rank], seq)
 
     def held_out_batches(self, *, tokens: int, batch: int, seq: int, rank: int, ranks: int) -> list[torch.Tensor]:
         """This rank's batches, int64 [batch / ranks, seq + 1], of the first `tokens` held-out tokens, whole batches."""
         num_batches = max(1, min(tokens, len(self.held_out) - 1) // (batch * seq))
         starts = torch.arange(num_batches * batch) * seq
-        return [_windows(self.held_out, rows.chunk(ranks)[rank], seq) for rows in starts.split(batch)]
+        return [windows(self.held_out, rows.chunk(ranks)[rank], seq) for rows in starts.split(batch)]
 
     def unigram_entropy(self, *, tokens: int, batch: int, seq: int) -> float:
         """Nats per token of the held-out targets under their own token frequencies: no context can do better."""
@@ -66,7 +66,8 @@ class Corpus:
         return float(-(shares * shares.log()).sum())
 
 
-def _windows(stream: torch.Tensor, starts: torch.Tensor, seq: int) -> torch.Tensor:
+def windows(stream: torch.Tensor, starts: torch.Tensor, seq: int) -> torch.Tensor:
+    """int64 [N, seq + 1]: the tokens from each of N starts on."""
     return stream[starts[:, None] + torch.arange(seq + 1)].long()
 
 
@@ -91,6 +92,16 @@ def load_corpus(text: str | None, out: str, *, vocab: int, batch: int, seq: int)
 
 def find_documents(text: str | None) -> tuple[list[bytes], str]:
     """(documents, what they are). The order depends on contents only, never on file names or the file system."""
+    found, source = _found(text)
+    return [document for document, _ in found], source
+
+
+def find_folders(text: str | None) -> list[str]:
+    """The folder of each document, in the order of `find_documents`."""
+    return [str(path.parent) for _, path in _found(text)[0]]
+
+
+def _found(text: str | None) -> tuple[list[tuple[bytes, Path]], str]:
     if text is not None:
         paths, source = _user_files(text), text
     elif paths := _debian_files():
@@ -99,10 +110,10 @@ def find_documents(text: str | None) -> tuple[list[bytes], str]:
         root = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in root.rglob("*.py") if not _NOT_LIBRARY & set(path.relative_to(root).parts)]
         source = "the standard library's sources"
-    documents = list(_read_documents(paths, asked_for=text))
+    found = list(zip(_read_documents(paths, asked_for=text), paths, strict=True))
     # Sorted by hash: a fixed shuffle, so that the held-out end of the stream is a fair sample of files.
-    documents.sort(key=lambda document: hashlib.sha256(document).digest())
-    return documents, source
+    found.sort(key=lambda one: (hashlib.sha256(one[0]).digest(), one[1]))
+    return found, source
 
 
 def _user_files(text: str) -> list[Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moe_overlap.commands.bench import check, layer, phase, setting
 from moe_overlap.commands.bench.cases import BlockPair, Sizes
@@ -77,6 +78,9 @@ def test_two_ranks_over_a_link(tmp_path):
         assert (row["slot"] is None) == (row["case"] == "top2" or row["case"] + row["schedule"] == "shared1serial")
         assert (row["ranks"], row["tokens"], row["repeats"], row["compute"]) == (2, 96, 2, "real")
         assert row["link"] == "emulated 200mbit:100us" and row["routing"] == "balanced" and row["dtype"] == "bf16"
+        # The first choices of a round robin over two are every second expert.
+        assert row["max_over_mean"] == (1.0 if row["case"] == "top2" else 2.0) and row["local_share"] == 0.5
+        assert row["router"] is None and row["mu"] is None
         assert row["exposed_ms"] >= 0 and 0 <= row["timeline_overlap"] <= 1 and row["meta_bytes"] > 0
         # At least h, 2 F wide in bf16, of the rows of every slot.
         least_mb = 96 * (2 if row["case"] == "top2" else 1) * 2 * 64 * 2 / 2**20
@@ -135,7 +139,7 @@ def test_a_row_to_each_node(tmp_path):
     assert status == 0, err
     rows = read_jsonl(tmp_path / "results.jsonl")
     assert [(r["schedule"], r["chunks"]) for r in rows] == [(name, chunks) for _, name, chunks in ROWS[:4]]
-    ids = [load("uniform", out="", tokens=96, experts=8, top_k=4, rank=rank)[0] for rank in range(4)]
+    ids = [load("uniform", out="", tokens=96, experts=8, top_k=4, rank=rank, ranks=4)[0] for rank in range(4)]
     # To the other node, and back from this node to the rank in the same place there; backward does it again.
     away = [int((one // 4 == 1 - rank // 2).any(dim=1).sum()) for rank, one in enumerate(ids)]
     across = [2 * (away[rank] + away[(rank + 2) % 4]) * 64 * 2 for rank in range(4)]
@@ -143,6 +147,36 @@ def test_a_row_to_each_node(tmp_path):
         assert row["dedup"] == "hierarchical" and row["routing"] == "uniform" and row["bit_equal"] is True
         assert row["inter_node_bytes"] == max(across) < row["payload_bytes"]
         assert row["row_meta_bytes"] > 0
+
+
+def test_a_saved_routing_is_replayed_and_its_spread_is_in_the_rows(tmp_path):
+    """Uneven tokens of four ranks on two nodes; the bytes are those of the routing, and the key of its training too."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.rand(150, 4, generator=generator).topk(2).indices.to(torch.int32)
+    ids[3, 0] = ids[7, 1] = -1
+    counts = [60, 10, 50, 30]
+    metadata = {"E": "4", "K": "1", "rank_tokens": json.dumps(counts), "router": "locmoe", "mu": "0.25"}
+    path = tmp_path / "routing.safetensors"
+    save_file({"ids": ids, "weights": torch.full((150, 2), 0.5)}, path, metadata)
+    words = (
+        "--ranks 4 --ranks-per-node 2 --compute slept --cases top2,shared1 --phases infer --schedules serial".split()
+    )
+    status, _, err = finish(
+        start([*SMALL, *words, "--experts", "4", "--routing", str(path), "--link", "1gbit", "--out", str(tmp_path)])
+    )
+    assert status == 0, err
+    whose = [row.tolist() for row in ids.split(counts)]
+    for row, width in zip(read_jsonl(tmp_path / "results.jsonl"), (2, 1), strict=True):
+        mine = [[part[t % len(part)][:width] for t in range(96)] for part in whose]
+        chosen = [(rank, e) for rank, rows in enumerate(mine) for choices in rows for e in choices if e >= 0]
+        most = max(sum(e == expert for _, e in chosen) for expert in range(4))
+        near = sum(rank // 2 == e // 2 for rank, e in chosen) / len(chosen)
+        assert (row["router"], row["mu"], row["routing"]) == ("locmoe", 0.25, "routing.safetensors")
+        assert row["max_over_mean"] == pytest.approx(most * 4 / len(chosen), abs=1e-4)
+        assert row["local_share"] == pytest.approx(near, abs=1e-4)
+        moved = [[sum(r == a and e == b for r, e in chosen) for b in range(4)] for a in range(4)]
+        across = [sum(moved[a][b] + moved[b][a] for b in range(4) if a // 2 != b // 2) for a in range(4)]
+        assert row["inter_node_bytes"] == max(across) * 64 * 2
 
 
 def test_slept_compute_is_labelled_and_not_oversubscribed(tmp_path):
@@ -245,7 +279,7 @@ def test_same_bits_tells_zero_from_minus_zero():
 @pytest.mark.parametrize("case", ["top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3"])
 def test_the_reference_sees_a_wrong_expert(case):
     sizes = Sizes(tokens=300, hidden=64, ffn=64, experts=4, top_k=2)
-    ids, weights = load("zipf", out=".", tokens=300, experts=4, top_k=2, rank=0)
+    ids, weights = load("zipf", out=".", tokens=300, experts=4, top_k=2, rank=0, ranks=4)
     model = BlockPair(case, sizes, ids, weights, LocalTransport(), dtype=torch.float32)
     if model.position:
         model.use(model.window_pair(1), model.moe.transport)
@@ -259,7 +293,7 @@ def test_the_reference_sees_a_wrong_expert(case):
 
 
 def test_gradients_are_part_of_the_comparison():
-    ids, weights = load("balanced", out=".", tokens=32, experts=4, top_k=2, rank=0)
+    ids, weights = load("balanced", out=".", tokens=32, experts=4, top_k=2, rank=0, ranks=4)
     sizes = Sizes(tokens=32, hidden=64, ffn=64, experts=4, top_k=2)
     model = BlockPair("top2", sizes, ids, weights, LocalTransport(), dtype=torch.float32)
     model.use(serial(), model.moe.transport)

@@ -159,6 +159,18 @@ def test_one_outcome_that_is_not_passed_makes_a_kernel_wrong() -> None:
     found = gpu_checks.verdicts([outcome("failed", ONE), outcome("passed", ONE), outcome("skipped", TWO)])
     assert found == {ONE: "failed: test_failed"}
     assert gpu_checks.wrong_pairs(found) == {("pack", "cuda")}
+    assert gpu_checks.verdicts([outcome("passed", ONE), outcome("cut", ONE, TWO)]) == {ONE: "right"}
+
+
+def test_what_the_part_had_no_time_for_is_cut_and_not_lost(tmp_path: Path) -> None:
+    group = [gpu_checks.Case("a", (ONE,)), gpu_checks.Case("b", (ONE,))]
+    record = tmp_path / "record.jsonl"
+    record.write_text(json.dumps({"id": "a", "outcome": "passed", "text": ""}) + "\n")
+    for status, cut, want in ((None, True, "cut"), (None, False, "lost"), (-9, True, "lost")):
+        found = gpu_checks.outcomes(group, record, gpu_run.Done(status, "words", 1.0), cut=cut)
+        assert [one.outcome for one in found] == ["passed", want]
+    overdue = gpu_checks.run(lambda *words, **how: None, tmp_path, group, most_s=0.0, each_s=5.0)
+    assert [one.outcome for one in overdue] == ["cut", "cut"]
 
 
 COVERING = """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from moe_overlap.commands.bench.options import LayerOptions, parse
-from moe_overlap.commands.bench.routing import ForcedRouter, load
+from moe_overlap.commands.bench.routing import ForcedRouter, load, read_file
 from moe_overlap.commands.cli import main
 from moe_overlap.errors import ConfigError
 
@@ -84,8 +86,27 @@ def test_a_routing_file_is_repeated_over_the_ranks_and_narrowed(tmp_path):
     common = {"out": str(tmp_path), "tokens": 2, "experts": 4, "top_k": 2}
     for rank, rows in ((0, [0, 1]), (1, [2, 0]), (2, [1, 2])):
         for routing in ("real", path):
-            got_ids, got_weights = load(routing, rank=rank, **common)
+            got_ids, got_weights = load(routing, rank=rank, ranks=3, **common)
             assert torch.equal(got_ids, ids[rows, :2]) and torch.equal(got_weights, weights[rows, :2])
+
+
+def test_a_file_that_says_whose_tokens_are_whose_gives_each_rank_its_own(tmp_path):
+    ids = torch.arange(5, dtype=torch.int32)[:, None].repeat(1, 2) % 4
+    weights = torch.ones(5, 2)
+    path = routing_file(tmp_path / "r", ids, weights, E=4, rank_tokens="[2, 3]", router="locmoe", mu=0.1)
+    common = {"out": "", "tokens": 4, "experts": 4, "top_k": 1}
+    for ranks, rank, rows in ((2, 0, [0, 1, 0, 1]), (2, 1, [2, 3, 4, 2]), (4, 1, [4, 0, 1, 2])):
+        got_ids, _ = load(path, rank=rank, ranks=ranks, **common)
+        assert torch.equal(got_ids, ids[rows, :1])
+    read = read_file(Path(path), experts=4, top_k=1)
+    assert (read.router, read.mu) == ("locmoe", 0.1)
+    for said in ("[2, 2]", "[6, -1]", "3", "[", '["a"]', "[]"):
+        path = routing_file(tmp_path / "r", ids, weights, E=4, rank_tokens=said)
+        read = read_file(Path(path), experts=4, top_k=1)
+        assert (read.rank_tokens, read.router, read.mu) == (None, None, None)
+    path = routing_file(tmp_path / "r", ids, weights, E=4, mu="nan")
+    with pytest.raises(ConfigError, match="finite number for mu"):
+        read_file(Path(path), experts=4, top_k=1)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +122,7 @@ def test_a_routing_file_is_repeated_over_the_ranks_and_narrowed(tmp_path):
 def test_routing_files_that_do_not_fit_are_refused(tmp_path, ids, weights, metadata, expected):
     path = routing_file(tmp_path / "r", torch.tensor(ids, dtype=torch.int32), torch.tensor(weights), **metadata)
     with pytest.raises(ConfigError) as error:
-        load(path, out=".", tokens=4, experts=4, top_k=2, rank=0)
+        load(path, out=".", tokens=4, experts=4, top_k=2, rank=0, ranks=4)
     assert error.value.field == "--routing" and expected in str(error.value)
 
 
@@ -109,14 +130,14 @@ def test_a_truncated_routing_file_is_refused(tmp_path):
     path = tmp_path / "r"
     path.write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(ConfigError) as error:
-        load(str(path), out=".", tokens=4, experts=4, top_k=2, rank=0)
+        load(str(path), out=".", tokens=4, experts=4, top_k=2, rank=0, ranks=4)
     assert error.value.field == "--routing"
 
 
 @pytest.mark.parametrize("routing", ["balanced", "uniform", "zipf"])
 def test_drawn_routing_is_distinct_and_the_same_every_time(routing):
-    ids, weights = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1)
-    again, _ = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1)
+    ids, weights = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1, ranks=4)
+    again, _ = load(routing, out=".", tokens=512, experts=8, top_k=2, rank=1, ranks=4)
     assert torch.equal(ids, again) and bool((ids[:, 0] != ids[:, 1]).all())
     counts = torch.bincount(ids.flatten().long(), minlength=8)
     assert torch.allclose(weights.sum(dim=1), torch.ones(512))
@@ -129,7 +150,7 @@ def test_drawn_routing_is_distinct_and_the_same_every_time(routing):
 
 
 def test_the_forced_router_says_what_it_was_told():
-    ids, weights = load("balanced", out=".", tokens=8, experts=4, top_k=2, rank=0)
+    ids, weights = load("balanced", out=".", tokens=8, experts=4, top_k=2, rank=0, ranks=4)
     decision = ForcedRouter(ids, weights, 4)(torch.randn(8, 16))
     assert torch.equal(decision.topk_ids_TK, ids) and torch.equal(decision.topk_weights_TK, weights)
     assert decision.topk_weights_TK.requires_grad and decision.tokens_per_expert_E.tolist() == [4, 4, 4, 4]

@@ -60,7 +60,7 @@ def give_format_1(folder):
     write_json(folder / MANIFEST, manifest | {"format": 1})
 
 
-@pytest.mark.parametrize("made", ["now", "with_old_names", "in_format_1"])
+@pytest.mark.parametrize("made", ["now", "with_old_names", "in_format_1", "without_balance"])
 def test_resume_at_step_20_continues_bit_for_bit(made, text, whole_run, tmp_path):
     """Also from names that expert weights had before; what is written then has the new ones."""
     checkpoint = copy_of_checkpoint(whole_run, tmp_path)
@@ -68,6 +68,8 @@ def test_resume_at_step_20_continues_bit_for_bit(made, text, whole_run, tmp_path
         give_old_names(checkpoint)
     if made == "in_format_1":
         give_format_1(checkpoint)
+    if made == "without_balance":
+        give_no_balance(checkpoint)
     options = ("--steps", 40, "--checkpoint-every", 20, "--resume", checkpoint)
     assert run_on_two(text, tmp_path, *options) == [0, 0]
     assert losses(tmp_path) == losses(whole_run)[20:]
@@ -81,34 +83,43 @@ def test_resume_at_step_20_continues_bit_for_bit(made, text, whole_run, tmp_path
 RESHARDED = ("--experts", 12, "--batch", 6, "--kind", "top2", "--checkpoint-every", 4)
 
 
-def without_balance(argv):
-    """One rank of the command, without the loss that balances the experts: it is one of a rank's own tokens, so that a
-    run on other ranks has another one."""
+def one_of_several(argv):
     world = World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=dist.get_rank(), group=dist.group.WORLD)
-    coefficient, model.AUX_LOSS_COEF = model.AUX_LOSS_COEF, 0.0
-    try:
-        return run_rank(world, argv)
-    finally:
-        model.AUX_LOSS_COEF = coefficient
+    return run_rank(world, argv)
 
 
 def run_on(ranks, text, out, *options):
     argv = arguments(text, out, *RESHARDED, *options)
-    assert gloo_pool(ranks).run(without_balance, argv) == [0] * ranks
+    assert gloo_pool(ranks).run(one_of_several, argv) == [0] * ranks
 
 
-def test_a_run_goes_on_with_other_ranks(text, tmp_path):
-    """2 -> 1 -> 3 ranks: the same batches and losses, but for rounding."""
-    run_on(2, text, tmp_path / "whole", "--steps", 12)
-    want = losses(tmp_path / "whole")
+@pytest.mark.parametrize("balance", ["sequence", "global", "loss-free"])
+def test_a_run_goes_on_with_other_ranks(balance, text, tmp_path):
+    """2 -> 1 -> 3 ranks: the same batches and losses, but for rounding; and the same balance, as none of these is that
+    of a rank's own tokens."""
+    chosen = ("--balance", balance, "--steps", 12)
+    run_on(2, text, tmp_path / "whole", *chosen)
     checkpoints = tmp_path / "whole" / "checkpoints"
-    run_on(1, text, tmp_path / "b", "--steps", 12, "--resume", checkpoints / "step-000004")
-    run_on(3, text, tmp_path / "c", "--steps", 12, "--resume", tmp_path / "b" / "checkpoints" / "step-000008")
-    assert [len(losses(tmp_path / name)) for name in ("b", "c")] == [8, 4]
-    close(torch.tensor(losses(tmp_path / "b")), torch.tensor(want[4:]))
-    close(torch.tensor(losses(tmp_path / "c")), torch.tensor(want[8:]))
+    run_on(1, text, tmp_path / "b", *chosen, "--resume", checkpoints / "step-000004")
+    run_on(3, text, tmp_path / "c", *chosen, "--resume", tmp_path / "b" / "checkpoints" / "step-000008")
+    for column in ("loss", "aux_loss"):
+        whole, b, c = (
+            torch.tensor([event[column] for event in events(tmp_path / name, "step")]) for name in ("whole", "b", "c")
+        )
+        assert [len(b), len(c)] == [8, 4]
+        close(b, whole[4:])
+        close(c, whole[8:])
     manifest = json.loads((tmp_path / "c" / "checkpoints" / "step-000012" / MANIFEST).read_text())
     assert [shard["experts"] for shard in manifest["shards"]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    biases = [tensor for name, tensor in merged(tmp_path / "c/checkpoints/step-000012").items() if "bias" in name]
+    assert len(biases) == (balance == "loss-free") and all(bias.any() for bias in biases)
+
+
+def give_no_balance(folder):
+    """The checkpoint as it was written when every run had the loss of a rank's own tokens."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert (manifest["run"].pop("balance"), manifest["run"].pop("balance_coef")) == ("micro", None)
+    write_json(folder / MANIFEST, sealed(manifest))
 
 
 def merged(folder):
@@ -293,7 +304,16 @@ def test_a_damaged_checkpoint_is_refused(damage, text, whole_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--lr", 0.001), ("--steps", 39), ("--batch", 8), ("--seed", 1), ("--kind", "top2")]
+    ("option", "value"),
+    [
+        ("--lr", 0.001),
+        ("--steps", 39),
+        ("--batch", 8),
+        ("--seed", 1),
+        ("--kind", "top2"),
+        ("--balance", "global"),
+        ("--balance-coef", 0.5),
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused(option, value, text, whole_run, tmp_path):
     options = {"--ranks": 2, "--steps": 40, "--resume": whole_run / "checkpoints", option: value}

@@ -1,5 +1,6 @@
 """The job's model, its learning rate and its routing file."""
 
+import json
 import math
 
 import pytest
@@ -78,5 +79,7 @@ def test_saved_routing_holds_the_best_experts_in_order(ranks, text, tmp_path):
     assert ids.shape == weights.shape == (512, 2) and metadata["E"] == "4"
     assert (weights[:, 0] >= weights[:, 1]).all() and (ids[:, 0] != ids[:, 1]).all()
     assert ((ids >= 0) & (ids < 4)).all()
+    assert (metadata["router"], metadata["mu"]) == ("linear", "0.0")
+    assert sum(json.loads(metadata["rank_tokens"])) == 512 and len(json.loads(metadata["rank_tokens"])) == ranks
     load = torch.bincount(ids[:, 0].long(), minlength=4).tolist()
     assert load == events(tmp_path, "end")[0]["expert_load"][-1], "the first choice is where the tokens went"

@@ -1,0 +1,192 @@
+"""Where tokens go when a router is asked to keep them on their node: LocMoE against Switch and Hash.
+
+    python benchmarks/locmoe.py --out out/locmoe [--steps 200 --seeds 0,1,2 --mus 0,0.0003,0.001,0.003,0.01,0.1]
+                                [-- --text FOLDER --batch 16 ...]
+
+Trains `moe-overlap train`'s model (options after `--` go to every run) on four ranks of two nodes, and measures on the
+held-out text: once with each baseline, and once for each mu and each arm:
+
+    bias           locality_bias, text alike on all nodes
+    domain         text by domain, no bias
+    bias,domain    both
+    neither        the control: one router for all, text alike, where the loss has nothing to act on
+
+Writes OUT/rows.jsonl, one row for each run, at its end; runs that stand there already are not made again. With
+--save-routing the routing of each run too, for `moe-overlap bench layer --routing`: rank by rank, so that ranks keep
+their tokens where the benchmark's --tokens is the file's rows / 4.
+
+Keys beside the run's options: loss, held-out nats per token; inter_node_bytes, what all ranks sent to other nodes in
+the MoE layers' forward of the held-out text (dispatch and combine); choices, how many were computed; max_over_mean, the
+busiest expert's load over the mean, in the worst layer; local_share, of all choices that were computed those on the
+token's node. The link is emulated and fast: it says what crosses nodes, and is no claim about time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_overlap.commands.train.domains import split_by_domain
+from moe_overlap.commands.train.loop import evaluate, train
+from moe_overlap.commands.train.model import LanguageModel, moe_layers
+from moe_overlap.commands.train.options import TrainOptions, parse
+from moe_overlap.commands.train.routing_file import save_routing
+from moe_overlap.commands.train.text import Corpus, find_folders, load_corpus
+from moe_overlap.launch.launch import World, run
+from moe_overlap.layer.told import nodes_of_rank
+from moe_overlap.measure.machine import commit, hardware
+
+RANKS = 4
+SETTING = ("--ranks", RANKS, "--ranks-per-node", 2, "--kind", "shared1", "--schedule", "serial", "--link", "25GB",
+           "--balance", "global", "--experts", 16, "--hidden", 64, "--ffn", 128, "--layers", 4, "--vocab", 2048,
+           "--seq", 64, "--batch", 16, "--eval-tokens", 16384, "--timeout-s", 600)  # fmt: skip
+ARMS = {"bias": ["--locality-bias"], "domain": ["--text-by", "domain"],
+        "bias,domain": ["--locality-bias", "--text-by", "domain"], "neither": []}  # fmt: skip
+BASELINES = {"switch": ["--router", "switch"], "hash": ["--router", "hash", "--balance", "micro"],
+             "switch,domain": ["--router", "switch", "--text-by", "domain"]}  # fmt: skip
+PROGRAM = "locmoe.py"
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    own, _, rest = " ".join(argv).partition(" -- ")
+    parser = argparse.ArgumentParser(prog=PROGRAM)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--mus", default="0,0.0003,0.001,0.003,0.01,0.1")
+    parser.add_argument("--arms", default=";".join(ARMS), help="by ;")
+    parser.add_argument("--save-routing", action="store_true")
+    parsed = parser.parse_args(own.split())
+    parsed.train = rest.split()
+    return parsed
+
+
+def runs(asked: argparse.Namespace) -> Iterator[tuple[str, TrainOptions]]:
+    """(arm, options) of every run."""
+    for seed in asked.seeds.split(","):
+        common = [*SETTING, "--steps", asked.steps, "--seed", seed, "--out", asked.out, *asked.train]
+        for arm, words in BASELINES.items():
+            yield arm, _options(common, words)
+        for mu in asked.mus.split(","):
+            for arm in asked.arms.split(";"):
+                yield arm, _options(common, ["--router", "locmoe", "--mu", mu, *ARMS[arm]])
+
+
+def _options(common: Sequence[object], words: Sequence[str]) -> TrainOptions:
+    return parse([str(word) for word in (*common, *words)], ranks=RANKS)
+
+
+def name_of(arm: str, options: TrainOptions) -> str:
+    return f"{options.router}-{arm}-{options.mu:g}-{options.seed}"
+
+
+def rank_main(world: World, argv: Sequence[str]) -> int:
+    """Every rank: all runs that are not there yet."""
+    asked = arguments(argv)
+    torch.set_num_threads(1)
+    path = Path(asked.out) / "rows.jsonl"
+    done = {row["name"] for row in map(json.loads, path.read_text().splitlines())} if path.exists() else set()
+    world.barrier()  # nobody writes before all have read
+    for arm, options in runs(asked):
+        name = name_of(arm, options)
+        if name in done:
+            continue
+        row = one_run(world, arm, options, Path(asked.out) if asked.save_routing else None)
+        if world.rank == 0:
+            with path.open("a") as file:
+                file.write(json.dumps({"name": name, **row}) + "\n")
+            print(f"{name}: " + ", ".join(f"{key} {row[key]}" for key in RESULTS), flush=True)
+    return 0
+
+
+RESULTS = ("loss", "inter_node_bytes", "local_share", "max_over_mean")
+
+
+def one_run(world: World, arm: str, options: TrainOptions, save_to: Path | None) -> dict[str, Any]:
+    """Train, measure on the held-out text; collective."""
+    corpus = corpus_of(options, world)
+    trained = train(options, corpus, world, lambda event: None)
+    choices = Choices(trained.model)
+    before = _inter_node_bytes(trained.model)
+    held_out = evaluate(trained.model, options, corpus, world)
+    crossed = torch.tensor(_inter_node_bytes(trained.model) - before)
+    choices.stop()
+    if save_to is not None:
+        save_routing(save_to / f"{name_of(arm, options)}.safetensors", trained.model, options, corpus, world)
+    local, total = world.sum_(torch.tensor([choices.local, choices.total])).tolist()
+    load = torch.tensor(held_out.expert_load).double()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(), "hardware": hardware(), "torch": torch.__version__, "threads": 1, "cores": os.cpu_count(),
+        "arm": arm, "router": options.router, "mu": options.mu, "seed": options.seed, "steps": options.steps,
+        "locality_bias": options.locality_bias, "text_by": options.text_by, "balance": options.balance,
+        "ranks": options.ranks, "ranks_per_node": options.ranks_per_node, "kind": options.kind,
+        "experts": options.experts, "top_k": options.top_k, "hidden": options.hidden, "layers": options.layers,
+        "batch": options.batch, "seq": options.seq, "text": corpus.source, "text_key": corpus.key,
+        "link": f"emulated {options.link}",
+        "choices": total,
+        "train_loss": trained.losses[-1], "loss": held_out.loss,
+        "inter_node_bytes": int(world.sum_(crossed)),
+        "local_share": round(local / total, 4),
+        "max_over_mean": round(float((load.amax(dim=1) / load.mean(dim=1)).max()), 4),
+    }  # fmt: skip
+
+
+def corpus_of(options: TrainOptions, world: World) -> Corpus:
+    """As the command has it; the first rank fills the cache."""
+    sizes = {"batch": options.batch, "seq": options.seq}
+    if world.rank:
+        world.barrier()
+    corpus = load_corpus(options.text, options.out, vocab=options.vocab, **sizes)
+    if not world.rank:
+        world.barrier()
+    if options.text_by == "domain":
+        corpus = split_by_domain(corpus, find_folders(options.text), options.nodes, **sizes)
+    return corpus
+
+
+class Choices:
+    """Counts the choices that are computed, and those on the token's own node, from now on until `stop`."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.local = self.total = 0
+        self._hooks = [self._watch(layer) for layer in moe_layers(model)]
+
+    def _watch(self, layer: Any) -> Any:
+        nodes = nodes_of_rank(layer.dispatcher, layer.rows)
+        near_E = nodes.near(torch.device("cpu"))[0]
+
+        def count(router: nn.Module, args: Any, decision: Any) -> None:
+            chosen = decision.topk_ids_TK[decision.topk_ids_TK >= 0].long()
+            self.local += int(near_E[chosen].sum())
+            self.total += chosen.numel()
+
+        return layer.router.register_forward_hook(count)
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _inter_node_bytes(model: LanguageModel) -> int:
+    return sum(layer.transport.stats.inter_node_bytes for layer in moe_layers(model))
+
+
+def main(argv: Sequence[str]) -> int:
+    asked = arguments(argv)
+    Path(asked.out).mkdir(parents=True, exist_ok=True)
+    list(runs(asked))  # a bad option is said before anything starts
+    return run(rank_main, list(argv), RANKS, timeout_s=600.0, program=PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""What a layer tells its router beside the tokens: only what that router asks for, so that any other one goes on
+working.
+
+A router with a true attribute `needs_nodes` is called with `local_experts=`, a `routing.Nodes`; one whose `balance` is
+"sequence" with `sequence_length=`. What the caller of the layer gives by name goes to the router: `token_mask` (which
+tokens are no padding), `state` (what the router of the layer before handed on), or what another router takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer.assembly import Rows
+from moe_overlap.layer.tape import Tape
+from moe_overlap.placement.placement import Placement
+from moe_overlap.routing.decision import RoutingDecision, as_decision
+from moe_overlap.routing.nodes import Nodes
+from moe_overlap.routing.zero import part_decision
+from moe_overlap.schedule.dispatch import Dispatcher
+
+
+class Routes:
+    """The half of MoELayer that calls its router; the layer has the attributes that stand here."""
+
+    router: nn.Module
+    dispatcher: Dispatcher
+    rows: Rows
+    _tape: Tape
+
+    def _route(self, x_TD: torch.Tensor, x_shared: torch.Tensor, told: dict[str, Any]) -> RoutingDecision:
+        """The decision for x_TD, the tokens of the call. x_shared: the tokens as zero-computation experts return them.
+        Raises ConfigError."""
+        tape = self._tape
+        routing = tape.decide(self.router, x_TD, told) if tape.runs else as_decision(self.router(x_TD, **told))
+        return part_decision(routing, x_shared, self.dispatcher.placement.num_experts)
+
+    def _told(self, x: torch.Tensor, given: Mapping[str, object]) -> dict[str, Any]:
+        """The arguments by name with which the router is called for x [..., S, D]; given: those of the layer's caller.
+        Raises ConfigError."""
+        arguments = {name: rows_of(name, value, x) for name, value in given.items() if value is not None}
+        if not torch.compiler.is_compiling():  # which looks at no signature; there the call itself is a TypeError
+            check_taken(self.router, arguments)
+        if getattr(self.router, "balance", None) == "sequence" and x.numel() and x.dim() > 1:
+            arguments["sequence_length"] = x.shape[-2]
+        if getattr(self.router, "needs_nodes", False):
+            arguments["local_experts"] = nodes_of_rank(self.dispatcher, self.rows)
+        return arguments
+
+    def _check_router(self) -> None:
+        """Raises ConfigError where a router needs to know its node and the layer does not know the nodes."""
+        if getattr(self.router, "needs_nodes", False):
+            nodes_of_rank(self.dispatcher, self.rows)
+
+
+def rows_of(name: str, value: object, x: torch.Tensor) -> Any:
+    """`value`, one entry for each token of x [..., D], as [T, ...]. Raises ConfigError."""
+    lead, tokens = x.shape[:-1], x.shape[:-1].numel()
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(name, type(value).__name__, "a tensor with an entry for each token, or None")
+    if value.shape[: len(lead)] == lead:
+        return value.reshape(tokens, *value.shape[len(lead) :])
+    if value.dim() < 1 or value.shape[0] != tokens:
+        raise ConfigError(name, tuple(value.shape), f"a shape that begins with {tuple(lead)} or ({tokens},), as x has")
+    return value
+
+
+def check_taken(router: nn.Module, arguments: Mapping[str, object]) -> None:
+    """Raises ConfigError for an argument that the router does not take."""
+    if not arguments:
+        return
+    parameters = signature(router.forward).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return
+    for name in arguments:
+        if name not in parameters:
+            raise ConfigError(name, "given", f"None: the forward of {type(router).__name__} does not take it")
+
+
+def hand_on(y: torch.Tensor, state_TR: torch.Tensor | None) -> Any:
+    """What a call returns: y [..., D], or (y, state [..., R]) where the router has a state for the next layer."""
+    return y if state_TR is None else (y, state_TR.reshape(*y.shape[:-1], state_TR.shape[-1]))
+
+
+def nodes_of_rank(dispatcher: Dispatcher, rows: Rows) -> Nodes:
+    """Where this rank and all experts are, as the placement has them now. One rank is one node."""
+    ranks = dispatcher.placement.world_size
+    per_node = rows.ranks_per_node or dispatcher.ranks_per_node or (1 if ranks == 1 else 0)
+    if not per_node:
+        raise ConfigError("ranks_per_node", None, "the ranks of a node, beside a router that favours its own node")
+    return _nodes(dispatcher.placement, per_node, dispatcher.transport.rank)
+
+
+@lru_cache(maxsize=64)
+def _nodes(placement: Placement, per_node: int, rank: int) -> Nodes:
+    """From the slots, whose experts are any."""
+    of_expert = [0] * placement.num_experts
+    for slot, expert in enumerate(placement.slot_to_expert):
+        of_expert[expert] = placement.rank_of_slot(slot) // per_node
+    return Nodes(of_expert=tuple(of_expert), num_nodes=placement.world_size // per_node, own=rank // per_node)
