@@ -51,6 +51,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing, "two_phases", made_up)
     monkeypatch.setattr(gpu_timing, "host_s", lambda call: 2e-3)
     monkeypatch.setattr(gpu_timing, "once", lambda call: (call(), gpu_timing.Time(1e-3, 1e-3, 1e-3))[1])
+    monkeypatch.setattr(gpu_run, "no_gpu", lambda: None)
     monkeypatch.setattr(gpu_run, "about", lambda: {"device": "none"})
 
 
@@ -126,13 +127,11 @@ def test_wrong_and_failing_ways_have_no_time_and_stop_nobody(
     assert all("ms" in found[way] for way in ("serial", "chunked(8)", "shortcut"))
 
 
-def test_without_a_device_every_shape_says_why(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(gpu_run, "about", lambda: {"device": "none"})
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
-    monkeypatch.setattr(bench, "SHAPES", (QWEN3,))
-    found = rows(tmp_path / "rows.jsonl", "--ways=serial")
-    assert all("a CUDA device" in row["result"] for row in found) and len(found) == 2
+def test_without_a_device_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert bench.main([f"--out={tmp_path / 'rows.jsonl'}"]) == 2
+    assert "gpu_staged: not run: no CUDA device" in capsys.readouterr().err
 
 
 def test_nothing_is_begun_when_the_time_is_over(tiny: None, tmp_path: Path) -> None:
