@@ -1,4 +1,4 @@
-"""Overlap on one card over a real wire: every exchange goes to the host's memory and back (moe_overlap/transport/staged.py).
+"""Overlap on one card over a real wire: every exchange goes to the host's memory and back (transport/staged.py).
 
     python benchmarks/gpu_staged.py [--out FILE] [--cases qwen3,mixtral] [--ways serial,chunked(4)] [--ranks 8]
                                     [--timeline FILE.png]
@@ -235,7 +235,11 @@ def link(parts: Parts) -> dict[str, Any]:
         wire.engine.current().wait_event(wire.send(into, source, parts.share, timing=False)[1])
 
     seconds = gpu_timing.once(once).median_s
-    return {"ms": _ms(seconds), "bytes": round(count * parts.share), "bytes_per_s": round(count * parts.share / seconds)}
+    return {
+        "ms": _ms(seconds),
+        "bytes": round(count * parts.share),
+        "bytes_per_s": round(count * parts.share / seconds),
+    }
 
 
 def panel(parts: Parts, way: str) -> Panel:
@@ -313,7 +317,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             panels += measure_shape(rows, shape, found.ranks, ways, drawn)
     if panels:
         try:
-            write_png(Path(found.timeline), panels, title=f"One card, exchanges over PCIe, bytes of {found.ranks} ranks")
+            write_png(
+                Path(found.timeline), panels, title=f"One card, exchanges over PCIe, bytes of {found.ranks} ranks"
+            )
         except Exception as error:  # the rows are there
             print(f"no timeline: {type(error).__name__}: {error}", file=sys.stderr)
     return 0

@@ -1,9 +1,9 @@
 """A wire for one GPU: every exchange goes down to pinned host memory and up again, by the copy engines.
 
-One card has nobody to exchange rows with, and a copy on the card runs on the multiprocessors that the experts need. PCIe
-is a real wire beside them: the rows of an exchange leave on one stream and come back on another, in pieces, so that a
-piece goes up while the next one goes down. Both streams take exchanges in the order in which they were started, like
-the two directions of a link. What comes back are the bits that left, so results are those of `local`.
+One card has nobody to exchange rows with, and a copy on the card runs on the multiprocessors that the experts need.
+PCIe is a real wire beside them: the rows of an exchange leave on one stream and come back on another, in pieces, so
+that a piece goes up while the next one goes down. Both streams take exchanges in the order in which they were started,
+like the two directions of a link. What comes back are the bits that left, so results are those of `local`.
 
 Order is kept by events alone: the host waits for nothing, and a place in pinned memory is written again only after the
 copy out of it (`Wire.send`).
@@ -43,7 +43,7 @@ class Engine:
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] of the host. torch frees it when the copies from and to it are over."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def stream(self) -> Any:
         return torch.cuda.Stream(self.device)

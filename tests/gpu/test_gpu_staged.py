@@ -1,4 +1,4 @@
-"""Staged loopback on a card: real streams, real pinned memory. The logic is tested in tests/transport/test_staged.py."""
+"""Staged loopback on a card: real streams, real pinned memory. Its logic is tested in tests/transport."""
 
 from __future__ import annotations
 

@@ -21,9 +21,11 @@ class PlayedEvent:
 
     def __init__(self) -> None:
         self.last: Passing | None = None
+        self.of: object = None
 
     def record(self, stream: PlayedStream) -> None:
         self.last = passing = Passing()
+        self.of = stream
         stream.put(lambda: setattr(passing, "at", stream.engine.tick()))
 
     def query(self) -> bool:
@@ -35,6 +37,7 @@ class PlayedStream:
 
     def __init__(self, engine: PlayedEngine) -> None:
         self.engine = engine
+        self.waited_for: list[PlayedEvent] = []
         self._queue: deque[tuple[Callable[[], object], Passing | None]] = deque()
 
     def put(self, action: Callable[[], object]) -> None:
@@ -42,6 +45,7 @@ class PlayedStream:
         self.engine.play_some()
 
     def wait_event(self, event: PlayedEvent) -> None:
+        self.waited_for.append(event)
         if event.last is not None and not self.engine.deaf:
             self._queue.append((lambda: None, event.last))
 
@@ -77,7 +81,7 @@ class PlayedEngine:
         self.captured = False
         self.kept: list[torch.Tensor] = []
         self._random = random.Random(seed)
-        self._streams: list[PlayedStream] = []
+        self.streams: list[PlayedStream] = []
         self._current = CurrentStream(self)
         self._ticks = 0
 
@@ -85,8 +89,8 @@ class PlayedEngine:
         return torch.full((num_bytes,), 0xEE, dtype=torch.uint8)
 
     def stream(self) -> PlayedStream:
-        self._streams.append(PlayedStream(self))
-        return self._streams[-1]
+        self.streams.append(PlayedStream(self))
+        return self.streams[-1]
 
     def current(self) -> CurrentStream:
         return self._current
@@ -109,7 +113,7 @@ class PlayedEngine:
 
     def play(self) -> bool:
         """One step of one stream that can go on, drawn; whether there was any."""
-        return any(stream.step() for stream in self._random.sample(self._streams, len(self._streams)))
+        return any(stream.step() for stream in self._random.sample(self.streams, len(self.streams)))
 
     def play_some(self) -> None:
         for _ in range(self._random.choice((0, 0, 1, 3))):

@@ -90,6 +90,15 @@ def test_the_journal_has_the_exchanges_in_order_on_a_wire_that_takes_them_in_ord
     assert times == sorted(times) and [end for _, end in times] == sorted(end for _, end in times)
 
 
+def test_both_streams_wait_for_the_computing_one_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is never late here: rows that are not there yet would be sent on a device alone."""
+    transport = played(monkeypatch)
+    plan = agreed(transport, slots=3, seed=4).chunked(1)
+    transport.start(rows_of(0, plan, 0, F32), plan, F32, 0)
+    engine = transport.wire.engine
+    assert [stream.waited_for[0].of for stream in engine.streams] == [engine.current()] * 2
+
+
 def test_memory_is_kept_for_the_streams_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     transport = played(monkeypatch)
     plan = agreed(transport, slots=3, seed=4).chunked(1)

@@ -50,7 +50,10 @@ def test_a_difference_is_found_on_every_rank(spoiled: str) -> None:
         ("""echo 'nccl: {"result": "right"}'; exec sleep 600""", "right"),
         ("""echo 'nccl: {"result": "chunked(4) y is off by 1"}'""", "chunked(4) y is off by 1"),
         ("echo begun; exec sleep 600", "not run: not over within 2 s: begun"),
-        ("echo 'x: NCCL WARN Duplicate GPU detected'; echo later; exit 1", "not run: x: NCCL WARN Duplicate GPU detected"),
+        (
+            "echo 'x: NCCL WARN Duplicate GPU detected'; echo later; exit 1",
+            "not run: x: NCCL WARN Duplicate GPU detected",
+        ),
         ("echo 'NCCL version 2.28'; echo 'AssertionError: 1'; exit 1", "failed: status 1: AssertionError: 1"),
         ("exit 3", "failed: status 3: it said nothing"),
     ],
@@ -78,7 +81,9 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("result, status", [("right", 0), ("not run: late", 0), ("failed: status 1", 1), ("y is off", 1)])
+@pytest.mark.parametrize(
+    "result, status", [("right", 0), ("not run: late", 0), ("failed: status 1", 1), ("y is off", 1)]
+)
 def test_one_row_says_it(result: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_run, "no_gpu", lambda: None)
     monkeypatch.setattr(gpu_run, "about", lambda: {"device": "none"})
