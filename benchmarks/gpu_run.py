@@ -294,6 +294,14 @@ def layer(run: Run, most_s: float) -> str:
     return run.script("gpu_layer", "--profile", most_s=most_s).verdict
 
 
+def staged(run: Run, most_s: float) -> str:
+    return run.script("gpu_staged", f"--timeline={run.folder / 'staged.png'}", most_s=most_s).verdict
+
+
+def nccl(run: Run, most_s: float) -> str:
+    return run.script("gpu_nccl", f"--limit-s={0.8 * most_s:.0f}", most_s=most_s).verdict
+
+
 def probe(run: Run, most_s: float) -> str:
     return run.script("gpu_probe", "--sustained-s=20", most_s=most_s).verdict
 
@@ -382,11 +390,13 @@ PARTS = (
     Part("mlp-deepseek", 30, expert_mlp("DeepSeek")),
     Part("kernels", 60, kernels),
     Part("layer", 45, layer),
+    Part("staged", 60, staged),
     Part("counters", 45, counters),
     Part("tests", 90, tests, least_s=20),
     Part("sanitize", 75, sanitize, least_s=30),
     Part("mlp-more", 120, more_expert_mlp, least_s=30),
     Part("kernels-compiled", 90, compiled_kernels, least_s=30),
+    Part("nccl", 50, nccl, least_s=30),
     Part("probe", 90, probe, least_s=20),
 )
 """In order of worth. Together they may take longer than a run: those at the end are for the time that is left."""
@@ -420,8 +430,11 @@ SHORT = {
     "expert_mlp": ("case", "routing", "implementation", "phase", "tflops", "ms", "share", "target", "met", "result"),
     "kernel": ("case", "implementation", "us", "copy_share", "target", "met", "result"),
     "layer": ("case", "implementation", "phase", "ms", "times_ours", "peak_gib", "result"),
+    "staged": ("case", "implementation", "ms", "serial_ms", "nocomm_ms", "bytes_per_s", "overlap_eff", "allowed",
+               "share", "met", "result"),
+    "nccl": ("result",),
     "sanitizer": ("tool", "result"),
-}
+}  # fmt: skip
 """What the table at the end says of a row, by its kind."""
 
 

@@ -8,6 +8,7 @@ from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.local import LocalTransport
 from moe_overlap.transport.nocomm import NoCommTransport
 from moe_overlap.transport.process_group import ProcessGroupTransport
+from moe_overlap.transport.staged import StagedTransport
 from moe_overlap.transport.virtual import VirtualRank, VirtualTransport, VirtualWorld
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "NoCommTransport",
     "NodeTopology",
     "ProcessGroupTransport",
+    "StagedTransport",
     "Transport",
     "TransportStats",
     "VirtualRank",
