@@ -19,7 +19,7 @@ from typing import Any
 Kernel = tuple[str, str, str]
 """(operator, implementation, dtype)"""
 Command = Callable[..., Any]
-"""gpu_run.Run.command: (*words, most_s=, ...) -> Done"""
+"""gpu_process.Run.command: (*words, most_s=, ...) -> Done"""
 
 PROCESSES = 10
 """At a time, on one GPU: compiling, importing and the references take most of the time."""

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 
 from benchmarks import gpu_expert_mlp_cases as cases  # noqa: E402
 from benchmarks import gpu_expert_mlp_ways as ways  # noqa: E402
-from benchmarks import gpu_probe, gpu_run, gpu_timing  # noqa: E402
+from benchmarks import gpu_probe, gpu_process, gpu_timing  # noqa: E402
 from benchmarks.gpu_expert_mlp_cases import PHASES, Inputs, Right, Shape  # noqa: E402
 from benchmarks.gpu_expert_mlp_ways import Way  # noqa: E402
 from moe_overlap.ops import registry  # noqa: E402
@@ -158,7 +158,7 @@ def measure(bench: Bench, shape: Shape, routing: str, wanted: Sequence[Way]) -> 
             bench.row(shape, routing, way, result=f"not measured: {reason(error)}")
         return
     counts_E = inputs.offs.diff(prepend=inputs.offs.new_zeros(1)).double()
-    state = {"clocks": gpu_run.clocks(), "most_rows_over_mean": round(float(counts_E.max() / counts_E.mean()), 2)}
+    state = {"clocks": gpu_process.clocks(), "most_rows_over_mean": round(float(counts_E.max() / counts_E.mean()), 2)}
     for way, both in times.items():
         blocks = block_shapes(bench, way, inputs)
         for phase, time_s in zip(PHASES, both, strict=True):

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_run, gpu_timing  # noqa: E402
+from benchmarks import gpu_process, gpu_timing  # noqa: E402
 from moe_overlap import MoELayer  # noqa: E402
 from moe_overlap.launch import launch  # noqa: E402
 from moe_overlap.transport import LocalTransport, ProcessGroupTransport, Transport  # noqa: E402
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = gpu_timing.options(__doc__.splitlines()[0], argv, limit_s=40.0, ranks_on="")
     if found.ranks_on:  # inside
         return ranks(found.ranks_on)
-    if reason := gpu_run.no_gpu():
+    if reason := gpu_process.no_gpu():
         print(f"gpu_nccl: not run: {reason}", file=sys.stderr)
         return 2
     rows = gpu_timing.Results(found.out)

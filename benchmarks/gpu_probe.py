@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_run, gpu_timing  # noqa: E402
+from benchmarks import gpu_process, gpu_timing  # noqa: E402
 
 SOURCE = Path(__file__).with_suffix(".cu")
 Row = Callable[..., None]
@@ -36,7 +36,7 @@ class Probe:
     def __init__(self, folder: Path) -> None:
         major, minor = torch.cuda.get_device_capability(0)
         target = folder / "libprobe.so"
-        command = [gpu_run.find_tool("nvcc") or "nvcc", "-O2"]
+        command = [gpu_process.find_tool("nvcc") or "nvcc", "-O2"]
         command += [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}", "-shared"]
         done = subprocess.run([*command, "-Xcompiler", "-fPIC", str(SOURCE), "-o", str(target)],
                               capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
@@ -82,7 +82,7 @@ def sustained(row: Row, most_s: float) -> None:
         for _ in range(count):
             multiply()
         end.record()
-        seen.append(gpu_run.clocks())  # while they run: a chip without work changes its clocks
+        seen.append(gpu_process.clocks())  # while they run: a chip without work changes its clocks
         end.synchronize()
         rates.append(count * flop / (begin.elapsed_time(end) * 1e-3))
     if rates:

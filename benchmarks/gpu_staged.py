@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from benchmarks import gpu_run, gpu_timing  # noqa: E402
+from benchmarks import gpu_process, gpu_timing  # noqa: E402
 from moe_overlap import Experts, MoELayer, ShortcutBlock  # noqa: E402
 from moe_overlap.measure.overlap import chunked_backward, chunked_forward, overlap_eff, shortcut_bound  # noqa: E402
 from moe_overlap.measure.picture import Panel, write_png  # noqa: E402
@@ -305,7 +305,7 @@ def measure_shape(rows: Rows, shape: Shape, ranks: int, ways: Sequence[str], dra
 def main(argv: Sequence[str] | None = None) -> int:
     found = gpu_timing.options(__doc__.splitlines()[0], argv, cases=",".join(shape.short for shape in SHAPES),
                                ways=",".join(WAYS), ranks=8, timeline="")  # fmt: skip
-    if reason := gpu_run.no_gpu():
+    if reason := gpu_process.no_gpu():
         print(f"gpu_staged: not run: {reason}", file=sys.stderr)
         return 2
     results, ways = gpu_timing.Results(found.out), found.ways.split(",")

@@ -206,7 +206,7 @@ class Results:
     """Rows on the terminal and, where a file is given, at its end."""
 
     def __init__(self, file: Path | None) -> None:
-        from benchmarks.gpu_run import about
+        from benchmarks.gpu_process import about
 
         self.file = file
         self.about = about()

@@ -24,14 +24,13 @@ from moe_overlap.agreement.record import digest
 from moe_overlap.auto.beside import why_not_kept
 from moe_overlap.auto.calibrate import MAX_GROUPS, calibrate, gathered
 from moe_overlap.auto.cost_cache import cache_file, cache_key, hosts_of, load, store
-from moe_overlap.auto.planned import PlannedSchedule
+from moe_overlap.auto.planned import PlannedSchedule, Settled
 from moe_overlap.auto.probes import ProbeInputs, Probes, probe_pair
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.machine import hardware
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.window import OpVerb
-from moe_overlap.schedule.actions import Action
-from moe_overlap.schedule.builders import SchedulePair, Schedules, agree_ahead, deduplicate, first_ops
+from moe_overlap.schedule.builders import SchedulePair, Schedules, agree_ahead, deduplicate
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
@@ -44,7 +43,7 @@ ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the nam
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unplanned:
+class Unplanned(Settled):
     """What a step says it runs while "auto" has not chosen (`Schedules`): no fixed schedule has
     its digest, so a rank with one beside a rank that calibrates is refused before anything is sent."""
 
@@ -61,14 +60,6 @@ class Unplanned:
     def digest(self) -> int:
         settings = (self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes, self.dedup, self.num_ahead)
         return digest("auto calibrates", *settings)
-
-    @property
-    def ahead(self) -> tuple[Action, ...]:
-        return first_ops(self.op_verb, self.num_ahead)
-
-    @property
-    def joined(self) -> bool:
-        return not self.overlap
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """Joined: a step without rows runs so, as it tells nothing."""
@@ -114,7 +105,7 @@ class Outgrown:
 
 
 @dataclass(eq=False, kw_only=True)
-class AutoSchedule:
+class AutoSchedule(Settled):
     """The word "auto" of one layer or block: its planned schedules, by (opening, gradients enabled, dtype of the rows).
     num_ahead: so many of the ops beside the exchanges run while ranks agree.
 
@@ -133,11 +124,6 @@ class AutoSchedule:
     not_kept: str | None = None  # why there is none
     taken: bool = False  # by a layer: what was found for one is not for another
     name = "auto"
-
-    @property
-    def ahead(self) -> tuple[Action, ...]:
-        """The ops that run while ranks agree."""
-        return first_ops(self.op_verb, self.num_ahead)
 
     @property
     def unplanned(self) -> Unplanned:

@@ -56,8 +56,25 @@ class Planned:
         return sum(found[0].predicted_s + self.outside_s[phase] for phase, found in self.candidates.items())
 
 
+class Settled:
+    """What is settled about the schedule of a step before it is chosen: the ops that run while ranks agree, and whether
+    every exchange is waited for at once."""
+
+    op_verb: OpVerb
+    num_ahead: int
+    overlap: bool
+
+    @property
+    def ahead(self) -> tuple[Action, ...]:
+        return first_ops(self.op_verb, self.num_ahead)
+
+    @property
+    def joined(self) -> bool:
+        return not self.overlap
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PlannedSchedule:
+class PlannedSchedule(Settled):
     """The fastest schedules by `model`, for each step (`Schedules`).
 
     op_verb "B": `num_ops` backbone ops beside the exchanges; "S": the shared expert; num_ops 0: nothing.
@@ -86,14 +103,6 @@ class PlannedSchedule:
     def digest(self) -> int:
         settings = (self.num_ops, self.op_verb, self.row_bytes, self.nodes, self.overlap, self.max_in_flight_bytes)
         return digest("auto", self.model.to_json(), *settings, self.dedup, self.metadata, self.num_ahead)
-
-    @property
-    def ahead(self) -> tuple[Action, ...]:
-        return first_ops(self.op_verb, self.num_ahead)
-
-    @property
-    def joined(self) -> bool:
-        return not self.overlap
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The schedules of one step: a pure function of the agreed counts."""

@@ -17,7 +17,7 @@ needs_triton(interpreter=True)
 from benchmarks import gpu_expert_mlp as bench  # noqa: E402
 from benchmarks import gpu_expert_mlp_cases as cases  # noqa: E402
 from benchmarks import gpu_expert_mlp_ways as ways  # noqa: E402
-from benchmarks import gpu_run, gpu_timing  # noqa: E402
+from benchmarks import gpu_process, gpu_timing  # noqa: E402
 from moe_overlap.ops import expert_mlp_tune_triton  # noqa: E402
 
 QWEN3 = replace(cases.SHAPES[0], tokens=11, top_k=2, experts=3, hidden=16, ffn=8)
@@ -47,8 +47,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "memory", lambda: 0)
     monkeypatch.setattr(gpu_timing, "peak_bytes", lambda call: (call(), 4096))
     monkeypatch.setattr(gpu_timing, "two_phases", made_up)
-    monkeypatch.setattr(gpu_run, "about", lambda: {"device": "none"})
-    monkeypatch.setattr(gpu_run, "clocks", lambda: "?")
+    monkeypatch.setattr(gpu_process, "about", lambda: {"device": "none"})
+    monkeypatch.setattr(gpu_process, "clocks", lambda: "?")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 

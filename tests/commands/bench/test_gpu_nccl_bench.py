@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import gpu_nccl, gpu_run
+from benchmarks import gpu_nccl, gpu_process
 from tests.ranks import gloo_pool
 
 
@@ -85,8 +85,8 @@ def _runs(pid: int) -> bool:
     "result, status", [("right", 0), ("not run: late", 0), ("failed: status 1", 1), ("y is off", 1)]
 )
 def test_one_row_says_it(result: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_run, "no_gpu", lambda: None)
-    monkeypatch.setattr(gpu_run, "about", lambda: {"device": "none"})
+    monkeypatch.setattr(gpu_process, "no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_process, "about", lambda: {"device": "none"})
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(gpu_nccl, "outcome", lambda command, limit_s: result)
     out = tmp_path / "rows.jsonl"

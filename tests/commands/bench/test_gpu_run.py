@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_probe_symmetric, gpu_run, gpu_take, gpu_timing
+from benchmarks import gpu_checks, gpu_parts, gpu_probe_symmetric, gpu_process, gpu_run, gpu_take, gpu_timing
 from moe_overlap.native import native
 from moe_overlap.ops import cuda_kernels, hardware, triton_kernels, verified
 
@@ -22,13 +22,13 @@ ABOUT = {"date": "2026-01-02", "commit": "abc", "torch": "2", "device": "NVIDIA 
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[gpu_run.Run]:
-    found = gpu_run.Run(tmp_path / "results", ABOUT)
+def run(tmp_path: Path) -> Iterator[gpu_process.Run]:
+    found = gpu_process.Run(tmp_path / "results", ABOUT)
     yield found
     shutil.rmtree(found.scratch)
 
 
-def rows(run: gpu_run.Run) -> list[dict]:
+def rows(run: gpu_process.Run) -> list[dict]:
     return [json.loads(line) for line in run.file.read_text().splitlines()]
 
 
@@ -51,22 +51,22 @@ def test_folder_of_a_device() -> None:
     ],
 )
 def test_only_findings_of_a_sanitizer_are_red(status, text, result) -> None:
-    row = gpu_run.sanitizer_result("memcheck", gpu_run.Done(status, text, 1.0))
+    row = gpu_parts.sanitizer_result("memcheck", gpu_process.Done(status, text, 1.0))
     assert row["result"] == result
     if status == 86:
         assert "pack.cu:3" in row["first"]
 
 
-def test_a_command_that_hangs_is_stopped(run: gpu_run.Run, capfd) -> None:
+def test_a_command_that_hangs_is_stopped(run: gpu_process.Run, capfd) -> None:
     # A shell, which begins at once: Python alone may take a second on a busy machine.
     done = run.command("sh", "-c", "echo begun; exec sleep 600", most_s=5.0)
     assert done.status is None and "begun" in done.text and "stopped after 5 s" in done.text
     assert run.command(sys.executable, "-c", "raise SystemExit(3)", most_s=30).status == 3
 
 
-def test_missing_sanitizer_is_recorded_and_not_red(run: gpu_run.Run, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_run.shutil, "which", lambda name, path: None)
-    assert gpu_run.sanitize(run, 10.0) == gpu_run.GOOD
+def test_missing_sanitizer_is_recorded_and_not_red(run: gpu_process.Run, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_process.shutil, "which", lambda name, path: None)
+    assert gpu_parts.sanitize(run, 10.0) == gpu_process.GOOD
     assert [row["result"] for row in rows(run)] == ["not run: compute-sanitizer not found"] * 3
 
 
@@ -167,7 +167,7 @@ def test_what_the_part_had_no_time_for_is_cut_and_not_lost(tmp_path: Path) -> No
     record = tmp_path / "record.jsonl"
     record.write_text(json.dumps({"id": "a", "outcome": "passed", "text": ""}) + "\n")
     for status, cut, want in ((None, True, "cut"), (None, False, "lost"), (-9, True, "lost")):
-        found = gpu_checks.outcomes(group, record, gpu_run.Done(status, "words", 1.0), cut=cut)
+        found = gpu_checks.outcomes(group, record, gpu_process.Done(status, "words", 1.0), cut=cut)
         assert [one.outcome for one in found] == ["passed", want]
     overdue = gpu_checks.run(lambda *words, **how: None, tmp_path, group, most_s=0.0, each_s=5.0)
     assert [one.outcome for one in overdue] == ["cut", "cut"]
@@ -206,13 +206,13 @@ def test_hang(): time.sleep(600)
 
 
 def test_each_kernel_has_a_process_of_its_own(
-    run: gpu_run.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: gpu_process.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One fails, one takes its process down, one never ends: the others are right."""
     (tmp_path / "test_it.py").write_text(COVERING)
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p tests.gpu.conftest")
-    monkeypatch.setenv("PYTHONPATH", str(gpu_run.ROOT))
-    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(gpu_process.ROOT))
+    monkeypatch.setattr(gpu_process, "ROOT", tmp_path)
     cases = gpu_checks.collect(run.command, run.scratch, ["test_it.py"], 120)
     assert [len(case.covers) for case in cases] == [1] * 8
     hang = [case for case in cases if "hang" in case.id]
@@ -229,23 +229,23 @@ def test_each_kernel_has_a_process_of_its_own(
     assert "ended with status 9" in texts["test_crash[1]"] and texts["test_crash[0]"] == ""
 
 
-def test_a_part_that_goes_wrong_costs_itself_alone(run: gpu_run.Run, capsys) -> None:
+def test_a_part_that_goes_wrong_costs_itself_alone(run: gpu_process.Run, capsys) -> None:
     """Killed, failing, over its limit, broken: what stands after it runs, and all of it is in the rows."""
 
-    def command(*words: str) -> Callable[[gpu_run.Run, float], str]:
+    def command(*words: str) -> Callable[[gpu_process.Run, float], str]:
         return lambda run, most_s: run.command("sh", "-c", *words, most_s=most_s, quiet=True).verdict
 
-    def broken(run: gpu_run.Run, most_s: float) -> str:
+    def broken(run: gpu_process.Run, most_s: float) -> str:
         raise RuntimeError("no such thing")
 
     run.limit_s = 600.0
     parts = [
-        gpu_run.Part("killed", 60, command("kill -9 $$")),
-        gpu_run.Part("failing", 60, command("echo words; exit 3")),
-        gpu_run.Part("late", 1, command("echo begun; exec sleep 600"), least_s=0),
-        gpu_run.Part("broken", 60, broken),
-        gpu_run.Part("well", 60, command("exit 0")),
-        gpu_run.Part("too long for what is left", 60, command("exit 0"), least_s=1e6),
+        gpu_process.Part("killed", 60, command("kill -9 $$")),
+        gpu_process.Part("failing", 60, command("echo words; exit 3")),
+        gpu_process.Part("late", 1, command("echo begun; exec sleep 600"), least_s=0),
+        gpu_process.Part("broken", 60, broken),
+        gpu_process.Part("well", 60, command("exit 0")),
+        gpu_process.Part("too long for what is left", 60, command("exit 0"), least_s=1e6),
     ]
     assert not gpu_run.go(run, parts)
     assert {row["part"]: row["result"] for row in rows(run)} == {
@@ -260,27 +260,27 @@ def test_a_part_that_goes_wrong_costs_itself_alone(run: gpu_run.Run, capsys) -> 
     assert "words" in run.log.read_text()
 
 
-def test_kernel_cases_go_on_behind_one_that_took_the_process_down(run: gpu_run.Run, monkeypatch) -> None:
+def test_kernel_cases_go_on_behind_one_that_took_the_process_down(run: gpu_process.Run, monkeypatch) -> None:
     begun = []
 
-    def script(name: str, *words: str, most_s: float) -> gpu_run.Done:
+    def script(name: str, *words: str, most_s: float) -> gpu_process.Done:
         begin = int(words[0].removeprefix("--begin="))
         begun.append((begin, words[3]))
         Path(words[1].removeprefix("--mark=")).write_text("4 gate k8")
-        return gpu_run.Done(3 if begin < 4 else 0, "an illegal access", 1.0)
+        return gpu_process.Done(3 if begin < 4 else 0, "an illegal access", 1.0)
 
     monkeypatch.setattr(run, "script", script)
     run.wrong = {("pack", "cuda"), ("gate_topk", "triton")}
-    assert gpu_run.each_case(run, 60.0, "cuda") == "gate k8: status 3: an illegal access"
+    assert gpu_parts.each_case(run, 60.0, "cuda") == "gate k8: status 3: an illegal access"
     assert begun == [(0, "--skip=gate_topk:triton,pack:cuda"), (5, "--skip=gate_topk:triton,pack:cuda")]
 
 
 def test_parts_are_named_once_and_fit_the_limit() -> None:
-    names = [part.name for part in gpu_run.PARTS]
+    names = [part.name for part in gpu_parts.PARTS]
     assert len(set(names)) == len(names)
-    assert sum(part.most_s for part in gpu_run.PARTS[:3]) < gpu_run.LIMIT_S
+    assert sum(part.most_s for part in gpu_parts.PARTS[:3]) < gpu_process.LIMIT_S
     for name in ("gpu_probe", "gpu_kernels", "gpu_expert_mlp", "gpu_layer", "gpu_counters"):
-        assert (gpu_run.ROOT / f"benchmarks/{name}.py").is_file()
+        assert (gpu_process.ROOT / f"benchmarks/{name}.py").is_file()
 
 
 NCU = """
@@ -296,10 +296,10 @@ NCU = """
 
 
 def test_what_a_profiler_counted_is_read() -> None:
-    assert gpu_run.counted(NCU) == {"DRAM Throughput": "88.21 %", "Elapsed Cycles": "150,100 cycle"}
+    assert gpu_parts.counted(NCU) == {"DRAM Throughput": "88.21 %", "Elapsed Cycles": "150,100 cycle"}
 
 
-def test_end_of_the_output_has_every_row_in_short(run: gpu_run.Run) -> None:
+def test_end_of_the_output_has_every_row_in_short(run: gpu_process.Run) -> None:
     run.record(kind="kernel", case="gate 16384x128 k8", us=5.5, met=True)
     run.record(kind="part", part="build", seconds=1.0, result="ok")
     assert gpu_run.digest(run) == ["kernel gate 16384x128 k8 5.5 True", "part build 1.0 ok"]
@@ -307,7 +307,7 @@ def test_end_of_the_output_has_every_row_in_short(run: gpu_run.Run) -> None:
 
 def test_commit_of_sources_without_their_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_OVERLAP_COMMIT", "abc123")
-    assert gpu_run.commit() == "abc123"
+    assert gpu_process.commit() == "abc123"
 
 
 def test_bad_options_and_no_gpu(capsys) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_run, gpu_timing
+from benchmarks import gpu_process, gpu_timing
 from benchmarks import gpu_staged as bench
 from moe_overlap.transport import staged
 from tests.transport.played import PlayedEngine, PlayedEvent
@@ -51,8 +51,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing, "two_phases", made_up)
     monkeypatch.setattr(gpu_timing, "host_s", lambda call: 2e-3)
     monkeypatch.setattr(gpu_timing, "once", lambda call: (call(), gpu_timing.Time(1e-3, 1e-3, 1e-3))[1])
-    monkeypatch.setattr(gpu_run, "no_gpu", lambda: None)
-    monkeypatch.setattr(gpu_run, "about", lambda: {"device": "none"})
+    monkeypatch.setattr(gpu_process, "no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_process, "about", lambda: {"device": "none"})
 
 
 def rows(out: Path, *argv: str) -> list[dict[str, Any]]:
