@@ -210,8 +210,9 @@ class ChunkPlan:
         order = np.repeat(starts - arrival, counts) + np.arange(int(counts.sum()), dtype=np.int64)
         return torch.from_numpy(order)
 
-    def send_keys(self, slots_TK: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """(keys_TK int32, number of keys): sorting (token, k) stably by key gives the send order. -1 stays -1."""
+    def send_keys(self, slots_TK: torch.Tensor, key_of_slot: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        """(keys_TK int32, number of keys): sorting (token, k) stably by key gives the send order. -1 stays -1.
+        `key_of_slot`: that of this plan, where the slots are; None: on a CPU."""
         num_slots, tokens = self.exchange.num_slots, slots_TK.shape[0]
         if self.chunks == 1:
             return slots_TK, num_slots
@@ -223,13 +224,16 @@ class ChunkPlan:
                 chunk_of_token[bound:] += 1
             base = (chunk_of_token * num_slots)[:, None]
             return torch.where(slots_TK >= 0, slots_TK + base, slots_TK), num_slots * self.chunks
+        table = self.key_of_slot if key_of_slot is None else key_of_slot
+        return torch.where(slots_TK >= 0, table[slots_TK.clamp_min(0).long()], slots_TK), num_slots
+
+    @cached_property
+    def key_of_slot(self) -> torch.Tensor:
+        """int32 [P]: the place of each slot in the send order of a cut by groups of experts."""
         group_of_local = np.zeros(self.local_slots, dtype=np.int64)
         for c in range(1, self.chunks):
             group_of_local[self.local_slots * c // self.chunks :] += 1
         order = np.argsort(np.tile(group_of_local, self.world_size), kind="stable")
-        key_of_slot = np.empty(num_slots, dtype=np.int32)
-        key_of_slot[order] = np.arange(num_slots, dtype=np.int32)
-        table = torch.from_numpy(key_of_slot)
-        if slots_TK.device.type == "cuda":
-            table = table.pin_memory().to(slots_TK.device, non_blocking=True)
-        return torch.where(slots_TK >= 0, table[slots_TK.clamp_min(0).long()], slots_TK), num_slots
+        key_of_slot = np.empty(self.exchange.num_slots, dtype=np.int32)
+        key_of_slot[order] = np.arange(self.exchange.num_slots, dtype=np.int32)
+        return torch.from_numpy(key_of_slot)

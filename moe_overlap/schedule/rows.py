@@ -19,12 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from moe_overlap import config, ops
-from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.agreement.static_plan import StaticChunks
-from moe_overlap.ops import maps, workspace
+from moe_overlap.ops import workspace
 from moe_overlap.schedule.static_rows import static_order
-
-_Tables = tuple[dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
+from moe_overlap.schedule.tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +65,13 @@ class Saved:
         return self.back, self.slot_to_row, self.slot_to_dback, self.weights_TK, self.x, self.h, self.w_in, self.w_out
 
 
-def send_order(plan: ChunkPlan, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slot_to_row, offs): the row of each (token, k) in the send buffer of `plan`, and the ends of its groups."""
+def send_order(tables: Tables, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slot_to_row, offs): the row of each (token, k) in the send buffer of a plan, and the ends of its groups."""
+    plan = tables.plan
     if isinstance(plan, StaticChunks):
         return static_order(plan)
-    keys_TK, num_keys = plan.send_keys(slots_TK)
+    by_experts = plan.by == "experts" and plan.chunks > 1
+    keys_TK, num_keys = plan.send_keys(slots_TK, tables.one("key_of_slot") if by_experts else None)
     _, offs, slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
     return slot_to_row, offs
 
@@ -85,31 +85,12 @@ def experts_sms(device: torch.device) -> int | None:
 
 
 class _Chunks:
-    """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all).
+    """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all)."""
 
-    A GPU gets the integers of all chunks in one copy that nobody waits for, before the first kernel needs them; a CPU
-    reads them from the plan. Those of fixed shapes stay there.
-    """
-
-    def __init__(self, plan: ChunkPlan, device: torch.device, num_sms: int | None) -> None:
-        self.plan = plan
+    def __init__(self, tables: Tables, num_sms: int | None) -> None:
+        self.plan = tables.plan
+        self.tables = tables
         self.num_sms = num_sms
-        self._orders: dict[int, torch.Tensor] = {}
-        self._bounds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._offs: torch.Tensor | None = None
-        if device.type == "cuda":
-            kept = plan.layout.kept if isinstance(plan, StaticChunks) else {}
-            name = ("tables", plan.chunks, plan.by, device)
-            kept[name] = moved = kept.get(name) or self._upload(device)
-            self._orders, self._bounds, self._offs = moved
-
-    def _upload(self, device: torch.device) -> _Tables:
-        chunks = range(self.plan.chunks)
-        orders = [self.plan.buffer_order(c) for c in chunks]
-        bounds = [bound for c in chunks for bound in self.plan.expert_rows(c)]
-        moved = maps.all_to_device([*orders, *bounds, self.plan.expert_offs], device)
-        starts, ends = (moved[first:-1:2] for first in (len(orders), len(orders) + 1))
-        return dict(enumerate(moved[: len(orders)])), dict(enumerate(zip(starts, ends, strict=True))), moved[-1]
 
     def _of(self, rows: torch.Tensor, c: int) -> torch.Tensor:
         """The slice of chunk c of a buffer in send order."""
@@ -117,18 +98,11 @@ class _Chunks:
 
     def order(self, c: int) -> torch.Tensor:
         """Position in the experts' buffer of each received row of chunk c."""
-        if c not in self._orders:
-            self._orders[c] = self.plan.buffer_order(c)
-        return self._orders[c]
+        return self.tables.one("buffer_order", c)
 
     def expert_rows(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of chunk c of each expert in the experts' buffer."""
-        return self._bounds[c] if self._bounds else self.plan.expert_rows(c)
-
-    @property
-    def expert_offs(self) -> torch.Tensor:
-        """int32 [e]: ends of each expert's rows over all chunks."""
-        return self.plan.expert_offs if self._offs is None else self._offs
+        return self.tables.both("expert_rows", c)
 
 
 class ForwardRows(_Chunks):
@@ -136,7 +110,7 @@ class ForwardRows(_Chunks):
 
     def __init__(
         self,
-        plan: ChunkPlan,
+        tables: Tables,
         weights: ExpertWeights,
         x_TD: torch.Tensor,
         slots_TK: torch.Tensor,
@@ -144,10 +118,11 @@ class ForwardRows(_Chunks):
         *,
         num_sms: int | None,
     ) -> None:
-        super().__init__(plan, x_TD.device, num_sms)
+        super().__init__(tables, num_sms)
+        plan = self.plan
         self.weights = weights
         self._slots_TK, self._weights_TK = slots_TK, weights_TK
-        self.slot_to_row, offs = send_order(plan, slots_TK)
+        self.slot_to_row, offs = send_order(tables, slots_TK)
         self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
         self.x = workspace.empty((sum(plan.recv_rows), x_TD.shape[1]), like=x_TD)
         self.y = workspace.empty(self.x.shape, like=x_TD)
@@ -175,10 +150,10 @@ class ForwardRows(_Chunks):
         """U: y[t] = sum over k, in order, of weights[t, k] * returned row of (t, k)."""
         return ops.combine(self.back, self.slot_to_row, self._weights_TK)
 
-    def saved(self, backward_plan: ChunkPlan) -> Saved:
+    def saved(self, backward: Tables) -> Saved:
         w = self.weights
-        alike = backward_plan is self.plan
-        slot_to_dback = self.slot_to_row if alike else send_order(backward_plan, self._slots_TK)[0]
+        alike = backward is self.tables
+        slot_to_dback = self.slot_to_row if alike else send_order(backward, self._slots_TK)[0]
         return Saved(back=self.back, slot_to_row=self.slot_to_row, slot_to_dback=slot_to_dback,
                      weights_TK=self._weights_TK, x=self.x, h=self.h, w_in=w.w_in, w_out=w.w_out)  # fmt: skip
 
@@ -191,7 +166,7 @@ class BackwardRows(_Chunks):
 
     def __init__(
         self,
-        plan: ChunkPlan,
+        tables: Tables,
         saved: Saved,
         kind: str,
         dy_TD: torch.Tensor | None,
@@ -201,7 +176,7 @@ class BackwardRows(_Chunks):
         over_h: bool,
         num_sms: int | None,
     ) -> None:
-        super().__init__(plan, saved.x.device, num_sms)
+        super().__init__(tables, num_sms)
         self.saved = saved
         self.kind = kind
         if dy_TD is None:
@@ -256,7 +231,8 @@ class BackwardRows(_Chunks):
         if self.dw_in is not None and self.dw_out is not None:
             local = self.plan.local_slots
             experts = (local * group // groups, local * (group + 1) // groups)
-            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.expert_offs, dw_in=self.dw_in,
+            offs = self.tables.one("expert_offs")
+            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, dw_in=self.dw_in,
                                  dw_out=self.dw_out, experts=experts, num_sms=self.num_sms)  # fmt: skip
 
     def dx_TD(self) -> torch.Tensor:

@@ -105,6 +105,7 @@ CASES = [
 def test_ranks_read_the_counts_and_nothing_else(schedule: str, kind: str) -> None:
     watch = watched(4, options_of(schedule, kind))
     assert watch.waits == [Wait("cpu", "counts.py", backward=False)] * 4
+    assert watch.uploads == 4  # the integers of all chunks of both halves
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
