@@ -139,10 +139,11 @@ def outcomes(group: Sequence[Case], record: Path, done: Any, *, cut: bool) -> li
             said[row["id"]] = row
     ended = "it ran past its limit" if done.status is None else f"its process ended with status {done.status}"
     lost = f"{ended}: {done.text[-1500:]}"
+    silent = "cut" if cut and done.status is None else "lost"
     return [
         Outcome(case, said[case.id]["outcome"], said[case.id]["text"])
         if case.id in said
-        else Outcome(case, "lost", lost)
+        else Outcome(case, silent, lost)
         for case in group
     ]
 

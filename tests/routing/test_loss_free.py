@@ -73,6 +73,7 @@ def test_a_toy_gate_becomes_balanced():
 
 
 @pytest.mark.soak
+@pytest.mark.time_limit(1500)
 def test_a_toy_gate_of_the_published_size_becomes_balanced():
     before, after = toy_gate(tokens=8192, steps=3000)
     assert before > 2.0 and after <= 0.05

@@ -59,7 +59,7 @@ def rows(out: Path, *argv: str) -> list[dict[str, Any]]:
 
 
 def test_every_contender_is_checked_and_measured(tiny: None, tmp_path: Path) -> None:
-    found = rows(tmp_path / "rows.jsonl")
+    found = rows(tmp_path / "rows.jsonl", "--budgets")
     timed = [row for row in found if "tflops" in row]
     assert found[0]["kind"] == "limit" and found[-1]["kind"] == "summary"
     seen = {(r["case"], r["routing"], r["implementation"], r.get("num_sms"), r["phase"]) for r in timed}
