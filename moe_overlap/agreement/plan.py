@@ -164,6 +164,11 @@ class ChunkPlan:
         """Whether no row of a chunk goes to another rank, on any rank, [C]: then there is nothing to exchange."""
         return tuple(bool(stays) for stays in self.exchange.counts.stays(self.chunks, self.by))
 
+    @property
+    def in_order(self) -> bool:
+        """Whether rows lie in the experts' buffer as they are sent, all chunks: one rank's, not cut by tokens."""
+        return self.world_size == 1 and (self.chunks == 1 or self.by == "experts")
+
     @cached_property
     def send_offsets(self) -> tuple[int, ...]:
         """First row of each chunk in the send buffer, [C + 1]."""

@@ -117,14 +117,15 @@ class Backward:
         return ()
 
     def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        out = self._rows_of_backward.incoming(c)
-        if out is not None:
-            self.lanes.start(Action("Dt", c), self._received.pop(c), out=out)
+        g = self._rows_of_backward
+        if g.need_dx:
+            self.lanes.start(Action("Dt", c), self._received.pop(c), out=g.incoming(c))
         return ()
 
     def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        if self._rows_of_backward.incoming(c) is not None:
-            self.lanes.wait(Action("Dt", c))
+        g = self._rows_of_backward
+        if g.need_dx:
+            g.returned(c, self.lanes.wait(Action("Dt", c)))
         return ()
 
     def _start_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:

@@ -131,6 +131,9 @@ class DistinctForward:
         """Where the sums of chunk c come back."""
         return self.back[self.plan.last_offsets[c] : self.plan.last_offsets[c + 1]]
 
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """They come back to where `incoming` says."""
+
     def own(self, half: int, halves: int) -> None:
         """O and Or: one of 1 or 2 halves of the experts on the rows that stay; after the last one, their sums."""
         local = self.plan.local_slots
@@ -194,6 +197,7 @@ class DistinctBackward:
         self.dsend = ops.pack(dy_TD, token_R[:sent])
         self.dy = workspace.empty(x.shape, like=x)
         self.dy[:own] = ops.pack(dy_TD, token_R[sent:])
+        self.need_dx = need_dx
         self.dback = workspace.empty((sent + own, x.shape[1]), like=x) if need_dx else None
         self.dx = workspace.empty((plan.expert_total, x.shape[1]), like=x)
         self.dh = h if over_h else workspace.empty(h.shape, like=h)
@@ -208,11 +212,13 @@ class DistinctBackward:
         """The gradients of chunk c to send."""
         return self.dsend[self.plan.first_offsets[c] : self.plan.first_offsets[c + 1]]
 
-    def incoming(self, c: int) -> torch.Tensor | None:
-        """Where the gradients of chunk c come back; None where no rank wants them."""
-        if self.dback is None:
-            return None
+    def incoming(self, c: int) -> torch.Tensor:
+        """Where the gradients of chunk c come back."""
+        assert self.dback is not None
         return self.dback[self.plan.last_offsets[c] : self.plan.last_offsets[c + 1]]
+
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """They come back to where `incoming` says."""
 
     def own(self) -> None:
         """Od: the gradients of the experts on the rows that stay."""

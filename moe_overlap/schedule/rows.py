@@ -9,6 +9,9 @@ Buffers (rows of D elements; see `ChunkPlan` for the orders):
 
 They, and the weight gradients, come from the workspace pool: ordinary tensors, whose memory is given out again when
 nobody holds it any longer, whoever that was: this step, autograd's saved tensors, a parameter's `.grad`, an exchange.
+
+Where one rank's rows are in order already (`ChunkPlan.in_order`) nothing is moved: send is x, what the experts make is
+back, and likewise for gradients.
 """
 
 from __future__ import annotations
@@ -96,9 +99,26 @@ class _Chunks:
         """The slice of chunk c of a buffer in send order."""
         return rows[self.plan.send_offsets[c] : self.plan.send_offsets[c + 1]]
 
-    def order(self, c: int) -> torch.Tensor:
-        """Position in the experts' buffer of each received row of chunk c."""
-        return self.tables.one("buffer_order", c)
+    def _new(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        """A buffer of `count` rows."""
+        return workspace.empty((count, like.shape[1]), like=like)
+
+    def _put(self, received: torch.Tensor, c: int, buffer: torch.Tensor) -> None:
+        """The received rows of chunk c into the experts' buffer."""
+        if self.plan.in_order:
+            self._settle(received, self._of(buffer, c))
+        else:
+            ops.unpack(received, self.tables.one("buffer_order", c), out=buffer)
+
+    def _take(self, buffer: torch.Tensor, c: int) -> torch.Tensor:
+        """The rows of chunk c in the experts' buffer, in the order in which they came."""
+        return self._of(buffer, c) if self.plan.in_order else ops.pack(buffer, self.tables.one("buffer_order", c))
+
+    @staticmethod
+    def _settle(rows: torch.Tensor, place: torch.Tensor) -> None:
+        """Rows of an exchange to where they belong: they may be there, or come in memory of their own."""
+        if rows.data_ptr() != place.data_ptr():
+            place.copy_(rows)
 
     def expert_rows(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of chunk c of each expert in the experts' buffer."""
@@ -124,27 +144,32 @@ class ForwardRows(_Chunks):
         self._slots_TK, self._weights_TK = slots_TK, weights_TK
         self.slot_to_row, offs = send_order(tables, slots_TK)
         self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
-        self.x = workspace.empty((sum(plan.recv_rows), x_TD.shape[1]), like=x_TD)
-        self.y = workspace.empty(self.x.shape, like=x_TD)
-        self.h = workspace.empty((self.x.shape[0], weights.w_in.shape[1]), like=x_TD)
-        self.back = workspace.empty(self.send.shape, like=x_TD)
+        rows = sum(plan.recv_rows)
+        self.x = self.send if plan.in_order else self._new(rows, x_TD)
+        self.y = self._new(rows, x_TD)
+        self.h = workspace.empty((rows, weights.w_in.shape[1]), like=x_TD)
+        self.back = self.y if plan.in_order else self._new(self.send.shape[0], x_TD)
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The rows of chunk c to send."""
         return self._of(self.send, c)
 
-    def incoming(self, c: int) -> torch.Tensor:
-        """Where the rows of chunk c come back."""
-        return self._of(self.back, c)
+    def incoming(self, c: int) -> torch.Tensor | None:
+        """Where the rows of chunk c come back; None: anywhere, as those in order may be there."""
+        return None if self.plan.in_order else self._of(self.back, c)
+
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """The rows of chunk c have come back."""
+        self._settle(rows, self._of(self.back, c))
 
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
-        ops.unpack(received, self.order(c), out=self.x)
+        self._put(received, c, self.x)
         starts, ends = self.expert_rows(c)
         w = self.weights
         ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
                                num_sms=self.num_sms)  # fmt: skip
-        return ops.pack(self.y, self.order(c))
+        return self._take(self.y, c)
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over k, in order, of weights[t, k] * returned row of (t, k)."""
@@ -177,6 +202,7 @@ class BackwardRows(_Chunks):
         num_sms: int | None,
     ) -> None:
         super().__init__(tables, num_sms)
+        plan = self.plan
         self.saved = saved
         self.kind = kind
         if dy_TD is None:
@@ -186,8 +212,10 @@ class BackwardRows(_Chunks):
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
         )
         x, h = saved.x, saved.h
-        self.dsend = workspace.empty(self.dback.shape, like=self.dback) if need_dx else None
-        self.dy, self.dx = (workspace.empty(x.shape, like=x) for _ in range(2))
+        self.dy = self.dback if plan.in_order else self._new(x.shape[0], x)
+        self.dx = self._new(x.shape[0], x)
+        self.need_dx = need_dx
+        self.dsend = self.dx if plan.in_order or not need_dx else self._new(self.dback.shape[0], x)
         self.dh = h if over_h else workspace.empty(h.shape, like=h)
         self.a = workspace.empty((x.shape[0], saved.w_out.shape[2]), like=x)
         self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False) if need_dw else None
@@ -211,20 +239,24 @@ class BackwardRows(_Chunks):
         return self._of(self.dback, c)
 
     def incoming(self, c: int) -> torch.Tensor | None:
-        """Where the gradients of chunk c come back; None where no rank wants them."""
-        return None if self.dsend is None else self._of(self.dsend, c)
+        """Where the gradients of chunk c come back; None: anywhere, as those in order may be there."""
+        return None if self.plan.in_order else self._of(self.dsend, c)
+
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """The gradients of chunk c have come back."""
+        self._settle(rows, self._of(self.dsend, c))
 
     def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
         """Ed of chunk c: the gradients of the experts' outputs into those of their inputs, in the order they came.
 
         None where no rank wants the gradient of x.
         """
-        ops.unpack(received, self.order(c), out=self.dy)
+        self._put(received, c, self.dy)
         starts, ends = self.expert_rows(c)
         s = self.saved
         ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind,
                              dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
-        return ops.pack(self.dx, self.order(c)) if self.dsend is not None else None
+        return self._take(self.dx, c) if self.need_dx else None
 
     def weight_gradient(self, group: int, groups: int) -> None:
         """Ew of one of `groups` groups of this rank's experts: one matmul an expert over the rows of all chunks."""
@@ -237,5 +269,4 @@ class BackwardRows(_Chunks):
 
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over k, in order, of the gradient of the row of (t, k)."""
-        assert self.dsend is not None
         return ops.combine(self.dsend, self.saved.slot_to_dback)

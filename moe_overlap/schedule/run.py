@@ -288,7 +288,7 @@ class Step(Backward):
         self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.incoming(c))
 
     def _wait_combine(self, c: int) -> None:
-        self.lanes.wait(Action("C", c))
+        self._rows.returned(c, self.lanes.wait(Action("C", c)))
 
     def _unpermute(self, _: int | None) -> None:
         self._y_TD = self._rows.combine()
