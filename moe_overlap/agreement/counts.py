@@ -34,12 +34,13 @@ def block_counts(slots_TK: torch.Tensor, num_slots: int, said: Said | None = Non
 
     Raises ConfigError("topk_ids") for an id outside -1..P-1. One device-to-host read, which `said` is part of.
     """
-    ids = slots_TK.to(torch.int64)
-    wrong = (ids < -1) | (ids >= num_slots)
-    histograms, bad = _histograms([(ids, (ids >= 0) & ~wrong)], wrong, num_slots, said)
-    if bad:
-        raise _outside(ids[wrong], num_slots)
-    return histograms[0]
+    # By block: ids that are too small, -1, the slots, ids that are too large.
+    width = num_slots + 3
+    places = _blocks(slots_TK)[:, None] * width + (slots_TK.clamp(-2, num_slots) + 2)
+    found = _count(places.reshape(-1), BLOCKS * width, said).reshape(BLOCKS, width)
+    if bool(found[:, [0, -1]].any()):
+        raise _outside(slots_TK[(slots_TK < -1) | (slots_TK >= num_slots)], num_slots)
+    return found[:, 2:-1].contiguous()
 
 
 def block_counts_of_rows(
@@ -87,11 +88,7 @@ def _histograms(
     parts: list[tuple[torch.Tensor, torch.Tensor]], wrong_TK: torch.Tensor, num_slots: int, said: Said | None
 ) -> tuple[torch.Tensor, int]:
     """(int64 [len(parts), BLOCKS, P], how many are wrong) on the CPU, of (ids_TK, which of them count) each."""
-    tokens, device = wrong_TK.shape[0], wrong_TK.device
-    # The last block b that begins at b*T//16 <= t: made where the ids are, as a copy from the host would wait.
-    block_T = torch.arange(BLOCKS - 1, BLOCKS * tokens + BLOCKS - 1, BLOCKS, device=device)
-    block_T.floor_divide_(max(1, tokens))
-    size = BLOCKS * num_slots
+    block_T, size = _blocks(wrong_TK), BLOCKS * num_slots
     nowhere = len(parts) * size
     flat = []
     for index, (ids_TK, counts_TK) in enumerate(parts):
@@ -99,6 +96,14 @@ def _histograms(
     flat[0] = torch.where(wrong_TK, nowhere + 1, flat[0])
     found = _count(torch.cat(flat).reshape(-1), nowhere + 2, said)
     return found[:nowhere].reshape(len(parts), BLOCKS, num_slots), int(found[-1])
+
+
+def _blocks(of_TK: torch.Tensor) -> torch.Tensor:
+    """int64 [T]: the block of each token t, the last one b with b*T//16 <= t. Made where the ids are, as a copy from
+    the host would wait."""
+    tokens = of_TK.shape[0]
+    block_T = torch.arange(BLOCKS - 1, BLOCKS * tokens + BLOCKS - 1, BLOCKS, device=of_TK.device)
+    return block_T.floor_divide_(max(1, tokens))
 
 
 def _count(places: torch.Tensor, size: int, said: Said | None) -> torch.Tensor:

@@ -73,8 +73,8 @@ def send_order(tables: Tables, slots_TK: torch.Tensor) -> tuple[torch.Tensor, to
     plan = tables.plan
     if isinstance(plan, StaticChunks):
         return static_order(plan)
-    by_experts = plan.by == "experts" and plan.chunks > 1
-    keys_TK, num_keys = plan.send_keys(slots_TK, tables.one("key_of_slot") if by_experts else None)
+    table = tables.one("key_table", slots_TK.shape[0]) if plan.chunks > 1 else None
+    keys_TK, num_keys = plan.send_keys(slots_TK, table)
     _, offs, slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
     return slot_to_row, offs
 

@@ -109,7 +109,7 @@ class Step(Backward):
         )
         backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         halves = (self.plan, backward_plan) if self.grad else (self.plan, self.plan)
-        self._tables, self._backward_tables = tables_of(halves, x_TD.device)
+        self._tables, self._backward_tables = tables_of(halves, x_TD.device, x_TD.shape[0])
         self._needs = dependencies(pair.forward)
         if Action("N") in pair.forward.actions:  # it is over, and what stands beside it
             assert pair.ahead == self.schedule.ahead

@@ -47,12 +47,13 @@ class Tables:
             self._found[key] = _of_plan(self.plan, key)
         return self._found[key]
 
-    def keys(self) -> list[Key]:
-        """All that the actions of a step read."""
+    def keys(self, tokens: int) -> list[Key]:
+        """All that the actions of a step read, but for the orders, which are made of their runs."""
         plan = self.plan
         if not isinstance(plan, DistinctPlan):
-            keys: list[Key] = [("key_of_slot", ())] if plan.by == "experts" and plan.chunks > 1 else []
-            return [*keys, ("expert_offs", ()), *_of_chunks(plan, ("buffer_order", "expert_rows"))]
+            keys: list[Key] = [("expert_offs", ()), *_of_chunks(plan, ("expert_rows",))]
+            keys += [("key_table", (tokens,))] if plan.chunks > 1 and not isinstance(plan, StaticChunks) else []
+            return keys if plan.in_order else [*keys, ("buffer_runs", ())]
         local = plan.local_slots
         parts = ((0, local), (0, local // 2), (local // 2, local))
         keys = [*(("own_expert_rows", part) for part in parts), *_of_chunks(plan, ("expert_rows",))]
@@ -70,17 +71,25 @@ class Tables:
     def take(self, found: dict[Key, Any]) -> None:
         """Tables that are on the device."""
         self._found = found
+        runs = found.pop(("buffer_runs", ()), None)
+        if runs is not None:
+            counts, shifts = runs
+            rows = sum(self.plan.recv_rows)
+            order = torch.arange(rows, dtype=torch.int32, device=counts.device)
+            order += shifts.repeat_interleave(counts, output_size=rows)
+            for chunk, part in enumerate(order.split(self.plan.recv_rows)):
+                found["buffer_order", (chunk,)] = part
 
 
-def tables_of(plans: Sequence[ChunkPlan], device: torch.device) -> list[Tables]:
-    """Those of each plan, for rows on `device`; one object for a plan that stands there twice."""
+def tables_of(plans: Sequence[ChunkPlan], device: torch.device, tokens: int) -> list[Tables]:
+    """Those of each plan, for rows on `device`; one object for a plan that stands there twice. tokens: this rank's."""
     made = {id(plan): Tables(plan) for plan in plans}
     if device.type == "cuda":
-        _upload(list(made.values()), device)
+        _upload(list(made.values()), device, tokens)
     return [made[id(plan)] for plan in plans]
 
 
-def _upload(all_tables: list[Tables], device: torch.device) -> None:
+def _upload(all_tables: list[Tables], device: torch.device, tokens: int) -> None:
     """One copy of what is not there yet."""
     waiting = []
     for tables in all_tables:
@@ -89,7 +98,7 @@ def _upload(all_tables: list[Tables], device: torch.device) -> None:
             tables.take(kept)
         else:
             waiting += [tables] if tables.whole is tables else [tables, tables.whole]
-    values = [(tables, key, _of_plan(tables.plan, key)) for tables in waiting for key in tables.keys()]
+    values = [(tables, key, _of_plan(tables.plan, key)) for tables in waiting for key in tables.keys(tokens)]
     flat = [part for *_, value in values for part in (value if isinstance(value, tuple) else (value,))]
     moved = iter(maps.all_to_device(flat, device) if flat else ())
     found: dict[int, dict[Key, Any]] = {id(tables): _kept(tables.plan, device) for tables in waiting}
