@@ -33,8 +33,6 @@ from moe_overlap.ops.expert_mlp_contract import Call
 from moe_overlap.schedule.backward import Backward
 
 CUDA = torch.device("cuda", 0)
-PIECES = ("unpack_into", "expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad")
-"""Operators that the layer calls without torch's dispatcher."""
 
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive",
          "bincount", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__",
@@ -134,7 +132,7 @@ class Watch(TorchFunctionMode):
             self.note(f"torch.{name} on the device")
         elif there and (name in READS or (target is not None and target.type == "cpu")):
             self.note(name)
-        elif name in ("to", "cuda", "type", "type_as", "new_tensor") and target is not None and not there:
+        elif name == "to" and target is not None and not there:
             if target.type == "cuda":
                 self._copied(tensors[0], kwargs)
         elif name in ("copy_", "__setitem__") and isinstance(args[0], Played) != isinstance(args[-1], Played):

@@ -31,6 +31,7 @@ class Tables:
         whole = isinstance(plan, NodePlan) and plan.chunks > 1
         self.whole: Tables = Tables(plan.cut(1, "tokens")) if whole else self
         self._found: dict[Key, Any] = {}
+        self._moved = False  # to a device: then all of them are there
 
     def one(self, name: str, *of: int) -> torch.Tensor:
         """A table that is one tensor."""
@@ -43,7 +44,7 @@ class Tables:
         return starts, ends
 
     def _look_up(self, key: Key) -> Any:
-        if key not in self._found:
+        if key not in self._found and not self._moved:
             self._found[key] = _of_plan(self.plan, key)
         return self._found[key]
 
@@ -70,7 +71,7 @@ class Tables:
 
     def take(self, found: dict[Key, Any]) -> None:
         """Tables that are on the device."""
-        self._found = found
+        self._found, self._moved = found, True
         runs = found.pop(("buffer_runs", ()), None)
         if runs is not None:
             counts, shifts = runs
