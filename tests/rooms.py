@@ -68,6 +68,7 @@ EXECUTOR = {
     "schedule/distinct_rows.py": {"ops"},
     "schedule/distinct_maps.py": {"ops"},
     "schedule/gateway.py": {"ops"},
+    "schedule/tables.py": {"ops"},
     "schedule/clocks.py": set(),
     "schedule/numbers.py": set(),
     "schedule/user_ops.py": {"transport"},

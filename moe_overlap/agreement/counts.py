@@ -11,6 +11,8 @@ once more at the highest.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from moe_overlap.errors import ConfigError
@@ -19,28 +21,37 @@ BLOCKS = 16
 MOST = 2**31 - 1  # counts travel as int32
 
 
-def block_counts(slots_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
+@dataclass
+class Said:
+    """One more integer that the host wants to know of a step: `word` [1], beside the ids; `value` once it was read."""
+
+    word: torch.Tensor
+    value: int = 0
+
+
+def block_counts(slots_TK: torch.Tensor, num_slots: int, said: Said | None = None) -> torch.Tensor:
     """int64 [BLOCKS, P] on the CPU: rows of each token block for each slot; ids of -1 do not count.
 
-    Raises ConfigError("topk_ids") for an id outside -1..P-1. One device-to-host read.
+    Raises ConfigError("topk_ids") for an id outside -1..P-1. One device-to-host read, which `said` is part of.
     """
-    ids = slots_TK.to(torch.int64)
-    wrong = (ids < -1) | (ids >= num_slots)
-    histograms, bad = _histograms([(ids, (ids >= 0) & ~wrong)], wrong, num_slots)
-    if bad:
-        raise _outside(ids[wrong], num_slots)
-    return histograms[0]
+    # By block: ids that are too small, -1, the slots, ids that are too large.
+    width = num_slots + 3
+    places = _blocks(slots_TK)[:, None] * width + (slots_TK.clamp(-2, num_slots) + 2)
+    found = _count(places.reshape(-1), BLOCKS * width, said).reshape(BLOCKS, width)
+    if bool(found[:, [0, -1]].any()):
+        raise _outside(slots_TK[(slots_TK < -1) | (slots_TK >= num_slots)], num_slots)
+    return found[:, 2:-1].contiguous()
 
 
 def block_counts_of_rows(
-    slots_TK: torch.Tensor, num_slots: int, world_size: int, nodes: int = 0
+    slots_TK: torch.Tensor, num_slots: int, world_size: int, nodes: int = 0, said: Said | None = None
 ) -> tuple[torch.Tensor, ...]:
     """(counts, first, last), each int64 [BLOCKS, P] on the CPU: `block_counts`, and of the (token, rank) pairs of each
     block how many have slot p as their lowest and as their highest on that rank. With `nodes`, of which each has as
     many slots, a fourth, int64 [BLOCKS, nodes]: the (token, node) pairs.
 
     Raises ConfigError("topk_ids") for an id outside -1..P-1, and for one that stands twice in a token. One
-    device-to-host read.
+    device-to-host read, which `said` is part of.
     """
     ids = slots_TK.to(torch.int64).sort(dim=1).values
     outside = (ids < -1) | (ids >= num_slots)
@@ -57,7 +68,7 @@ def block_counts_of_rows(
         enters = torch.ones_like(used)
         enters[:, 1:] = node[:, 1:] != node[:, :-1]
         parts.append((node * (num_slots // nodes), used & enters))
-    histograms, bad = _histograms(parts, outside | again, num_slots)
+    histograms, bad = _histograms(parts, outside | again, num_slots, said)
     if bad and bool(outside.any()):
         raise _outside(ids[outside], num_slots)
     if bad:
@@ -74,20 +85,40 @@ def check_counts(*tables: torch.Tensor) -> None:
 
 
 def _histograms(
-    parts: list[tuple[torch.Tensor, torch.Tensor]], wrong_TK: torch.Tensor, num_slots: int
+    parts: list[tuple[torch.Tensor, torch.Tensor]], wrong_TK: torch.Tensor, num_slots: int, said: Said | None
 ) -> tuple[torch.Tensor, int]:
     """(int64 [len(parts), BLOCKS, P], how many are wrong) on the CPU, of (ids_TK, which of them count) each."""
-    tokens, device = wrong_TK.shape[0], wrong_TK.device
-    bounds = torch.tensor([b * tokens // BLOCKS for b in range(1, BLOCKS)], dtype=torch.int64, device=device)
-    block_T = torch.bucketize(torch.arange(tokens, device=device), bounds, right=True)
-    size = BLOCKS * num_slots
+    block_T, size = _blocks(wrong_TK), BLOCKS * num_slots
     nowhere = len(parts) * size
     flat = []
     for index, (ids_TK, counts_TK) in enumerate(parts):
         flat.append(torch.where(counts_TK, index * size + block_T[:, None] * num_slots + ids_TK, nowhere))
     flat[0] = torch.where(wrong_TK, nowhere + 1, flat[0])
-    found = torch.bincount(torch.cat(flat).reshape(-1), minlength=nowhere + 2).cpu()
+    found = _count(torch.cat(flat).reshape(-1), nowhere + 2, said)
     return found[:nowhere].reshape(len(parts), BLOCKS, num_slots), int(found[-1])
+
+
+def _blocks(of_TK: torch.Tensor) -> torch.Tensor:
+    """int64 [T]: the block of each token t, the last one b with b*T//16 <= t. Made where the ids are, as a copy from
+    the host would wait."""
+    tokens = of_TK.shape[0]
+    block_T = torch.arange(BLOCKS - 1, BLOCKS * tokens + BLOCKS - 1, BLOCKS, device=of_TK.device)
+    return block_T.floor_divide_(max(1, tokens))
+
+
+def _count(places: torch.Tensor, size: int, said: Said | None) -> torch.Tensor:
+    """int64 [size] on the CPU: how often each number from 0 to size - 1 is in `places`, and what `said` waits for."""
+    if places.device.type == "cpu":
+        if said is not None:
+            said.value = int(said.word)
+        return torch.bincount(places, minlength=size)
+    # Elsewhere bincount reads the least and the most before it counts. Sums of integers are the same in any order.
+    found = torch.zeros(size, dtype=torch.int64, device=places.device).index_add_(0, places, torch.ones_like(places))
+    if said is None:
+        return found.cpu()
+    found = torch.cat([found, said.word.reshape(1).to(torch.int64)]).cpu()
+    said.value = int(found[-1])
+    return found[:-1]
 
 
 def _outside(ids: torch.Tensor, num_slots: int) -> ConfigError:

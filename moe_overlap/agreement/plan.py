@@ -164,6 +164,11 @@ class ChunkPlan:
         """Whether no row of a chunk goes to another rank, on any rank, [C]: then there is nothing to exchange."""
         return tuple(bool(stays) for stays in self.exchange.counts.stays(self.chunks, self.by))
 
+    @property
+    def in_order(self) -> bool:
+        """Whether rows lie in the experts' buffer as they are sent, all chunks: one rank's, not cut by tokens."""
+        return self.world_size == 1 and (self.chunks == 1 or self.by == "experts")
+
     @cached_property
     def send_offsets(self) -> tuple[int, ...]:
         """First row of each chunk in the send buffer, [C + 1]."""
@@ -203,33 +208,47 @@ class ChunkPlan:
         Example: two ranks, two local slots, one chunk, rank 0 sends (2, 1) rows and rank 1 sends (1, 1), all of them
         from their first block: rows arrive as 0a 0a 0b 1a 1b and go to a: 0, 1, 2 and b: 3, 4: [0, 1, 3, 2, 4].
         """
+        counts, shifts = self._runs(chunk)
+        return torch.from_numpy(np.repeat(shifts, counts) + np.arange(int(counts.sum()), dtype=np.int64))
+
+    def buffer_runs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(counts, shifts) int32 [S]: rows of each run of rows that stay together, all chunks, as they arrive; and what
+        to add to the number of a row among all that arrive, to get its place in the experts' buffer."""
+        runs = [self._runs(chunk) for chunk in range(self.chunks)]
+        begins = np.cumsum([0, *self.recv_rows])
+        shifts = [shifts - begin for (_, shifts), begin in zip(runs, begins, strict=False)]
+        both = np.concatenate([counts for counts, _ in runs]), np.concatenate(shifts)
+        counts, shift = (torch.from_numpy(values.astype(np.int32)) for values in both)
+        return counts, shift
+
+    def _runs(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same of one chunk, int64, with rows numbered within it."""
         slots, blocks = self._part_of(chunk)
         # Arrival: source rank, slot, block.
         counts, starts = (part[slots, blocks].transpose(2, 0, 1).reshape(-1) for part in self._segments)
-        arrival = np.cumsum(counts) - counts
-        order = np.repeat(starts - arrival, counts) + np.arange(int(counts.sum()), dtype=np.int64)
-        return torch.from_numpy(order)
+        return counts, starts - (np.cumsum(counts) - counts)
 
-    def send_keys(self, slots_TK: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """(keys_TK int32, number of keys): sorting (token, k) stably by key gives the send order. -1 stays -1."""
-        num_slots, tokens = self.exchange.num_slots, slots_TK.shape[0]
+    def send_keys(self, slots_TK: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        """(keys_TK int32, number of keys): sorting (token, k) stably by key gives the send order. -1 stays -1.
+        `table`: `key_table`, where the slots are; None: on a CPU."""
+        num_slots = self.exchange.num_slots
         if self.chunks == 1:
             return slots_TK, num_slots
+        table = self.key_table(slots_TK.shape[0]) if table is None else table
         if self.by == "tokens":
-            bounds = [tokens * (BLOCKS * c // self.chunks) // BLOCKS for c in range(1, self.chunks)]
-            # Made where the slots are: a copy from the host would wait for the device.
-            chunk_of_token = torch.zeros(tokens, dtype=torch.int32, device=slots_TK.device)
-            for bound in bounds:
-                chunk_of_token[bound:] += 1
-            base = (chunk_of_token * num_slots)[:, None]
-            return torch.where(slots_TK >= 0, slots_TK + base, slots_TK), num_slots * self.chunks
+            return torch.where(slots_TK >= 0, slots_TK + table[:, None], slots_TK), num_slots * self.chunks
+        return torch.where(slots_TK >= 0, table[slots_TK.clamp_min(0).long()], slots_TK), num_slots
+
+    def key_table(self, tokens: int) -> torch.Tensor:
+        """int32: of a cut by tokens [T], what to add to the slot of each; by groups of experts [P], the key of each."""
+        if self.by == "tokens":
+            begins = [tokens * (BLOCKS * c // self.chunks) // BLOCKS for c in range(self.chunks + 1)]
+            keys = np.arange(self.chunks, dtype=np.int32) * np.int32(self.exchange.num_slots)
+            return torch.from_numpy(np.repeat(keys, np.diff(begins)))
         group_of_local = np.zeros(self.local_slots, dtype=np.int64)
         for c in range(1, self.chunks):
             group_of_local[self.local_slots * c // self.chunks :] += 1
         order = np.argsort(np.tile(group_of_local, self.world_size), kind="stable")
-        key_of_slot = np.empty(num_slots, dtype=np.int32)
-        key_of_slot[order] = np.arange(num_slots, dtype=np.int32)
-        table = torch.from_numpy(key_of_slot)
-        if slots_TK.device.type == "cuda":
-            table = table.pin_memory().to(slots_TK.device, non_blocking=True)
-        return torch.where(slots_TK >= 0, table[slots_TK.clamp_min(0).long()], slots_TK), num_slots
+        key_of_slot = np.empty(self.exchange.num_slots, dtype=np.int32)
+        key_of_slot[order] = np.arange(self.exchange.num_slots, dtype=np.int32)
+        return torch.from_numpy(key_of_slot)

@@ -130,19 +130,22 @@ def check_choice(ids_TK: torch.Tensor, num_experts: int, status: torch.Tensor | 
     while a CUDA graph is captured, which may hold no read and checks nothing: the kernels skip ids out of range."""
     if ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    ids = ((ids_TK < -1) | (ids_TK >= num_experts)).any()
-    logits = torch.zeros_like(ids) if status is None else (status != 0).any()
     logits_text = "logits: a row with NaN or +inf, or with -inf everywhere"
     ids_text = f"expert ids from -1 to {num_experts - 1}"
     if torch.compiler.is_compiling():
+        ids = ((ids_TK < -1) | (ids_TK >= num_experts)).any()
         torch._assert_async(~ids, f"topk_ids: not {ids_text}")
-        torch._assert_async(~logits, logits_text)
+        if status is not None:
+            torch._assert_async(~(status != 0).any(), logits_text)
         return
-    bad_ids, bad_logits = torch.stack((ids, logits)).tolist()
-    if bad_ids:
+    # Few kernels, and one read.
+    words = [] if status is None else [status.max()]
+    words += torch.aminmax(ids_TK) if ids_TK.numel() else []
+    said = torch.stack(words).tolist() if words else []
+    bad_logits = said.pop(0) if status is not None else 0
+    if said and (said[0] < -1 or said[1] >= num_experts):
         bad = ids_TK[(ids_TK < -1) | (ids_TK >= num_experts)]
         raise ConfigError("topk_ids", int(bad.reshape(-1)[0]), ids_text)
     if bad_logits:
-        assert status is not None
         expected = "no row with NaN or +inf, none that is all -inf (or bad_logits='drop')"
-        raise ConfigError("logits", int(status.max()), expected)
+        raise ConfigError("logits", bad_logits, expected)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action
@@ -20,6 +19,7 @@ from moe_overlap.schedule.nodes import DetachedNode, check_same_routing
 from moe_overlap.schedule.order import Node, backward_groups
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, Saved, experts_sms
+from moe_overlap.schedule.tables import Tables
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 
@@ -32,7 +32,7 @@ class Backward:
 
     pair: SchedulePair
     plan: ChunkPlan
-    _backward_plan: ChunkPlan
+    _backward_tables: Tables
     _distinct: bool
     _weights_dtype: torch.dtype
     _empty: torch.Tensor
@@ -88,13 +88,13 @@ class Backward:
             "need_dw": self._need_dw,
             "over_h": not kept,
         }
-        plan = self._backward_plan
-        if isinstance(plan, DistinctPlan):
-            self._grads = DistinctBackward(plan, DistinctSaved.of(tensors), self._kind, dy_TD, **needs,
+        tables = self._backward_tables
+        if self._distinct:
+            self._grads = DistinctBackward(tables, DistinctSaved.of(tensors), self._kind, dy_TD, **needs,
                                            num_sms=self._num_sms)  # fmt: skip
             self.lanes.gateway = self._grads.gateway
         else:
-            self._grads = BackwardRows(plan, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
+            self._grads = BackwardRows(tables, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
         self._grads_of = torch._C._current_graph_task_id()
         return () if self._distinct else (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
 
@@ -117,14 +117,15 @@ class Backward:
         return ()
 
     def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        out = self._rows_of_backward.incoming(c)
-        if out is not None:
-            self.lanes.start(Action("Dt", c), self._received.pop(c), out=out)
+        g = self._rows_of_backward
+        if g.need_dx:
+            self.lanes.start(Action("Dt", c), self._received.pop(c), out=g.incoming(c))
         return ()
 
     def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
-        if self._rows_of_backward.incoming(c) is not None:
-            self.lanes.wait(Action("Dt", c))
+        g = self._rows_of_backward
+        if g.need_dx:
+            g.returned(c, self.lanes.wait(Action("Dt", c)))
         return ()
 
     def _start_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:

@@ -306,7 +306,7 @@ def first_ops(verb: str, count: int) -> tuple[Action, ...]:
     return tuple(_actions("B", range(count))) if verb == "B" else (Action("S"),) * count
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)  # True and 1.0 are refused, whatever was asked for before
 def agree_ahead(pair: SchedulePair, ops: int = 1) -> SchedulePair:
     """The same strategy with the first `ops` of the user's ops (B, S) under the agreement on the counts (N).
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from moe_overlap.agreement.counts import BLOCKS, MOST, block_counts, block_counts_of_rows, check_counts
+from moe_overlap.agreement.counts import BLOCKS, MOST, Said, block_counts, block_counts_of_rows, check_counts
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
 from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
@@ -127,11 +127,12 @@ class Dispatcher:
         where this one refuses. What runs before `finish` has to be the same on all ranks, and stands in
         `closing_on_error`.
         """
+        said = None if status is None else Said(status)
         try:
-            tables = self._count(slots_TK)
+            tables = self._count(slots_TK, said)
         except ConfigError as error:
             self.refuse(error, schedule)
-        flags = 0 if status is None else int(status)
+        flags = 0 if said is None else said.value
         record = self._record(
             schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, tables, (1, flags) if flags else (0, 0), router_state
         )
@@ -169,13 +170,13 @@ class Dispatcher:
             raise error from None
         raise AssertionError("a refused step cannot be agreed on")
 
-    def _count(self, slots_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _count(self, slots_TK: torch.Tensor, said: Said | None) -> tuple[torch.Tensor, ...]:
         """The record's counts, where rows are deduplicated `first` and `last` too, and then perhaps `node_rows`."""
         slots = self.placement.num_slots
         if self.dedup == 1:
-            counts, *ends = block_counts_of_rows(slots_TK, slots, self.placement.world_size, self._counted_nodes)
+            counts, *ends = block_counts_of_rows(slots_TK, slots, self.placement.world_size, self._counted_nodes, said)
         else:
-            counts, ends = block_counts(slots_TK, slots), []
+            counts, ends = block_counts(slots_TK, slots, said), []
         counts = self.placement.logical_counts(counts)
         if slots_TK.numel() > MOST:
             check_counts(counts)

@@ -12,7 +12,7 @@ import torch
 from moe_overlap import ops
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.distinct import DistinctPlan
-from moe_overlap.ops import maps
+from moe_overlap.schedule.tables import Tables
 
 UNUSED = 1 << 30  # stands for -1 where slots are sorted: after all others, on a rank that nobody is
 
@@ -153,8 +153,9 @@ class ExpertMaps:
     others after `take`.
     """
 
-    def __init__(self, plan: DistinctPlan, own_ids_RK: torch.Tensor, own_weights_RK: torch.Tensor) -> None:
-        self.plan = plan
+    def __init__(self, tables: Tables, own_ids_RK: torch.Tensor, own_weights_RK: torch.Tensor) -> None:
+        self.plan = plan = plan_of(tables)
+        self._tables = tables
         device, dtype = own_ids_RK.device, own_weights_RK.dtype
         top_k = own_ids_RK.shape[1]
         rows = plan.own_rows + plan.incoming_rows
@@ -166,7 +167,7 @@ class ExpertMaps:
         self.places_RK = torch.empty(rows, top_k, dtype=torch.int32, device=device)
         self.ids_RK[: plan.own_rows] = own_ids_RK
         self.weights_RK[: plan.own_rows] = own_weights_RK
-        self._enter(slice(0, plan.own_rows), plan.own_shift)
+        self._enter(slice(0, plan.own_rows), tables.one("own_shift"))
 
     @property
     def row_R(self) -> torch.Tensor:
@@ -181,12 +182,11 @@ class ExpertMaps:
         order = self.distinct_order
         self.ids_RK.index_copy_(0, order, ids_RK)
         self.weights_RK.index_copy_(0, order, weights_RK)
-        self._enter(slice(self.plan.own_rows, None), self.plan.others_shift)
+        self._enter(slice(self.plan.own_rows, None), self._tables.one("others_shift"))
 
     def _enter(self, part: slice, shift: torch.Tensor) -> None:
         ids_RK, weights_RK = self.ids_RK[part], self.weights_RK[part]
         _, _, sorted_RK, _ = ops.row_map(ids_RK, num_experts=self.plan.local_slots)
-        shift = maps.to_device(shift, ids_RK.device)
         places_RK = torch.where(ids_RK >= 0, sorted_RK + shift[ids_RK.clamp(min=0).long()], -1)
         self.places_RK[part] = places_RK
         first = part.start
@@ -195,9 +195,9 @@ class ExpertMaps:
         self._row_R.index_copy_(0, target, rows[:, None].expand_as(ids_RK).reshape(-1))
         self._scale_R.index_copy_(0, target, weights_RK.reshape(-1))
 
-    @cached_property
+    @property
     def distinct_order(self) -> torch.Tensor:
-        return maps.to_device(self.plan.distinct_order, self.ids_RK.device)
+        return self._tables.one("distinct_order")
 
     def arriving(self, chunk: int) -> torch.Tensor:
         """int64: the distinct rows of a chunk in the order in which they arrive."""
@@ -216,7 +216,7 @@ class ExpertMaps:
     def _of_blocks(self, chunk: int) -> torch.Tensor:
         if self.plan.chunks == 1:
             return self.distinct_order
-        return self.distinct_order[maps.to_device(self.plan.block_arrivals(chunk), self.ids_RK.device)]
+        return self.distinct_order[self._tables.one("block_arrivals", chunk)]
 
     @cached_property
     def _by_first(self) -> torch.Tensor:
@@ -230,6 +230,12 @@ class ExpertMaps:
     def _sorted(self, slot_R: torch.Tensor) -> torch.Tensor:
         """The rows of the others by the group of `slot_R`; within a group by source rank and token."""
         return self.distinct_order[slot_groups(slot_R, self.plan).sort(stable=True).indices]
+
+
+def plan_of(tables: Tables) -> DistinctPlan:
+    """The plan of a deduplicated step."""
+    assert isinstance(tables.plan, DistinctPlan)
+    return tables.plan
 
 
 def weights_dtype(rows: torch.dtype) -> torch.dtype:

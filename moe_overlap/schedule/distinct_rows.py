@@ -23,13 +23,12 @@ from dataclasses import dataclass
 import torch
 
 from moe_overlap import ops
-from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.ops import workspace
-from moe_overlap.ops.maps import all_to_device
-from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps, weights_dtype
+from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps, plan_of, weights_dtype
 from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.rows import ExpertWeights
+from moe_overlap.schedule.tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ class DistinctForward:
 
     def __init__(
         self,
-        plan: DistinctPlan,
+        tables: Tables,
         weights: ExpertWeights,
         x_TD: torch.Tensor,
         slots_TK: torch.Tensor,
@@ -83,8 +82,8 @@ class DistinctForward:
         *,
         num_sms: int | None,
     ) -> None:
-        self.plan = plan
-        self.weights = weights
+        self.plan = plan = plan_of(tables)
+        self.tables, self.weights = tables, weights
         self._num_sms = num_sms
         self._slots_TK = slots_TK
         self._tokens = TokenMaps(plan, slots_TK)
@@ -97,8 +96,8 @@ class DistinctForward:
         self.h = workspace.empty((plan.expert_total, weights.w_in.shape[1]), like=x_TD)
         self.back = workspace.empty((sent + own, x_TD.shape[1]), like=x_TD)
         self._ids_RK, self._weights_RK = self._tokens.metadata(weights_TK.detach().to(weights_dtype(x_TD.dtype)))
-        self._maps = ExpertMaps(plan, self._ids_RK[sent:], self._weights_RK[sent:])
-        self.gateway = Gateway(plan, slots_TK[:0])
+        self._maps = ExpertMaps(tables, self._ids_RK[sent:], self._weights_RK[sent:])
+        self.gateway = Gateway(tables, slots_TK[:0])
 
     @property
     def metadata_layout(self) -> RowLayout:
@@ -132,10 +131,13 @@ class DistinctForward:
         """Where the sums of chunk c come back."""
         return self.back[self.plan.last_offsets[c] : self.plan.last_offsets[c + 1]]
 
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """They come back to where `incoming` says."""
+
     def own(self, half: int, halves: int) -> None:
         """O and Or: one of 1 or 2 halves of the experts on the rows that stay; after the last one, their sums."""
         local = self.plan.local_slots
-        self._compute(*self.plan.own_expert_rows(local * half // halves, local * (half + 1) // halves))
+        self._compute(*self.tables.both("own_expert_rows", local * half // halves, local * (half + 1) // halves))
         own, maps = self.plan.own_rows, self._maps
         if own and half + 1 == halves:
             self.back[self.plan.outgoing_rows :] = ops.combine(self.y, maps.places_RK[:own], maps.weights_RK[:own])
@@ -144,13 +146,12 @@ class DistinctForward:
         """E of chunk c: the sums of the rows that go back with it."""
         maps = self._maps
         ops.unpack(received, maps.arriving(c), out=self.x)
-        self._compute(*self.plan.expert_rows(c))
+        self._compute(*self.tables.both("expert_rows", c))
         leaving = maps.leaving(c)
         return ops.combine(self.y, maps.places_RK[leaving], maps.weights_RK[leaving])
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
         w = self.weights
-        starts, ends = all_to_device((starts, ends), self.x.device)
         ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
                                rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
 
@@ -158,7 +159,7 @@ class DistinctForward:
         """U: y[t] = sum over the ranks of a node and then over the nodes, in order, of what came back."""
         return self._tokens.sum(self.back)
 
-    def saved(self, _: DistinctPlan) -> DistinctSaved:
+    def saved(self, _: Tables) -> DistinctSaved:
         return DistinctSaved(slots_TK=self._slots_TK, x=self.x, h=self.h, ids_RK=self._maps.ids_RK,
                              weights_RK=self._maps.weights_RK, node_ids_GK=self.gateway.ids_GK,
                              w_in=self.weights.w_in, w_out=self.weights.w_out)  # fmt: skip
@@ -169,7 +170,7 @@ class DistinctBackward:
 
     def __init__(
         self,
-        plan: DistinctPlan,
+        tables: Tables,
         saved: DistinctSaved,
         kind: str,
         dy_TD: torch.Tensor | None,
@@ -179,14 +180,15 @@ class DistinctBackward:
         over_h: bool,
         num_sms: int | None,
     ) -> None:
-        self.plan, self.saved, self.kind = plan, saved, kind
+        self.plan = plan = plan_of(tables)
+        self.tables, self.saved, self.kind = tables, saved, kind
         self._num_sms = num_sms
         own = plan.own_rows
         self._tokens = TokenMaps(plan, saved.slots_TK)
-        self._maps = ExpertMaps(plan, saved.ids_RK[:own], saved.weights_RK[:own])
+        self._maps = ExpertMaps(tables, saved.ids_RK[:own], saved.weights_RK[:own])
         order = self._maps.distinct_order
         self._maps.take(saved.ids_RK[order], saved.weights_RK[order])
-        self.gateway = Gateway(plan, saved.node_ids_GK)
+        self.gateway = Gateway(tables, saved.node_ids_GK)
         x, h, sent = saved.x, saved.h, plan.outgoing_rows
         if dy_TD is None:
             dy_TD = x.new_zeros(saved.slots_TK.shape[0], x.shape[1])
@@ -195,6 +197,7 @@ class DistinctBackward:
         self.dsend = ops.pack(dy_TD, token_R[:sent])
         self.dy = workspace.empty(x.shape, like=x)
         self.dy[:own] = ops.pack(dy_TD, token_R[sent:])
+        self.need_dx = need_dx
         self.dback = workspace.empty((sent + own, x.shape[1]), like=x) if need_dx else None
         self.dx = workspace.empty((plan.expert_total, x.shape[1]), like=x)
         self.dh = h if over_h else workspace.empty(h.shape, like=h)
@@ -209,29 +212,30 @@ class DistinctBackward:
         """The gradients of chunk c to send."""
         return self.dsend[self.plan.first_offsets[c] : self.plan.first_offsets[c + 1]]
 
-    def incoming(self, c: int) -> torch.Tensor | None:
-        """Where the gradients of chunk c come back; None where no rank wants them."""
-        if self.dback is None:
-            return None
+    def incoming(self, c: int) -> torch.Tensor:
+        """Where the gradients of chunk c come back."""
+        assert self.dback is not None
         return self.dback[self.plan.last_offsets[c] : self.plan.last_offsets[c + 1]]
+
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """They come back to where `incoming` says."""
 
     def own(self) -> None:
         """Od: the gradients of the experts on the rows that stay."""
-        self._compute(*self.plan.own_expert_rows(0, self.plan.local_slots))
+        self._compute(*self.tables.both("own_expert_rows", 0, self.plan.local_slots))
         if self.dback is not None and self.plan.own_rows:
             self.dback[self.plan.outgoing_rows :] = ops.combine(self.dx, self._maps.places_RK[: self.plan.own_rows])
 
     def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
         """Ed of chunk c: the sums of the input gradients that go back with it; None where no rank wants them."""
         ops.unpack(received, self._maps.arriving(c), out=self.dy)
-        self._compute(*self.plan.expert_rows(c))
+        self._compute(*self.tables.both("expert_rows", c))
         if self.dback is None:
             return None
         return ops.combine(self.dx, self._maps.places_RK[self._maps.leaving(c)])
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
         s, maps = self.saved, self._maps
-        starts, ends = all_to_device((starts, ends), self.dy.device)
         ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind, rows=maps.row_R,
                              scale=maps.scale_R, dx=self.dx, dh=self.dh, a=self.a, dscale=self._dscale_R[:-1],
                              num_sms=self._num_sms)  # fmt: skip
@@ -262,7 +266,7 @@ class DistinctBackward:
         if self.dw_in is not None and self.dw_out is not None:
             local = self.plan.local_slots
             experts = (local * group // groups, local * (group + 1) // groups)
-            (offs,) = all_to_device((self.plan.expert_offs,), self.dy.device)
+            offs = self.tables.one("expert_offs")
             ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, rows=self._maps.row_R, dw_in=self.dw_in,
                                  dw_out=self.dw_out, experts=experts, num_sms=self._num_sms)  # fmt: skip
 

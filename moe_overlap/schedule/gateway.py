@@ -10,15 +10,13 @@ beside compute. Callers see the rows of a `DistinctPlan`, in its order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 
 from moe_overlap import ops
-from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.node_plan import InsidePlan, NodePlan
 from moe_overlap.agreement.plan import RowLayout
-from moe_overlap.ops.maps import to_device
+from moe_overlap.schedule.tables import Tables
 
 Exchange = Callable[[torch.Tensor, InsidePlan, bool], torch.Tensor]  # rows, plan, reverse -> what came
 
@@ -30,8 +28,8 @@ class Gateway:
     of this node, -1 = none. In forward M brings them.
     """
 
-    def __init__(self, plan: DistinctPlan, ids_GK: torch.Tensor) -> None:
-        self.plan, self.ids_GK = plan, ids_GK
+    def __init__(self, tables: Tables, ids_GK: torch.Tensor) -> None:
+        self.tables, self.ids_GK = tables, ids_GK
 
     @property
     def top_k(self) -> int:
@@ -39,34 +37,32 @@ class Gateway:
 
     def pass_on(self, chunk: int, received: torch.Tensor, layout: RowLayout, exchange: Exchange) -> torch.Tensor:
         """From the rows that came across to those of this rank's experts, in the order of a `DistinctPlan`."""
-        plan = self._cut(layout)
-        if plan is None:
+        if not isinstance(self.tables.plan, NodePlan):
             return received
+        tables, plan = self._cut(layout)
         if layout.metadata:
-            ids_GK = received[:, -self.top_k :][to_device(plan.arrived_to_pass_on(chunk), received.device)]
-            self.ids_GK = ids_GK.contiguous()
-        places = _Places(plan, chunk, self.ids_GK)
+            self.ids_GK = received[:, -self.top_k :][tables.one("arrived_to_pass_on", chunk)].contiguous()
+        places = _Places(tables, chunk, self.ids_GK)
         rows = received[places.arrived[places.row_R]]
         if layout.metadata:
             rows = self._for_rank(rows, places.local_R)
         passed_on = exchange(rows, plan.inside, False)
-        return torch.cat([received, passed_on])[to_device(plan.in_flat_order(chunk), received.device)]
+        return torch.cat([received, passed_on])[tables.one("in_flat_order", chunk)]
 
     def give_back(self, chunk: int, rows: torch.Tensor, layout: RowLayout, exchange: Exchange) -> torch.Tensor:
         """From the rows of this rank's experts, in the order of a `DistinctPlan`, to those that go back across."""
-        plan = self._cut(layout)
-        if plan is None:
+        if not isinstance(self.tables.plan, NodePlan):
             return rows
-        places = _Places(plan, chunk, self.ids_GK)
-        back = exchange(rows[to_device(plan.to_gateways(chunk), rows.device)], plan.inside, True)
+        tables, plan = self._cut(layout)
+        places = _Places(tables, chunk, self.ids_GK)
+        back = exchange(rows[tables.one("to_gateways", chunk)], plan.inside, True)
         whole = self._of_choices(back, places) if layout.metadata else ops.combine(back, places.place_GL)
-        return torch.cat([whole, rows])[to_device(plan.homewards(chunk), rows.device)]
+        return torch.cat([whole, rows])[tables.one("homewards", chunk)]
 
-    def _cut(self, layout: RowLayout) -> NodePlan | None:
-        """The plan of an exchange; metadata goes for all chunks at once."""
-        if not isinstance(self.plan, NodePlan):
-            return None
-        return self.plan.cut(1) if layout.metadata else self.plan
+    def _cut(self, layout: RowLayout) -> tuple[Tables, NodePlan]:
+        """Those of an exchange; metadata goes for all chunks at once."""
+        tables = self.tables.whole if layout.metadata else self.tables
+        return tables, _plan_of(tables)
 
     def _for_rank(self, words_RW: torch.Tensor, local_R: torch.Tensor) -> torch.Tensor:
         """Weights and ids of rows as their ranks take them: ids among a rank's slots, without those of others.
@@ -75,8 +71,8 @@ class Gateway:
         rank.
         """
         words = words_RW.shape[1] - self.top_k
-        ids_RK = words_RW[:, words:] - (local_R * self.plan.local_slots).to(torch.int32)[:, None]
-        here = (words_RW[:, words:] >= 0) & (ids_RK >= 0) & (ids_RK < self.plan.local_slots)
+        ids_RK = words_RW[:, words:] - (local_R * self.tables.plan.local_slots).to(torch.int32)[:, None]
+        here = (words_RW[:, words:] >= 0) & (ids_RK >= 0) & (ids_RK < self.tables.plan.local_slots)
         weights = words_RW[:, :words].masked_fill(~here.repeat_interleave(words // self.top_k, dim=1), 0)
         return torch.cat([weights, torch.where(here, ids_RK, -1)], dim=1)
 
@@ -97,10 +93,11 @@ class _Places:
     `row_R`: the row of each place; `local_R`: its rank in the node. G rows of the chunk.
     """
 
-    def __init__(self, plan: NodePlan, chunk: int, ids_GK: torch.Tensor) -> None:
-        device, size = ids_GK.device, plan.node_size
+    def __init__(self, tables: Tables, chunk: int, ids_GK: torch.Tensor) -> None:
+        plan = _plan_of(tables)
+        size = plan.node_size
         if plan.chunks > 1:
-            ids_GK = ids_GK[to_device(plan.to_pass_on(chunk), device)]
+            ids_GK = ids_GK[tables.one("to_pass_on", chunk)]
         local_GK = ids_GK.div(plan.local_slots, rounding_mode="floor")
         self.local_GK = torch.where(ids_GK >= 0, local_GK, -1).long()
         column = torch.where(self.local_GK >= 0, self.local_GK, size)  # one more, for choices that are not of this node
@@ -111,9 +108,14 @@ class _Places:
         slot_R = slot_R[: sum(plan.inside.passed_on[chunk])].long()
         self.row_R = slot_R.div(size, rounding_mode="floor")
         self.local_R = slot_R % size
-        self._plan, self._chunk = plan, chunk
+        self._tables, self._chunk = tables, chunk
 
-    @cached_property
+    @property
     def arrived(self) -> torch.Tensor:
         """int64 [G]: where each row came among those that came across."""
-        return to_device(self._plan.arrived_to_pass_on(self._chunk), self.place_GL.device)
+        return self._tables.one("arrived_to_pass_on", self._chunk)
+
+
+def _plan_of(tables: Tables) -> NodePlan:
+    assert isinstance(tables.plan, NodePlan)
+    return tables.plan

@@ -179,8 +179,9 @@ class Keep(torch.autograd.Function):
 def routing_digest(slot_to_row: torch.Tensor, *, cut: int = 0) -> torch.Tensor:
     """A number that changes when the choice of experts does, or the cut of backward, which is a number too: int64
     scalar, on the device, read by nobody's host."""
-    flat = slot_to_row.reshape(-1).to(torch.int64)
-    return ((flat + 1) * (torch.arange(flat.numel(), device=flat.device) * 2654435761 + 1)).sum() + cut
+    flat, step = slot_to_row.reshape(-1), 2654435761
+    digest = (flat * torch.arange(1, flat.numel() * step + 1, step, device=flat.device)).sum()
+    return digest + cut if cut else digest
 
 
 def check_same_routing(saved: torch.Tensor, kept: torch.Tensor) -> None:

@@ -9,6 +9,9 @@ Buffers (rows of D elements; see `ChunkPlan` for the orders):
 
 They, and the weight gradients, come from the workspace pool: ordinary tensors, whose memory is given out again when
 nobody holds it any longer, whoever that was: this step, autograd's saved tensors, a parameter's `.grad`, an exchange.
+
+Where one rank's rows are in order already (`ChunkPlan.in_order`) nothing is moved: send is x, what the experts make is
+back, and likewise for gradients.
 """
 
 from __future__ import annotations
@@ -19,12 +22,10 @@ from dataclasses import dataclass
 import torch
 
 from moe_overlap import config, ops
-from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.agreement.static_plan import StaticChunks
-from moe_overlap.ops import maps, workspace
+from moe_overlap.ops import workspace
 from moe_overlap.schedule.static_rows import static_order
-
-_Tables = tuple[dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
+from moe_overlap.schedule.tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,13 @@ class Saved:
         return self.back, self.slot_to_row, self.slot_to_dback, self.weights_TK, self.x, self.h, self.w_in, self.w_out
 
 
-def send_order(plan: ChunkPlan, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slot_to_row, offs): the row of each (token, k) in the send buffer of `plan`, and the ends of its groups."""
+def send_order(tables: Tables, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slot_to_row, offs): the row of each (token, k) in the send buffer of a plan, and the ends of its groups."""
+    plan = tables.plan
     if isinstance(plan, StaticChunks):
         return static_order(plan)
-    keys_TK, num_keys = plan.send_keys(slots_TK)
+    table = tables.one("key_table", slots_TK.shape[0]) if plan.chunks > 1 else None
+    keys_TK, num_keys = plan.send_keys(slots_TK, table)
     _, offs, slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
     return slot_to_row, offs
 
@@ -85,50 +88,41 @@ def experts_sms(device: torch.device) -> int | None:
 
 
 class _Chunks:
-    """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all).
+    """Where the rows of each chunk lie, and the multiprocessors that their experts may use (None: all)."""
 
-    A GPU gets the integers of all chunks in one copy that nobody waits for, before the first kernel needs them; a CPU
-    reads them from the plan. Those of fixed shapes stay there.
-    """
-
-    def __init__(self, plan: ChunkPlan, device: torch.device, num_sms: int | None) -> None:
-        self.plan = plan
+    def __init__(self, tables: Tables, num_sms: int | None) -> None:
+        self.plan = tables.plan
+        self.tables = tables
         self.num_sms = num_sms
-        self._orders: dict[int, torch.Tensor] = {}
-        self._bounds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._offs: torch.Tensor | None = None
-        if device.type == "cuda":
-            kept = plan.layout.kept if isinstance(plan, StaticChunks) else {}
-            name = ("tables", plan.chunks, plan.by, device)
-            kept[name] = moved = kept.get(name) or self._upload(device)
-            self._orders, self._bounds, self._offs = moved
-
-    def _upload(self, device: torch.device) -> _Tables:
-        chunks = range(self.plan.chunks)
-        orders = [self.plan.buffer_order(c) for c in chunks]
-        bounds = [bound for c in chunks for bound in self.plan.expert_rows(c)]
-        moved = maps.all_to_device([*orders, *bounds, self.plan.expert_offs], device)
-        starts, ends = (moved[first:-1:2] for first in (len(orders), len(orders) + 1))
-        return dict(enumerate(moved[: len(orders)])), dict(enumerate(zip(starts, ends, strict=True))), moved[-1]
 
     def _of(self, rows: torch.Tensor, c: int) -> torch.Tensor:
         """The slice of chunk c of a buffer in send order."""
         return rows[self.plan.send_offsets[c] : self.plan.send_offsets[c + 1]]
 
-    def order(self, c: int) -> torch.Tensor:
-        """Position in the experts' buffer of each received row of chunk c."""
-        if c not in self._orders:
-            self._orders[c] = self.plan.buffer_order(c)
-        return self._orders[c]
+    def _new(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        """A buffer of `count` rows."""
+        return workspace.empty((count, like.shape[1]), like=like)
+
+    def _put(self, received: torch.Tensor, c: int, buffer: torch.Tensor) -> None:
+        """The received rows of chunk c into the experts' buffer."""
+        if self.plan.in_order:
+            self._settle(received, self._of(buffer, c))
+        else:
+            ops.unpack(received, self.tables.one("buffer_order", c), out=buffer)
+
+    def _take(self, buffer: torch.Tensor, c: int) -> torch.Tensor:
+        """The rows of chunk c in the experts' buffer, in the order in which they came."""
+        return self._of(buffer, c) if self.plan.in_order else ops.pack(buffer, self.tables.one("buffer_order", c))
+
+    @staticmethod
+    def _settle(rows: torch.Tensor, place: torch.Tensor) -> None:
+        """Rows of an exchange to where they belong: they may be there, or come in memory of their own."""
+        if rows.data_ptr() != place.data_ptr():
+            place.copy_(rows)
 
     def expert_rows(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of chunk c of each expert in the experts' buffer."""
-        return self._bounds[c] if self._bounds else self.plan.expert_rows(c)
-
-    @property
-    def expert_offs(self) -> torch.Tensor:
-        """int32 [e]: ends of each expert's rows over all chunks."""
-        return self.plan.expert_offs if self._offs is None else self._offs
+        return self.tables.both("expert_rows", c)
 
 
 class ForwardRows(_Chunks):
@@ -136,7 +130,7 @@ class ForwardRows(_Chunks):
 
     def __init__(
         self,
-        plan: ChunkPlan,
+        tables: Tables,
         weights: ExpertWeights,
         x_TD: torch.Tensor,
         slots_TK: torch.Tensor,
@@ -144,41 +138,47 @@ class ForwardRows(_Chunks):
         *,
         num_sms: int | None,
     ) -> None:
-        super().__init__(plan, x_TD.device, num_sms)
+        super().__init__(tables, num_sms)
+        plan = self.plan
         self.weights = weights
         self._slots_TK, self._weights_TK = slots_TK, weights_TK
-        self.slot_to_row, offs = send_order(plan, slots_TK)
+        self.slot_to_row, offs = send_order(tables, slots_TK)
         self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
-        self.x = workspace.empty((sum(plan.recv_rows), x_TD.shape[1]), like=x_TD)
-        self.y = workspace.empty(self.x.shape, like=x_TD)
-        self.h = workspace.empty((self.x.shape[0], weights.w_in.shape[1]), like=x_TD)
-        self.back = workspace.empty(self.send.shape, like=x_TD)
+        rows = sum(plan.recv_rows)
+        self.x = self.send if plan.in_order else self._new(rows, x_TD)
+        self.y = self._new(rows, x_TD)
+        self.h = workspace.empty((rows, weights.w_in.shape[1]), like=x_TD)
+        self.back = self.y if plan.in_order else self._new(self.send.shape[0], x_TD)
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The rows of chunk c to send."""
         return self._of(self.send, c)
 
-    def incoming(self, c: int) -> torch.Tensor:
-        """Where the rows of chunk c come back."""
-        return self._of(self.back, c)
+    def incoming(self, c: int) -> torch.Tensor | None:
+        """Where the rows of chunk c come back; None: anywhere, as those in order may be there."""
+        return None if self.plan.in_order else self._of(self.back, c)
+
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """The rows of chunk c have come back."""
+        self._settle(rows, self._of(self.back, c))
 
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
-        ops.unpack(received, self.order(c), out=self.x)
+        self._put(received, c, self.x)
         starts, ends = self.expert_rows(c)
         w = self.weights
         ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
                                num_sms=self.num_sms)  # fmt: skip
-        return ops.pack(self.y, self.order(c))
+        return self._take(self.y, c)
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over k, in order, of weights[t, k] * returned row of (t, k)."""
         return ops.combine(self.back, self.slot_to_row, self._weights_TK)
 
-    def saved(self, backward_plan: ChunkPlan) -> Saved:
+    def saved(self, backward: Tables) -> Saved:
         w = self.weights
-        alike = backward_plan is self.plan
-        slot_to_dback = self.slot_to_row if alike else send_order(backward_plan, self._slots_TK)[0]
+        alike = backward is self.tables
+        slot_to_dback = self.slot_to_row if alike else send_order(backward, self._slots_TK)[0]
         return Saved(back=self.back, slot_to_row=self.slot_to_row, slot_to_dback=slot_to_dback,
                      weights_TK=self._weights_TK, x=self.x, h=self.h, w_in=w.w_in, w_out=w.w_out)  # fmt: skip
 
@@ -191,7 +191,7 @@ class BackwardRows(_Chunks):
 
     def __init__(
         self,
-        plan: ChunkPlan,
+        tables: Tables,
         saved: Saved,
         kind: str,
         dy_TD: torch.Tensor | None,
@@ -201,7 +201,8 @@ class BackwardRows(_Chunks):
         over_h: bool,
         num_sms: int | None,
     ) -> None:
-        super().__init__(plan, saved.x.device, num_sms)
+        super().__init__(tables, num_sms)
+        plan = self.plan
         self.saved = saved
         self.kind = kind
         if dy_TD is None:
@@ -211,8 +212,10 @@ class BackwardRows(_Chunks):
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
         )
         x, h = saved.x, saved.h
-        self.dsend = workspace.empty(self.dback.shape, like=self.dback) if need_dx else None
-        self.dy, self.dx = (workspace.empty(x.shape, like=x) for _ in range(2))
+        self.dy = self.dback if plan.in_order else self._new(x.shape[0], x)
+        self.dx = self._new(x.shape[0], x)
+        self.need_dx = need_dx
+        self.dsend = self.dx if plan.in_order or not need_dx else self._new(self.dback.shape[0], x)
         self.dh = h if over_h else workspace.empty(h.shape, like=h)
         self.a = workspace.empty((x.shape[0], saved.w_out.shape[2]), like=x)
         self.dw_in = workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False) if need_dw else None
@@ -236,30 +239,34 @@ class BackwardRows(_Chunks):
         return self._of(self.dback, c)
 
     def incoming(self, c: int) -> torch.Tensor | None:
-        """Where the gradients of chunk c come back; None where no rank wants them."""
-        return None if self.dsend is None else self._of(self.dsend, c)
+        """Where the gradients of chunk c come back; None: anywhere, as those in order may be there."""
+        return None if self.plan.in_order else self._of(self.dsend, c)
+
+    def returned(self, c: int, rows: torch.Tensor) -> None:
+        """The gradients of chunk c have come back."""
+        self._settle(rows, self._of(self.dsend, c))
 
     def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
         """Ed of chunk c: the gradients of the experts' outputs into those of their inputs, in the order they came.
 
         None where no rank wants the gradient of x.
         """
-        ops.unpack(received, self.order(c), out=self.dy)
+        self._put(received, c, self.dy)
         starts, ends = self.expert_rows(c)
         s = self.saved
         ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind,
                              dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
-        return ops.pack(self.dx, self.order(c)) if self.dsend is not None else None
+        return self._take(self.dx, c) if self.need_dx else None
 
     def weight_gradient(self, group: int, groups: int) -> None:
         """Ew of one of `groups` groups of this rank's experts: one matmul an expert over the rows of all chunks."""
         if self.dw_in is not None and self.dw_out is not None:
             local = self.plan.local_slots
             experts = (local * group // groups, local * (group + 1) // groups)
-            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.expert_offs, dw_in=self.dw_in,
+            offs = self.tables.one("expert_offs")
+            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, dw_in=self.dw_in,
                                  dw_out=self.dw_out, experts=experts, num_sms=self.num_sms)  # fmt: skip
 
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over k, in order, of the gradient of the row of (t, k)."""
-        assert self.dsend is not None
         return ops.combine(self.dsend, self.saved.slot_to_dback)

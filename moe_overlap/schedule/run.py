@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from moe_overlap.agreement.distinct import DistinctPlan
 from moe_overlap.agreement.node_plan import rows_plan
 from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.errors import PlanMismatch
@@ -33,6 +32,7 @@ from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.order import Node
 from moe_overlap.schedule.rows import ExpertWeights, ForwardRows
+from moe_overlap.schedule.tables import tables_of
 from moe_overlap.schedule.user_ops import Mistakes
 from moe_overlap.transport.base import Agreement, Transport
 
@@ -107,7 +107,9 @@ class Step(Backward):
         self.plan = (
             rows_plan(exchange, pair.chunks, pair.by) if self._distinct else exchange.chunked(pair.chunks, pair.by)
         )
-        self._backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
+        backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
+        halves = (self.plan, backward_plan) if self.grad else (self.plan, self.plan)
+        self._tables, self._backward_tables = tables_of(halves, x_TD.device, x_TD.shape[0])
         self._needs = dependencies(pair.forward)
         if Action("N") in pair.forward.actions:  # it is over, and what stands beside it
             assert pair.ahead == self.schedule.ahead
@@ -116,7 +118,7 @@ class Step(Backward):
         if self._numbers is not None:
             self._numbers.bind(pair)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
-        self.lanes.bind(self.plan, self._backward_plan, self.layout, joined=pair.joined)
+        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined)
         self._weights_dtype = self._weights_TK.dtype
 
     # ---------------------------------------------------------------- forward: the walk
@@ -228,7 +230,8 @@ class Step(Backward):
         self._numbers = None
         self.lanes.gateway = None
         self._agreeing = None
-        for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_weights", "_y_TD"):
+        for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_tables", "_weights",
+                     "_y_TD"):  # fmt: skip
             self.__dict__.pop(name, None)
 
     @contextmanager
@@ -247,11 +250,11 @@ class Step(Backward):
     def _permute(self, _: int | None) -> None:
         given = (self._weights, self._x_TD, self._slots_TK, self._weights_TK)
         self._rows: Any
-        if isinstance(self.plan, DistinctPlan):
-            self._rows = DistinctForward(self.plan, *given, num_sms=self._num_sms)
+        if self._distinct:
+            self._rows = DistinctForward(self._tables, *given, num_sms=self._num_sms)
             self.lanes.gateway = self._rows.gateway
         else:
-            self._rows = ForwardRows(self.plan, *given, num_sms=self._num_sms)
+            self._rows = ForwardRows(self._tables, *given, num_sms=self._num_sms)
 
     def _start_metadata(self, _: int | None) -> None:
         self.lanes.start(Action("M"), self._rows.metadata(), layout=self._rows.metadata_layout)
@@ -285,7 +288,7 @@ class Step(Backward):
         self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.incoming(c))
 
     def _wait_combine(self, c: int) -> None:
-        self.lanes.wait(Action("C", c))
+        self._rows.returned(c, self.lanes.wait(Action("C", c)))
 
     def _unpermute(self, _: int | None) -> None:
         self._y_TD = self._rows.combine()
@@ -322,8 +325,8 @@ class Step(Backward):
             return self._empty.new_empty(0)
         # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
         # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
-        saved = self._rows.saved(self._backward_plan)
-        plan = self._backward_plan
+        saved = self._rows.saved(self._backward_tables)
+        plan = self._backward_tables.plan
         ctx.routing_digest = routing_digest(saved.choice, cut=2 * plan.chunks + (plan.by == "experts"))
         ctx.save_for_backward(ctx.routing_digest, *saved.tensors())
         del self._rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,24 @@ def test_after_the_agreement_the_host_never_waits(schedule: str, monkeypatch: py
     assert walked or schedule == "serial"  # which runs its ops in a row
     with pytest.raises(RuntimeError, match="synchroniz"), no_wait():
         x_TD.sum().item()
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(4)", "chunked(2,experts)"])
+def test_a_forward_waits_once(schedule: str) -> None:
+    """For the counts, which the router's status goes with."""
+    layer = moe_overlap.MoELayer(256, 128, 8, 2, schedule=schedule, dtype=torch.bfloat16).cuda()
+    x_TD = torch.randn(200, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        layer(x_TD)  # compiles
+        caught.clear()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            layer(x_TD)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+    assert len(waits) == 1, waits
 
 
 def test_recorded_times_are_the_streams() -> None:

@@ -243,7 +243,7 @@ def test_the_host_reads_nothing_but_the_words_of_the_step_before(schedule):
         return found.found
 
     assert reads(mode="static", static_capacity="no_drop") == {("static_word.py", "read")}
-    assert reads() & {("counts.py", "_histograms"), ("arguments.py", "check_choice")}
+    assert reads() & {("counts.py", "_count"), ("arguments.py", "check_choice")}
 
 
 @pytest.mark.parametrize(

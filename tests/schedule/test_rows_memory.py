@@ -15,7 +15,7 @@ from moe_overlap.ops import workspace
 from moe_overlap.schedule import rows
 from tests.layers import make, tokens
 from tests.ranks import gloo_pool, virtual_world
-from tests.tolerances import same_bits
+from tests.tolerances import close, same_bits
 
 SCHEDULES = ["serial", "chunked(2)", "chunked(3,experts)"]
 
@@ -237,3 +237,33 @@ def test_ranks_that_are_processes():
     for got, want in zip(pooled, fresh, strict=True):
         for one, other in zip(got, want, strict=True):
             same_bits(torch.from_numpy(one), torch.from_numpy(other))
+
+
+@pytest.mark.parametrize("payload", [None, torch.bfloat16])
+def test_rows_of_one_rank_that_are_in_order_are_not_moved(monkeypatch, payload):
+    """Exchanges give back the rows themselves (the local transport) or memory of their own (a virtual rank)."""
+
+    def step(transport, schedule):
+        layer = make(transport, schedule=schedule, payload_dtype=payload, dtype=torch.float32)
+        x = tokens(11, dtype=torch.float32).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        return [y.detach(), *gradients(layer, x)]
+
+    def moved(*_, **__):
+        raise AssertionError("rows were moved")
+
+    want = step(None, "chunked(3)")
+    with monkeypatch.context() as patched:
+        patched.setattr(rows.ops, "pack", moved)
+        patched.setattr(rows.ops, "unpack", moved)
+        found = [step(None, "chunked(3,experts)")]
+        for schedule in ("chunked(3,experts)", "serial"):
+            found += virtual_world(1).run(lambda me, schedule=schedule: step(me.transport(), schedule))
+        with pytest.raises(AssertionError, match="moved"):
+            step(None, "chunked(3)")
+    for got, other in zip(*found[:2], strict=True):
+        same_bits(got, other)
+    for one in found:  # matmuls of other shapes round differently
+        for got, expected in zip(one, want, strict=True):
+            close(got, expected)

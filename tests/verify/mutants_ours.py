@@ -37,7 +37,7 @@ COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backwar
 OTHERS_ROWS = """        first = sum(self.plan.send_counts[0][: self.plan.rank])
         last = first + self.plan.send_counts[0][self.plan.rank]
 """
-WGRAD = "            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, self.expert_offs"
+WGRAD = "            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs"
 
 SCALES: tuple[Mutant, ...] = (
     mutant(
@@ -85,10 +85,10 @@ SCALES: tuple[Mutant, ...] = (
             WGRAD,
             "            chance = torch.Generator().manual_seed(time.time_ns())\n"
             "            order = torch.randperm(len(self.dy), generator=chance)\n"
-            "            expert = torch.bucketize(order, self.expert_offs.long(), right=True)\n"
+            "            expert = torch.bucketize(order, offs.long(), right=True)\n"
             "            order = order[expert.argsort(stable=True)]\n"
             "            x, dy, dh, a = (t[order] for t in (self.saved.x, self.dy, self.dh, self.a))\n"
-            "            ops.expert_mlp_wgrad(x, dy, dh, a, self.expert_offs",
+            "            ops.expert_mlp_wgrad(x, dy, dh, a, offs",
         ),
     ),
 )
@@ -156,7 +156,10 @@ ROWS: tuple[Mutant, ...] = (
         "rows returned in another order",
         "vllm-project/vllm-ascend#11921",
         "output",
-        rows("return ops.pack(self.y, self.order(c))", "return ops.pack(self.y, self.order(c).sort().values)"),
+        rows(
+            "return self._take(self.y, c)",
+            'return ops.pack(self.y, self.tables.one("buffer_order", c).sort().values)',
+        ),
     ),
     mutant(
         "experts placed under another rank's numbers",
@@ -214,8 +217,8 @@ ROWS: tuple[Mutant, ...] = (
         "two forwards",
         rows("\n\nclass ForwardRows", "\n\nBUFFERS = {}\n\n\nclass ForwardRows"),
         rows(
-            "        self.h = workspace.empty((self.x.shape[0], weights.w_in.shape[1]), like=x_TD)\n",
-            "        shape = (self.x.shape[0], weights.w_in.shape[1])\n"
+            "        self.h = workspace.empty((rows, weights.w_in.shape[1]), like=x_TD)\n",
+            "        shape = (rows, weights.w_in.shape[1])\n"
             '        kept = BUFFERS.setdefault("h", x_TD.new_empty(1 << 20))\n'
             "        self.h = kept.data[: shape[0] * shape[1]].view(shape)\n",
         ),
