@@ -4,7 +4,8 @@
     python benchmarks/predict.py --out out/predict-dedup -- --dedup on --experts 32 --top-k 8
 
 Runs `moe-overlap bench layer --schedules ...,auto` for every setting below (options after `--` go to each run) and
-gathers the rows in OUT/predict.jsonl; with --setting N for that one alone, numbered from 0. `predicted_ms` of every row was computed before the row was timed.
+gathers the rows in OUT/predict.jsonl; with --setting N for that one alone, numbered from 0. `predicted_ms` of every row
+was computed before the row was timed.
 """
 
 from __future__ import annotations

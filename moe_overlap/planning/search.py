@@ -86,10 +86,10 @@ def search(
 ) -> tuple[Candidate, ...]:
     """The schedules of `window` worth knowing, best first; at most `limit` of them.
 
-    For every cut, and with Or where the window allows it: joined (for one chunk that is "serial"), all of the first K ops before the experts for every K, and
-    the best interleavings of the dynamic programme, of which the best is optimal where nothing slows down, `issue_s` is
-    0 and chunks are equal or at most 4. Where predictions tie, joined serial comes first, then fewer chunks, chunks in
-    their own order, and fewer runs of ops.
+    For every cut, and with Or where the window allows it: joined (for one chunk that is "serial"), all of the first K
+    ops before the experts for every K, and the best interleavings of the dynamic programme, of which the best is
+    optimal where nothing slows down, `issue_s` is 0 and chunks are equal or at most 4. Where predictions tie, joined
+    serial comes first, then fewer chunks, chunks in their own order, and fewer runs of ops.
 
     ConfigError where no schedule keeps within `max_in_flight_bytes`, or where the window has no bytes to compare.
     """

@@ -58,8 +58,8 @@ class Slowdown:
 class Chunking:
     """The durations for one way of cutting the exchange, in seconds, one per chunk.
 
-    `deferred_s`: one per weight-gradient group in backward; in forward none, or that of Or. `chunk_bytes`: what one exchange of each chunk holds
-    in buffers; empty where nobody asks.
+    `deferred_s`: one per weight-gradient group in backward; in forward none, or that of Or. `chunk_bytes`: what one
+    exchange of each chunk holds in buffers; empty where nobody asks.
     """
 
     chunks: int
@@ -91,8 +91,8 @@ class Window:
 
     `op_verb`: whether `ops_s` are backbone ops (B, backward Bt) or the shared expert (S, St), in execution order.
     `issue_s`: compute-lane time of starting an exchange, and again of waiting for it. `metadata_s`: of M (backward Mt),
-    where the step is deduplicated; the first of `ops_s` is then that of O (Od). None: it is not. `halves_s`: of O and of
-    Or, where the rows that stay are computed in two parts (forward alone). None: they are not.
+    where the step is deduplicated; the first of `ops_s` is then that of O (Od). None: it is not. `halves_s`: of O and
+    of Or, where the rows that stay are computed in two parts (forward alone). None: they are not.
     """
 
     phase: Phase

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.experts import w_in_rows
+from moe_overlap.layer.functional import moe_forward
 from tests.ranks import virtual_world
 
 D, F, E, T = 8, 12, 8, 64
@@ -61,6 +61,7 @@ def test_saved_bytes_are_those_of_the_docstring(dedup, world, top_k, schedule, d
 
 def test_a_slot_keeps_less_where_rows_are_distinct():
     """bfloat16, top-4 of 8 experts on two ranks: 0.5 distinct rows a slot where all tokens are on both ranks."""
+
     def per_slot(dedup):
         sizes = virtual_world(2).run(lambda me: saved_bytes(me, 4, torch.bfloat16, schedule="chunked(2)", dedup=dedup))
         return sum(size for size, _ in sizes) / (2 * T * 4)

@@ -100,8 +100,8 @@ def test_the_note_has_the_figures_of_the_rows(script, phase):
         kind = next((kind for start, kind in KIND_OF.items() if name.startswith(start)), None)
         if kind is not None:
             before, after = script._best(rows, phase, kind)
-            said = [before_ms, after_ms, times]
-            assert said == [f"{row['time_ms_median']:.0f}" for row in (before, after)] + [f"{faster(before, after):.2f}"]
+            measured = [f"{row['time_ms_median']:.0f}" for row in (before, after)]
+            assert [before_ms, after_ms, times] == [*measured, f"{faster(before, after):.2f}"]
             # "(8 chunks; 1)": which rows these are, before and after.
             best = [re.search(r"\((\d)", row["row"]) for row in (before, after)]
             inside = re.search(r"\((\d)[^;]*; (\d)\)", name)
