@@ -124,7 +124,7 @@ def mirrored(model: BlockPair, plan: CasePlan) -> SchedulePair:
     forward = plan.planned.candidates["forward"][0]
     pair = plan.planned.pair
     if model.position:
-        slot = forward.ops_before[len(forward.ops_before) // 2]
+        slot = max(0, forward.ops_before[len(forward.ops_before) // 2] - pair.deduplicated)  # the first op is O then
         return pair.with_backward(model.as_asked(model.window_pair(slot, chunks=pair.chunks, by=pair.by)))
     return pair.with_backward(model.as_asked(chunked(pair.chunks, pair.by, shared=model.case == "shared1")))
 
