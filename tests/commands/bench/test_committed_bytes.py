@@ -109,3 +109,13 @@ def test_the_note_has_the_figures_of_the_rows(script, phase):
                 assert inside.groups() == tuple(found.group(1) for found in best)
             seen += 1
     assert seen == 4
+
+
+def test_an_all_gather_of_rows_would_gain_less_than_a_percent():
+    file = sorted((ROOT / "benchmarks/results").glob("**/*-gather-form.jsonl"))[-1]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["ranks"] for row in rows] == [2, 4]
+    for row in rows:
+        assert row["saved"] < 0.01
+        closed = (row["ranks"] - 1) / distinct_ranks(row["experts"], row["ranks"], row["top_k"]) - 1
+        assert row["more_bytes"] == pytest.approx(closed, abs=1e-5)
