@@ -288,7 +288,8 @@ def window(
     if model.measured_rows:
         ops_s = tuple(seconds * slots_rows / model.measured_rows for seconds in ops_s)
     ops_s = ops_s if forward else ops_s[::-1]
-    metadata_s, halves_s = None, None
+    metadata_s: float | None = None
+    halves_s: tuple[float, float] | None = None
     if distinct is not None:
         ops_s = (_experts_s(model, phase, distinct.own_rows, distinct.own_experts), *ops_s)
         metadata_s = model.exchange_s(distinct.metadata_by_lane if forward else distinct.gradients_by_lane)
