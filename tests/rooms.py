@@ -62,7 +62,7 @@ EXECUTOR = {
     "schedule/nodes.py": set(),
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
-    "schedule/static_dispatch.py": {"transport"},
+    "schedule/static_dispatch.py": {"transport", "ops"},
     "schedule/static_rows.py": {"ops"},
     "schedule/static_word.py": {"transport"},
     "schedule/distinct_rows.py": {"ops"},

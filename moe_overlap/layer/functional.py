@@ -14,6 +14,7 @@ from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, check_dedup
 from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
+from moe_overlap.ops.activation_kinds import check_activation
 from moe_overlap.ops.checks import check_transform, inside_transform
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.checks import check_zero_experts
@@ -22,7 +23,7 @@ from moe_overlap.routing.masks import check_token_mask
 from moe_overlap.routing.zero import part_zero_experts
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.check import layer_schedule
-from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
+from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.nodes import Keep, routing_digest
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -64,8 +65,7 @@ def moe_forward(
 
     Raises ConfigError for arguments that do not fit (on every rank alike), MoeTransportError and its subclasses.
     """
-    if activation not in ACTIVATIONS:
-        raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
+    check_activation("activation", activation)
     check_dedup(dedup)
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise ConfigError(

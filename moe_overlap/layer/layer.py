@@ -66,7 +66,8 @@ class MoELayer(Static, Copies, Routes, Chooses):
     one row for each (token, node) crosses nodes and is passed on there; equal results, bit for bit in float32/64. On
     one node, or where each rank is a node of its own, rows go directly.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
-    activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
+    activation: "swiglu" (the default), "gelu", "relu", or a name of `ops/activation_kinds.py`.
+    shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
