@@ -1,8 +1,8 @@
 """The activation between the two matmuls of an expert: "swiglu" (arXiv 2002.05202), "gelu" (exact, erf) or "relu".
 
-Others by name: see `activation_kinds.py`. For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up. `forward_into` and
-`backward_into` work on a block of rows in buffers of the caller, right after the matmul while the block is in cache:
-entries `activation_rows` and `activation_rows_backward` of the registry. With a factor for each row everything is
+Others by name: see `activation_kinds.py`. For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up.
+`forward_into` and `backward_into` work on a block of rows in buffers of the caller, right after the matmul while the
+block is in cache: entries `activation_rows` and `activation_rows_backward` of the registry. With a factor for each row everything is
 computed in the factor's dtype, that of accumulation, and rounded once.
 """
 

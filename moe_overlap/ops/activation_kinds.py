@@ -1,7 +1,7 @@
 """The activations that there are, by name: three built in, and any other function of a row of h.
 
-Built in are "swiglu", "gelu" and "relu" (`activation.py`). Here are "geglu" and "geglu_tanh" (arXiv 2002.05202, with the
-erf and with its tanh form), "relu2" (arXiv 2109.08668), the forms of swiglu that `swiglu_kind` names, and whatever
+Built in are "swiglu", "gelu" and "relu" (`activation.py`). Here are "geglu" and "geglu_tanh" (arXiv 2002.05202, with
+the erf and with its tanh form), "relu2" (arXiv 2109.08668), the forms of swiglu that `swiglu_kind` names, and whatever
 `register_activation` is given. They run by the pure PyTorch path of every operator, in the dtype of accumulation and
 rounded once; compiled kernels and those for GPUs have the built-in ones and say so.
 
@@ -106,8 +106,8 @@ def _by_autograd(f: Function) -> Derivative:
     def backward(da: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         # A kernel runs below autograd, which is to look at f here.
         here, without = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        for key in (torch._C.DispatchKey.AutogradOther, torch._C.DispatchKey.ADInplaceOrView):
-            without = without.remove(key)
+        for name in ("AutogradOther", "AutogradCPU", "ADInplaceOrView"):  # that of the CPU is that of all devices
+            without = without.remove(getattr(torch._C.DispatchKey, name))
         with torch._C._ForceDispatchKeyGuard(here, without), torch.enable_grad():
             h = h.detach().requires_grad_()
             return torch.autograd.grad(f(h), h, da)[0]

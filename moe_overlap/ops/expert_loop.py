@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 
 from moe_overlap.ops import expert_mlp_choice, registry, workspace
-from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.ops.activation import backward_into, forward_into, same_memory
+from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.ops.expert_mlp_contract import Dgrad, DgradResult, Forward, Wgrad
 from moe_overlap.ops.row_groups import Bounds, Groups, RowReader, weight_gradient
 
