@@ -24,7 +24,7 @@ FLOORS = (
     ("__main__",),
     ("commands",),
     ("__init__",),
-    ("verify",),
+    ("verify", "integrations"),
     ("layer",),
     ("auto", "parallel"),
     ("planning", "measure"),

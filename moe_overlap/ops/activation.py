@@ -2,8 +2,8 @@
 
 Others by name: see `activation_kinds.py`. For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up.
 `forward_into` and `backward_into` work on a block of rows in buffers of the caller, right after the matmul while the
-block is in cache: entries `activation_rows` and `activation_rows_backward` of the registry. With a factor for each row everything is
-computed in the factor's dtype, that of accumulation, and rounded once.
+block is in cache: entries `activation_rows` and `activation_rows_backward` of the registry. With a factor for each row
+everything is computed in the factor's dtype, that of accumulation, and rounded once.
 """
 
 from __future__ import annotations

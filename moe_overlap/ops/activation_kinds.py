@@ -20,6 +20,8 @@ from torch.nn import functional
 from moe_overlap.errors import ConfigError
 
 BUILT_IN = ("swiglu", "gelu", "relu")
+ONES = 8
+"""Columns that a bias of the second matmul takes: 16 bytes of a row in bfloat16, which kernels ask for."""
 Function = Callable[[torch.Tensor], torch.Tensor]
 Derivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -76,6 +78,60 @@ def swiglu_kind(
     return name
 
 
+def softcapped_swiglu_kind(*, gate_cap: float, up_cap: float) -> str:
+    """The name of a = cap(gate, gate_cap) * sigmoid(gate) * cap(up, up_cap) with cap(x, c) = c * tanh(x / c)."""
+    name = f"softcapped_swiglu({float(gate_cap)}, {float(up_cap)})"
+    if name not in _registered:
+
+        def f(h: torch.Tensor) -> torch.Tensor:
+            gate, up = h.chunk(2, dim=-1)
+            g, u = torch.tanh(gate / gate_cap), torch.tanh(up / up_cap)
+            return gate_cap * g * torch.sigmoid(gate) * (up_cap * u)
+
+        def df(da: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+            gate, up = h.chunk(2, dim=-1)
+            g, u, s = torch.tanh(gate / gate_cap), torch.tanh(up / up_cap), torch.sigmoid(gate)
+            dgate = da * (up_cap * u) * ((1 - g * g) * s + gate_cap * g * s * (1 - s))
+            return torch.cat([dgate, da * (gate_cap * g * s) * (1 - u * u)], dim=-1)
+
+        register_activation(name, f, df, gated=True)
+    return name
+
+
+def with_ones_kind(kind: str) -> str:
+    """The name of `kind` whose last ONES columns of a are 1, 0, 0, ...: for a bias of the second matmul.
+
+    The columns of h beside them are read by nobody: the last 2 * ONES with a gate, else ONES.
+    """
+    name = f"{kind} with ones"
+    if name not in _registered:
+        check_activation("kind", kind)
+        inner, beside = function_of(kind), ONES * (1 + is_gated(kind))
+
+        def f(h: torch.Tensor) -> torch.Tensor:
+            a = inner.forward(h[..., :-beside])
+            ones = torch.zeros(a.shape[0], ONES, dtype=a.dtype, device=a.device)
+            ones[:, 0] = 1
+            return torch.cat([a, ones], dim=-1)
+
+        def df(da: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+            return functional.pad(inner.backward(da[..., :-ONES], h[..., :-beside]), (0, beside))
+
+        register_activation(name, f, df, gated=is_gated(kind))
+    return name
+
+
+def function_of(kind: str) -> Activation:
+    """Any activation as functions: a built-in one by PyTorch's own."""
+    if kind not in BUILT_IN:
+        return _registered[kind]
+    if kind == "swiglu":
+        plain = _Swiglu(float("inf"), 1.0, 0.0, False)
+        return Activation(name=kind, gated=True, forward=plain.forward, backward=plain.backward)
+    f = functional.gelu if kind == "gelu" else functional.relu
+    return Activation(name=kind, gated=False, forward=f, backward=_by_autograd(f))
+
+
 def is_activation(name: object) -> bool:
     return name in BUILT_IN or name in _registered
 
@@ -118,7 +174,7 @@ def _by_autograd(f: Function) -> Derivative:
 def _try(kind: Activation) -> None:
     """On numbers that are the same everywhere. Raises ConfigError."""
     generator = torch.Generator().manual_seed(zlib.crc32(kind.name.encode()))
-    width = 5
+    width = ONES + 4
     h = 2 * torch.randn(3, width * (1 + kind.gated), generator=generator, dtype=torch.float64)
     da = torch.randn(3, width, generator=generator, dtype=torch.float64)
     with torch.no_grad():
@@ -126,7 +182,8 @@ def _try(kind: Activation) -> None:
         if not isinstance(a, torch.Tensor) or a.shape != da.shape or a.dtype != h.dtype:
             got = f"{tuple(a.shape)}, {a.dtype}" if isinstance(a, torch.Tensor) else type(a).__name__
             raise ConfigError("f", got, f"a tensor {tuple(da.shape)} of {h.dtype} for h {tuple(h.shape)}")
-        if not torch.equal(torch.cat([kind.forward(row) for row in h.split(1)]), a):
+        alone = torch.cat([kind.forward(row) for row in h.split(1)])
+        if not torch.allclose(alone, a, rtol=1e-5, atol=1e-5):  # vector code rounds otherwise than scalar code
             raise ConfigError("f", kind.name, "a function of each row alone")
         step = 1e-6
         quotient = torch.stack([
