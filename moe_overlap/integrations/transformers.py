@@ -132,7 +132,7 @@ def _recipe(experts: nn.Module) -> Recipe:
     return recipe
 
 
-class TokenDispatch(EPImplementation):  # type: ignore[misc]
+class TokenDispatch(EPImplementation):
     """How the experts of a module get the tokens of all ranks of its group: transformers makes one for each module.
 
     Called with the tokens of this rank, their experts of the whole group, and their weights; returns the sums for

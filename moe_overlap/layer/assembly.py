@@ -46,9 +46,10 @@ def make_router(
 ) -> nn.Module:
     """The module given, checked against the layer, or a LinearRouter with the score given and the options."""
     if isinstance(router, nn.Module):
-        for name, default in ROUTER_DEFAULTS.items():
-            if options[name] != default:
-                raise ConfigError(name, options[name], f"{default!r} beside a router module, which has its own")
+        for name, value in options.items():
+            default = ROUTER_DEFAULTS.get(name)
+            if value != default:
+                raise ConfigError(name, value, f"{default!r} beside a router module, which has its own")
         for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts), ("top_k", top_k)):
             if getattr(router, name, value) != value:
                 raise ConfigError(name, value, f"the {name} of the router module, {getattr(router, name)}")

@@ -72,7 +72,8 @@ class MoELayer(Static, Copies, Routes, Chooses):
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
     value at most), and are computed in float32. None: as they are.
-    capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits: see LinearRouter (refused beside a router module).
+    capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits, and what else a LinearRouter takes (renormalize,
+    scale, n_group, ...): see there (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step), or "static": fixed shapes, no read by the host, for
     CUDA graphs; rows that do not fit raise CapacityExceeded at the next call (see docs/design.md, "Fixed shapes"). All
     ranks have one number of tokens, in all steps. static_capacity: room for each expert over its mean share of a rank's
@@ -124,6 +125,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         timeout_s: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **router_options: Any,
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
@@ -142,7 +144,8 @@ class MoELayer(Static, Copies, Routes, Chooses):
         # First among the parameters, as before the experts were a module, since states of optimizers go by position;
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
-        self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
+        self.router = assembly.make_router(router, hidden_size, num_experts, top_k,
+                                           options | router_options, factory)  # fmt: skip
         self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
                                                          factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
