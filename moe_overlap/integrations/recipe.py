@@ -38,7 +38,7 @@ class Recipe:
     transposed: bool
     biased: bool
 
-    def arguments(self, experts: nn.Module, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    def arguments(self, experts: Any, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
         """(x, w_in, w_out, activation) of `moe_forward`. With biases x and its result have ONES columns more."""
         w_in, w_out = getattr(experts, self.first), experts.down_proj
         if self.transposed:
@@ -132,8 +132,9 @@ def _candidates(experts: nn.Module) -> list[str]:
                       for turns in (False, True)]  # fmt: skip
     act = getattr(experts, "act_fn", None)
     caps = [getattr(getattr(act, f"{part}_softcap", None), "softcap", None) for part in ("gate", "up")]
-    if all(isinstance(cap, (int, float)) for cap in caps):
-        known.append(kinds.softcapped_swiglu_kind(gate_cap=caps[0], up_cap=caps[1]))
+    numbers = [float(cap) for cap in caps if isinstance(cap, (int, float))]
+    if len(numbers) == 2:
+        known.append(kinds.softcapped_swiglu_kind(gate_cap=numbers[0], up_cap=numbers[1]))
     return known
 
 

@@ -11,6 +11,7 @@ other code.
 from moe_overlap.routing.balance import (
     GlobalBalance,
     load_balancing_loss,
+    pooled_balancing_loss,
     router_probabilities,
     sequence_balancing_loss,
     z_loss,
@@ -67,6 +68,7 @@ __all__ = [
     "locality_loss",
     "max_violation",
     "part_zero_experts",
+    "pooled_balancing_loss",
     "router_probabilities",
     "sequence_balancing_loss",
     "update_bias_",

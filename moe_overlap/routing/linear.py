@@ -225,7 +225,8 @@ class LinearRouter(ExpertMask):
             choice = replayed_choice(logits_TE, replay, token_mask, score=self.score, renormalize=self.renormalize,
                                      scale=self.scale, drop_bad=self.bad_logits == "drop")  # fmt: skip
             losses = self._losses(logits_TE, choice, sequence_length, nodes)
-            return with_recorded_drops(decide(choice, losses=losses, zero_experts=self.zero_experts), replay)
+            decision = decide(choice, losses=losses, zero_experts=self.zero_experts, logits_TE=logits_TE)
+            return with_recorded_drops(decision, replay)
         choice = self.refuse_masked(self._choose(logits_TE, nodes))
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
@@ -239,6 +240,7 @@ class LinearRouter(ExpertMask):
             capacity=self._capacity(x_TD.shape[0]),
             rank_by_TK=self._rank_by(x_TD, choice),
             zero_experts=self.zero_experts,
+            logits_TE=logits_TE,
         )
 
     def _nodes(self, given: Nodes | None, num_tokens: int) -> Nodes | None:

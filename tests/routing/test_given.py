@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_overlap import ConfigError, LinearRouter, MoELayer, SharedExpert
-from moe_overlap.routing import GivenRouter
+from moe_overlap.routing import GivenRouter, load_balancing_loss, pooled_balancing_loss
 from moe_overlap.transport.local import LocalTransport
 from tests.ranks import virtual_world
 
@@ -114,3 +114,45 @@ def test_a_gated_shared_expert():
     layer = MoELayer(D, F, E, K, shared_expert=shared)
     without = MoELayer(D, F, E, K, router=layer.router, experts=layer.experts)
     torch.testing.assert_close(layer(x), without(x) + want)
+
+
+def test_decisions_carry_the_logits():
+    router = LinearRouter(D, E, K)
+    x = _given()[0]
+    logits = router(x).logits_TE
+    torch.testing.assert_close(logits, x @ router.weight.T)
+    logits.sum().backward()
+    assert router.weight.grad is not None
+
+
+def test_the_pooled_loss_is_that_of_transformers():
+    theirs = pytest.importorskip("transformers.models.mixtral.modeling_mixtral").load_balancing_loss_func
+    routers = [LinearRouter(D, E, K, dtype=torch.float64) for _ in range(3)]
+    xs = [torch.randn(T, D, dtype=torch.float64) for _ in routers]
+    mask = torch.arange(T) % 5 > 0
+    for token_mask in (None, mask):
+        decisions = [router(x, token_mask=token_mask) for router, x in zip(routers, xs, strict=True)]
+        loss = pooled_balancing_loss(
+            [one.logits_TE for one in decisions], [one.tokens_per_expert_E for one in decisions], token_mask=token_mask
+        )
+        attention = None if token_mask is None else token_mask[None].long()
+        plain = tuple(x @ router.weight.T for router, x in zip(routers, xs, strict=True))
+        want = theirs(plain, E, K, attention)
+        torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+        parameters = [router.weight for router in routers]
+        got, wanted = torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters)
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_the_pooled_loss_of_one_layer_is_k_times_the_micro_loss():
+    decision = LinearRouter(D, E, K)(_given()[0])
+    pooled = pooled_balancing_loss([decision.logits_TE], [decision.tokens_per_expert_E])
+    micro = load_balancing_loss(decision.logits_TE.softmax(dim=1), decision.tokens_per_expert_E)
+    torch.testing.assert_close(pooled, K * micro)
+
+
+@pytest.mark.parametrize("logits", [[], [torch.ones(3, E), torch.ones(4, E)], [torch.ones(3, E)]])
+def test_layers_that_do_not_go_together_are_refused(logits):
+    with pytest.raises(ConfigError):
+        pooled_balancing_loss(logits, [torch.ones(E)] * 2)
