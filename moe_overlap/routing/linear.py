@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +65,9 @@ class LinearRouter(ExpertMask):
     zero_experts: Z more logits, of experts that return their input (see `zero.py`): ids from E on. They have no limit;
     the auxiliary loss, the bias and the counts treat all E + Z alike, so that balance means that K * E / (E + Z) of a
     token's experts compute, as LongCat-Flash's budget K_e = 8 of K = 12 is with its 512 + 256.
-    logit_bias: a parameter `logit_bias_E`, added to the logits (GPT-OSS). softcap: c, logits become c * tanh(logits / c)
-    (after the bias). renormalize_eps, beside renormalize: weights are divided by their sum + eps. expert_scale: a
-    parameter `expert_scale_E` that multiplies the weights of each expert (Gemma4).
+    logit_bias: a parameter `logit_bias_E`, added to the logits (GPT-OSS). softcap: c, logits become
+    c * tanh(logits / c), after the bias. renormalize_eps, beside renormalize: weights are divided by their sum + eps.
+    expert_scale: a parameter `expert_scale_E` that multiplies the weights of each expert (Gemma4).
     variable_k: None, or how many of its K experts each token takes (see `VariableK`). `mask_experts`: experts that are
     never chosen (see `ExpertMask`).
     locality: None, or what keeps tokens on their node (`Locality`); the router then needs `local_experts`.
@@ -284,14 +283,11 @@ class LinearRouter(ExpertMask):
 
     def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         bias_E = None if self.expert_bias_E is None else self.hide_masked(self.expert_bias_E.to(logits_TE.dtype))
-        choose = partial(
-            choose_top_k,
-            bias_E=bias_E,
-            k=self.top_k,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            **self._weighing,
-        )
+        how = {"k": self.top_k, "n_group": self.n_group, "topk_group": self.topk_group, **self._weighing}
+
+        def choose(among_TE: torch.Tensor) -> Choice:
+            return choose_top_k(among_TE, bias_E, **how)
+
         if nodes is None or self.locality is None or self.locality.off_node_share is None:
             return choose(logits_TE)
         near_TE = logits_TE.masked_fill(~nodes.near(logits_TE.device), -torch.inf)
@@ -300,12 +296,9 @@ class LinearRouter(ExpertMask):
     @property
     def _weighing(self) -> dict[str, Any]:
         """How the gate makes weights of scores; a sum with an eps is divided by here (`_weighed`)."""
-        later = self.renormalize and self.renormalize_eps > 0
-        return {
-            "score": self.score,
-            "renormalize": self.renormalize and not later,
-            "scale": 1.0 if later else self.scale,
-        }
+        if self.renormalize and self.renormalize_eps > 0:
+            return {"score": self.score, "renormalize": False, "scale": 1.0}
+        return {"score": self.score, "renormalize": self.renormalize, "scale": self.scale}
 
     def _weighed(self, choice: Choice) -> Choice:
         """The choice with the weights that the gate leaves to the router."""

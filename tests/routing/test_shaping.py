@@ -105,8 +105,8 @@ def test_a_layer_takes_them():
         ("softcap", {"softcap": "2"}),
         ("renormalize_eps", {"renormalize_eps": -1e-6, "renormalize": True}),
         ("renormalize_eps", {"renormalize_eps": 1e-6}),
-        ("renormalize_eps", {"renormalize_eps": 1e-6, "renormalize": True, "variable_k": VariableK(top_p=0.5)}),
-        ("expert_scale", {"expert_scale": True, "variable_k": VariableK(top_p=0.5)}),
+        ("renormalize_eps", {"renormalize_eps": 1e-6, "renormalize": True, "variable_k": VariableK(threshold=0.5)}),
+        ("expert_scale", {"expert_scale": True, "variable_k": VariableK(threshold=0.5)}),
     ],
 )
 def test_what_does_not_fit_is_refused(field, options):
