@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
+WEIGHTS_AT = ("output", "input")
 INLINE = ("serial", "auto")  # on one rank, where no order is faster
 
 
@@ -48,6 +50,7 @@ def moe_forward(
     unused_id: int | None = None,
     zero_experts: int = 0,
     token_mask: torch.Tensor | None = None,
+    weights_at: str = "output",
     transport: Transport | None = None,
 ) -> torch.Tensor:
     """sum_k topk_weights[t, k] * expert(topk_ids[t, k])(hidden[t]) -> [T, D]. Differentiable.
@@ -58,7 +61,8 @@ def moe_forward(
     rank's experts (Hugging Face's layout and argument order). schedule: as in MoELayer, "auto" too, whose figures are
     kept with the transport. dedup: as in MoELayer. unused_id: another id that means unused, below 0 or from E on
     (transformers uses E). zero_experts: so many ids from E on return the token itself, which is not sent. token_mask:
-    bool [T], False = padding, all of whose ids are unused. transport: None for one rank; it belongs to this shape of
+    bool [T], False = padding, all of whose ids are unused. weights_at: "input": experts read weight * token, and their
+    results are summed as they are (Llama4); each choice then is a row of its own, [T * K], before it is sent. transport: None for one rank; it belongs to this shape of
     call, with deduplication of K too.
     For latent experts (see MoELayer) hidden_TD are the latents and D is their width: project before the call, and its
     result after it.
@@ -67,6 +71,13 @@ def moe_forward(
     """
     check_activation("activation", activation)
     check_dedup(dedup)
+    if weights_at not in WEIGHTS_AT:
+        raise ConfigError("weights_at", weights_at, f"one of {WEIGHTS_AT}")
+    if weights_at == "input":
+        return _weights_at_input(
+            hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, token_mask, zero_experts,
+            activation=activation, schedule=schedule, overlap=overlap, dedup=dedup, unused_id=unused_id,
+            transport=transport)  # fmt: skip
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise ConfigError(
             "gate_up_proj", tuple(gate_up_proj.shape), "three dimensions, [e, 2F, D], as down_proj [e, D, F]"
@@ -77,6 +88,29 @@ def moe_forward(
     if (transport is None or transport.name == "local") and schedule in INLINE:
         return _inline(call)
     return _scheduled(call, schedule, overlap, dedup, transport or LocalTransport())
+
+
+def _weights_at_input(
+    x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor,
+    token_mask: torch.Tensor | None, zero_experts: int, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    """`moe_forward` whose rows are weight * token: one for each choice, so that each has one expert and weight 1."""
+    if zero_experts:
+        raise ConfigError("zero_experts", zero_experts, '0 beside weights_at="input": they return weight * token')
+    for name, value, dims in (("x", x_TD, 2), ("topk_ids", ids_TK, 2), ("topk_weights", weights_TK, 2)):
+        if not isinstance(value, torch.Tensor) or value.dim() != dims:
+            raise ConfigError(name, _shape(value), f"a tensor of {dims} dimensions")
+    if not x_TD.shape[0] == ids_TK.shape[0] == weights_TK.shape[0] or ids_TK.shape != weights_TK.shape:
+        raise ConfigError("topk_weights", _shape(weights_TK), f"[{x_TD.shape[0]}, K], as topk_ids {_shape(ids_TK)}")
+    rows = (x_TD[:, None] * weights_TK[:, :, None].to(x_TD.dtype)).flatten(0, 1)
+    mask = None if token_mask is None else token_mask.repeat_interleave(ids_TK.shape[1])
+    ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=rows.device)
+    y = moe_forward(rows, ids_TK.reshape(-1, 1), ones, w_in, w_out, token_mask=mask, **options)
+    return y.view(*ids_TK.shape, y.shape[1]).sum(dim=1)
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 @dataclass
