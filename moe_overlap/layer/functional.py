@@ -62,8 +62,8 @@ def moe_forward(
     kept with the transport. dedup: as in MoELayer. unused_id: another id that means unused, below 0 or from E on
     (transformers uses E). zero_experts: so many ids from E on return the token itself, which is not sent. token_mask:
     bool [T], False = padding, all of whose ids are unused. weights_at: "input": experts read weight * token, and their
-    results are summed as they are (Llama4); each choice then is a row of its own, [T * K], before it is sent. transport: None for one rank; it belongs to this shape of
-    call, with deduplication of K too.
+    results are summed as they are (Llama4); each choice then is a row of its own before it is sent. transport: None for
+    one rank; it belongs to this shape of call, with deduplication of K too.
     For latent experts (see MoELayer) hidden_TD are the latents and D is their width: project before the call, and its
     result after it.
 
@@ -97,20 +97,17 @@ def _weights_at_input(
     """`moe_forward` whose rows are weight * token: one for each choice, so that each has one expert and weight 1."""
     if zero_experts:
         raise ConfigError("zero_experts", zero_experts, '0 beside weights_at="input": they return weight * token')
-    for name, value, dims in (("x", x_TD, 2), ("topk_ids", ids_TK, 2), ("topk_weights", weights_TK, 2)):
-        if not isinstance(value, torch.Tensor) or value.dim() != dims:
-            raise ConfigError(name, _shape(value), f"a tensor of {dims} dimensions")
-    if not x_TD.shape[0] == ids_TK.shape[0] == weights_TK.shape[0] or ids_TK.shape != weights_TK.shape:
-        raise ConfigError("topk_weights", _shape(weights_TK), f"[{x_TD.shape[0]}, K], as topk_ids {_shape(ids_TK)}")
+    given = (x_TD, ids_TK, weights_TK)
+    if not all(isinstance(one, torch.Tensor) and one.dim() == 2 for one in given) or not (
+        x_TD.shape[0] == ids_TK.shape[0] and ids_TK.shape == weights_TK.shape
+    ):
+        return moe_forward(*given, w_in, w_out, token_mask=token_mask, **options)  # refuses, on all ranks alike
     rows = (x_TD[:, None] * weights_TK[:, :, None].to(x_TD.dtype)).flatten(0, 1)
-    mask = None if token_mask is None else token_mask.repeat_interleave(ids_TK.shape[1])
+    if isinstance(token_mask, torch.Tensor):
+        token_mask = token_mask.repeat_interleave(ids_TK.shape[1], dim=0)
     ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=rows.device)
-    y = moe_forward(rows, ids_TK.reshape(-1, 1), ones, w_in, w_out, token_mask=mask, **options)
+    y = moe_forward(rows, ids_TK.reshape(-1, 1), ones, w_in, w_out, token_mask=token_mask, **options)
     return y.view(*ids_TK.shape, y.shape[1]).sum(dim=1)
-
-
-def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 @dataclass
