@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -108,18 +107,17 @@ def test_an_adapter_on_the_experts(tmp_path):
 def _two(folder, out):
     import torch.distributed as dist
 
-    rank, size = dist.get_rank(), dist.get_world_size()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT="1")  # fmt: skip
-    ours.register(schedule="chunked(2)")
-    model = MODELS["qwen3_moe"].from_pretrained(
-        folder, experts_implementation="moe_overlap", attn_implementation="eager",
-        distributed_config=ours.expert_parallel(),
-    )  # fmt: skip
-    found = trained(model, Path(out))
-    return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).numpy() for name, value in found.items()
-    }
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with pytest.MonkeyPatch.context() as patch:  # accelerate asks the environment, as torchrun would have set it
+        for name, value in launched.items():
+            patch.setenv(name, value)
+        ours.register(schedule="chunked(2)")
+        options = {"experts_implementation": "moe_overlap", "attn_implementation": "eager"}
+        model = MODELS["qwen3_moe"].from_pretrained(folder, distributed_config=ours.expert_parallel(), **options)
+        found = trained(model, Path(out))
+    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in found.items()}
+    return {name: value.numpy() for name, value in whole.items()}
 
 
 def test_the_trainer_on_two_ranks(tmp_path):
