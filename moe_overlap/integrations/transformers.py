@@ -86,11 +86,17 @@ def check(model: nn.Module) -> dict[str, Recipe]:
     for name, module in model.named_modules():
         if all(hasattr(module, flag) for flag in FLAGS):
             found[name] = _recipe(module)
-        elif type(module).__name__.endswith("Experts") and next(module.parameters(recurse=False), None) is not None:
+        elif _has_experts(module):
             raise refusal(module, "experts with transformers' experts interface (@use_experts_implementation)")
     if not found:
         raise refusal(model, "a model with experts that have transformers' experts interface")
     return found
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """By the name of its class: routed experts that cannot be switched. Shared ones are dense."""
+    name = type(module).__name__
+    return name.endswith("Experts") and "Shared" not in name and next(module.parameters(), None) is not None
 
 
 def use(model: Any) -> Any:

@@ -72,7 +72,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
     value at most), and are computed in float32. None: as they are.
-    capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits, and what else a LinearRouter takes (renormalize,
+    aux_loss_coef, balance, bad_logits, and what else a LinearRouter takes (capacity_factor, z_loss_coef, renormalize,
     scale, n_group, ...): see there (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step), or "static": fixed shapes, no read by the host, for
     CUDA graphs; rows that do not fit raise CapacityExceeded at the next call (see docs/design.md, "Fixed shapes"). All
@@ -113,9 +113,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         shared_expert_size: int | None = None,
         latent_size: int | None = None,
         payload_dtype: torch.dtype | None = None,
-        capacity_factor: float | None = None,
         aux_loss_coef: float = 0.0,
-        z_loss_coef: float = 0.0,
         balance: str = "micro",
         bad_logits: str = "raise",
         transport: Transport | None = None,
@@ -136,16 +134,14 @@ class MoELayer(Static, Copies, Routes, Chooses):
         static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,
                                 dispatcher=dispatcher)  # fmt: skip
         factory = assembly.factory_of(experts, device, dtype)
-        options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
-                   "balance": balance, "bad_logits": bad_logits}  # fmt: skip
+        options = {"aux_loss_coef": aux_loss_coef, "balance": balance, "bad_logits": bad_logits} | router_options
         self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
                                                            timeout_s=timeout_s, device=device)  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
         # First among the parameters, as before the experts were a module, since states of optimizers go by position;
         # built last, since random numbers are drawn for the router first.
         self.add_module("experts", None)
-        self.router = assembly.make_router(router, hidden_size, num_experts, top_k,
-                                           options | router_options, factory)  # fmt: skip
+        self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
         self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
                                                          factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)

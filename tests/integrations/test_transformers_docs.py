@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ pytest.importorskip("transformers")
 
 from tests.test_docs import blocks, promised, run
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "transformers.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "transformers.md").read_text()
 
 
 def test_the_programs_run_one_after_the_other(tmp_path, monkeypatch, capsys):
@@ -24,7 +26,8 @@ def test_the_programs_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     program = tmp_path / "two.py"
     program.write_text(second)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                           timeout=200)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == promised(second) * 2
     assert (tmp_path / "saved" / "model.safetensors").exists()

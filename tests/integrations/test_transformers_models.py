@@ -104,7 +104,9 @@ def _train(folder, schedule):
     return {name: value.numpy() for name, value in found.items()}, held, equal
 
 
-@pytest.mark.parametrize(("family", "schedule"), [("qwen3_moe", "chunked(2)"), ("qwen3_moe", "auto"), ("gpt_oss", "serial")])
+@pytest.mark.parametrize(
+    ("family", "schedule"), [("qwen3_moe", "chunked(2)"), ("qwen3_moe", "auto"), ("gpt_oss", "serial")]
+)
 def test_two_ranks_are_one_process_with_both_batches(tmp_path, family, schedule):
     folder = tmp_path / family
     save(model_of(family), folder)

@@ -138,11 +138,11 @@ def test_the_pooled_loss_is_that_of_transformers():
         attention = None if token_mask is None else token_mask[None].long()
         plain = tuple(x @ router.weight.T for router, x in zip(routers, xs, strict=True))
         want = theirs(plain, E, K, attention)
-        torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(loss, want, rtol=1e-6, atol=0, check_dtype=False)  # theirs is float32
         parameters = [router.weight for router in routers]
         got, wanted = torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters)
         for one, other in zip(got, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 
 def test_the_pooled_loss_of_one_layer_is_k_times_the_micro_loss():
