@@ -26,8 +26,8 @@ def test_the_programs_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     program = tmp_path / "two.py"
     program.write_text(second)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
-    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                           timeout=200)  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == promised(second) * 2
     assert (tmp_path / "saved" / "model.safetensors").exists()
