@@ -7,6 +7,8 @@ change that makes this time less: the expert with the most tokens per slot gets 
 most, in a slot that is free or that the rank's expert with the fewest tokens per slot, of those with another slot,
 gives up. Migrations then change slots of two ranks where that makes the exchange of gradients cheaper and no rank slower
 than the slowest was.
+
+Where the most loaded expert cannot be helped, the next one is tried, since the slowest rank may be another's.
 """
 
 from __future__ import annotations
@@ -99,23 +101,20 @@ def _expansion(flow: Flow, homes: np.ndarray) -> Change | None:
     per_slot = flow.load / count
     now_s = flow.rank_s
     cold = _coldest(flow, homes, per_slot)
-    slowest = int(now_s.argmax())
-    here = np.nonzero(flow.slots[slowest])[0]
-    for hot in here[np.argsort(-per_slot[here], kind="stable")].tolist():
-        best: tuple[float, float, Change] | None = None
+    for hot in np.argsort(-per_slot, kind="stable").tolist():
+        best: tuple[float, Change] | None = None
         for rank in np.nonzero(flow.slots[:, hot] == 0)[0].tolist():
             change = [(hot, _with(flow.slots[:, hot], rank, 1))]
             if flow.slots[rank].sum() >= flow.room[rank]:
                 shrunk = cold.get(rank)
-                if shrunk is None or shrunk == hot:
+                if shrunk is None or shrunk == hot or per_slot[shrunk] >= per_slot[hot]:
                     continue
                 change.append((shrunk, _with(flow.slots[:, shrunk], rank, -1)))
-            seconds = _changed_s(flow, now_s, change)
-            entry = float(seconds.max()), float(seconds[rank])
-            if best is None or entry < best[:2]:
-                best = *entry, change
-        if best is not None and best[0] < now_s[slowest]:
-            return best[2]
+            seconds = float(_changed_s(flow, now_s, change).max())
+            if best is None or seconds < best[0]:
+                best = seconds, change
+        if best is not None and best[0] < now_s.max():
+            return best[1]
     return None
 
 
