@@ -1,7 +1,7 @@
 """`moe-overlap place`: what planners would make of a trace of loads: balance, what has to move, predicted step times.
 
-Nothing is run. The placement before has every expert once, in order. Each planner sees the mean of the first half of the
-trace and is judged on the second half, whose steps it has not seen.
+Nothing is run. The placement before has every expert once, in order. Each planner sees the sum of the first half of
+the trace and is judged on the second half, whose steps it has not seen.
 """
 
 from __future__ import annotations

@@ -21,7 +21,12 @@ def search(
     last_s: Sequence[float] = ...,
 ) -> list[tuple[float, bool, list[int], list[int]]]: ...
 def eplb(
-    loads: Sequence[Sequence[float]], slots: Sequence[int], homes: Sequence[int], nodes: int, groups: int, distinct: bool
+    loads: Sequence[Sequence[float]],
+    slots: Sequence[int],
+    homes: Sequence[int],
+    nodes: int,
+    groups: int,
+    distinct: bool,
 ) -> list[list[int]]: ...
 def proportional(
     loads: Sequence[Sequence[float]], slots: Sequence[int], homes: Sequence[int], contiguous: bool

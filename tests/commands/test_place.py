@@ -66,7 +66,8 @@ def test_a_bad_trace_is_one_line(text, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "flag"),
-    [(["--planners", "best"], "--planners"), (["--planners", ","], "--planners"), (["--ranks-per-node", "3"], "--ranks-per-node"),
+    [(["--planners", "best"], "--planners"), (["--planners", ","], "--planners"),
+     (["--ranks-per-node", "3"], "--ranks-per-node"),
      (["--slots", "1"], "--slots"), (["--budget", "-2"], "--budget"), (["--routing", "x"], "--trace")],
 )  # fmt: skip
 def test_a_bad_option_is_named(words, flag, tmp_path, capsys):
