@@ -260,7 +260,7 @@ class Endpoint(Speaker):
         try:
             if self._gathers:
                 slots = self._header.num_slots
-                return agree_on(said, rank=self.rank, num_slots=slots, placement=record.placement)
+                return agree_on(said, rank=self.rank, num_slots=slots, seats=record.seats)
             mine = Exchanged(record, compare(said, rank=self.rank), rank=self.rank)
             mine.hear(self._to_each(mine.parts(), where))
             return mine.plan(*self._reduced(mine.sums(), mine.most(), where))
