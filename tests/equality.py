@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_overlap import MoELayer, ShortcutBlock
 from moe_overlap.agreement.seats import seats_of
-from moe_overlap.placement import Placement
+from moe_overlap.placement import LocalFirst, Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import agree_ahead, chunked, serial, shared_expert, tap_of_position
 from moe_overlap.transport.base import Transport
@@ -42,7 +42,36 @@ def _permuted(experts: int, world: int) -> Placement:
     return Placement(experts, experts, world, tuple((3 * i + 2) % experts for i in range(experts)))
 
 
-PLACEMENTS = {"identity": Placement.identity, "permuted": _permuted}
+def _uneven(experts: int, world: int) -> Placement:
+    """Most experts on the last rank, none on the first of more than two."""
+    first = [[] if world > 2 and rank == 0 else [rank] for rank in range(world - 1)]
+    taken = {expert for one in first for expert in one}
+    return Placement.of_ranks([*first, [expert for expert in range(experts) if expert not in taken][::-1]])
+
+
+def _copied(experts: int, world: int) -> Placement:
+    """Each rank has its experts, and the first one of the next rank; expert 0 is everywhere."""
+    each = experts // world
+    own = [[*range(rank * each, (rank + 1) * each)] for rank in range(world)]
+    more = [sorted({(rank + 1) % world * each, 0} - {rank * each}) for rank in range(world)]
+    homes = [expert // each for expert in range(experts)]
+    return Placement.of_ranks([b + a for a, b in zip(own, more, strict=True)], homes=homes)
+
+
+def _local(experts: int, world: int) -> Placement:
+    """The uneven one with copies of the last rank's first two experts on all ranks but one, tokens to the own rank."""
+    plain = _uneven(experts, world)
+    ranks = plain.experts_of_ranks()
+    hot = ranks[-1][:2]
+    placed = [[*one, *hot] for one in ranks[: world - 1]]
+    if world > 2:
+        placed[1] = ranks[1]
+    homes = list(plain.home_ranks)
+    return Placement.of_ranks([*placed, ranks[-1]], homes=homes, selector=LocalFirst())
+
+
+PLACEMENTS = {"identity": Placement.identity, "permuted": _permuted, "uneven": _uneven, "copied": _copied,
+              "local": _local}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, of_rank
 from moe_overlap.agreement.node_counts import NodeCounts, impossible, parts_of
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import DEDUP, PHASES, RECORD_FIELDS, StepRecord, compare, record_words
-from moe_overlap.agreement.seats import Seats
+from moe_overlap.agreement.seats import Seats, StepRule, seats_of_step
 from moe_overlap.errors import PlanMismatch
 
 
-def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats | None = None) -> ExchangePlan:
+def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats | None = None,
+             rule: StepRule | None = None) -> ExchangePlan:  # fmt: skip
     """The plan that follows from the gathered records, int64 [W, n] on the CPU: words of `StepRecord.to_tensor`, behind
-    which there may be anything. num_slots: of the header, those that tables have; `seats`: None: expert i in slot i.
+    which there may be anything. num_slots: of the header, those that tables have; `seats`: None: expert i in slot i;
+    `rule`: which are in their place in this step.
 
     Every rank calls this with the same data and so comes to the same end: the plan, or the same error. Raises
     ConfigError where a rank refused the step, PlanMismatch where the ranks differ or a count cannot be.
@@ -37,6 +39,10 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats |
     said = records.numpy()[:, len(RECORD_FIELDS) : words].copy().view(np.int32).astype(np.int64)
     logical, ends, of_nodes = np.split(said, [BLOCKS * experts, said.shape[1] - BLOCKS * nodes], axis=1)
     logical = logical.reshape(world_size, BLOCKS, experts)
+    kept = True
+    if rule is not None and seats is not None:
+        base, seats = seats, seats_of_step(rule, logical, seats)
+        kept = seats is base
     tables = [logical if seats is None else seats.counts(logical, range(world_size))]
     tables += list(ends.reshape(world_size, -1, BLOCKS, num_slots).swapaxes(0, 1)) if ends.size else []
     bad = _impossible(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
@@ -46,7 +52,8 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats |
         bad |= impossible(*both)
         node_rows = NodeCounts.of(*both, rank)
     _require_possible(np.nonzero(bad)[0], column, rank)
-    return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows, seats=seats)
+    return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows, seats=seats,
+                 kept=kept)  # fmt: skip
 
 
 class Exchanged:
@@ -148,6 +155,7 @@ def _nodes(column: dict[str, np.ndarray]) -> int:
 def _plan(
     column: dict[str, np.ndarray], tables: list[Counts], *, rank: int, node_rows: NodeCounts | None,
     seats: Seats | None,
+    kept: bool = True,
 ) -> ExchangePlan:  # fmt: skip
     phase = int(column["phase"][0])
     return ExchangePlan(
@@ -164,6 +172,7 @@ def _plan(
         ranks_per_node=int(column["ranks_per_node"][0]),
         node_rows=node_rows,
         seats=seats,
+        copies_kept=kept,
         weight_versions=tuple(column["weight_version"].tolist()),
         weights_require_grad=bool(column["weights_require_grad"].any()),
     )

@@ -47,7 +47,8 @@ class ExchangePlan:
     see `DEDUP` in `record.py`; with "on", `first` and `last` count the rows of block b of rank w, one for each (token,
     rank) pair, at the lowest and at the highest slot that the token chose on that rank. `ranks_per_node`: so many ranks
     in a row share a node, 0 where that is not known; `node_rows`: the (token, node) pairs, where a row crosses to each
-    node once. `seats`: where the experts are in this step (None: expert i in slot i); `weight_versions`: of each rank's
+    node once. `seats`: where the experts are in this step (None: expert i in slot i); `copies_kept`: those of
+    the layer, whose copies outlive the step while they are valid; `weight_versions`: of each rank's
     expert weights, numbers that change with them; `weights_require_grad`: whether any rank's gradients are wanted.
     """
 
@@ -64,6 +65,7 @@ class ExchangePlan:
     ranks_per_node: int = 0
     node_rows: NodeCounts | None = None
     seats: Seats | None = None
+    copies_kept: bool = True
     weight_versions: tuple[int, ...] = ()
     weights_require_grad: bool = False
 

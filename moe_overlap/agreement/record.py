@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.seats import Seats
+from moe_overlap.agreement.seats import Seats, StepRule
 from moe_overlap.errors import ConfigError, PlanMismatch
 
 PHASES = ("forward", "recompute")
@@ -93,7 +93,8 @@ class StepRecord:
     router_state: a digest of what the routers of all ranks must have in common (0: nothing). caller: which of those
     that share a transport, copies of one layer for example. weight_version: of this rank's expert weights, a number
     that changes with them, where others have copies of them; weights_require_grad: whether their gradients are wanted.
-    Not sent, but equal on all ranks: seats (None: expert i in slot i) and nodes, the node of
+    Not sent, but equal on all ranks: seats (None: expert i in slot i), rule (which seats
+    are in their place, once the counts are known) and nodes, the node of
     each rank (None: each has its own).
     """
 
@@ -124,6 +125,7 @@ class StepRecord:
     node_rows: torch.Tensor | None = None
     caller: int = 0
     seats: Seats | None = None
+    rule: StepRule | None = None
     nodes: tuple[int, ...] | None = None
 
     @property
@@ -146,7 +148,7 @@ class StepRecord:
 RECORD_FIELDS: tuple[str, ...] = tuple(
     field.name
     for field in fields(StepRecord)
-    if field.name not in ("counts", "first", "last", "node_rows", "caller", "seats", "nodes")
+    if field.name not in ("counts", "first", "last", "node_rows", "caller", "seats", "rule", "nodes")
 )
 # What each rank says of itself; the other fields must be equal on all ranks.
 OWN_FIELDS = ("status", "status_value", "x_requires_grad", "weight_version", "weights_require_grad")

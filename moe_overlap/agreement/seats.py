@@ -9,11 +9,13 @@ row goes. Where every slot is a home and all ranks have as many, seats are the s
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 
 
@@ -72,7 +74,8 @@ class Seats:
         if self.are_slots and self.placement.is_identity:
             return ids_TK
         outside = (ids_TK < -1) | (ids_TK >= self.num_experts)
-        slots_TK = self.placement.to_physical(ids_TK.masked_fill(outside, -1))
+        inside_TK = ids_TK.masked_fill(outside, -1)
+        slots_TK = self.placement.to_physical(inside_TK, source=rank, blocks=BLOCKS)
         if not self._as_slots:
             table = _seat_table(self, ids_TK.device)
             slots_TK = table[slots_TK.long()].to(ids_TK.dtype)
@@ -97,6 +100,31 @@ class Seats:
     def _copy_in(self, slot: int) -> Copy:
         expert = self.placement.slot_to_expert[slot]
         return Copy(home=self.placement.rank_of_slot(self.placement.home_slots[expert]), expert=expert)
+
+
+class StepRule(Protocol):
+    """Where the experts are in a step, decided when its counts are known. The homes are those of the layer's own
+    placement; copies that it has not are fetched for this step alone."""
+
+    @property
+    def digest(self) -> int:
+        """Equal on all ranks that decide alike."""
+
+    def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
+        """counts: int64 [W, BLOCKS, E], of each rank's choices, by logical expert; base: the layer's placement. A pure
+        function of both, as each rank, and a recompute, calls it by itself."""
+
+
+def seats_of_step(rule: StepRule, counts: np.ndarray, base: Seats) -> Seats:
+    """The seats that a rule decides on. Raises ConfigError where it would move a home."""
+    placement = rule(counts, base.placement)
+    if placement is base.placement:
+        return base
+    seats = seats_of(placement)
+    if seats.homes != base.homes:
+        given = f"a placement with the homes {seats.homes}"
+        raise ConfigError("rule", given, f"{base.homes}, those of the layer: migrate() moves homes")
+    return seats
 
 
 @lru_cache(maxsize=256)

@@ -127,6 +127,8 @@ def make_placement(dispatcher: Dispatcher | None, given: Placement | None, num_e
     if (placement.num_experts, placement.world_size) != (num_experts, ranks):
         text = f"{placement.num_experts} experts on {placement.world_size} rank(s)"
         raise ConfigError(field, text, f"{num_experts} experts on {ranks} rank(s)")
+    if ranks == 1 and placement.has_replicas:
+        raise ConfigError(field, "several slots of an expert on one rank", "one of each: a copy is for another rank")
     return placement
 
 

@@ -57,15 +57,6 @@ class Placement:
     def is_identity(self) -> bool:
         return self.slot_to_expert == tuple(range(self.num_experts))
 
-    @property
-    def home_slots(self) -> tuple[int, ...]:
-        """[E]: the slot of each expert's parameters."""
-        return tuple(self.slot_to_expert.index(expert) for expert in range(self.num_experts))
-
-    @property
-    def digest(self) -> tuple[int, ...]:
-        return self.slot_to_expert
-
     def rank_of_slot(self, slot: int) -> int:
         if not 0 <= slot < self.num_slots:
             raise ConfigError("slot", slot, f"a slot from 0 to {self.num_slots - 1}")

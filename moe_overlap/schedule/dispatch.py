@@ -12,7 +12,7 @@ from moe_overlap.agreement.counts import BLOCKS, MOST, Said, block_counts, block
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
 from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
-from moe_overlap.agreement.seats import Seats, seats_of
+from moe_overlap.agreement.seats import Seats, StepRule, seats_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import Schedules
@@ -64,7 +64,8 @@ class Dispatcher:
     """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
     opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too.
     `dedup`: a position in `record.DEDUP`; `ranks_per_node`: so many ranks in a row share a node (0: not known);
-    `hierarchical`: one row for each (token, node) crosses nodes."""
+    `hierarchical`: one row for each (token, node) crosses nodes. `copy_store`: the copies that this rank has of other
+    ranks' experts; `rule`: which copies there are in a step, decided when its counts are known."""
 
     transport: Transport
     placement: Placement
@@ -84,6 +85,7 @@ class Dispatcher:
     hierarchical: bool = False
     copy_store: CopyStore = field(default_factory=CopyStore)
     weights_require_grad: bool = False
+    rule: StepRule | None = None
     _seats: Seats | None = field(default=None, init=False, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Dispatcher:
@@ -158,7 +160,7 @@ class Dispatcher:
 
     def look_at_weights(self, *weights: torch.Tensor) -> None:
         """This rank's expert weights as a call reads them, where others have copies of them."""
-        if not torch.compiler.is_compiling() and self.seats.has_copies:
+        if not torch.compiler.is_compiling() and (self.seats.has_copies or self.rule is not None):
             self.copy_store.look_at(*weights)
             self.weights_require_grad = any(weight.requires_grad for weight in weights)
 
@@ -228,7 +230,12 @@ class Dispatcher:
             top_k=self.top_k,
             placement_epoch=self.placement.epoch,
             config_digest=digest(
-                self.activation, self.bad_logits, self.ffn_hidden, self.placement.digest, self.payload_dtype
+                self.activation,
+                self.bad_logits,
+                self.ffn_hidden,
+                self.placement.digest,
+                self.payload_dtype,
+                0 if self.rule is None else self.rule.digest,
             ),
             schedule_digest=schedule.digest,
             counts=tables[0],
@@ -242,7 +249,8 @@ class Dispatcher:
             weight_version=self.copy_store.version,
             weights_require_grad=int(grad and self.weights_require_grad),
             caller=self.caller,
-            seats=None if self.seats.are_slots and self.placement.is_identity else self.seats,
+            seats=None if self.seats.are_slots and self.placement.is_identity and self.rule is None else self.seats,
+            rule=self.rule,
             nodes=nodes_of(self.transport),
         )
 

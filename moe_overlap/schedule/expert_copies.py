@@ -55,13 +55,12 @@ class StepCopies:
         self.fetch = copy_plan(exchange, wanted, groups)
         self.fetches = any(wanted)
         mine = self.seats.copies[self.rank]
-        if not self.fetches:
-            weights.copied = store.held
-        elif mine:
-            weights.copied = self._new_buffers(len(mine))
+        if mine:
+            as_kept = not self.fetches and store.experts == tuple(one.expert for one in mine)
+            weights.copied = store.held if as_kept else self._new_buffers(len(mine))
         self._waiting = groups
         if not self.fetches:
-            store.book.hold(exchange, weights.w_in.dtype)
+            self._keep()
 
     @property
     def layout(self) -> RowLayout:
@@ -87,9 +86,14 @@ class StepCopies:
                         target[place].copy_(part[arrived[one.expert]])
         self._waiting -= 1
         if not self._waiting:
-            self._store.book.hold(self._exchange, w.w_in.dtype)
+            self._keep()
+
+    def _keep(self) -> None:
+        """All copies are here: those of the layer's own placement are kept."""
+        if self._exchange.copies_kept:
+            self._store.book.hold(self._exchange, self._weights.w_in.dtype)
             self._store.experts = tuple(one.expert for one in self.seats.copies[self.rank])
-            self._store.held = w.copied
+            self._store.held = self._weights.copied
 
     def _new_buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Buffers for all copies, with those in them that are valid still."""
