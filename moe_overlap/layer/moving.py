@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
@@ -64,6 +65,23 @@ def migrate(model: nn.Module, placement: Placements, optimizers: Optimizer | Seq
         moved[layer.experts] = layer.dispatcher.placement = new
         layer.dispatcher.copy_store.forget()
     return sent
+
+
+@contextmanager
+def experts_in_order(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] = ()) -> Iterator[None]:
+    """For as long as it lasts expert i is at home where `Placement.identity` has it, as checkpoints of
+    torch.distributed.checkpoint want it: save or load the model and its optimizers in here, whatever the placement and
+    the number of ranks. Then everything goes back (`migrate`, both ways), also where the body raised on all ranks.
+
+    Collective. Raises as `migrate` does.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    before = [layer.dispatcher.placement for layer in layers]
+    migrate(model, [Placement.identity(one.num_experts, one.world_size) for one in before], optimizers)
+    try:
+        yield
+    finally:
+        migrate(model, before, optimizers)
 
 
 def _move(layer: MoELayer, new: Placement, optimizers: list[Optimizer]) -> int:
