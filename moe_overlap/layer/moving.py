@@ -64,6 +64,7 @@ def migrate(model: nn.Module, placement: Placements, optimizers: Optimizer | Seq
             sent += _move(layer, new, given)
         moved[layer.experts] = layer.dispatcher.placement = new
         layer.dispatcher.copy_store.forget()
+        layer.dispatcher.copy_store.trust(layer.experts.parameters())
     return sent
 
 
@@ -124,6 +125,8 @@ def _check(layer: MoELayer, new: Placement) -> None:
         raise ConfigError("placement", given, f"{old.num_experts} experts on {old.world_size} rank(s)")
     if old.world_size == 1 and new.has_replicas:
         raise ConfigError("placement", "several slots of an expert on one rank", "one of each")
+    if layer.dispatcher.hierarchical and seats_of(new).has_copies:
+        raise ConfigError("placement", "copies of experts", "none beside hierarchical exchanges")
     if is_static(layer.dispatcher):
         raise ConfigError("mode", "static", "'host': fixed shapes have one placement")
     wide, was = seats_of(new).width, layer.dispatcher.seats.width
