@@ -63,6 +63,8 @@ EXECUTOR = {
     "schedule/nodes.py": set(),
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
+    "schedule/weights.py": {"ops"},
+    "schedule/expert_copies.py": {"ops"},
     "schedule/static_dispatch.py": {"transport", "ops"},
     "schedule/static_rows.py": {"ops"},
     "schedule/static_word.py": {"transport"},
