@@ -313,6 +313,7 @@ class LinearRouter(ExpertMask):
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
         if self.locality is not None and nodes is not None and mu != 0.0:
-            there = locality_loss(probs_TE, nodes, smoothing=self.locality.smoothing, valid_T1=valid_T1)
+            there = locality_loss(probs_TE, nodes, smoothing=self.locality.smoothing, valid_T1=valid_T1,
+                                  masked_E=self.masked_experts_E)  # fmt: skip
             loss = loss + mu * there
         return loss, rest
