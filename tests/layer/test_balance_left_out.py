@@ -1,5 +1,5 @@
 """Balance beside everything that is counted and not dispatched, or not counted at all: variable k, zero-computation
-experts, masked experts, padding, refused tokens, capacity. The loss over all ranks, and the biases of loss-free balance,
+experts, masked experts, padding, refused tokens, capacity. The loss over all ranks and the biases of loss-free balance
 are those of one process that has all tokens; ranks are uneven, one has no token, one has padding alone."""
 
 from __future__ import annotations
