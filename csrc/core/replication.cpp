@@ -86,6 +86,13 @@ class Decider {
       if (i >= static_cast<size_t>(load.experts)) given_.next[static_cast<size_t>(end)] = static_cast<int64_t>(i);
       end = static_cast<int64_t>(i);
     }
+    for (const PhaseCosts& phase : load.phases) {
+      row_s_ += phase.row_s;
+      for (size_t wire = 0; wire < kWires; ++wire) {
+        crossing_s_[wire] += 2.0 * phase.exchange[wire].beta_s;
+        copy_s_[wire] += phase.copy[wire].beta_s;
+      }
+    }
     order_.resize(ranks);
     std::iota(order_.begin(), order_.end(), size_t{0});
     std::stable_sort(order_.begin(), order_.end(),
@@ -295,11 +302,8 @@ class Decider {
       const int64_t own = std::min(count(to, seat.expert), moved);
       const size_t wire = lane(seat.rank, to);
       const size_t copied = lane(home, to);
-      double gain_s = 0;
-      for (const PhaseCosts& phase : load_.phases) {
-        gain_s += phase.row_s * static_cast<double>(moved) +
-                  2.0 * phase.exchange[wire].beta_s * static_cast<double>(own) - phase.copy[copied].beta_s;
-      }
+      const double gain_s =
+          row_s_ * static_cast<double>(moved) + crossing_s_[wire] * static_cast<double>(own) - copy_s_[copied];
       if (best < 0 || gain_s > best_gain_s) {
         best = to;
         best_gain_s = gain_s;
@@ -309,6 +313,9 @@ class Decider {
   }
 
   const Load& load_;
+  double row_s_ = 0;  // of all phases: a row's compute, its crossings, and a copy, by wire
+  std::array<double, kWires> crossing_s_{};
+  std::array<double, kWires> copy_s_{};
   std::vector<std::vector<size_t>> of_rank_;  // the given seats on a rank
   std::vector<size_t> order_;                 // ranks, the fullest first
   Seats given_;

@@ -212,6 +212,9 @@ def _best_rank(
     expert, rank, rows = seats[i]
     home = load.seats[expert][1]
     taken = {seat[1] for seat in seats if seat[0] == expert}
+    row_s = sum(phase.row_s for phase in phases)
+    crossing_s = [sum(2.0 * phase.exchange[lane].beta_s for phase in phases) for lane in (INTER, INTRA)]
+    copy_s = [sum(phase.copy[lane].beta_s for phase in phases) for lane in (INTER, INTRA)]
     best, best_gain_s = -1, 0.0
     for to in range(len(loads)):
         room = target - loads[to]
@@ -220,9 +223,7 @@ def _best_rank(
         moved = min(rows, loads[rank] - target, room)
         own = min(int(load.counts[to, expert]), moved)
         lane, copied = _lane(rank, to, load.ranks_per_node), _lane(home, to, load.ranks_per_node)
-        gain_s = 0.0
-        for phase in phases:
-            gain_s += phase.row_s * moved + 2.0 * phase.exchange[lane].beta_s * own - phase.copy[copied].beta_s
+        gain_s = row_s * moved + crossing_s[lane] * own - copy_s[copied]
         if best < 0 or gain_s > best_gain_s:
             best, best_gain_s = to, gain_s
     return best
