@@ -101,6 +101,11 @@ class LastCall:
         of the layer has no watchers."""
         self._left.watchers.append(watcher)
 
+    def forget_copies(self) -> None:
+        """Fetch the weights of this layer's copies anew in the next step; on all ranks alike. For expert weights that
+        were written where torch does not see it, through `.data`."""
+        self.dispatcher.copy_store.forget()
+
     @property
     def _last_step(self) -> LastStep | None:
         return self._left.last
