@@ -273,7 +273,8 @@ class Decider {
         stuck[static_cast<size_t>(largest)] = true;
         continue;
       }
-      const int64_t moved = std::min({seats.all[from].rows, seats.loads[rank] - target,
+      const int64_t own = count(to, seats.all[from].expert);
+      const int64_t moved = std::min({seats.all[from].rows, std::max(seats.loads[rank] - target, own),
                                       target - seats.loads[static_cast<size_t>(to)]});
       seats.append(seats.all[from].expert, to);
       --seats.spare[static_cast<size_t>(to)];
@@ -298,7 +299,7 @@ class Decider {
       const auto place = static_cast<size_t>(to);
       const int64_t room = target - seats.loads[place];
       if (seats.spare[place] < 1 || room < 1 || taken[place]) continue;
-      const int64_t moved = std::min({seat.rows, excess, room});
+      const int64_t moved = std::min({seat.rows, std::max(excess, count(to, seat.expert)), room});
       const int64_t own = std::min(count(to, seat.expert), moved);
       const size_t wire = lane(seat.rank, to);
       const size_t copied = lane(home, to);

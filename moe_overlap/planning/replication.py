@@ -6,7 +6,8 @@ other, and wins unless another one is faster by `margin`.
 A candidate is a target: the most rows that a rank may compute. Ranks above it, the fullest first, hand rows to seats of
 the same expert elsewhere, then, their largest expert first, to new copies on ranks that have a slot and room left. The
 place of a copy is the one with the largest gain: the rows it takes over, those of its own tokens that need not cross
-then, less the copy itself. Targets lie between the mean and the fullest rank, denser near the mean, where the number of
+then, less the copy itself. It takes the rows above the target, or all of its rank's own if these are more. (A copy for the
+wire's sake alone, from a rank below every target, is never made.) Targets lie between the mean and the fullest rank, denser near the mean, where the number of
 copies grows (12, and 4 more around the best). Each is priced exactly: rows of every rank, rows that leave and enter each
 rank on both wires, copies that leave and enter it. Among an expert's seats, rows stay on their rank first, then on their
 node (`split_rows`).
@@ -196,7 +197,8 @@ def _to_copies(
         if to < 0:
             stuck.add(i)
             continue
-        moved = min(seats[i][2], loads[rank] - target, target - loads[to])
+        wanted = int(load.counts[to, seats[i][0]])
+        moved = min(seats[i][2], max(loads[rank] - target, wanted), target - loads[to])
         seats.append([seats[i][0], to, 0])
         spare[to] -= 1
         made += 1
@@ -220,8 +222,9 @@ def _best_rank(
         room = target - loads[to]
         if spare[to] < 1 or room < 1 or to in taken:
             continue
-        moved = min(rows, loads[rank] - target, room)
-        own = min(int(load.counts[to, expert]), moved)
+        wanted = int(load.counts[to, expert])
+        moved = min(rows, max(loads[rank] - target, wanted), room)
+        own = min(wanted, moved)
         lane, copied = _lane(rank, to, load.ranks_per_node), _lane(home, to, load.ranks_per_node)
         gain_s = row_s * moved + crossing_s[lane] * own - copy_s[copied]
         if best < 0 or gain_s > best_gain_s:
