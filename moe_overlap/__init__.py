@@ -15,6 +15,7 @@ from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
+from moe_overlap.layer.moving import migrate, set_placement
 from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
 from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
@@ -58,6 +59,7 @@ __all__ = [
     "load_optimizer_state_dict",
     "load_safetensors",
     "mark_experts",
+    "migrate",
     "moe_forward",
     "no_sync",
     "optimizer_state_dict",
@@ -66,4 +68,5 @@ __all__ = [
     "reopen",
     "sac_policy",
     "save_safetensors",
+    "set_placement",
 ]

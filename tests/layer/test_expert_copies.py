@@ -1,4 +1,4 @@
-"""Copies of experts on other ranks: when weights travel, what becomes of gradients, and that training stays the same."""
+"""Copies of experts on other ranks: when weights travel, where gradients go, and that training stays the same."""
 
 from __future__ import annotations
 
