@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/placement.h"
 #include "core/replication.h"
 #include "core/search.h"
 #include "core/simulate.h"
@@ -95,4 +96,25 @@ PYBIND11_MODULE(_planner, module) {
   module.def("decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
              py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),
              "(left_s, predicted_s, left, seats (expert, rank, rows)): leave rows, move them, or copy experts.");
+  using Ints = std::vector<int64_t>;
+  module.def(
+      "eplb",
+      [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, int64_t nodes, int64_t groups,
+         bool distinct) {
+        std::vector<Ints> found;
+        for (auto& load : loads) found.push_back(moe_overlap::eplb({std::move(load), slots, homes}, nodes, groups, distinct));
+        return found;
+      },
+      py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("nodes"), py::arg("groups"), py::arg("distinct"),
+      "The experts of all slots, rank by rank, for each of the loads.");
+  module.def(
+      "proportional",
+      [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, bool contiguous) {
+        std::vector<Ints> found;
+        for (auto& load : loads) found.push_back(moe_overlap::proportional({std::move(load), slots, homes}, contiguous));
+        return found;
+      },
+      py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("contiguous"),
+      "The experts of all slots, rank by rank, for each of the loads.");
+  module.def("assign", &moe_overlap::assign, py::arg("cost"), "The column of each row with the least sum of costs.");
 }
