@@ -1,7 +1,7 @@
 """Copies of experts for one step, decided when its counts are known: `planning.replication` as a rule of the layer.
 
-Every rank decides by itself from the agreed counts and from costs that are equal on all ranks (`digest`, compared in the
-step's record), and so does a recompute.
+Every rank decides by itself from the agreed counts and from costs that are equal on all ranks (`digest`, compared in
+the step's record), and so does a recompute.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ReplicationRule:
     """A `StepRule`: leave rows at the layer's own slots, move them among these, or copy experts for this step.
 
     phases: what is paid for a step, forward alone or both (`costs_of`). spare: slots for copies on each rank, beside
-    those of the layer's placement. `last`: the decision of the last call, for whoever asks.
+    those of the layer's placement. `last`: the decision of the last call, for whoever asks, and `seats_before` it.
     """
 
     phases: Sequence[PhaseCosts]
@@ -52,6 +52,7 @@ class ReplicationRule:
     most_copies: int | None = None
     margin: float = MARGIN
     last: Decision | None = field(default=None, init=False)
+    seats_before: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.spare < 0:
@@ -60,12 +61,19 @@ class ReplicationRule:
     @cached_property
     def digest(self) -> int:
         """Of everything that the decision depends on beside the counts."""
-        parts = ([phase.numbers for phase in self.phases], self.spare, self.ranks_per_node, self.most_copies, self.margin)
+        parts = (
+            [phase.numbers for phase in self.phases],
+            self.spare,
+            self.ranks_per_node,
+            self.most_copies,
+            self.margin,
+        )
         return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little") >> 1
 
     def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
         """counts: int64 [W, BLOCKS, E]; base: the layer's placement, whose homes and copies stay."""
         load = load_of(counts, base, [self.spare] * base.world_size, self.ranks_per_node)
+        self.seats_before = len(load.seats)
         self.last = decide(load, self.phases, most_copies=self.most_copies, margin=self.margin)
         return base if self.last.left else placement_of(load, self.last, base)
 

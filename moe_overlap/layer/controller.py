@@ -5,8 +5,8 @@
     optimizer.step(); optimizer.zero_grad()
     controller.step()
 
-Every rank decides by itself from counts that all have agreed on, with one planner and equal costs; the record of the next
-step compares the placements' digests, so ranks that decided differently raise PlanMismatch before a row moves.
+Every rank decides by itself from counts that all have agreed on, with one planner and equal costs; the record of the
+next step compares the placements' digests, so ranks that decided differently raise PlanMismatch before a row moves.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Leave rows where they are, move them to copies of their experts that exist, or copy experts' weights: which is fastest?
+"""Leave rows where they are, move them to copies of their experts, or copy experts' weights: which is fastest?
 
-A function of agreed integers and of calibrated costs, so that all ranks decide alike. "Leave it" is a candidate like any
-other, and wins unless another one is faster by `margin`.
+A function of agreed integers and of calibrated costs, so that all ranks decide alike. "Leave it" is a candidate like
+any other, and wins unless another one is faster by `margin`.
 
 A candidate is a target: the most rows that a rank may compute. Ranks above it, the fullest first, hand rows to seats of
 the same expert elsewhere, then, their largest expert first, to new copies on ranks that have a slot and room left. The
 place of a copy is the one with the largest gain: the rows it takes over, those of its own tokens that need not cross
-then, less the copy itself. It takes the rows above the target, or all of its rank's own if these are more. (A copy for the
-wire's sake alone, from a rank below every target, is never made.) Targets lie between the mean and the fullest rank, denser near the mean, where the number of
-copies grows (12, and 4 more around the best). Each is priced exactly: rows of every rank, rows that leave and enter each
-rank on both wires, copies that leave and enter it. Among an expert's seats, rows stay on their rank first, then on their
-node (`split_rows`).
+then, less the copy itself. It takes the rows above the target, or all of its rank's own if these are more. (A copy for
+the wire's sake alone, from a rank below every target, is never made.) Targets lie between the mean and the fullest
+rank, denser near the mean, where the number of copies grows (12, and 4 more around the best). Each is priced exactly:
+rows of every rank, rows that leave and enter each rank on both wires, copies that leave and enter it. Among an expert's
+seats, rows stay on their rank first, then on their node (`split_rows`).
 
 The compiled form (csrc/core/replication.cpp) and the reference here give the same doubles.
 """
@@ -41,7 +41,7 @@ class Load:
 
     counts: int64 [W, E], rows of each rank's tokens for each expert. seats: where they are computed as things are; the
     first E are the homes, in the order of the experts, the others copies that exist, no two of an expert on one rank.
-    spare: by rank, slots for copies beside these. `refetched`: existing copies are fetched in every step too (training).
+    spare: by rank, slots for copies beside these. `refetched`: existing copies are fetched in every step too.
     """
 
     counts: np.ndarray
@@ -263,9 +263,7 @@ def priced(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> f
     copied = [max(*copies_out[lane], *copies_in[lane]) for lane in (INTER, INTRA)]
     seconds = 0.0
     for phase in phases:
-        compute_s = max(
-            phase.row_s * rows + phase.expert_s * count for rows, count in zip(loads, hosted, strict=True)
-        )
+        compute_s = max(phase.row_s * rows + phase.expert_s * count for rows, count in zip(loads, hosted, strict=True))
         seconds += phase.window_s(compute_s, busiest, copied)
     return seconds
 

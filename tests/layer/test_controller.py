@@ -80,9 +80,7 @@ def test_homes_move_with_their_optimizer_where_a_planner_moves_them():
         layer = skewed(me)
         optimizer = torch.optim.Adam(layer.experts.parameters(), lr=0.05)
         free = PhaseCosts(row_s=1.0, exchange=(line(0.0),) * 2, copy=(line(0.0),) * 2)
-        controller = PlacementController(
-            layer, swapped, [free], optimizers=[optimizer], interval=2
-        )
+        controller = PlacementController(layer, swapped, [free], optimizers=[optimizer], interval=2)
         layer(tokens(16, me.rank)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -192,6 +190,8 @@ def test_copies_of_one_step_by_the_decision_change_no_result(schedule):
             close(a.grad, b.grad)
         placed = layer.last_events and layer.dispatcher.transport.stats.weight_bytes
         assert placed > 0
+        text = layer.explain()
+        assert "copy of an expert over inter" in text and "new copies, rows shared out anew" in text
         return rule.digest
 
     assert len(set(virtual_world(4).run(rank))) == 1

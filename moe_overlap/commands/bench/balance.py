@@ -92,17 +92,17 @@ def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
     unit = Unit(options, wires.link, sleep)
     generator = torch.Generator().manual_seed(options.seed + world.rank)
     x_TD = torch.randn(options.tokens, options.hidden, generator=generator).to(options.torch_dtype)
-    plans = planned(options, sleep, link)
-    ideals = [plan for plan in plans if plan.planner == options.planners[0]]
     found = []
     for workload in options.workloads:
         if world.rank == 0:
             print(f"{PROGRAM}: {workload}", file=sys.stderr, flush=True)
+        plans = planned(options, sleep, link, _history(options, workload))
+        ideals = [plan for plan in plans if plan.planner == options.planners[0]]
         ids_TK = _ids(options, workload, world.rank)
         even_TK = _ids(options, "balanced", world.rank)
         errors = _errors(world, unit, plans, ids_TK, x_TD)
         # Balanced routing needs no copies: the schedules of the first planner without its rule.
-        even = [Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair, rule=None) for one in ideals]
+        even = [Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair) for one in ideals]
         rows = [*((one, even_TK) for one in even), *((one, ids_TK) for one in plans)]
         times = time_rows(world, unit, rows, x_TD, sleep, options.repeats)
         found += _rows(options, world, workload, [plan for plan, _ in rows], times, [0.0] * len(even) + errors, link,
@@ -110,11 +110,20 @@ def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
     return found
 
 
-def _errors(world: World, unit: Unit, plans: Sequence[Planned], ids_TK: torch.Tensor, x_TD: torch.Tensor) -> list[float]:
+def _errors(
+    world: World, unit: Unit, plans: Sequence[Planned], ids_TK: torch.Tensor, x_TD: torch.Tensor
+) -> list[float]:
     """By how much a row's output, with real experts, differs from that of the first one without copies. Collective."""
-    alone = Planned(planner="static", schedule="serial", pair=plans[0].pair, rule=None)
+    alone = Planned(planner="static", schedule="serial", pair=plans[0].pair)
     right, _ = max_rel_err(world, unit, alone, ids_TK, x_TD, None)
     return [max_rel_err(world, unit, plan, ids_TK, x_TD, right)[1] for plan in plans]
+
+
+def _history(options: BalanceOptions, workload: str) -> np.ndarray:
+    """int64 [W, E]: the load that kept placements are made of, of the steps before the one that is timed."""
+    path = Path(options.recorded) if options.recorded else None
+    return np.sum([counts_of(workload, options.sizes, seed=options.seed, step=step, recorded=path)
+                   for step in range(STEP)], axis=0)  # fmt: skip
 
 
 def _ids(options: BalanceOptions, workload: str, rank: int) -> torch.Tensor:

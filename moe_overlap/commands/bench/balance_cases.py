@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from moe_overlap.auto.replicate import ReplicationRule, load_of
-from moe_overlap.commands.bench.balance_options import BalanceOptions
+from moe_overlap.commands.bench.balance_options import KEPT, BalanceOptions
 from moe_overlap.commands.bench.routing import ForcedRouter
 from moe_overlap.commands.bench.slept import Calibration, Slept, slept_experts
 from moe_overlap.commands.bench.timing import quiet_collector
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World
 from moe_overlap.layer.layer import MoELayer
+from moe_overlap.layer.moving import set_placement
 from moe_overlap.placement import LocalFirst, Placement
+from moe_overlap.placement.planners import Eplb, Flex, Proportional
+from moe_overlap.placement.topology import Topology
 from moe_overlap.planning.copy_costs import GRADIENT_BYTES, PhaseCosts
 from moe_overlap.planning.cost_model import AlphaBeta
 from moe_overlap.planning.replication import priced
@@ -53,7 +56,9 @@ def link_of(options: BalanceOptions) -> LinkSpec:
     wire_s = 1e-3 * options.compute_ms * options.comm_share / (1.0 - options.comm_share)
     transfer_s = wire_s - sum(EXCHANGES.values()) * 1e-6 * options.latency_us
     if transfer_s <= 0:
-        raise ConfigError("--latency-us", options.latency_us, f"less than {1e6 * wire_s / 4:.0f}: the exchanges take no longer")
+        raise ConfigError(
+            "--latency-us", options.latency_us, f"less than {1e6 * wire_s / 4:.0f}: the exchanges take no longer"
+        )
     return LinkSpec(bytes_per_s=125e3 * float(f"{sent / transfer_s / 125e3:.4g}"), latency_s=1e-6 * options.latency_us)
 
 
@@ -104,16 +109,32 @@ class ShadowRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One planner with a schedule. rule: of the layer; None: the placement stays as it is."""
+    """One planner with a schedule. rule: decides in every step; None: `kept` holds, or, where that is None too, the
+    experts' homes alone."""
 
     planner: str
     schedule: str
     pair: SchedulePair
-    rule: ReplicationRule | ShadowRule | None
+    rule: ReplicationRule | ShadowRule | None = None
+    kept: Placement | None = None
 
 
-def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec) -> list[Planned]:
-    """The rows of each workload. Shadows with exposed copies are those of a serial schedule; beside it our own."""
+def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray, forward: PhaseCosts) -> Placement:
+    """What a planner makes of the load of earlier steps, int64 [W, E], with the prices of the run; homes stay."""
+    expert = MATRICES * options.hidden * options.ffn * options.torch_dtype.itemsize
+    topology = Topology(
+        world_size=options.ranks, ranks_per_node=options.ranks_per_node, row_s=forward.row_s,
+        row_bytes=options.hidden * options.torch_dtype.itemsize, expert_bytes=expert,
+        inter_bytes_per_s=expert / forward.copy[0].beta_s,
+    )  # fmt: skip
+    planners = {"flex": Flex(), "eplb": Eplb(keep_homes=True), "proportional": Proportional(keep_homes=True)}
+    slots = options.experts // options.ranks + options.slots
+    current = Placement.identity(options.experts, options.ranks)
+    return planners[planner](history_WE, topology, slots=slots, current=current)
+
+
+def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec, history_WE: np.ndarray) -> list[Planned]:
+    """The rows of one workload. Shadows with exposed copies are those of a serial schedule; beside it our own."""
     exposed, overlapped = costs(options, sleep, link, joined=True), costs(options, sleep, link, joined=False)
     forward, backward = exposed
     shadow = ShadowRule(token_s=forward.row_s, row_s=forward.exchange[0].beta_s,
@@ -123,12 +144,13 @@ def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec) -> list
     for planner in options.planners:
         for schedule, pair in pairs.items():
             rule: ReplicationRule | ShadowRule | None = None
+            kept = kept_placement(planner, options, history_WE, forward) if planner in KEPT else None
             if planner == "replicate":
                 phases = exposed if schedule == "serial" else overlapped
                 rule = ReplicationRule(phases=phases, spare=options.slots, ranks_per_node=options.ranks_per_node)
             elif planner == "shadow":
                 rule = shadow
-            found.append(Planned(planner=planner, schedule=schedule, pair=pair, rule=rule))
+            found.append(Planned(planner=planner, schedule=schedule, pair=pair, rule=rule, kept=kept))
     return found
 
 
@@ -143,6 +165,7 @@ class Unit(nn.Module):
         wide = torch.float64 if options.torch_dtype == torch.float64 else torch.float32
         self.router = ForcedRouter(ids_TK, even.to(wide), options.experts)
         self.dense = Slept(sleep.mlp_forward_s, sleep.mlp_backward_s)
+        self.alone = Placement.identity(options.experts, options.ranks)
         self.moe = MoELayer(
             options.hidden, options.ffn, options.experts, options.top_k, router=self.router, activation="swiglu",
             schedule=serial(), transport=transport, ranks_per_node=options.ranks_per_node, dtype=options.torch_dtype,
@@ -152,9 +175,14 @@ class Unit(nn.Module):
         """The coming step's routing, schedule and rule, on all ranks alike. Copies are fetched as after a step of an
         optimizer: in each step anew."""
         self.router.ids_TK = ids_TK
-        self.router.tokens_per_expert_E = torch.bincount(ids_TK.flatten().long(), minlength=self.moe.dispatcher.placement.num_experts)
+        self.router.tokens_per_expert_E = torch.bincount(
+            ids_TK.flatten().long(), minlength=self.moe.dispatcher.placement.num_experts
+        )
         self.moe.schedule = plan.pair
         self.moe.dispatcher.rule = plan.rule
+        wanted = plan.kept or self.alone
+        if self.moe.dispatcher.placement.digest != wanted.digest:
+            set_placement(self.moe, wanted)
         self.moe.forget_copies()
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -164,7 +192,7 @@ class Unit(nn.Module):
 
 @dataclass
 class Times:
-    """Of one row on this rank: seconds of its steps, CPU seconds of the transports' threads, weights' bytes of a step."""
+    """Of one row on this rank: seconds of its steps, CPU seconds of the transports' threads, bytes of a step."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
@@ -222,10 +250,11 @@ def max_rel_err(
 
 def predicted_s(plan: Planned, counts_WE: np.ndarray, placement: Placement, phases: Sequence[PhaseCosts],
                 ranks_per_node: int) -> tuple[float, float, int]:  # fmt: skip
-    """(seconds of the layer, rows of the fullest rank over the mean, copies) from the counts of a step. Rows are taken as
-    spread evenly over the blocks of tokens."""
+    """(seconds of the layer, rows of the fullest rank over the mean, copies) from the counts of a step. Rows are taken
+    as spread evenly over the blocks of tokens."""
     blocks_WBE = counts_WE[:, None, :]
-    placed = placement if plan.rule is None else plan.rule(blocks_WBE, placement)
+    placed = plan.kept or placement
+    placed = placed if plan.rule is None else plan.rule(blocks_WBE, placed)
     load = load_of(blocks_WBE, placed, [0] * placed.world_size, ranks_per_node)
     loads = np.zeros(placed.world_size)
     for _, rank, rows in load.seats:

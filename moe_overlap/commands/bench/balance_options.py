@@ -13,7 +13,8 @@ from moe_overlap.commands.bench.workloads import WORKLOADS, Sizes
 from moe_overlap.commands.parser import OneLineParser, check_count, check_number, check_timeout, flag_of
 from moe_overlap.errors import ConfigError
 
-PLANNERS = ("static", "replicate", "shadow")
+KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of earlier steps; homes stay
+PLANNERS = ("static", "replicate", "shadow", *KEPT)
 MOST_SEED = 2**31 - 1
 
 
@@ -32,7 +33,7 @@ class BalanceOptions:
     slots: int = 2
     chunks: int = 4
     workloads: tuple[str, ...] = ("balanced", "zipf1.0")
-    planners: tuple[str, ...] = PLANNERS
+    planners: tuple[str, ...] = ("static", "replicate", "shadow", "flex")
     recorded: str = ""
     comm_share: float = 0.3
     moe_share: float = 0.85

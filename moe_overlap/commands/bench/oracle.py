@@ -1,9 +1,9 @@
 """The least time that any choice of copies and any split of the rows could take: a bound for `bench balance`.
 
 The price is that of `planning.replication`, row by row: the busiest rank's rows, the rows that leave and enter each rank
-on both wires, the copies that leave and enter it. Free are x[s, e, r], the rows of source s for expert e computed on rank
-r, and y[e, r], whether r has a copy of e. All prices are maxima of linear functions, so with y in {0, 1} this is a mixed
-integer linear programme; with 0 <= y <= 1 it is a linear one, whose optimum no choice beats. It is solved by HiGHS
+on both wires, the copies that leave and enter it. Free are x[s, e, r], the rows of source s for expert e computed on
+rank r, and y[e, r], whether r has a copy of e. All prices are maxima of linear functions, so with y in {0, 1} this is a
+mixed integer linear programme; with 0 <= y <= 1 it is a linear one, whose optimum no choice beats. It is solved by HiGHS
 (scipy, which is needed for this alone). Rows are divisible in it. Copies come from their home.
 """
 
@@ -25,7 +25,8 @@ def oracle_s(load: Load, phases: Sequence[PhaseCosts], *, whole_copies: bool = F
     """Seconds of all phases. whole_copies: copies are whole (exact, but for what is said above; branch and bound, for
     small shapes: what is proven after so many `seconds` counts), else a lower bound of it.
 
-    No latency is in it, nor what an expert costs by itself. ConfigError without scipy, and for a load that has copies already.
+    No latency is in it, nor what an expert costs by itself. ConfigError without scipy, and for a load that has copies
+    already.
     """
     try:
         from scipy import optimize

@@ -1,8 +1,7 @@
 """The public workloads of `bench balance`: who wants which expert, as pure functions of name, seed and step.
 
 Popularity is permuted over the experts by the seed: with contiguous Zipf all hot experts would share a rank, which any
-reshuffling cures. Every rank's tokens follow the same popularity but where a workload says otherwise. A token's k experts
-are distinct.
+reshuffling cures. All ranks' tokens follow the same popularity. A token's k experts are distinct.
 """
 
 from __future__ import annotations
