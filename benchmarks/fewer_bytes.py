@@ -62,7 +62,9 @@ class Build:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="a checkout of the build to compare with")
-    parser.add_argument("--out", type=Path, help="JSON lines, one a row; the table beside it as .md")
+    parser.add_argument(
+        "--out", type=Path, help="JSON lines, one a row; beside them the table (.md), the picture (.png)"
+    )
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--share", type=float, default=0.6)
     parser.add_argument("--latency-us", type=float, default=50.0)
@@ -132,24 +134,55 @@ def _phase(builds: list[Build], phase: str, args: argparse.Namespace) -> list[di
     return rows
 
 
+def _best(rows: list[dict[str, Any]], phase: str, kind: str) -> list[dict[str, Any]]:
+    """The fastest row of a kind, of the older build and of the newer."""
+    of_kind = [row for row in rows if row["phase"] == phase and row["row"] in KINDS[kind]]
+    return [min((row for row in of_kind if row["build"] == build), key=lambda row: row["time_ms_median"])
+            for build in ("before", "after")]  # fmt: skip
+
+
 def _write(rows: list[dict[str, Any]], args: argparse.Namespace, options: dict[str, Any]) -> None:
     heads = "phase|kind|best before|ms|best after|ms|faster|wire ms before, after|compute ms|rows MB".split("|")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for phase in args.phases.split(","):
-        for kind in args.kinds.split(","):
-            of_kind = [row for row in rows if row["phase"] == phase and row["row"] in KINDS[kind]]
-            best = [min((r for r in of_kind if r["build"] == build), key=lambda r: r["time_ms_median"])
-                    for build in ("before", "after")]  # fmt: skip
-            b, a = best
-            cells = [phase, kind, b["row"], f"{b['time_ms_median']:.1f}", a["row"], f"{a['time_ms_median']:.1f}",
-                     f"{b['time_ms_median'] / a['time_ms_median']:.2f}"]  # fmt: skip
-            cells += [f"{b[key]:.1f}, {a[key]:.1f}" for key in ("comm_ms", "nocomm_ms", "rows_peak_mb")]
-            lines.append(f"| {' | '.join(cells)} |")
+    best = {
+        (phase, kind): _best(rows, phase, kind) for phase in args.phases.split(",") for kind in args.kinds.split(",")
+    }
+    for (phase, kind), (b, a) in best.items():
+        cells = [phase, kind, b["row"], f"{b['time_ms_median']:.1f}", a["row"], f"{a['time_ms_median']:.1f}",
+                 f"{b['time_ms_median'] / a['time_ms_median']:.2f}"]  # fmt: skip
+        cells += [f"{b[key]:.1f}, {a[key]:.1f}" for key in ("comm_ms", "nocomm_ms", "rows_peak_mb")]
+        lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines)
     print(text)
     if args.out:
         args.out.write_text("".join(json.dumps(options | row) + "\n" for row in rows))
         args.out.with_suffix(".md").write_text(text + "\n")
+        _draw(best, args.out.with_suffix(".png"), options)
+
+
+def _draw(best: dict[tuple[str, str], list[dict[str, Any]]], path: Path, options: dict[str, Any]) -> None:
+    """Bars of the best rows of each kind, before and after; lines are that row's wire and compute alone."""
+    from matplotlib.figure import Figure  # a picture is all that needs it
+
+    figure = Figure(figsize=(2 + 1.3 * len(best), 4.2), layout="constrained")
+    axes = figure.subplots()
+    for place, pair in enumerate(best.values()):
+        for row, shift, colour in zip(pair, (-0.2, 0.2), ("#7F7F7F", "#009E73"), strict=True):
+            axes.bar(
+                place + shift, row["time_ms_median"], 0.36, color=colour, label=row["build"] if not place else None
+            )
+            for key, style in (("comm_ms", "--"), ("nocomm_ms", "-")):
+                axes.plot([place + shift - 0.18, place + shift + 0.18], [row[key]] * 2, color="black", linestyle=style,
+                          linewidth=1.2, label={"comm_ms": "wire alone", "nocomm_ms": "compute alone"}[key]
+                          if not place and shift < 0 else None)  # fmt: skip
+        faster = pair[0]["time_ms_median"] / pair[1]["time_ms_median"]
+        axes.annotate(f"{faster:.2f}x", (place + 0.2, pair[1]["time_ms_median"]), ha="center", va="bottom")
+    axes.set_xticks(range(len(best)), [f"{phase}\n{kind}" for phase, kind in best])
+    axes.set_ylabel("ms a step, median")
+    sizes = ", ".join(f"{name} {value}" for name, value in options.items())
+    axes.set_title(f"best row of each kind, two ranks, emulated link\n{sizes}", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

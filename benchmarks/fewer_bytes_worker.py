@@ -173,7 +173,7 @@ def _figures(tensors: list[torch.Tensor | None]) -> list[float]:
     for tensor in tensors:
         assert tensor is not None
         flat = tensor.detach().double().reshape(-1)
-        some = flat[torch.linspace(0, flat.numel() - 1, SAMPLES).long()]
+        some = flat[torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()]
         found += (some / flat.abs().max().clamp(min=1e-30)).tolist()
     return found
 

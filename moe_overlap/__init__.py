@@ -15,7 +15,7 @@ from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
-from moe_overlap.layer.moving import migrate, set_placement
+from moe_overlap.layer.moving import experts_in_order, migrate, set_placement
 from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
 from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
@@ -53,6 +53,7 @@ __all__ = [
     "TransportTimeout",
     "aux_loss",
     "clip_grad_norm_",
+    "experts_in_order",
     "grad_norm",
     "gradients_are_finite",
     "ignore_experts_for_ddp",

@@ -62,6 +62,8 @@ EXECUTOR = {
     "schedule/nodes.py": set(),
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
+    "schedule/weights.py": {"ops"},
+    "schedule/expert_copies.py": {"ops"},
     "schedule/static_dispatch.py": {"transport"},
     "schedule/static_rows.py": {"ops"},
     "schedule/static_word.py": {"transport"},

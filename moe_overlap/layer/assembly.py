@@ -268,6 +268,11 @@ def make_dispatcher(
     """The dispatcher given, checked against the layer, or a new one; static: see `static_options`."""
     options["dedup"] = int(rows.dedup != "off" and transport.world_size > 1)
     options |= {"ranks_per_node": rows.ranks_per_node, "hierarchical": rows.hierarchical}
+    seats = seats_of(placement)
+    if static and (seats.has_copies or not seats.are_slots):
+        raise ConfigError("mode", "static", "'host' beside copies of experts, or other numbers of slots on the ranks")
+    if rows.hierarchical and seats.has_copies:
+        raise ConfigError("hierarchical", True, "False beside copies of experts")
     if given is None:
         made = StaticDispatcher if static else Dispatcher
         return made(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),

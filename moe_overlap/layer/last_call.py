@@ -47,6 +47,7 @@ class LastCall:
 
     def _forget(self) -> None:
         """Before the first call."""
+        self.dispatcher.copy_store.trust(self.experts.parameters())
         self._left = Left()
         self._tape = Tape()
         self._outgrown = Outgrown()

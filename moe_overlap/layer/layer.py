@@ -51,7 +51,7 @@ from moe_overlap.transport.base import Transport
 class MoELayer(Static, Copies, Routes, Chooses):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
-    hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
+    hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank); top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
     replicate_group: the ranks that hold the same experts as this one (expert parallel in data parallel), likewise; or
     one DeviceMesh of two dimensions as `group`, replicas first and experts second. Gradients of experts are reduced
@@ -80,7 +80,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
 
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
-    AutoSchedule too), dispatcher (it brings its transport and its placement).
+    AutoSchedule too), placement (homes of the experts, copies elsewhere), dispatcher (with transport and placement).
 
     forward(x [..., D]) -> one tensor of x's shape; dtype of the experts' weights, or autocast's. The parameters are
     those of `router`, `experts` (this rank's only), `shared_expert`, `latent_in` [L, D] and `latent_out` [D, L]; state
@@ -288,9 +288,8 @@ class MoELayer(Static, Copies, Routes, Chooses):
         w_in, w_out = weights_of(self.experts)
         d.look_at_weights(w_in, w_out)
         dtype = rows_dtype(x, w_out, self.hidden_size)
-        check_weights(
-            w_in, w_out, d.activation, count=len(self.ownership.expert_ids), hidden=d.hidden, ffn=d.ffn_hidden
-        )
+        count = len(self.ownership.expert_ids)
+        check_weights(w_in, w_out, d.activation, count=count, hidden=d.hidden, ffn=d.ffn_hidden)
         warn_of_hooks(self.experts)
         return x.reshape(-1, x.shape[-1]), w_in.to(dtype), w_out.to(dtype)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
@@ -63,7 +64,25 @@ def migrate(model: nn.Module, placement: Placements, optimizers: Optimizer | Seq
             sent += _move(layer, new, given)
         moved[layer.experts] = layer.dispatcher.placement = new
         layer.dispatcher.copy_store.forget()
+        layer.dispatcher.copy_store.trust(layer.experts.parameters())
     return sent
+
+
+@contextmanager
+def experts_in_order(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] = ()) -> Iterator[None]:
+    """For as long as it lasts expert i is at home where `Placement.identity` has it, as checkpoints of
+    torch.distributed.checkpoint want it: save or load the model and its optimizers in here, whatever the placement and
+    the number of ranks. Then everything goes back (`migrate`, both ways), also where the body raised on all ranks.
+
+    Collective. Raises as `migrate` does.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    before = [layer.dispatcher.placement for layer in layers]
+    migrate(model, [Placement.identity(one.num_experts, one.world_size) for one in before], optimizers)
+    try:
+        yield
+    finally:
+        migrate(model, before, optimizers)
 
 
 def _move(layer: MoELayer, new: Placement, optimizers: list[Optimizer]) -> int:
@@ -106,6 +125,8 @@ def _check(layer: MoELayer, new: Placement) -> None:
         raise ConfigError("placement", given, f"{old.num_experts} experts on {old.world_size} rank(s)")
     if old.world_size == 1 and new.has_replicas:
         raise ConfigError("placement", "several slots of an expert on one rank", "one of each")
+    if layer.dispatcher.hierarchical and seats_of(new).has_copies:
+        raise ConfigError("placement", "copies of experts", "none beside hierarchical exchanges")
     if is_static(layer.dispatcher):
         raise ConfigError("mode", "static", "'host': fixed shapes have one placement")
     wide, was = seats_of(new).width, layer.dispatcher.seats.width

@@ -72,7 +72,7 @@ def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
     for parameter, owner in spread.items():
         state = optimizer.state[parameter] if parameter in optimizer.state else {}
         mesh = getattr(parameter, "device_mesh", None)
-        whole = (parameter.shape[0] // len(owner.expert_ids) * owner.num_experts, *parameter.shape[1:])
+        whole = (parameter.shape[0] // max(1, len(owner.expert_ids)) * owner.num_experts, *parameter.shape[1:])
         for key, value in state.items():
             other_mesh = getattr(value, "device_mesh", mesh) != mesh
             if hasattr(value, IDS) or other_mesh or getattr(value, "shape", None) == whole:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from moe_overlap.agreement.cost import GATHERED_RANKS
 from moe_overlap.agreement.counts import BLOCKS, MOST, Said, block_counts, block_counts_of_rows, check_counts
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
@@ -213,6 +214,9 @@ class Dispatcher:
         router_state: int = 0,
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
+        if self.rule is not None and (self.dedup == 1 or self.placement.world_size > GATHERED_RANKS):
+            expected = f"None beside dedup, or with more than {GATHERED_RANKS} ranks, of which no rank hears all counts"
+            raise ConfigError("rule", "given", expected)
         self.open()
         self.steps += phase == 0
         grad = torch.is_grad_enabled()

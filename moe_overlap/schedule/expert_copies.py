@@ -7,6 +7,8 @@ of a layer whose copies are not kept are another one's afterwards.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +26,13 @@ class CopyStore:
     def __init__(self) -> None:
         self.version = 0
         self._seen: tuple[object, ...] = ()
+        self._trusted: dict[int, weakref.ref[torch.Tensor]] = {}
         self.forget()
+
+    def trust(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Parameters of which torch's version counter tells every change: those that a layer was made with, and not
+        those that FSDP puts in their place, which it fills without counting."""
+        self._trusted = {id(one): weakref.ref(one) for one in parameters}
 
     def forget(self) -> None:
         """Nothing is valid any more, here and (as all ranks do the same) elsewhere."""
@@ -36,9 +44,11 @@ class CopyStore:
         """The expert weights of a call: their version is a new one where they may have changed. In-place changes are
         seen by torch's version counter, which writes through `.data` leave alone: `layer.forget_copies()` is for those.
         """
-        plain = all(isinstance(one, torch.nn.Parameter) and not one.is_inference() for one in weights)
-        # What is computed (a parametrization) is another tensor in every call.
-        seen = tuple((id(one), one.data_ptr(), one._version) for one in weights) if plain else ()
+        known = [self._trusted.get(id(one)) for one in weights]
+        plain = all(ref is not None and ref() is one for ref, one in zip(known, weights, strict=True))
+        # Others may have changed since the last call: what a parametrization computes, what was put in their place.
+        counted = plain and not any(one.is_inference() for one in weights)
+        seen = tuple((id(one), one.data_ptr(), one._version) for one in weights) if counted else ()
         if not seen or seen != self._seen:
             self.version += 1
         self._seen = seen
