@@ -33,7 +33,12 @@ def decide_replication(
     margin: float,
 ) -> tuple[float, float, bool, list[tuple[int, int, int]]]: ...
 def eplb(
-    loads: Sequence[Sequence[float]], slots: Sequence[int], homes: Sequence[int], nodes: int, groups: int, distinct: bool
+    loads: Sequence[Sequence[float]],
+    slots: Sequence[int],
+    homes: Sequence[int],
+    nodes: int,
+    groups: int,
+    distinct: bool,
 ) -> list[list[int]]: ...
 def proportional(
     loads: Sequence[Sequence[float]], slots: Sequence[int], homes: Sequence[int], contiguous: bool

@@ -72,10 +72,10 @@ def rank_traffic(placement: Placement, traffic: np.ndarray) -> np.ndarray:
     int64 [W, E]."""
     shares = placement.selector.shares(placement).astype(np.float64)  # [W, P]
     total = np.zeros(traffic.shape)
-    np.add.at(total, (slice(None), placement.expert_of_slot), shares)
+    np.add.at(total.T, placement.expert_of_slot, shares.T)
     by_slot = traffic[:, placement.expert_of_slot] * (shares / total[:, placement.expert_of_slot])
     found = np.zeros((placement.world_size, placement.world_size))
-    np.add.at(found, (slice(None), placement.rank_of_slots), by_slot)
+    np.add.at(found.T, placement.rank_of_slots, by_slot.T)
     return found
 
 

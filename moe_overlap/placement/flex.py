@@ -1,12 +1,14 @@
 """FlexMoE's placement (SIGMOD 2023, arXiv 2304.03946): expand, shrink and migrate vExperts while balance is bad.
 
-A vExpert is one slot of an expert. Of an expert's tokens each of its n slots gets 1/n. The time of a step is that of the
-slowest rank (equation 5): its experts (7), its rows (8), and the exchange of gradients of the experts that it shares
-with other ranks (9). While the balance ratio (6) is above a threshold, the policy maker (algorithm 2) looks for one
-change that makes this time less: the expert with the most tokens per slot gets one more, on the rank where that helps
-most, in a slot that is free or that the rank's expert with the fewest tokens per slot, of those with another slot,
-gives up. Migrations then change slots of two ranks where that makes the exchange of gradients cheaper and no rank slower
-than the slowest was.
+A vExpert is one slot of an expert. Of an expert's tokens each of its n slots gets 1/n. The time of a step is that of
+the slowest rank (equation 5): its experts (7), its rows (8), and the exchange of gradients of the experts that it
+shares with other ranks (9). While the balance ratio (6) is above a threshold, the policy maker (algorithm 2) looks for
+one change that makes this time less: the expert with the most tokens per slot gets one more, on the rank where that
+helps most, in a slot that is free or that the rank's expert with the fewest tokens per slot, of those with another slot,
+gives up. Migrations then change slots of two ranks where that makes the exchange of gradients cheaper and no rank
+slower than the slowest was.
+
+Where the most loaded expert cannot be helped, the next one is tried, since the slowest rank may be another's.
 """
 
 from __future__ import annotations
@@ -99,23 +101,20 @@ def _expansion(flow: Flow, homes: np.ndarray) -> Change | None:
     per_slot = flow.load / count
     now_s = flow.rank_s
     cold = _coldest(flow, homes, per_slot)
-    slowest = int(now_s.argmax())
-    here = np.nonzero(flow.slots[slowest])[0]
-    for hot in here[np.argsort(-per_slot[here], kind="stable")].tolist():
-        best: tuple[float, float, Change] | None = None
+    for hot in np.argsort(-per_slot, kind="stable").tolist():
+        best: tuple[float, Change] | None = None
         for rank in np.nonzero(flow.slots[:, hot] == 0)[0].tolist():
             change = [(hot, _with(flow.slots[:, hot], rank, 1))]
             if flow.slots[rank].sum() >= flow.room[rank]:
                 shrunk = cold.get(rank)
-                if shrunk is None or shrunk == hot:
+                if shrunk is None or shrunk == hot or per_slot[shrunk] >= per_slot[hot]:
                     continue
                 change.append((shrunk, _with(flow.slots[:, shrunk], rank, -1)))
-            seconds = _changed_s(flow, now_s, change)
-            entry = float(seconds.max()), float(seconds[rank])
-            if best is None or entry < best[:2]:
-                best = *entry, change
-        if best is not None and best[0] < now_s[slowest]:
-            return best[2]
+            seconds = float(_changed_s(flow, now_s, change).max())
+            if best is None or seconds < best[0]:
+                best = seconds, change
+        if best is not None and best[0] < now_s.max():
+            return best[1]
     return None
 
 

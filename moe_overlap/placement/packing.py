@@ -1,9 +1,10 @@
 """How many replicas of each expert, on which ranks: EPLB's and SYMI's algorithms, and an assignment.
 
-EPLB (github.com/deepseek-ai/EPLB; DeepSeek-V3 report, section 3.4): groups of experts are packed onto nodes, inside each
-node the expert with the most load per replica gets one more until the slots are used, and the replicas are packed onto
-the node's ranks: by load, descending, each onto the lightest rank that has room. SYMI (arXiv 2504.19925, appendix A.3):
-as many replicas as the expert's share of all slots, at least one, corrected one by one where they are furthest off.
+EPLB (github.com/deepseek-ai/EPLB; DeepSeek-V3 report, section 3.4): groups of experts are packed onto nodes, inside
+each node the expert with the most load per replica gets one more until the slots are used, and the replicas are packed
+onto the node's ranks: by load, descending, each onto the lightest rank that has room. SYMI (arXiv 2504.19925, appendix
+A.3): as many replicas as the expert's share of all slots, at least one, corrected one by one where they are furthest
+off.
 
 Beyond both: ranks may have different numbers of slots; an expert is not twice on a rank where that is possible
 (`distinct`); and a slot of an expert may be pinned to its home.
@@ -26,7 +27,9 @@ from moe_overlap.native import native
 Ints = Sequence[int]
 
 
-def eplb(loads: list[list[float]], slots: Ints, homes: Ints, *, nodes: int, groups: int, distinct: bool) -> list[list[int]]:
+def eplb(
+    loads: list[list[float]], slots: Ints, homes: Ints, *, nodes: int, groups: int, distinct: bool
+) -> list[list[int]]:
     """The experts of all slots, rank by rank, for each of the loads [E]. slots: of each rank. homes: the rank that has
     to have each expert, with 1 node only; empty: none. groups: of experts in a row, that go to a node together."""
     planner = native.planner()
@@ -60,7 +63,9 @@ class Item(NamedTuple):
     pinned: int = -1
 
 
-def eplb_reference(load: list[float], slots: Ints, homes: Ints, *, nodes: int, groups: int, distinct: bool) -> list[int]:
+def eplb_reference(
+    load: list[float], slots: Ints, homes: Ints, *, nodes: int, groups: int, distinct: bool
+) -> list[int]:
     """`eplb` of one load in plain Python: the definition the compiled one is tested against."""
     experts, ranks, order = len(load), len(slots) // nodes, _by_nodes(load, nodes, groups)
     found: list[int] = []
@@ -68,11 +73,7 @@ def eplb_reference(load: list[float], slots: Ints, homes: Ints, *, nodes: int, g
         own = order[node * (experts // nodes) : (node + 1) * (experts // nodes)]
         room = slots[node * ranks : (node + 1) * ranks]
         most = _most_replicas(room) if distinct else sum(room)
-        count, extra = [1] * len(own), []
-        for _ in range(sum(room) - len(own)):
-            best = _best(len(own), lambda i: count[i] < most, lambda i: load[own[i]] / count[i])
-            count[best] += 1
-            extra.append(best)
+        count, extra = _replicated([load[expert] for expert in own], sum(room), most)
         items = _items(own, extra, count, load, homes)
         found += [items[one].expert for pack in pack_items(items, room, distinct=distinct) for one in pack]
     return found
@@ -104,7 +105,9 @@ def pack_items(items: Sequence[Item], room: Ints, *, distinct: bool) -> list[lis
     if all(one == 1 for one in room) and all(item.pinned < 0 for item in items):
         return [[one] for one in range(len(items))]
     loads = [0.0] * len(room)
-    order = sorted(range(len(items)), key=lambda one: (items[one].pinned < 0, -items[one].share * (items[one].pinned < 0)))
+    order = sorted(
+        range(len(items)), key=lambda one: (items[one].pinned < 0, -items[one].share * (items[one].pinned < 0))
+    )
     for one in order:
         item, pack = items[one], items[one].pinned
         if pack < 0:
@@ -170,6 +173,16 @@ def assign_reference(cost: np.ndarray) -> list[int]:
         if row_in[j]:
             found[int(row_in[j]) - 1] = j - 1
     return found
+
+
+def _replicated(load: list[float], slots: int, most: int) -> tuple[list[int], list[int]]:
+    """Slots of each expert, and the experts that got one more, in this order: always that with the most load a slot."""
+    count, extra = [1] * len(load), []
+    for _ in range(slots - len(load)):
+        best = _best(len(load), lambda i: count[i] < most, lambda i: load[i] / count[i])
+        count[best] += 1
+        extra.append(best)
+    return count, extra
 
 
 def _by_nodes(load: list[float], nodes: int, groups: int) -> list[int]:

@@ -61,7 +61,9 @@ def asked(demand: object, topology: Topology, slots: Slots, current: Placement |
     traffic = checked_traffic(demand, topology)
     experts = int(traffic.shape[1])
     by_rank = checked_slots(slots, experts, topology)
-    return Asked(traffic, topology, by_rank, checked_current(current, experts, by_rank, topology), checked_budget(budget))
+    return Asked(
+        traffic, topology, by_rank, checked_current(current, experts, by_rank, topology), checked_budget(budget)
+    )
 
 
 def spread(num_experts: int, slots: Sequence[int]) -> Placement:
@@ -99,7 +101,8 @@ class Eplb:
         return one.settled(self._wanted([one])[0], interchange=not self.keep_homes)
 
     def layers(self, loads: Sequence[object], topology: Topology, *, slots: Slots,
-               current: Sequence[Placement] | None = None, budget: int | None = None) -> tuple[Placement, ...]:  # fmt: skip
+               current: Sequence[Placement] | None = None,
+               budget: int | None = None) -> tuple[Placement, ...]:  # fmt: skip
         """One placement for each of the loads: the same as one call for each, in one go."""
         layers = _layers(loads, topology, slots, current, budget)
         wanted = self._wanted(layers)
@@ -137,7 +140,8 @@ class Proportional:
         return one.settled(self._wanted([one])[0], interchange=not self.keep_homes)
 
     def layers(self, loads: Sequence[object], topology: Topology, *, slots: Slots,
-               current: Sequence[Placement] | None = None, budget: int | None = None) -> tuple[Placement, ...]:  # fmt: skip
+               current: Sequence[Placement] | None = None,
+               budget: int | None = None) -> tuple[Placement, ...]:  # fmt: skip
         """As `Eplb.layers`."""
         layers = _layers(loads, topology, slots, current, budget)
         return tuple(one.settled(ranks, interchange=not self.keep_homes)
@@ -196,8 +200,8 @@ class Affinity:
 
 @dataclass(frozen=True)
 class Shadow:
-    """FasterMoE's shadows (PPoPP 2022): the k hottest experts get a slot on every rank, where tokens then stay. k is the
-    first after which one more does not make its model's time less: with B_i the tokens, over all ranks, of the i-th
+    """FasterMoE's shadows (PPoPP 2022): the k hottest experts get a slot on every rank, where tokens stay then. k is
+    the first after which one more does not make its model's time less: with B_i the tokens, over all ranks, of the i-th
     hottest expert, that is 3 c B_k + 4 f B_k + k m, where c and f are the seconds of a token's forward and of its
     row, m those of an expert's weights. Figures: of the topology; as published, `Shadow.published`."""
 
@@ -207,7 +211,7 @@ class Shadow:
 
     @classmethod
     def published(cls, hidden: int = 2048, alpha: float = 2.0, flops: float = 11.5e12, rate: float = 6.25e9) -> Shadow:
-        """The figures of its public code: float32 rows and two matmuls at `flops` per second, `rate` bytes per second."""
+        """The figures of its public code: float32 rows, two matmuls at `flops` per second, `rate` bytes per second."""
         return cls(4 * alpha * hidden**2 / flops, 4 * hidden / rate, 8 * alpha * hidden**2 / rate)
 
     def __call__(self, demand: object, topology: Topology, *, slots: Slots, current: Placement | None = None,
@@ -232,7 +236,8 @@ class Shadow:
 
 
 def affinity_layers(ids: object, num_experts: int, topology: Topology, *, slots: Slots,
-                    current: Sequence[Placement] | None = None, budget: int | None = None) -> tuple[Placement, ...]:  # fmt: skip
+                    current: Sequence[Placement] | None = None,
+                    budget: int | None = None) -> tuple[Placement, ...]:  # fmt: skip
     """A placement for each layer of a trace: each expert where most of its tokens were one layer before (ExFlow).
 
     ids: integers [L, N], the first choice of N tokens in L layers. The first layer keeps its current placement, or has

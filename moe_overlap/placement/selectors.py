@@ -72,7 +72,7 @@ class LocalFirst:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Shares as they are given, int [W, P]; `split.balanced_shares` makes them of traffic.
+    """Shares as they are given, int [W, P]: a linear split of what each rank sends.
 
     Each rank has to give the slots of every expert more than 0 and at most 2**24 together.
     """
