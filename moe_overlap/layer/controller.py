@@ -52,9 +52,10 @@ def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: i
 
 @dataclass
 class Progress:
-    """What a controller has done for one layer. `refused`: plans that did not pay, by reason."""
+    """What a controller has done for one layer. `calls`: training calls it has seen; `refused`: plans that did not pay, by reason."""
 
     steps: int = 0
+    calls: int = 0
     planned: int = 0
     changed: int = 0
     moved_bytes: int = 0
@@ -67,11 +68,14 @@ class Progress:
 
 @dataclass(eq=False)
 class _Watched:
-    """A layer, its counts since the last plan, and what waits to be committed."""
+    """A layer, its counts and what waits to be committed. recent_E: rows since the last step, of so many calls;
+    window_E: since the last plan."""
 
     layer: MoELayer
     window_E: np.ndarray
-    seen: int = 0  # calls in the window
+    recent_E: np.ndarray
+    recent: int = 0
+    seen: int = 0
     armed: bool = True
     since: int = 0  # steps since the last plan
     pending: tuple[Placement, int] | None = None
@@ -79,20 +83,28 @@ class _Watched:
 
     def count(self, last: LastStep) -> None:
         if last.plan is not None and torch.is_grad_enabled():
-            self.window_E += last.plan.exchange.tokens_per_expert.numpy()
-            self.seen += 1
+            self.recent_E += last.plan.exchange.tokens_per_expert.numpy()
+            self.recent += 1
+
+    def end_step(self) -> None:
+        """What is recent goes into the window."""
+        self.window_E += self.recent_E
+        self.seen += self.recent
+        self.recent_E[:], self.recent = 0, 0
 
 
 class PlacementController:
     """Placements of all MoE layers of `model`, changed at step boundaries. On all ranks alike.
 
-    A layer is planned anew when `interval` steps have passed, or, with a `threshold`, when the rows of its fullest rank
-    are more than that many times the mean. After a plan by threshold it is armed again once the ratio was below
-    `release` (hysteresis), or after `interval` steps. A plan is taken where it is predicted to save, over `horizon`
-    steps, more than its weights cost to move. `budget_bytes`: of one rank's weights that may move in one step; plans
-    wait for their turn, layer by layer, and one that is larger by itself is refused. `patience`: after so many steps
-    without a call seen, or in which every plan was refused though the threshold was passed, a warning says so once.
-    ranks_per_node: of the prices. optimizers: needed where planners move homes.
+    A layer is planned anew when `interval` steps have passed since the last plan, for all of their load; or, with a
+    `threshold`, when the rows of its fullest rank are more than that many times the mean in one step, for the load of
+    that step. After any plan the threshold is armed again once the ratio was at most `release` (hysteresis).
+
+    A plan is taken where it is predicted to save, over `horizon` steps, more than its weights cost to move.
+    `budget_bytes`: of one rank's weights that may move in one step; plans wait for their turn, layer by layer, and one
+    that is larger by itself is refused. `patience`: after so many steps in which no call was seen, or without a change
+    though plans were made for the threshold, a warning says so, once. costs, ranks_per_node: of the prices.
+    optimizers: needed where a planner moves homes.
     """
 
     def __init__(
@@ -126,7 +138,9 @@ class PlacementController:
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         if not layers or layers[0].dispatcher.placement.world_size == 1:
             raise ConfigError("model", type(model).__name__, "a module with MoE layers on several ranks")
-        self._watched = [_Watched(one, np.zeros(one.dispatcher.placement.num_experts, np.int64)) for one in layers]
+        self._watched = [
+            _Watched(one, *np.zeros((2, one.dispatcher.placement.num_experts), np.int64)) for one in layers
+        ]
         self._detach = [one.layer.watch(partial(_Watched.count, one)) for one in self._watched]
         self._warned = False
 
@@ -141,8 +155,11 @@ class PlacementController:
         for number, one in enumerate(self._watched):
             one.progress.steps += 1
             one.since += 1
-            if one.pending is None and one.seen and self._due(one):
-                self._plan(one)
+            one.progress.calls += one.recent
+            found = self._due(one) if one.pending is None and one.recent else None
+            one.end_step()
+            if found is not None:
+                self._plan(one, *found)
             if one.pending is not None and (left is None or one.pending[1] <= left):
                 left = None if left is None else left - one.pending[1]
                 self._commit(one)
@@ -150,31 +167,31 @@ class PlacementController:
         self._watch()
         return changed
 
-    def _due(self, one: _Watched) -> bool:
+    def _due(self, one: _Watched) -> tuple[np.ndarray, int] | None:
+        """The counts [W, E] to plan for, and of how many calls they are; None: not now."""
+        recent_WE = self._spread(one, one.recent_E)
+        if self.threshold is not None:
+            ratio = self._ratio(one, recent_WE)
+            assert self.release is not None
+            one.armed = one.armed or ratio <= self.release
+            if one.armed and ratio > self.threshold:
+                return recent_WE, one.recent
         if one.since >= self.interval:
-            return True
-        if self.threshold is None:
-            return False
-        ratio = self._ratio(one)
-        if not one.armed and self.release is not None and ratio <= self.release:
-            one.armed = True
-        if not one.armed or ratio <= self.threshold:
-            self._forget(one)  # the ratio of single steps: what is planned for is the load that passed the threshold
-            return False
-        return True
+            return self._spread(one, one.window_E + one.recent_E), one.seen + one.recent
+        return None
 
-    def _plan(self, one: _Watched) -> None:
-        counts_WE, current = self._counts(one), one.layer.dispatcher.placement
+    def _plan(self, one: _Watched, counts_WE: np.ndarray, calls: int) -> None:
+        current = one.layer.dispatcher.placement
         wanted = self.planner(counts_WE, current)
         one.progress.planned += 1
         moves = current.diff(wanted)
         expert_bytes = _expert_bytes(one.layer)
         ported = moves.link_bytes(expert_bytes, _STATES * expert_bytes)
         moved = int(max(ported.sum(axis=0).max(), ported.sum(axis=1).max()))
-        gain_s = (self._price(counts_WE, current) - self._price(counts_WE, wanted)) / one.seen
+        gain_s = (self._price(counts_WE, current) - self._price(counts_WE, wanted)) / calls
         move_s = moved / expert_bytes * max(line.beta_s for line in self.costs[0].copy)
         reason = None
-        if moves.is_empty:
+        if wanted.digest == current.digest:
             reason = "nothing better"
         elif gain_s * self.horizon <= move_s:
             reason = "does not pay"
@@ -184,8 +201,8 @@ class PlacementController:
             one.pending = wanted, moved
         else:
             one.progress.refuse(reason)
-        one.armed, one.since = False, 0
-        self._forget(one)
+        one.armed, one.since, one.seen = False, 0, 0
+        one.window_E[:] = 0
 
     def _commit(self, one: _Watched) -> None:
         assert one.pending is not None
@@ -198,7 +215,6 @@ class PlacementController:
         one.progress.changed += 1
         one.progress.moved_bytes += moved
         one.progress.last_change = one.progress.steps
-        self._forget(one)
 
     def _watch(self) -> None:
         """Say once what has not progressed."""
@@ -207,7 +223,7 @@ class PlacementController:
             still = progress.steps - (progress.last_change or 0)
             if self._warned or still < self.patience:
                 continue
-            if not one.seen and not progress.planned:
+            if not progress.calls:
                 self._warned = True
                 warnings.warn(f"placement of MoE layer {number}: no training call seen in {still} steps", stacklevel=3)
             elif self.threshold is not None and progress.planned and progress.refused and not one.armed:
@@ -215,19 +231,16 @@ class PlacementController:
                 warnings.warn(f"placement of MoE layer {number}: unchanged for {still} steps though its load is above "
                               f"the threshold; plans refused: {progress.refused}", stacklevel=3)  # fmt: skip
 
-    def _forget(self, one: _Watched) -> None:
-        one.window_E[:] = 0
-        one.seen = 0
-
-    def _counts(self, one: _Watched) -> np.ndarray:
-        """int64 [W, E]: the window's rows, spread evenly over the ranks, since only their sums are known everywhere."""
+    def _spread(self, one: _Watched, counts_E: np.ndarray) -> np.ndarray:
+        """int64 [W, E]: counts, evenly over the source ranks, since only their sums are known everywhere."""
         ranks = one.layer.dispatcher.placement.world_size
-        each, more = np.divmod(one.window_E, ranks)
+        each, more = np.divmod(counts_E, ranks)
         return each[None, :] + (np.arange(ranks)[:, None] < more[None, :])
 
-    def _ratio(self, one: _Watched) -> float:
+    def _ratio(self, one: _Watched, counts_WE: np.ndarray) -> float:
+        """Rows of the fullest rank over the mean."""
         placement = one.layer.dispatcher.placement
-        seats = load_of(self._counts(one)[:, None, :], placement, [0] * placement.world_size, 1).seats
+        seats = load_of(counts_WE[:, None, :], placement, [0] * placement.world_size, 1).seats
         loads = rank_rows(seats, placement.world_size)
         return max(loads) * len(loads) / max(1, sum(loads))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_overlap import set_placement
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.errors import ConfigError
@@ -115,14 +116,16 @@ def test_a_byte_budget_commits_layer_by_layer():
         layers = torch.nn.ModuleList([skewed(me), skewed(me)])
         probe = PlacementController(layers[0], copies_planner(costs(), spare=1), costs(), interval=1)
         layers[0](tokens(32, me.rank).abs()).sum().backward()
-        probe._plan(probe._watched[0])
-        size = probe._watched[0].pending[1]
+        assert probe.step() == [0]
+        size = probe.progress[0].moved_bytes
+        set_placement(layers[0], Placement.identity(E, 2))
         controller = PlacementController(
             layers, copies_planner(costs(), spare=1), costs(), interval=1, budget_bytes=size
         )
         for layer in layers:
             layer(tokens(32, me.rank).abs()).sum().backward()
-        assert controller.step() == [0] and controller.step() == [1]
+        assert controller.step() == [0] and controller.step() == [1]  # both planned in the first step
+        assert [one.planned for one in controller.progress] == [1, 1]
 
     virtual_world(2).run(rank)
 
@@ -139,7 +142,7 @@ def test_a_threshold_has_hysteresis():
         controller = PlacementController(layer, nothing, costs(), interval=100, threshold=1.2, release=1.1)
         train(layer, me.rank, 4, controller.step)
         assert len(planned) == 1  # above the threshold all the time: planned once
-        controller._ratio = lambda one: 1.05
+        controller._ratio = lambda one, counts: 1.05
         train(layer, me.rank, 1, controller.step)
         del controller._ratio
         train(layer, me.rank, 2, controller.step)
