@@ -101,8 +101,8 @@ def placement_of(load: Load, decision: Decision, base: Placement) -> Placement:
     )
     shares = np.zeros((placed.world_size, placed.num_slots), dtype=np.int64)
     shares[:, list(placed.home_slots)] = 1  # where a rank has no rows of an expert, and where there is one slot
-    slot_of = {(expert, int(rank)): slot
-               for slot, (expert, rank) in enumerate(zip(placed.slot_to_expert, placed.rank_of_slots, strict=True))}  # fmt: skip
+    seats = zip(placed.slot_to_expert, placed.rank_of_slots.tolist(), strict=True)
+    slot_of = {seat: slot for slot, seat in enumerate(seats)}
     places: list[list[tuple[int, int]]] = [[] for _ in range(base.num_experts)]
     for expert, rank, rows in decision.seats:
         places[expert].append((rank, rows))

@@ -52,7 +52,8 @@ def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: i
 
 @dataclass
 class Progress:
-    """What a controller has done for one layer. `calls`: training calls it has seen; `refused`: plans that did not pay, by reason."""
+    """What a controller has done for one layer. `calls`: training calls it has seen; `refused`: plans that were not
+    taken, by reason."""
 
     steps: int = 0
     calls: int = 0

@@ -1,10 +1,10 @@
 """The least time that any choice of copies and any split of the rows could take: a bound for `bench balance`.
 
-The price is that of `planning.replication`, row by row: the busiest rank's rows, the rows that leave and enter each rank
-on both wires, the copies that leave and enter it. Free are x[s, e, r], the rows of source s for expert e computed on
-rank r, and y[e, r], whether r has a copy of e. All prices are maxima of linear functions, so with y in {0, 1} this is a
-mixed integer linear programme; with 0 <= y <= 1 it is a linear one, whose optimum no choice beats. It is solved by HiGHS
-(scipy, which is needed for this alone). Rows are divisible in it. Copies come from their home.
+The price is that of `planning.replication`, row by row: the busiest rank's rows, the rows that leave and enter each
+rank on both wires, the copies that leave and enter it. Free are x[s, e, r], the rows of source s for expert e computed
+on rank r, and y[e, r], whether r has a copy of e. All prices are maxima of linear functions, so with y in {0, 1} this
+is a mixed integer linear programme; with 0 <= y <= 1 it is a linear one, whose optimum no choice beats. It is solved by
+HiGHS (scipy, which is needed for this alone). Rows are divisible in it. Copies come from their home.
 """
 
 from __future__ import annotations
