@@ -57,8 +57,9 @@ class _Programme:
         self.load, self.phases = load, phases
         ranks, experts = load.counts.shape
         self.wanted = [e for e in range(experts) if load.counts[:, e].any()]
-        self.x = {(s, e, r): i for i, (s, e, r) in enumerate(
-            (s, e, r) for e in self.wanted for s in range(ranks) if load.counts[s, e] for r in range(ranks))}  # fmt: skip
+        everywhere = range(ranks)
+        rows = [(s, e, r) for e in self.wanted for s in everywhere if load.counts[s, e] for r in everywhere]
+        self.x = {one: i for i, one in enumerate(rows)}
         copies = [(e, r) for e in self.wanted for r in range(ranks) if r != load.seats[e][1]]
         self.y = {pair: len(self.x) + i for i, pair in enumerate(copies)}
         self.first_time = len(self.x) + len(self.y)
