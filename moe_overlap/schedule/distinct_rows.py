@@ -34,9 +34,9 @@ from moe_overlap.schedule.weights import ExpertWeights, GradientRows, parts_of
 @dataclass(frozen=True, kw_only=True)
 class DistinctSaved:
     """What backward needs of a deduplicated forward call: the choices int32 [T, K], [Rd, D], [Re, F'], int32 [Rd, K],
-    [Rd, K], the ids of the rows that this rank passes on, int32 [G, K] (see `gateway.py`), and the weights, those of
-    copies where there are any. Bytes, beside the weights, with s of an element and w of a router weight (4, or 8 for
-    float64):
+    [Rd, K], the ids of the rows that this rank passes on, int32 [G, K] (see `gateway.py`), and the weights,
+    those of copies where there are any. Bytes, beside the weights, with s of an element and w of a router weight (4, or
+    8 for float64):
 
         4                       for each choice of this rank's tokens
         F' s                    for each row of its experts

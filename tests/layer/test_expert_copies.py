@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.seats import seats_of
-from moe_overlap.errors import ConfigError
+from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.placement import LocalFirst, Placement
 from tests.layers import D, E, F, make, tokens
 from tests.ranks import virtual_world
@@ -234,5 +234,63 @@ def test_frozen_experts_return_nothing():
         x = tokens(9, me.rank).requires_grad_()
         layer(x).sum().backward()
         assert x.grad is not None and all(event.action != "Wg" for event in layer.last_events)
+
+    virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize("action", ["Wf0", "Wg"])
+def test_a_rank_that_fails_while_weights_travel_leaves_them_whole(action):
+    def rank(me):
+        layer = placed(me, COPIED)
+        before = [weight.detach().clone() for weight in layer.expert_weights]
+        transport, plain = layer.transport, layer.transport.start
+
+        def failing(*args, **kwargs):
+            if kwargs["action"] == action:
+                raise OSError("no memory")
+            return plain(*args, **kwargs)
+
+        if me.rank == 1:
+            transport.start = failing
+        with pytest.raises(OSError if me.rank else MoeTransportError, match="no memory"):
+            layer(tokens(9, me.rank)).sum().backward()
+        if me.rank == 1:
+            del transport.start
+        for weight, old in zip(layer.expert_weights, before, strict=True):
+            same_bits(weight.detach(), old)
+        transport.reopen()
+        layer.zero_grad()
+        layer(tokens(9, me.rank)).sum().backward()
+        assert text(layer).startswith("Wf0 P ")
+
+    virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"mode": "static", "static_capacity": "no_drop"}, "mode"),
+        ({"dedup": "on", "hierarchical": True, "ranks_per_node": 2}, "hierarchical"),
+        ({"placement": "copied"}, "placement"),
+        ({"placement": Placement.identity(E, 2)}, "placement"),
+    ],
+)
+def test_what_does_not_go_with_copies_is_refused(options, field):
+    four = Placement.of_ranks([[0, 1], [2, 3], [4, 5, 0], [6, 7, 0]])
+
+    def rank(me):
+        with pytest.raises(ConfigError) as caught:
+            make(me.transport(), **{"placement": four, **options})
+        assert caught.value.field == field
+
+    virtual_world(4).run(rank)
+
+
+def test_a_rule_beside_deduplication_is_refused():
+    def rank(me):
+        layer = placed(me, Placement.identity(E, 2), dedup="on")
+        layer.dispatcher.rule = Flips()
+        with pytest.raises(ConfigError, match="rule = .*dedup"):
+            layer(tokens(4))
 
     virtual_world(2).run(rank)

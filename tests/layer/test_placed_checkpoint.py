@@ -15,7 +15,7 @@ from tests.ranks import gloo_pool
 from tests.tolerances import same_bits
 
 FIRST = Placement.of_ranks([[7, 1, 2], [0, 3, 4, 5, 6, 7]], homes=[1, 0, 0, 1, 1, 1, 1, 0])
-SECOND = Placement.of_ranks([[3, 0], [], [7, 6, 5, 4, 3], [1, 2]], homes=[0, 3, 3, 0, 1 + 1, 2, 2, 2])
+SECOND = Placement.of_ranks([[3, 0], [], [7, 6, 5, 4, 3], [1, 2]], homes=[0, 3, 3, 0, 2, 2, 2, 2])
 
 
 def trained(placement, steps):
