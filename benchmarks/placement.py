@@ -1,4 +1,4 @@
-"""How long the planners take: 58 layers, 256 experts on 64 ranks with 5 slots each, on one core. Prints a JSON line each.
+"""How long the planners take: 58 layers, 256 experts on 64 ranks with 5 slots each, one core. Prints JSON lines.
 
 OMP_NUM_THREADS=1 python benchmarks/placement.py
 """

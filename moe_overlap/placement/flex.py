@@ -4,7 +4,7 @@ A vExpert is one slot of an expert. Of an expert's tokens each of its n slots ge
 the slowest rank (equation 5): its experts (7), its rows (8), and the exchange of gradients of the experts that it
 shares with other ranks (9). While the balance ratio (6) is above a threshold, the policy maker (algorithm 2) looks for
 one change that makes this time less: the expert with the most tokens per slot gets one more, on the rank where that
-helps most, in a slot that is free or that the rank's expert with the fewest tokens per slot, of those with another slot,
+helps most, in a slot that is free or that the rank's expert with the fewest tokens per slot, of those with others,
 gives up. Migrations then change slots of two ranks where that makes the exchange of gradients cheaper and no rank
 slower than the slowest was.
 
