@@ -73,6 +73,7 @@ class Decider {
  public:
   explicit Decider(const Load& load) : load_(load), of_rank_(static_cast<size_t>(load.ranks)) {
     const auto ranks = static_cast<size_t>(load.ranks);
+    for (int64_t rank = 0; rank < load.ranks; ++rank) node_.push_back(rank / load.ranks_per_node);
     given_.all = load.seats;
     given_.next.assign(load.seats.size(), -1);
     given_.last.resize(static_cast<size_t>(load.experts));
@@ -142,7 +143,7 @@ class Decider {
   int64_t count(int64_t rank, int64_t expert) const { return load_.counts[rank * load_.experts + expert]; }
 
   size_t lane(int64_t one, int64_t other) const {
-    return one / load_.ranks_per_node == other / load_.ranks_per_node ? kIntra : kInter;
+    return node_[static_cast<size_t>(one)] == node_[static_cast<size_t>(other)] ? kIntra : kInter;
   }
 
   // Rows of an expert on their way to its home, `sign` times.
@@ -314,6 +315,7 @@ class Decider {
   }
 
   const Load& load_;
+  Rows node_;  // of each rank
   double row_s_ = 0;  // of all phases: a row's compute, its crossings, and a copy, by wire
   std::array<double, kWires> crossing_s_{};
   std::array<double, kWires> copy_s_{};
