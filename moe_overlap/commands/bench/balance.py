@@ -51,6 +51,7 @@ MAX_REL_ERR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
     options = parse(argv, ranks=torchrun_world_size())
+    link_of(options)  # refuses a latency that leaves nothing for the bytes
     if options.recorded:
         counts_of("recorded", options.sizes, seed=0, step=0, recorded=Path(options.recorded))
     if not config.torchrun("RANK"):

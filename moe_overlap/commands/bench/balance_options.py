@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_overlap.commands.bench.cases import HEAD
 from moe_overlap.commands.bench.options import DTYPES
 from moe_overlap.commands.bench.workloads import WORKLOADS, Sizes
 from moe_overlap.commands.parser import OneLineParser, check_count, check_number, check_timeout, flag_of
@@ -54,6 +55,8 @@ class BalanceOptions:
             raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks}), below it")
         if self.experts % self.ranks:
             raise ConfigError("--experts", self.experts, f"a multiple of --ranks ({self.ranks})")
+        if self.hidden % HEAD:
+            raise ConfigError("--hidden", self.hidden, f"a multiple of {HEAD}, as for the calibration of sleeps")
         if not 1 <= self.top_k <= self.experts:
             raise ConfigError("--top-k", self.top_k, f"an integer from 1 to --experts ({self.experts})")
         if self.dtype not in DTYPES:

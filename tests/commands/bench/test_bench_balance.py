@@ -69,7 +69,7 @@ def test_kept_placements_come_from_the_history_and_keep_their_homes():
 @pytest.mark.parametrize(
     "words", ["--ranks 6", "--ranks-per-node 8", "--experts 12", "--top-k 17", "--workloads zipf", "--planners best",
               "--planners ,", "--comm-share 1", "--moe-share 0", "--workloads recorded", "--recorded nowhere",
-              "--chunks 17", "--dtype int8", "--compute-ms nan"],
+              "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8", "--compute-ms nan"],
 )  # fmt: skip
 def test_bad_options_are_one_line(words, tmp_path, capsys):
     given = words.split()
