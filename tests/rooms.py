@@ -31,7 +31,8 @@ FLOORS = (
     ("schedule",),
     ("transport", "routing"),
     ("ops", "agreement"),
-    ("placement", "native", "launch"),
+    ("placement",),
+    ("native", "launch"),
     ("errors", "config"),
 )
 ALWAYS = {"errors", "config"}
@@ -47,7 +48,7 @@ ONLY = {
     "routing": {"ops"},
     "ops": {"native"},
     "agreement": {"placement"},
-    "placement": set(),
+    "placement": {"native"},
     "native": set(),
     "launch": set(),
 }
