@@ -14,7 +14,7 @@ from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.balance import loss_alone, loss_of_ranks
 from moe_overlap.layer.experts import weights_of
-from moe_overlap.layer.explain import explain
+from moe_overlap.layer.explain import copies_text, explain
 from moe_overlap.layer.latent import project
 from moe_overlap.layer.left import Left, leave_compiled
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
@@ -123,7 +123,8 @@ class LastCall:
         """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
         last = self._last_step
         if last is not None:
-            return explain(last.pair, last.events, self.transport, computes=self._computes(), last=last)
+            text = explain(last.pair, last.events, self.transport, computes=self._computes(), last=last)
+            return "\n".join([text, *copies_text(self.dispatcher.rule, self.expert_weights)])
         if isinstance(self.schedule, AutoSchedule):
             return 'schedule "auto": the first forward call calibrates, then chooses'
         return explain(self.schedule, [], self.transport, computes=self._computes())
