@@ -1,5 +1,5 @@
-"""What `moe-overlap info` prints: whether this install is whole, versions, what is compiled, what computes, the cache of
-cost models, and the environment."""
+"""What `moe-overlap info` prints: whether this install is whole, versions, what is compiled, what computes, the cache
+of cost models, and the environment."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def main(argv: Sequence[str]) -> int:
     from moe_overlap.commands.parser import OneLineParser
 
     parser = OneLineParser(prog="moe-overlap info", description=__doc__)
-    parser.add_argument("--verbose", action="store_true", help="with the reason for every op's implementation, what each "
-                        "variable of the environment means, and the path of every compiled part")  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="with the reason for every op's implementation, what "
+                        "each variable of the environment means, and the path of every compiled part")  # fmt: skip
     print("\n".join(lines(verbose=parser.parse_args(argv).verbose)))
     return 0
 

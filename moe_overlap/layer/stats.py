@@ -47,8 +47,8 @@ class LayerStats:
         """The answer in one sentence, then what the figures are."""
         routed, unused = int(self.tokens_per_expert.sum()), int((self.tokens_per_expert == 0).sum())
         lines = [
-            f"{routed} rows went to {self.tokens_per_expert.numel()} experts, the busiest rank has {self.overload:.2f}x "
-            f"and the busiest expert {self.max_over_mean:.2f}x the mean; {self.payload_bytes / 1e6:.3g} MB left this "
+            f"{routed} rows went to {self.tokens_per_expert.numel()} experts, the busiest rank has {self.overload:.2f}x"
+            f" and the busiest expert {self.max_over_mean:.2f}x the mean; {self.payload_bytes / 1e6:.3g} MB left this "
             "rank.",
             f"  rows of each expert: {self.tokens_per_expert.tolist()}; {unused} got none",
             f"  dropped on this rank: {self.dropped_tokens}",

@@ -6,7 +6,7 @@ texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.schedule.actions import SIGNS, VERBS, Schedule
@@ -50,10 +50,11 @@ def overlaps(pair: SchedulePair, phase: str) -> bool:
     return not pair.joined and makespan_s(schedule, 1.0) < makespan_s(schedule, 1.0, joined=True)
 
 
-def legend(pair: SchedulePair) -> list[str]:
+def legend(pair: SchedulePair, phases: Sequence[str] = ("forward", "backward")) -> list[str]:
     """What the letters of this pair's schedules mean, one line for each phase and one for the signs beside them."""
     lines = []
-    for phase, schedule in (("forward", pair.forward), ("backward", pair.backward)):
+    for phase in phases:
+        schedule = pair.forward if phase == "forward" else pair.backward
         used = dict.fromkeys(action.verb for action in schedule)
         lines.append(f"  {phase}: " + "; ".join(f"{verb} {VERBS[verb].meaning}" for verb in used))
     return ["letters:", *lines, f"  {SIGNS}"]

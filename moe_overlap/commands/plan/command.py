@@ -69,7 +69,7 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
         f"To run it: {python_of(pair)}",
         f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication; "
         f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
-        *legend(pair),
+        *legend(pair, [phase.phase for phase in point.phases]),
     ]
     return lines
 
