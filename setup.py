@@ -1,8 +1,9 @@
 """Builds the package: runs CMakeLists.txt (which owns every native source) and links the one torch binding.
 
 Environment:
-    MOE_OVERLAP_BUILD     auto (default): build what can be built and torch can use, never fail. cpu: the compiled CPU parts or an error.
-                          cuda: the CUDA kernels as well or an error. none: pure Python.
+    MOE_OVERLAP_BUILD     auto (default): build what can be built and torch can use, never fail. cpu: the
+                          compiled CPU parts or an error. cuda: the CUDA kernels as well or an error. none: pure
+                          Python.
     TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels, as for torch extensions (default "8.0;9.0+PTX", and "10.0"
                           where nvcc knows it)
     MAX_JOBS              parallel compiler jobs (default: the cores this process may use)

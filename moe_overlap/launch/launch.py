@@ -124,7 +124,8 @@ def spawn(
 
     When one rank ends badly the others get a few seconds to say so themselves and are then ended. No process outlives
     this call, nor this process. `saves`: ranks that are interrupted get SAVE_S to end by themselves, with the status
-    EXIT_INTERRUPTED; else, and when interrupted again, they are ended. `program` begins the line on stderr that tells of a rank ended by a signal.
+    EXIT_INTERRUPTED; else, and when interrupted again, they are ended. `program` begins the line on
+    stderr that tells of a rank ended by a signal.
     """
     store = dist.TCPStore(LOOPBACK, 0, ranks + 1, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")

@@ -70,7 +70,8 @@ def print_table(rows: Sequence[Row], *, title: str, file: TextIO | None = None) 
 
 
 LEGEND = (
-    "r chunks of an exchange; slot: ops issued before the experts; ms: median; bound: no schedule of this cut is faster; "
+    "r chunks of an exchange; slot: ops issued before the experts; ms: median; bound: no schedule of this cut is "
+    "faster; "
     "exposed: ms of communication with no compute beside it; overlap: share of the communication time that was hidden; "
     "x serial, x top2: times faster than the same model serial, and than serial top2; comm CPU: ms of CPU time that "
     "exchanges took; rows MiB: row buffers at most; bits: equal to overlap off; max err: against float64."
@@ -78,8 +79,8 @@ LEGEND = (
 # What a flag means, and what to do about it.
 FLAGS = {
     "oversubscribed": "more ranks x threads than cores: use fewer, or --compute slept; no speed is claimed",
-    "inflated": "serial is not compute plus exchanges within 5 %: something else ran, or bytes take CPU time; stop other "
-    "programs or use larger --ffn, and run again; no speed is claimed",
+    "inflated": "serial is not compute plus exchanges within 5 %: something else ran, or bytes take CPU time; stop "
+    "other programs or use larger --ffn, and run again; no speed is claimed",
     "noisy": "times differ by 1.3x between repeats: stop other programs, use more --repeats",
     "drifted": "the machine changed speed since it was calibrated: times are sound, predictions are not",
 }
@@ -98,8 +99,9 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         least = min(sound, key=lambda row: row["time_ms_median"])
         link = "" if gain["link"] == "none" else f", link {gain['link']}"
         said.append(
-            f"{phase}: overlap gains most in {gain['case']} {gain['schedule']}, {gain['speedup_vs_serial']:.2f}x its own "
-            f"serial; the fastest of all is {least['case']} {least['schedule']}, {least['time_ms_median']:.1f} ms{link}"
+            f"{phase}: overlap gains most in {gain['case']} {gain['schedule']}, {gain['speedup_vs_serial']:.2f}x its "
+            f"own serial; the fastest of all is {least['case']} {least['schedule']}, {least['time_ms_median']:.1f} ms"
+            f"{link}"
         )
     flags = dict.fromkeys(row["flagged"] for row in rows if row["flagged"] is not None)
     return said + [f"{flag}: {FLAGS[flag]}" for flag in flags]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-
 # What actions are called where an error names them; those of a chunk keep their name in the schedule beside it.
 SPOKEN = {"N": "agreement", "Ut": "start of backward", "R": "reduction over replicas"}
 SPOKEN_CHUNKS = {"D": "dispatch", "C": "combine", "Dt": "gradient of dispatch", "Ct": "gradient of combine",

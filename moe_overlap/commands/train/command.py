@@ -99,14 +99,15 @@ def _run(options: TrainOptions, corpus: Corpus, world: World) -> int:
         if options.compare_overlap:
             return _compare(options, corpus, world, log)
         if checkpoint is not None:
-            log.say(f"resuming {checkpoint.folder}: step {first} of {options.steps}, on {world.size} rank(s); it was saved "
-                    f"on {len(checkpoint.files)}")  # fmt: skip
+            log.say(f"resuming {checkpoint.folder}: step {first} of {options.steps}, on {world.size} rank(s); it was "
+                    f"saved on {len(checkpoint.files)}")  # fmt: skip
         log.begin_bar(f"{options.kind}, overlap {options.overlap}", first)
         trained = train(options, corpus, world, log.step, checkpoint=checkpoint)
         log.end_bar()
         if trained.stopped_in is not None:
             log.write({"event": "interrupted", "step": first + len(trained.losses)})
-            log.say(f"moe-overlap train: interrupted after step {first + len(trained.losses)} of {options.steps}; go on "
+            done = first + len(trained.losses)
+            log.say(f"moe-overlap train: interrupted after step {done} of {options.steps}; go on "
                     f"with the same options and --resume {options.out}")  # fmt: skip
             return EXIT_INTERRUPTED
         _finish(trained, options, corpus, world, log)

@@ -252,8 +252,8 @@ HELP = {
     "compare_overlap": "run overlap off, then on, and compare losses and parameters bit for bit; exit 1 if they differ",
     "eval_tokens": "held-out tokens to evaluate",
     "checkpoint_every": "steps between checkpoints; 0 = none",
-    "resume": "the --out of a run, or one of its checkpoints, or a folder of them (the newest complete one); --ranks may be "
-    "another number, "
+    "resume": "the --out of a run, one of its checkpoints or a folder of them (the newest complete one); --ranks may "
+    "be another number, "
     "and --steps a larger one (the learning rates are then those of the longer run)",
     "save_routing": "write the routing of one MoE layer on the held-out text to this safetensors file",
     "timeout_s": "longest wait for another rank, seconds",
