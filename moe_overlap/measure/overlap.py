@@ -7,9 +7,9 @@ what was achieved. All three are the maximum over ranks from a common barrier to
 
 Bounds of one window, from measured terms: a = one exchange of a chunk, e = experts on a chunk, d = their input
 gradient, w = the weight gradient of a chunk's rows, r chunks. The chunked forms are those of a pipeline with equal
-chunks on two lanes (compute, wire) that issues all dispatches first; exact forward, a lower bound backward, of what takes
-exactly so long. Measured chunks do not: `cut_bound` holds for a row whatever its chunks cost. In a window with ops the
-shortcut's form is the bound of one chunk.
+chunks on two lanes (compute, wire) that issues all dispatches first; exact forward, a lower bound backward, of what
+takes exactly so long. Measured chunks do not: `cut_bound` holds for a row whatever its chunks cost. In a window with
+ops the shortcut's form is the bound of one chunk.
 """
 
 from __future__ import annotations
