@@ -1,4 +1,7 @@
-"""ScMoE's shortcut: whole ops of the model beside both exchanges. python examples/shortcut_block.py, or under torchrun"""
+"""ScMoE's shortcut: whole ops of the model beside both exchanges.
+
+python examples/shortcut_block.py, or torchrun --nproc-per-node 2 examples/shortcut_block.py
+"""
 
 import os
 
@@ -29,9 +32,8 @@ if "RANK" in os.environ:
 torch.manual_seed(0)
 moe = MoELayer(64, 256, num_experts=8, top_k=1, group=group)
 # The experts read what stands after the first op; the other two and the shared expert run beside their exchanges.
-block = ShortcutBlock(
-    [Branch(True) for _ in range(3)], moe, tap=1, slot=1, shared_expert=Branch(False), combine="gated"
-)
+backbone = [Branch(True) for _ in range(3)]
+block = ShortcutBlock(backbone, moe, tap=1, slot=1, shared_expert=Branch(False), combine="gated")
 block(torch.randn(128, 64)).square().mean().backward()
 print(block.explain())
 if group is not None:
