@@ -1,9 +1,11 @@
 """Predicted against measured, over links, shapes and phases: is the planner right, and does its choice win?
 
-    python benchmarks/predict.py --out out/predict [-- --tokens 512 ...]
+    python benchmarks/predict.py --out out/predict [--setting N] [-- --tokens 512 ...]
+    python benchmarks/predict.py --out out/predict-dedup -- --dedup on --experts 32 --top-k 8
 
 Runs `moe-overlap bench layer --schedules ...,auto` for every setting below (options after `--` go to each run) and
-gathers the rows in OUT/predict.jsonl. `predicted_ms` of every row was computed before the row was timed.
+gathers the rows in OUT/predict.jsonl; with --setting N for that one alone, numbered from 0. `predicted_ms` of every row
+was computed before the row was timed.
 """
 
 from __future__ import annotations
@@ -65,8 +67,10 @@ def figures(what: str, rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/predict", help="folder for predict.jsonl and one folder per setting")
+    parser.add_argument("--setting", type=int, choices=range(len(SETTINGS)), help="run this one alone")
     known, rest = parse(parser, argv)
-    settings = {str(number): ("--schedules", SCHEDULES, *setting) for number, setting in enumerate(SETTINGS)}
+    chosen = range(len(SETTINGS)) if known.setting is None else [known.setting]
+    settings = {str(number): ("--schedules", SCHEDULES, *SETTINGS[number]) for number in chosen}
     return sweep(settings, rest, Path(known.out) / "predict.jsonl", summary)
 
 

@@ -20,6 +20,7 @@ from moe_overlap.layer.model import aux_loss
 from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
 from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
+from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.layer.traffic import TrafficMonitor, TrafficReport
@@ -29,6 +30,7 @@ from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, opti
 from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare, reopen
 from moe_overlap.parallel.sharded_files import load_safetensors, save_safetensors
 from moe_overlap.parallel.state import mark_experts
+from moe_overlap.routing.linear import LinearRouter
 
 __version__ = VERSION
 
@@ -38,6 +40,7 @@ __all__ = [
     "Experts",
     "GradScaler",
     "LayerStats",
+    "LinearRouter",
     "LossFreeBalancer",
     "MoELayer",
     "MoeTransportError",
@@ -47,6 +50,7 @@ __all__ = [
     "RoutingLog",
     "RoutingRecorder",
     "RoutingReplay",
+    "SharedExpert",
     "ShortcutBlock",
     "TrafficMonitor",
     "TrafficReport",

@@ -56,6 +56,8 @@ def check_mode(mode: object) -> None:
 
 def check_dedup(dedup: object) -> None:
     """Raises ConfigError for a way of deduplication that does not exist."""
+    if dedup == "gather":
+        raise NotImplementedError('dedup="gather": an all-gather of rows where top_k exceeds the ranks')
     if dedup not in DEDUP:
         raise ConfigError("dedup", dedup, f"one of {DEDUP}")
 

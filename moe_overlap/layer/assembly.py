@@ -16,6 +16,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.experts import Experts, check_weights, w_in_name, weights_of
 from moe_overlap.layer.shared_expert import SharedExpert
+from moe_overlap.ops.activation_kinds import check_activation
 from moe_overlap.parallel.optimizers import guard_optimizers
 from moe_overlap.parallel.ownership import Ownership, refuse_sharded
 from moe_overlap.parallel.replicas import Replicas, check_replicas, replicas_of
@@ -24,7 +25,7 @@ from moe_overlap.planning.window import OpVerb
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.builders import SchedulePair, deduplicate, split_own
 from moe_overlap.schedule.check import layer_schedule
-from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher
+from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import NodeTopology
@@ -45,9 +46,10 @@ def make_router(
 ) -> nn.Module:
     """The module given, checked against the layer, or a LinearRouter with the score given and the options."""
     if isinstance(router, nn.Module):
-        for name, default in ROUTER_DEFAULTS.items():
-            if options[name] != default:
-                raise ConfigError(name, options[name], f"{default!r} beside a router module, which has its own")
+        for name, value in options.items():
+            default = ROUTER_DEFAULTS.get(name)
+            if value != default:
+                raise ConfigError(name, value, f"{default!r} beside a router module, which has its own")
         for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts), ("top_k", top_k)):
             if getattr(router, name, value) != value:
                 raise ConfigError(name, value, f"the {name} of the router module, {getattr(router, name)}")
@@ -182,14 +184,12 @@ def activation_of(experts: nn.Module | None, activation: str | None) -> str:
     """The activation of a layer: that of the experts given, where there are any, else as asked for, else "swiglu"."""
     if experts is None:
         activation = activation or DEFAULT_ACTIVATION
-        if activation not in ACTIVATIONS:
-            raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
+        check_activation("activation", activation)
         return activation
     if not isinstance(experts, nn.Module):
         raise ConfigError("experts", type(experts).__name__, "None or a module as moe_overlap.Experts")
-    own = getattr(experts, "activation", None)
-    if own not in ACTIVATIONS:
-        raise ConfigError("experts.activation", own, f"one of {ACTIVATIONS}")
+    own: Any = getattr(experts, "activation", None)
+    check_activation("experts.activation", own)
     if activation not in (None, own):
         raise ConfigError("activation", activation, f"{own!r}, that of the experts given")
     return own

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import check_positive
+from moe_overlap.ops.activation_kinds import check_activation, is_gated
 from moe_overlap.parallel.ownership import refuse_sharded
-from moe_overlap.schedule.dispatch import ACTIVATIONS
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -25,7 +25,7 @@ class Experts(nn.Module):
     """Feed-forward experts with stacked weights, in Hugging Face's layout: down(act(up(x))).
 
     num_experts: E of the whole layer; expert_ids: which of them are held here, in the order of the weights (None: all).
-    Parameters: gate_up_proj [e, 2F, D] ("swiglu", gate above up) or up_proj [e, F, D] ("gelu", "relu"), down_proj
+    Parameters: gate_up_proj [e, 2F, D] ("swiglu", gate above up) or up_proj [e, F, D] (without a gate), down_proj
     [e, D, F], with e = len(expert_ids).
 
     forward(x_RD, offs) computes rows that are sorted by expert. A MoELayer does not call it: it reads the weights (as
@@ -50,8 +50,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, num_experts=num_experts)
-        if activation not in ACTIVATIONS:
-            raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
+        check_activation("activation", activation)
         ids = tuple(range(num_experts)) if expert_ids is None else _checked_ids(expert_ids, num_experts)
         self.hidden_size, self.ffn_hidden_size, self.num_experts = hidden_size, ffn_hidden_size, num_experts
         self.expert_ids = ids
@@ -107,12 +106,12 @@ class Experts(nn.Module):
 
 def w_in_name(activation: str) -> str:
     """The name of the first weight."""
-    return "gate_up_proj" if activation == "swiglu" else "up_proj"
+    return "gate_up_proj" if is_gated(activation) else "up_proj"
 
 
 def w_in_rows(activation: str, ffn_hidden_size: int) -> int:
     """F', the rows of an expert's first weight: 2F with a gate, F without."""
-    return ffn_hidden_size * (2 if activation == "swiglu" else 1)
+    return ffn_hidden_size * (2 if is_gated(activation) else 1)
 
 
 def weights_of(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

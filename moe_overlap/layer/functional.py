@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, check_dedup
 from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
+from moe_overlap.ops.activation_kinds import check_activation
 from moe_overlap.ops.checks import check_transform, inside_transform
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.checks import check_zero_experts
@@ -22,7 +24,7 @@ from moe_overlap.routing.masks import check_token_mask
 from moe_overlap.routing.zero import part_zero_experts
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.check import layer_schedule
-from moe_overlap.schedule.dispatch import ACTIVATIONS, Dispatcher, check_routing, current_phase
+from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.nodes import Keep, routing_digest
 from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
@@ -30,6 +32,7 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
+WEIGHTS_AT = ("output", "input")
 INLINE = ("serial", "auto")  # on one rank, where no order is faster
 
 
@@ -47,6 +50,7 @@ def moe_forward(
     unused_id: int | None = None,
     zero_experts: int = 0,
     token_mask: torch.Tensor | None = None,
+    weights_at: str = "output",
     transport: Transport | None = None,
 ) -> torch.Tensor:
     """sum_k topk_weights[t, k] * expert(topk_ids[t, k])(hidden[t]) -> [T, D]. Differentiable.
@@ -57,16 +61,23 @@ def moe_forward(
     rank's experts (Hugging Face's layout and argument order). schedule: as in MoELayer, "auto" too, whose figures are
     kept with the transport. dedup: as in MoELayer. unused_id: another id that means unused, below 0 or from E on
     (transformers uses E). zero_experts: so many ids from E on return the token itself, which is not sent. token_mask:
-    bool [T], False = padding, all of whose ids are unused. transport: None for one rank; it belongs to this shape of
-    call, with deduplication of K too.
+    bool [T], False = padding, all of whose ids are unused. weights_at: "input": experts read weight * token, and their
+    results are summed as they are (Llama4); each choice then is a row of its own before it is sent. transport: None for
+    one rank; it belongs to this shape of call, with deduplication of K too.
     For latent experts (see MoELayer) hidden_TD are the latents and D is their width: project before the call, and its
     result after it.
 
     Raises ConfigError for arguments that do not fit (on every rank alike), MoeTransportError and its subclasses.
     """
-    if activation not in ACTIVATIONS:
-        raise ConfigError("activation", activation, f"one of {ACTIVATIONS}")
+    check_activation("activation", activation)
     check_dedup(dedup)
+    if weights_at not in WEIGHTS_AT:
+        raise ConfigError("weights_at", weights_at, f"one of {WEIGHTS_AT}")
+    if weights_at == "input":
+        return _weights_at_input(
+            hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, token_mask, zero_experts,
+            activation=activation, schedule=schedule, overlap=overlap, dedup=dedup, unused_id=unused_id,
+            transport=transport)  # fmt: skip
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise ConfigError(
             "gate_up_proj", tuple(gate_up_proj.shape), "three dimensions, [e, 2F, D], as down_proj [e, D, F]"
@@ -77,6 +88,26 @@ def moe_forward(
     if (transport is None or transport.name == "local") and schedule in INLINE:
         return _inline(call)
     return _scheduled(call, schedule, overlap, dedup, transport or LocalTransport())
+
+
+def _weights_at_input(
+    x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor,
+    token_mask: torch.Tensor | None, zero_experts: int, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    """`moe_forward` whose rows are weight * token: one for each choice, so that each has one expert and weight 1."""
+    if zero_experts:
+        raise ConfigError("zero_experts", zero_experts, '0 beside weights_at="input": they return weight * token')
+    given = (x_TD, ids_TK, weights_TK)
+    if not all(isinstance(one, torch.Tensor) and one.dim() == 2 for one in given) or not (
+        x_TD.shape[0] == ids_TK.shape[0] and ids_TK.shape == weights_TK.shape
+    ):
+        return moe_forward(*given, w_in, w_out, token_mask=token_mask, **options)  # refuses, on all ranks alike
+    rows = (x_TD[:, None] * weights_TK[:, :, None].to(x_TD.dtype)).flatten(0, 1)
+    if isinstance(token_mask, torch.Tensor):
+        token_mask = token_mask.repeat_interleave(ids_TK.shape[1], dim=0)
+    ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=rows.device)
+    y = moe_forward(rows, ids_TK.reshape(-1, 1), ones, w_in, w_out, token_mask=token_mask, **options)
+    return y.view(*ids_TK.shape, y.shape[1]).sum(dim=1)
 
 
 @dataclass

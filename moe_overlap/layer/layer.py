@@ -66,12 +66,14 @@ class MoELayer(Static, Copies, Routes, Chooses):
     one row for each (token, node) crosses nodes and is passed on there; equal results, bit for bit in float32/64. On
     one node, or where each rank is a node of its own, rows go directly.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
-    activation: "swiglu" (the default), "gelu" or "relu". shared_expert_size: hidden size of a shared expert, or None.
+    activation: "swiglu" (the default), "gelu", "relu", or a name of `ops/activation_kinds.py`.
+    shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
     payload_dtype: torch.bfloat16: float32 rows travel as bfloat16, which rounds each row once on each way (2^-9 of its
     value at most), and are computed in float32. None: as they are.
-    capacity_factor, aux_loss_coef, z_loss_coef, balance, bad_logits: see LinearRouter (refused beside a router module).
+    aux_loss_coef, balance, bad_logits, and what else a LinearRouter takes (capacity_factor, z_loss_coef, renormalize,
+    scale, n_group, ...): see there (refused beside a router module).
     mode: "host" (exact row counts, read by the host once a step), or "static": fixed shapes, no read by the host, for
     CUDA graphs; rows that do not fit raise CapacityExceeded at the next call (see docs/design.md, "Fixed shapes"). All
     ranks have one number of tokens, in all steps. static_capacity: room for each expert over its mean share of a rank's
@@ -111,9 +113,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         shared_expert_size: int | None = None,
         latent_size: int | None = None,
         payload_dtype: torch.dtype | None = None,
-        capacity_factor: float | None = None,
         aux_loss_coef: float = 0.0,
-        z_loss_coef: float = 0.0,
         balance: str = "micro",
         bad_logits: str = "raise",
         transport: Transport | None = None,
@@ -123,6 +123,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         timeout_s: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **router_options: Any,
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
@@ -133,8 +134,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,
                                 dispatcher=dispatcher)  # fmt: skip
         factory = assembly.factory_of(experts, device, dtype)
-        options = {"capacity_factor": capacity_factor, "aux_loss_coef": aux_loss_coef, "z_loss_coef": z_loss_coef,
-                   "balance": balance, "bad_logits": bad_logits}  # fmt: skip
+        options = {"aux_loss_coef": aux_loss_coef, "balance": balance, "bad_logits": bad_logits} | router_options
         self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
                                                            timeout_s=timeout_s, device=device)  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)

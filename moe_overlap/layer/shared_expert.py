@@ -12,13 +12,20 @@ from moe_overlap.layer.experts import w_in_rows
 
 
 class SharedExpert(nn.Module):
-    """down(act(up(x))). Parameters: up.weight [2F or F, D], down.weight [D, F]. forward(x_TD) -> the same shape."""
+    """down(act(up(x))), and with `gated` sigmoid(gate(x)) times that (Qwen2-MoE, Qwen3-Next).
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str, **factory: Any) -> None:
+    Parameters: up.weight [2F or F, D], down.weight [D, F], gate.weight [1, D]. forward(x_TD) -> the same shape.
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, activation: str = "swiglu", *, gated: bool = False, **factory: Any
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.up = nn.Linear(hidden_size, w_in_rows(activation, ffn_hidden_size), bias=False, **factory)
         self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False, **factory)
+        self.gate = nn.Linear(hidden_size, 1, bias=False, **factory) if gated else None
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down(ops.activation(self.up(x_TD), kind=self.activation))
+        y_TD: torch.Tensor = self.down(ops.activation(self.up(x_TD), kind=self.activation))
+        return y_TD if self.gate is None else torch.sigmoid(self.gate(x_TD)) * y_TD

@@ -1,9 +1,9 @@
 """The activation between the two matmuls of an expert: "swiglu" (arXiv 2002.05202), "gelu" (exact, erf) or "relu".
 
-For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up; for the others F wide. `forward_into` and
-`backward_into` work on a block of rows in buffers of the caller, right after the matmul while the block is in cache:
-entries `activation_rows` and `activation_rows_backward` of the registry. With a factor for each row everything is
-computed in the factor's dtype, that of accumulation, and rounded once.
+Others by name: see `activation_kinds.py`. For swiglu the rows hold [gate | up], 2F wide, and a = silu(gate) * up.
+`forward_into` and `backward_into` work on a block of rows in buffers of the caller, right after the matmul while the
+block is in cache: entries `activation_rows` and `activation_rows_backward` of the registry. With a factor for each row
+everything is computed in the factor's dtype, that of accumulation, and rounded once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops import checks, compiled, maps, registry, workspace
+from moe_overlap.ops.activation_kinds import Activation, is_gated, registered
 from moe_overlap.ops.library import define, differentiate, implement, refuse_derivative
 
 _aten = torch.ops.aten
@@ -33,7 +34,7 @@ def activation(
 
     Args:
         h_RF: [R, F], or [R, 2F] = [gate | up] for "swiglu"; any float dtype.
-        kind: "swiglu", "gelu" (erf) or "relu".
+        kind: "swiglu", "gelu" (erf), "relu", or a name of `activation_kinds.py`.
         row_scale: float32 or float64 [R], such as the router weight of each row; None: 1.
         offs: int32 [E']; rows from offs[-1] on come out as zeros whatever h holds there. None: all rows count.
 
@@ -45,8 +46,8 @@ def activation(
     """
     checks.check_kind(kind)
     checks.check_tensor("h", h_RF, (None, None), checks.FLOATS, what="[R, F']")
-    if kind == "swiglu" and h_RF.shape[1] % 2 != 0:
-        raise ConfigError("h", f"shape {tuple(h_RF.shape)}", "an even width, [gate | up], for swiglu")
+    if is_gated(kind) and h_RF.shape[1] % 2 != 0:
+        raise ConfigError("h", f"shape {tuple(h_RF.shape)}", f"an even width, [gate | up], for {kind}")
     if row_scale is not None:
         dtypes = (torch.float32, torch.float64)
         checks.check_tensor("row_scale", row_scale, (h_RF.shape[0],), dtypes, what="[R]", device=h_RF.device)
@@ -57,7 +58,7 @@ def activation(
 
 def width(h_width: int, kind: str) -> int:
     """F for rows of h that are `h_width` wide."""
-    return h_width // 2 if kind == "swiglu" else h_width
+    return h_width // 2 if is_gated(kind) else h_width
 
 
 def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None = None) -> None:
@@ -66,7 +67,11 @@ def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: tor
 
 
 def _forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None) -> None:
-    if scale_n is not None:
+    own = registered(kind)
+    if own is not None:
+        for rows in _blocks(a_nF):
+            _own_forward(own, h_nF[rows], a_nF[rows], None if scale_n is None else scale_n[rows])
+    elif scale_n is not None:
         for rows in _blocks(a_nF):
             wide_nF, _ = _activated(h_nF[rows].to(scale_n.dtype), kind)
             torch.mul(wide_nF, scale_n[rows, None], out=a_nF[rows])
@@ -93,7 +98,7 @@ def backward_into(
 
     With `scale` a = act(h) * scale, dh = act'(h) * da * scale and, where a buffer is given, dscale = sum(da * act(h))
     over the row, all in the dtype of `scale` before they are rounded. `dh` may be the memory of `h`. `da` is
-    undefined afterwards for swiglu; for the others it may be the same memory as `dh`, but not as `h`.
+    undefined afterwards for swiglu; for those without a gate it may be the same memory as `dh`, but not as `h`.
     """
     _run_rows_backward(da_nF, h_nF, kind, dh_nF, a_nF, scale_n, dscale_n)
 
@@ -107,7 +112,12 @@ def _backward_into(
     scale_n: torch.Tensor | None,
     dscale_n: torch.Tensor | None,
 ) -> None:
-    if scale_n is not None:
+    own = registered(kind)
+    if own is not None:
+        for rows in _blocks(a_nF):
+            scale, dscale = (None if one is None else one[rows] for one in (scale_n, dscale_n))
+            _own_backward(own, da_nF[rows], h_nF[rows], dh_nF[rows], a_nF[rows], scale, dscale)
+    elif scale_n is not None:
         for rows in _blocks(a_nF):
             dscale = None if dscale_n is None else dscale_n[rows]
             _scaled_backward(da_nF[rows], h_nF[rows], kind, dh_nF[rows], a_nF[rows], scale_n[rows], dscale)
@@ -161,6 +171,33 @@ def _scaled_backward(
         dh_nF.copy_(_aten.gelu_backward(da_nF, h_nF))
     else:
         dh_nF.copy_(_aten.threshold_backward(da_nF, h_nF, 0))
+
+
+def _own_forward(own: Activation, h_nF: torch.Tensor, a_nF: torch.Tensor, scale_n: torch.Tensor | None) -> None:
+    """`forward_into` of a registered activation, for few rows."""
+    wide_nF = own.forward(h_nF.to(checks.accumulation_dtype(h_nF.dtype)))
+    a_nF.copy_(wide_nF if scale_n is None else wide_nF * scale_n[:, None])
+
+
+def _own_backward(
+    own: Activation,
+    da_nF: torch.Tensor,
+    h_nF: torch.Tensor,
+    dh_nF: torch.Tensor,
+    a_nF: torch.Tensor,
+    scale_n: torch.Tensor | None,
+    dscale_n: torch.Tensor | None,
+) -> None:
+    """`backward_into` of a registered activation, for few rows. All is read before dh is written."""
+    dtype = checks.accumulation_dtype(h_nF.dtype)
+    h_nF, da_nF = h_nF.to(dtype), da_nF.to(dtype)
+    act_nF = own.forward(h_nF)
+    if dscale_n is not None:
+        dscale_n.copy_((da_nF * act_nF).sum(dim=1))
+    if scale_n is not None:
+        act_nF, da_nF = act_nF * scale_n[:, None], da_nF * scale_n[:, None]
+    a_nF.copy_(act_nF)
+    dh_nF.copy_(own.backward(da_nF, h_nF))
 
 
 def _activated(h_nF: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

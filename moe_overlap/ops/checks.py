@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops.activation_kinds import check_activation
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-KINDS = ("swiglu", "gelu", "relu")
 
 
 def check_tensor(
@@ -58,8 +58,7 @@ def autocast_on(device: torch.device) -> bool:
 
 def check_kind(kind: str) -> None:
     """Refuse an activation that does not exist."""
-    if kind not in KINDS:
-        raise ConfigError("kind", kind, " or ".join(repr(name) for name in KINDS))
+    check_activation("kind", kind)
 
 
 def check_values(field: str, value: torch.Tensor, low: int, high: int, *, why: str) -> None:

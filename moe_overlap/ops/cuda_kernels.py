@@ -15,6 +15,7 @@ import torch
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
 from moe_overlap.ops import checks, hardware, registry, verified
+from moe_overlap.ops.activation_kinds import not_built_in
 from moe_overlap.ops.library import LIBRARY, NAMESPACE, define, refuse_derivative
 
 OPS = (
@@ -158,6 +159,14 @@ def _combine_backward_limit(dy_TD: torch.Tensor, y_RD: torch.Tensor | None, *res
     return None
 
 
+def _activation_limit(h_RF: torch.Tensor, kind: str, *rest: Any) -> str | None:
+    return not_built_in(kind)
+
+
+def _activation_backward_limit(da_RF: torch.Tensor, h_RF: torch.Tensor, kind: str, *rest: Any) -> str | None:
+    return not_built_in(kind)
+
+
 _LIMITS: dict[str, registry.Limit] = {
     "gate_topk": _gate_limit,
     "gate_topk_backward": _gate_backward_limit,
@@ -165,6 +174,8 @@ _LIMITS: dict[str, registry.Limit] = {
     "unpack_into": _into_limit,
     "combine": _combine_limit,
     "combine_backward": _combine_backward_limit,
+    "activation": _activation_limit,
+    "activation_backward": _activation_backward_limit,
 }
 
 

@@ -16,6 +16,7 @@ import torch
 
 from moe_overlap.ops import expert_mlp_choice, registry, workspace
 from moe_overlap.ops.activation import backward_into, forward_into, same_memory
+from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.ops.expert_mlp_contract import Dgrad, DgradResult, Forward, Wgrad
 from moe_overlap.ops.row_groups import Bounds, Groups, RowReader, weight_gradient
 
@@ -172,8 +173,8 @@ def hidden_gradient(
 
 
 def room_for_da(groups: Groups, kind: str, like_RF: torch.Tensor, ffn: int, *, in_place: bool) -> torch.Tensor | None:
-    """A buffer where da cannot be written into dh: that of swiglu is twice as wide, or it is h, which is still read."""
-    return workspace.empty((groups.longest, ffn), like=like_RF) if kind == "swiglu" or in_place else None
+    """A buffer where da cannot be written into dh: that of a gate is twice as wide, or it is h, which is still read."""
+    return workspace.empty((groups.longest, ffn), like=like_RF) if is_gated(kind) or in_place else None
 
 
 def _forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,10 +41,10 @@ def expert_mlp(
 
     Args:
         x: [R, D] in the order by expert, or [T, D] in any order with `row_to_token`.
-        w_in: gate_up_proj [E, 2F, D] for "swiglu", up_proj [E, F, D] for "gelu" and "relu".
+        w_in: gate_up_proj [E, 2F, D] with a gate ("swiglu"), up_proj [E, F, D] without ("gelu", "relu").
         w_out: down_proj [E, D, F].
         offs: int32 [E], inclusive ends: expert i has the rows [offs[i-1], offs[i]).
-        kind: "swiglu", "gelu" or "relu".
+        kind: "swiglu", "gelu", "relu", or a name of `activation_kinds.py`.
         row_to_token: int32 [R], the token each row reads, -1 for a row of zeros.
         row_scale: float32 or float64 [R].
         num_sms: multiprocessors the kernels of forward and backward may use, a hint for GPU implementations; the CPU

@@ -16,6 +16,7 @@ import torch
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops import checks
 from moe_overlap.ops.activation import width
+from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.ops.row_groups import Bounds, Groups
 
 OPS = ("expert_mlp", "expert_mlp_backward", "expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad")
@@ -346,7 +347,7 @@ def _check_weights(
     dtypes = checks.FLOATS if cast and checks.autocast_on(device) else (rows.dtype,)
     checks.check_tensor("w_in", w_in, (None, None, hidden), dtypes, what=f"[{count}, F', D]", device=device)
     experts, width_in = w_in.shape[0], w_in.shape[1]
-    if kind == "swiglu" and width_in % 2 != 0:
-        raise ConfigError("w_in", f"shape {tuple(w_in.shape)}", f"[{count}, 2F, D] = [gate | up] for swiglu")
+    if is_gated(kind) and width_in % 2 != 0:
+        raise ConfigError("w_in", f"shape {tuple(w_in.shape)}", f"[{count}, 2F, D] = [gate | up] for {kind}")
     shape = (experts, hidden, width(width_in, kind))
     checks.check_tensor("w_out", w_out, shape, dtypes, what=f"[{count}, D, F]", device=device)

@@ -20,6 +20,7 @@ import torch
 
 from moe_overlap import config
 from moe_overlap.ops import checks, expert_mlp_choice, expert_mlp_contract, hardware, registry, verified
+from moe_overlap.ops.activation_kinds import not_built_in
 
 OLDEST_TRITON = (3, 6)
 OLDEST_NVIDIA = (8, 0)
@@ -70,6 +71,16 @@ def _rows_limit(position: int) -> registry.Limit:
     return limit
 
 
+def _activation_limit(position: int) -> registry.Limit:
+    """The kind is the argument at `position`."""
+    return lambda *arguments: not_built_in(arguments[position])
+
+
+def _expert_mlp_limit(call: expert_mlp_contract.Call) -> str | None:
+    kind = getattr(call, "kind", None)  # a weight gradient has none
+    return None if kind is None else not_built_in(kind)
+
+
 _ROUTER = (torch.float32, torch.float64)
 _MATRICES = (torch.float32, torch.bfloat16, torch.float16)
 _EXPERT_MLP = "moe_overlap.ops.expert_mlp_triton"
@@ -81,13 +92,13 @@ KERNELS = {
     "permute": Kernel("moe_overlap.ops.permute_triton", copies=True, limit=_rows_limit(1)),
     "combine": Kernel("moe_overlap.ops.combine_triton", limit=_rows_limit(1)),
     "combine_backward": Kernel("moe_overlap.ops.combine_triton", limit=_rows_limit(2)),
-    "activation": Kernel("moe_overlap.ops.swiglu_triton"),
-    "activation_backward": Kernel("moe_overlap.ops.swiglu_triton"),
-    "expert_mlp": Kernel(_EXPERT_MLP, _MATRICES),
-    "expert_mlp_backward": Kernel(_EXPERT_MLP, _MATRICES),
-    "expert_mlp_forward": Kernel(_EXPERT_MLP, _MATRICES),
-    "expert_mlp_dgrad": Kernel(_EXPERT_MLP, _MATRICES),
-    "expert_mlp_wgrad": Kernel(_EXPERT_MLP, _MATRICES),
+    "activation": Kernel("moe_overlap.ops.swiglu_triton", limit=_activation_limit(1)),
+    "activation_backward": Kernel("moe_overlap.ops.swiglu_triton", limit=_activation_limit(2)),
+    "expert_mlp": Kernel(_EXPERT_MLP, _MATRICES, limit=_expert_mlp_limit),
+    "expert_mlp_backward": Kernel(_EXPERT_MLP, _MATRICES, limit=_expert_mlp_limit),
+    "expert_mlp_forward": Kernel(_EXPERT_MLP, _MATRICES, limit=_expert_mlp_limit),
+    "expert_mlp_dgrad": Kernel(_EXPERT_MLP, _MATRICES, limit=_expert_mlp_limit),
+    "expert_mlp_wgrad": Kernel(_EXPERT_MLP, _MATRICES, limit=_expert_mlp_limit),
 }
 """The operators that have a Triton kernel."""
 

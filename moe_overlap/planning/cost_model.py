@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.planning.shapes import StepShape
+from moe_overlap.planning.shapes import DistinctShape, StepShape
 from moe_overlap.planning.window import Chunking, OpVerb, Slowdown, Window
 from moe_overlap.schedule.actions import Phase
 
@@ -288,10 +288,12 @@ def window(
     if model.measured_rows:
         ops_s = tuple(seconds * slots_rows / model.measured_rows for seconds in ops_s)
     ops_s = ops_s if forward else ops_s[::-1]
-    metadata_s = None
+    metadata_s: float | None = None
+    halves_s: tuple[float, float] | None = None
     if distinct is not None:
         ops_s = (_experts_s(model, phase, distinct.own_rows, distinct.own_experts), *ops_s)
         metadata_s = model.exchange_s(distinct.metadata_by_lane if forward else distinct.gradients_by_lane)
+        halves_s = _halves_s(model, distinct) if forward else None
     return Window(
         phase=phase,
         op_verb=op_verb,
@@ -299,6 +301,7 @@ def window(
         tail_s=(model.unpermute if forward else model.permute_backward)(slots_rows),
         ops_s=ops_s,
         metadata_s=metadata_s,
+        halves_s=halves_s,
         issue_s=model.issue_s,
         slowdown=model.slowdown,
         chunkings=tuple(_chunking(model, shape, phase, weight_groups) for shape in shapes),
@@ -336,6 +339,19 @@ def _experts_s(model: CostModel, phase: Phase, rows: int, count: int) -> float:
         (model.experts, model.expert_s) if phase == "forward" else (model.experts_dgrad, model.expert_dgrad_s)
     )
     return line(rows) + expert_s * count if rows else 0.0
+
+
+def _halves_s(model: CostModel, distinct: DistinctShape) -> tuple[float, float] | None:
+    """Seconds of O and of Or: the first and the second half of the experts, with what they have of the rows that stay;
+    None where there is nothing to part."""
+    rows, experts = distinct.own_rows, distinct.own_experts
+    first = experts // 2
+    if not rows or not first:
+        return None
+    first_rows = rows * first // experts
+    first_s, rest_s = (_experts_s(model, "forward", *half)
+                       for half in ((first_rows, first), (rows - first_rows, experts - first)))  # fmt: skip
+    return first_s, rest_s
 
 
 def _chunk_bytes(shape: StepShape, phase: Phase) -> tuple[int, ...]:

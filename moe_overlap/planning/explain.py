@@ -71,6 +71,8 @@ def name_of(candidate: Candidate, window: Window) -> str:
         own = sum(not count for count in before)  # chunks whose experts come before the rows that stay
         if own:
             words.append(f"own rows after {own} of {_count(candidate.chunks)}")
+        if "Or" in candidate.order.split():
+            words.append("half of the own rows last")
         before = tuple(max(0, count - 1) for count in before)
     if num_ops and window.op_verb == "S":
         chunk = sum(not count for count in before)  # whose experts come before the shared expert
@@ -108,12 +110,17 @@ def wire_of(window: Window, chunking: Chunking) -> float:
 
 
 def bound_s(window: Window, chunking: Chunking) -> float:
-    """Seconds that no order of these actions can beat.
+    """Seconds that no order of these actions can beat, with the rows that stay in one part or in two.
 
     Compute has all of its work to do, and the wire all of its own between head and tail. With one chunk nothing of its
     own exchanges can run beside the experts, which gives ScMoE's T_exp + max(sum S, T_disp + T_comb); S are the ops and
     what is deferred.
     """
+    cut = chunking.chunks, chunking.by
+    return min(_bound_s(form, chunking if form is window else form.chunking(*cut)) for form in window.forms)
+
+
+def _bound_s(window: Window, chunking: Chunking) -> float:
     wire_s = wire_of(window, chunking)
     free_s = sum(window.ops_s) + sum(chunking.deferred_s)
     experts_s = sum(chunking.experts_s)
@@ -223,15 +230,17 @@ def _cut_of(candidate: Candidate) -> tuple[object, ...]:
 
 def _why(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -> list[str]:
     """Where the time goes, and why overlap is used or not."""
+    window = window.form_of(chosen.order)
     chunking = window.chunking(chosen.chunks, chosen.by)
     wire_s = wire_of(window, chunking)
     if not wire_s:
         return ["Nothing leaves a rank, so there is nothing to hide."]
+    backward, deferred_s = window.phase == "backward", sum(chunking.deferred_s)
     parts = {
         "experts": sum(chunking.experts_s),
-        "the experts on rows that stay": sum(window.ops_s) - sum(window.user_ops_s),
+        "the experts on rows that stay": sum(window.ops_s) - sum(window.user_ops_s) + (0 if backward else deferred_s),
         "the shared expert" if window.op_verb == "S" else "backbone ops": sum(window.user_ops_s),
-        "weight gradients": sum(chunking.deferred_s),
+        "weight gradients": deferred_s if backward else 0,
     }
     beside = ", ".join(f"{in_ms(seconds)} of {name}" for name, seconds in parts.items() if seconds) or "nothing"
     said = [f"The exchanges take {in_ms(wire_s)}; to put beside them there is {beside}."]

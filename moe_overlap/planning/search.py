@@ -14,9 +14,10 @@ small, for these reasons, each by moving or swapping actions so that nothing tha
 4. Deferred work reads what the last experts write, so after these it and the remaining ops run in any order (but for
    Od, which deferred work reads too and which therefore comes before it).
 
-Two rules of deduplicated steps are choices: the rows that stay (O, Od) are the first of the ops, as FasterMoE's
-(PPoPP'22), though another op might fit a gap better; and chunks are taken in their own order, as a row arrives with the
-first group of experts that needs it and leaves with the last.
+Three rules of deduplicated steps are choices: the rows that stay (O, Od) are the first of the ops, as FasterMoE's
+(PPoPP'22), though another op might fit a gap better; if one half of the experts is left for later (Or), it is deferred
+work; and chunks are taken in their own order, as a row arrives with the first group of experts that needs it and leaves
+with the last.
 
 So a schedule is a cut, an order of its chunks (`chunk_order`) and, for each of them, how many ops stand before its
 experts (`ops_before`). `interleavings.py` finds the best of these: exactly for equal chunks and for up to 4, by a
@@ -85,17 +86,21 @@ def search(
 ) -> tuple[Candidate, ...]:
     """The schedules of `window` worth knowing, best first; at most `limit` of them.
 
-    For every cut: joined (for one chunk that is "serial"), all of the first K ops before the experts for every K, and
-    the best interleavings of the dynamic programme, of which the best is optimal where nothing slows down, `issue_s` is
-    0 and chunks are equal or at most 4. Where predictions tie, joined serial comes first, then fewer chunks, chunks in
-    their own order, and fewer runs of ops.
+    For every cut, and with Or where the window allows it: joined (for one chunk that is "serial"), all of the first K
+    ops before the experts for every K, and the best interleavings of the dynamic programme, of which the best is
+    optimal where nothing slows down, `issue_s` is 0 and chunks are equal or at most 4. Where predictions tie, joined
+    serial comes first, then fewer chunks, chunks in their own order, and fewer runs of ops.
 
     ConfigError where no schedule keeps within `max_in_flight_bytes`, or where the window has no bytes to compare.
     """
     planner = native.planner()
     if planner is None:
         return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
-    found = [(chunking, planner.search(*cut_arguments(window, chunking))) for chunking in window.chunkings]
+    found = [
+        (form, chunking, planner.search(*cut_arguments(form, chunking)))
+        for form in window.forms
+        for chunking in form.chunkings
+    ]
     return _ranked(window, found, max_in_flight_bytes, limit)
 
 
@@ -103,7 +108,7 @@ def search_reference(
     window: Window, *, max_in_flight_bytes: int | None = None, limit: int | None = None
 ) -> tuple[Candidate, ...]:
     """`search` in plain Python: the definition the compiled one is tested against."""
-    found = [(chunking, _placements(window, chunking)) for chunking in window.chunkings]
+    found = [(form, chunking, _placements(form, chunking)) for form in window.forms for chunking in form.chunkings]
     return _ranked(window, found, max_in_flight_bytes, limit)
 
 
@@ -127,6 +132,7 @@ def timeline(
     An exchange's interval is its transfer; the time of starting it and of waiting for it is no action's. ConfigError as
     for `evaluate`.
     """
+    window = window.form_of(schedule.text)
     chunking = window.chunking(chunks, by)
     found = problems(schedule, chunks=chunks)
     if found:
@@ -206,7 +212,13 @@ def _order(window: Window, chunking: Chunking, chunk_order: Order, ops_before: O
     if window.deduplicated and not done:  # deferred work reads what Od writes
         words.append(ops[0])
         done = 1
-    return " ".join([*words, *(f"Ew{group}" for group in range(len(chunking.deferred_s))), *ops[done:], tail])
+    return " ".join([*words, *_deferred_words(window, chunking), *ops[done:], tail])
+
+
+def _deferred_words(window: Window, chunking: Chunking) -> list[str]:
+    if window.phase == "forward":
+        return ["Or"] * len(chunking.deferred_s)
+    return [f"Ew{group}" for group in range(len(chunking.deferred_s))]
 
 
 def _seconds(window: Window, chunking: Chunking) -> dict[str, float]:
@@ -219,9 +231,9 @@ def _seconds(window: Window, chunking: Chunking) -> dict[str, float]:
         (first, chunking.first_s),
         (experts, chunking.experts_s),
         (second, chunking.second_s),
-        ("Ew", chunking.deferred_s),
     ):
         seconds |= {f"{verb}{index}": duration_s for index, duration_s in enumerate(durations_s)}
+    seconds |= dict(zip(_deferred_words(window, chunking), chunking.deferred_s, strict=True))
     return seconds | dict(zip(_op_words(window), window.ops_s, strict=True))
 
 
@@ -259,32 +271,34 @@ def _switches(ops_before: OpsBefore, num_ops: int) -> int:
 
 def _ranked(
     window: Window,
-    found: Iterable[tuple[Chunking, list[Placement]]],
+    found: Iterable[tuple[Window, Chunking, list[Placement]]],
     max_in_flight_bytes: int | None,
     limit: int | None,
 ) -> tuple[Candidate, ...]:
     if limit is not None and limit < 1:
         raise ConfigError("limit", limit, "at least 1")
     entries = [
-        (chunking, placement, _in_flight_bytes(chunking, placement[1]))
-        for chunking, placements in found
+        (form, chunking, placement, _in_flight_bytes(chunking, placement[1]))
+        for form, chunking, placements in found
         for placement in placements
+        if form is window or not placement[1]  # nothing is left for later where nothing is beside the exchanges
     ]
     if max_in_flight_bytes is not None:
         if not all(chunking.chunk_bytes for chunking in window.chunkings):
             raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None: a chunking has no chunk_bytes")
-        least = min(held for _, _, held in entries)
-        entries = [entry for entry in entries if entry[2] <= max_in_flight_bytes]
+        least = min(held for *_, held in entries)
+        entries = [entry for entry in entries if entry[-1] <= max_in_flight_bytes]
         if not entries:
             expected = f"at least {least}, what the smallest cut holds when every exchange is joined"
             raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
-    best_s = min(placement[0] for _, placement, _ in entries)
+    best_s = min(placement[0] for _, _, placement, _ in entries)
 
-    def rank(entry: tuple[Chunking, Placement, int]) -> tuple[object, ...]:
-        chunking, (predicted_s, joined, chunk_order, ops_before), _ = entry
+    def rank(entry: tuple[Window, Chunking, Placement, int]) -> tuple[object, ...]:
+        form, chunking, (predicted_s, joined, chunk_order, ops_before), _ = entry
         distance = round(min((predicted_s - best_s) / best_s / TIE, FAR)) if best_s > 0 else predicted_s
         simplest = (not (joined and chunking.chunks == 1), chunking.chunks, list(chunk_order) != sorted(chunk_order))
-        return distance, *simplest, _switches(ops_before, len(window.ops_s)), chunking.by, joined, ops_before
+        switches = _switches(ops_before, len(window.ops_s))
+        return distance, *simplest, form is not window, switches, chunking.by, joined, ops_before
 
     return tuple(
         Candidate(
@@ -293,11 +307,11 @@ def _ranked(
             joined=joined,
             chunk_order=tuple(chunk_order),
             ops_before=tuple(ops_before),
-            order=_order(window, chunking, chunk_order, ops_before),
+            order=_order(form, chunking, chunk_order, ops_before),
             predicted_s=predicted_s,
             in_flight_bytes=held,
         )
-        for chunking, (predicted_s, joined, chunk_order, ops_before), held in sorted(entries, key=rank)[:limit]
+        for form, chunking, (predicted_s, joined, chunk_order, ops_before), held in sorted(entries, key=rank)[:limit]
     )
 
 

@@ -12,13 +12,16 @@ first exchange and Mt of the last one; O and Od need nothing but the head, as th
     forward    P    M D_c   E_c    C_c      U     beside O and B_i, or S
     backward   Ut   Ct_c    Ed_c   Mt Dt_c  Pt    beside Od and Bt_i, or St
 
+In forward one half of the experts may be left for the time after the last chunk's (Or), where a schedule without other
+ops has nothing else to put beside the last combine. Then O is the other half: a window of its own (`forms`).
+
 Every duration is in seconds, finite and >= 0. Everything here raises ConfigError for what is not.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_overlap.agreement.counts import BLOCKS
@@ -55,8 +58,8 @@ class Slowdown:
 class Chunking:
     """The durations for one way of cutting the exchange, in seconds, one per chunk.
 
-    `deferred_s`: one per weight-gradient group (backward only). `chunk_bytes`: what one exchange of each chunk holds
-    in buffers; empty where nobody asks.
+    `deferred_s`: one per weight-gradient group in backward; in forward none, or that of Or. `chunk_bytes`: what one
+    exchange of each chunk holds in buffers; empty where nobody asks.
     """
 
     chunks: int
@@ -88,7 +91,8 @@ class Window:
 
     `op_verb`: whether `ops_s` are backbone ops (B, backward Bt) or the shared expert (S, St), in execution order.
     `issue_s`: compute-lane time of starting an exchange, and again of waiting for it. `metadata_s`: of M (backward Mt),
-    where the step is deduplicated; the first of `ops_s` is then that of O (Od). None: it is not.
+    where the step is deduplicated; the first of `ops_s` is then that of O (Od). None: it is not. `halves_s`: of O and
+    of Or, where the rows that stay are computed in two parts (forward alone). None: they are not.
     """
 
     phase: Phase
@@ -97,6 +101,7 @@ class Window:
     tail_s: float
     ops_s: tuple[float, ...] = ()
     metadata_s: float | None = None
+    halves_s: tuple[float, float] | None = None
     issue_s: float = 0.0
     slowdown: Slowdown = Slowdown()
     chunkings: tuple[Chunking, ...]
@@ -110,6 +115,10 @@ class Window:
             _check_seconds("window.metadata_s", self.metadata_s)
             if not self.ops_s:
                 raise ConfigError("window.ops_s", self.ops_s, "the seconds of O (Od) first, where metadata_s is given")
+        if self.halves_s is not None:
+            _check_seconds("window.halves_s", *self.halves_s)
+            if not self.deduplicated or self.phase == "backward" or len(self.halves_s) != 2:
+                raise ConfigError("window.halves_s", self.halves_s, "two durations in a deduplicated forward, or None")
         if self.op_verb == "S" and len(self.user_ops_s) > 1:
             raise ConfigError("window.ops_s", self.ops_s, "at most one duration: there is one shared expert")
         for name in ("head_s", "tail_s", "issue_s"):
@@ -119,7 +128,8 @@ class Window:
         if not cuts or len(set(cuts)) != len(cuts):
             raise ConfigError("window.chunkings", cuts, "at least one, each (chunks, by) once")
         for chunking in self.chunkings:
-            if (self.phase == "backward") != bool(chunking.deferred_s):
+            wrong = (self.phase == "backward") != bool(chunking.deferred_s)
+            if wrong and not (self.deduplicated and len(chunking.deferred_s) == 1):  # Or
                 expected = "one duration per weight-gradient group, at least one, in backward; none in forward"
                 raise ConfigError("chunking.deferred_s", chunking.deferred_s, expected)
 
@@ -131,6 +141,19 @@ class Window:
     def user_ops_s(self) -> tuple[float, ...]:
         """`ops_s` without O (Od)."""
         return self.ops_s[1:] if self.deduplicated else self.ops_s
+
+    @property
+    def forms(self) -> tuple[Window, ...]:
+        """This window, and where the rows that stay may be computed in two parts, the one in which they are."""
+        if self.halves_s is None:
+            return (self,)
+        first_s, rest_s = self.halves_s
+        cuts = tuple(replace(chunking, deferred_s=(rest_s,)) for chunking in self.chunkings)
+        return self, replace(self, halves_s=None, ops_s=(first_s, *self.user_ops_s), chunkings=cuts)
+
+    def form_of(self, actions: str) -> Window:
+        """The one of `forms` that a schedule with these actions, words of a text, is of."""
+        return self.forms[-1] if "Or" in actions.split() else self
 
     def chunking(self, chunks: int, by: ChunkBy) -> Chunking:
         """The durations of this cut. ConfigError where the window does not have it."""

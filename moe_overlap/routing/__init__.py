@@ -4,12 +4,14 @@ A router is scores -> selection -> capacity: `scores.py`, `choice.py`, `select.p
 `decision.py` is what comes out, `balance.py` and `locality.py` have the losses, `nodes.py` says where experts are.
 Others: `locmoe.py`, `smile.py`, and `baselines.py` with Switch and Hash.
 Left out: experts and tokens (`masks.py`), some of the K (`variable_k.py`), the work (`zero.py`). `recurrent.py`: a
-state from layer to layer. `replayed.py`: decisions of earlier, given again.
+state from layer to layer. `replayed.py`: decisions of earlier, given again. `given.py`: decisions of
+other code.
 """
 
 from moe_overlap.routing.balance import (
     GlobalBalance,
     load_balancing_loss,
+    pooled_balancing_loss,
     router_probabilities,
     sequence_balancing_loss,
     z_loss,
@@ -19,6 +21,7 @@ from moe_overlap.routing.baselines import HashRouter, SwitchRouter
 from moe_overlap.routing.capacity_floor import cap_probability, capacity_bound
 from moe_overlap.routing.decision import STATUS_BAD_LOGITS, STATUS_OK, Identity, RoutingDecision
 from moe_overlap.routing.expert_choice import ExpertChoiceRouter
+from moe_overlap.routing.given import GivenRouter
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.routing.locality import Locality, LocalityBias, locality_loss
 from moe_overlap.routing.locmoe import LocMoEPlusRouter, LocMoERouter, grap_rows
@@ -38,6 +41,7 @@ __all__ = [
     "STATUS_OK",
     "BaseRouter",
     "ExpertChoiceRouter",
+    "GivenRouter",
     "GlobalBalance",
     "HashRouter",
     "Identity",
@@ -64,6 +68,7 @@ __all__ = [
     "locality_loss",
     "max_violation",
     "part_zero_experts",
+    "pooled_balancing_loss",
     "router_probabilities",
     "sequence_balancing_loss",
     "update_bias_",

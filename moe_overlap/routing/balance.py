@@ -7,6 +7,7 @@ a router does not know: it hands over a `GlobalBalance`, and the layer finishes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,26 @@ def load_balancing_loss(
     f_E = (counts_E / counts_E.sum().clamp_min(1)).detach()
     p_E = mean_over_tokens(probs_TE, valid_T1)
     return probs_TE.shape[-1] * (f_E * p_E).sum()
+
+
+def pooled_balancing_loss(
+    logits: Sequence[torch.Tensor], tokens_per_expert: Sequence[torch.Tensor], *, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The auxiliary loss of transformers' models (`load_balancing_loss_func`), over the tokens of all layers together.
+
+        loss = E * sum_i f_i * P_i, f_i = (token, k) slots of expert i over tokens, P_i = mean softmax probability
+
+    With one layer it is K times `load_balancing_loss`; with several it is another loss than the sum of theirs.
+
+    logits: [T, E] of each layer (`RoutingDecision.logits_TE`). tokens_per_expert: [E] of each. token_mask: bool [T],
+    False = padding. Returns a scalar. Raises ConfigError for lists that do not go together.
+    """
+    if not logits or len(logits) != len(tokens_per_expert) or len({one.shape for one in logits}) > 1:
+        shapes = [tuple(one.shape) for one in logits]
+        raise ConfigError("logits", shapes, f"one shape for each of {len(tokens_per_expert)} layers, at least one")
+    probs_TE = torch.cat([one if token_mask is None else one[token_mask] for one in logits]).softmax(dim=-1)
+    f_E = torch.stack([one.to(probs_TE.dtype) for one in tokens_per_expert]).sum(dim=0) / max(1, probs_TE.shape[0])
+    return probs_TE.shape[1] * (f_E.detach() * mean_over_tokens(probs_TE, None)).sum()
 
 
 def sequence_balancing_loss(

@@ -75,4 +75,4 @@ class BaseRouter(LinearRouter):
             return super()._choose(logits_TE, nodes)
         known_TE = logits_TE.detach().masked_fill(bad_rows(logits_TE), 0.0)
         ids_TK = assign(known_TE)[:, None].to(logits_TE.device)
-        return choice_of(logits_TE, ids_TK, score=self.score, renormalize=self.renormalize, scale=self.scale)
+        return choice_of(logits_TE, ids_TK, **self._weighing)

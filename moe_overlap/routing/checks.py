@@ -76,6 +76,21 @@ def check_zero_experts(zero_experts: object, n_group: int = 1) -> None:
         raise ConfigError("n_group", n_group, "1 beside zero-computation experts, which belong to no group")
 
 
+def check_shaping(
+    softcap: object, renormalize_eps: object, *, renormalize: bool, expert_scale: bool, variable_k: bool
+) -> None:
+    """Raises ConfigError for options of logits and weights that do not fit, or not together."""
+    if softcap is not None and not (is_finite(softcap) and softcap > 0):
+        raise ConfigError("softcap", softcap, "None or a finite number above 0")
+    if not (is_finite(renormalize_eps) and renormalize_eps >= 0):
+        raise ConfigError("renormalize_eps", renormalize_eps, "a finite number of at least 0")
+    if renormalize_eps and not renormalize:
+        raise ConfigError("renormalize_eps", renormalize_eps, "0 without renormalize=True")
+    for name, given in (("renormalize_eps", renormalize_eps), ("expert_scale", expert_scale)):
+        if given and variable_k:
+            raise ConfigError(name, given, "none beside variable_k, which makes weights of its own")
+
+
 def check_tokens(x_TD: torch.Tensor, hidden_size: int, device: torch.device) -> None:
     """Raises ConfigError unless x is floating [T, D] on the router's device."""
     if x_TD.dim() != 2 or x_TD.shape[-1] != hidden_size:

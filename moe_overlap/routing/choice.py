@@ -64,6 +64,7 @@ def decide(
     capacity: int | None = None,
     rank_by_TK: torch.Tensor | None = None,
     zero_experts: int = 0,
+    logits_TE: torch.Tensor | None = None,
 ) -> RoutingDecision:
     """The decision: each expert keeps at most `capacity` of this rank's slots (None: all), those of highest
     `rank_by_TK`, else of highest weight. zero_experts: so many of the last experts return their input and keep all."""
@@ -88,4 +89,5 @@ def decide(
         global_balance=losses[1],
         zero_experts=zero_experts,
         chosen_ids_TK=None if capacity is None else choice.ids_TK,
+        logits_TE=logits_TE,
     )

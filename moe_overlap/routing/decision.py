@@ -49,6 +49,8 @@ class RoutingDecision:
     global_balance: the part of the auxiliary loss that waits for the counts of all ranks; the layer finishes it.
     chosen_ids_TK: int32 [T, K], the ids before capacity dropped some; None where there was no limit.
     agreed: a number that all ranks must have in common, which goes into the step's record (0: nothing).
+    logits_TE: [T, E] (E + Z), differentiable: what the router scored, or None where it has no such thing. Padding and
+    masked experts have -inf.
     """
 
     topk_ids_TK: torch.Tensor
@@ -63,6 +65,7 @@ class RoutingDecision:
     state: torch.Tensor | None = None
     chosen_ids_TK: torch.Tensor | None = None
     agreed: int = 0
+    logits_TE: torch.Tensor | None = None
 
 
 def as_decision(value: object) -> RoutingDecision:

@@ -56,5 +56,5 @@ class ExpertChoiceRouter(LinearRouter):
         taken_TE &= ~bad_T1
         best = scores_TE.masked_fill(~taken_TE, float("-inf")).topk(self.top_k, dim=1)
         ids_TK = torch.where(best.values == float("-inf"), -1, best.indices)
-        choice = choice_of(logits_TE, ids_TK, score=self.score, renormalize=self.renormalize, scale=self.scale)
+        choice = choice_of(logits_TE, ids_TK, **self._weighing)
         return replace(choice, dropped=taken_TE.sum() - (choice.ids_TK >= 0).sum())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from moe_overlap.routing.checks import (
     check_coefficients,
     check_eval_capacity_factor,
     check_scale,
+    check_shaping,
     check_sizes,
     check_tokens,
     check_words,
@@ -43,6 +43,7 @@ from moe_overlap.routing.nodes import Nodes, check_nodes
 from moe_overlap.routing.replayed import Recorded, replayed_choice, with_recorded_drops
 from moe_overlap.routing.scores import linear_logits
 from moe_overlap.routing.select import expert_capacity
+from moe_overlap.routing.shaping import shaped_logits, weighed
 from moe_overlap.routing.variable_k import VariableK, as_variable_k
 
 INIT_STD = 0.02
@@ -64,6 +65,9 @@ class LinearRouter(ExpertMask):
     zero_experts: Z more logits, of experts that return their input (see `zero.py`): ids from E on. They have no limit;
     the auxiliary loss, the bias and the counts treat all E + Z alike, so that balance means that K * E / (E + Z) of a
     token's experts compute, as LongCat-Flash's budget K_e = 8 of K = 12 is with its 512 + 256.
+    logit_bias: a parameter `logit_bias_E`, added to the logits (GPT-OSS). softcap: c, logits become
+    c * tanh(logits / c), after the bias. renormalize_eps, beside renormalize: weights are divided by their sum + eps.
+    expert_scale: a parameter `expert_scale_E` that multiplies the weights of each expert (Gemma4).
     variable_k: None, or how many of its K experts each token takes (see `VariableK`). `mask_experts`: experts that are
     never chosen (see `ExpertMask`).
     locality: None, or what keeps tokens on their node (`Locality`); the router then needs `local_experts`.
@@ -79,6 +83,8 @@ class LinearRouter(ExpertMask):
 
     replays = True  # a layer may call it with `replay=`
     expert_bias_E: torch.Tensor | None
+    logit_bias_E: nn.Parameter | None
+    expert_scale_E: nn.Parameter | None
     locality_bias: LocalityBias | None
 
     def __init__(
@@ -99,6 +105,10 @@ class LinearRouter(ExpertMask):
         capacity_factor: float | None = None,
         eval_capacity_factor: float | str | None = "same",
         zero_experts: int = 0,
+        logit_bias: bool = False,
+        softcap: float | None = None,
+        renormalize_eps: float = 0.0,
+        expert_scale: bool = False,
         variable_k: VariableK | None = None,
         locality: Locality | None = None,
         bad_logits: str = "raise",
@@ -113,6 +123,8 @@ class LinearRouter(ExpertMask):
         check_capacity_factor(capacity_factor)
         check_eval_capacity_factor(eval_capacity_factor)
         check_zero_experts(zero_experts, n_group)
+        check_shaping(softcap, renormalize_eps, renormalize=renormalize, expert_scale=expert_scale,
+                      variable_k=variable_k is not None)  # fmt: skip
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -127,10 +139,15 @@ class LinearRouter(ExpertMask):
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.zero_experts = zero_experts
+        self.softcap = softcap
+        self.renormalize_eps = renormalize_eps
         self.variable_k = as_variable_k(variable_k)
         self.locality = locality
         self.bad_logits = bad_logits
         self.weight = nn.Parameter(torch.empty(self.num_logits, hidden_size, device=device, dtype=dtype))
+        for name, wanted in (("logit_bias_E", logit_bias), ("expert_scale_E", expert_scale)):
+            value_E = torch.empty(self.num_logits, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(value_E) if wanted else None)
         self.locality_bias = None
         if locality is not None:
             check_locality(locality, bias=bias, n_group=n_group, zero_experts=zero_experts)
@@ -146,6 +163,10 @@ class LinearRouter(ExpertMask):
             nn.init.normal_(self.weight, std=INIT_STD)
         if self.expert_bias_E is not None:
             nn.init.zeros_(self.expert_bias_E)
+        if self.logit_bias_E is not None:
+            nn.init.zeros_(self.logit_bias_E)
+        if self.expert_scale_E is not None:
+            nn.init.ones_(self.expert_scale_E)
         if self.locality_bias is not None:
             self.locality_bias.reset_parameters()
 
@@ -217,16 +238,18 @@ class LinearRouter(ExpertMask):
     ) -> RoutingDecision:
         """Scores -> selection -> capacity; the losses read scores and selection."""
         x_TD = without_padding(x_TD, token_mask)
-        logits_TE = self._logits(x_TD)
+        logits_TE = shaped_logits(self._logits(x_TD), self.logit_bias_E, self.softcap)
         if self.locality_bias is not None and nodes is not None:
             logits_TE = self.locality_bias(logits_TE, nodes)
         logits_TE = self.hide_masked(mark_padding(logits_TE, token_mask))
         if replay is not None:
-            choice = replayed_choice(logits_TE, replay, token_mask, score=self.score, renormalize=self.renormalize,
-                                     scale=self.scale, drop_bad=self.bad_logits == "drop")  # fmt: skip
+            choice = replayed_choice(logits_TE, replay, token_mask, drop_bad=self.bad_logits == "drop",
+                                     **self._weighing)  # fmt: skip
+            choice = self._weighed(choice)
             losses = self._losses(logits_TE, choice, sequence_length, nodes)
-            return with_recorded_drops(decide(choice, losses=losses, zero_experts=self.zero_experts), replay)
-        choice = self.refuse_masked(self._choose(logits_TE, nodes))
+            decision = decide(choice, losses=losses, zero_experts=self.zero_experts, logits_TE=logits_TE)
+            return with_recorded_drops(decision, replay)
+        choice = self._weighed(self.refuse_masked(self._choose(logits_TE, nodes)))
         if self.bad_logits == "drop":
             choice = drop_bad_tokens(choice)
         choice = settle_padding(choice, token_mask, raises=self.bad_logits == "raise")
@@ -239,6 +262,7 @@ class LinearRouter(ExpertMask):
             capacity=self._capacity(x_TD.shape[0]),
             rank_by_TK=self._rank_by(x_TD, choice),
             zero_experts=self.zero_experts,
+            logits_TE=logits_TE,
         )
 
     def _nodes(self, given: Nodes | None, num_tokens: int) -> Nodes | None:
@@ -259,20 +283,27 @@ class LinearRouter(ExpertMask):
 
     def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
         bias_E = None if self.expert_bias_E is None else self.hide_masked(self.expert_bias_E.to(logits_TE.dtype))
-        choose = partial(
-            choose_top_k,
-            bias_E=bias_E,
-            k=self.top_k,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            score=self.score,
-            renormalize=self.renormalize,
-            scale=self.scale,
-        )
+        how = {"k": self.top_k, "n_group": self.n_group, "topk_group": self.topk_group, **self._weighing}
+
+        def choose(among_TE: torch.Tensor) -> Choice:
+            return choose_top_k(among_TE, bias_E, **how)
+
         if nodes is None or self.locality is None or self.locality.off_node_share is None:
             return choose(logits_TE)
         near_TE = logits_TE.masked_fill(~nodes.near(logits_TE.device), -torch.inf)
         return limit_off_node(choose(logits_TE), choose(near_TE), nodes, self.locality.off_node_share)
+
+    @property
+    def _weighing(self) -> dict[str, Any]:
+        """How the gate makes weights of scores; a sum with an eps is divided by here (`_weighed`)."""
+        if self.renormalize and self.renormalize_eps > 0:
+            return {"score": self.score, "renormalize": False, "scale": 1.0}
+        return {"score": self.score, "renormalize": self.renormalize, "scale": self.scale}
+
+    def _weighed(self, choice: Choice) -> Choice:
+        """The choice with the weights that the gate leaves to the router."""
+        eps = self.renormalize_eps if self.renormalize else 0.0
+        return weighed(choice, eps=eps, scale=self.scale, expert_scale_E=self.expert_scale_E)
 
     def _rank_by(self, x_TD: torch.Tensor, choice: Choice) -> torch.Tensor | None:
         """[T, K], by which an expert that is full picks its tokens; None: by weight."""

@@ -52,4 +52,4 @@ class SinkhornRouter(LinearRouter):
             return super()._choose(logits_TE, nodes)
         known_TE = logits_TE.detach().masked_fill(bad_rows(logits_TE), 0.0)
         ids_TK = (known_TE + sinkhorn_potential(known_TE, self.iterations)).topk(self.top_k, dim=1).indices
-        return choice_of(logits_TE, ids_TK, score=self.score, renormalize=self.renormalize, scale=self.scale)
+        return choice_of(logits_TE, ids_TK, **self._weighing)

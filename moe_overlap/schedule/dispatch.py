@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -21,6 +22,11 @@ from moe_overlap.transport.link import nodes_of
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 WEIGHT_DTYPES = (torch.float32, torch.float64)
+
+
+def _activation_number(name: str) -> int:
+    """What stands for an activation in a header: a registered one is compared by its name."""
+    return ACTIVATIONS.index(name) if name in ACTIVATIONS else len(ACTIVATIONS) + zlib.crc32(name.encode())
 
 
 def current_phase() -> int:
@@ -95,7 +101,7 @@ class Dispatcher:
             ffn_hidden=self.ffn_hidden,
             top_k=self.top_k,
             weight_dtype=DTYPES.index(self.dtype) if self.dtype in DTYPES else -1,
-            activation=ACTIVATIONS.index(self.activation),
+            activation=_activation_number(self.activation),
             dedup=int(self.dedup == 1),
             nodes=self._counted_nodes,
         )

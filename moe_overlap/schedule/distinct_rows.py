@@ -34,7 +34,17 @@ from moe_overlap.schedule.tables import Tables
 @dataclass(frozen=True, kw_only=True)
 class DistinctSaved:
     """What backward needs of a deduplicated forward call: the choices int32 [T, K], [Rd, D], [Re, F'], int32 [Rd, K],
-    [Rd, K], the ids of the rows that this rank passes on, int32 [G, K] (see `gateway.py`), and the weights."""
+    [Rd, K], the ids of the rows that this rank passes on, int32 [G, K] (see `gateway.py`), and the weights. Bytes,
+    beside the weights, with s of an element and w of a router weight (4, or 8 for float64):
+
+        4                       for each choice of this rank's tokens
+        F' s                    for each row of its experts
+        D s + K (4 + w)         for each distinct row here
+        4 K                     for each row that it passes on inside its node
+
+    so F' s + 4 + (D s + K (4 + w)) / c a token-slot where ranks are balanced and a row has c experts: 8468 for D 512,
+    F 2048, swiglu, bfloat16, top-8 of 32 on two ranks, where c is 4.
+    """
 
     slots_TK: torch.Tensor
     x: torch.Tensor

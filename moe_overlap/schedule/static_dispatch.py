@@ -18,6 +18,7 @@ from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import PHASES, digest, dtype_code
 from moe_overlap.agreement.static_plan import Capacity, StaticExchange, StaticLayout, segments_of
 from moe_overlap.errors import CapacityExceeded, ConfigError
+from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.static_rows import MILLI, WORD, place
@@ -56,7 +57,7 @@ class StaticDispatcher(Dispatcher):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in all buffers of a forward: sent, received, pre-activation, computed, returned."""
-        return (4 * self.hidden + self.ffn_hidden * (2 if self.activation == "swiglu" else 1)) * self.dtype.itemsize
+        return (4 * self.hidden + self.ffn_hidden * (2 if is_gated(self.activation) else 1)) * self.dtype.itemsize
 
     @property
     def says(self) -> str:

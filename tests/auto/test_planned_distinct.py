@@ -13,7 +13,7 @@ from moe_overlap.auto.calibrate import distinct_shape, step_shape
 from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import CostModel
-from moe_overlap.planning.search import evaluate
+from moe_overlap.planning.search import evaluate, search
 from moe_overlap.planning.shapes import MetadataBytes
 from moe_overlap.schedule.check import check, problems
 from tests.auto.planted import FREE, choices, cost_model, distinct_costs, line, routed
@@ -113,6 +113,26 @@ def test_a_budget_that_only_fewer_bytes_keep():
     assert found.pair.deduplicated and found.other is None
     with pytest.raises(ConfigError, match="max_in_flight_bytes"):
         planned(model, max_in_flight_bytes=1).planned(agreed(top_k=8))
+
+
+def test_half_of_the_own_rows_is_left_for_the_last_combine_where_that_is_faster():
+    found = planned(distinct_costs(cost_model()), dedup="on").planned(agreed())
+    assert found.pair.forward.text == "P M D0 O E0 C0 Or U"
+    window, best = found.windows["forward"], found.candidates["forward"][0]
+    assert sum(window.halves_s) == pytest.approx(window.ops_s[0])
+    whole = replace(window, halves_s=None)
+    assert best.predicted_s < search(whole)[0].predicted_s
+    # What a matmul costs by itself is paid twice then.
+    dear = distinct_costs(cost_model(), experts=line(2e-7, alpha_s=1e-3))
+    found = planned(dear, dedup="on").planned(agreed())
+    assert sum(found.windows["forward"].halves_s) == pytest.approx(1e-3 + found.windows["forward"].ops_s[0])
+    assert "Or" not in found.pair.forward.text
+
+
+def test_one_expert_is_not_parted():
+    ids = [torch.arange(2, dtype=torch.int32).expand(64, 2)] * 2
+    found = planned(distinct_costs(cost_model()), dedup="on").planned(routed(ids, slots=2))
+    assert found.windows["forward"].halves_s is None and found.windows["forward"].ops_s[0] > 0
 
 
 # ---------------------------------------------------------------- from what

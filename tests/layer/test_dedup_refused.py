@@ -71,6 +71,11 @@ def test_an_unknown_word(word):
     assert caught.value.field == "dedup"
 
 
+def test_the_all_gather_of_rows_is_not_there():
+    with pytest.raises(NotImplementedError, match="all-gather"):
+        make(dedup="gather")
+
+
 FORWARD, BACKWARD = "P M D0 D1 O E0 C0 E1 C1 U", "Ut Ct0 Ct1 Od Ed0 Dt0 Ed1 Mt Dt1 Ew0 Pt"
 BAD_SCHEDULES = {
     "only M": ("tokens", FORWARD.replace(" O", ""), BACKWARD),

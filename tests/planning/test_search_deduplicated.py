@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import combinations_with_replacement
 
 import pytest
@@ -15,7 +16,7 @@ from moe_overlap.planning.explain import bound_s, explain, name_of
 from moe_overlap.planning.search import evaluate, joined_form, search, search_reference, timeline
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 from moe_overlap.schedule.actions import Schedule
-from moe_overlap.schedule.builders import chunked, deduplicate, shared_expert
+from moe_overlap.schedule.builders import chunked, deduplicate, shared_expert, split_own
 from moe_overlap.schedule.builders import window as shortcut_window
 from moe_overlap.schedule.check import check, problems
 
@@ -31,6 +32,7 @@ def windows(draw, phase=None, issue=seconds, beside=None):
     """Windows of every kind: chunks equal or not, by tokens or groups, ops or a shared expert, slowdowns."""
     phase = phase or draw(st.sampled_from(["forward", "backward"]))
     verb, ops = beside or draw(besides)
+    halves = st.tuples(seconds, seconds) if phase == "forward" else st.none()
     chunkings = []
     for chunks, by in draw(st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["tokens", "experts"])), min_size=1,
                                     max_size=3, unique=True)):  # fmt: skip
@@ -41,6 +43,7 @@ def windows(draw, phase=None, issue=seconds, beside=None):
     return Window(
         phase=phase, op_verb=verb, head_s=draw(seconds), tail_s=draw(seconds), issue_s=draw(issue),
         ops_s=tuple(draw(seconds) for _ in range(ops + 1)), metadata_s=draw(seconds), chunkings=tuple(chunkings),
+        halves_s=draw(st.none() | halves),
         slowdown=Slowdown(compute=draw(st.sampled_from([1.0, 1.3])), wire=draw(st.sampled_from([1.0, 1.2]))),
     )  # fmt: skip
 
@@ -59,6 +62,7 @@ def test_every_candidate_can_run_and_takes_what_it_says(window):
         assert one.chunk_order == tuple(range(one.chunks)), "a row comes with the first group and goes with the last"
         words = one.order.split()
         assert words.count(own) == words.count(metadata) == 1
+        assert "Or" not in words or (window.halves_s and words[words.index(f"C{one.chunks - 1}") + 1] in ("O", "Or"))
         # Right in front of the first exchange, or of the last one.
         follower = words[words.index(metadata) + 1]
         assert follower == ("D0" if window.phase == "forward" else f"Dt{one.chunks - 1}")
@@ -86,7 +90,7 @@ def test_nothing_beats_the_bound(window):
 
 def every_order(window, chunking):
     """The orders of a cut whose chunks are taken in turn: all ways of putting the ops between the experts, the rows
-    that stay before the other ops."""
+    that stay before the other ops, and one half of them, if that is left for later, at any place behind the experts."""
     forward = window.phase == "forward"
     own, meta, first, experts, second = ("O", "M", "D", "E", "C") if forward else ("Od", "Mt", "Ct", "Ed", "Dt")
     users = [f"B{i}" for i in range(len(window.user_ops_s))]
@@ -101,8 +105,12 @@ def every_order(window, chunking):
         for c, count in enumerate(before):
             words += [*ops[done:count], f"{experts}{c}", *([meta] if c == last and not forward else []), f"{second}{c}"]
             done = count
-        words += [*ops[done:], *(() if forward else ("Ew0",)), "U" if forward else "Pt"]
-        yield Schedule.parse(" ".join(words))
+        rest = [*ops[done:], *(() if forward else ("Ew0",))]
+        tail = "U" if forward else "Pt"
+        yield Schedule.parse(" ".join([*words, *rest, tail]))
+        if forward and window.halves_s is not None:
+            for place in range(own in rest, len(rest) + 1):
+                yield Schedule.parse(" ".join([*words, *rest[:place], "Or", *rest[place:], tail]))
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -115,8 +123,9 @@ def test_no_place_of_the_ops_is_better(phase):
         chunking = Chunking(chunks=chunks, by="experts", first_s=parts[0], experts_s=parts[1], second_s=parts[2],
                             deferred_s=(chance.random(),) if phase == "backward" else ())  # fmt: skip
         ops_s = tuple(chance.random() for _ in range(1 + chance.randint(0, 2)))
+        halves_s = (0.5 * ops_s[0] + 0.05, 0.5 * ops_s[0]) if phase == "forward" else None
         window = Window(phase=phase, head_s=chance.random(), tail_s=chance.random(), ops_s=ops_s,
-                        metadata_s=chance.random(), chunkings=(chunking,))  # fmt: skip
+                        metadata_s=chance.random(), halves_s=halves_s, chunkings=(chunking,))  # fmt: skip
         least_s = min(evaluate(window, order, chunks=chunks, by="experts") for order in every_order(window, chunking))
         assert search(window)[0].predicted_s == pytest.approx(least_s, rel=1e-9)
 
@@ -132,6 +141,25 @@ def test_one_chunk_by_hand():
     assert spans[1:4] == [(1.0, 1.5), (1.5, 4.5), (1.0, 4.0)]
     late = next(one for one in search(window) if not one.joined and one.ops_before == (0,))
     assert name_of(late, window) == "own rows after 1 of 1 chunk, 0 of 1 ops first"
+
+
+def test_half_of_the_own_rows_by_hand():
+    """Alone with one chunk, the rows that stay fill the time of the dispatch and of the combine; beside an op that
+    fills the latter, or where parting them costs more than it saves, they are one part."""
+    cut = Chunking(chunks=1, by="tokens", first_s=(2.0,), experts_s=(2.0,), second_s=(2.0,))
+    given = {"phase": "forward", "head_s": 1.0, "tail_s": 1.0, "metadata_s": 0.0, "chunkings": (cut,)}
+    window = Window(**given, ops_s=(4.0,), halves_s=(2.0, 2.25))
+    best = search(window)[0]
+    assert best.order == "P M D0 O E0 C0 Or U" and best.predicted_s == 1 + 2 + 2 + 2.25 + 1
+    assert name_of(best, window) == "half of the own rows last"
+    joined = joined_form(window, best)
+    assert joined.predicted_s == 1 + 2 + 2 + 2 + 2 + 2.25 + 1
+    text = explain(window, search(window))
+    assert "4250 ms of the experts on rows that stay" in text and "this one is 3.1 % above" in text
+    assert search(replace(window, halves_s=None))[0].predicted_s == 1 + 4 + 2 + 2 + 1
+    for other in (replace(window, ops_s=(2.0, 2.0), halves_s=(1.0, 1.0)), replace(window, halves_s=(3.5, 3.5))):
+        assert "Or" not in search(other)[0].order
+    assert search(replace(window, halves_s=(2.0, 2.0)))[0].predicted_s == 8
 
 
 def test_backward_by_hand():
@@ -158,6 +186,13 @@ def test_the_order_of_the_builder_is_one_that_can_be_evaluated(pair):
                         chunkings=(cut,))  # fmt: skip
         best_s = search(window)[0].predicted_s
         assert evaluate(window, schedule, chunks=pair.chunks, by=pair.by) >= best_s * (1 - 1e-9)
+        if phase == "forward":
+            halved = replace(window, halves_s=(0.125, 0.125))
+            split = split_own(pair).forward
+            best_s = search(halved)[0].predicted_s
+            assert evaluate(halved, split, chunks=pair.chunks, by=pair.by) >= best_s * (1 - 1e-9)
+            with pytest.raises(ConfigError, match="the actions of the window: Or"):
+                evaluate(window, split, chunks=pair.chunks, by=pair.by)
         plain = Window(phase=phase, op_verb=verb, head_s=0.1, tail_s=0.1, ops_s=(0.25,) * (ops - 1), chunkings=(cut,))
         with pytest.raises(ConfigError, match="the actions of the window"):
             evaluate(plain, schedule, chunks=pair.chunks, by=pair.by)
@@ -175,6 +210,8 @@ def test_the_page_speaks_of_the_rows_that_stay():
 @pytest.mark.parametrize(("change", "field"), [({"ops_s": ()}, "window.ops_s"),
                                                ({"metadata_s": -1.0}, "window.metadata_s"),
                                                ({"metadata_s": float("nan")}, "window.metadata_s"),
+                                               ({"halves_s": (1.0, -1.0)}, "window.halves_s"),
+                                               ({"metadata_s": None, "halves_s": (1.0, 1.0)}, "window.halves_s"),
                                                ({"op_verb": "S", "ops_s": (1.0,) * 3}, "window.ops_s")])  # fmt: skip
 def test_windows_that_cannot_be(change, field):
     cut = Chunking(chunks=1, by="tokens", first_s=(1.0,), experts_s=(1.0,), second_s=(1.0,))

@@ -142,7 +142,7 @@ class _Edge(torch.autograd.Function):
 class BlockPair(nn.Module):
     """One case on this rank. `pair` (the schedules) and `transport` can be exchanged between calls; both are what the
     rows of a benchmark differ in, the weights are not. ids_TK, weights_TK: routing, as wide as --top-k. dedup: one of
-    options.DEDUP; then the pairs that are used are deduplicated."""
+    options.DEDUP; then rows are measured by `as_asked` pairs."""
 
     def __init__(
         self,
@@ -219,9 +219,12 @@ class BlockPair(nn.Module):
         """The shortcut schedule of this case."""
         return shortcut(self.position, slot, backward_slot=backward_slot, chunks=chunks, by=by)
 
+    def as_asked(self, pair: SchedulePair) -> SchedulePair:
+        """The same strategy, deduplicated where --dedup says so."""
+        return pair if self.dedup == "off" else deduplicate(pair)
+
     def use(self, pair: SchedulePair, transport: Transport) -> None:
         """Run the coming calls by `pair` over `transport`. The same on all ranks."""
-        pair = pair if self.dedup == "off" else deduplicate(pair)
         if isinstance(self.block, ShortcutBlock):
             self.block.schedule = pair
         else:

@@ -128,7 +128,7 @@ def best_slots(setting: Setting, runner: Runner, model: BlockPair) -> tuple[int,
     if model.case == "top2":
         return 0, 0
     wires, count = setting.wires[model.case], model.num_slots
-    pairs = [model.window_pair(k) if model.position else shared_expert(k) for k in range(count)]
+    pairs = [model.as_asked(model.window_pair(k) if model.position else shared_expert(k)) for k in range(count)]
     variants = [Variant(name=f"slot {k}", model=model, pair=pair, transport=wires.link) for k, pair in enumerate(pairs)]
     samples = runner.interleave(variants, [SLOT_REPEATS] * count)
     # The quickest of few runs: what disturbs a run only ever makes it slower.
@@ -152,15 +152,15 @@ def row_plans(
         slot, back = slots[case]
         backward = back if phase == "train" and model.position else None
         if model.position:
-            pair = model.window_pair(slot, backward)
+            pair = model.as_asked(model.window_pair(slot, backward))
             found.append(RowPlan(model=model, schedule="serial", pair=pair.join(), backward_slot=backward))
             found.append(RowPlan(model=model, schedule="shortcut", pair=pair, backward_slot=backward))
         elif case == "shared1":
-            found.append(RowPlan(model=model, schedule="serial", pair=serial(shared=True)))
-            found.append(RowPlan(model=model, schedule="shared_expert", pair=shared_expert(slot)))
+            found.append(RowPlan(model=model, schedule="serial", pair=model.as_asked(serial(shared=True))))
+            found.append(RowPlan(model=model, schedule="shared_expert", pair=model.as_asked(shared_expert(slot))))
         else:
-            found.append(RowPlan(model=model, schedule="serial", pair=serial()))
-            found += [RowPlan(model=model, schedule="chunked", pair=chunked(r)) for r in CHUNKS]
+            found.append(RowPlan(model=model, schedule="serial", pair=model.as_asked(serial())))
+            found += [RowPlan(model=model, schedule="chunked", pair=model.as_asked(chunked(r))) for r in CHUNKS]
     wanted, cases = setting.options.schedules, setting.options.cases
     return [plan for plan in found if plan.schedule == "serial" or (plan.schedule in wanted and plan.case in cases)]
 

@@ -218,7 +218,7 @@ def solve_link(
     The first guess is the time of the bytes; each further round corrects it by what the step really took. Raises
     ConfigError where no rate gives that share: the latency alone, or what the core itself takes, is too much.
     """
-    world, pair = runner.world, serial()
+    world, pair = runner.world, model.as_asked(serial())
     layout = RowLayout(width=model.sizes.hidden, dtype=model.dtype)
     payload = link_bytes(world, plan_of(model, pair, wires.core), layout, ranks_per_node)
     payload *= 2 if runner.phase == "train" else 1

@@ -119,6 +119,18 @@ def test_the_planner_predicts_every_row_and_adds_its_own(tmp_path):
     assert "calibrating scmoe_pos2" in err and "auto for top2: P D0" in err
 
 
+def test_it_predicts_deduplicated_rows_too(tmp_path):
+    words = "--schedules serial,auto --cases top2 --phases train --link 20mbit:100us".split()
+    choice = "--experts 8 --top-k 4 --dedup on".split()
+    status, _, err = finish(start([*SMALL, *words, *choice, "--out", str(tmp_path)]))
+    assert status == 0, err
+    rows = {row["schedule"]: row for row in read_jsonl(tmp_path / "results.jsonl")}
+    assert {"serial", "auto"} <= set(rows) <= {"serial", "auto", "mirrored"} and "auto for top2: P M D0" in err
+    for row in rows.values():
+        assert row["dedup"] == "on" and row["row_meta_bytes"] > 0 and row["bit_equal"] is True
+        assert 0 < rows["auto"]["predicted_ms"] <= 1.001 * row["predicted_ms"]
+
+
 def test_a_share_is_solved_for(tmp_path):
     words = "--phases infer --cases top2 --schedules serial --comm-share 0.6".split()
     status, _, err = finish(start([*SMALL, *words, "--out", str(tmp_path)]))

@@ -1,0 +1,1 @@
+"""This library inside of others: they import it by name, and nothing here is imported before that."""

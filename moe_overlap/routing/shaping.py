@@ -1,0 +1,29 @@
+"""What some families' routers do to logits before the gate, and to weights behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from moe_overlap.routing.choice import Choice
+
+
+def shaped_logits(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
+    """c * tanh((logits + bias) / c); without a cap logits + bias. Logits that are not finite stay, so that they are
+    seen as such."""
+    if bias_E is not None:
+        logits_TE = logits_TE + bias_E.to(logits_TE.dtype)
+    if softcap is None:
+        return logits_TE
+    return torch.where(logits_TE.isfinite(), softcap * torch.tanh(logits_TE / softcap), logits_TE)
+
+
+def weighed(choice: Choice, *, eps: float, scale: float, expert_scale_E: torch.Tensor | None) -> Choice:
+    """With eps: weights * scale / (their sum + eps). With expert scales: times that of each slot's expert."""
+    weights_TK = choice.weights_TK
+    if eps:
+        weights_TK = weights_TK * (scale / (weights_TK.sum(dim=1, keepdim=True) + eps))
+    if expert_scale_E is not None:
+        weights_TK = weights_TK * expert_scale_E.to(weights_TK.dtype)[choice.ids_TK.clamp_min(0).long()]
+    return choice if weights_TK is choice.weights_TK else replace(choice, weights_TK=weights_TK)
