@@ -93,10 +93,12 @@ def bounds():
         if row["bound_ms"] is None or row["flagged"] is not None:
             continue
         alone, bound_ms = row["case"] == "top2", row["bound_ms"]
-        if alone or max(row["chunks"], row["backward_chunks"] or 1) > 1:
+        # Rows of before there was a choice have as many chunks in backward.
+        back = row.get("backward_chunks", row["chunks"]) if row["phase"] == "train" else None
+        if alone or max(row["chunks"], back or 1) > 1:
             one = serial[tuple(row.get(name) for name in names)]
             alone = alone and row.get("dedup", "off") == "off"
-            bound_ms = cut_bound(row["nocomm_ms"], one["exchange_ms"], row["chunks"], row["backward_chunks"],
+            bound_ms = cut_bound(row["nocomm_ms"], one["exchange_ms"], row["chunks"], back,
                                  alone=alone, even=row["routing"] == "balanced")  # fmt: skip
         yield row["time_ms_median"] / bound_ms, row
 
