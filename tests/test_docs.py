@@ -152,8 +152,8 @@ def test_the_first_program_of_the_readme_runs_on_two_ranks_as_the_line_below_it_
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *line.split()]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    # The sum is over the ranks: 128 tokens with two experts on each.
-    assert sorted(result.stdout.splitlines()) == ["(128, 64) 512"] * 2
+    # The sum is over the ranks: 128 tokens with two experts on each. What both print may be mixed.
+    assert sorted(result.stdout.split()) == sorted(["(128,", "64)", "512"] * 2)
 
 
 def test_the_readme_is_short_and_says_first_where_it_has_run():
