@@ -17,6 +17,7 @@ from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
+from moe_overlap.layer.moving import experts_in_order, migrate, set_placement
 from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
 from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
@@ -58,6 +59,7 @@ __all__ = [
     "TransportTimeout",
     "aux_loss",
     "clip_grad_norm_",
+    "experts_in_order",
     "functional",
     "grad_norm",
     "gradients_are_finite",
@@ -65,6 +67,7 @@ __all__ = [
     "load_optimizer_state_dict",
     "load_safetensors",
     "mark_experts",
+    "migrate",
     "moe_forward",
     "no_sync",
     "ops",
@@ -74,4 +77,5 @@ __all__ = [
     "reopen",
     "sac_policy",
     "save_safetensors",
+    "set_placement",
 ]

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_overlap import MoELayer, ShortcutBlock
+from moe_overlap.agreement.seats import seats_of
+from moe_overlap.placement import LocalFirst, Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import agree_ahead, chunked, serial, shared_expert, tap_of_position
 from moe_overlap.transport.base import Transport
@@ -35,6 +37,43 @@ MODES = {"hierarchical": "on", "static": "off"}  # what `dedup` is there
 LOADS = ("balanced", "one_expert", "empty_expert", "no_tokens", "uneven")
 
 
+def _permuted(experts: int, world: int) -> Placement:
+    """Expert 3 i + 2 in slot i."""
+    return Placement(experts, experts, world, tuple((3 * i + 2) % experts for i in range(experts)))
+
+
+def _uneven(experts: int, world: int) -> Placement:
+    """Most experts on the last rank, none on the first of more than two."""
+    first = [[] if world > 2 and rank == 0 else [rank] for rank in range(world - 1)]
+    taken = {expert for one in first for expert in one}
+    return Placement.of_ranks([*first, [expert for expert in range(experts) if expert not in taken][::-1]])
+
+
+def _copied(experts: int, world: int) -> Placement:
+    """Each rank has its experts, and the first one of the next rank; expert 0 is everywhere."""
+    each = experts // world
+    own = [[*range(rank * each, (rank + 1) * each)] for rank in range(world)]
+    more = [sorted({(rank + 1) % world * each, 0} - {rank * each}) for rank in range(world)]
+    homes = [expert // each for expert in range(experts)]
+    return Placement.of_ranks([b + a for a, b in zip(own, more, strict=True)], homes=homes)
+
+
+def _local(experts: int, world: int) -> Placement:
+    """The uneven one with copies of the last rank's first two experts on all ranks but one, tokens to the own rank."""
+    plain = _uneven(experts, world)
+    ranks = plain.experts_of_ranks()
+    hot = ranks[-1][:2]
+    placed = [[*one, *hot] for one in ranks[: world - 1]]
+    if world > 2:
+        placed[1] = ranks[1]
+    homes = list(plain.home_ranks)
+    return Placement.of_ranks([*placed, ranks[-1]], homes=homes, selector=LocalFirst())
+
+
+PLACEMENTS = {"identity": Placement.identity, "permuted": _permuted, "uneven": _uneven, "copied": _copied,
+              "local": _local}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     world: int
@@ -44,14 +83,23 @@ class Case:
     load: str
     dedup: str = "off"  # "hierarchical": "on", and so; "static": off, and mode="static"
     node: int = 0  # ranks of a node, 0: not known
+    placement: str = "identity"  # one of PLACEMENTS
 
     def __str__(self) -> str:
         dedup = f"{self.dedup}-{self.node}" if self.node else self.dedup
-        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}-{dedup}"
+        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}-{dedup}-{self.placement}"
 
     @property
     def experts(self) -> int:
         return E if E % self.world == 0 else 2 * self.world
+
+    @property
+    def placed(self) -> Placement:
+        return PLACEMENTS[self.placement](self.experts, self.world)
+
+    def homes(self, rank: int) -> list[int]:
+        """The experts whose parameters a rank has."""
+        return list(seats_of(self.placed).homes[rank])
 
     @property
     def top_k(self) -> int:
@@ -172,7 +220,7 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     elif name == "serial":
         schedule = serial()
     model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup=MODES.get(case.dedup, case.dedup),
+                                overlap=overlap, dedup=MODES.get(case.dedup, case.dedup), placement=case.placed,
                                 **(STATIC if case.dedup == "static" else {}),
                                 ranks_per_node=case.node or None, hierarchical=hierarchical,
                                 shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
@@ -186,12 +234,11 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
                               backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
                               backward_chunks=case.chunks % 5 + 1, overlap=overlap)  # fmt: skip
     full = weights(case)
-    local = case.experts // transport.world_size
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = full.pop(name)
             if name.endswith(("gate_up_proj", "down_proj")):
-                value = value[rank * local : (rank + 1) * local]
+                value = value[case.homes(rank)]
             parameter.copy_(value)
     assert not full, f"weights without a parameter: {list(full)}"
     return model
@@ -274,12 +321,11 @@ def _expected(case: Case) -> list[dict[str, Tensor]]:
     names = list(full)
     expert_names = [name for name in names if name.endswith(("gate_up_proj", "down_proj"))]
     summed = torch.autograd.grad(sum(losses), [full[n] for n in expert_names], retain_graph=True)
-    local = case.experts // case.world
     for rank in range(case.world):
         grads = torch.autograd.grad(losses[rank], [xs[rank], *full.values()], retain_graph=True)
         result = {"y": outputs[rank].detach(), "dx": grads[0], **dict(zip(names, grads[1:], strict=True))}
         for name, grad in zip(expert_names, summed, strict=True):
-            result[name] = grad[rank * local : (rank + 1) * local]
+            result[name] = grad[case.homes(rank)]
         everything.append(result)
     return everything
 

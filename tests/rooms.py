@@ -31,7 +31,8 @@ FLOORS = (
     ("schedule",),
     ("transport", "routing"),
     ("ops", "agreement"),
-    ("placement", "native", "launch"),
+    ("placement",),
+    ("native", "launch"),
     ("errors", "config"),
 )
 ALWAYS = {"errors", "config"}
@@ -47,7 +48,7 @@ ONLY = {
     "routing": {"ops"},
     "ops": {"native"},
     "agreement": {"placement"},
-    "placement": set(),
+    "placement": {"native"},
     "native": set(),
     "launch": set(),
 }
@@ -62,6 +63,8 @@ EXECUTOR = {
     "schedule/nodes.py": set(),
     "schedule/dispatch.py": {"transport", "placement"},
     "schedule/rows.py": {"ops"},
+    "schedule/weights.py": {"ops"},
+    "schedule/expert_copies.py": {"ops"},
     "schedule/static_dispatch.py": {"transport", "ops"},
     "schedule/static_rows.py": {"ops"},
     "schedule/static_word.py": {"transport"},

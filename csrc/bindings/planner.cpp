@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/placement.h"
 #include "core/search.h"
 #include "core/simulate.h"
 
@@ -57,4 +58,25 @@ PYBIND11_MODULE(_planner, module) {
       py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"), py::arg("deferred_s"),
       py::arg("ahead_s") = std::vector<double>{}, py::arg("last_s") = std::vector<double>{},
       "(predicted_s, joined, chunk_order, ops_before) of every candidate for one way of cutting the exchange.");
+  using Ints = std::vector<int64_t>;
+  module.def(
+      "eplb",
+      [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, int64_t nodes, int64_t groups,
+         bool distinct) {
+        std::vector<Ints> found;
+        for (auto& load : loads) found.push_back(moe_overlap::eplb({std::move(load), slots, homes}, nodes, groups, distinct));
+        return found;
+      },
+      py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("nodes"), py::arg("groups"), py::arg("distinct"),
+      "The experts of all slots, rank by rank, for each of the loads.");
+  module.def(
+      "proportional",
+      [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, bool contiguous) {
+        std::vector<Ints> found;
+        for (auto& load : loads) found.push_back(moe_overlap::proportional({std::move(load), slots, homes}, contiguous));
+        return found;
+      },
+      py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("contiguous"),
+      "The experts of all slots, rank by rank, for each of the loads.");
+  module.def("assign", &moe_overlap::assign, py::arg("cost"), "The column of each row with the least sum of costs.");
 }

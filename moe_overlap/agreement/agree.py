@@ -18,26 +18,32 @@ from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, of_rank
 from moe_overlap.agreement.node_counts import NodeCounts, impossible, parts_of
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import DEDUP, PHASES, RECORD_FIELDS, StepRecord, compare, record_words
+from moe_overlap.agreement.seats import Seats, StepRule, seats_of_step
 from moe_overlap.errors import PlanMismatch
-from moe_overlap.placement.placement import Placement
 
 
-def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, placement: Placement | None = None) -> ExchangePlan:
+def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats | None = None,
+             rule: StepRule | None = None) -> ExchangePlan:  # fmt: skip
     """The plan that follows from the gathered records, int64 [W, n] on the CPU: words of `StepRecord.to_tensor`, behind
-    which there may be anything. `placement`: None: expert i in slot i.
+    which there may be anything. num_slots: of the header, those that tables have; `seats`: None: expert i in slot i;
+    `rule`: which are in their place in this step.
 
     Every rank calls this with the same data and so comes to the same end: the plan, or the same error. Raises
     ConfigError where a rank refused the step, PlanMismatch where the ranks differ or a count cannot be.
     """
     world_size = records.shape[0]
     column = compare(records, rank=rank)
-    experts = num_slots if placement is None else placement.num_experts
+    experts = num_slots if seats is None else seats.num_experts
     nodes = max(0, _nodes(column))
     words = record_words(experts, num_slots, int(column["dedup"][0]), nodes)
     said = records.numpy()[:, len(RECORD_FIELDS) : words].copy().view(np.int32).astype(np.int64)
     logical, ends, of_nodes = np.split(said, [BLOCKS * experts, said.shape[1] - BLOCKS * nodes], axis=1)
     logical = logical.reshape(world_size, BLOCKS, experts)
-    tables = [logical if placement is None else placement.physical_counts(logical, range(world_size))]
+    kept = True
+    if rule is not None and seats is not None:
+        base, seats = seats, seats_of_step(rule, logical, seats)
+        kept = seats is base
+    tables = [logical if seats is None else seats.counts(logical, range(world_size))]
     tables += list(ends.reshape(world_size, -1, BLOCKS, num_slots).swapaxes(0, 1)) if ends.size else []
     bad = _impossible(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
     node_rows = None
@@ -46,7 +52,8 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, placement: Pla
         bad |= impossible(*both)
         node_rows = NodeCounts.of(*both, rank)
     _require_possible(np.nonzero(bad)[0], column, rank)
-    return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows)
+    return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows, seats=seats,
+                 kept=kept)  # fmt: skip
 
 
 class Exchanged:
@@ -60,8 +67,9 @@ class Exchanged:
         self._column, self._rank, self._nodes = column, rank, record.nodes
         self._world = len(column["step"])
         counts, *ends = (one.numpy().astype(np.int64) for one in record.tables if one is not record.node_rows)
-        if record.placement is not None:
-            counts = record.placement.physical_counts(counts[None], [rank])[0]
+        self._seats = record.seats
+        if self._seats is not None:
+            counts = self._seats.counts(counts[None], [rank])[0]
         self._sent = [counts, *ends]
         self._received: list[np.ndarray] = []
         self._bad = 0
@@ -122,7 +130,7 @@ class Exchanged:
                 Counts(sent=sent, received=received, totals=totals, most_sent=int(maximum[0]), away=loads.away,
                        reduced=loads)
             )  # fmt: skip
-        return _plan(self._column, tables, rank=self._rank, node_rows=self._of_node)
+        return _plan(self._column, tables, rank=self._rank, node_rows=self._of_node, seats=self._seats)
 
     def _loads(self) -> list[Loads]:
         return [of_rank(sent, received, rank=self._rank, nodes=self._nodes)
@@ -145,8 +153,10 @@ def _nodes(column: dict[str, np.ndarray]) -> int:
 
 
 def _plan(
-    column: dict[str, np.ndarray], tables: list[Counts], *, rank: int, node_rows: NodeCounts | None = None
-) -> ExchangePlan:
+    column: dict[str, np.ndarray], tables: list[Counts], *, rank: int, node_rows: NodeCounts | None,
+    seats: Seats | None,
+    kept: bool = True,
+) -> ExchangePlan:  # fmt: skip
     phase = int(column["phase"][0])
     return ExchangePlan(
         rank=rank,
@@ -161,6 +171,10 @@ def _plan(
         last=tables[2] if len(tables) > 1 else None,
         ranks_per_node=int(column["ranks_per_node"][0]),
         node_rows=node_rows,
+        seats=seats,
+        copies_kept=kept,
+        weight_versions=tuple(column["weight_version"].tolist()),
+        weights_require_grad=bool(column["weights_require_grad"].any()),
     )
 
 

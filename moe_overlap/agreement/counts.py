@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.placement.lookup import block_of_tokens
 
 BLOCKS = 16
 MOST = 2**31 - 1  # counts travel as int32
@@ -99,11 +100,8 @@ def _histograms(
 
 
 def _blocks(of_TK: torch.Tensor) -> torch.Tensor:
-    """int64 [T]: the block of each token t, the last one b with b*T//16 <= t. Made where the ids are, as a copy from
-    the host would wait."""
-    tokens = of_TK.shape[0]
-    block_T = torch.arange(BLOCKS - 1, BLOCKS * tokens + BLOCKS - 1, BLOCKS, device=of_TK.device)
-    return block_T.floor_divide_(max(1, tokens))
+    """int64 [T]: the block of each token."""
+    return block_of_tokens(of_TK.shape[0], BLOCKS, of_TK.device)
 
 
 def _count(places: torch.Tensor, size: int, said: Said | None) -> torch.Tensor:

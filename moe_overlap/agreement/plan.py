@@ -4,7 +4,7 @@ From the gathered counts (see `counts.py`) every rank derives the same `Exchange
 function, the `ChunkPlan` of any chunk count r in 1..16: chunk c of r = blocks [16c//r, 16(c+1)//r), or, by expert
 groups, the local slots [e*c//r, e*(c+1)//r) of every rank.
 
-Letters: W ranks, P slots, e slots a rank, C chunks, R rows.
+Slots are seats here (`seats.py`), as many on each rank. Letters: W ranks, P slots, e slots a rank, C chunks, R rows.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import torch
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy, Counts
 from moe_overlap.agreement.node_counts import NodeCounts
+from moe_overlap.agreement.seats import Seats
 from moe_overlap.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """What one row of an exchange carries: `width` elements of `dtype`. `metadata`: it goes beside a row."""
+    """What one row of an exchange carries: `width` elements of `dtype`. `metadata`: it goes beside a row; `weights`: it
+    is the weights of one expert, or their gradients."""
 
     width: int
     dtype: torch.dtype
     metadata: bool = False
+    weights: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -44,7 +47,9 @@ class ExchangePlan:
     see `DEDUP` in `record.py`; with "on", `first` and `last` count the rows of block b of rank w, one for each (token,
     rank) pair, at the lowest and at the highest slot that the token chose on that rank. `ranks_per_node`: so many ranks
     in a row share a node, 0 where that is not known; `node_rows`: the (token, node) pairs, where a row crosses to each
-    node once.
+    node once. `seats`: where the experts are in this step (None: expert i in slot i); `copies_kept`: those of
+    the layer, whose copies outlive the step while they are valid; `weight_versions`: of each rank's
+    expert weights, numbers that change with them; `weights_require_grad`: whether any rank's gradients are wanted.
     """
 
     rank: int
@@ -59,6 +64,10 @@ class ExchangePlan:
     last: Counts | None = None
     ranks_per_node: int = 0
     node_rows: NodeCounts | None = None
+    seats: Seats | None = None
+    copies_kept: bool = True
+    weight_versions: tuple[int, ...] = ()
+    weights_require_grad: bool = False
 
     @property
     def num_slots(self) -> int:
@@ -69,6 +78,12 @@ class ExchangePlan:
         size = self.ranks_per_node or self.world_size
         begin = self.rank // size * size
         return sum(rows) - sum(rows[begin : begin + size])
+
+    @property
+    def tokens_per_expert(self) -> torch.Tensor:
+        """int64 [E] on the CPU: choices of all ranks, over all slots of an expert."""
+        totals = torch.from_numpy(self.counts.totals)
+        return totals if self.seats is None else self.seats.by_expert(totals)
 
     @property
     def rows_per_rank(self) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.seats import Seats, StepRule
 from moe_overlap.errors import ConfigError, PlanMismatch
-from moe_overlap.placement.placement import Placement
 
 PHASES = ("forward", "recompute")
 # A row for every choice; one for every (token, rank) pair.
@@ -91,8 +91,11 @@ class StepRecord:
     ranks in a row share a node (0: not known); `node_rows` [BLOCKS, nodes] goes with `hierarchical` alone.
     static_tokens: T, where all steps are to have as many (0: any number).
     router_state: a digest of what the routers of all ranks must have in common (0: nothing). caller: which of those
-    that share a transport, copies of one layer for example. Not sent, but equal on all ranks: placement (None: expert i
-    in slot i) and nodes, the node of each rank (None: each has its own).
+    that share a transport, copies of one layer for example. weight_version: of this rank's expert weights, a number
+    that changes with them, where others have copies of them; weights_require_grad: whether their gradients are wanted.
+    Not sent, but equal on all ranks: seats (None: expert i in slot i), rule (which seats
+    are in their place, once the counts are known) and nodes, the node of
+    each rank (None: each has its own).
     """
 
     step: int
@@ -115,11 +118,14 @@ class StepRecord:
     hierarchical: int = 0
     router_state: int = 0
     static_tokens: int = 0
+    weight_version: int = 0
+    weights_require_grad: int = 0
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
     node_rows: torch.Tensor | None = None
     caller: int = 0
-    placement: Placement | None = None
+    seats: Seats | None = None
+    rule: StepRule | None = None
     nodes: tuple[int, ...] | None = None
 
     @property
@@ -142,12 +148,11 @@ class StepRecord:
 RECORD_FIELDS: tuple[str, ...] = tuple(
     field.name
     for field in fields(StepRecord)
-    if field.name not in ("counts", "first", "last", "node_rows", "caller", "placement", "nodes")
+    if field.name not in ("counts", "first", "last", "node_rows", "caller", "seats", "rule", "nodes")
 )
-# The fields that must be equal on all ranks. `status` and `x_requires_grad` may differ.
-AGREED_FIELDS: tuple[str, ...] = tuple(
-    name for name in RECORD_FIELDS if name not in ("status", "status_value", "x_requires_grad")
-)
+# What each rank says of itself; the other fields must be equal on all ranks.
+OWN_FIELDS = ("status", "status_value", "x_requires_grad", "weight_version", "weights_require_grad")
+AGREED_FIELDS: tuple[str, ...] = tuple(name for name in RECORD_FIELDS if name not in OWN_FIELDS)
 
 
 def record_words(num_experts: int, num_slots: int, dedup: int, nodes: int = 0) -> int:

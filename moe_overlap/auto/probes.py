@@ -25,8 +25,8 @@ from moe_overlap.schedule.dispatch import Dispatcher, check_routing
 from moe_overlap.schedule.distinct_rows import gradient_layout, metadata_layout, weights_dtype
 from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.recorder import record
-from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
+from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 
 
@@ -71,7 +71,7 @@ class ProbeInputs:
         probes = Probes(
             inputs=self,
             x_TD=leaf((self.x_TD if self.latents is None else self.latents).to(self.dtype)),
-            slots_TK=self.dispatcher.placement.to_physical(routing.topk_ids_TK),
+            ids_TK=routing.topk_ids_TK,
             weights_TK=leaf(routing.topk_weights_TK),
             w_in=leaf(self.w_in),
             w_out=leaf(self.w_out),
@@ -108,7 +108,7 @@ class Probes:
 
     inputs: ProbeInputs
     x_TD: torch.Tensor
-    slots_TK: torch.Tensor
+    ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
@@ -130,7 +130,7 @@ class Probes:
     @property
     def metadata(self) -> MetadataBytes:
         """What goes beside a row where a step is deduplicated, and what comes back for it."""
-        top_k, dtype = self.slots_TK.shape[1], weights_dtype(self.x_TD.dtype)
+        top_k, dtype = self.ids_TK.shape[1], weights_dtype(self.x_TD.dtype)
         return MetadataBytes(out=metadata_layout(top_k, dtype).row_bytes, back=gradient_layout(top_k, dtype).row_bytes)
 
     @property
@@ -144,7 +144,7 @@ class Probes:
             "hidden": d.hidden,
             "ffn_hidden": d.ffn_hidden,
             "experts": d.placement.num_experts,
-            "top_k": self.slots_TK.shape[1],
+            "top_k": self.ids_TK.shape[1],
             "activation": d.activation,
             "dedup": d.dedup,
             "dtype": str(self.x_TD.dtype),
@@ -178,8 +178,8 @@ class Probes:
             x_shared = leaf(self.shared_TD)
             leaves.append(x_shared)
         schedule = AsGiven(pair)
-        step.ask(schedule, self.dispatcher, self.dispatcher.begin(self.slots_TK, x_rows, schedule))
-        step.give(x_rows, self.slots_TK, weights_TK)
+        step.ask(schedule, self.dispatcher, self.dispatcher.begin(self.ids_TK, x_rows, schedule))
+        step.give(x_rows, self.ids_TK, weights_TK)
         step.hidden = h
         shared = self.inputs.shared
         y_TD = step.run(self.inputs.backbone, None if shared is None else lambda: shared(x_shared))

@@ -1,4 +1,4 @@
-"""The command `moe-overlap`: `info`, `kernels`, `plan`, `train`, `calibrate`, `verify` and `bench`.
+"""The command `moe-overlap`: `info`, `kernels`, `plan`, `place`, `train`, `calibrate`, `verify` and `bench`.
 
 Exit status: 0 done, 1 a correctness check or a rank failed, 2 bad input, said in one line that names the option, the
 value and what was expected, or a file or memory that could not be had, 130 interrupted.
@@ -21,6 +21,7 @@ COMMANDS = {
     "info": ("moe_overlap.commands.info", "versions, what is compiled, the chosen implementations and why"),
     "kernels": ("moe_overlap.commands.kernels", "registers, spills, shared memory and occupancy of the CUDA kernels"),
     "plan": ("moe_overlap.commands.plan", "predict from numbers alone which schedule wins on a cluster"),
+    "place": ("moe_overlap.commands.place", "what planners of expert placement would make of a trace of loads"),
     "train": ("moe_overlap.commands.train", "train a small MoE language model on real text, overlap on or off"),
     "calibrate": ("moe_overlap.commands.calibrate", 'measure the cost model of a layer, for schedule="auto"'),
     "verify": ("moe_overlap.commands.verify", "compare a MoE module on n ranks with itself on one, ours or yours"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_overlap.agreement.node_plan import check_cut
 from moe_overlap.agreement.record import DTYPES
+from moe_overlap.agreement.seats import seats_of
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule
@@ -115,16 +116,21 @@ def _expert_transport(
     return open_transport(group, timeout_s=timeout_s, device=device) if given is None else given
 
 
-def make_placement(dispatcher: Dispatcher | None, num_experts: int, ranks: int) -> Placement:
-    """The placement of the dispatcher given, or every expert in the slot of its number."""
-    if dispatcher is None:
+def make_placement(dispatcher: Dispatcher | None, given: Placement | None, num_experts: int, ranks: int) -> Placement:
+    """The placement given, by itself or in a dispatcher, or every expert in the slot of its number."""
+    if dispatcher is not None and given is not None:
+        raise ConfigError("placement", given, "None beside a dispatcher, which has one")
+    placement = dispatcher.placement if dispatcher is not None else given
+    if placement is None:
         return Placement.identity(num_experts, ranks)
-    placement = dispatcher.placement
+    if not isinstance(placement, Placement):
+        raise ConfigError("placement", type(placement).__name__, "None or a moe_overlap.placement.Placement")
+    field = "placement" if dispatcher is None else "dispatcher.placement"
     if (placement.num_experts, placement.world_size) != (num_experts, ranks):
-        given = f"{placement.num_experts} experts on {placement.world_size} rank(s)"
-        raise ConfigError("dispatcher.placement", given, f"{num_experts} experts on {ranks} rank(s)")
-    if placement.num_slots != num_experts:
-        raise NotImplementedError("a layer with replicated experts (a placement with num_slots > num_experts)")
+        text = f"{placement.num_experts} experts on {placement.world_size} rank(s)"
+        raise ConfigError(field, text, f"{num_experts} experts on {ranks} rank(s)")
+    if ranks == 1 and placement.has_replicas:
+        raise ConfigError(field, "several slots of an expert on one rank", "one of each: a copy is for another rank")
     return placement
 
 
@@ -171,8 +177,7 @@ def _refuse_unread(experts: nn.Module, w_in: str) -> None:
 
 def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None, group: Any) -> Ownership:
     """What the experts of this rank are to the other ranks."""
-    slots = placement.slots_of_rank(transport.rank)
-    ids = tuple(placement.slot_to_expert[slot] for slot in slots)
+    ids = seats_of(placement).homes[transport.rank]
     guard_optimizers()
     mesh = group if getattr(group, "ndim", 1) == 2 else None
     return Ownership(
@@ -263,6 +268,11 @@ def make_dispatcher(
     """The dispatcher given, checked against the layer, or a new one; static: see `static_options`."""
     options["dedup"] = int(rows.dedup != "off" and transport.world_size > 1)
     options |= {"ranks_per_node": rows.ranks_per_node, "hierarchical": rows.hierarchical}
+    seats = seats_of(placement)
+    if static and (seats.has_copies or not seats.are_slots):
+        raise ConfigError("mode", "static", "'host' beside copies of experts, or other numbers of slots on the ranks")
+    if rows.hierarchical and seats.has_copies:
+        raise ConfigError("hierarchical", True, "False beside copies of experts")
     if given is None:
         made = StaticDispatcher if static else Dispatcher
         return made(transport=transport, placement=placement, bad_logits=bad_logits, caller=transport.join(),

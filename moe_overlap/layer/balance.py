@@ -55,11 +55,8 @@ def _sums(rest: GlobalBalance, top_k: int, step: Step, placement: Placement) -> 
     device = rest.probs_E.device
     known = rest.agreed and not isinstance(step.plan.exchange, StaticExchange)
     if known and rest.counts_E.shape[0] == placement.num_experts:
-        totals = torch.from_numpy(step.plan.exchange.counts.totals)
-        said = torch.zeros(placement.num_experts + 1, dtype=torch.int64)
-        said.index_add_(0, torch.tensor(placement.slot_to_expert), totals)
-        said[-1] = totals.sum() // top_k
-        return said.to(device)
+        counts_E = step.plan.exchange.tokens_per_expert
+        return torch.cat([counts_E, counts_E.sum(dim=0, keepdim=True) // top_k]).to(device)
     said = torch.cat([rest.counts_E, rest.tokens.reshape(1)])
     return step.transport.all_reduce(said, action="balance").wait()
 

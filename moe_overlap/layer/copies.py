@@ -11,6 +11,7 @@ from moe_overlap.layer.experts import take_old_names
 from moe_overlap.parallel.entering import adopt
 from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.parallel.state import mark
+from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.transport.base import Transport
 
 
@@ -20,6 +21,7 @@ class Copies(nn.Module):
     experts: nn.Module
     ownership: Ownership
     transport: Transport
+    dispatcher: Dispatcher
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         ours = self.register_load_state_dict_pre_hook(take_old_names)  # now: after the user's own hooks
@@ -38,6 +40,7 @@ class Copies(nn.Module):
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         mark(copied.experts, copied.ownership)
+        copied.dispatcher.copy_store.trust(copied.experts.parameters())
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:

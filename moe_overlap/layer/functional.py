@@ -26,8 +26,8 @@ from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.check import layer_schedule
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.nodes import Keep, routing_digest
-from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
+from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 

@@ -47,6 +47,7 @@ class LastCall:
 
     def _forget(self) -> None:
         """Before the first call."""
+        self.dispatcher.copy_store.trust(self.experts.parameters())
         self._left = Left()
         self._tape = Tape()
         self._outgrown = Outgrown()
@@ -100,6 +101,11 @@ class LastCall:
         """Call `watcher` at the end of every forward call of this layer, compiled ones too, but for recomputes. A copy
         of the layer has no watchers."""
         self._left.watchers.append(watcher)
+
+    def forget_copies(self) -> None:
+        """Fetch the weights of this layer's copies anew in the next step; on all ranks alike. For expert weights that
+        were written where torch does not see it, through `.data`."""
+        self.dispatcher.copy_store.forget()
 
     @property
     def _last_step(self) -> LastStep | None:

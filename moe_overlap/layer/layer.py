@@ -38,19 +38,20 @@ from moe_overlap.layer.tickets import Ticket
 from moe_overlap.layer.told import Routes
 from moe_overlap.ops.checks import check_transform
 from moe_overlap.parallel.entering import entered
+from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
-from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.run import Step
 from moe_overlap.schedule.user_ops import check_result
+from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 
 
 class MoELayer(Static, Copies, Routes, Chooses):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
-    hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank), a multiple of the ranks; top_k K.
+    hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank); top_k K.
     group: None (one rank, no collective), a ProcessGroup or a one-dimensional DeviceMesh; or `transport` instead.
     replicate_group: the ranks that hold the same experts as this one (expert parallel in data parallel), likewise; or
     one DeviceMesh of two dimensions as `group`, replicas first and experts second. Gradients of experts are reduced
@@ -81,7 +82,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
 
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
-    AutoSchedule too), dispatcher (it brings its transport and its placement).
+    AutoSchedule too), placement (homes of the experts, copies elsewhere), dispatcher (with transport and placement).
 
     forward(x [..., D]) -> one tensor of x's shape; dtype of the experts' weights, or autocast's. The parameters are
     those of `router`, `experts` (this rank's only), `shared_expert`, `latent_in` [L, D] and `latent_out` [D, L]; state
@@ -118,6 +119,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         bad_logits: str = "raise",
         transport: Transport | None = None,
         dispatcher: Dispatcher | None = None,
+        placement: Placement | None = None,
         mode: str = "host",
         static_capacity: float | str | None = None,
         timeout_s: float | None = None,
@@ -150,7 +152,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
             max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
-        placement = assembly.make_placement(dispatcher, num_experts, ranks)
+        placement = assembly.make_placement(dispatcher, placement, num_experts, ranks)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
                                              activation=activation, factory=factory)  # fmt: skip
@@ -230,17 +232,17 @@ class MoELayer(Static, Copies, Routes, Chooses):
                 x_router = Tie.apply(read_TD, x_router)
             routing = self._route(x_router, x_shared, told)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
-            slots_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
             rows_TD = (x_rows if late is None else step.anchor).to(w_out.dtype)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
-        agreement = self.dispatcher.begin(slots_TK, rows_TD, known, status=routing.status, router_state=routing.agreed)
+        ids_TK = routing.topk_ids_TK
+        agreement = self.dispatcher.begin(ids_TK, rows_TD, known, status=routing.status, router_state=routing.agreed)
         step.ask(known, self.dispatcher, agreement)
         if beside is not None:
             step.hidden = beside.hidden
         if late is not None:
             rows_TD = late_rows(step, late, self.latent_in, self.dispatcher.hidden, w_out.dtype)
-        step.give(rows_TD, slots_TK, routing.topk_weights_TK, entered=late is None)
+        step.give(rows_TD, ids_TK, routing.topk_weights_TK, entered=late is None)
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
@@ -284,8 +286,10 @@ class MoELayer(Static, Copies, Routes, Chooses):
         if not torch.compiler.is_compiling():  # a graph that writes an attribute cannot be inside a checkpoint
             self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)
+        d.look_at_weights(w_in, w_out)
         dtype = rows_dtype(x, w_out, self.hidden_size)
-        check_weights(w_in, w_out, d.activation, count=d.placement.slots_per_rank, hidden=d.hidden, ffn=d.ffn_hidden)
+        count = len(self.ownership.expert_ids)
+        check_weights(w_in, w_out, d.activation, count=count, hidden=d.hidden, ffn=d.ffn_hidden)
         warn_of_hooks(self.experts)
         return x.reshape(-1, x.shape[-1]), w_in.to(dtype), w_out.to(dtype)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_overlap.agreement.seats import seats_of
 from moe_overlap.placement.placement import Placement
 
 SUMS = ("tokens", "choices", "on_rank", "on_node", "ranks", "nodes")
@@ -17,9 +18,10 @@ def choice_sums(ids_TK: torch.Tensor, placement: Placement, rank: int, ranks_per
 
     ids_TK: int32 [T, K], logical experts, -1 = unused (padding, drops). ranks_per_node: 0: every rank is a node.
     """
-    slots_TK = placement.to_physical(ids_TK).long()
-    used_TK = slots_TK >= 0
-    rank_TK = slots_TK.clamp_min(0) // placement.slots_per_rank
+    seats = seats_of(placement)
+    seats_TK = seats.of_ids(ids_TK, rank).long()
+    used_TK = seats_TK >= 0
+    rank_TK = seats_TK.clamp_min(0) // seats.width
     size = ranks_per_node or 1
     node_TK, own_node = rank_TK // size, rank // size
     return torch.stack(

@@ -115,8 +115,7 @@ class LastStep:
             return torch.zeros(experts + 1, dtype=torch.int64, device=ids_S.device).index_add_(
                 0, ids_S, torch.ones_like(ids_S)
             )[1:]
-        per_slot = torch.from_numpy(self.plan.exchange.counts.totals)
-        return torch.zeros(experts, dtype=torch.int64).index_add_(0, torch.tensor(placement.slot_to_expert), per_slot)
+        return self.plan.exchange.tokens_per_expert
 
     @property
     def events(self) -> list[TimelineEvent]:

@@ -99,8 +99,6 @@ def nodes_of_rank(dispatcher: Dispatcher, rows: Rows) -> Nodes:
 
 @lru_cache(maxsize=64)
 def _nodes(placement: Placement, per_node: int, rank: int) -> Nodes:
-    """From the slots, whose experts are any."""
-    of_expert = [0] * placement.num_experts
-    for slot, expert in enumerate(placement.slot_to_expert):
-        of_expert[expert] = placement.rank_of_slot(slot) // per_node
+    """From the home slots."""
+    of_expert = [placement.rank_of_slot(slot) // per_node for slot in placement.home_slots]
     return Nodes(of_expert=tuple(of_expert), num_nodes=placement.world_size // per_node, own=rank // per_node)

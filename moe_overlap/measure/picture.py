@@ -27,15 +27,17 @@ KINDS: dict[str, tuple[str, str]] = {
     "dispatch": ("#E69F00", "dispatch and its gradient"),
     "combine": ("#D55E00", "combine and its gradient"),
     "agree": ("#F0E442", "agreement on counts"),
+    "weights": ("#CC79A7", "weights of copies, and their gradients"),
     "op": ("#9ECAE1", "backbone op"),
 }
 _KIND_OF_VERB = {
     **dict.fromkeys(("P", "U", "Pt", "Ut"), "rows"),
     **dict.fromkeys(("E", "Ed", "O", "Od", "Or"), "experts"),
     **dict.fromkeys(("D", "Dt", "M", "Mt"), "dispatch"),
+    **dict.fromkeys(("Wf", "Wg"), "weights"),
     **dict.fromkeys(("C", "Ct"), "combine"),
     **dict.fromkeys(("S", "St"), "shared"),
-    "Ew": "wgrad",
+    **dict.fromkeys(("Ew", "Wd", "Wa"), "wgrad"),
     "N": "agree",
 }
 
@@ -70,7 +72,7 @@ def label_of(action: str, names: Mapping[str, str], phase: str = "forward") -> s
         return names.get(f"B{index}", f"B{index}") + prime
     if verb in ("Ed", "Ew"):
         return f"{'E' if verb == 'Ed' else 'W'}{index}" + ("'" if verb == "Ed" else "")
-    return f"{verb[0]}{index}{prime}"
+    return f"{verb if verb[0] == 'W' else verb[0]}{index}{prime}"
 
 
 def kind_of(action: str, names: Mapping[str, str]) -> str:

@@ -20,3 +20,15 @@ def search(
     ahead_s: Sequence[float] = ...,
     last_s: Sequence[float] = ...,
 ) -> list[tuple[float, bool, list[int], list[int]]]: ...
+def eplb(
+    loads: Sequence[Sequence[float]],
+    slots: Sequence[int],
+    homes: Sequence[int],
+    nodes: int,
+    groups: int,
+    distinct: bool,
+) -> list[list[int]]: ...
+def proportional(
+    loads: Sequence[Sequence[float]], slots: Sequence[int], homes: Sequence[int], contiguous: bool
+) -> list[list[int]]: ...
+def assign(cost: Sequence[Sequence[int]]) -> list[int]: ...

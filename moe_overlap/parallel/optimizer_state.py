@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -47,6 +48,15 @@ def load_optimizer_state_dict(
         set_optimizer_state_dict(model, optimizer, dict(state), options=options)
 
 
+_attending: WeakSet[Optimizer] = WeakSet()
+
+
+def attended(experts: nn.Module) -> list[Optimizer]:
+    """The optimizers that keep a state of these experts, of those that have stepped, or whose state was saved here."""
+    found = [one for one in _attending if any(parameter in one.state for parameter in experts.parameters())]
+    return sorted(found, key=id)
+
+
 def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
     """Before a step, or before states are saved or loaded: the hooks are there, and the state is this rank's.
 
@@ -55,16 +65,18 @@ def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
     spread = {parameter: owner for parameter, owner in owned.items() if owner.others and parameter.dim()}
     if not spread:
         return
+    _attending.add(optimizer)
     if _show not in optimizer._optimizer_state_dict_post_hooks.values():
         optimizer.register_state_dict_post_hook(_show)
         optimizer.register_load_state_dict_pre_hook(_take)
     for parameter, owner in spread.items():
         state = optimizer.state[parameter] if parameter in optimizer.state else {}
         mesh = getattr(parameter, "device_mesh", None)
-        whole = (parameter.shape[0] // len(owner.expert_ids) * owner.num_experts, *parameter.shape[1:])
+        whole = (parameter.shape[0] // max(1, len(owner.expert_ids)) * owner.num_experts, *parameter.shape[1:])
+        may_be_whole = 0 < len(owner.expert_ids) < owner.num_experts  # else that is the shape of this rank's own
         for key, value in state.items():
             other_mesh = getattr(value, "device_mesh", mesh) != mesh
-            if hasattr(value, IDS) or other_mesh or getattr(value, "shape", None) == whole:
+            if hasattr(value, IDS) or other_mesh or (may_be_whole and getattr(value, "shape", None) == whole):
                 state[key] = _taken(f"the optimizer's {key}", value, parameter, owner)
 
 

@@ -134,7 +134,7 @@ def _part(tensor: Any, owner: Ownership | None) -> _Wanted:
     shape = tuple(tensor.shape)
     runs = [(0, offsets[0], local.shape[0])] if shape else []
     if owner is not None and shape:
-        each, left = divmod(shape[0], len(owner.expert_ids))
+        each, left = divmod(shape[0], max(1, len(owner.expert_ids)))
         if left:
             raise ConfigError("model", f"a tensor {shape} beside experts", "stacks over the experts")
         shape = (each * owner.num_experts, *shape[1:])

@@ -133,7 +133,7 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
     that is not marked, and for one that lacks experts of this rank.
     """
     ours, held, sharded = ownership.expert_ids, _held_by(value), hasattr(value, "device_mesh")
-    each, left = divmod(target.shape[0], len(ours)) if target.dim() else (0, 0)
+    each, left = divmod(target.shape[0], max(1, len(ours))) if target.dim() else (0, 0)
     if held is not None and not set(ours) <= set(held):
         raise ConfigError(name, f"experts {held}", f"{ours}, which this rank has: another rank's file")
     if sharded and held is not None:
@@ -148,7 +148,7 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
         value = value.full_tensor()
     value = value.detach()
     if held is None:
-        if value.shape == target.shape:
+        if value.shape == target.shape and len(ours) < ownership.num_experts:
             raise _partial(name, value, ours)
         held = tuple(range(ownership.num_experts))
     if left or (each * len(held), *target.shape[1:]) != tuple(value.shape):
@@ -189,15 +189,15 @@ def _tensors_in(state: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 def _is_stack(tensor: torch.Tensor, ids: tuple[int, ...]) -> bool:
-    return tensor.dim() > 0 and tensor.shape[0] % len(ids) == 0
+    return tensor.dim() > 0 and tensor.shape[0] % max(1, len(ids)) == 0
 
 
 def _rows(tensor: torch.Tensor, count: int, places: list[int]) -> torch.Tensor:
     """The rows of experts at `places` of a tensor [count * k, ...]; a view where they lie side by side."""
-    each = tensor.shape[0] // count
-    if places == list(range(places[0], places[0] + len(places))):
+    each = tensor.shape[0] // max(1, count)
+    if places and places == list(range(places[0], places[0] + len(places))):
         return tensor[places[0] * each : (places[-1] + 1) * each]
-    rows = torch.cat([torch.arange(place * each, (place + 1) * each) for place in places])
+    rows = torch.tensor([row for place in places for row in range(place * each, (place + 1) * each)], dtype=torch.int64)
     return tensor[rows.to(tensor.device)]
 
 

@@ -19,6 +19,7 @@ from moe_overlap.errors import ConfigError
 
 Phase = Literal["forward", "backward"]
 Scope = Literal["one", "same", "all"]
+Duration = Literal["exchange", "experts", "weight_grad", "weights", "backbone", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Resource:
 
 @dataclass(frozen=True, kw_only=True)
 class VerbSpec:
-    """What a verb means: its lane, what it reads and writes, and how its duration grows."""
+    """What a verb means: its lane, what it reads and writes, and how its duration grows ("weights": by experts that are
+    copied, each with the bytes of its weights, which is also the memory that it takes)."""
 
     verb: str
     phase: Phase
@@ -43,7 +45,7 @@ class VerbSpec:
     indexed: bool
     reads: tuple[Resource, ...]
     writes: tuple[Resource, ...]
-    duration: Literal["exchange", "experts", "weight_grad", "backbone", "fixed"]
+    duration: Duration
     meaning: str
 
 
@@ -65,7 +67,7 @@ def _spec(
     lane: str,
     reads: tuple[Resource, ...],
     writes: tuple[Resource, ...],
-    duration: Literal["exchange", "experts", "weight_grad", "backbone", "fixed"],
+    duration: Duration,
     meaning: str,
 ) -> VerbSpec:
     indexed = any(resource.scope == "same" for resource in reads + writes)
@@ -85,11 +87,28 @@ VERBS: dict[str, VerbSpec] = {
         ),
         _spec("D", "forward", WIRE, (_one("send"),), (_same("recv"),), "exchange", "dispatch a chunk"),
         _spec("M", "forward", WIRE, (_one("send"),), (_one("meta"),), "fixed", "ids and weights of the rows"),
-        _spec("O", "forward", COMP, (_one("send"),), (_one("own"),), "experts", "experts on the rows that stay"),
+        _spec("Wf", "forward", WIRE, (_one("counts"),), (_same("copies"),), "weights", "fetch weights for copies"),
+        _spec(
+            "O",
+            "forward",
+            COMP,
+            (_one("send"), _all("copies")),
+            (_one("own"),),
+            "experts",
+            "experts on the rows that stay",
+        ),  # fmt: skip
         _spec(
             "Or", "forward", COMP, (_one("own"),), (_one("rest"),), "experts", "the other half of the experts on them"
         ),
-        _spec("E", "forward", COMP, (_same("recv"), _one("meta")), (_same("out"),), "experts", "experts on a chunk"),
+        _spec(
+            "E",
+            "forward",
+            COMP,
+            (_same("recv"), _one("meta"), _all("copies")),
+            (_same("out"),),
+            "experts",
+            "experts on a chunk",
+        ),  # fmt: skip
         _spec("C", "forward", WIRE, (_same("out"),), (_same("back"),), "exchange", "combine a chunk"),
         _spec(
             "U",
@@ -118,6 +137,25 @@ VERBS: dict[str, VerbSpec] = {
             "weight_grad",
             "weight gradient of a group",
         ),
+        _spec(
+            "Wd",
+            "backward",
+            COMP,
+            (_all("din"), _one("down")),
+            (_one("dcopies"),),
+            "weight_grad",
+            "weight gradients of copies",
+        ),  # fmt: skip
+        _spec("Wg", "backward", WIRE, (_one("dcopies"),), (_one("dhome"),), "weights", "gradients of copies go home"),
+        _spec(
+            "Wa",
+            "backward",
+            COMP,
+            (_one("dhome"), _all("dweight")),
+            (_one("dw"),),
+            "fixed",
+            "add them to those of the home",
+        ),  # fmt: skip
         _spec(
             "Pt",
             "backward",

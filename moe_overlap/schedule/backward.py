@@ -8,18 +8,21 @@ from typing import Any, ClassVar
 
 import torch
 
+from moe_overlap.agreement.copies import CopyPlan
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctSaved
+from moe_overlap.schedule.expert_copies import ReturnedGradients
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.nodes import DetachedNode, check_same_routing
 from moe_overlap.schedule.order import Node, backward_groups
 from moe_overlap.schedule.recorder import TimelineEvent
-from moe_overlap.schedule.rows import BackwardRows, ExpertWeights, Saved, experts_sms
+from moe_overlap.schedule.rows import BackwardRows, Saved, experts_sms
 from moe_overlap.schedule.tables import Tables
+from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 
@@ -39,6 +42,7 @@ class Backward:
     _need_dw: bool
     _need_dx: bool
     _entered: bool
+    _give_back: CopyPlan | None = None  # of the copies of experts, where the step has any
 
     def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool, caller: int) -> None:
         self.transport = transport
@@ -96,6 +100,9 @@ class Backward:
         else:
             self._grads = BackwardRows(tables, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
         self._grads_of = torch._C._current_graph_task_id()
+        if self._returns:
+            assert self._give_back is not None
+            self._returned = ReturnedGradients(self._give_back)
         return () if self._distinct else (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
 
     def _own_gradients(self, ctx: Any, _: int | None, __: Any) -> Tensors:
@@ -138,7 +145,32 @@ class Backward:
         return ()
 
     def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
-        self._rows_of_backward.weight_gradient(group, self.pair.backward.count("Ew"))
+        g, groups = self._rows_of_backward, self.pair.backward.count("Ew")
+        homes = g.saved.w_in.shape[0]
+        first, last = homes * group // groups, homes * (group + 1) // groups
+        if self._returns and g.dw_in is not None:
+            self._returned.weigh_homes(g, first, last)
+        else:
+            g.weight_gradient(first, last)
+        return ()
+
+    def _wd(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        self._returned.weigh_copies(self._rows_of_backward)
+        return ()
+
+    def _start_wg(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        r = self._returned
+        self.lanes.start(Action("Wg"), r.outgoing, layout=r.layout, plan=self._give_back)
+        return ()
+
+    def _wait_wg(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        self._returned.take(self.lanes.wait(Action("Wg")))
+        return ()
+
+    def _wa(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+        g = self._rows_of_backward
+        if g.dw_in is not None:
+            self._returned.add(g.dw_in, g.dw_out)
         return ()
 
     def _pt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
@@ -147,6 +179,11 @@ class Backward:
         if not self._distinct:
             return (dx_TD,)
         return dx_TD, g.dweights_TK.to(self._weights_dtype)
+
+    @property
+    def _returns(self) -> bool:
+        """Whether gradients of copies go home."""
+        return self.pair.backward.count("Wg") > 0
 
     @property
     def _rows_of_backward(self) -> Any:
@@ -206,6 +243,10 @@ class Backward:
         ("Dt", "wait"): _wait_dt,
         ("Mt", "start"): _start_mt,
         ("Mt", "wait"): _wait_mt,
+        ("Wd", ""): _wd,
+        ("Wg", "start"): _start_wg,
+        ("Wg", "wait"): _wait_wg,
         ("Ew", ""): _ew,
+        ("Wa", ""): _wa,
         ("Pt", ""): _pt,
     }

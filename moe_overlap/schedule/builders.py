@@ -61,7 +61,8 @@ class SchedulePair:
         """The user's ops that run while ranks agree: those between N and P."""
         if Action("N") not in self.forward.actions:
             return ()
-        return self.forward.actions[1 : self.forward.actions.index(Action("P"))]
+        until_p = self.forward.actions[1 : self.forward.actions.index(Action("P"))]
+        return tuple(action for action in until_p if action.verb != "Wf")
 
     @property
     def deduplicated(self) -> bool:
@@ -295,6 +296,25 @@ def split_own(pair: SchedulePair) -> SchedulePair:
     forward = list(pair.forward)
     forward.insert(_last(forward, "C") + 1, Action("Or"))
     return replace(pair, forward=Schedule(tuple(forward)))
+
+
+@lru_cache(maxsize=64)
+def with_copies(pair: SchedulePair, fetches: int, returns: bool) -> SchedulePair:
+    """The same strategy in a step that has copies of experts.
+
+    `fetches` groups of weights are fetched (Wf; 0: all copies are valid) as soon as the counts are known: ahead of the
+    rows on the wire, which is one behind the other, so that the experts of the first chunk need not wait for all
+    chunks; in a shortcut's window both are under the backbone's ops. `returns`: the gradients of the copies are made
+    first (Wd) and on their way home (Wg) beside the weight gradients of the homes (Ew), which add them up last (Wa).
+    """
+    forward, backward = list(pair.forward), list(pair.backward)
+    begin = forward.index(Action("P"))
+    forward[begin:begin] = _actions("Wf", range(fetches))
+    if returns:
+        begin = _last(backward, "Dt") + 1
+        backward[begin:begin] = [Action("Wd"), Action("Wg")]
+        backward.append(Action("Wa"))
+    return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
 
 
 def _last(actions: list[Action], verb: str) -> int:

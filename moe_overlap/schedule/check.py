@@ -32,6 +32,7 @@ PER_CHUNK = {"forward": ("D", "E", "C"), "backward": ("Ct", "Ed", "Dt")}
 ONCE = {"forward": ("P", "U"), "backward": ("Ut", "Pt")}
 # Verbs of a deduplicated schedule, of which it has one each; others have none.
 DISTINCT = {"forward": ("M", "O"), "backward": ("Mt", "Od")}
+RETURNS = ("Wd", "Wg", "Wa")  # likewise, where copies of experts have gradients
 
 
 def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = None) -> list[Problem]:
@@ -62,11 +63,13 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
         found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
     if Action("N") in seen:
         begin = [action.verb for action in schedule.actions[: seen.get(Action("P"), 0)]]
-        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S"}:
+        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf"}:
             found.append(Problem("N begins a schedule, and only ops stand between it and P", seen[Action("N")]))
+    if any(Action(verb) in seen for verb in RETURNS):
+        found += [Problem(f"{verb} is missing") for verb in RETURNS if Action(verb) not in seen]
     if phase == "backward" and not any(action.verb == "Ew" for action in seen):
         found.append(Problem("Ew0 is missing: no weight gradient"))
-    for verb in ("B", "Bt", "Ew"):
+    for verb in ("B", "Bt", "Ew", "Wf"):
         indices = sorted(action.index for action in seen if action.verb == verb and action.index is not None)
         if indices != list(range(len(indices))):
             found.append(Problem(f"{verb} has the indices {indices}, not 0 to {len(indices) - 1}"))

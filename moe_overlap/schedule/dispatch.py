@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from moe_overlap.agreement.cost import GATHERED_RANKS
 from moe_overlap.agreement.counts import BLOCKS, MOST, Said, block_counts, block_counts_of_rows, check_counts
 from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
 from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
+from moe_overlap.agreement.seats import Seats, StepRule, seats_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import Schedules
+from moe_overlap.schedule.expert_copies import CopyStore
 from moe_overlap.transport.base import Agreement, Transport
 from moe_overlap.transport.closing import closing_on_interrupt
 from moe_overlap.transport.link import nodes_of
@@ -68,7 +71,8 @@ class Dispatcher:
     """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
     opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too.
     `dedup`: a position in `record.DEDUP`; `ranks_per_node`: so many ranks in a row share a node (0: not known);
-    `hierarchical`: one row for each (token, node) crosses nodes."""
+    `hierarchical`: one row for each (token, node) crosses nodes. `copy_store`: the copies that this rank has of other
+    ranks' experts; `rule`: which copies there are in a step, decided when its counts are known."""
 
     transport: Transport
     placement: Placement
@@ -86,17 +90,21 @@ class Dispatcher:
     dedup: int = 0
     ranks_per_node: int = 0
     hierarchical: bool = False
+    copy_store: CopyStore = field(default_factory=CopyStore)
+    weights_require_grad: bool = False
+    rule: StepRule | None = None
+    _seats: Seats | None = field(default=None, init=False, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Dispatcher:
         """On the same transport, as another caller: ranks whose copies run in another order learn of it."""
         self.copies += 1
-        return replace(self, caller=digest(self.caller, self.copies), copies=0)
+        return replace(self, caller=digest(self.caller, self.copies), copies=0, copy_store=CopyStore())
 
     @property
     def header(self) -> Header:
         return Header(
             num_experts=self.placement.num_experts,
-            num_slots=self.placement.num_slots,
+            num_slots=self.seats.num_seats if self.dedup == 1 else self.placement.num_experts,
             hidden=self.hidden,
             ffn_hidden=self.ffn_hidden,
             top_k=self.top_k,
@@ -107,19 +115,26 @@ class Dispatcher:
         )
 
     @property
+    def seats(self) -> Seats:
+        """Where the experts are."""
+        if self._seats is None or self._seats.placement is not self.placement:
+            self._seats = seats_of(self.placement)
+        return self._seats
+
+    @property
     def _counted_nodes(self) -> int:
         """Nodes that rows are counted for, where they cross nodes once."""
         return self.placement.world_size // self.ranks_per_node if self.hierarchical else 0
 
     def plan(
-        self, slots_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
+        self, ids_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
     ) -> ExchangePlan:
         """The agreed counts of one step: `begin` and `finish`."""
-        return self.finish(self.begin(slots_TK, x_TD, schedule, status=status))
+        return self.finish(self.begin(ids_TK, x_TD, schedule, status=status))
 
     def begin(
         self,
-        slots_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
         x_TD: torch.Tensor,
         schedule: Schedules,
         *,
@@ -128,14 +143,14 @@ class Dispatcher:
     ) -> Agreement:
         """Tell all ranks what this one will send in a step; returns at once.
 
-        slots_TK: int32 [T, K] physical slots, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
+        ids_TK: integers [T, K], logical experts, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
         status: int32 [1] flag word of the router. router_state: see StepRecord. Raises ConfigError alike on all ranks
         where this one refuses. What runs before `finish` has to be the same on all ranks, and stands in
         `closing_on_error`.
         """
         said = None if status is None else Said(status)
         try:
-            tables = self._count(slots_TK, said)
+            tables = self._count(ids_TK, said)
         except ConfigError as error:
             self.refuse(error, schedule)
         flags = 0 if said is None else said.value
@@ -149,6 +164,12 @@ class Dispatcher:
         """The plan, bounded. Raises ConfigError or PlanMismatch alike on all ranks."""
         with closing_on_interrupt(self.transport):
             return agreement.wait()
+
+    def look_at_weights(self, *weights: torch.Tensor) -> None:
+        """This rank's expert weights as a call reads them, where others have copies of them."""
+        if not torch.compiler.is_compiling() and (self.seats.has_copies or self.rule is not None):
+            self.copy_store.look_at(*weights)
+            self.weights_require_grad = any(weight.requires_grad for weight in weights)
 
     def end_step(self) -> None:
         """At the end of a forward that is no recompute: everything was agreed on."""
@@ -176,15 +197,16 @@ class Dispatcher:
             raise error from None
         raise AssertionError("a refused step cannot be agreed on")
 
-    def _count(self, slots_TK: torch.Tensor, said: Said | None) -> tuple[torch.Tensor, ...]:
+    def _count(self, ids_TK: torch.Tensor, said: Said | None) -> tuple[torch.Tensor, ...]:
         """The record's counts, where rows are deduplicated `first` and `last` too, and then perhaps `node_rows`."""
-        slots = self.placement.num_slots
+        ends: list[torch.Tensor] = []
         if self.dedup == 1:
-            counts, *ends = block_counts_of_rows(slots_TK, slots, self.placement.world_size, self._counted_nodes, said)
+            seats, seats_TK = self.seats, self.seats.of_ids(ids_TK, self.transport.rank)
+            counts, *ends = block_counts_of_rows(seats_TK, seats.num_seats, seats.world_size, self._counted_nodes, said)
+            counts = seats.by_expert(counts)
         else:
-            counts, ends = block_counts(slots_TK, slots, said), []
-        counts = self.placement.logical_counts(counts)
-        if slots_TK.numel() > MOST:
+            counts = block_counts(ids_TK, self.placement.num_experts, said)
+        if ids_TK.numel() > MOST:
             check_counts(counts)
         return counts, *ends
 
@@ -198,6 +220,9 @@ class Dispatcher:
         router_state: int = 0,
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
+        if self.rule is not None and (self.dedup == 1 or self.placement.world_size > GATHERED_RANKS):
+            expected = f"None beside dedup, or with more than {GATHERED_RANKS} ranks, of which no rank hears all counts"
+            raise ConfigError("rule", "given", expected)
         self.open()
         self.steps += phase == 0
         grad = torch.is_grad_enabled()
@@ -215,7 +240,12 @@ class Dispatcher:
             top_k=self.top_k,
             placement_epoch=self.placement.epoch,
             config_digest=digest(
-                self.activation, self.bad_logits, self.ffn_hidden, self.placement.slot_to_expert, self.payload_dtype
+                self.activation,
+                self.bad_logits,
+                self.ffn_hidden,
+                self.placement.digest,
+                self.payload_dtype,
+                0 if self.rule is None else self.rule.digest,
             ),
             schedule_digest=schedule.digest,
             counts=tables[0],
@@ -226,8 +256,11 @@ class Dispatcher:
             ranks_per_node=self.ranks_per_node,
             hierarchical=int(self.hierarchical),
             router_state=router_state,
+            weight_version=self.copy_store.version,
+            weights_require_grad=int(grad and self.weights_require_grad),
             caller=self.caller,
-            placement=self.placement,
+            seats=None if self.seats.are_slots and self.placement.is_identity and self.rule is None else self.seats,
+            rule=self.rule,
             nodes=nodes_of(self.transport),
         )
 
@@ -242,4 +275,5 @@ class Dispatcher:
             raise
         if self.openings != self.transport.openings:  # by this layer, or by another one on the same transport
             self.steps = 0
+            self.copy_store.forget()
             self.openings = self.transport.openings

@@ -27,15 +27,16 @@ from moe_overlap.agreement.plan import RowLayout
 from moe_overlap.ops import workspace
 from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps, plan_of, weights_dtype
 from moe_overlap.schedule.gateway import Gateway
-from moe_overlap.schedule.rows import ExpertWeights
 from moe_overlap.schedule.tables import Tables
+from moe_overlap.schedule.weights import ExpertWeights, GradientRows, parts_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistinctSaved:
     """What backward needs of a deduplicated forward call: the choices int32 [T, K], [Rd, D], [Re, F'], int32 [Rd, K],
-    [Rd, K], the ids of the rows that this rank passes on, int32 [G, K] (see `gateway.py`), and the weights. Bytes,
-    beside the weights, with s of an element and w of a router weight (4, or 8 for float64):
+    [Rd, K], the ids of the rows that this rank passes on, int32 [G, K] (see `gateway.py`), and the weights,
+    those of copies where there are any. Bytes, beside the weights, with s of an element and w of a router weight (4, or
+    8 for float64):
 
         4                       for each choice of this rank's tokens
         F' s                    for each row of its experts
@@ -54,14 +55,16 @@ class DistinctSaved:
     node_ids_GK: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
+    copied: tuple[torch.Tensor, ...] = ()
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> DistinctSaved:
         """From what `tensors` returned."""
-        return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
+        return cls(**dict(zip(cls.__dataclass_fields__, tensors[:8], strict=False)), copied=tuple(tensors[8:]))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.slots_TK, self.x, self.h, self.ids_RK, self.weights_RK, self.node_ids_GK, self.w_in, self.w_out
+        first = self.slots_TK, self.x, self.h, self.ids_RK, self.weights_RK
+        return (*first, self.node_ids_GK, self.w_in, self.w_out, *self.copied)
 
     @property
     def choice(self) -> torch.Tensor:
@@ -161,9 +164,9 @@ class DistinctForward:
         return ops.combine(self.y, maps.places_RK[leaving], maps.weights_RK[leaving])
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
-        w = self.weights
-        ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
-                               rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
+        for w_in, w_out, seats in self.weights.parts():
+            ops.expert_mlp_forward(self.x, w_in, w_out, ends[seats], starts=starts[seats], kind=self.weights.kind,
+                                   y=self.y, h=self.h, rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over the ranks of a node and then over the nodes, in order, of what came back."""
@@ -172,7 +175,8 @@ class DistinctForward:
     def saved(self, _: Tables) -> DistinctSaved:
         return DistinctSaved(slots_TK=self._slots_TK, x=self.x, h=self.h, ids_RK=self._maps.ids_RK,
                              weights_RK=self._maps.weights_RK, node_ids_GK=self.gateway.ids_GK,
-                             w_in=self.weights.w_in, w_out=self.weights.w_out)  # fmt: skip
+                             w_in=self.weights.w_in, w_out=self.weights.w_out,
+                             copied=self.weights.copied or ())  # fmt: skip
 
 
 class DistinctBackward:
@@ -246,9 +250,10 @@ class DistinctBackward:
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
         s, maps = self.saved, self._maps
-        ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind, rows=maps.row_R,
-                             scale=maps.scale_R, dx=self.dx, dh=self.dh, a=self.a, dscale=self._dscale_R[:-1],
-                             num_sms=self._num_sms)  # fmt: skip
+        for w_in, w_out, seats in parts_of(s.w_in, s.w_out, *s.copied):
+            ops.expert_mlp_dgrad(self.dy, s.h, w_in, w_out, ends[seats], starts=starts[seats], kind=self.kind,
+                                 rows=maps.row_R, scale=maps.scale_R, dx=self.dx, dh=self.dh, a=self.a,
+                                 dscale=self._dscale_R[:-1], num_sms=self._num_sms)  # fmt: skip
 
     @property
     def gradient_layout(self) -> RowLayout:
@@ -271,14 +276,17 @@ class DistinctBackward:
         assert self._dweights_RK is not None
         return self._tokens.weight_gradients(self._dweights_RK)
 
-    def weight_gradient(self, group: int, groups: int) -> None:
-        """Ew of one of `groups` groups of this rank's experts: one matmul an expert over the rows of all chunks."""
+    def weight_gradient(self, first: int, last: int) -> None:
+        """Ew of this rank's experts first .. last-1: one matmul an expert over the rows of all chunks."""
         if self.dw_in is not None and self.dw_out is not None:
-            local = self.plan.local_slots
-            experts = (local * group // groups, local * (group + 1) // groups)
-            offs = self.tables.one("expert_offs")
+            offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]
             ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, rows=self._maps.row_R, dw_in=self.dw_in,
-                                 dw_out=self.dw_out, experts=experts, num_sms=self._num_sms)  # fmt: skip
+                                 dw_out=self.dw_out, experts=(first, last), num_sms=self._num_sms)  # fmt: skip
+
+    def gradient_rows(self) -> GradientRows:
+        """What the weight gradients of single experts are made of."""
+        offs = self.plan.expert_offs.tolist()
+        return GradientRows(self.saved.x, self.dy, self.dh, self.a, offs, self._maps.row_R, self._num_sms)
 
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over the ranks of a node and then over the nodes, in order, of its rows' gradients."""

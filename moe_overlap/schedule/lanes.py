@@ -21,7 +21,8 @@ from moe_overlap.transport.base import Announcement, Transport, Work
 from moe_overlap.transport.closing import ClosingUnlessCalled, closing_on_error
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
-RETURNING = ("C", "Dt", "Mt")
+RETURNING = ("C", "Dt", "Mt", "Wg")
+WEIGHTS = ("Wf", "Wg")  # which go to their ranks directly
 Note = tuple[str, str, str, Any, Any]  # phase, action, lane and the stamps of its start and end
 
 
@@ -70,21 +71,24 @@ class Lanes:
             Variable._execution_engine.queue_callback(ClosingUnlessCalled(self.transport))
 
     def start(
-        self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None, layout: RowLayout | None = None
-    ) -> None:
-        """Start an exchange. C, Dt and Mt carry rows back to where they came from. `layout`: of what goes beside rows
-        (M and Mt), for those of all chunks at once."""
+        self, action: Action, rows: torch.Tensor, out: torch.Tensor | None = None, layout: RowLayout | None = None,
+        plan: ChunkPlan | None = None,
+    ) -> None:  # fmt: skip
+        """Start an exchange. C, Dt, Mt and Wg carry rows back to where they came from. `layout`: of what goes beside
+        rows, for those of all chunks at once (M and Mt), or by a `plan` of its own (Wf and Wg)."""
         if self._beginning is not None:
             beginning, self._beginning = self._beginning, None
             beginning.wait()
         start = self.now()
-        plan = self._plans[action.spec.phase]
-        plan, layout = (plan, self._layout) if layout is None else (plan.cut(1, "tokens"), layout)
+        if plan is None:
+            plan = self._plans[action.spec.phase]
+            plan, layout = (plan, self._layout) if layout is None else (plan.cut(1, "tokens"), layout)
+        assert layout is not None
         reverse, chunk = action.verb in RETURNING, action.index or 0
         if rows.dtype != layout.dtype:  # the payload's, which is another one
             self._computed[action] = rows.dtype, out
             rows, out = rows.to(layout.dtype), None
-        if self.gateway is not None and reverse:
+        if self.gateway is not None and reverse and action.verb not in WEIGHTS:
             rows = self.gateway.give_back(chunk, rows, layout, partial(self._inside, action, layout))
         work = self.transport.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action.text)
         self._works[action] = work, start, layout
@@ -101,7 +105,7 @@ class Lanes:
             # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
             start, end = work.interval() or (end, end)
         self.note(action.text, "wire", start, end)
-        if self.gateway is not None and action.verb not in RETURNING:
+        if self.gateway is not None and action.verb not in (*RETURNING, *WEIGHTS):
             rows = self.gateway.pass_on(action.index or 0, rows, layout, partial(self._inside, action, layout))
         if action in self._computed:
             dtype, out = self._computed.pop(action)

@@ -16,12 +16,15 @@ from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.order import Node, backward_groups, split_tail
 
-# How many nodes can run after the router's backward: the waits for the last exchanges (one a chunk), then Pt.
-LAST_NODES = BLOCKS + 1
+# How many nodes can run after the router's backward: the waits for the last exchanges (one a chunk), then Pt; the wait
+# for the gradients of copies, then Wa.
+LAST_NODES = BLOCKS + 1 + 2
 # How many nodes deduplication adds: Od and both halves of Mt.
 DISTINCT_NODES = 3
-# All that a planned backward can have: five nodes a chunk, Ut, Pt, one Ew, and those of deduplication.
-PLANNED_NODES = 5 * BLOCKS + 3 + DISTINCT_NODES
+# And copies of experts: Wd, both halves of Wg, and Wa.
+COPY_NODES = 4
+# All that a planned backward can have: five nodes a chunk, Ut, Pt, one Ew, and those of deduplication and copies.
+PLANNED_NODES = 5 * BLOCKS + 3 + DISTINCT_NODES + COPY_NODES
 
 
 class SequenceNumbers:
@@ -40,7 +43,7 @@ class SequenceNumbers:
         """As `before_op`, while ranks still agree: as many numbers as `schedule` can need there, whatever is chosen."""
         count = PLANNED_NODES
         if isinstance(schedule, SchedulePair):
-            count = len(backward_groups(schedule)[-1 - len(self._early)]) + DISTINCT_NODES
+            count = len(backward_groups(schedule)[-1 - len(self._early)]) + DISTINCT_NODES + COPY_NODES
         self._early.append(reserve(self._anchor, count))
 
     def bind(self, pair: SchedulePair) -> None:

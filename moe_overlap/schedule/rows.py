@@ -26,21 +26,13 @@ from moe_overlap.agreement.static_plan import StaticChunks
 from moe_overlap.ops import workspace
 from moe_overlap.schedule.static_rows import static_order
 from moe_overlap.schedule.tables import Tables
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertWeights:
-    """The stacked weights of this rank's experts, in the dtype of the rows. `grad_scale` multiplies their gradients."""
-
-    w_in: torch.Tensor
-    w_out: torch.Tensor
-    kind: str
-    grad_scale: float = 1.0
+from moe_overlap.schedule.weights import ExpertWeights, GradientRows, parts_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What backward needs of a forward call: [R, D], int32 [T, K] twice, [T, K], [Re, D], [Re, F'] and the weights.
+    """What backward needs of a forward call: [R, D], int32 [T, K] twice, [T, K], [Re, D], [Re, F'] and the weights,
+    those of copies where there are any.
 
     `back` is in the send order of forward, as `slot_to_row` says; `slot_to_dback` is the send order of backward. Bytes,
     beside the weights, with s of an element and w of a router weight (4, or 8 for float64):
@@ -59,6 +51,7 @@ class Saved:
     h: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
+    copied: tuple[torch.Tensor, ...] = ()
 
     @property
     def choice(self) -> torch.Tensor:
@@ -68,10 +61,11 @@ class Saved:
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Saved:
         """From what `tensors` returned."""
-        return cls(**dict(zip(cls.__dataclass_fields__, tensors, strict=True)))
+        return cls(**dict(zip(cls.__dataclass_fields__, tensors[:8], strict=False)), copied=tuple(tensors[8:]))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.back, self.slot_to_row, self.slot_to_dback, self.weights_TK, self.x, self.h, self.w_in, self.w_out
+        first = self.back, self.slot_to_row, self.slot_to_dback, self.weights_TK
+        return (*first, self.x, self.h, self.w_in, self.w_out, *self.copied)
 
 
 def send_order(tables: Tables, slots_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,9 +166,9 @@ class ForwardRows(_Chunks):
         """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
         self._put(received, c, self.x)
         starts, ends = self.expert_rows(c)
-        w = self.weights
-        ops.expert_mlp_forward(self.x, w.w_in, w.w_out, ends, starts=starts, kind=w.kind, y=self.y, h=self.h,
-                               num_sms=self.num_sms)  # fmt: skip
+        for w_in, w_out, seats in self.weights.parts():
+            ops.expert_mlp_forward(self.x, w_in, w_out, ends[seats], starts=starts[seats], kind=self.weights.kind,
+                                   y=self.y, h=self.h, num_sms=self.num_sms)  # fmt: skip
         return self._take(self.y, c)
 
     def combine(self) -> torch.Tensor:
@@ -186,7 +180,8 @@ class ForwardRows(_Chunks):
         alike = backward is self.tables
         slot_to_dback = self.slot_to_row if alike else send_order(backward, self._slots_TK)[0]
         return Saved(back=self.back, slot_to_row=self.slot_to_row, slot_to_dback=slot_to_dback,
-                     weights_TK=self._weights_TK, x=self.x, h=self.h, w_in=w.w_in, w_out=w.w_out)  # fmt: skip
+                     weights_TK=self._weights_TK, x=self.x, h=self.h, w_in=w.w_in, w_out=w.w_out,
+                     copied=w.copied or ())  # fmt: skip
 
 
 class BackwardRows(_Chunks):
@@ -260,18 +255,22 @@ class BackwardRows(_Chunks):
         self._put(received, c, self.dy)
         starts, ends = self.expert_rows(c)
         s = self.saved
-        ops.expert_mlp_dgrad(self.dy, s.h, s.w_in, s.w_out, ends, starts=starts, kind=self.kind,
-                             dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
+        for w_in, w_out, seats in parts_of(s.w_in, s.w_out, *s.copied):
+            ops.expert_mlp_dgrad(self.dy, s.h, w_in, w_out, ends[seats], starts=starts[seats], kind=self.kind,
+                                 dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
         return self._take(self.dx, c) if self.need_dx else None
 
-    def weight_gradient(self, group: int, groups: int) -> None:
-        """Ew of one of `groups` groups of this rank's experts: one matmul an expert over the rows of all chunks."""
+    def weight_gradient(self, first: int, last: int) -> None:
+        """Ew of this rank's experts first .. last-1: one matmul an expert over the rows of all chunks."""
         if self.dw_in is not None and self.dw_out is not None:
-            local = self.plan.local_slots
-            experts = (local * group // groups, local * (group + 1) // groups)
-            offs = self.tables.one("expert_offs")
+            offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]
             ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, dw_in=self.dw_in,
-                                 dw_out=self.dw_out, experts=experts, num_sms=self.num_sms)  # fmt: skip
+                                 dw_out=self.dw_out, experts=(first, last), num_sms=self.num_sms)  # fmt: skip
+
+    def gradient_rows(self) -> GradientRows:
+        """What the weight gradients of single experts are made of."""
+        offs = self.plan.expert_offs.tolist()
+        return GradientRows(self.saved.x, self.dy, self.dh, self.a, offs, None, self.num_sms)
 
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over k, in order, of the gradient of the row of (t, k)."""

@@ -18,22 +18,25 @@ from typing import Any, ClassVar
 
 import torch
 
+from moe_overlap.agreement.copies import copy_plan
 from moe_overlap.agreement.node_plan import rows_plan
-from moe_overlap.agreement.plan import RowLayout
+from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import PlanMismatch
 from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.agreeing import Agreeing
 from moe_overlap.schedule.backward import Backward
-from moe_overlap.schedule.builders import Schedules
+from moe_overlap.schedule.builders import SchedulePair, Schedules, with_copies
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.distinct_rows import DistinctForward
+from moe_overlap.schedule.expert_copies import StepCopies
 from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.order import Node
-from moe_overlap.schedule.rows import ExpertWeights, ForwardRows
+from moe_overlap.schedule.rows import ForwardRows
 from moe_overlap.schedule.tables import tables_of
 from moe_overlap.schedule.user_ops import Mistakes
+from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Agreement, Transport
 
 
@@ -83,16 +86,14 @@ class Step(Backward):
         """Ranks agree on the step from now on. What `schedule` puts ahead runs before it is waited for, or after,
         where it is `joined`: in one order with what follows, so that backward is the same."""
         self.schedule, self.lanes.step = schedule, dispatcher.steps
-        self._agreeing = Agreeing(dispatcher, agreement, self.lanes)
+        self._agreeing, self._store = Agreeing(dispatcher, agreement, self.lanes), dispatcher.copy_store
         if schedule.joined:
             self._agreeing.hear()
 
-    def give(
-        self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor, *, entered: bool = True
-    ) -> None:
+    def give(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, entered: bool = True) -> None:
         """This rank's tokens: [T, D] rows in the dtype that they are computed in, and where they go. entered: they are
         a copy that `enter` gave; else the step was entered with what the router read."""
-        self._x_TD, self._slots_TK, self._weights_TK = x_TD, slots_TK, weights_TK
+        self._x_TD, self._ids_TK, self._weights_TK = x_TD, ids_TK, weights_TK
         self._need_dx, self._entered = self.grad and x_TD.requires_grad, entered
         if not self.schedule.ahead:
             self._bind()
@@ -101,8 +102,9 @@ class Step(Backward):
         """The agreed counts: after this, the schedule can run."""
         assert self._agreeing is not None
         exchange, self._agreeing = self._agreeing.hear(), None
-        x_TD = self._x_TD
-        self.pair = pair = self.schedule.pair_for(exchange)
+        x_TD, seats = self._x_TD, exchange.seats
+        self._slots_TK = self._ids_TK if seats is None else seats.of_ids(self._ids_TK, exchange.rank)
+        self.pair = pair = self._with_copies(self.schedule.pair_for(exchange), exchange)
         self._distinct = pair.deduplicated
         self.plan = (
             rows_plan(exchange, pair.chunks, pair.by) if self._distinct else exchange.chunked(pair.chunks, pair.by)
@@ -120,6 +122,15 @@ class Step(Backward):
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
         self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined)
         self._weights_dtype = self._weights_TK.dtype
+
+    def _with_copies(self, pair: SchedulePair, exchange: ExchangePlan) -> SchedulePair:
+        """The pair in a step that has copies of experts, which it is made ready for."""
+        if exchange.seats is None or not exchange.seats.has_copies:
+            return pair
+        self._copies = StepCopies(exchange, self._weights, self._store, groups=1)
+        self._give_back = copy_plan(exchange, exchange.seats.copies)
+        returns = exchange.grad_enabled and exchange.weights_require_grad
+        return with_copies(pair, int(self._copies.fetches), returns)
 
     # ---------------------------------------------------------------- forward: the walk
 
@@ -230,8 +241,8 @@ class Step(Backward):
         self._numbers = None
         self.lanes.gateway = None
         self._agreeing = None
-        for name in ("_x_TD", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_tables", "_weights",
-                     "_y_TD"):  # fmt: skip
+        for name in ("_x_TD", "_ids_TK", "_slots_TK", "_weights_TK", "anchor", "_weight_token", "_rows", "_tables",
+                     "_weights", "_y_TD", "_copies", "_store"):  # fmt: skip
             self.__dict__.pop(name, None)
 
     @contextmanager
@@ -269,6 +280,13 @@ class Step(Backward):
             raise PlanMismatch(text, peer=peer, action="M", **here)
         self._rows.take_metadata(received)
 
+    def _start_fetch(self, group: int) -> None:
+        copies = self._copies
+        self.lanes.start(Action("Wf", group), copies.outgoing(group), layout=copies.layout, plan=copies.fetch)
+
+    def _wait_fetch(self, group: int) -> None:
+        self._copies.arrived(group, self.lanes.wait(Action("Wf", group)))
+
     def _own(self, _: int | None) -> None:
         self._rows.own(0, 1 + self.pair.forward.count("Or"))
 
@@ -305,13 +323,17 @@ class Step(Backward):
         """All nodes of the backward schedule, from Pt to Ut, whose forward gives y_TD."""
         late, early = ((self._weights_TK,), ()) if self._distinct else ((), (self._weights_TK,))
         pt = self._node(Node(Action("Pt")), self._x_TD, *late, self._weight_token)
-        gates = [self._node(Node(a), self._weight_token) for a in self.pair.backward if a.verb == "Ew"]
-        starts = []
-        after_experts = gates
+        last, after_experts = self._weight_token, []
+        if self._returns:
+            last = self._node(Node(Action("Wa")), self._weight_token)
+            start = self._node(Node(Action("Wg"), "start"), self._node(Node(Action("Wg"), "wait"), last))
+            after_experts.append(self._node(Node(Action("Wd")), start))
+        after_experts += [self._node(Node(a), last) for a in self.pair.backward if a.verb == "Ew"]
+        starts, gates = [], tuple(after_experts)
         if self._distinct:
             starts.append(self._node(Node(Action("Od")), pt, *gates))
             metadata = self._node(Node(Action("Mt"), "start"), self._node(Node(Action("Mt"), "wait"), pt))
-            after_experts = [metadata, *gates]
+            after_experts = [metadata, *after_experts]
         for c in range(self.pair.backward_chunks):
             dt, ed, ct = Action("Dt", c), Action("Ed", c), Action("Ct", c)
             rows = self._node(Node(dt, "start"), self._node(Node(dt, "wait"), pt))
@@ -337,6 +359,8 @@ class Step(Backward):
         ("P", ""): _permute,
         ("M", "start"): _start_metadata,
         ("M", "wait"): _wait_metadata,
+        ("Wf", "start"): _start_fetch,
+        ("Wf", "wait"): _wait_fetch,
         ("O", ""): _own,
         ("Or", ""): _own_rest,
         ("D", "start"): _start_dispatch,

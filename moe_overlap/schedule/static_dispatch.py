@@ -71,20 +71,20 @@ class StaticDispatcher(Dispatcher):
 
     def begin(
         self,
-        slots_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
         x_TD: torch.Tensor,
         schedule: Schedules,
         *,
         status: torch.Tensor | None = None,
         router_state: int = 0,
     ) -> Agreement:
-        """As the base's, but that the host reads no value of slots_TK and status, and nothing is said but in the first
+        """As the base's, but that the host reads no value of ids_TK and status, and nothing is said but in the first
         step. Raises ConfigError for another number of tokens than in the first step."""
         phase = int(torch._C._current_graph_task_id() >= 0)
         self.open()
         first = self._agreed_in != self.openings
         try:
-            layout = self._layout(slots_TK, schedule, first=first)
+            layout = self._layout(ids_TK, schedule, first=first)
             if router_state and self.transport.world_size > 1:
                 raise ConfigError("mode", "static", "'host' beside a router whose state the ranks agree on (replay)")
         except ConfigError as error:
@@ -95,7 +95,7 @@ class StaticDispatcher(Dispatcher):
             self.steps += phase == 0
         grad = torch.is_grad_enabled()
         with closing_on_error(self.transport, "N"):
-            placed = place(layout, slots_TK)
+            placed = place(layout, self.placement.to_physical(ids_TK))
             if phase == 0:
                 self._begin_word(placed.word, status)
         return Known(exchange=StaticExchange(
@@ -177,9 +177,9 @@ class StaticDispatcher(Dispatcher):
             self.transport.agree(replace(record, static_tokens=layout.tokens, config_digest=how))
         self._agreed_in, self._tokens, self._watch = self.openings, layout.tokens, None
 
-    def _layout(self, slots_TK: torch.Tensor, schedule: Schedules, *, first: bool) -> StaticLayout:
+    def _layout(self, ids_TK: torch.Tensor, schedule: Schedules, *, first: bool) -> StaticLayout:
         """The layout of a step, made once. Raises ConfigError."""
-        tokens, top_k = slots_TK.shape
+        tokens, top_k = ids_TK.shape
         if not first and tokens != self._tokens:
             expected = f"{self._tokens}, the tokens of the first step: all ranks have as many in all steps"
             raise ConfigError("x.shape[0]", tokens, f'{expected} of mode="static"')

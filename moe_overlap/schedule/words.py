@@ -7,6 +7,7 @@ texts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.schedule.actions import SIGNS, VERBS, Schedule
@@ -33,6 +34,7 @@ def from_text(
 
 def python_of(pair: SchedulePair) -> str:
     """The call that runs this pair at every step, whatever was planned: a ShortcutBlock's where it has backbone ops."""
+    pair = _without_copies(pair)
     off = ", overlap=False" if pair.joined and pair.name != "serial" else ""
     rows = ', dedup="on"' if pair.deduplicated else ""
     if pair.num_ops:
@@ -42,6 +44,15 @@ def python_of(pair: SchedulePair) -> str:
         if _same(pair, other):
             return f'MoELayer(..., schedule="{word}"{"" if word == "serial" else off})'
     return f"MoELayer(..., schedule={_written(pair)}{rows}{off})"
+
+
+def _without_copies(pair: SchedulePair) -> SchedulePair:
+    """The pair that a user gives: copies of experts are added to it in the steps that have some."""
+    forward, backward = (
+        Schedule(tuple(action for action in schedule if action.verb not in ("Wf", "Wd", "Wg", "Wa")))
+        for schedule in (pair.forward, pair.backward)
+    )
+    return replace(pair, forward=forward, backward=backward)
 
 
 def overlaps(pair: SchedulePair, phase: str) -> bool:

@@ -26,13 +26,14 @@ from moe_overlap.agreement.record import BackwardRecord, StepRecord
 class TransportStats:
     """Counters since the transport was made. `payload_bytes`: rows sent to other ranks; `row_meta_bytes`: ids and
     weights beside them, and their gradients; `inter_node_bytes` and `inter_node_meta_bytes`: of these two what goes to
-    other nodes, where the plan knows them; `meta_bytes`: headers, records and stamps sent to other ranks; `exchanges`:
-    calls of `start`; `agreements`: calls of `agree`."""
+    other nodes, where the plan knows them; `weight_bytes`: of copies of experts, and their gradients; `meta_bytes`:
+    headers, records and stamps sent to other ranks; `exchanges`: calls of `start`; `agreements`: calls of `agree`."""
 
     payload_bytes: int = 0
     row_meta_bytes: int = 0
     inter_node_bytes: int = 0
     inter_node_meta_bytes: int = 0
+    weight_bytes: int = 0
     meta_bytes: int = 0
     exchanges: int = 0
     agreements: int = 0

@@ -260,7 +260,7 @@ class Endpoint(Speaker):
         try:
             if self._gathers:
                 slots = self._header.num_slots
-                return agree_on(said, rank=self.rank, num_slots=slots, placement=record.placement)
+                return agree_on(said, rank=self.rank, num_slots=slots, seats=record.seats, rule=record.rule)
             mine = Exchanged(record, compare(said, rank=self.rank), rank=self.rank)
             mine.hear(self._to_each(mine.parts(), where))
             return mine.plan(*self._reduced(mine.sums(), mine.most(), where))
@@ -359,7 +359,9 @@ class Endpoint(Speaker):
         self.stats.exchanges += 1
         sent = (exchange.rows.shape[0] - send[self.rank]) * exchange.layout.row_bytes
         across = exchange.plan.exchange.off_node(send) * exchange.layout.row_bytes
-        if exchange.layout.metadata:
+        if exchange.layout.weights:
+            self.stats.weight_bytes += sent
+        elif exchange.layout.metadata:
             self.stats.row_meta_bytes += sent
             self.stats.inter_node_meta_bytes += across
         else:

@@ -22,6 +22,7 @@ from moe_overlap.agreement.distinct import distinct_plan, pays
 from moe_overlap.agreement.loads import Counts, of_rank, of_table
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan
 from moe_overlap.agreement.record import StepRecord, compare
+from moe_overlap.agreement.seats import seats_of
 from moe_overlap.auto.calibrate import step_shape
 from moe_overlap.auto.planned import step_kind
 from moe_overlap.errors import ConfigError, PlanMismatch, RemoteAbort, TransportClosed
@@ -92,8 +93,8 @@ def same_plans(make: Make, rank: int, world: int, dedup: int) -> None:
     for seed in range(6):
         nodes = nodes_of_ranks[seed % 2]
         # With another placement the histograms of rows would not fit these counts.
-        placement = moved if seed > 2 and dedup != 1 else None
-        one = said(rank, world, local, dedup=dedup, seed=seed, nodes=nodes, placement=placement, step=seed)
+        seats = seats_of(moved) if seed > 2 and dedup != 1 else None
+        one = said(rank, world, local, dedup=dedup, seed=seed, nodes=nodes, seats=seats, step=seed)
         plans = [transport.agree(one) for transport in (gathering, exchanging)]
         assert plans[0].counts.table is not None and plans[1].counts.table is None
         wanted, got = (derived(plan, nodes) for plan in plans)

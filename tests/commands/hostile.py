@@ -21,6 +21,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, dict[str, object]]] = {
     ("info",): ("moe_overlap.commands.info", {"lines": lambda **_: []}),
     ("kernels",): ("moe_overlap.commands.kernels", {}),
     ("plan",): ("moe_overlap.commands.plan.command", PLAN),
+    ("place",): ("moe_overlap.commands.place", {"write_png": lambda *_: None}),
     ("train",): ("moe_overlap.commands.train.command", {"run": lambda *_, **__: 0}),
     ("verify",): ("moe_overlap.commands.verify", {"check": lambda *_, **__: None, "_tell": lambda *_: 0}),
     ("calibrate",): ("moe_overlap.commands.calibrate", {"run": lambda *_, **__: 0}),
@@ -121,6 +122,9 @@ def words_of(case: Case, folder: Path) -> list[str]:
         if not text.exists():
             text.write_text("".join(f"{n} words of a text, " for n in range(400)))
         words += ["--text", str(text)]
+    if case.command == ("place",) and not {"--trace", "--routing"} & set(dict(case.bad)):
+        (folder / "trace.jsonl").write_text("[9, 5, 3, 1]\n[8, 6, 2, 2]\n")
+        words += ["--trace", str(folder / "trace.jsonl")]
     if case.command not in (("info",), ("kernels",), ("verify",)) and "--out" not in dict(case.bad):
         words += ["--out", str(folder / ("model.json" if case.command == ("calibrate",) else "out"))]
     return [*words, *(f"{option}={value}" for option, value in case.bad)]

@@ -139,11 +139,6 @@ def test_a_forward_that_is_never_called_is_told_of():
         make(experts=Scaled(D, F, E, dtype=DOUBLE))
 
 
-def test_replicated_experts_are_not_there_yet():
-    with pytest.raises(NotImplementedError, match="replicated"):
-        MoELayer(D, F, E, K, dispatcher=dispatcher(placement=Placement(E, E + 1, 1, (*range(E), 0))), dtype=DOUBLE)
-
-
 def test_router_and_dispatcher_may_both_drop_bad_logits():
     router = LinearRouter(D, E, K, bad_logits="drop", dtype=DOUBLE)
     layer = MoELayer(D, F, E, K, router=router, dispatcher=dispatcher(bad_logits="drop"), dtype=DOUBLE)

@@ -1,0 +1,194 @@
+"""Experts that move: their parameters and what optimizers keep of them go to other ranks, and are theirs from then on.
+
+Everything arrives in new tensors beside the old ones; then all ranks say that they have it, and only after that each
+one puts the new in the place of the old, without a word to the others. A rank that fails before leaves all others as
+they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from moe_overlap.agreement.copies import CopyPlan, copy_plan
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.loads import Counts
+from moe_overlap.agreement.plan import ExchangePlan, RowLayout
+from moe_overlap.agreement.record import digest
+from moe_overlap.agreement.seats import Copy, Seats
+from moe_overlap.errors import ConfigError, PlanMismatch
+from moe_overlap.parallel.ownership import Ownership
+from moe_overlap.parallel.state import tensors_of
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
+
+ACTION = "migrate"
+Put = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """One tensor of this rank's experts, [e * k, ...], and what puts another one in its place."""
+
+    name: str
+    tensor: torch.Tensor
+    put: Put
+
+
+def migrated(
+    module: nn.Module, ownership: Ownership, old: Seats, new: Seats, optimizers: Sequence[Optimizer], tag: int,
+    error: ConfigError | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """Send what moves between two placements; the result puts what has come in its place, which cannot fail.
+
+    module: the experts that are marked with `ownership`. tag: what all ranks must have in common. error: why this rank
+    refuses. Collective over the layer's ranks. Raises ConfigError where a rank refuses (on all ranks), PlanMismatch
+    where they mean different moves or keep different states, and MoeTransportError; all tensors are then as before.
+    """
+    transport, rank = ownership.transport, ownership.transport.rank
+    held = _held(module, optimizers)
+    try:
+        _check(module, ownership, held)
+    except ConfigError as refused:
+        error = error or refused
+    device = next(module.parameters()).device
+    each = _agree(transport, held, len(ownership.expert_ids), error, tag, device)
+    plan = _plan(rank, old, new)
+    commits = []
+    with closing_on_error(transport, ACTION), torch.no_grad():
+        for one, rows in zip(held, each, strict=True):
+            commits.append(partial(one.put, _moved(transport, plan, one.tensor, rows, old, new)))
+        _everyone(transport, torch.zeros(1, dtype=torch.int64, device=device))  # all of it is here, on all ranks
+    ids = new.homes[rank]
+
+    @torch.no_grad()
+    def commit() -> None:
+        for put in commits:
+            put()
+        ownership.expert_ids = ids
+        ownership.shown_on.clear()
+        if hasattr(module, "expert_ids"):
+            module.expert_ids = ids
+
+    return commit
+
+
+def _held(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[_Held]:
+    """All that has a row for each expert, in an order that all ranks share."""
+    found: list[_Held] = []
+    seen: set[int] = set()
+    for name, tensor in tensors_of(module).items():
+        if tensor.dim() and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found.append(_Held(name, tensor, partial(_replace, module, tensor, optimizers)))
+            for number, optimizer in enumerate(optimizers):
+                state = optimizer.state.get(tensor, {})
+                for key in sorted(state):
+                    value = state[key]
+                    if isinstance(value, torch.Tensor) and value.dim():
+                        where = f"{key} of {name} in optimizer {number}"
+                        found.append(_Held(where, value, partial(state.__setitem__, key)))
+    return found
+
+
+def _replace(module: nn.Module, old: torch.Tensor, optimizers: Sequence[Optimizer], value: torch.Tensor) -> None:
+    """Into the memory of `old`; of another shape, as another parameter (or buffer) in its place, in the module and in
+    the optimizers: a graph that is still there would hold autograd to the shape that the old one had."""
+    if old.shape == value.shape:
+        old.copy_(value)
+        return
+    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    new.__dict__.update(old.__dict__)
+    if getattr(old, "grad_dtype", old.dtype) != old.dtype:
+        new.grad_dtype = old.grad_dtype
+    for owner in module.modules():
+        for kept in (owner._parameters, owner._buffers):
+            kept.update((name, new) for name, found in list(kept.items()) if found is old)  # type: ignore[misc]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [new if one is old else one for one in group["params"]]
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+
+
+def _check(module: nn.Module, ownership: Ownership, held: list[_Held]) -> None:
+    count = len(ownership.expert_ids)
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            given = f"a gradient of {name}"
+            raise ConfigError("migrate", given, "zero_grad(set_to_none=True) before: experts move between two steps")
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ConfigError(
+                "migrate", f"hooks of {name}", "none: where its size changes it becomes another parameter"
+            )
+    for one in held:
+        if hasattr(one.tensor, "device_mesh"):
+            raise ConfigError("migrate", f"{one.name}, sharded by fully_shard", "experts that are plain tensors")
+        if one.tensor.shape[0] % count if count else one.tensor.shape[0]:
+            given = f"{one.name} {tuple(one.tensor.shape)}"
+            raise ConfigError("migrate", given, f"a row for each of the {count} experts of this rank")
+
+
+def _agree(
+    transport: Transport, held: list[_Held], count: int, error: ConfigError | None, tag: int, device: torch.device
+) -> list[int]:
+    """Rows of an expert in each tensor. Raises `error`, or its like, on all ranks; PlanMismatch where they differ."""
+    said = [(one.name, str(one.tensor.dtype), tuple(one.tensor.shape[1:])) for one in held]
+    words = torch.tensor([int(error is not None), tag, digest(said)], dtype=torch.int64, device=device)
+    table = _everyone(transport, words)
+    if table[:, 0].any():
+        first = int(table[:, 0].nonzero()[0])
+        raise error or ConfigError("migrate", f"what rank {first} has", "a migration that no rank refuses")
+    odd = (table != table[0]).any(dim=1).nonzero()
+    if len(odd):
+        peer = int(odd[0])
+        text = f"ranks 0 and {peer} migrate to different placements, or differ in the tensors and states of experts"
+        raise PlanMismatch(f"{text}; nothing was sent", rank=transport.rank, peer=peer, action=ACTION)
+    rows = [one.tensor.shape[0] // count if count else 0 for one in held]
+    return _everyone(transport, torch.tensor(rows, dtype=torch.int64, device=device)).amax(dim=0).tolist()
+
+
+def _everyone(transport: Transport, words: torch.Tensor) -> torch.Tensor:
+    """int64 [W, n] on the CPU: what each rank says, int64 [n]."""
+    table = words.new_zeros(transport.world_size, *words.shape)
+    table[transport.rank] = words
+    with closing_on_error(transport, ACTION):
+        return transport.all_reduce(table, action=ACTION).wait().cpu()
+
+
+def _plan(rank: int, old: Seats, new: Seats) -> CopyPlan:
+    """Who sends which expert to whom: from its old home to its new one."""
+    home_of = {expert: home for home, experts in enumerate(old.homes) for expert in experts}
+    wanted = tuple(
+        tuple(sorted(Copy(home_of[expert], expert) for expert in experts if home_of[expert] != there))
+        for there, experts in enumerate(new.homes)
+    )
+    world = old.world_size
+    nothing = Counts.of(np.zeros((world, BLOCKS, world), dtype=np.int64), rank)
+    exchange = ExchangePlan(rank=rank, world_size=world, step=0, phase=ACTION, grad_enabled=False,
+                            x_requires_grad=False, counts=nothing)  # fmt: skip
+    return copy_plan(exchange, wanted)
+
+
+def _moved(
+    transport: Transport, plan: CopyPlan, tensor: torch.Tensor, each: int, old: Seats, new: Seats
+) -> torch.Tensor:
+    """The tensor of this rank's experts in the new placement. each: rows of an expert."""
+    rank, trailing = plan.rank, tensor.shape[1:]
+    width = each * trailing.numel()
+    before = {expert: place for place, expert in enumerate(old.homes[rank])}
+    stack = tensor.detach().reshape(len(before), width)
+    rows = stack[[before[expert] for expert in plan.sent_experts(0)]].contiguous()
+    layout = RowLayout(width=width, dtype=tensor.dtype, weights=True)
+    came = transport.start(rows, plan, layout, action=ACTION).wait()
+    arrived = {one.expert: row for row, one in enumerate(plan.group(rank, 0))}
+    moved = stack.new_empty(len(new.homes[rank]), width)
+    for place, expert in enumerate(new.homes[rank]):
+        moved[place] = came[arrived[expert]] if expert in arrived else stack[before[expert]]
+    return moved.reshape(len(moved) * each, *trailing)

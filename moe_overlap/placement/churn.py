@@ -1,0 +1,167 @@
+"""Churn control: a new placement keeps what can stay, and changes no more than a budget allows.
+
+Planners say which experts a rank should have; which rank that is, which slot and whose home is settled here. A move is
+an expert's weights that cross a link (`MigrationPlan.moves`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_overlap.placement.demand import balance_ratio, rank_load
+from moe_overlap.placement.packing import assign
+from moe_overlap.placement.placement import Placement
+from moe_overlap.placement.selectors import Modulo, Selector, Weighted
+from moe_overlap.placement.topology import Topology
+
+Ranks = list[list[int]]  # the experts of each rank's slots
+
+
+def settle(
+    wanted: Ranks, traffic: np.ndarray, topology: Topology, current: Placement | None, budget: int | None, *,
+    interchange: bool = True, selector: Selector | None = None,
+) -> Placement:  # fmt: skip
+    """A placement of the experts `wanted` on each rank, as near to `current` as can be.
+
+    interchange: ranks of a node, and nodes, with as many slots may change places, as for a planner that looks at loads
+    alone. With a budget of fewer moves than that takes, as many steps towards it as fit, the best for balance first;
+    never a placement whose balance is worse than the current one's. An unchanged map is `current` itself.
+    """
+    if current is None:
+        return Placement.of_ranks(wanted, selector=selector)
+    if interchange:
+        wanted = _nearest(wanted, current.experts_of_ranks(), topology)
+    made = _like(wanted, current, selector)
+    if budget is not None and current.diff(made).moves > budget:
+        made = _like(_towards(wanted, traffic, current, budget), current, selector)
+        if balance_ratio(rank_load(made, traffic)) > balance_ratio(rank_load(current, traffic)):
+            return current
+    same = (made.slot_to_expert, made.slots_by_rank, made.selector.text)
+    return current if same == (current.slot_to_expert, current.slots_by_rank, current.selector.text) else made
+
+
+def _like(wanted: Ranks, current: Placement, selector: Selector | None) -> Placement:
+    """In an order in which slots that stay keep their place; homes stay where the expert still is."""
+    ordered = [_in_place(new, old) for new, old in zip(wanted, current.experts_of_ranks(), strict=True)]
+    if selector is None:  # shares are of one map's slots
+        selector = Modulo() if isinstance(current.selector, Weighted) else current.selector
+    made = Placement.of_ranks(ordered, epoch=current.epoch + 1, selector=selector)
+    homes = []
+    for expert, slots in enumerate(made.slots_of_expert):
+        ranks = [int(rank) for rank in made.rank_of_slots[list(slots)]]
+        old = current.home_ranks[expert]
+        homes.append(old if old in ranks else ranks[0])
+    return made.with_homes(homes)
+
+
+def _in_place(new: Sequence[int], old: Sequence[int]) -> list[int]:
+    """The experts `new`, those that are in `old` too at the same place."""
+    left = Counter(new)
+    found: list[int | None] = [None] * len(new)
+    for place, expert in enumerate(old[: len(new)]):
+        if left[expert]:
+            found[place] = expert
+            left[expert] -= 1
+    rest = iter([expert for expert in new if _taken(left, expert)])
+    return [next(rest) if expert is None else expert for expert in found]
+
+
+def _taken(left: Counter[int], expert: int) -> bool:
+    if left[expert]:
+        left[expert] -= 1
+        return True
+    return False
+
+
+def _nearest(wanted: Ranks, old: Ranks, topology: Topology) -> Ranks:
+    """The same lists, on the ranks that have most of them already: ranks of a node change places, then nodes."""
+    size, nodes = topology.node_size, topology.nodes
+    experts = 1 + max(expert for one in (*wanted, *old) for expert in one)
+    kept = np.minimum(_table(wanted, experts), 1) @ np.minimum(_table(old, experts), 1).T
+    slots = np.array([len(one) for one in wanted])
+    kept[slots[:, None] != slots[None, :]] = -(2**30)  # a rank keeps its number of slots
+    best = {}
+    whole = np.zeros((nodes, nodes), dtype=np.int64)
+    for a in range(nodes):
+        for b in range(nodes):
+            part = kept[a * size : (a + 1) * size, b * size : (b + 1) * size]
+            best[a, b] = assign(-part)
+            whole[a, b] = sum(int(part[row, column]) for row, column in enumerate(best[a, b]))
+    found: Ranks = [[]] * len(wanted)
+    for a, b in enumerate(assign(-whole)):
+        for row, column in enumerate(best[a, b]):
+            found[b * size + column] = wanted[a * size + row]
+    return found
+
+
+Step = list[tuple[int, int | None, int | None]]  # (rank, expert that it drops, expert that it takes)
+
+
+def _towards(wanted: Ranks, traffic: np.ndarray, current: Placement, budget: int) -> Ranks:
+    """Single steps from the current map to the one that is wanted, each the best for balance of those possible, the
+    fewest moves where they tie, until the budget is used or no step helps."""
+    load, experts = traffic.sum(axis=0).astype(np.float64), current.num_experts
+    old = _table(current.experts_of_ranks(), experts)
+    now, goal, homes = old.copy(), _table(wanted, experts), np.array(current.home_ranks)
+    ratio = _ratio(now, load)
+    while True:
+        best: tuple[float, int, Step] | None = None
+        for step in _steps(now, goal):
+            _apply(now, step, 1)
+            entry = (_ratio(now, load), _moves(now, old, homes), step)
+            _apply(now, step, -1)
+            if entry[1] <= budget and (best is None or entry[:2] < best[:2]):
+                best = entry
+        if best is None or best[0] >= ratio:
+            return [np.repeat(np.arange(experts), row).tolist() for row in now]
+        ratio = best[0]
+        _apply(now, best[2], 1)
+
+
+def _table(ranks: Ranks, experts: int) -> np.ndarray:
+    """int64 [W, E], slots of each rank for each expert."""
+    return np.array([np.bincount(np.array(one, dtype=np.int64), minlength=experts) for one in ranks])
+
+
+def _ratio(now: np.ndarray, load: np.ndarray) -> float:
+    return balance_ratio(now @ (load / now.sum(axis=0)))
+
+
+def _moves(now: np.ndarray, old: np.ndarray, homes: np.ndarray) -> int:
+    """What `diff` finds: experts that are new on a rank, and homes that move to a rank that had a copy."""
+    experts = np.arange(now.shape[1])
+    first = (now > 0).argmax(axis=0)
+    moved = (now[homes, experts] == 0) & (old[first, experts] > 0)
+    return int(((now > 0) & (old == 0)).sum() + moved.sum())
+
+
+def _steps(now: np.ndarray, goal: np.ndarray) -> list[Step]:
+    """Maps that are one step nearer: a rank takes an expert that it should have into a slot that is free or that holds
+    one it should not have; the latter, where it is nowhere else, goes to a rank that gives up the former."""
+    count, size, most = now.sum(axis=0), now.sum(axis=1), goal.sum(axis=1)
+    gives = [np.nonzero(row > 0)[0].tolist() for row in now - goal]
+    found: list[Step] = []
+    for rank, row in enumerate(goal - now):
+        for takes in np.nonzero(row > 0)[0].tolist():
+            if size[rank] < most[rank]:
+                found.append([(rank, None, takes)])
+            for drops in gives[rank]:
+                if count[drops] > 1:
+                    found.append([(rank, drops, takes)])
+                else:
+                    others = [q for q in range(len(now)) if q != rank and takes in gives[q]]
+                    found += [[(rank, drops, takes), (q, takes, drops)] for q in others]
+        if size[rank] > most[rank]:
+            found += [[(rank, drops, None)] for drops in gives[rank] if count[drops] > 1]
+    return found
+
+
+def _apply(now: np.ndarray, step: Step, sign: int) -> None:
+    for rank, drops, takes in step:
+        if drops is not None:
+            now[rank, drops] -= sign
+        if takes is not None:
+            now[rank, takes] += sign

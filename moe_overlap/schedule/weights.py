@@ -1,0 +1,100 @@
+"""The weights of a step's experts: those of this rank's parameters, and copies of other ranks' ones.
+
+Seats of a rank are its homes and then its copies (`agreement/seats.py`), so their rows are two ranges of the experts'
+buffer, and each range has weights of its own: parameters are never copied to stand beside copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from moe_overlap import ops
+from moe_overlap.ops.checks import accumulation_dtype
+
+
+class Part(NamedTuple):
+    """The weights of some seats next to each other."""
+
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    seats: slice
+
+
+@dataclass(kw_only=True)
+class ExpertWeights:
+    """The stacked weights of this rank's experts, in the dtype of the rows. `grad_scale` multiplies their gradients.
+    `copied`: (w_in, w_out) of its copies, once they are there (None: it has none)."""
+
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    kind: str
+    grad_scale: float = 1.0
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def parts(self) -> Iterator[Part]:
+        """Homes and copies, those that there are."""
+        yield from parts_of(self.w_in, self.w_out, *(self.copied or ()))
+
+
+def parts_of(w_in: torch.Tensor, w_out: torch.Tensor, *copied: torch.Tensor) -> Iterator[Part]:
+    """copied: nothing, or w_in and w_out of the copies."""
+    homes = w_in.shape[0]
+    if homes:
+        yield Part(w_in, w_out, slice(0, homes))
+    if copied and copied[0].shape[0]:
+        yield Part(copied[0], copied[1], slice(homes, homes + copied[0].shape[0]))
+
+
+def row_width(w_in: torch.Tensor, w_out: torch.Tensor) -> int:
+    """Elements of one expert."""
+    return w_in.shape[1] * w_in.shape[2] + w_out.shape[1] * w_out.shape[2]
+
+
+def as_rows(w_in: torch.Tensor, w_out: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    """[len(experts), width]: the weights of some experts of a stack, w_in first."""
+    rows = w_in.new_empty(len(experts), row_width(w_in, w_out))
+    split = w_in.shape[1] * w_in.shape[2]
+    for row, expert in zip(rows, experts, strict=True):
+        row[:split].view(w_in.shape[1:]).copy_(w_in[expert])
+        row[split:].view(w_out.shape[1:]).copy_(w_out[expert])
+    return rows
+
+
+def of_rows(rows: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w_in, w_out) of rows, views; w_in and w_out of other experts say the shapes."""
+    first, second = rows.split([w_in.shape[1] * w_in.shape[2], w_out.shape[1] * w_out.shape[2]], dim=1)
+    return first.view(-1, *w_in.shape[1:]), second.view(-1, *w_out.shape[1:])
+
+
+class GradientRows(NamedTuple):
+    """What weight gradients are made of, by expert: see `ops.expert_mlp_wgrad`. offs: integers, one for each seat."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    dh: torch.Tensor
+    a: torch.Tensor
+    offs: Sequence[int]
+    row_R: torch.Tensor | None
+    num_sms: int | None
+
+    def wide(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dw_in [n, F', D], dw_out [n, D, F]) of the seats first .. last-1 in the dtype of sums: float32, or float64,
+        before any rounding to the dtype of the weights."""
+        begin = self.offs[first - 1] if first else 0
+        end = self.offs[last - 1] if last else 0
+        dtype = accumulation_dtype(self.x.dtype)
+        x, dy = (self._rows(rows, begin, end).to(dtype) for rows in (self.x, self.dy))
+        dh, a = (rows[begin:end].to(dtype) for rows in (self.dh, self.a))
+        dw_in = x.new_empty(last - first, dh.shape[1], x.shape[1])
+        dw_out = x.new_empty(last - first, x.shape[1], a.shape[1])
+        ends = [offset - begin for offset in self.offs[first:last]]
+        if ends:
+            ops.expert_mlp_wgrad(x, dy, dh, a, ends, dw_in=dw_in, dw_out=dw_out, num_sms=self.num_sms)
+        return dw_in, dw_out
+
+    def _rows(self, rows: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        return rows[begin:end] if self.row_R is None else rows.index_select(0, self.row_R[begin:end])

@@ -1,0 +1,78 @@
+"""Checkpoints hold logical experts: saved in one placement, resumed in another one and on another number of ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from moe_overlap import experts_in_order, load_optimizer_state_dict, migrate, optimizer_state_dict
+from moe_overlap.placement import Placement
+from moe_overlap.transport.process_group import ProcessGroupTransport
+from tests.layers import make, tokens
+from tests.ranks import gloo_pool
+from tests.tolerances import same_bits
+
+FIRST = Placement.of_ranks([[7, 1, 2], [0, 3, 4, 5, 6, 7]], homes=[1, 0, 0, 1, 1, 1, 1, 0])
+SECOND = Placement.of_ranks([[3, 0], [], [7, 6, 5, 4, 3], [1, 2]], homes=[0, 3, 3, 0, 2, 2, 2, 2])
+
+
+def trained(placement, steps):
+    layer = make(ProcessGroupTransport(dist.group.WORLD, timeout_s=20.0), placement=placement)
+    model = nn.Sequential(layer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for step in range(steps):
+        x = tokens(9, seed=10 * step + dist.get_rank())
+        model(x).square().sum().backward()
+        layer.router.weight.grad = layer.transport.all_reduce(layer.router.weight.grad).wait()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def by_expert(model, optimizer):
+    """expert -> its weights and what Adam keeps of them."""
+    layer = model[0]
+    tensors = [t for w in layer.expert_weights for t in (w, *optimizer.state[w].values()) if t.dim()]
+    return {expert: [one[place].detach().clone() for one in tensors]
+            for place, expert in enumerate(layer.experts.expert_ids)}  # fmt: skip
+
+
+def save(folder):
+    model, optimizer = trained(FIRST, 3)
+    before = by_expert(model, optimizer)
+    with experts_in_order(model, optimizer):
+        dcp.save(
+            {"model": model.state_dict(), "optimizer": optimizer_state_dict(model, optimizer)}, checkpoint_id=folder
+        )
+    after = by_expert(model, optimizer)
+    assert before.keys() == after.keys() and model[0].dispatcher.placement.digest == FIRST.digest
+    for expert, tensors in before.items():
+        for one, other in zip(tensors, after[expert], strict=True):
+            same_bits(one, other)
+    return before
+
+
+def load(folder):
+    model, optimizer = trained(SECOND, 1)
+    with experts_in_order(model, optimizer):
+        state = {"model": model.state_dict(), "optimizer": optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=folder)
+        model.load_state_dict(state["model"])
+        load_optimizer_state_dict(model, optimizer, state["optimizer"])
+    found = by_expert(model, optimizer)
+    migrate(model, Placement.identity(8, 4), optimizer)
+    model(tokens(5)).sum().backward()
+    return found
+
+
+def test_two_ranks_save_and_four_in_another_placement_resume(tmp_path):
+    saved = {expert: tensors for one in gloo_pool(2).run(save, str(tmp_path)) for expert, tensors in one.items()}
+    loaded = gloo_pool(4).run(load, str(tmp_path))
+    assert sorted(saved) == sorted(expert for one in loaded for expert in one) == list(range(8))
+    for one in loaded:
+        for expert, tensors in one.items():
+            assert len(tensors) == 6
+            for mine, wanted in zip(tensors, saved[expert], strict=True):
+                same_bits(mine, wanted)

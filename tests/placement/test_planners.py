@@ -1,0 +1,167 @@
+"""Planners: published figures, what all of them keep to, and what they refuse."""
+
+import numpy as np
+import pytest
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.placement import Placement
+from moe_overlap.placement.demand import balance_ratio, checked_traffic, rank_load
+from moe_overlap.placement.planners import (
+    PLANNERS,
+    Affinity,
+    Eplb,
+    Flex,
+    Proportional,
+    Shadow,
+    affinity_layers,
+    spread,
+)
+from moe_overlap.placement.topology import Topology
+
+
+def zipf(experts, power, tokens, seed=None):
+    share = 1 / np.arange(1, experts + 1) ** power
+    load = np.round(share / share.sum() * tokens).astype(np.int64)
+    return load if seed is None else load[np.random.default_rng(seed).permutation(experts)]
+
+
+def ratio(placement, load):
+    return balance_ratio(rank_load(placement, checked_traffic(load, Topology(world_size=placement.world_size))))
+
+
+@pytest.mark.parametrize(("power", "seed", "before", "most"), [(1.0, 1, 7.07, 1.25), (1.5, 3, 13.58, 1.20)])
+def test_flex_balances_zipf_loads(power, seed, before, most):
+    """E 64 on 32 ranks with 3 slots each, threshold 1.2."""
+    load = zipf(64, power, 32 * 8192, seed)
+    start = spread(64, [3] * 32)
+    assert ratio(start, load) == pytest.approx(before, abs=0.01)
+    placement = Flex(1.2)(load, Topology(world_size=32), slots=3)
+    assert ratio(placement, load) <= most and placement.num_slots <= 96
+    assert placement.home_ranks == start.home_ranks
+    one = Flex(1.2)(load, Topology(world_size=32), slots=3, budget=1)
+    assert start.diff(one).moves == 1 and ratio(one, load) < before
+
+
+def test_flex_leaves_alone_what_is_balanced():
+    load, topology = np.full(8, 100), Topology(world_size=4)
+    current = Placement.identity(8, 4)
+    assert Flex()(load, topology, slots=3, current=current) is current
+
+
+@pytest.mark.parametrize(("power", "k", "speedup"), [(0.5, 2, 1.36), (1.0, 4, 2.79), (1.5, 4, 5.30)])
+def test_shadow_s_count_and_its_model(power, k, speedup):
+    load, topology = zipf(16, power, 16 * 4096), Topology(world_size=16)
+    assert Shadow.published().count(load, topology) == (k, pytest.approx(speedup, abs=0.005))
+    placement = Shadow.published()(load, topology, slots=1 + k)
+    assert sorted(len(slots) for slots in placement.slots_of_expert) == [1] * (16 - k) + [16] * k
+
+
+@pytest.mark.parametrize("keeps", [0.3, 0.5, 0.8])
+def test_affinity_reaches_the_optimum_of_a_markov_trace(keeps):
+    """A token's next expert is a permutation of its last one with probability `keeps`, else any."""
+    rng = np.random.default_rng(int(10 * keeps))
+    experts, ranks, layers, tokens = 16, 4, 4, 60000
+    ids = [rng.integers(0, experts, tokens)]
+    for _ in range(layers - 1):
+        follow = rng.permutation(experts)[ids[-1]]
+        ids.append(np.where(rng.random(tokens) < keeps, follow, rng.integers(0, experts, tokens)))
+    trace = np.stack(ids)
+    placements = affinity_layers(trace[:, ::2], experts, Topology(world_size=ranks), slots=experts // ranks)
+    where = np.stack([np.array(p.home_ranks)[one] for p, one in zip(placements, trace[:, 1::2], strict=True)])
+    crossed = float((where[1:] != where[:-1]).mean())
+    assert crossed == pytest.approx((1 - keeps) * (1 - 1 / ranks), abs=0.01)
+    assert all(p.slots_by_rank == (experts // ranks,) * ranks for p in placements)
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_planner_keeps_to_slots_budget_and_current(name, seed):
+    rng = np.random.default_rng(seed)
+    ranks, per_node, slots = [(8, 4, 3), (6, 0, (3, 2, 2, 4, 3, 2)), (4, 2, 5), (5, 0, 4)][seed]
+    topology, planner = Topology(world_size=ranks, ranks_per_node=per_node), PLANNERS[name]
+    traffic = rng.poisson(50 * rng.lognormal(0, 1, 12), (ranks, 12))
+    most = (slots,) * ranks if isinstance(slots, int) else slots
+    first = planner(traffic, topology, slots=slots)
+    assert first == planner(traffic, topology, slots=slots)
+    assert all(has <= can for has, can in zip(first.slots_by_rank, most, strict=True))
+    if name != "identity" and sum(most) >= 12 + ranks:
+        assert all(len(set(own)) == len(own) for own in first.experts_of_ranks())
+    again = planner(traffic, topology, slots=slots, current=first)
+    assert again is first or name == "flex"  # which may go on where it stopped
+    noisy = np.maximum(0, np.round(traffic * rng.normal(1, 0.05, traffic.shape))).astype(np.int64)
+    for budget in (0, 2):
+        moved = planner(noisy, topology, slots=slots, current=first, budget=budget)
+        assert first.diff(moved).moves <= budget
+        assert budget or moved.slot_to_expert == first.slot_to_expert or first.diff(moved).is_empty
+
+
+@pytest.mark.parametrize("planner", [Eplb(), Proportional()])
+def test_noise_moves_at_most_the_budget(planner):
+    """E 128 on 16 ranks of 10 slots, load noise of 5 %: stateless, most slots change."""
+    rng = np.random.default_rng(3)
+    load, topology = rng.poisson(200 * rng.lognormal(0, 1.1, 128)), Topology(world_size=16)
+    placement = planner(load, topology, slots=10)
+    noisy = np.maximum(0, np.round(load * rng.normal(1, 0.05, 128))).astype(np.int64)
+    free = planner(noisy, topology, slots=10, current=placement)
+    bound = planner(noisy, topology, slots=10, current=placement, budget=6)
+    assert placement.diff(free).moves > 30 and placement.diff(bound).moves <= 6
+    assert ratio(bound, noisy) <= ratio(placement, noisy)
+
+
+@pytest.mark.parametrize("planner", [Eplb(keep_homes=True), Proportional(keep_homes=True), Flex()])
+def test_homes_stay_where_they_are_kept(planner):
+    load, topology = zipf(16, 1.2, 10**5, 2), Topology(world_size=8)
+    current = Placement.identity(16, 8)
+    placement = planner(load, topology, slots=3, current=current)
+    assert placement.home_ranks == current.home_ranks and not current.diff(placement).home_moves
+    assert placement.epoch == 1 and ratio(placement, load) < ratio(current, load)
+
+
+def test_many_layers_are_as_one_by_one():
+    rng = np.random.default_rng(0)
+    loads = list(rng.poisson(100, (3, 16)))
+    topology = Topology(world_size=4, ranks_per_node=2)
+    for planner in (Eplb(), Eplb(groups=4), Proportional(), Proportional(contiguous=True), Eplb(keep_homes=True)):
+        alone = tuple(planner(load, topology, slots=5) for load in loads)
+        assert planner.layers(loads, topology, slots=5) == alone
+
+
+GOOD = {"demand": [5, 3, 2, 1], "topology": Topology(world_size=2), "slots": 3, "current": None, "budget": None}
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("demand", []), ("demand", [1.5, 2]), ("demand", [-1, 2]), ("demand", [[1, 2], [3]]), ("demand", None),
+        ("demand", "loads"), ("demand", [2**50, 1]), ("demand", [[1, 2, 3]]), ("demand", [[[1]]]),
+        ("demand", [10**30, 1]),
+        ("topology", 2), ("slots", 1), ("slots", -1), ("slots", (4,)), ("slots", (4, 1.0)), ("slots", True),
+        ("slots", None), ("current", 5), ("current", Placement.identity(4, 4)), ("current", Placement.identity(5, 2)),
+        ("current", Placement(4, 8, 2, (0, 1, 2, 3) * 2)), ("budget", -1), ("budget", 1.5), ("budget", True),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_refused(name, field, value):
+    given = GOOD | {field: value}
+    with pytest.raises(ConfigError) as caught:
+        PLANNERS[name](given.pop("demand"), given.pop("topology"), **given)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda: Topology(world_size=0), "world_size"),
+        (lambda: Topology(world_size=4, ranks_per_node=3), "ranks_per_node"),
+        (lambda: Topology(world_size=4, inter_bytes_per_s=float("nan")), "inter_bytes_per_s"),
+        (lambda: Flex(0.5)([1, 2], Topology(world_size=2), slots=1), "threshold"),
+        (lambda: Eplb(groups=0)([1, 2], Topology(world_size=2), slots=1), "groups"),
+        (lambda: affinity_layers([[0, 9]], 4, Topology(world_size=2), slots=2), "trace"),
+        (lambda: affinity_layers([[0.5, 1]], 4, Topology(world_size=2), slots=2), "trace"),
+        (lambda: Affinity()([1, 1], Topology(world_size=2), slots=(0, 1)), "slots"),
+    ],
+)
+def test_bad_options_name_their_field(call, field):
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert caught.value.field == field
