@@ -1,8 +1,9 @@
 """Builds the package: runs CMakeLists.txt (which owns every native source) and links the one torch binding.
 
 Environment:
-    MOE_OVERLAP_BUILD     auto (default): build what can be built, never fail. cpu: the compiled CPU parts or an error.
-                          cuda: the CUDA kernels as well or an error. none: pure Python.
+    MOE_OVERLAP_BUILD     auto (default): build what can be built and torch can use, never fail. cpu: the
+                          compiled CPU parts or an error. cuda: the CUDA kernels as well or an error. none: pure
+                          Python.
     TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels, as for torch extensions (default "8.0;9.0+PTX", and "10.0"
                           where nvcc knows it)
     MAX_JOBS              parallel compiler jobs (default: the cores this process may use)
@@ -159,8 +160,13 @@ def missing_for_torch() -> str | None:
     return None
 
 
-def missing_for_cuda() -> str | None:
-    return None if find_nvcc() else "nvcc not found"
+def missing_for_cuda(mode: str) -> str | None:
+    if not find_nvcc():
+        return "nvcc not found"
+    version = (package_root("torch") or Path("torch")) / "version.py"
+    if mode == "auto" and version.is_file() and runpy.run_path(str(version)).get("cuda") is None:
+        return "this torch has no CUDA (MOE_OVERLAP_BUILD=cuda builds the kernels all the same)"
+    return None
 
 
 def reasons_against(mode: str) -> dict[str, str]:
@@ -171,7 +177,9 @@ def reasons_against(mode: str) -> dict[str, str]:
     found = {
         "_planner": toolchain or missing_for_planner(),
         "_C": toolchain or missing_for_torch(),
-        "cuda": "MOE_OVERLAP_BUILD=cpu" if mode == "cpu" else toolchain or missing_for_cuda() or missing_for_torch(),
+        "cuda": "MOE_OVERLAP_BUILD=cpu"
+        if mode == "cpu"
+        else toolchain or missing_for_cuda(mode) or missing_for_torch(),
     }
     return {part: reason for part, reason in found.items() if reason}
 

@@ -1,5 +1,6 @@
 """Communication/compute overlap for Mixture-of-Experts in PyTorch."""
 
+from moe_overlap import ops
 from moe_overlap.errors import (
     CapacityExceeded,
     ConfigError,
@@ -10,6 +11,7 @@ from moe_overlap.errors import (
     TransportClosed,
     TransportTimeout,
 )
+from moe_overlap.layer import functional
 from moe_overlap.layer.experts import Experts
 from moe_overlap.layer.functional import moe_forward
 from moe_overlap.layer.layer import MoELayer
@@ -58,6 +60,7 @@ __all__ = [
     "aux_loss",
     "clip_grad_norm_",
     "experts_in_order",
+    "functional",
     "grad_norm",
     "gradients_are_finite",
     "ignore_experts_for_ddp",
@@ -67,6 +70,7 @@ __all__ = [
     "migrate",
     "moe_forward",
     "no_sync",
+    "ops",
     "optimizer_state_dict",
     "param_groups",
     "prepare",

@@ -240,7 +240,7 @@ def test_info_tells_versions_parts_choices_and_environment(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for expected in (torch.__version__, "planner:", "ops:", "simulator:", "row_map:", "MOE_OVERLAP_TIMEOUT_S"):
+    for expected in (torch.__version__, "planner:", "ops:", "simulator:", "row_map", "MOE_OVERLAP_TIMEOUT_S"):
         assert expected in text
     assert "WARNING: CUDA_DEVICE_MAX_CONNECTIONS=1" in text
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
@@ -289,3 +289,12 @@ def test_make_gpu_without_a_gpu_says_so():
         pytest.skip("there is a GPU: make gpu would run for minutes")
     done = make("gpu", f"PYTHON={sys.executable}")
     assert done.returncode != 0 and "make gpu: no CUDA device" in done.stderr
+
+
+def test_info_answers_first_and_has_reasons_only_when_asked(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_OVERLAP_CACHE_DIR", str(tmp_path))
+    short, long = "\n".join(info.lines()), "\n".join(info.lines(verbose=True))
+    assert short.startswith("moe-overlap works here on CPU")
+    assert "on cpu: reference for " in short and "runs everywhere" not in short
+    assert "row_map: " in long and "runs everywhere" in long
+    assert f"cost models in {tmp_path}: 0, " in short

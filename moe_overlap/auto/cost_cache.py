@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 5
 MOST_BYTES = 1 << 20  # of a file
+_NAME = re.compile(r"[0-9a-f]{24}\.json")  # of `cache_file`: whatever else lies in the folder is left alone
 
 
 def cache_key(
@@ -76,6 +78,22 @@ def hosts_of(transport: Transport, device: torch.device) -> list[int]:
 
 def cache_file(key: dict[str, Any]) -> Path:
     return cache_dir() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+
+
+def kept() -> list[Path]:
+    """The files of the cache, of any version of this library."""
+    try:
+        return sorted(path for path in cache_dir().glob("*.json") if _NAME.fullmatch(path.name) and path.is_file())
+    except OSError:
+        return []
+
+
+def clear() -> int:
+    """Remove all of them; how many there were. OSError where one cannot be removed."""
+    files = kept()
+    for path in files:
+        path.unlink(missing_ok=True)
+    return len(files)
 
 
 # What could not be written, for the other layers of this process.

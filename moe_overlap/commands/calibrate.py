@@ -5,7 +5,6 @@ It does what the first forward call of a layer with schedule="auto" does, for a 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -17,9 +16,11 @@ import torch
 
 from moe_overlap import config
 from moe_overlap.auto.auto import AutoSchedule
+from moe_overlap.auto.cost_cache import clear
 from moe_overlap.commands.parser import (
     MOST_THREADS,
     OneLineParser,
+    TypedDefaults,
     check_count,
     check_output,
     check_timeout,
@@ -113,15 +114,24 @@ HELP = {
 }
 
 
+EXAMPLES = """examples:
+  moe-overlap calibrate --link 400mbit:50us
+  moe-overlap calibrate --clear
+  torchrun --nproc-per-node 8 -m moe_overlap calibrate --device cuda"""
+
+
 def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
     """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
     parser = OneLineParser(prog=PROGRAM, description="Measure the cost model that schedule='auto' uses.",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                           formatter_class=TypedDefaults, epilog=EXAMPLES)  # fmt: skip
     defaults = CalibrateOptions()
     for name, text in HELP.items():
         default = getattr(defaults, name)
         parser.add_argument(flag_of(name), type=type(default), default=default, help=text)
+    parser.add_argument("--clear", action="store_true", help="alone: remove the cost models that were kept, and end")
     values = vars(parser.parse_args(argv))
+    if values.pop("clear"):
+        raise ConfigError("--clear", "beside other options", "no other option: it measures nothing")
     if ranks is not None:
         values["ranks"] = ranks
     return CalibrateOptions(**values)
@@ -129,6 +139,9 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> CalibrateOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Calibrate on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
+    if list(argv) == ["--clear"]:
+        print(f"removed {clear()} cost models from {config.cache_dir()}")
+        return 0
     options = parse(argv, ranks=torchrun_world_size())
     if options.out and not config.torchrun("RANK"):  # rank 0 alone writes
         check_output("--out", options.out)

@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from moe_overlap import config
 from moe_overlap.commands.parser import OneLineParser
-from moe_overlap.launch.saying import EXIT_BAD_INPUT, complaint, one_line, print_anything
+from moe_overlap.launch.saying import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complaint, one_line, print_anything
 from moe_overlap.native.build_info import VERSION
 
-EXIT_INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 COMMANDS = {
     "info": ("moe_overlap.commands.info", "versions, what is compiled, the chosen implementations and why"),
     "kernels": ("moe_overlap.commands.kernels", "registers, spills, shared memory and occupancy of the CUDA kernels"),
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int | None = module.main(rest)
         sys.stdout.flush()  # here, where it is said that it cannot be
     except KeyboardInterrupt:
-        print(f"moe-overlap {command}: interrupted", file=sys.stderr)
+        if not config.torchrun("RANK"):  # one line, however many ranks torchrun has interrupted
+            print(f"moe-overlap {command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "moe_overlap":

@@ -1,4 +1,5 @@
-"""What `moe-overlap info` prints: versions, what is compiled and why not, chosen implementations, environment."""
+"""What `moe-overlap info` prints: whether this install is whole, versions, what is compiled, what computes, the cache
+of cost models, and the environment."""
 
 from __future__ import annotations
 
@@ -12,19 +13,41 @@ from moe_overlap.native import build_info, native
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command: prints the text, takes no options."""
+    """The command: prints the text."""
     from moe_overlap.commands.parser import OneLineParser
 
     parser = OneLineParser(prog="moe-overlap info", description=__doc__)
-    parser.parse_args(argv)
-    print("\n".join(lines()))
+    parser.add_argument("--verbose", action="store_true", help="with the reason for every op's implementation, what "
+                        "each variable of the environment means, and the path of every compiled part")  # fmt: skip
+    print("\n".join(lines(verbose=parser.parse_args(argv).verbose)))
     return 0
 
 
-def lines() -> list[str]:
-    """The whole text, one fact a line."""
-    sections = (_versions(), build_info.lines(), _loaded(), _implementations(), _environment(), _warnings())
+def lines(*, verbose: bool = False) -> list[str]:
+    """The whole text, the answer first, then one fact a line."""
+    sections = (
+        _answer(),
+        _warnings(),
+        _versions(),
+        build_info.lines(),
+        _loaded(verbose=verbose),
+        _implementations(verbose=verbose),
+        _cache(),
+        _environment(verbose=verbose),
+    )
     return [line for section in sections for line in section]
+
+
+def _answer() -> list[str]:
+    """What one asks first: does it work here, and on what?"""
+    import torch
+
+    parts = native.parts()
+    missing = [part.name for part in parts if not part.loaded]
+    compiled = "every compiled part is loaded" if not missing else f"not loaded: {', '.join(missing)}; Python does the "
+    compiled += "" if not missing else "same, more slowly"
+    device = "CPU and CUDA" if torch.cuda.is_available() else "CPU"
+    return [f"moe-overlap works here on {device}; {compiled}."]
 
 
 def _versions() -> list[str]:
@@ -40,16 +63,16 @@ def _versions() -> list[str]:
     return [*text, f"cuda: torch is for CUDA {torch.version.cuda}, devices: {names}"]
 
 
-def _loaded() -> list[str]:
+def _loaded(*, verbose: bool) -> list[str]:
     text = ["compiled parts:"]
     for part in native.parts():
         text.append(f"  {part.name}: {'loaded' if part.loaded else 'not loaded'}: {part.reason}")
-        if part.path:
+        if part.path and verbose:
             text.append(f"    {part.path}")
     return text
 
 
-def _implementations() -> list[str]:
+def _implementations(*, verbose: bool) -> list[str]:
     """Importing the operators registers them; without an import an operator has nothing to explain."""
     import torch
 
@@ -61,11 +84,24 @@ def _implementations() -> list[str]:
     registry = importlib.import_module("moe_overlap.ops.registry")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
-        text += [f"  {device}: {line}" for line in registry.explain(device)]
-    return text
+        if verbose:
+            text += [f"  {device}: {line}" for line in registry.explain(device)]
+        else:
+            text += [f"  {line}" for line in registry.grouped(device)]
+    return text if verbose else [*text, "  (why: moe-overlap info --verbose)"]
 
 
-def _environment() -> list[str]:
+def _cache() -> list[str]:
+    """The cost models that schedule="auto" keeps."""
+    from moe_overlap.auto.cost_cache import kept
+
+    files = kept()
+    size = sum(path.stat().st_size for path in files)
+    folder = config.cache_dir()
+    return [f"cost models in {folder}: {len(files)}, {size / 1e3:.3g} kB (moe-overlap calibrate --clear removes them)"]
+
+
+def _environment(*, verbose: bool) -> list[str]:
     text = ["environment:"]
     for variable in config.VARIABLES:
         try:
@@ -73,7 +109,8 @@ def _environment() -> list[str]:
         except ConfigError as error:
             value = f"BAD: {error}"
         given = "set" if variable.is_set else "default"
-        text.append(f"  {variable.name} = {value} ({given}): {variable.meaning}")
+        meaning = f": {variable.meaning}" if verbose or variable.is_set else ""
+        text.append(f"  {variable.name} = {value} ({given}){meaning}")
     return text
 
 

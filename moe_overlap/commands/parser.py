@@ -31,6 +31,20 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
+class TypedDefaults(argparse.RawDescriptionHelpFormatter):
+    """Help with every default as one would type it; nothing where there is none, or the help says it already. Line
+    breaks of the epilog, which has the examples, are kept."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if text is None or not action.option_strings or "default" in text or default in (None, "", argparse.SUPPRESS):
+            return text
+        if isinstance(default, bool):
+            return text
+        typed = ",".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
+        return f"{text} (default: {typed.replace('%', '%%')})"
+
+
 def flag_of(name: str) -> str:
     """The option of a field: `top_k` is --top-k."""
     return "--" + name.replace("_", "-")

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,11 +23,12 @@ import torch.distributed as dist
 
 from moe_overlap import config
 from moe_overlap.errors import ConfigError
-from moe_overlap.launch.saying import EXIT_BAD_INPUT, complaint, one_line, print_anything
+from moe_overlap.launch.saying import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complaint, one_line, print_anything
 
 LOOPBACK = "127.0.0.1"
 MOST_RANKS = 1024
 GRACE_S = 5.0
+SAVE_S = 60.0  # for ranks that were interrupted to end their step and save
 START_LIMIT_S = 120.0
 SHOW_CURSOR = "\x1b[?25h"  # for a terminal
 
@@ -97,9 +99,10 @@ def join_torchrun(timeout_s: float, *, cuda: bool = False) -> World:
 RankMain = Callable[[World, Sequence[str]], int]
 
 
-def run(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str, cuda: bool = False) -> int:
+def run(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str, cuda: bool = False,
+        saves: bool = False) -> int:  # fmt: skip
     """Run `main(world, argv)` on torchrun's ranks where torchrun started this process, else here for one rank, else in
-    new processes; the exit status. `cuda`: the group has NCCL too."""
+    new processes; the exit status. `cuda`: the group has NCCL too. `saves`: `main` ends by itself when interrupted."""
     if torchrun_world_size() is not None:
         world = join_torchrun(timeout_s, cuda=cuda)
         try:
@@ -110,16 +113,19 @@ def run(main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, pr
         return main(World(), argv)
     if ranks > MOST_RANKS:
         raise ConfigError("--ranks", ranks, f"at most {MOST_RANKS} on one machine (torchrun starts them on several)")
-    return spawn(main, argv, ranks, timeout_s=timeout_s, program=program, cuda=cuda)
+    return spawn(main, argv, ranks, timeout_s=timeout_s, program=program, cuda=cuda, saves=saves)
 
 
 def spawn(
-    main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str, cuda: bool = False
-) -> int:
+    main: RankMain, argv: Sequence[str], ranks: int, *, timeout_s: float, program: str, cuda: bool = False,
+    saves: bool = False,
+) -> int:  # fmt: skip
     """Run `main(world, argv)` in `ranks` new processes on this machine; the first non-zero exit status, else 0.
 
     When one rank ends badly the others get a few seconds to say so themselves and are then ended. No process outlives
-    this call, nor this process. `program` begins the line on stderr that tells of a rank ended by a signal.
+    this call, nor this process. `saves`: ranks that are interrupted get SAVE_S to end by themselves, with the status
+    EXIT_INTERRUPTED; else, and when interrupted again, they are ended. `program` begins the line on
+    stderr that tells of a rank ended by a signal.
     """
     store = dist.TCPStore(LOOPBACK, 0, ranks + 1, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
@@ -136,7 +142,12 @@ def spawn(
     try:
         for child in children:
             child.start()
-        return _watch(children, program)
+        try:
+            return _watch(children, program)
+        except KeyboardInterrupt:
+            if not saves or not _end_by_themselves(children):
+                raise
+            return EXIT_INTERRUPTED
     finally:
         _end(children)
         if sys.stderr.isatty():  # a rank that was ended may have had a progress bar there
@@ -166,6 +177,17 @@ def _watch(children: Sequence[process.BaseProcess], program: str) -> int:
     return code
 
 
+def _end_by_themselves(children: Sequence[process.BaseProcess]) -> bool:
+    """Interrupt the ranks, which a terminal has done already, and wait; whether all said that they were interrupted."""
+    for child in children:
+        if child.pid is not None and child.is_alive():
+            os.kill(child.pid, signal.SIGINT)
+    until_s = time.monotonic() + SAVE_S
+    for child in children:
+        child.join(max(0.0, until_s - time.monotonic()))
+    return all(child.exitcode == EXIT_INTERRUPTED for child in children)
+
+
 def _end(children: Sequence[process.BaseProcess]) -> None:
     for end in ("terminate", "kill"):
         alive = [child for child in children if child.pid is not None and child.is_alive()]
@@ -178,7 +200,8 @@ def _end(children: Sequence[process.BaseProcess]) -> None:
 def _child(
     main: RankMain, argv: Sequence[str], rank: int, ranks: int, port: int, timeout_s: float, cuda: bool, program: str
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says so and ends its ranks
+    # Ctrl-C reaches all; the parent says so and ends its ranks, unless `main` listens to it (`stopping`).
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     print_anything()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     config.listen_on_loopback()
@@ -188,6 +211,8 @@ def _child(
     status = 1
     try:
         status = main(World(rank=rank, size=ranks, local_rank=rank, group=dist.group.WORLD), argv)
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
     except Exception as error:
         text = complaint(error)
         if text is None:

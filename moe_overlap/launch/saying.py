@@ -9,6 +9,7 @@ import sys
 from moe_overlap.errors import ConfigError
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 LONGEST_LINE = 1000
 _NO_MEMORY = re.compile(r"allocate memory|not enough memory|size calculation overflowed|numel: integer")
 

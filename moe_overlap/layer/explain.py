@@ -20,7 +20,10 @@ from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import draw, makespan_s
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.weights import row_width
+from moe_overlap.schedule.words import legend, overlaps, python_of
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.nocomm import NoCommTransport
 
 FIRST = ("P", "Ut")  # the action with which a phase begins
 FAR = 2.0  # times the rows of the calibration: a step beyond that is said to be extrapolated
@@ -46,15 +49,24 @@ def explain(
     last: LastStep | None = None,
 ) -> str:
     """A page of text; see `MoELayer.explain`. `computes`: the registry's lines; `last`: the step that ran `pair`."""
+    planned = last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule)
     lines = [
+        answer(pair, transport, planned=planned),
+        f"To run exactly this in every step: {python_of(pair)}",
+        "",
+        *legend(pair),
+        "",
         f"schedule {pair.name}: {pair.chunks} chunk(s) by {pair.by}"
         + ("" if pair.slot is None else f", slot {pair.slot}")
-        + (", every exchange joined (overlap off)" if pair.joined else ", overlap on"),
+        + (", every exchange joined (overlap off)" if pair.joined else ""),
         f"transport {transport.name}: rank {transport.rank} of {transport.world_size}",
     ]
     for name, schedule in (("forward", pair.forward), ("backward", pair.backward)):
         lines += ["", f"{name}: {schedule.text}", draw(schedule, joined=pair.joined)]
-        lines.append(_times(schedule, measured_durations(events, name), joined=pair.joined))
+        if last is not None and last.lanes is None:
+            lines.append("no times: one rank runs its ops in a row, and does not time them")
+        else:
+            lines.append(_times(schedule, measured_durations(events, name), joined=pair.joined))
     if last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule):
         lines += _planned(last.schedule, last.plan.exchange, events)
     return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in computes)])
@@ -74,6 +86,23 @@ def copies_text(rule: object, weights: tuple[torch.Tensor, torch.Tensor]) -> lis
         what = "left as it is" if one.left else f"{len(one.seats) - rule.seats_before} new copies, rows shared out anew"
         lines.append(f"  last step: {what}; predicted {in_ms(one.predicted_s)}, {in_ms(one.left_s)} if left")
     return lines
+
+
+def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
+    """The first sentence: whether communication is hidden, where, by whose choice; and what to do where it is not."""
+    if transport.world_size == 1 and transport.name in (LocalTransport.name, NoCommTransport.name):
+        return "One rank exchanges nothing, so there is nothing to overlap: ops run in a row."
+    used = [phase for phase in ("forward", "backward") if overlaps(pair, phase)]
+    who = 'as schedule="auto" predicts to be fastest' if planned else f"as the schedule {pair.name!r} says"
+    where = f"on {transport.world_size} ranks, {who}"
+    if not used and pair.joined and pair.name != "serial" and not planned:
+        return f"Overlap is off (overlap=False): every exchange is waited for where it starts, {where}."
+    if not used:
+        advice = "" if planned else '; schedule="auto" measures and uses overlap where that pays'
+        return f"Nothing is overlapped: every exchange is waited for where it starts, {where}{advice}."
+    if len(used) == 2:
+        return f"Exchanges run beside compute in forward and in backward, {where}."
+    return f"Exchanges run beside compute in {used[0]} only, {where}."
 
 
 def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence[TimelineEvent]) -> list[str]:
@@ -149,13 +178,16 @@ def window_s(events: Sequence[TimelineEvent], schedule: Schedule, phase: Phase) 
 
 def _times(schedule: Schedule, durations_s: dict[str, float], *, joined: bool) -> str:
     missing = [action.text for action in schedule if action.text not in durations_s]
-    if missing:
+    note = ""
+    if missing and durations_s and all(text.startswith("Dt") for text in missing):
+        note = f"{' '.join(missing)} did not run: x needs no gradient; it counts as 0\n"
+    elif missing:
         how = "run this phase once; on CUDA inside moe_overlap.measure.timeline.record()"
         return f"no times: {' '.join(missing)} not measured yet ({how})"
-    known = {action.text: durations_s[action.text] for action in schedule}
+    known = {action.text: durations_s.get(action.text, 0.0) for action in schedule}
     off = makespan_s(schedule, known, joined=True) * 1e3
     on = makespan_s(schedule, known) * 1e3
     table = "  ".join(f"{action} {seconds * 1e3:.3f}" for action, seconds in known.items())
     chosen = f"{off:.3f} ms as configured (joined)" if joined else f"{on:.3f} ms as configured (overlapped)"
     compared = f"joined {off:.3f} ms, overlapped {on:.3f} ms"
-    return f"simulated from the last measured durations: {chosen}; {compared}\n  ms: {table}"
+    return f"{note}simulated from the last measured durations: {chosen}; {compared}\n  ms: {table}"

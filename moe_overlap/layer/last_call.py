@@ -119,28 +119,34 @@ class LastCall:
         return layer_stats(self._last_step, self.dispatcher.placement, self._computes())
 
     @torch.compiler.disable(reason="it reads what calls left behind: one graph break")
-    def explain(self) -> str:
-        """The schedules drawn as lanes, simulated from the last measured durations, and what computes, with reasons."""
-        last = self._last_step
+    def explain(self, *, verbose: bool = False) -> str:
+        """What runs and why: the answer in a sentence, the line of Python that fixes it, what the letters mean, and the
+        schedules drawn as lanes, simulated from the last measured durations. verbose: with the reasons of every op's
+        implementation."""
+        return self.explain_schedule(self.schedule, verbose=verbose)
+
+    def explain_schedule(self, schedule: AnySchedule, *, verbose: bool = False) -> str:
+        """`explain` for a caller whose schedule orders this layer's calls, which is ShortcutBlock."""
+        last, computes = self._last_step, self._computes(verbose=verbose)
         if last is not None:
-            text = explain(last.pair, last.events, self.transport, computes=self._computes(), last=last)
+            text = explain(last.pair, last.events, self.transport, computes=computes, last=last)
             return "\n".join([text, *copies_text(self.dispatcher.rule, self.expert_weights)])
-        if isinstance(self.schedule, AutoSchedule):
-            return 'schedule "auto": the first forward call calibrates, then chooses'
-        return explain(self.schedule, [], self.transport, computes=self._computes())
+        if isinstance(schedule, AutoSchedule):
+            return 'Nothing is chosen yet: with schedule "auto" the first forward call calibrates, then chooses.'
+        return explain(schedule, [], self.transport, computes=computes)
 
     @property
     def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up_proj or up_proj, down_proj) of `experts`."""
         return weights_of(self.experts)
 
-    def _computes(self) -> list[str]:
-        """What runs on the device and in the dtype of the experts, one line per op, with reasons; and that rows are
-        latents, where they are."""
+    def _computes(self, *, verbose: bool = False) -> list[str]:
+        """What runs on the device and in the dtype of the experts, one line per implementation, or, verbose, per op
+        with reasons; and that rows are latents, where they are."""
         # Not as an attribute, which may be computed, unless there is no other way.
         parameters = list(self.experts.parameters())
         weight = parameters[0] if parameters else weights_of(self.experts)[1]
-        lines = ops.registry.explain(weight.device, weight.dtype)
+        lines = (ops.registry.explain if verbose else ops.registry.grouped)(weight.device, weight.dtype)
         if isinstance(self.dispatcher, StaticDispatcher):
             lines.append(self.dispatcher.says)
         if self.latent_in is not None:

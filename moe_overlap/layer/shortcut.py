@@ -22,13 +22,38 @@ from moe_overlap.layer.arguments import NOT_TRACEABLE, AnySchedule, Beside, chec
 from moe_overlap.layer.experts import reset
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.static import is_static
-from moe_overlap.schedule.builders import agree_ahead, window
+from moe_overlap.layer.stats import LayerStats
+from moe_overlap.schedule.builders import SchedulePair, agree_ahead, serial, window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.nodes import Tap
 from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.transport.closing import closing_on_error
 
 COMBINE = ("add", "gated")
+
+
+def block_schedule(
+    schedule: str | SchedulePair | None, slot: int | None, of_layer: AnySchedule, *, num_ops: int
+) -> str | SchedulePair | None:
+    """What a block runs: "auto", a pair, or None for the window of its `slot`; of_layer: its layer's schedule, which
+    nothing would run. Raises ConfigError where nothing was said, too much, or a layer's fixed schedule besides."""
+    asks_auto = isinstance(of_layer, AutoSchedule) or of_layer.name == ONE_RANK
+    if schedule is None and slot is None and asks_auto:
+        return "auto"
+    if asks_auto and schedule != "auto":
+        expected = 'a layer without schedule="auto", which the block\'s own slot or schedule would replace'
+        raise ConfigError("moe.schedule", "auto", expected)
+    if isinstance(of_layer, SchedulePair) and of_layer.name not in (serial().name, ONE_RANK):
+        expected = "a layer without a schedule of its own: the block's schedule orders its exchanges"
+        raise ConfigError("moe.schedule", of_layer.name, expected)
+    if isinstance(schedule, SchedulePair):
+        if slot is not None or schedule.num_ops != num_ops:
+            expected = f"one with {num_ops} backbone ops (B0 to B{num_ops - 1}), and no slot= beside it"
+            raise ConfigError("schedule", schedule.forward.text, expected)
+    elif schedule not in (None, "auto") or (schedule is None) != (slot is not None):
+        expected = "'auto', a SchedulePair, or None beside a slot= (how many ops after the tap come before the experts)"
+        raise ConfigError("schedule", schedule, expected)
+    return schedule
 
 
 class SharedExpertOp(nn.Module):
@@ -84,7 +109,7 @@ class ShortcutBlock(nn.Module):
         chunks: int = 1,
         backward_chunks: int | None = None,
         by: ChunkBy = "tokens",
-        schedule: str | None = None,
+        schedule: str | SchedulePair | None = None,
         overlap: bool = True,
         max_in_flight_bytes: int | None = None,
         ahead: int = 0,
@@ -115,26 +140,35 @@ class ShortcutBlock(nn.Module):
         self.backbone = nn.ModuleList(as_module(op) for op in ops)
         self.pre_norm = pre_norm
         self.post_norm = post_norm
-        check_budget(max_in_flight_bytes, schedule)
         num_ops = len(ops) - tap
-        if schedule not in (None, "auto") or (schedule is None) != (slot is not None):
-            text = "'auto', or None beside a slot=, which says how many ops after the tap come before the experts"
-            raise ConfigError("schedule", schedule, text)
+        schedule = block_schedule(schedule, slot, moe.schedule, num_ops=num_ops)
+        check_budget(max_in_flight_bytes, schedule)
         if not isinstance(ahead, int) or not 0 <= ahead <= num_ops:
             raise ConfigError("ahead", ahead, f"an integer from 0 to {num_ops}, the number of ops after the tap")
         self.schedule: AnySchedule
-        if slot is None and (moe.rows.hierarchical or is_static(moe.dispatcher)):
+        planned = schedule == "auto"
+        if planned and (moe.rows.hierarchical or is_static(moe.dispatcher)):
             raise ConfigError("schedule", schedule, 'None and a slot=, with hierarchical exchanges or mode="static"')
-        if slot is None and moe.transport.world_size > 1:
+        if planned and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
                                          max_in_flight_bytes=max_in_flight_bytes, num_ahead=ahead)  # fmt: skip
         else:
-            pair = window(num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
-                          backward_chunks=backward_chunks)  # fmt: skip
-            pair = moe.rows.pair(agree_ahead(pair, ahead), moe.transport.world_size)
+            pair = schedule if isinstance(schedule, SchedulePair) else window(
+                num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
+                backward_chunks=backward_chunks)  # fmt: skip
+            pair = agree_ahead(pair, ahead) if ahead else pair
+            pair = moe.rows.pair(pair, moe.transport.world_size)
             check(pair)
-            pair = replace(pair, name=ONE_RANK) if schedule == "auto" else pair
+            pair = replace(pair, name=ONE_RANK) if planned else pair
             self.schedule = pair if overlap else pair.join()
+
+    def explain(self, *, verbose: bool = False) -> str:
+        """As MoELayer.explain, of the schedule that orders this block's ops and its layer's exchanges."""
+        return self.moe.explain_schedule(self.schedule, verbose=verbose)
+
+    def stats(self) -> LayerStats:
+        """As MoELayer.stats: of the last forward call."""
+        return self.moe.stats()
 
     def reset_parameters(self) -> None:
         """The layer's and the gate's; the backbone and the norms are the caller's."""

@@ -29,7 +29,7 @@ class LayerStats:
     ranks, dispatch and combine; bytes_to_ranks: to each of them; inter_node_bytes: to other nodes (0 where nodes are
     not known). overload: rows of the busiest rank over the mean (1.0 = balanced). max_over_mean: the same of experts;
     MaxVio is this minus 1. shares: of this rank's choices. schedule: the forward schedule's text. implementation: what
-    computed, and why, one line per op; and the width of latent rows.
+    computed, a line for each implementation; and the width of latent rows. As text: a sentence first, then all of it.
     """
 
     tokens_per_expert: torch.Tensor
@@ -42,6 +42,22 @@ class LayerStats:
     shares: Shares
     schedule: str
     implementation: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The answer in one sentence, then what the figures are."""
+        routed, unused = int(self.tokens_per_expert.sum()), int((self.tokens_per_expert == 0).sum())
+        lines = [
+            f"{routed} rows went to {self.tokens_per_expert.numel()} experts, the busiest rank has {self.overload:.2f}x"
+            f" and the busiest expert {self.max_over_mean:.2f}x the mean; {self.payload_bytes / 1e6:.3g} MB left this "
+            "rank.",
+            f"  rows of each expert: {self.tokens_per_expert.tolist()}; {unused} got none",
+            f"  dropped on this rank: {self.dropped_tokens}",
+            f"  bytes to each rank: {list(self.bytes_to_ranks)}, to other nodes: {self.inter_node_bytes}",
+            f"  {self.shares}",
+            f"  schedule: {self.schedule} (letters: explain())",
+            *(f"  {line}" for line in self.implementation),
+        ]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

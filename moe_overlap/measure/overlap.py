@@ -7,8 +7,9 @@ what was achieved. All three are the maximum over ranks from a common barrier to
 
 Bounds of one window, from measured terms: a = one exchange of a chunk, e = experts on a chunk, d = their input
 gradient, w = the weight gradient of a chunk's rows, r chunks. The chunked forms are those of a pipeline with equal
-chunks on two lanes (compute, wire) that issues all dispatches first; exact forward, a lower bound backward. In a window
-with ops the shortcut's form is the bound of one chunk; cut, a chunk's exchanges run beside the others' experts too.
+chunks on two lanes (compute, wire) that issues all dispatches first; exact forward, a lower bound backward, of what
+takes exactly so long. Measured chunks do not: `cut_bound` holds for a row whatever its chunks cost. In a window with
+ops the shortcut's form is the bound of one chunk.
 """
 
 from __future__ import annotations
@@ -60,13 +61,25 @@ def shortcut_bound(experts: float, window: float, dispatch: float, combine: floa
     return experts + max(window, dispatch + combine)
 
 
-def cut_window_bound(chunks: int, experts: float, window: float, dispatch: float, combine: float) -> float:
-    """max{T_exp + sum S, r (a_d + a_c), a_d + T_exp + a_c} for r > 1 equal chunks, whose exchanges take a_d and a_c.
+def cut_bound(
+    nocomm: float, exchanges: float, chunks: int, backward_chunks: int | None, *, alone: bool, even: bool = True
+) -> float:
+    """What no order of a step cut into chunks can beat, from measurements of the whole step in one chunk: its compute
+    T_nocomm, so that weights are read once, and its exchanges alone, so that latency is paid once.
 
-    Compute has all of its work to do, the wire all of its own, and experts run neither before the first chunk is there
-    nor after the last has left. `experts` and `window` are of all chunks.
+    Compute has all of its work to do, and the wire all of its own. `alone`: there is nothing beside the exchanges, so
+    compute also waits for the first chunk of forward and of backward, and for the last one of forward (that of backward
+    may be beside the weight gradients). backward_chunks: None without a backward; with one its exchanges are half of
+    all. even: all ranks have equally many rows; else dispatch and combine may load opposite directions of the link and
+    run at once, and some rank may wait for less than a chunk's share.
     """
-    return max(experts + window, chunks * (dispatch + combine), dispatch + experts + combine)
+    if not even:
+        return max(nocomm, exchanges / 2)
+    waits = 0.0
+    if alone:
+        train = backward_chunks is not None
+        waits = exchanges / (2 if train else 1) / chunks + (exchanges / 4 / backward_chunks if backward_chunks else 0.0)
+    return max(nocomm + waits, exchanges)
 
 
 def percentile(values: Sequence[float], q: float) -> float:

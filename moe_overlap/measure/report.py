@@ -69,6 +69,44 @@ def print_table(rows: Sequence[Row], *, title: str, file: TextIO | None = None) 
     console.print(table)
 
 
+LEGEND = (
+    "r chunks of an exchange; slot: ops issued before the experts; ms: median; bound: no schedule of this cut is "
+    "faster; "
+    "exposed: ms of communication with no compute beside it; overlap: share of the communication time that was hidden; "
+    "x serial, x top2: times faster than the same model serial, and than serial top2; comm CPU: ms of CPU time that "
+    "exchanges took; rows MiB: row buffers at most; bits: equal to overlap off; max err: against float64."
+)
+# What a flag means, and what to do about it.
+FLAGS = {
+    "oversubscribed": "more ranks x threads than cores: use fewer, or --compute slept; no speed is claimed",
+    "inflated": "serial is not compute plus exchanges within 5 %: something else ran, or bytes take CPU time; stop "
+    "other programs or use larger --ffn, and run again; no speed is claimed",
+    "noisy": "times differ by 1.3x between repeats: stop other programs, use more --repeats",
+    "drifted": "the machine changed speed since it was calibrated: times are sound, predictions are not",
+}
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each phase, the fastest row that is to be trusted, and a line for each flag that was given."""
+    said = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        mine = [row for row in rows if row["phase"] == phase]
+        sound = [row for row in mine if row["flagged"] in (None, "drifted") and row["speedup_vs_serial"] is not None]
+        if not sound:
+            said.append(f"{phase}: no verdict, as every row is flagged")
+            continue
+        gain = max(sound, key=lambda row: row["speedup_vs_serial"])
+        least = min(sound, key=lambda row: row["time_ms_median"])
+        link = "" if gain["link"] == "none" else f", link {gain['link']}"
+        said.append(
+            f"{phase}: overlap gains most in {gain['case']} {gain['schedule']}, {gain['speedup_vs_serial']:.2f}x its "
+            f"own serial; the fastest of all is {least['case']} {least['schedule']}, {least['time_ms_median']:.1f} ms"
+            f"{link}"
+        )
+    flags = dict.fromkeys(row["flagged"] for row in rows if row["flagged"] is not None)
+    return said + [f"{flag}: {FLAGS[flag]}" for flag in flags]
+
+
 def cell(row: Row, key: str, form: str) -> str:
     """The text of one cell; ScMoE's two slots, where backward has its own, as 1/2."""
     value = row[key]

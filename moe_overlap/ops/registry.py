@@ -163,6 +163,18 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
     return lines
 
 
+def grouped(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
+    """What runs on this device, a line for each implementation: "on cpu: reference for 9 ops (gate_topk, ...)". The
+    reasons are `explain`'s."""
+    at = torch.device(device)
+    ops_of: dict[str, list[str]] = {}
+    for op in sorted(_implementations):
+        ops_of.setdefault(choose(op, device=at, dtype=dtype).impl, []).append(op)
+    by_count = sorted(ops_of.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [f"on {at}: {impl} for {len(ops)} op{'s' if len(ops) > 1 else ''} ({', '.join(ops)})"
+            for impl, ops in by_count]  # fmt: skip
+
+
 def _nothing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 

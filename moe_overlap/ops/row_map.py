@@ -8,7 +8,7 @@ and row_to_slot = [1, 2, 0, 4, 5, -1].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,15 @@ from moe_overlap.ops.library import LIBRARY, define, implement
 Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+class RowMap(NamedTuple):
+    """What `row_map` returns; a tuple, which can be taken apart as ever. int32; shapes and meanings as there."""
+
+    tokens_per_expert: torch.Tensor
+    offs: torch.Tensor
+    slot_to_row: torch.Tensor
+    row_to_slot: torch.Tensor
+
+
 def row_map(
     ids_TK: torch.Tensor,
     *,
@@ -27,7 +36,7 @@ def row_map(
     last: int | None = None,
     align: int = 1,
     capacity: int | None = None,
-) -> Maps:
+) -> RowMap:
     """Sort the slots of `ids_TK` by expert.
 
     Args:
@@ -55,7 +64,7 @@ def row_map(
         raise ConfigError("align", align, "at least 1")
     if capacity is not None and capacity < 0:
         raise ConfigError("capacity", capacity, "at least 0, or None for no limit")
-    return torch.ops.moe_overlap.row_map.default(ids_TK, num_experts, first, last, align, capacity)
+    return RowMap(*torch.ops.moe_overlap.row_map.default(ids_TK, num_experts, first, last, align, capacity))
 
 
 def max_rows(slots: int, experts: int, align: int) -> int:

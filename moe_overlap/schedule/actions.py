@@ -170,6 +170,9 @@ VERBS: dict[str, VerbSpec] = {
     )
 }
 
+# What a drawing has beside the verbs.
+SIGNS = "a number is a chunk, an op or a group of experts; comp and wire are the two lanes, a dot is an idle one"
+
 _TEXT = re.compile(r"([A-Z][a-z]?)(\d+)?")
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from moe_overlap import ShortcutBlock
 from moe_overlap.auto import auto, cost_cache
 from moe_overlap.auto import calibrate as measuring
+from moe_overlap.commands import cli
 from moe_overlap.layer.shortcut import SharedExpertOp
 from tests.auto.planted import cost_model, planted
 from tests.layers import D, F, make, tokens
@@ -285,3 +286,13 @@ def test_probes_compute_the_gradients_that_the_step_needs(frozen_part):
         with_dx = virtual_world(2).run(rank)
     seconds = found[0]
     assert with_dx == [seconds["Dt0"] > 0] * 2 and seconds["Ct0"] > 0 and seconds["Ed0"] > 0
+
+
+def test_clear_removes_what_was_kept_and_nothing_else(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MOE_OVERLAP_CACHE_DIR", str(tmp_path))
+    for name in (f"{'0a' * 12}.json", f"{'1b' * 12}.json", "notes.json"):
+        (tmp_path / name).write_text("{}")
+    assert cli.main(["calibrate", "--clear"]) == 0
+    assert "removed 2 cost models" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
+    assert cli.main(["calibrate", "--clear", "--ranks", "4"]) == 2

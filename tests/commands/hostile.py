@@ -18,7 +18,7 @@ from moe_overlap.commands.parser import OneLineParser
 PLAN = {"sweep": lambda _: None, "_map": lambda *_: [], "write_png": lambda *_: None, "_record": lambda *_: {}}
 # Command line -> the module whose functions do the heavy work, and what stands for them.
 COMMANDS: dict[tuple[str, ...], tuple[str, dict[str, object]]] = {
-    ("info",): ("moe_overlap.commands.info", {"lines": list}),
+    ("info",): ("moe_overlap.commands.info", {"lines": lambda **_: []}),
     ("kernels",): ("moe_overlap.commands.kernels", {}),
     ("plan",): ("moe_overlap.commands.plan.command", PLAN),
     ("place",): ("moe_overlap.commands.place", {"write_png": lambda *_: None}),

@@ -99,7 +99,7 @@ def test_what_the_machine_cannot_give_is_one_line(error, words, command, tmp_pat
 
 
 def test_our_own_errors_keep_their_traceback(monkeypatch):
-    def fail():
+    def fail(**_):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("moe_overlap.commands.info.lines", fail)

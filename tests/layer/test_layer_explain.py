@@ -6,12 +6,17 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+from torch import nn
 
+from moe_overlap import ConfigError, ShortcutBlock
 from moe_overlap.layer.explain import window_s
 from moe_overlap.schedule.actions import Schedule
+from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.schedule.words import from_text
 from tests.auto.planted import cost_model, planted
-from tests.layers import make, tokens
+from tests.layers import D, K, make, tokens
 from tests.ranks import virtual_world
 
 FORWARD = Schedule.parse("P D0 E0 C0 U")
@@ -94,4 +99,77 @@ def test_a_backward_run_twice_is_measured_once():
 def test_a_backward_that_ran_in_part_is_not_compared():
     """x needs no gradient on any rank, so the rows of the dispatch have no way back."""
     text, _ = explained(grad=False)
+    assert "x needs no gradient" in text and "not measured yet" not in text
     assert text.count("Measured ") == 1 and "Measured " not in text.split("-- backward --")[1]
+
+
+def test_the_answer_comes_first_and_says_what_runs():
+    on, _ = explained()
+    off, _ = explained(overlap=False)
+    assert on.startswith("Exchanges run beside compute in ") and 'as schedule="auto" predicts' in on.splitlines()[0]
+    assert off.startswith("Nothing is overlapped: ") and "overlap on" not in on + off
+    assert on.splitlines()[1].startswith("To run exactly this in every step: MoELayer(")
+    assert on.splitlines()[3] == "letters:" and "D dispatch a chunk" in on
+
+
+def test_what_the_planner_leaves_joined_is_not_called_overlap():
+    """Cutting is so dear, and ops are so few, that serial is fastest."""
+    text, _ = explained(model=cost_model(issue_s=1.0), grad=False)
+    first = text.splitlines()[0]
+    forward = text.split("-- forward --")[1]
+    assert "Overlap is not used" in forward
+    assert first.startswith("Nothing is overlapped") or "in backward only" in first
+
+
+def test_one_rank_says_that_there_is_nothing_to_overlap():
+    layer = make(schedule="auto")
+    for _ in range(2):
+        assert layer.explain().startswith("One rank exchanges nothing")
+        layer(tokens(4))
+    assert "not measured yet" not in layer.explain()
+
+
+def test_reasons_are_behind_verbose():
+    layer = make()
+    short, long = layer.explain(), layer.explain(verbose=True)
+    assert "runs everywhere" not in short and "runs everywhere" in long and len(long) > 2 * len(short)
+    assert re.search(r"on cpu: reference for \d+ ops \(", short)
+
+
+def test_stats_begin_with_a_sentence():
+    layer = make()
+    layer(tokens(6))
+    text = str(layer.stats())
+    assert text.startswith("12 rows went to 8 experts, ") and len(text) < 2000
+
+
+def block(layer, **options):
+    return ShortcutBlock([nn.Linear(D, D, dtype=torch.float64) for _ in range(3)], layer, tap=1, **options)
+
+
+def test_a_block_explains_itself_and_its_layers_schedule_is_used_or_refused():
+    first = block(make(), slot=1)
+    first(tokens(5))
+    assert "slot=1" in first.explain() and first.stats().tokens_per_expert.sum() == 5 * K
+    assert block(make(schedule="auto")).schedule.name.startswith("auto")
+    assert block(make(schedule="auto"), schedule="auto").schedule.name.startswith("auto")
+    with pytest.raises(ConfigError, match=r"moe\.schedule"):
+        block(make(schedule="auto"), slot=1)
+    with pytest.raises(ConfigError, match=r"moe\.schedule"):
+        block(make(schedule="chunked(2)"), slot=1)
+
+
+def test_a_block_runs_a_pair_that_was_written_out():
+    def rank(me):
+        layer = make(me.transport())
+        torch.manual_seed(5)
+        return block(layer, **options)(tokens(12, me.rank))
+
+    pair = window(2, 1, chunks=2)
+    options = {"slot": 1, "chunks": 2}
+    wanted = virtual_world(2).run(rank)
+    options = {"schedule": from_text(pair.forward.text, pair.backward.text)}
+    for got, want in zip(virtual_world(2).run(rank), wanted, strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(ConfigError, match="2 backbone ops"):
+        block(make(), schedule=window(3, 1))

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from moe_overlap.measure.report import COLUMNS, cell, print_table, read_jsonl, write_jsonl
+from moe_overlap.measure.report import COLUMNS, LEGEND, cell, print_table, read_jsonl, verdict, write_jsonl
 
 ROW = {key: None for _, key, _ in COLUMNS} | {"phase": "infer", "case": "top2", "time_ms_median": 12.345}
 
@@ -33,3 +33,20 @@ def test_the_table_has_a_line_per_row():
     text = io.StringIO()
     print_table([ROW, ROW | {"phase": "train", "case": "scmoe_pos2"}], title="a title", file=text)
     assert "a title" in text.getvalue() and "12.3" in text.getvalue() and "scmoe_pos2" in text.getvalue()
+
+
+def test_the_verdict_names_the_best_rows_and_what_flags_mean():
+    rows = [
+        ROW | {"case": case, "schedule": schedule, "time_ms_median": ms, "speedup_vs_serial": gain, "flagged": flag,
+               "link": "emulated 400mbit:50us"}
+        for case, schedule, ms, gain, flag in (
+            ("top2", "serial", 100.0, 1.0, None), ("top2", "chunked", 80.0, 1.25, None),
+            ("scmoe_pos2", "shortcut", 60.0, 1.2, "drifted"), ("shared1", "shared_expert", 20.0, 3.0, "noisy"),
+        )
+    ]  # fmt: skip
+    first, *flags = verdict(rows)
+    assert first.startswith("infer: overlap gains most in top2 chunked, 1.25x its own serial; ")
+    assert "the fastest of all is scmoe_pos2 shortcut, 60.0 ms, link emulated 400mbit:50us" in first
+    assert [line.split(":")[0] for line in flags] == ["drifted", "noisy"]
+    assert "no verdict" in verdict([rows[0] | {"flagged": "inflated", "speedup_vs_serial": None}])[0]
+    assert all(heading in LEGEND for heading, _, _ in COLUMNS if heading not in ("phase", "case", "schedule", "flag"))

@@ -102,3 +102,9 @@ def test_bad_arguments(field, change) -> None:
     with pytest.raises(ConfigError) as caught:
         ops.row_map(**arguments)
     assert caught.value.field == field
+
+
+def test_the_result_has_names():
+    found = ops.row_map(torch.tensor([[1, 0]], dtype=torch.int32), num_experts=2)
+    assert found._fields == ("tokens_per_expert", "offs", "slot_to_row", "row_to_slot")
+    assert found.slot_to_row is found[2] and found.offs.tolist() == [1, 2]

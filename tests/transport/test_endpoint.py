@@ -159,7 +159,7 @@ def test_the_adjoint_swaps_the_lists() -> None:
     back = there._replace(reverse=True, action="C1")
     assert there.counts() == (plan.send_counts[1], plan.recv_counts[1])
     assert back.counts() == there.counts()[::-1] and there.counts()[0] != there.counts()[1]
-    assert str(back.where()) == "C1 of step 6 (chunk 1)"
+    assert str(back.where()) == "combine C1 of step 6 (chunk 1)"
 
 
 def test_the_first_cause_stays() -> None:

@@ -23,7 +23,7 @@ from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.launch.saying import one_line
 from moe_overlap.measure.picture import write_png, write_trace
-from moe_overlap.measure.report import print_table, write_jsonl
+from moe_overlap.measure.report import LEGEND, print_table, verdict, write_jsonl
 
 PROGRAM = "moe-overlap bench layer"
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -84,7 +84,9 @@ def _publish(options: LayerOptions, out: Path, results: Sequence[PhaseResult]) -
     for phase, share in shares.items():
         if share is not None:
             print(f"{phase}: communication is {share:.0%} of serial top2")
+    print(LEGEND)
     print(f"wrote {', '.join(str(out / name) for name in OUTPUTS)}")
+    print("\n".join(verdict(rows)))
 
 
 def _load_routing(options: LayerOptions, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

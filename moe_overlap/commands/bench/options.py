@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from moe_overlap.commands.bench.routing import KINDS
 from moe_overlap.commands.parser import (
     MOST_THREADS,
     OneLineParser,
+    TypedDefaults,
     check_count,
     check_timeout,
     flag_of,
@@ -141,12 +141,19 @@ HELP = {
 }
 
 
+EXAMPLES = """examples:
+  moe-overlap bench layer --link 400mbit:50us
+  moe-overlap bench layer --comm-share 0.6 --phases infer --repeats 5
+  moe-overlap bench layer --ranks 8 --compute slept --schedules serial,shortcut,auto"""
+
+
 def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
     """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
     parser = OneLineParser(
         prog="moe-overlap bench layer",
         description="Measure schedules of a Mixture-of-Experts block pair against each other.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=TypedDefaults,
+        epilog=EXAMPLES,
     )
     defaults = LayerOptions()
     for name, text in HELP.items():

@@ -219,11 +219,10 @@ def measure_exchanges(setting: Setting, plans: Sequence[RowPlan], phase: str) ->
 
 @dataclass(kw_only=True)
 class Timed:
-    """Samples of each row, of each case without communication, and of each cut whose bound is one of its chunks."""
+    """Samples of each row, and of each case without communication."""
 
     rows: list[Samples]
     nocomm: dict[str, Samples]
-    cuts: dict[tuple[object, ...], Samples]
 
 
 def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Timed:
@@ -231,9 +230,8 @@ def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Tim
     repeats = setting.options.repeats
     over_link = [variant_of(setting, plan) for plan in plans]
     bare = {plan.case: variant_of(setting, plan, bare=True) for plan in plans if plan.schedule == "serial"}
-    terms = {plan.cut: variant_of(setting, plan, bare=True) for plan in plans if plan.cut_apart}
-    variants = [*over_link, *bare.values(), *terms.values()]
-    counts = [repeats] * (len(over_link) + len(bare)) + [max(min(3, repeats), repeats // 4)] * len(terms)
+    variants = [*over_link, *bare.values()]
+    counts = [repeats] * len(variants)
     setting.say(f"{runner.phase}: timing {len(variants)} variants, {repeats} rounds")
 
     def progress(done: int, rounds: int) -> None:
@@ -252,7 +250,6 @@ def time_rows(setting: Setting, runner: Runner, plans: Sequence[RowPlan]) -> Tim
     return Timed(
         rows=[next(found) for _ in over_link],
         nocomm={case: next(found) for case in bare},
-        cuts={cut: next(found) for cut in terms},
     )
 
 
@@ -295,9 +292,10 @@ def make_rows(
             )
     rows = []
     for plan, one, verdict, predicted_s in zip(plans, timed.rows, verdicts, predicted, strict=True):
-        terms = terms_of(timed.cuts[plan.cut] if plan.cut_apart else timed.nocomm[plan.case])
         exchange, back = (exchanges[plan.case, r] for r in (plan.pair.chunks, plan.pair.backward_chunks))
-        bound = bound_s(setting.world, plan, phase, terms, exchange, back)
+        whole = exchanges[plan.case, 1]  # those of the serial row
+        bound = bound_s(setting.world, plan, phase, terms_of(timed.nocomm[plan.case]), whole,
+                        nocomm=nocomm_s[plan.case], even=setting.options.routing == "balanced")  # fmt: skip
         exposed = exposed_and_overlap(setting.world, one)
         flagged = flag_of(oversubscribed=setting.oversubscribed, inflated=inflated[plan.case],
                           noisy=is_noisy(one.time_s), drifted=plan.case in drifted)  # fmt: skip

@@ -43,18 +43,13 @@ class RowPlan:
         return self.model.case
 
     @property
-    def cut(self) -> tuple[object, ...]:
-        """Rows of equal cut have the same exchanges and the same chunks of compute."""
-        return self.case, self.pair.chunks, self.pair.by, self.pair.backward_chunks, self.pair.backward_by
-
-    @property
     def pipelined(self) -> bool:
         """Whether nothing but the chunks' own compute lies beside the exchanges."""
         return self.case == "top2" and self.schedule != "serial"
 
     @property
     def cut_apart(self) -> bool:
-        """Whether its bound is one of chunks, with the compute of exactly these chunks as its terms."""
+        """Whether its bound is that of a step cut into chunks (`formulas.cut_bound`), not that of one window."""
         return self.pipelined or max(self.pair.chunks, self.pair.backward_chunks) > 1
 
     @property
@@ -128,37 +123,27 @@ def _total(events: Sequence[TimelineEvent], verbs: Sequence[str]) -> float:
 
 
 def bound_s(
-    world: World, plan: RowPlan, phase: str, terms: Terms, exchanges: Exchanges, backward: Exchanges
+    world: World, plan: RowPlan, phase: str, terms: Terms, exchanges: Exchanges, *, nocomm: float, even: bool
 ) -> float | None:
-    """The bound of the row's own cut from measured terms, the largest over ranks; None for serial rows. Collective.
+    """What no order of the row's own cut can beat, in seconds; None for serial rows. Collective.
 
-    `backward`: the exchanges in as many chunks as the backward schedule has. Formulas: `measure/overlap.py`.
+    terms, exchanges, nocomm: of the case in one chunk, `exchanges` with those of backward in train, as is its total.
+    One chunk in a window with ops: from measured terms, the largest over ranks. Formulas: `measure/overlap.py`.
     """
     if plan.schedule == "serial":
         return None
-    chunks, chunks_back, train = plan.pair.chunks, plan.pair.backward_chunks, phase == "train"
-    if plan.pipelined:
-        forward = formulas.chunked_forward(chunks, exchanges.exchange_s, terms.experts / chunks)
-        total = max(forward, terms.own + terms.experts)
-        if train:
-            dgrad, wgrad = terms.dgrad / chunks_back, terms.wgrad / chunks_back
-            whole = terms.own_dgrad + terms.dgrad + terms.wgrad
-            total += max(formulas.chunked_backward(chunks_back, backward.exchange_s, dgrad, wgrad), whole)
-    else:
-        total = _window_bound(chunks, terms.experts, terms.window + terms.own, exchanges)
-        if train:
-            beside = terms.window_backward + terms.wgrad + terms.own_dgrad
-            total += _window_bound(chunks_back, terms.dgrad, beside, backward)
+    train = phase == "train"
+    if plan.cut_apart:
+        back = plan.pair.backward_chunks if train else None
+        alone = plan.pipelined and not plan.pair.deduplicated  # else rows that stay are computed meanwhile
+        return formulas.cut_bound(nocomm, exchanges.total_s, plan.pair.chunks, back, alone=alone, even=even)
+    each = exchanges.dispatch_s, exchanges.combine_s
+    total = formulas.shortcut_bound(terms.experts, terms.window + terms.own, *each)
+    if train:
+        beside = terms.window_backward + terms.wgrad + terms.own_dgrad
+        total += formulas.shortcut_bound(terms.dgrad, beside, *each)
     own = torch.tensor([terms.outside + total], dtype=torch.float64)
     return max(float(part) for part in world.gather(own))
-
-
-def _window_bound(chunks: int, experts: float, window: float, exchanges: Exchanges) -> float:
-    """Of a window with ops; one chunk has nothing of its own exchanges beside its experts."""
-    each = exchanges.dispatch_s, exchanges.combine_s
-    if chunks == 1:
-        return formulas.shortcut_bound(experts, window, *each)
-    return formulas.cut_window_bound(chunks, experts, window, *each)
 
 
 def exposed_and_overlap(world: World, samples: Samples) -> tuple[float | None, float | None]:

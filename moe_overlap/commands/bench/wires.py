@@ -79,11 +79,6 @@ class Exchanges:
     row_meta_bytes: int = 0
     inter_node_bytes: int = 0
 
-    @property
-    def exchange_s(self) -> float:
-        """One exchange of one chunk."""
-        return (self.dispatch_s + self.combine_s) / 2
-
     def with_backward(self, other: Exchanges) -> Exchanges:
         """The sums of a training step whose backward is cut as `other`: half of the exchanges are of either kind."""
         return replace(

@@ -27,6 +27,7 @@ from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
 from moe_overlap.planning.explain import Change, explain, in_ms
 from moe_overlap.schedule.actions import Phase
+from moe_overlap.schedule.words import legend, python_of
 
 OUTPUTS = ("plan.png", "plan.json")
 WORTH = 1.05  # a speed-up that is worth a line
@@ -60,15 +61,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _heading(options: PlanOptions, point: Prediction) -> list[str]:
-    """The answer in two lines."""
+    """The answer: what wins and by how much, the line of Python that runs it, the letters of what follows."""
     at = point.at
     rate = "" if at.bytes_per_s is None or "inter" not in at.peers else f", {rate_text(at.bytes_per_s)} between nodes"
     groups = f" in groups of {at.group} that exchange" if at.group < point.ranks else ""
+    pair = point.pair
     lines = [
         f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
         f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
+        f"To run it: {python_of(pair)}",
         f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication; "
         f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
+        *legend(pair, [phase.phase for phase in point.phases]),
     ]
     return lines
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.auto.planned import pair_of
 from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, routed, shapes
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.planning.cost_model import CostModel, window
@@ -15,6 +16,7 @@ from moe_overlap.planning.explain import bound_s, name_of
 from moe_overlap.planning.search import TIE, Candidate, search
 from moe_overlap.planning.window import Window
 from moe_overlap.schedule.actions import Phase
+from moe_overlap.schedule.builders import SchedulePair
 
 RANKS = tuple(2**power for power in range(1, 13))
 STEPS_BELOW, STEPS_ABOVE = 6, 4  # bandwidths of the sweep: the one asked for, halved and doubled so often
@@ -109,6 +111,14 @@ class Prediction:
         return sum(
             phase.outside_s + min(bound_s(phase.window, one) for one in phase.window.chunkings) for phase in self.phases
         )
+
+    @property
+    def pair(self) -> SchedulePair:
+        """What runs: the best order of each phase; for inference the backward is the mirror of forward."""
+        forward, *rest = self.phases
+        verb = op_verb(self.kind, self.model)
+        num_ops = len(forward.window.user_ops_s) if verb == "B" else 0
+        return pair_of(forward.best, rest[0].best if rest else None, num_ops=num_ops, op_verb=verb)
 
     @property
     def speedup(self) -> float:

@@ -41,6 +41,7 @@ FORMATS = (1, 2)  # the last one is written
 MANIFEST = "checkpoint.json"
 MOST_STEPS = 10**9
 FIELD = "--resume"
+CHECKPOINTS = "checkpoints"  # the folder of them in --out
 _RNG = "rng.torch"
 # Of runs that were saved before there was a choice.
 _BEFORE: dict[str, object] = {"balance": "micro", "balance_coef": None, "router": "linear", "mu": 0.0,
@@ -121,7 +122,8 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
-    """The checkpoint at `path`, or the newest complete one in it, after checking that it belongs to `run`.
+    """The checkpoint at `path`, or the newest complete one in it or in the --out that it is, after checking that it
+    belongs to `run`.
 
     ConfigError naming --resume when there is none, when it belongs to another run, or when a shard is missing,
     truncated or altered.
@@ -129,9 +131,11 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
     if not path:
         raise ConfigError(FIELD, path, "a folder")
     root = Path(path)
-    folder = root if (root / MANIFEST).is_file() else _newest(root)
+    folder = root if (root / MANIFEST).is_file() else _newest(root) or _newest(root / CHECKPOINTS)
     if folder is None:
-        raise ConfigError(FIELD, path, f"a checkpoint folder ({MANIFEST} and its shards) or a folder of them")
+        raise ConfigError(
+            FIELD, path, f"a checkpoint folder ({MANIFEST} and its shards), a folder of them, or an --out with some"
+        )
     manifest = read_json(folder / MANIFEST, field=FIELD)
     if manifest.get("format") not in FORMATS:
         expected = f"a checkpoint of format {' or '.join(map(str, FORMATS))} (it has {manifest.get('format')!r})"

@@ -14,9 +14,9 @@ import torch
 
 from moe_overlap import config
 from moe_overlap.commands.parser import check_folder, check_output
-from moe_overlap.commands.train.checkpoint import find_checkpoint, identity
+from moe_overlap.commands.train.checkpoint import CHECKPOINTS, find_checkpoint, identity
 from moe_overlap.commands.train.domains import split_by_domain
-from moe_overlap.commands.train.loop import CHECKPOINTS, Trained, evaluate, train
+from moe_overlap.commands.train.loop import Trained, evaluate, train
 from moe_overlap.commands.train.model import moe_layers, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions, parse
 from moe_overlap.commands.train.report import RunLog
@@ -24,7 +24,7 @@ from moe_overlap.commands.train.routing_file import save_routing
 from moe_overlap.commands.train.text import Corpus, find_folders, load_corpus
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
-from moe_overlap.launch.saying import one_line
+from moe_overlap.launch.saying import EXIT_INTERRUPTED, one_line
 from moe_overlap.measure.machine import commit, hardware
 
 LOG_NAME = "train.jsonl"
@@ -34,7 +34,8 @@ EXIT_DIFFERENT, EXIT_BAD_INPUT = 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `moe-overlap train` with these arguments and return its exit status.
 
-    0: done. 1: --compare-overlap found a difference, or a rank failed. ConfigError for bad input (exit 2).
+    0: done. 1: --compare-overlap found a difference, or a rank failed. 130: interrupted, and a checkpoint was saved.
+    ConfigError for bad input (exit 2).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     torchrun = torchrun_world_size()
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         corpus = _corpus(options)
         if options.resume is not None:
             find_checkpoint(options.resume, identity(options, corpus))
-    return run(run_rank, words, options.ranks, timeout_s=options.timeout_s, program="moe-overlap train")
+    return run(run_rank, words, options.ranks, timeout_s=options.timeout_s, program="moe-overlap train", saves=True)
 
 
 def _check_outputs(options: TrainOptions) -> None:
@@ -97,9 +98,18 @@ def _run(options: TrainOptions, corpus: Corpus, world: World) -> int:
         log.write(_start_event(options, corpus, first))
         if options.compare_overlap:
             return _compare(options, corpus, world, log)
+        if checkpoint is not None:
+            log.say(f"resuming {checkpoint.folder}: step {first} of {options.steps}, on {world.size} rank(s); it was "
+                    f"saved on {len(checkpoint.files)}")  # fmt: skip
         log.begin_bar(f"{options.kind}, overlap {options.overlap}", first)
         trained = train(options, corpus, world, log.step, checkpoint=checkpoint)
         log.end_bar()
+        if trained.stopped_in is not None:
+            log.write({"event": "interrupted", "step": first + len(trained.losses)})
+            done = first + len(trained.losses)
+            log.say(f"moe-overlap train: interrupted after step {done} of {options.steps}; go on "
+                    f"with the same options and --resume {options.out}")  # fmt: skip
+            return EXIT_INTERRUPTED
         _finish(trained, options, corpus, world, log)
     return 0
 
@@ -176,6 +186,7 @@ def _finish(trained: Trained, options: TrainOptions, corpus: Corpus, world: Worl
     dense, expert = split_parameters(trained.model)
     held_out = evaluate(trained.model, options, corpus, world)
     gain = held_out.unigram_entropy - held_out.loss
+    versus = f"{abs(gain):.3f} {'below' if gain >= 0 else 'above'}"
     log.write(
         {
             "event": "end",
@@ -189,6 +200,6 @@ def _finish(trained: Trained, options: TrainOptions, corpus: Corpus, world: Worl
         }
     )
     log.say(
-        f"held-out loss {held_out.loss:.3f} nats/token, {gain:.3f} below the unigram entropy "
+        f"held-out loss {held_out.loss:.3f} nats/token, {versus} the unigram entropy "
         f"{held_out.unigram_entropy:.3f}; {trained.tokens_per_s:,.0f} tokens/s"
     )

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from moe_overlap import LossFreeBalancer, aux_loss, prepare
-from moe_overlap.commands.train.checkpoint import Checkpoint, identity, load_checkpoint, save_checkpoint
+from moe_overlap.commands.train.checkpoint import CHECKPOINTS, Checkpoint, identity, load_checkpoint, save_checkpoint
 from moe_overlap.commands.train.model import LanguageModel, decay_groups, initialise, moe_layers, split_parameters
 from moe_overlap.commands.train.options import TrainOptions
 from moe_overlap.commands.train.text import Corpus
 from moe_overlap.launch.launch import World
+from moe_overlap.launch.stopping import Stop, stopping
 from moe_overlap.transport import EmulatedLinkTransport, ProcessGroupTransport
 
-CHECKPOINTS = "checkpoints"  # the folder of them in --out
 BETAS = (0.9, 0.95)
 FINAL_LR_SHARE = 0.1
 ALIGNMENT_ELEMENTS = 16  # 64 bytes of float32
@@ -30,11 +30,13 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A finished run: the model, the mean loss over ranks of each step, and the median speed of a step."""
+    """A finished run: the model, the mean loss over ranks of each step, and the median speed of a step. stopped_in: the
+    checkpoint of a run that was interrupted."""
 
     model: LanguageModel
     losses: tuple[float, ...]
     tokens_per_s: float
+    stopped_in: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,11 @@ def train(
     adjust: Callable[[LanguageModel], None] = lambda model: None,
 ) -> Trained:
     """Train for options.steps steps, from `checkpoint` if given. `report` receives one dict per step (every rank).
-    adjust: what is done to the model before the first step, on every rank."""
+    adjust: what is done to the model before the first step, on every rank.
+
+    Ctrl-C on any rank: all of them end the step they are in, save a checkpoint and return; with --compare-overlap,
+    which cannot go on from one, KeyboardInterrupt instead.
+    """
     torch.manual_seed(options.seed)
     model = LanguageModel(options, world.group)
     initialise(model, seed=options.seed, rank=world.rank)
@@ -71,29 +77,29 @@ def train(
         first = checkpoint.step
     losses: list[float] = []
     seconds: list[float] = []
-    for step in range(first, options.steps):
-        began_s = time.perf_counter()
-        row = _step(model, optimizer, dense_gradients, options, corpus, world, step)
-        if balancer is not None:
-            balancer.step()
-        seconds.append(time.perf_counter() - began_s)
-        losses.append(row["loss"])
-        report(
-            {
-                "event": "step",
-                "overlap": options.overlap,
-                "step": step,
-                **row,
-                "tokens_per_s": options.tokens_per_step / seconds[-1],
-            }
-        )
-        if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0:
-            folder = Path(options.out) / CHECKPOINTS
-            run = identity(options, corpus)
-            save_checkpoint(folder, model, optimizer, run=run, world=world, step=step + 1)
+    stopped_in: Path | None = None
+    with stopping() as stop:
+        for step in range(first, options.steps):
+            began_s = time.perf_counter()
+            row, stopped = _step(model, optimizer, dense_gradients, options, corpus, world, step, stop)
+            if balancer is not None:
+                balancer.step()
+            seconds.append(time.perf_counter() - began_s)
+            losses.append(row["loss"])
+            speed = options.tokens_per_step / seconds[-1]
+            report({"event": "step", "overlap": options.overlap, "step": step, **row, "tokens_per_s": speed})
+            if stopped and options.compare_overlap:
+                raise KeyboardInterrupt
+            if stopped or (options.checkpoint_every and (step + 1) % options.checkpoint_every == 0):
+                folder, run = Path(options.out) / CHECKPOINTS, identity(options, corpus)
+                saved = save_checkpoint(folder, model, optimizer, run=run, world=world, step=step + 1)
+                stopped_in = saved if stopped else None
+            if stopped:
+                break
     return Trained(
         model=model,
         losses=tuple(losses),
+        stopped_in=stopped_in,
         # The first step allocates and warms up.
         tokens_per_s=options.tokens_per_step / median(seconds[1:] or seconds or [math.inf]),
     )
@@ -107,8 +113,9 @@ def _step(
     corpus: Corpus,
     world: World,
     step: int,
-) -> dict[str, Any]:
-    """One optimizer step; what it measured, averaged or summed over ranks."""
+    stop: Stop,
+) -> tuple[dict[str, Any], bool]:
+    """One optimizer step: what it measured, averaged or summed over ranks, and whether any rank was interrupted."""
     model.train()
     windows = corpus.batch(
         step, seed=options.seed, batch=options.batch, seq=options.seq, rank=world.rank, ranks=world.size
@@ -122,13 +129,15 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    sums = world.sum_(torch.stack([loss.detach(), balance.detach()]).double()) / world.size
-    return {
+    asked = torch.tensor(float(stop.asked))
+    sums = world.sum_(torch.stack([loss.detach(), balance.detach(), asked]).double()) / world.size
+    row = {
         "loss": float(sums[0]),
         "aux_loss": float(sums[1]),
         "lr": lr,
         "load_max_over_mean": [round(float(row.max() / row.double().mean()), 3) for row in _expert_load(model)],
     }
+    return row, bool(sums[2] > 0)
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

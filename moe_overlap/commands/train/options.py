@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from dataclasses import dataclass, fields
 from moe_overlap.commands.parser import (
     MOST_THREADS,
     OneLineParser,
+    TypedDefaults,
     check_count,
     check_number,
     check_timeout,
@@ -252,7 +252,8 @@ HELP = {
     "compare_overlap": "run overlap off, then on, and compare losses and parameters bit for bit; exit 1 if they differ",
     "eval_tokens": "held-out tokens to evaluate",
     "checkpoint_every": "steps between checkpoints; 0 = none",
-    "resume": "checkpoint folder, or a folder of checkpoints (the newest complete one); --ranks may be another number, "
+    "resume": "the --out of a run, one of its checkpoints or a folder of them (the newest complete one); --ranks may "
+    "be another number, "
     "and --steps a larger one (the learning rates are then those of the longer run)",
     "save_routing": "write the routing of one MoE layer on the held-out text to this safetensors file",
     "timeout_s": "longest wait for another rank, seconds",
@@ -260,12 +261,19 @@ HELP = {
 _TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str}
 
 
+EXAMPLES = """examples:
+  moe-overlap train --kind scmoe_pos2 --steps 200
+  moe-overlap train --resume out/train --steps 400
+  torchrun --nproc-per-node 2 -m moe_overlap train --kind top2"""
+
+
 def parse(argv: Sequence[str] | None, *, ranks: int | None = None) -> TrainOptions:
     """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
     parser = OneLineParser(
         prog="moe-overlap train",
         description="Train a small Mixture-of-Experts language model on real text, expert-parallel.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=TypedDefaults,
+        epilog=EXAMPLES,
     )
     for field in fields(TrainOptions):
         if field.type == "bool":

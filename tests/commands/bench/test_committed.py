@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_overlap.measure.overlap import cut_bound
+
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks/results"
 
@@ -77,6 +79,35 @@ def test_schedules_reach_their_bounds_at_every_share():
     assert all(min(ratios) <= 1 for ratios in groups.values()), "the best row of every share"
     kept = [ratio <= 1 for ratios in groups.values() for ratio in ratios]
     assert sum(kept) >= 0.95 * len(kept), "and nearly all the others"
+
+
+def bounds():
+    """(time over bound, row) of every unflagged row, the bound of a row that is cut made of its case's serial row."""
+    serial: dict[tuple, dict] = {}
+    rows = [row for row in rows_of("cpu-2core/*.jsonl") if "bound_ms" in row and "exchange_ms" in row]
+    names = "case phase link tokens ffn hidden experts top_k dedup ranks compute serial_ms nocomm_ms".split()
+    for row in rows:
+        if row["schedule"] == "serial":
+            serial[tuple(row.get(name) for name in names)] = row
+    for row in rows:
+        if row["bound_ms"] is None or row["flagged"] is not None:
+            continue
+        alone, bound_ms = row["case"] == "top2", row["bound_ms"]
+        # Rows of before there was a choice have as many chunks in backward.
+        back = row.get("backward_chunks", row["chunks"]) if row["phase"] == "train" else None
+        if alone or max(row["chunks"], back or 1) > 1:
+            one = serial[tuple(row.get(name) for name in names)]
+            alone = alone and row.get("dedup", "off") == "off"
+            bound_ms = cut_bound(row["nocomm_ms"], one["exchange_ms"], row["chunks"], back,
+                                 alone=alone, even=row["routing"] == "balanced")  # fmt: skip
+        yield row["time_ms_median"] / bound_ms, row
+
+
+def test_no_row_is_faster_than_its_bound_but_for_noise():
+    """One of 186 is 2.2 % below: its compute alone was measured slower than the whole step."""
+    found = [ratio for ratio, _ in bounds()]
+    assert len(found) >= 180
+    assert sum(ratio < 0.98 for ratio in found) <= 1 and min(found) > 0.975
 
 
 def test_a_row_that_cannot_be_judged_is_not():

@@ -1,0 +1,67 @@
+"""Ctrl-C: one line, exit status 130, no traceback; `train` leaves a checkpoint from which it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_overlap.launch.stopping import stopping
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 120.0
+SIZES = "--batch 4 --seq 32 --layers 2 --hidden 32 --ffn 48 --experts 4 --vocab 300 --threads 1 --steps 1000000".split()
+
+
+def interrupted_after_a_step(out, *words):
+    """(exit status, stderr) of a training run that is interrupted once it has logged a step."""
+    log = out / "train.jsonl"
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    command = [sys.executable, "-m", "moe_overlap", "train", *SIZES, "--out", str(out), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, cwd=out, stderr=subprocess.PIPE, text=True) as process:
+        until_s = time.monotonic() + LIMIT_S
+        while time.monotonic() < until_s and process.poll() is None:
+            if log.exists() and '"step", ' in "".join(log.read_text().splitlines(keepends=True)[before:]):
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=LIMIT_S)
+    return process.returncode, said
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {number} of a text that is long enough\n" for number in range(3000)))
+    return path
+
+
+def test_an_interrupted_run_goes_on_from_its_folder(tmp_path, text):
+    status, said = interrupted_after_a_step(tmp_path, "--text", str(text), "--ranks", "2")
+    assert status == 130 and "Traceback" not in said
+    lines = [line for line in said.splitlines() if "interrupted" in line]
+    assert len(lines) == 1 and f"--resume {tmp_path}" in lines[0]
+    status, said = interrupted_after_a_step(tmp_path, "--text", str(text), "--ranks", "1", "--resume", str(tmp_path))
+    assert status == 130 and "Traceback" not in said
+    assert "on 1 rank(s); it was saved on 2" in said.splitlines()[0]
+    events = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    assert steps == list(range(len(steps))), "the second run begins where the first one ended"
+
+
+def test_the_first_interrupt_asks_and_the_second_one_breaks_off():
+    before = signal.getsignal(signal.SIGINT)
+    with stopping() as stop:
+        assert not stop.asked
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
