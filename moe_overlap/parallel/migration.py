@@ -7,7 +7,7 @@ they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,12 +74,12 @@ def migrated(
         ownership.expert_ids = ids
         ownership.shown_on.clear()
         if hasattr(module, "expert_ids"):
-            module.expert_ids = ids
+            setattr(module, "expert_ids", ids)  # noqa: B010 - no tensor, whatever modules declare
 
     return commit
 
 
-def _held(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[_Held]:
+def _held(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[_Held]:
     """All that has a row for each expert, in an order that all ranks share."""
     found: list[_Held] = []
     seen: set[int] = set()

@@ -73,8 +73,7 @@ def train(transports, optimizer, *, steps, moves):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "optimizer"), [(2, "adam"), (3, "sgd")])
 def test_twenty_steps_with_one_layer_moved_in_each_are_those_of_a_static_run(world, optimizer):
     def rank(me):
         moved = train([me.transport(), me.transport()], optimizer, steps=20, moves=True)

@@ -28,7 +28,7 @@ def clip(old: str, new: str) -> Patch:
     return Patch("parallel.clip", old, new)
 
 
-GIVE = "step.give(rows_TD, slots_TK, routing.topk_weights_TK, entered=late is None)"
+GIVE = "step.give(rows_TD, ids_TK, routing.topk_weights_TK, entered=late is None)"
 COMBINE = "return ops.combine(self.back, self.slot_to_row, self._weights_TK)"
 COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backward(
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
