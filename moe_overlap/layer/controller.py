@@ -142,7 +142,8 @@ class PlacementController:
         self._watched = [
             _Watched(one, *np.zeros((2, one.dispatcher.placement.num_experts), np.int64)) for one in layers
         ]
-        self._detach = [one.layer.watch(partial(_Watched.count, one)) for one in self._watched]
+        for one in self._watched:
+            one.layer.watch(partial(_Watched.count, one))
         self._warned = False
 
     @property

@@ -20,7 +20,7 @@ from moe_overlap.launch.launch import World
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.moving import set_placement
 from moe_overlap.placement import LocalFirst, Placement
-from moe_overlap.placement.planners import Eplb, Flex, Proportional
+from moe_overlap.placement.planners import Eplb, Flex, Planner, Proportional
 from moe_overlap.placement.topology import Topology
 from moe_overlap.planning.copy_costs import GRADIENT_BYTES, PhaseCosts
 from moe_overlap.planning.cost_model import AlphaBeta
@@ -127,7 +127,11 @@ def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray
         row_bytes=options.hidden * options.torch_dtype.itemsize, expert_bytes=expert,
         inter_bytes_per_s=expert / forward.copy[0].beta_s,
     )  # fmt: skip
-    planners = {"flex": Flex(), "eplb": Eplb(keep_homes=True), "proportional": Proportional(keep_homes=True)}
+    planners: dict[str, Planner] = {
+        "flex": Flex(),
+        "eplb": Eplb(keep_homes=True),
+        "proportional": Proportional(keep_homes=True),
+    }
     slots = options.experts // options.ranks + options.slots
     current = Placement.identity(options.experts, options.ranks)
     return planners[planner](history_WE, topology, slots=slots, current=current)
