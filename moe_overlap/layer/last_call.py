@@ -85,7 +85,7 @@ class LastCall:
         loss = loss_alone(routing)
         y_TD = y_TD if routing.identity is None else routing.identity.added_to(y_TD)
         if torch.compiler.is_compiling():
-            if not torch.compiler.is_exporting():
+            if not torch.compiler._is_exporting_flag:  # 2.11 says is_exporting() in torch.compile too
                 leave_compiled(self._left, self.schedule, routing, loss)
             return hand_on(y_TD.reshape(shape), routing.state)
         recompute = current_phase() > 0

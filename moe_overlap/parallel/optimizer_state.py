@@ -73,9 +73,10 @@ def attend(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:
         state = optimizer.state[parameter] if parameter in optimizer.state else {}
         mesh = getattr(parameter, "device_mesh", None)
         whole = (parameter.shape[0] // max(1, len(owner.expert_ids)) * owner.num_experts, *parameter.shape[1:])
+        may_be_whole = 0 < len(owner.expert_ids) < owner.num_experts  # else that is the shape of this rank's own
         for key, value in state.items():
             other_mesh = getattr(value, "device_mesh", mesh) != mesh
-            if hasattr(value, IDS) or other_mesh or getattr(value, "shape", None) == whole:
+            if hasattr(value, IDS) or other_mesh or (may_be_whole and getattr(value, "shape", None) == whole):
                 state[key] = _taken(f"the optimizer's {key}", value, parameter, owner)
 
 

@@ -148,7 +148,7 @@ def taken(name: str, value: Any, target: Any, ownership: Ownership) -> torch.Ten
         value = value.full_tensor()
     value = value.detach()
     if held is None:
-        if value.shape == target.shape:
+        if value.shape == target.shape and len(ours) < ownership.num_experts:
             raise _partial(name, value, ours)
         held = tuple(range(ownership.num_experts))
     if left or (each * len(held), *target.shape[1:]) != tuple(value.shape):

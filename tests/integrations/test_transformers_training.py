@@ -67,20 +67,18 @@ def _trainer(model, folder):
     return Trainer(model=model, args=arguments(folder, save_every=2), train_dataset=Sentences())
 
 
-def test_resuming_goes_on_as_with_transformers_own_experts(tmp_path):
-    _trainer(model_of("qwen3_moe", "moe_overlap"), tmp_path / "first").train()
-    both = []
-    for implementation in ("eager", "moe_overlap"):
-        model = model_of("qwen3_moe", implementation)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-        trainer = _trainer(model, tmp_path / implementation)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-        assert trainer.state.global_step == STEPS
-        both.append(dict(model.named_parameters()))
-    assert both[0]["model.layers.0.mlp.experts.down_proj"].any()
-    same(both[1], both[0], rtol=1e-4, atol=1e-5)
+def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path):
+    """From the model of the checkpoint: the Trainer by itself does not put experts back that the file names one by one,
+    with whatever experts implementation."""
+    whole = model_of("qwen3_moe", "moe_overlap")
+    _trainer(whole, tmp_path / "first").train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    options = {"experts_implementation": "moe_overlap", "attn_implementation": "eager"}
+    again = MODELS["qwen3_moe"].from_pretrained(checkpoint, **options).train()
+    trainer = _trainer(again, tmp_path / "second")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == STEPS
+    same(dict(again.named_parameters()), dict(whole.named_parameters()), rtol=1e-5, atol=1e-7)
 
 
 def test_an_adapter_on_the_experts(tmp_path):
@@ -125,7 +123,7 @@ def _two(folder, out):
 
 def test_the_trainer_on_two_ranks(tmp_path):
     save(model_of("qwen3_moe"), tmp_path / "one")
-    ranks = gloo_pool(2).run(_two, str(tmp_path / "one"), str(tmp_path / "two"))
+    ranks = gloo_pool(2).run(_two, str(tmp_path / "one"), str(tmp_path / "two"), limit_s=200.0)
     model = model_of("qwen3_moe")
     trainer = Trainer(model=model, args=arguments(tmp_path / "three"), train_dataset=Sentences())
     trainer.args.per_device_train_batch_size = 4

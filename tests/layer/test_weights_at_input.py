@@ -19,7 +19,7 @@ def _inputs(k, rank=0, ranks=1):
     x = torch.randn(T, D, generator=generator)
     ids = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :k]
     weights = torch.rand(T, k, generator=generator)
-    w_in, w_out = torch.randn(E, 2 * F, D, generator=generator), torch.randn(E, D, F, generator=generator)
+    w_in, w_out = (0.2 * torch.randn(shape, generator=generator) for shape in ((E, 2 * F, D), (E, D, F)))
     held = slice(rank * E // ranks, (rank + 1) * E // ranks)
     mine = [value.tensor_split(ranks)[rank].clone() for value in (x, ids, weights)]
     return *mine, w_in[held].clone(), w_out[held].clone()

@@ -42,7 +42,7 @@ def solve(monkeypatch, planted, share, rounds=8):
     monkeypatch.setattr(wires, "link_bytes", lambda *_: PAYLOAD)
     monkeypatch.setattr(wires, "plan_of", lambda *_: None)
     monkeypatch.setattr(wires, "Variant", SimpleNamespace)
-    model = SimpleNamespace(sizes=SimpleNamespace(hidden=8), dtype=torch.float32)
+    model = SimpleNamespace(sizes=SimpleNamespace(hidden=8), dtype=torch.float32, as_asked=lambda pair: pair)
     return wires.solve_link(planted, model, planted, share=share, latency_s=LATENCY_S, ranks_per_node=1, rounds=rounds)
 
 
