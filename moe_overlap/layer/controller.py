@@ -158,7 +158,7 @@ class PlacementController:
             one.progress.steps += 1
             one.since += 1
             one.progress.calls += one.recent
-            found = self._due(one) if one.pending is None and one.recent else None
+            found = self._due(one) if one.pending is None and one.seen + one.recent else None
             one.end_step()
             if found is not None:
                 self._plan(one, *found)
@@ -172,7 +172,7 @@ class PlacementController:
     def _due(self, one: _Watched) -> tuple[np.ndarray, int] | None:
         """The counts [W, E] to plan for, and of how many calls they are; None: not now."""
         recent_WE = self._spread(one, one.recent_E)
-        if self.threshold is not None:
+        if self.threshold is not None and one.recent:
             ratio = self._ratio(one, recent_WE)
             assert self.release is not None
             one.armed = one.armed or ratio <= self.release

@@ -127,7 +127,11 @@ def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray
         row_bytes=options.hidden * options.torch_dtype.itemsize, expert_bytes=expert,
         inter_bytes_per_s=expert / forward.copy[0].beta_s,
     )  # fmt: skip
-    planners: dict[str, Planner] = {"flex": Flex(), "eplb": Eplb(keep_homes=True), "proportional": Proportional(keep_homes=True)}
+    planners: dict[str, Planner] = {
+        "flex": Flex(),
+        "eplb": Eplb(keep_homes=True),
+        "proportional": Proportional(keep_homes=True),
+    }
     slots = options.experts // options.ranks + options.slots
     current = Placement.identity(options.experts, options.ranks)
     return planners[planner](history_WE, topology, slots=slots, current=current)
