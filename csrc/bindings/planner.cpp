@@ -1,17 +1,52 @@
 // moe_overlap.native._planner: the torch-free part of the core for Python. Integers and seconds in, seconds out.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "core/placement.h"
+#include "core/replication.h"
 #include "core/search.h"
 #include "core/simulate.h"
 
 namespace py = pybind11;
+
+namespace {
+
+using Seats = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
+
+std::tuple<double, double, bool, Seats> decide_replication(
+    const py::array_t<int64_t, py::array::c_style | py::array::forcecast>& counts, int64_t ranks_per_node,
+    const Seats& seats, std::vector<int64_t> spare, bool refetched, const std::vector<std::array<double, 14>>& phases,
+    int64_t most_copies, double margin) {
+  if (counts.ndim() != 2) throw std::invalid_argument("counts must be [ranks, experts]");
+  moe_overlap::Load load{};
+  load.ranks = counts.shape(0);
+  load.experts = counts.shape(1);
+  load.ranks_per_node = ranks_per_node;
+  load.counts = counts.data();
+  for (const auto& [expert, rank, rows] : seats) load.seats.push_back({expert, rank, rows});
+  load.spare = std::move(spare);
+  load.refetched = refetched;
+  for (const auto& p : phases) {
+    load.phases.push_back({p[0], p[1], {{{p[2], p[3]}, {p[4], p[5]}}}, {{{p[6], p[7]}, {p[8], p[9]}}}, p[10], p[11],
+                           p[12] != 0, p[13] != 0});
+  }
+  load.most_copies = most_copies;
+  load.margin = margin;
+  const moe_overlap::Decision found = moe_overlap::decide(load);
+  Seats chosen;
+  for (const moe_overlap::Seat& seat : found.seats) chosen.emplace_back(seat.expert, seat.rank, seat.rows);
+  return {found.left_s, found.predicted_s, found.left, std::move(chosen)};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_planner, module) {
   module.doc() = "Exact event simulation of schedules and the search over them (C++17, no torch).";
@@ -58,6 +93,9 @@ PYBIND11_MODULE(_planner, module) {
       py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"), py::arg("deferred_s"),
       py::arg("ahead_s") = std::vector<double>{}, py::arg("last_s") = std::vector<double>{},
       "(predicted_s, joined, chunk_order, ops_before) of every candidate for one way of cutting the exchange.");
+  module.def("decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
+             py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),
+             "(left_s, predicted_s, left, seats (expert, rank, rows)): leave rows, move them, or copy experts.");
   using Ints = std::vector<int64_t>;
   module.def(
       "eplb",

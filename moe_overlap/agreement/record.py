@@ -160,7 +160,10 @@ def record_words(num_experts: int, num_slots: int, dedup: int, nodes: int = 0) -
     return len(RECORD_FIELDS) + BLOCKS * (num_experts + nodes + (2 * num_slots if dedup == 1 else 0)) // 2
 
 
-ROUTER_HINT = "; they replay other calls, or recordings of other lengths, or only one of them does (0)"
+ROUTER_HINT = (
+    "; they replay other calls, or recordings of other lengths, or only one of them does (0), or not all of them were "
+    "given a token_mask beside balance='global'"
+)
 DIGEST_HINT = (
     '; they have other schedules, or other ops or settings beside schedule="auto", or only one has measured already'
 )

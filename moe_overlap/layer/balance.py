@@ -8,12 +8,14 @@ ranks of the layer. Neither happens in a recompute, nor where nothing needs a gr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from moe_overlap.agreement.record import digest
 from moe_overlap.agreement.static_plan import StaticExchange
 from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.placement.placement import Placement
@@ -26,6 +28,16 @@ from moe_overlap.transport.closing import closing_on_error
 def sums_over_replicas(router: nn.Module, ownership: Ownership) -> bool:
     """Whether the loss of every call is summed over ranks, so that one rank's ops in a row are not all of it."""
     return ownership.replicas is not None and getattr(router, "balance", None) == "global"
+
+
+def with_sum_said(routing: RoutingDecision, *, static: bool) -> RoutingDecision:
+    """The decision with the sum over ranks that its loss will need said in the step's record, so that a rank which
+    needs none (no token_mask, a frozen router) is a PlanMismatch on all of them and no sum that waits for it.
+    static: fixed shapes, where every rank sums."""
+    rest = routing.global_balance
+    if static or rest is None or rest.agreed or not rest.probs_E.requires_grad:
+        return routing
+    return replace(routing, agreed=digest("balance over ranks", routing.agreed))
 
 
 def loss_alone(routing: RoutingDecision) -> torch.Tensor | None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.calibrate import step_shape
 from moe_overlap.auto.planned import Planned, PlannedSchedule
+from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.layer.stats import LastStep
+from moe_overlap.planning.copy_costs import break_even, break_even_text
 from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.planning.explain import in_ms, name_of
 from moe_overlap.planning.search import joined_form
@@ -15,6 +19,7 @@ from moe_overlap.schedule.actions import Action, Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import draw, makespan_s
 from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.schedule.weights import row_width
 from moe_overlap.schedule.words import legend, overlaps, python_of
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
@@ -82,6 +87,22 @@ def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
     if len(used) == 2:
         return f"Exchanges run beside compute in forward and in backward, {where}."
     return f"Exchanges run beside compute in {used[0]} only, {where}."
+
+
+def copies_text(rule: object, weights: tuple[torch.Tensor, torch.Tensor]) -> list[str]:
+    """What a rule that copies experts decided on in the last step, and from how many rows on a copy pays."""
+    if not isinstance(rule, ReplicationRule):
+        return []
+    w_in, w_out = weights
+    size = w_in.element_size()
+    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=row_width(w_in, w_out),
+                       param_bytes=size)  # fmt: skip
+    lines = ["", "copies of experts:", *(f"  {line}" for line in break_even_text(found))]
+    if rule.last is not None:
+        one = rule.last
+        what = "left as it is" if one.left else f"{len(one.seats) - rule.seats_before} new copies, rows shared out anew"
+        lines.append(f"  last step: {what}; predicted {in_ms(one.predicted_s)}, {in_ms(one.left_s)} if left")
+    return lines
 
 
 def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence[TimelineEvent]) -> list[str]:

@@ -14,7 +14,7 @@ from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.balance import loss_alone, loss_of_ranks
 from moe_overlap.layer.experts import weights_of
-from moe_overlap.layer.explain import explain
+from moe_overlap.layer.explain import copies_text, explain
 from moe_overlap.layer.latent import project
 from moe_overlap.layer.left import Left, leave_compiled
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
@@ -85,7 +85,7 @@ class LastCall:
         loss = loss_alone(routing)
         y_TD = y_TD if routing.identity is None else routing.identity.added_to(y_TD)
         if torch.compiler.is_compiling():
-            if not torch.compiler.is_exporting():
+            if not torch.compiler._is_exporting_flag:  # 2.11 says is_exporting() in torch.compile too
                 leave_compiled(self._left, self.schedule, routing, loss)
             return hand_on(y_TD.reshape(shape), routing.state)
         recompute = current_phase() > 0
@@ -129,7 +129,8 @@ class LastCall:
         """`explain` for a caller whose schedule orders this layer's calls, which is ShortcutBlock."""
         last, computes = self._last_step, self._computes(verbose=verbose)
         if last is not None:
-            return explain(last.pair, last.events, self.transport, computes=computes, last=last)
+            text = explain(last.pair, last.events, self.transport, computes=computes, last=last)
+            return "\n".join([text, *copies_text(self.dispatcher.rule, self.expert_weights)])
         if isinstance(schedule, AutoSchedule):
             return 'Nothing is chosen yet: with schedule "auto" the first forward call calibrates, then chooses.'
         return explain(schedule, [], self.transport, computes=computes)

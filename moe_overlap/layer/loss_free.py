@@ -104,7 +104,8 @@ class LossFreeBalancer:
             for transport in self._transports_of(found[0]):
                 flat = transport.all_reduce(flat, action="bias").wait()
             for one, counts_E in zip(found, flat.split([one.counts_E.shape[0] for one in found]), strict=True):
-                update_bias_(_bias_of(one.router), counts_E, self.update_rate, recentre=self.recentre)
+                masked_E, bias_E = getattr(one.router, "masked_experts_E", None), _bias_of(one.router)
+                update_bias_(bias_E, counts_E, self.update_rate, recentre=self.recentre, masked_E=masked_E)
                 one.counts_E = torch.zeros_like(counts_E)
 
     def _counts_of(self, router: nn.Module, layer: MoELayer | None) -> Counted:

@@ -18,12 +18,14 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.assembly import Rows
+from moe_overlap.layer.balance import with_sum_said
 from moe_overlap.layer.tape import Tape
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision, as_decision
 from moe_overlap.routing.nodes import Nodes
 from moe_overlap.routing.zero import part_decision
 from moe_overlap.schedule.dispatch import Dispatcher
+from moe_overlap.schedule.static_dispatch import StaticDispatcher
 
 
 class Routes:
@@ -39,6 +41,7 @@ class Routes:
         Raises ConfigError."""
         tape = self._tape
         routing = tape.decide(self.router, x_TD, told) if tape.runs else as_decision(self.router(x_TD, **told))
+        routing = with_sum_said(routing, static=isinstance(self.dispatcher, StaticDispatcher))
         return part_decision(routing, x_shared, self.dispatcher.placement.num_experts)
 
     def _told(self, x: torch.Tensor, given: Mapping[str, object]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 def simulate(
     lane_of_action: Sequence[int],
     duration_s: Sequence[float],
@@ -20,6 +22,16 @@ def search(
     ahead_s: Sequence[float] = ...,
     last_s: Sequence[float] = ...,
 ) -> list[tuple[float, bool, list[int], list[int]]]: ...
+def decide_replication(
+    counts: np.ndarray,
+    ranks_per_node: int,
+    seats: Sequence[tuple[int, int, int]],
+    spare: Sequence[int],
+    refetched: bool,
+    phases: Sequence[tuple[float, ...]],
+    most_copies: int,
+    margin: float,
+) -> tuple[float, float, bool, list[tuple[int, int, int]]]: ...
 def eplb(
     loads: Sequence[Sequence[float]],
     slots: Sequence[int],

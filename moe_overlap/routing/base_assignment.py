@@ -25,7 +25,7 @@ def assign(scores_TE: torch.Tensor) -> torch.Tensor:
     that one is better than the second best; an expert keeps the highest bids, and once it is full its price is the
     lowest of these. On the CPU, since the host looks at every round.
     """
-    scores_TE = scores_TE.cpu().double()
+    scores_TE = _from_the_best(scores_TE.cpu().double())
     tokens, experts = scores_TE.shape
     if experts == 1 or tokens == 0:
         return torch.zeros(tokens, dtype=torch.int64)
@@ -48,6 +48,16 @@ def assign(scores_TE: torch.Tensor) -> torch.Tensor:
                 held_T[holders[order[seats:]]] = -1
                 price_E[expert] = bids[seats - 1]
     raise RuntimeError(f"no assignment of {tokens} tokens to {experts} experts within {MOST_ROUNDS} rounds")
+
+
+def _from_the_best(scores_TE: torch.Tensor) -> torch.Tensor:
+    """Scores less the greatest, so that a bid is not lost in the rounding of scores that are nearly alike. -inf becomes
+    what lies below all others by as much as these are apart: taken only where seats run out."""
+    finite_TE = scores_TE.isfinite()
+    if not finite_TE.any():
+        return torch.zeros_like(scores_TE)
+    scores_TE = scores_TE - scores_TE.max()
+    return scores_TE.masked_fill(~finite_TE, 2 * float(scores_TE[finite_TE].min()) or -1.0)
 
 
 class BaseRouter(LinearRouter):

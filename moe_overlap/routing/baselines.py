@@ -79,9 +79,16 @@ class HashRouter(nn.Module):
 
     def give(self, token_ids: torch.Tensor) -> None:
         """The ids of the coming forward's tokens: integers of any shape, in the order of the rows of x. Raises
-        ConfigError for other dtypes; an id outside the vocabulary is an IndexError of the forward."""
+        ConfigError for other dtypes, and on the CPU for an id outside the vocabulary; on a GPU, where the host would
+        have to wait for it, an assertion of the device."""
         if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
             raise ConfigError("token_ids", token_ids.dtype, "an integer dtype")
+        vocab = self.table_VK.shape[0]
+        outside = (token_ids < 0) | (token_ids >= vocab)
+        if token_ids.device.type != "cpu":
+            torch._assert_async(~outside.any(), "token_ids: an id outside the vocabulary")
+        elif outside.any():
+            raise ConfigError("token_ids", int(token_ids[outside][0]), f"ids from 0 to {vocab - 1}")
         self._token_ids = token_ids.detach().reshape(-1)
 
     def extra_repr(self) -> str:

@@ -213,7 +213,7 @@ class LinearRouter(ExpertMask):
         local_experts: where experts and tokens are, which a router with a `locality` needs and others ignore.
         token_mask: bool [T], True = a token, False = padding, which takes no expert and is counted nowhere, whatever
         its x holds: not in losses, not in `tokens_per_expert_E`, not in drops, and bad logits of it are none. With
-        balance="global" all ranks give one, or none does.
+        balance="global" all ranks give one, or none does (else PlanMismatch on all of them).
         replay: a decision of earlier for the same tokens: its ids, its drops, and the weights of these logits (see
         `replayed.py`); nothing is selected.
 
@@ -344,6 +344,7 @@ class LinearRouter(ExpertMask):
         if self.z_loss_coef != 0.0:
             loss = loss + self.z_loss_coef * z_loss(logits_TE, valid_T1=valid_T1)
         if self.locality is not None and nodes is not None and mu != 0.0:
-            there = locality_loss(probs_TE, nodes, smoothing=self.locality.smoothing, valid_T1=valid_T1)
+            there = locality_loss(probs_TE, nodes, smoothing=self.locality.smoothing, valid_T1=valid_T1,
+                                  masked_E=self.masked_experts_E)  # fmt: skip
             loss = loss + mu * there
         return loss, rest

@@ -62,12 +62,19 @@ def check_locality(locality: object, *, bias: bool, n_group: int, zero_experts: 
 
 
 def locality_loss(
-    probs_TE: torch.Tensor, nodes: Nodes, *, smoothing: float, valid_T1: torch.Tensor | None = None
+    probs_TE: torch.Tensor,
+    nodes: Nodes,
+    *,
+    smoothing: float,
+    valid_T1: torch.Tensor | None = None,
+    masked_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """KL(D_c || D_l) without its factor mu (LocMoE, arXiv 2401.13920, eq. 6): a scalar of probs_TE's dtype.
 
         D_c[i] = mean over the tokens of p_i                      where the tokens go; differentiable
         D_l[i] = (1 - eps) / |S| in S, eps / (E - |S|) elsewhere  S: the experts on the tokens' node, by the placement
+
+    Masked experts (masked_E: bool [E]) are in neither, and none of the E.
 
     The paper leaves D_l and its smoothing open. This one is even inside the node and outside, so that the loss is
     least where a share eps of the tokens leaves the node and both parts are balanced. Where all experts are on the node
@@ -82,8 +89,10 @@ def locality_loss(
         current_NE, near_NE = torch.stack(each), nodes.is_near(probs_TE.device)
     else:
         current_NE, near_NE = mean_over_tokens(probs_TE, valid_T1)[None], nodes.near(probs_TE.device)
+    there_NE = torch.ones_like(near_NE) if masked_E is None else (~masked_E).expand_as(near_NE)
+    near_NE = near_NE & there_NE
     num_near = near_NE.sum(dim=-1, keepdim=True).to(probs_TE.dtype)
-    num_far = near_NE.shape[-1] - num_near
+    num_far = there_NE.sum(dim=-1, keepdim=True) - num_near
     favoured_NE = torch.where(near_NE, (1 - smoothing) / num_near, smoothing / num_far.clamp_min(1))
     favoured_NE = torch.where(num_far == 0, 1 / num_near, favoured_NE)
     tiny = torch.finfo(probs_TE.dtype).tiny

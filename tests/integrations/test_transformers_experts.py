@@ -70,7 +70,7 @@ FORMS = ["aria", "deepseek_v4", "gemma4", "gpt_oss", "inkling2", "mixtral", "nem
 
 @pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
 def test_two_ranks_compute_what_transformers_does_on_one(schedule):
-    ranks = gloo_pool(2).run(_spread_all, FORMS, schedule)
+    ranks = gloo_pool(2).run(_spread_all, FORMS, schedule, limit_s=200.0)
     for family in FORMS:
         experts = experts_of(family, FAMILIES[family])
         want = gradients(experts, experts, torch.float32)

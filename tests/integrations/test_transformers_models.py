@@ -110,7 +110,7 @@ def _train(folder, schedule):
 def test_two_ranks_are_one_process_with_both_batches(tmp_path, family, schedule):
     folder = tmp_path / family
     save(model_of(family), folder)
-    ranks = gloo_pool(2).run(_train, str(folder), schedule)
+    ranks = gloo_pool(2).run(_train, str(folder), schedule, limit_s=200.0)
     alone = [step(model_of(family), batch(rank)) for rank in range(2)]
     for rank, (found, held, equal) in enumerate(ranks):
         assert equal, "a recompute gave other gradients"
@@ -134,7 +134,7 @@ def test_two_ranks_generate_and_save_the_file_of_one(tmp_path):
     folder, out = tmp_path / "one", tmp_path / "two"
     model = model_of("qwen3_moe").eval()
     save(model, folder)
-    ranks = gloo_pool(2).run(_generate_and_save, str(folder), str(out))
+    ranks = gloo_pool(2).run(_generate_and_save, str(folder), str(out), limit_s=200.0)
     for rank, tokens in enumerate(ranks):
         want = model.generate(batch(rank), max_new_tokens=5, do_sample=False)
         assert torch.equal(torch.from_numpy(tokens), want)
@@ -155,7 +155,10 @@ def _refuse():
 
 
 def test_ranks_that_do_not_divide_all_are_refused():
-    assert gloo_pool(2).run(_refuse)[0] == ("ranks", ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"])
+    assert gloo_pool(2).run(_refuse, limit_s=200.0)[0] == (
+        "ranks",
+        ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"],
+    )
 
 
 def test_one_process_needs_no_distributed_config():

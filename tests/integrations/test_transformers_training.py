@@ -123,7 +123,7 @@ def _two(folder, out):
 
 def test_the_trainer_on_two_ranks(tmp_path):
     save(model_of("qwen3_moe"), tmp_path / "one")
-    ranks = gloo_pool(2).run(_two, str(tmp_path / "one"), str(tmp_path / "two"))
+    ranks = gloo_pool(2).run(_two, str(tmp_path / "one"), str(tmp_path / "two"), limit_s=200.0)
     model = model_of("qwen3_moe")
     trainer = Trainer(model=model, args=arguments(tmp_path / "three"), train_dataset=Sentences())
     trainer.args.per_device_train_batch_size = 4

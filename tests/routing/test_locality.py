@@ -66,6 +66,28 @@ def test_nothing_to_favour_costs_nothing(tokens):
     assert loss.item() == 0.0 and (probs_TE.grad == 0).all()
 
 
+@pytest.mark.parametrize("masked", [(3,), (2, 4), (1, 3)])
+def test_a_masked_expert_is_on_no_node(masked):
+    """As if it were not there; (1, 3): node 0 has none left, and nothing to favour."""
+    masked_E = torch.tensor([expert in masked for expert in range(7)])
+    probs_TE = probabilities().masked_fill(masked_E, 0.0)
+    probs_TE = (probs_TE / probs_TE.sum(dim=1, keepdim=True)).requires_grad_()
+    loss = locality_loss(probs_TE, nodes(0), smoothing=0.1, masked_E=masked_E)
+    left = [expert for expert in range(7) if expert not in masked]
+    there = Nodes(of_expert=tuple(OF_EXPERT[expert] for expert in left), num_nodes=3, own=0)
+    assert loss.item() == pytest.approx(locality_loss(probs_TE[:, left], there, smoothing=0.1).item(), rel=1e-12)
+    assert (loss.item() == 0.0) == (masked == (1, 3))
+    loss.backward()
+    assert probs_TE.grad.isfinite().all()
+
+
+def test_a_router_tells_its_loss_what_is_masked():
+    router = LocMoERouter(8, 7, mu=1.0, aux_loss_coef=0.0, dtype=torch.float64)
+    router.mask_experts((1, 3))
+    assert router(torch.randn(5, 8, dtype=torch.float64), local_experts=nodes(0)).aux_loss.item() == 0.0
+    assert router(torch.randn(5, 8, dtype=torch.float64), local_experts=nodes(1)).aux_loss.item() > 0.1
+
+
 def test_equal_nodes_and_equal_texts_have_their_least_sum_at_even_probabilities():
     """Why the loss alone does nothing: the sum over the nodes of one even distribution is below that of any other."""
     where = [Nodes(of_expert=(0, 0, 1, 1), num_nodes=2, own=own) for own in range(2)]

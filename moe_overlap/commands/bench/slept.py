@@ -145,8 +145,9 @@ def slept_experts(calibration: Calibration | None) -> Iterator[None]:
         time.sleep(calibration.dgrad_row_s * rows_of(ends, starts))
         return DgradResult(dx, dh, a, dscale)
 
-    def wgrad(x: Any, dy: Any, dh: Any, a: Any, ends: Any, **_: Any) -> None:
-        time.sleep(calibration.wgrad_row_s * rows_of(ends, None))
+    def wgrad(x: Any, dy: Any, dh: Any, a: Any, ends: Any, *, experts: Any = None, **_: Any) -> None:
+        first, last = (0, len(ends)) if experts is None else experts
+        time.sleep(calibration.wgrad_row_s * (int(ends[last - 1]) - (int(ends[first - 1]) if first else 0)))
 
     try:
         ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad = forward, dgrad, wgrad  # type: ignore[assignment]

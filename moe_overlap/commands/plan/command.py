@@ -24,7 +24,9 @@ from moe_overlap.commands.plan.picture import rate_text, write_png
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep, total_s
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
+from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
 from moe_overlap.planning.explain import Change, explain, in_ms
+from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
 
 OUTPUTS = ("plan.png", "plan.json")
@@ -43,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
     if options.dedup != "off":
         sections.append(_deduplication(options, points))
+    sections += [lines for lines in [_copies(options, point)] if lines]
     sections += [[text] for text in _explained(points, point)]
     found = sweep(options) if bandwidths(options) else None
     if found is not None:
@@ -112,6 +115,18 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
     return lines + _memory_bound(options, point)
+
+
+def _copies(options: PlanOptions, point: Prediction) -> list[str]:
+    """From how many rows on an expert's weights had better travel than they."""
+    if not point.at.peers:
+        return []
+    phases: tuple[Phase, ...] = ("forward",) if options.phase == "infer" else ("forward", "backward")
+    row_bytes, params = options.hidden * options.dtype_bytes, 3 * options.hidden * options.ffn
+    costs = costs_of(point.model, phases, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
+    found = break_even(costs, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
+    lines = break_even_text([one for one in found if one.wire in point.at.peers])
+    return ["Where an expert is wanted more than others:", *(f"  {line}" for line in lines)] if lines else []
 
 
 def _rows_line(options: PlanOptions, point: Prediction) -> str:

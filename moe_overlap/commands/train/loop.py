@@ -55,8 +55,10 @@ def train(
     report: Report,
     *,
     checkpoint: Checkpoint | None = None,
+    adjust: Callable[[LanguageModel], None] = lambda model: None,
 ) -> Trained:
     """Train for options.steps steps, from `checkpoint` if given. `report` receives one dict per step (every rank).
+    adjust: what is done to the model before the first step, on every rank.
 
     Ctrl-C on any rank: all of them end the step they are in, save a checkpoint and return; with --compare-overlap,
     which cannot go on from one, KeyboardInterrupt instead.
@@ -64,6 +66,7 @@ def train(
     torch.manual_seed(options.seed)
     model = LanguageModel(options, world.group)
     initialise(model, seed=options.seed, rank=world.rank)
+    adjust(model)
     prepare(model)  # Expert gradients are then means over ranks, as the dense ones below.
     optimizer = torch.optim.AdamW(decay_groups(model, options.weight_decay), lr=options.lr, betas=BETAS)
     dense_gradients = DenseGradients(model)

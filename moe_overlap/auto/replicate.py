@@ -1,0 +1,115 @@
+"""Copies of experts for one step, decided when its counts are known: `planning.replication` as a rule of the layer.
+
+Every rank decides by itself from the agreed counts and from costs that are equal on all ranks (`digest`, compared in
+the step's record), and so does a recompute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.placement import Placement
+from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.replication import MARGIN, Decision, Load, decide, split_rows
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A selector that shares rows out as a decision did: for each source rank and slot, the rows that go there.
+
+    table: int64 [W, P]; every rank gives the slots of each expert at least 1 together.
+    """
+
+    table: bytes
+    ranks: int
+
+    @property
+    def text(self) -> str:
+        return "shares " + hashlib.sha256(self.table).hexdigest()[:16]
+
+    def shares(self, slots: object) -> np.ndarray:
+        """As `Selector.shares`."""
+        return np.frombuffer(self.table, dtype=np.int64).reshape(self.ranks, -1)
+
+
+@dataclass(kw_only=True)
+class ReplicationRule:
+    """A `StepRule`: leave rows at the layer's own slots, move them among these, or copy experts for this step.
+
+    phases: what is paid for a step, forward alone or both (`costs_of`). spare: slots for copies on each rank, beside
+    those of the layer's placement. `last`: the decision of the last call, for whoever asks, and `seats_before` it.
+    """
+
+    phases: Sequence[PhaseCosts]
+    spare: int
+    ranks_per_node: int = 1
+    most_copies: int | None = None
+    margin: float = MARGIN
+    last: Decision | None = field(default=None, init=False)
+    seats_before: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.spare < 0:
+            raise ConfigError("spare", self.spare, "at least 0 slots for copies on each rank")
+
+    @cached_property
+    def digest(self) -> int:
+        """Of everything that the decision depends on beside the counts."""
+        parts = (
+            [phase.numbers for phase in self.phases],
+            self.spare,
+            self.ranks_per_node,
+            self.most_copies,
+            self.margin,
+        )
+        return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little") >> 1
+
+    def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
+        """counts: int64 [W, BLOCKS, E]; base: the layer's placement, whose homes and copies stay."""
+        load = load_of(counts, base, [self.spare] * base.world_size, self.ranks_per_node)
+        self.seats_before = len(load.seats)
+        self.last = decide(load, self.phases, most_copies=self.most_copies, margin=self.margin)
+        return base if self.last.left else placement_of(load, self.last, base)
+
+
+def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per_node: int) -> Load:
+    """counts: int64 [W, BLOCKS, E]. The seats are the slots of `base`, homes first, with the rows that its selector
+    gives them; its copies are fetched anew in every step, as in training."""
+    by_slot = base.physical_counts(counts, range(base.world_size)).sum(axis=(0, 1))
+    others = [slot for slots in base.slots_of_expert for slot in slots[1:]]
+    ranks = base.rank_of_slots
+    seats = [(base.slot_to_expert[slot], int(ranks[slot]), int(by_slot[slot])) for slot in (*base.home_slots, *others)]
+    return Load(
+        counts=counts.sum(axis=1), seats=tuple(seats), spare=tuple(spare), ranks_per_node=ranks_per_node, refetched=True
+    )
+
+
+def placement_of(load: Load, decision: Decision, base: Placement) -> Placement:
+    """`base` with the decision's copies, and rows shared out as it says."""
+    copies: list[list[int]] = [[] for _ in range(base.world_size)]
+    for expert, rank in decision.copies(load):
+        copies[rank].append(expert)
+    own = base.experts_of_ranks()
+    placed = Placement.of_ranks(
+        [experts + sorted(more) for experts, more in zip(own, copies, strict=True)], homes=base.home_ranks
+    )
+    shares = np.zeros((placed.world_size, placed.num_slots), dtype=np.int64)
+    shares[:, list(placed.home_slots)] = 1  # where a rank has no rows of an expert, and where there is one slot
+    seats = zip(placed.slot_to_expert, placed.rank_of_slots.tolist(), strict=True)
+    slot_of = {seat: slot for slot, seat in enumerate(seats)}
+    places: list[list[tuple[int, int]]] = [[] for _ in range(base.num_experts)]
+    for expert, rank, rows in decision.seats:
+        places[expert].append((rank, rows))
+    for expert, found in enumerate(places):
+        if len(found) > 1:
+            column = load.counts[:, expert]
+            shares[column > 0, placed.home_slots[expert]] = 0
+            for source, rank, rows in split_rows(column.tolist(), found, load.ranks_per_node):
+                shares[source, slot_of[expert, rank]] = rows
+    return placed.with_selector(Shares(shares.tobytes(), placed.world_size))

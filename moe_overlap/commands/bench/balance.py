@@ -1,0 +1,221 @@
+"""`moe-overlap bench balance`: skewed routing under placements, copies of experts and shadows, with slept compute."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_overlap import config
+from moe_overlap.commands.bench.balance_cases import (
+    Planned,
+    Times,
+    Unit,
+    costs,
+    link_of,
+    max_rel_err,
+    planned,
+    predicted_s,
+    scaled,
+    time_rows,
+)
+from moe_overlap.commands.bench.balance_options import BalanceOptions, parse
+from moe_overlap.commands.bench.balance_report import KEYS, print_rows, write_picture
+from moe_overlap.commands.bench.options import LayerOptions
+from moe_overlap.commands.bench.slept import Calibration, calibrate
+from moe_overlap.commands.bench.wires import Wires
+from moe_overlap.commands.bench.workloads import choices, counts_of, imbalance
+from moe_overlap.commands.parser import check_folder
+from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.launch.launch import World, run, torchrun_world_size
+from moe_overlap.launch.saying import one_line
+from moe_overlap.measure.machine import commit, hardware
+from moe_overlap.measure.overlap import is_noisy, median, percentile
+from moe_overlap.measure.report import write_jsonl
+from moe_overlap.placement import Placement
+from moe_overlap.transport.link import LinkSpec
+
+PROGRAM = "moe-overlap bench balance"
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+OUTPUTS = ("results.jsonl", "balance.png")
+IDEAL = "forced_balanced"  # beside each schedule: what balanced routing takes
+STEP = 3  # of the workloads: all rows of a run have the same tokens
+MAX_REL_ERR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
+    options = parse(argv, ranks=torchrun_world_size())
+    link_of(options)  # refuses a latency that leaves nothing for the bytes
+    if options.recorded:
+        counts_of("recorded", options.sizes, seed=0, step=0, recorded=Path(options.recorded))
+    if not config.torchrun("RANK"):
+        check_folder("--out", options.out, OUTPUTS)
+    return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
+
+
+def run_rank(world: World, argv: Sequence[str]) -> int:
+    """What every rank does. What a user can act on becomes one line on stderr."""
+    options = parse(argv, ranks=world.size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = _measure(options, world)
+    except ConfigError as error:
+        return _complain(world, f"error: {error}", EXIT_BAD_INPUT, only_first=True)
+    except MoeTransportError as error:
+        return _complain(world, f"error: rank {world.rank}: {error}", EXIT_FAILED, only_first=False)
+    finally:
+        torch.set_num_threads(threads)
+    wrong = [row for row in rows if row["max_rel_err"] > MAX_REL_ERR[options.torch_dtype]]
+    if wrong:
+        return _complain(world, f"correctness: {wrong[0]['workload']} {wrong[0]['planner']} is off by "
+                         f"{wrong[0]['max_rel_err']:.2g}", EXIT_FAILED, only_first=True)  # fmt: skip
+    if world.rank == 0:
+        out = Path(options.out)
+        write_jsonl(out / "results.jsonl", rows)
+        write_picture(out / "balance.png", rows)
+        print_rows(rows)
+        print(f"wrote {', '.join(str(out / name) for name in OUTPUTS)}")
+    return 0
+
+
+def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
+    """The rows of all workloads, the same on all ranks. Collective."""
+    link, sleep = link_of(options), scaled(calibrate(world, _layer_options(options)), options)
+    wires = Wires.open(world, options.timeout_s)
+    wires.emulate(link, options.ranks_per_node)
+    unit = Unit(options, wires.link, sleep)
+    generator = torch.Generator().manual_seed(options.seed + world.rank)
+    x_TD = torch.randn(options.tokens, options.hidden, generator=generator).to(options.torch_dtype)
+    found = []
+    for workload in options.workloads:
+        if world.rank == 0:
+            print(f"{PROGRAM}: {workload}", file=sys.stderr, flush=True)
+        plans = planned(options, sleep, link, _history(options, workload))
+        ideals = [plan for plan in plans if plan.planner == options.planners[0]]
+        ids_TK = _ids(options, workload, world.rank)
+        even_TK = _ids(options, "balanced", world.rank)
+        errors = _errors(world, unit, plans, ids_TK, x_TD)
+        # Balanced routing needs no copies: the schedules of the first planner without its rule.
+        even = [Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair) for one in ideals]
+        rows = [*((one, even_TK) for one in even), *((one, ids_TK) for one in plans)]
+        times = time_rows(world, unit, rows, x_TD, sleep, options.repeats)
+        found += _rows(options, world, workload, [plan for plan, _ in rows], times, [0.0] * len(even) + errors, link,
+                       sleep)  # fmt: skip
+    return found
+
+
+def _errors(
+    world: World, unit: Unit, plans: Sequence[Planned], ids_TK: torch.Tensor, x_TD: torch.Tensor
+) -> list[float]:
+    """By how much a row's output, with real experts, differs from that of the first one without copies. Collective."""
+    alone = Planned(planner="static", schedule="serial", pair=plans[0].pair)
+    right, _ = max_rel_err(world, unit, alone, ids_TK, x_TD, None)
+    return [max_rel_err(world, unit, plan, ids_TK, x_TD, right)[1] for plan in plans]
+
+
+def _history(options: BalanceOptions, workload: str) -> np.ndarray:
+    """int64 [W, E]: the load that kept placements are made of, of the steps before the one that is timed."""
+    path = Path(options.recorded) if options.recorded else None
+    return np.sum([counts_of(workload, options.sizes, seed=options.seed, step=step, recorded=path)
+                   for step in range(STEP)], axis=0)  # fmt: skip
+
+
+def _ids(options: BalanceOptions, workload: str, rank: int) -> torch.Tensor:
+    path = Path(options.recorded) if options.recorded else None
+    return choices(workload, options.sizes, seed=options.seed, step=STEP, rank=rank, recorded=path)[0]
+
+
+def _layer_options(options: BalanceOptions) -> LayerOptions:
+    """What the calibration of sleeps asks for."""
+    return LayerOptions(
+        ranks=options.ranks, ranks_per_node=options.ranks_per_node, tokens=options.tokens, hidden=options.hidden,
+        ffn=options.ffn, experts=options.experts, top_k=max(2, options.top_k), dtype=options.dtype,
+    )  # fmt: skip
+
+
+def _rows(
+    options: BalanceOptions, world: World, workload: str, plans: Sequence[Planned], times: Sequence[Times],
+    errors: Sequence[float], link: LinkSpec, sleep: Calibration,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Collective."""
+    placement = Placement.identity(options.experts, options.ranks)
+    path = Path(options.recorded) if options.recorded else None
+    skewed = counts_of(workload, options.sizes, seed=options.seed, step=STEP, recorded=path)
+    even = counts_of("balanced", options.sizes, seed=options.seed, step=STEP)
+    dense_s = sleep.mlp_forward_s + sleep.mlp_backward_s
+    slowest = [_slowest(world, one) for one in times]
+    medians = [median(one) for one in slowest]
+    by_name = {(plan.planner, plan.schedule): seconds for plan, seconds in zip(plans, medians, strict=True)}
+    constant = _constant(options, link)
+    rows = []
+    for plan, one, seconds, samples, error in zip(plans, times, medians, slowest, errors, strict=True):
+        ideal = plan.planner == IDEAL
+        counts_WE = even if ideal else skewed
+        phases = costs(options, sleep, link, joined=plan.schedule == "serial")
+        predicted, load, copies = predicted_s(plan, counts_WE, placement, phases, options.ranks_per_node)
+        static_s, ideal_s = by_name.get(("static", plan.schedule)), by_name[IDEAL, plan.schedule]
+        ported = torch.tensor([one.weight_bytes, one.payload_bytes, 1e6 * median(one.cpu_s)], dtype=torch.float64)
+        most = torch.stack(world.gather(ported)).amax(dim=0).tolist()
+        row = {
+            **constant,
+            "workload": workload,
+            "planner": plan.planner,
+            "schedule": plan.schedule,
+            "chunks": plan.pair.chunks,
+            "backward_chunks": plan.pair.backward_chunks,
+            "predicted_ms": 1e3 * (predicted + dense_s),
+            "time_ms_median": 1e3 * seconds,
+            "time_ms_p10": 1e3 * percentile(samples, 0.1),
+            "time_ms_p90": 1e3 * percentile(samples, 0.9),
+            "ideal_ms": 1e3 * ideal_s,
+            "ceiling": None if static_s is None else static_s / ideal_s,
+            "speedup_vs_static": None if static_s is None else static_s / seconds,
+            "static_max_over_mean": imbalance(counts_WE, np.array(placement.home_ranks)),
+            "max_over_mean": load,
+            "moe_share": 1.0 - dense_s / seconds,
+            "copies": copies,
+            "migration_ms": 0.0,  # copies are fetched in every step and are in its time; homes do not move
+            "weight_bytes": int(most[0]),
+            "payload_bytes": int(most[1]),
+            "comm_cpu_ms": most[2] / 1e3,
+            "max_rel_err": error,
+            "flagged": "noisy" if is_noisy(samples) else None,
+        }
+        rows.append({key: _rounded(row[key]) for key in KEYS})
+    return rows
+
+
+def _slowest(world: World, times: Times) -> list[float]:
+    parts = world.gather(torch.tensor(times.seconds, dtype=torch.float64))
+    return [float(one) for one in torch.stack(parts).amax(dim=0)]
+
+
+def _constant(options: BalanceOptions, link: LinkSpec) -> dict[str, Any]:
+    names = "ranks ranks_per_node tokens hidden ffn experts top_k dtype slots comm_share seed repeats".split()
+    return {
+        **{name: getattr(options, name) for name in names},
+        "phase": "train",
+        "compute": "slept",
+        "link": f"emulated {link}",
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:
+    if world.rank == 0 or not only_first:
+        print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr, flush=True)
+    return status

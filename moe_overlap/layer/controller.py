@@ -1,0 +1,258 @@
+"""A kept placement that follows the load while a model trains: when to plan anew, whether that pays, and when it holds.
+
+    controller = PlacementController(model, copies_planner(costs, spare=2), costs, optimizers=[optimizer])
+    ...
+    optimizer.step(); optimizer.zero_grad()
+    controller.step()
+
+Every rank decides by itself from counts that all have agreed on, with one planner and equal costs; the record of the
+next step compares the placements' digests, so ranks that decided differently raise PlanMismatch before a row moves.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from moe_overlap.auto.replicate import load_of, placement_of
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer.layer import MoELayer
+from moe_overlap.layer.moving import migrate, set_placement
+from moe_overlap.layer.stats import LastStep
+from moe_overlap.placement import Placement
+from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.replication import decide, priced, rank_rows
+from moe_overlap.schedule.weights import row_width
+
+# counts int64 [W, E] of a window, the placement now -> the placement wanted.
+Planner = Callable[[np.ndarray, Placement], Placement]
+
+
+def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: int = 1) -> Planner:
+    """The cheapest copies of experts on `spare` slots of each rank beside the homes, which stay (`planning.decide`)."""
+
+    def plan(counts_WE: np.ndarray, current: Placement) -> Placement:
+        homes: list[list[int]] = [[] for _ in range(current.world_size)]
+        for expert, rank in enumerate(current.home_ranks):
+            homes[rank].append(expert)
+        base = Placement.of_ranks(homes, homes=current.home_ranks)
+        load = load_of(counts_WE[:, None, :], base, [spare] * base.world_size, ranks_per_node)
+        found = decide(load, costs)
+        return base if found.left else placement_of(load, found, base)
+
+    return plan
+
+
+@dataclass
+class Progress:
+    """What a controller has done for one layer. `calls`: training calls it has seen; `refused`: plans that were not
+    taken, by reason."""
+
+    steps: int = 0
+    calls: int = 0
+    planned: int = 0
+    changed: int = 0
+    moved_bytes: int = 0
+    last_change: int | None = None
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def refuse(self, reason: str) -> None:
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+
+
+@dataclass(eq=False)
+class _Watched:
+    """A layer, its counts and what waits to be committed. recent_E: rows since the last step, of so many calls;
+    window_E: since the last plan."""
+
+    layer: MoELayer
+    window_E: np.ndarray
+    recent_E: np.ndarray
+    recent: int = 0
+    seen: int = 0
+    armed: bool = True
+    since: int = 0  # steps since the last plan
+    pending: tuple[Placement, int] | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def count(self, last: LastStep) -> None:
+        if last.plan is not None and torch.is_grad_enabled():
+            self.recent_E += last.plan.exchange.tokens_per_expert.numpy()
+            self.recent += 1
+
+    def end_step(self) -> None:
+        """What is recent goes into the window."""
+        self.window_E += self.recent_E
+        self.seen += self.recent
+        self.recent_E[:], self.recent = 0, 0
+
+
+class PlacementController:
+    """Placements of all MoE layers of `model`, changed at step boundaries. On all ranks alike.
+
+    A layer is planned anew when `interval` steps have passed since the last plan, for all of their load; or, with a
+    `threshold`, when the rows of its fullest rank are more than that many times the mean in one step, for the load of
+    that step. After any plan the threshold is armed again once the ratio was at most `release` (hysteresis).
+
+    A plan is taken where it is predicted to save, over `horizon` steps, more than its weights cost to move.
+    `budget_bytes`: of one rank's weights that may move in one step; plans wait for their turn, layer by layer, and one
+    that is larger by itself is refused. `patience`: after so many steps in which no call was seen, or without a change
+    though plans were made for the threshold, a warning says so, once. costs, ranks_per_node: of the prices.
+    optimizers: needed where a planner moves homes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        planner: Planner,
+        costs: Sequence[PhaseCosts],
+        *,
+        optimizers: Sequence[Optimizer] = (),
+        interval: int = 100,
+        threshold: float | None = None,
+        release: float | None = None,
+        horizon: int = 100,
+        budget_bytes: int | None = None,
+        patience: int = 1000,
+        ranks_per_node: int = 1,
+    ) -> None:
+        for name, value in (("interval", interval), ("horizon", horizon), ("patience", patience)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(name, value, "an integer of at least 1")
+        if threshold is not None and not threshold > 1:
+            raise ConfigError("threshold", threshold, "None, or a ratio above 1")
+        self.release = threshold if release is None else release
+        if self.release is not None and (threshold is None or not 1 <= self.release <= threshold):
+            raise ConfigError("release", release, "None, or a ratio from 1 to the threshold")
+        if budget_bytes is not None and budget_bytes < 1:
+            raise ConfigError("budget_bytes", budget_bytes, "None, or at least 1")
+        self.planner, self.costs, self.optimizers = planner, tuple(costs), list(optimizers)
+        self.interval, self.threshold, self.horizon = interval, threshold, horizon
+        self.budget_bytes, self.patience, self.ranks_per_node = budget_bytes, patience, ranks_per_node
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        if not layers or layers[0].dispatcher.placement.world_size == 1:
+            raise ConfigError("model", type(model).__name__, "a module with MoE layers on several ranks")
+        self._watched = [
+            _Watched(one, *np.zeros((2, one.dispatcher.placement.num_experts), np.int64)) for one in layers
+        ]
+        self._detach = [one.layer.watch(partial(_Watched.count, one)) for one in self._watched]
+        self._warned = False
+
+    @property
+    def progress(self) -> list[Progress]:
+        """Of each layer, in the order of the model."""
+        return [one.progress for one in self._watched]
+
+    def step(self) -> list[int]:
+        """Plan and commit, between two steps; the numbers of the layers that changed. Collective where homes move."""
+        left, changed = self.budget_bytes, []
+        for number, one in enumerate(self._watched):
+            one.progress.steps += 1
+            one.since += 1
+            one.progress.calls += one.recent
+            found = self._due(one) if one.pending is None and one.recent else None
+            one.end_step()
+            if found is not None:
+                self._plan(one, *found)
+            if one.pending is not None and (left is None or one.pending[1] <= left):
+                left = None if left is None else left - one.pending[1]
+                self._commit(one)
+                changed.append(number)
+        self._watch()
+        return changed
+
+    def _due(self, one: _Watched) -> tuple[np.ndarray, int] | None:
+        """The counts [W, E] to plan for, and of how many calls they are; None: not now."""
+        recent_WE = self._spread(one, one.recent_E)
+        if self.threshold is not None:
+            ratio = self._ratio(one, recent_WE)
+            assert self.release is not None
+            one.armed = one.armed or ratio <= self.release
+            if one.armed and ratio > self.threshold:
+                return recent_WE, one.recent
+        if one.since >= self.interval:
+            return self._spread(one, one.window_E + one.recent_E), one.seen + one.recent
+        return None
+
+    def _plan(self, one: _Watched, counts_WE: np.ndarray, calls: int) -> None:
+        current = one.layer.dispatcher.placement
+        wanted = self.planner(counts_WE, current)
+        one.progress.planned += 1
+        moves = current.diff(wanted)
+        expert_bytes = _expert_bytes(one.layer)
+        ported = moves.link_bytes(expert_bytes, _STATES * expert_bytes)
+        moved = int(max(ported.sum(axis=0).max(), ported.sum(axis=1).max()))
+        gain_s = (self._price(counts_WE, current) - self._price(counts_WE, wanted)) / calls
+        move_s = moved / expert_bytes * max(line.beta_s for line in self.costs[0].copy)
+        reason = None
+        if wanted.digest == current.digest:
+            reason = "nothing better"
+        elif gain_s * self.horizon <= move_s:
+            reason = "does not pay"
+        elif self.budget_bytes is not None and moved > self.budget_bytes:
+            reason = "over budget"
+        if reason is None:
+            one.pending = wanted, moved
+        else:
+            one.progress.refuse(reason)
+        one.armed, one.since, one.seen = False, 0, 0
+        one.window_E[:] = 0
+
+    def _commit(self, one: _Watched) -> None:
+        assert one.pending is not None
+        wanted, moved = one.pending
+        if wanted.home_ranks == one.layer.dispatcher.placement.home_ranks:
+            set_placement(one.layer, wanted)
+        else:
+            migrate(one.layer, wanted, self.optimizers)
+        one.pending = None
+        one.progress.changed += 1
+        one.progress.moved_bytes += moved
+        one.progress.last_change = one.progress.steps
+
+    def _watch(self) -> None:
+        """Say once what has not progressed."""
+        for number, one in enumerate(self._watched):
+            progress = one.progress
+            still = progress.steps - (progress.last_change or 0)
+            if self._warned or still < self.patience:
+                continue
+            if not progress.calls:
+                self._warned = True
+                warnings.warn(f"placement of MoE layer {number}: no training call seen in {still} steps", stacklevel=3)
+            elif self.threshold is not None and progress.planned and progress.refused and not one.armed:
+                self._warned = True
+                warnings.warn(f"placement of MoE layer {number}: unchanged for {still} steps though its load is above "
+                              f"the threshold; plans refused: {progress.refused}", stacklevel=3)  # fmt: skip
+
+    def _spread(self, one: _Watched, counts_E: np.ndarray) -> np.ndarray:
+        """int64 [W, E]: counts, evenly over the source ranks, since only their sums are known everywhere."""
+        ranks = one.layer.dispatcher.placement.world_size
+        each, more = np.divmod(counts_E, ranks)
+        return each[None, :] + (np.arange(ranks)[:, None] < more[None, :])
+
+    def _ratio(self, one: _Watched, counts_WE: np.ndarray) -> float:
+        """Rows of the fullest rank over the mean."""
+        placement = one.layer.dispatcher.placement
+        seats = load_of(counts_WE[:, None, :], placement, [0] * placement.world_size, 1).seats
+        loads = rank_rows(seats, placement.world_size)
+        return max(loads) * len(loads) / max(1, sum(loads))
+
+    def _price(self, counts_WE: np.ndarray, placement: Placement) -> float:
+        load = load_of(counts_WE[:, None, :], placement, [0] * placement.world_size, self.ranks_per_node)
+        return priced(load, load.seats, self.costs)
+
+
+_STATES = 2  # an optimizer's tensors beside a weight, as of Adam
+
+
+def _expert_bytes(layer: MoELayer) -> int:
+    w_in, w_out = layer.expert_weights
+    return row_width(w_in, w_out) * w_in.element_size()

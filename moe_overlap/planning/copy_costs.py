@@ -1,0 +1,166 @@
+"""What it costs to leave rows where they are, to send them, and to send an expert's weights to them instead.
+
+All is of one call of a layer: integers (rows, experts) in, seconds out. `replication.py` decides with it.
+
+Break-even. A copy of an expert on another rank spares m of that rank's rows two crossings in forward and two more in
+backward; it costs the weights one crossing, and with gradients, which come home in float32, one back. For SwiGLU (3
+matrices of D x F, b bytes a number, rows of D numbers) the bytes are equal at
+
+    forward    3 D F b = 2 m D b                   m = 1.5 F
+    training   3 D F b + 3 D F 4 = 4 m D b         m = 0.75 F (1 + 4 / b): 2.25 F in bfloat16, 1.5 F in float32
+
+rows. Seconds say more than bytes: rows that a copy takes off the busiest rank shorten the step by their time of compute
+as well, and a copy under other work costs nothing until that work is used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.planning.cost_model import WIRES, AlphaBeta, CostModel
+from moe_overlap.schedule.actions import Phase
+
+GRADIENT_BYTES = 4  # of a number of a weight gradient on its way home (float32)
+FREE = AlphaBeta(alpha_s=0.0, beta_s=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCosts:
+    """One phase of a layer call, in seconds.
+
+    `row_s`: of a row of the busiest rank's experts; `expert_s`: of each of its experts that has rows. `exchange`: by
+    wire (inter, intra) over the rows that leave or enter the busiest rank, of one of the two exchanges. `copy`: by wire
+    over the experts that leave or enter the busiest rank as copies (in backward: their gradients). `beside_s`: other
+    work of the same window. `chunks`, `joined`: of the schedule. `exposed_copies`: copies are waited for where they
+    start, whatever else the schedule overlaps.
+    """
+
+    row_s: float
+    expert_s: float = 0.0
+    exchange: tuple[AlphaBeta, AlphaBeta]
+    copy: tuple[AlphaBeta, AlphaBeta]
+    beside_s: float = 0.0
+    chunks: int = 1
+    joined: bool = False
+    exposed_copies: bool = False
+
+    def window_s(self, compute_s: float, rows: Sequence[int], copies: Sequence[int]) -> float:
+        """Of a step whose busiest rank computes for `compute_s` and moves so many rows and experts by wire (inter,
+        intra). With r chunks, from `measure/overlap.py`'s closed forms: a chunk of the wire stands before the first
+        experts and after the last, unless other work fills it, and one of compute within the wire's time."""
+        wire_s, copy_s = 0.0, 0.0
+        for lane in range(len(WIRES)):
+            sent, copied = self.exchange[lane], self.copy[lane]
+            if rows[lane]:
+                wire_s = max(wire_s, 2.0 * (self.chunks * sent.alpha_s + sent.beta_s * rows[lane]))
+            if copies[lane]:
+                copy_s = max(copy_s, copied.alpha_s + copied.beta_s * copies[lane])
+        if self.joined:
+            return compute_s + wire_s + self.beside_s + copy_s
+        exposed_s = copy_s if self.exposed_copies else 0.0
+        busy_s = wire_s + (copy_s - exposed_s)
+        by_compute = compute_s + max(self.beside_s, wire_s / self.chunks)
+        return max(by_compute, busy_s + compute_s / self.chunks) + exposed_s
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """In the order in which the compiled decision takes them."""
+        lines = (*self.exchange, *self.copy)
+        return (self.row_s, self.expert_s, *(x for line in lines for x in (line.alpha_s, line.beta_s)), self.beside_s,
+                float(self.chunks), float(self.joined), float(self.exposed_copies))  # fmt: skip
+
+
+def costs_of(
+    model: CostModel,
+    phases: Sequence[Phase],
+    *,
+    row_bytes: int,
+    expert_params: int,
+    param_bytes: int,
+    chunks: int = 1,
+    joined: bool = False,
+    beside: bool = True,
+    exposed_copies: bool = False,
+) -> tuple[PhaseCosts, ...]:
+    """The costs of a layer call from a calibrated model.
+
+    expert_params: numbers of one expert's weights, each of param_bytes; its gradients travel in float32. `beside`: the
+    model's backbone ops and shared expert run in the window. A wire that the model does not have costs nothing: no
+    ranks are joined by it.
+    """
+    for name, value in (("row_bytes", row_bytes), ("expert_params", expert_params), ("param_bytes", param_bytes)):
+        if value < 1:
+            raise ConfigError(name, value, "an integer of at least 1")
+    found = []
+    for phase in phases:
+        forward = phase == "forward"
+        expert_bytes = expert_params * (param_bytes if forward else GRADIENT_BYTES)
+        wires = [model.exchange.get(lane, FREE) for lane in WIRES]
+        experts = model.experts if forward else model.experts_dgrad
+        ops_s = (model.backbone_s, model.shared_s) if forward else (model.backbone_backward_s, model.shared_backward_s)
+        found.append(
+            PhaseCosts(
+                row_s=experts.beta_s + (0.0 if forward else model.experts_wgrad.beta_s),
+                expert_s=model.expert_s if forward else model.expert_dgrad_s,
+                exchange=(_per(wires[0], row_bytes), _per(wires[1], row_bytes)),
+                copy=(_per(wires[0], expert_bytes), _per(wires[1], expert_bytes)),
+                beside_s=sum(ops_s[0]) + ops_s[1] if beside else 0.0,
+                chunks=chunks,
+                joined=joined,
+                exposed_copies=exposed_copies,
+            )
+        )
+    return tuple(found)
+
+
+def _per(line: AlphaBeta, size: int) -> AlphaBeta:
+    """A model over things of `size` bytes each."""
+    return AlphaBeta.measured(line.alpha_s, line.beta_s * size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakEven:
+    """From how many rows of one rank a copy of their expert pays, over one wire ("inter", "intra").
+
+    `bytes_rows`: as many bytes travel either way. `seconds_rows`: the copy, exposed, takes as long as the rows' compute
+    on the busiest rank and their crossings; None where rows cost nothing. `copy_s`: of one copy, all phases.
+    """
+
+    wire: str
+    bytes_rows: float
+    seconds_rows: float | None
+    copy_s: float
+
+
+def break_even(costs: Sequence[PhaseCosts], *, row_bytes: int, expert_params: int, param_bytes: int) -> list[BreakEven]:
+    """For each wire that costs something. `costs`: forward, or forward and backward."""
+    training = len(costs) > 1
+    expert_bytes = expert_params * (param_bytes + (GRADIENT_BYTES if training else 0))
+    found = []
+    for lane, wire in enumerate(WIRES):
+        copy_s = sum(cost.copy[lane](1) for cost in costs)
+        row_s = sum(cost.row_s + 2 * cost.exchange[lane].beta_s for cost in costs)
+        if copy_s:
+            found.append(
+                BreakEven(
+                    wire=wire,
+                    bytes_rows=expert_bytes / (2 * len(costs) * row_bytes),
+                    seconds_rows=copy_s / row_s if row_s else None,
+                    copy_s=copy_s,
+                )
+            )
+    return found
+
+
+def break_even_text(found: Sequence[BreakEven]) -> list[str]:
+    """One line for each wire, for `explain()` and `moe-overlap plan`."""
+    lines = []
+    for one in found:
+        seconds = "" if one.seconds_rows is None else f"; exposed, it takes as long as {one.seconds_rows:.0f} rows"
+        lines.append(
+            f"copy of an expert over {one.wire}: {1e3 * one.copy_s:.3g} ms; as many bytes as {one.bytes_rows:.0f} rows "
+            f"of one rank{seconds} of compute and crossings"
+        )
+    return lines

@@ -1,0 +1,93 @@
+"""`moe-overlap bench balance`: its numbers before the run, and one small run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_overlap.commands import cli
+from moe_overlap.commands.bench.balance_cases import (
+    Planned,
+    ShadowRule,
+    costs,
+    kept_placement,
+    link_of,
+    predicted_s,
+    scaled,
+)
+from moe_overlap.commands.bench.balance_options import BalanceOptions
+from moe_overlap.commands.bench.balance_report import KEYS
+from moe_overlap.commands.bench.slept import Calibration
+from moe_overlap.commands.bench.workloads import counts_of
+from moe_overlap.errors import ConfigError
+from moe_overlap.placement import Placement
+from moe_overlap.schedule.builders import serial
+
+SLEEP = Calibration(attention_forward_s=0.1, attention_backward_s=0.2, mlp_forward_s=0.3, mlp_backward_s=0.4,
+                    expert_row_s=1e-6, dgrad_row_s=2e-6, wgrad_row_s=1e-6)  # fmt: skip
+
+
+def test_sleeps_and_link_give_the_shares_that_were_asked_for():
+    options = BalanceOptions(compute_ms=50.0, comm_share=0.4, moe_share=0.8, latency_us=0.0)
+    sleep, link = scaled(SLEEP, options), link_of(options)
+    placement = Placement.identity(options.experts, options.ranks)
+    even = counts_of("balanced", options.sizes, seed=0, step=0)
+    plan = Planned(planner="static", schedule="serial", pair=serial())
+    seconds, load, copies = predicted_s(plan, even, placement, costs(options, sleep, link, joined=True), 4)
+    assert (load, copies) == (1.0, 0) and seconds == pytest.approx(0.05 / 0.6, rel=1e-3)
+    dense_s = sleep.mlp_forward_s + sleep.mlp_backward_s
+    assert seconds / (seconds + dense_s) == pytest.approx(0.8, rel=1e-3)
+    with pytest.raises(ConfigError, match="latency-us"):
+        link_of(BalanceOptions(compute_ms=1.0, latency_us=1000.0))
+
+
+def test_shadows_are_those_of_the_closed_form():
+    base = Placement.identity(4, 2)
+    counts = np.zeros((2, 16, 4), dtype=np.int64)
+    counts[:, 0] = [100, 40, 1, 1]
+
+    def shadowed(weights_s, most=4):
+        rule = ShadowRule(token_s=1.0, row_s=0.25, weights_s=weights_s, most=most)
+        return rule(counts, base).num_slots - 4
+
+    # 4 times 200, 80, 2, 2 tokens: 800, 320 + m, 8 + 2 m.
+    assert [shadowed(one) for one in (481.0, 400.0, 311.0)] == [0, 1, 2] and shadowed(1.0, most=1) == 1
+
+
+def test_kept_placements_come_from_the_history_and_keep_their_homes():
+    options = BalanceOptions(slots=2)
+    forward = costs(options, scaled(SLEEP, options), link_of(options), joined=True)[0]
+    history = counts_of("zipf1.5", options.sizes, seed=0, step=0)
+    for planner in ("flex", "eplb", "proportional"):
+        found = kept_placement(planner, options, history, forward)
+        assert found.home_ranks == Placement.identity(16, 8).home_ranks and found.has_replicas
+        assert max(found.slots_by_rank) <= 4
+
+
+@pytest.mark.parametrize(
+    "words", ["--ranks 6", "--ranks-per-node 8", "--experts 12", "--top-k 17", "--workloads zipf", "--planners best",
+              "--planners ,", "--comm-share 1", "--moe-share 0", "--workloads recorded", "--recorded nowhere",
+              "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8", "--compute-ms nan"],
+)  # fmt: skip
+def test_bad_options_are_one_line(words, tmp_path, capsys):
+    given = words.split()
+    assert cli.main(["bench", "balance", *given, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_small_run_has_a_row_for_everything(tmp_path, capsys):
+    words = "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 4 --ffn 32 --compute-ms 8 --latency-us 50 --repeats 1"
+    words += " --top-k 1 --workloads one_hot_expert --comm-share 0.2"
+    words += " --planners static,replicate,shadow,flex,eplb,proportional"
+    assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 7 and all(list(row) == KEYS for row in rows)
+    by_name = {(row["planner"], row["schedule"]): row for row in rows}
+    static, replicate = by_name["static", "serial"], by_name["replicate", "serial"]
+    assert static["copies"] == 0 and static["weight_bytes"] == 0 and static["max_over_mean"] > 1.25
+    assert replicate["copies"] > 0 and replicate["weight_bytes"] > 0
+    assert replicate["max_over_mean"] < static["max_over_mean"] == static["static_max_over_mean"]
+    assert by_name["forced_balanced", "chunked"]["max_over_mean"] == 1.0
+    assert all(row["max_rel_err"] < 1e-5 for row in rows) and (tmp_path / "balance.png").stat().st_size > 1000

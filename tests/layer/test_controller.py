@@ -1,0 +1,215 @@
+"""A placement that follows the load while a model trains."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from moe_overlap import set_placement
+from moe_overlap.agreement.seats import seats_of
+from moe_overlap.auto.replicate import ReplicationRule
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer.controller import PlacementController, copies_planner
+from moe_overlap.placement import Placement
+from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.cost_model import AlphaBeta
+from tests.layers import E, make, tokens
+from tests.ranks import virtual_world
+from tests.tolerances import close
+
+
+def line(beta_s):
+    return AlphaBeta(alpha_s=0.0, beta_s=beta_s)
+
+
+def costs(copy_s=0.5):
+    one = PhaseCosts(row_s=1.0, exchange=(line(0.1),) * 2, copy=(line(copy_s),) * 2, chunks=2)
+    return one, one
+
+
+def skewed(me, **options):
+    """This rank's layer of identical whole layers; its router wants the first experts."""
+    layer, whole = make(me.transport(), **options), make()
+    homes = list(seats_of(layer.dispatcher.placement).homes[me.rank])
+    with torch.no_grad():
+        for weight, all_of_it in zip(layer.expert_weights, whole.expert_weights, strict=True):
+            weight.copy_(all_of_it[homes])
+        layer.router.weight[0] += 3.0 * torch.ones_like(layer.router.weight[0])
+    return layer
+
+
+def train(layer, rank, steps, after=lambda: None):
+    optimizer = torch.optim.Adam(layer.experts.parameters(), lr=0.05)
+    losses = []
+    for step in range(steps):
+        x = tokens(32, seed=100 * step + rank).abs()  # positive: expert 0 is wanted by all
+        loss = (layer(x) - x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        after()
+    return losses
+
+
+def test_training_goes_on_as_without_it_while_copies_come():
+    def rank(me):
+        layer = skewed(me)
+        controller = PlacementController(layer, copies_planner(costs(), spare=1), costs(), interval=3)
+        changes = []
+        losses = train(layer, me.rank, 9, lambda: changes.append(controller.step()))
+        close(torch.tensor(losses), torch.tensor(train(skewed(me), me.rank, 9)))
+        placement, progress = layer.dispatcher.placement, controller.progress[0]
+        assert placement.has_replicas and placement.slots_of_expert[0][1:]
+        assert changes[:3] == [[], [], [0]] and progress.changed >= 1 and progress.planned == 3
+        assert progress.moved_bytes > 0 and progress.last_change is not None
+        return placement.digest, progress.moved_bytes
+
+    assert len(set(virtual_world(2).run(rank))) == 1
+
+
+def swapped(counts_WE, current):
+    """All homes of the two ranks changed over."""
+    return Placement.of_ranks(current.experts_of_ranks()[::-1])
+
+
+def test_homes_move_with_their_optimizer_where_a_planner_moves_them():
+    def rank(me):
+        layer = skewed(me)
+        optimizer = torch.optim.Adam(layer.experts.parameters(), lr=0.05)
+        free = PhaseCosts(row_s=1.0, exchange=(line(0.0),) * 2, copy=(line(0.0),) * 2)
+        controller = PlacementController(layer, swapped, [free], optimizers=[optimizer], interval=2)
+        layer(tokens(16, me.rank)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller._price = lambda counts, placement: 0.0 if placement.slot_to_expert[0] else 1.0
+        assert controller.step() == [] and controller.step() == [0]
+        assert layer.dispatcher.placement.slot_to_expert[0] == E // 2
+        layer(tokens(16, me.rank)).sum().backward()
+
+    virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize("reason, options", [
+    ("does not pay", {"costs": costs(copy_s=1e9)}),
+    ("over budget", {"budget_bytes": 1}),
+])  # fmt: skip
+def test_plans_are_refused_that_do_not_pay_or_are_too_large(reason, options):
+    def rank(me):
+        layer = skewed(me)
+        prices = options.get("costs", costs())
+        # The planner takes copies for cheap: the controller has its own prices.
+        controller = PlacementController(
+            layer, copies_planner(costs(), spare=1), prices, interval=1, budget_bytes=options.get("budget_bytes")
+        )
+        train(layer, me.rank, 3, controller.step)
+        assert controller.progress[0].refused == {reason: 3} and not layer.dispatcher.placement.has_replicas
+
+    virtual_world(2).run(rank)
+
+
+def test_a_byte_budget_commits_layer_by_layer():
+    def rank(me):
+        layers = torch.nn.ModuleList([skewed(me), skewed(me)])
+        probe = PlacementController(layers[0], copies_planner(costs(), spare=1), costs(), interval=1)
+        layers[0](tokens(32, me.rank).abs()).sum().backward()
+        assert probe.step() == [0]
+        size = probe.progress[0].moved_bytes
+        set_placement(layers[0], Placement.identity(E, 2))
+        controller = PlacementController(
+            layers, copies_planner(costs(), spare=1), costs(), interval=1, budget_bytes=size
+        )
+        for layer in layers:
+            layer(tokens(32, me.rank).abs()).sum().backward()
+        assert controller.step() == [0] and controller.step() == [1]  # both planned in the first step
+        assert [one.planned for one in controller.progress] == [1, 1]
+
+    virtual_world(2).run(rank)
+
+
+def test_a_threshold_has_hysteresis():
+    def rank(me):
+        layer = skewed(me)
+        planned = []
+
+        def nothing(counts_WE, current):
+            planned.append(counts_WE.sum())
+            return current
+
+        controller = PlacementController(layer, nothing, costs(), interval=100, threshold=1.2, release=1.1)
+        train(layer, me.rank, 4, controller.step)
+        assert len(planned) == 1  # above the threshold all the time: planned once
+        controller._ratio = lambda one, counts: 1.05
+        train(layer, me.rank, 1, controller.step)
+        del controller._ratio
+        train(layer, me.rank, 2, controller.step)
+        assert len(planned) == 2 and controller.progress[0].refused == {"nothing better": 2}
+
+    virtual_world(2).run(rank)
+
+
+def test_a_controller_that_stands_still_says_so_once():
+    def rank(me):
+        controller = PlacementController(skewed(me), copies_planner(costs(), spare=1), costs(), patience=3)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(5):
+                controller.step()
+        return [str(one.message) for one in seen]
+
+    (said,) = virtual_world(1 + 1).run(rank)[0] or [""]
+    assert "no training call seen in 3 steps" in said
+
+
+@pytest.mark.parametrize("options", [
+    {"interval": 0}, {"horizon": 0}, {"patience": True}, {"threshold": 1.0}, {"threshold": float("nan")},
+    {"release": 1.5}, {"threshold": 1.2, "release": 1.3}, {"budget_bytes": 0},
+])  # fmt: skip
+def test_bad_options_are_refused(options):
+    def rank(me):
+        with pytest.raises(ConfigError, match=list(options)[-1]):
+            PlacementController(skewed(me), swapped, costs(), **options)
+
+    virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(3)"])
+def test_copies_of_one_step_by_the_decision_change_no_result(schedule):
+    def rank(me):
+        layer = skewed(me, schedule=schedule)
+        layer.dispatcher.rule = rule = ReplicationRule(phases=costs(), spare=2)
+        x = tokens(32, me.rank).abs().requires_grad_()
+        twin_x = x.detach().clone().requires_grad_()
+        y, right = layer(x), (twin := skewed(me))(twin_x)
+        assert not rule.last.left
+        close(y, right)
+        y.square().sum().backward()
+        right.square().sum().backward()
+        close(x.grad, twin_x.grad)
+        for a, b in zip(layer.experts.parameters(), twin.experts.parameters(), strict=True):
+            close(a.grad, b.grad)
+        placed = layer.last_events and layer.dispatcher.transport.stats.weight_bytes
+        assert placed > 0
+        text = layer.explain()
+        assert "copy of an expert over inter" in text and "new copies, rows shared out anew" in text
+        return rule.digest
+
+    assert len(set(virtual_world(4).run(rank))) == 1
+
+
+def test_a_rule_gives_each_seat_the_rows_that_it_decided_on():
+    counts = np.zeros((4, 16, 8), dtype=np.int64)
+    counts[:, :, 0], counts[:, :, 1:] = 12, 1
+    base = Placement.identity(8, 4)
+    rule = ReplicationRule(phases=costs(), spare=2, ranks_per_node=2)
+    placed = rule(counts, base)
+    found = placed.physical_counts(counts, range(4)).sum(axis=(0, 1))
+    for expert, rank, rows in rule.last.seats:
+        (slot,) = [slot for slot in placed.slots_of_expert[expert] if placed.rank_of_slot(slot) == rank]
+        assert abs(int(found[slot]) - rows) <= 64  # one for each (source, block)
+    again = rule(counts, base)
+    assert again == placed and hash(again) == hash(placed)
+    assert rule.digest != ReplicationRule(phases=costs(), spare=1, ranks_per_node=2).digest

@@ -1,0 +1,221 @@
+"""Leave it, move rows, copy experts: the decision against its reference, against all possibilities, and its prices."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.native import native
+from moe_overlap.planning.copy_costs import PhaseCosts, break_even, break_even_text, costs_of
+from moe_overlap.planning.cost_model import AlphaBeta, CostModel
+from moe_overlap.planning.replication import Load, decide, decide_reference, priced, rank_rows, split_rows
+
+FREE = AlphaBeta(alpha_s=0.0, beta_s=0.0)
+
+
+def line(beta_s, alpha_s=0.0):
+    return AlphaBeta(alpha_s=alpha_s, beta_s=beta_s)
+
+
+def phase(*, row_s=1.0, wire_s=0.0, copy_s=0.0, **more):
+    """One wire's price everywhere, in seconds a row and a copy."""
+    return PhaseCosts(row_s=row_s, exchange=(line(wire_s),) * 2, copy=(line(copy_s),) * 2, **more)
+
+
+def drawn(rng, ranks, experts, per_node, *, copies=0):
+    """A skewed load with some copies that share their expert's rows."""
+    popularity = np.array([(place + 1) ** -1.2 for place in range(experts)])
+    rng.shuffle(popularity)
+    counts = rng.multinomial(rng.integers(1, 400), popularity / popularity.sum(), size=ranks)
+    homes = rng.integers(0, ranks, experts).tolist()
+    load = Load.at_home(counts, homes, rng.integers(0, 3, ranks).tolist(), ranks_per_node=per_node)
+    seats = [list(seat) for seat in load.seats]
+    for _ in range(copies):
+        expert, rank = int(rng.integers(experts)), int(rng.integers(ranks))
+        if all((seat[0], seat[1]) != (expert, rank) for seat in seats):
+            moved = seats[expert][2] // 2
+            seats[expert][2] -= moved
+            seats.append([expert, rank, moved])
+    return replace(load, seats=tuple(tuple(seat) for seat in seats), refetched=bool(rng.integers(2)))
+
+
+def random_phase(rng):
+    prices = rng.uniform(0, 1, 9)
+    return PhaseCosts(
+        row_s=prices[0], expert_s=prices[1], exchange=(line(prices[2], prices[3]), line(prices[4])),
+        copy=(line(20 * prices[5], prices[6]), line(20 * prices[7])), beside_s=20 * prices[8],
+        chunks=int(rng.integers(1, 5)), joined=bool(rng.integers(2)), exposed_copies=bool(rng.integers(2)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_compiled_decision_is_the_reference_to_the_last_bit(seed):
+    if native.planner() is None:
+        pytest.skip("not built")
+    rng = np.random.default_rng(seed)
+    ranks = int(rng.choice([2, 4, 6, 8]))
+    load = drawn(rng, ranks, int(rng.integers(1, 20)), int(rng.choice([1, 2])), copies=int(rng.integers(0, 4)))
+    phases = [random_phase(rng) for _ in range(int(rng.integers(1, 3)))]
+    most, margin = int(rng.integers(0, 12)), float(rng.choice([0.0, 0.01, 0.2]))
+    found = decide(load, phases, most_copies=most, margin=margin)
+    assert found == decide_reference(load, phases, most_copies=most, margin=margin)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_decision_keeps_every_row_and_every_limit(seed):
+    rng = np.random.default_rng(100 + seed)
+    load = drawn(rng, 8, 16, 4, copies=2)
+    phases = [random_phase(rng)]
+    found = decide(load, phases, most_copies=5)
+    copies = found.copies(load)
+    by_expert = np.zeros(16, dtype=np.int64)
+    for expert, _, rows in found.seats:
+        by_expert[expert] += rows
+    assert by_expert.tolist() == load.counts.sum(axis=0).tolist()
+    assert len(copies) <= 5 and len({seat[:2] for seat in found.seats}) == len(found.seats)
+    used = [sum(rank == to for _, to in copies) for rank in range(8)]
+    assert all(a <= b for a, b in zip(used, load.spare, strict=True))
+    assert found.predicted_s == priced(load, found.seats, phases) <= found.left_s == priced(load, load.seats, phases)
+    assert found.left or found.predicted_s < 0.99 * found.left_s
+
+
+def best_of_all(load, phases, most_copies):
+    """The least price over all sets of copies and all ways to share rows out over them: 2 ranks."""
+    ranks, experts = load.counts.shape
+    assert ranks == 2
+    ranges = []
+    for expert in range(experts):
+        home, rows = load.seats[expert][1], load.seats[expert][2]
+        ranges.append([((expert, home, rows - moved), *([(expert, 1 - home, moved)] if moved else []))
+                       for moved in range(rows + 1)])  # fmt: skip
+    best = priced(load, load.seats, phases)
+    for choice in itertools.product(*ranges):
+        homes = [seats[0] for seats in choice]
+        copies = [seats[1] for seats in choice if len(seats) > 1]
+        if len(copies) <= most_copies and all(
+            sum(rank == to for _, to, _ in copies) <= load.spare[rank] for rank in range(2)
+        ):
+            best = min(best, priced(load, (*homes, *copies), phases))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_close_to_the_best_of_all_possibilities(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 5, (2, 3)) * np.array([4, 1, 1])
+    load = Load.at_home(counts, [0, 0, 1], [1, 1])
+    phases = [phase(row_s=1.0, wire_s=0.1, copy_s=float(rng.uniform(0, 8)), joined=bool(seed % 2), chunks=2)]
+    best = best_of_all(load, phases, 2)
+    assert best <= decide(load, phases, most_copies=2, margin=0.0).predicted_s <= best / 0.95 + 1
+
+
+def test_rows_stay_on_their_rank_then_on_their_node():
+    found = split_rows([4, 3, 2, 5], [(0, 6), (3, 8)], 2)
+    assert found == [(0, 0, 4), (3, 3, 5), (1, 0, 2), (2, 3, 2), (1, 3, 1)]
+    assert split_rows([0, 7], [(0, 3), (1, 4)], 1) == [(1, 1, 4), (1, 0, 3)]
+
+
+def test_leaving_it_wins_where_nothing_pays():
+    counts = np.array([[8, 0], [8, 0]])
+    load = Load.at_home(counts, [0, 1], [1, 1])
+    dear = decide(load, [phase(copy_s=8.1, joined=True)])
+    assert dear.left and dear.seats == load.seats and dear.predicted_s == dear.left_s == 16.0
+    cheap = decide(load, [phase(copy_s=7.0, joined=True)])
+    assert cheap.copies(load) == ((0, 1),) and cheap.predicted_s == 15.0
+    assert decide(load, [phase(copy_s=7.0, joined=True)], margin=0.07).left
+    balanced = Load.at_home(np.array([[8, 8], [8, 8]]), [0, 1], [1, 1])
+    assert decide(balanced, [phase()]).left
+
+
+def test_a_copy_under_other_work_costs_nothing_until_that_is_used_up():
+    counts = np.array([[8, 0], [8, 0]])
+    load = Load.at_home(counts, [0, 1], [1, 1])
+    under = [phase(copy_s=20.0, beside_s=20.0)]
+    assert decide(load, under).predicted_s == 28.0
+    assert decide(load, [replace(under[0], exposed_copies=True)]).left
+
+
+def test_rows_move_to_a_copy_that_exists_before_another_is_made():
+    counts = np.array([[12, 0], [12, 0]])
+    load = Load(counts=counts, seats=((0, 0, 24), (1, 1, 0), (0, 1, 0)), spare=(1, 1))
+    found = decide(load, [phase(copy_s=1e6)])
+    assert rank_rows(found.seats, 2) == [12, 12] and not found.copies(load)
+    assert decide(replace(load, refetched=True), [phase(copy_s=1e6)]).left
+
+
+def test_copies_go_to_ranks_of_the_node_that_want_the_expert():
+    counts = np.zeros((4, 4), dtype=int)
+    counts[:, 0] = [8, 2, 2, 8]
+    near = PhaseCosts(row_s=1.0, exchange=(line(0.5), line(0.1)), copy=(line(50.0), line(0.1)))
+    load = Load.at_home(counts, [0, 1, 2, 3], [1] * 4, ranks_per_node=2)
+    assert decide(load, [near]).copies(load)[0] == (0, 1)
+    wanted = PhaseCosts(row_s=1.0, exchange=(line(0.5), line(0.5)), copy=(line(0.1), line(0.1)))
+    assert decide(load, [wanted], most_copies=1).copies(load) == ((0, 3),)
+
+
+def test_break_even_in_bytes_is_that_of_the_closed_form():
+    D, F = 64, 100
+    for param_bytes, training, rows in ((2, False, 1.5), (2, True, 2.25), (4, True, 1.5)):
+        costs = [phase(copy_s=1.0)] * (2 if training else 1)
+        found = break_even(costs, row_bytes=D * param_bytes, expert_params=3 * D * F, param_bytes=param_bytes)
+        assert [one.bytes_rows for one in found] == [rows * F] * 2
+        assert found[0].seconds_rows == 1.0 and found[0].copy_s == len(costs)
+    text = break_even_text(found)
+    assert len(text) == 2 and text[0].startswith("copy of an expert over inter: 2e+03 ms; as many bytes as 150 rows")
+
+
+def test_costs_come_from_the_calibrated_model():
+    wires = {"inter": line(1e-9, 2e-5)}
+    parts = dict.fromkeys(("permute", "unpermute", "unpermute_backward", "permute_backward"), FREE)
+    model = CostModel(
+        exchange=wires, experts=line(1e-6), experts_dgrad=line(2e-6), experts_wgrad=line(3e-6), **parts,
+        backbone_s=(0.1,), backbone_backward_s=(0.2,), shared_s=0.3, expert_s=4e-6, source="test",
+    )  # fmt: skip
+    forward, backward = costs_of(
+        model, ("forward", "backward"), row_bytes=10, expert_params=100, param_bytes=2, chunks=3
+    )
+    assert (forward.row_s, forward.expert_s, forward.beside_s, forward.chunks) == (1e-6, 4e-6, 0.4, 3)
+    assert forward.exchange == (line(1e-8, 2e-5), FREE) and forward.copy[0].beta_s == pytest.approx(2e-7)
+    assert backward.row_s == pytest.approx(5e-6) and backward.copy[0].beta_s == pytest.approx(4e-7)
+    assert backward.beside_s == 0.2
+    with pytest.raises(ConfigError, match="row_bytes = 0"):
+        costs_of(model, ("forward",), row_bytes=0, expert_params=1, param_bytes=1)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seats": ((0, 0, 3), (1, 1, 0))}, "all rows of every expert"),
+        ({"seats": ((1, 0, 0), (0, 1, 16))}, "homes in order"),
+        ({"seats": ((0, 0, 16), (1, 5, 0))}, "homes in order"),
+        ({"seats": ((0, 0, 16), (1, 1, 0), (0, 0, 0))}, "homes in order"),
+        ({"spare": (1,)}, "spare"),
+        ({"spare": (1, -1)}, "spare"),
+        ({"ranks_per_node": 3}, "ranks_per_node"),
+        ({"counts": np.array([[-1, 0], [17, 0]])}, "counts"),
+        ({"counts": np.zeros((0, 2))}, "counts"),
+    ],
+)
+def test_loads_that_cannot_be_are_refused(change, named):
+    load = Load.at_home(np.array([[8, 0], [8, 0]]), [0, 1], [1, 1])
+    with pytest.raises(ConfigError, match=named):
+        replace(load, **change)
+    with pytest.raises(ConfigError, match="most_copies"):
+        decide(load, [phase()], most_copies=-1)
+    with pytest.raises(ConfigError, match="most_copies"):
+        decide(load, [])
+
+
+def test_the_binding_checks_what_it_is_given():
+    planner = native.planner()
+    if planner is None:
+        pytest.skip("not built")
+    good = (np.array([[8, 0], [8, 0]]), 1, [(0, 0, 16), (1, 1, 0)], [1, 1], False, [phase().numbers], 2, 0.0)
+    assert planner.decide_replication(*good)[2] is False
+    for place, bad in ((0, np.zeros(3)), (1, 0), (2, [(0, 0, 16)]), (2, [(0, 0, 16), (1, 2, 0)]), (3, [1]), (5, [])):
+        with pytest.raises(ValueError):
+            planner.decide_replication(*good[:place], bad, *good[place + 1 :])
