@@ -20,7 +20,7 @@ for _ in range(5):
     loss = (wrapped(x) - x).square().mean()
     optimizer.zero_grad()
     (loss + aux_loss(model)).backward()
-    clip_grad_norm_(model, 1.0)
+    clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     losses.append(loss.item())
 if rank == 0:

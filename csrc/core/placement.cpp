@@ -28,8 +28,12 @@ struct Item {
 class Packing {
  public:
   Packing(const std::vector<Item>& items, const Ints& room, int64_t experts, bool distinct)
-      : items_(items), room_(room), packs_(room.size()), load_(room.size(), 0.0),
-        held_(room.size(), Ints(at(experts), 0)), distinct_(distinct) {}
+      : items_(items),
+        room_(room),
+        packs_(room.size()),
+        load_(room.size(), 0.0),
+        held_(room.size(), Ints(at(experts), 0)),
+        distinct_(distinct) {}
 
   std::vector<std::vector<size_t>> run() {
     const bool pinned = std::any_of(items_.begin(), items_.end(), [](const Item& one) { return one.pinned != kFree; });
@@ -201,7 +205,8 @@ std::vector<int64_t> eplb(const Demand& demand, int64_t nodes, int64_t groups, b
   Ints found;
   for (int64_t node = 0; node < nodes; ++node) {
     const Ints own(order.begin() + node * (experts / nodes), order.begin() + (node + 1) * (experts / nodes));
-    const Ints slots(demand.slots.begin() + node * (ranks / nodes), demand.slots.begin() + (node + 1) * (ranks / nodes));
+    const Ints slots(demand.slots.begin() + node * (ranks / nodes),
+                     demand.slots.begin() + (node + 1) * (ranks / nodes));
     if (sum(slots) < experts / nodes) throw std::invalid_argument("a node with fewer slots than experts");
     const int64_t most = distinct ? most_replicas(slots) : std::numeric_limits<int64_t>::max();
     Ints count(own.size(), 1);
@@ -209,7 +214,8 @@ std::vector<int64_t> eplb(const Demand& demand, int64_t nodes, int64_t groups, b
     for (int64_t more = sum(slots) - experts / nodes; more > 0; --more) {
       const auto share = [&](size_t i) { return demand.load[at(own[i])] / static_cast<double>(count[i]); };
       const size_t best = best_of(
-          own.size(), [&](size_t i) { return count[i] < most; }, [&](size_t i, size_t j) { return share(i) > share(j); });
+          own.size(), [&](size_t i) { return count[i] < most; },
+          [&](size_t i, size_t j) { return share(i) > share(j); });
       ++count[best];
       extra.push_back(static_cast<int64_t>(best));
     }
@@ -236,8 +242,8 @@ std::vector<int64_t> proportional(const Demand& demand, bool contiguous) {
   const auto over = [&](size_t e) { return static_cast<double>(count[e]) - goal[e]; };
   int64_t given = sum(count);
   for (; given > slots; --given) {
-    const size_t best = best_of(
-        experts, [&](size_t e) { return count[e] > 1; }, [&](size_t e, size_t f) { return over(e) > over(f); });
+    const size_t best =
+        best_of(experts, [&](size_t e) { return count[e] > 1; }, [&](size_t e, size_t f) { return over(e) > over(f); });
     --count[best];
   }
   for (; given < slots; ++given) {
