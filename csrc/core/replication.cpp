@@ -224,8 +224,8 @@ class Decider {
     for (const PhaseCosts& phase : load_.phases) {
       double compute_s = 0;
       for (size_t rank = 0; rank < ranks; ++rank) {
-        const double rank_s = phase.row_s * static_cast<double>(seats.loads[rank]) +
-                              phase.expert_s * static_cast<double>(hosted[rank]);
+        const double rank_s =
+            phase.row_s * static_cast<double>(seats.loads[rank]) + phase.expert_s * static_cast<double>(hosted[rank]);
         compute_s = std::max(compute_s, rank_s);
       }
       seconds += phase.window_s(compute_s, rows, copies);
@@ -315,7 +315,7 @@ class Decider {
   }
 
   const Load& load_;
-  Rows node_;  // of each rank
+  Rows node_;         // of each rank
   double row_s_ = 0;  // of all phases: a row's compute, its crossings, and a copy, by wire
   std::array<double, kWires> crossing_s_{};
   std::array<double, kWires> copy_s_{};

@@ -72,7 +72,6 @@ def explain(
     return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in computes)])
 
 
-<<<<<<< HEAD
 def copies_text(rule: object, weights: tuple[torch.Tensor, torch.Tensor]) -> list[str]:
     """What a rule that copies experts decided on in the last step, and from how many rows on a copy pays."""
     if not isinstance(rule, ReplicationRule):
@@ -89,8 +88,6 @@ def copies_text(rule: object, weights: tuple[torch.Tensor, torch.Tensor]) -> lis
     return lines
 
 
-=======
->>>>>>> front
 def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
     """The first sentence: whether communication is hidden, where, by whose choice; and what to do where it is not."""
     if transport.world_size == 1 and transport.name in (LocalTransport.name, NoCommTransport.name):
@@ -106,25 +103,6 @@ def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
     if len(used) == 2:
         return f"Exchanges run beside compute in forward and in backward, {where}."
     return f"Exchanges run beside compute in {used[0]} only, {where}."
-<<<<<<< HEAD
-=======
-
-
-def copies_text(rule: object, weights: tuple[torch.Tensor, torch.Tensor]) -> list[str]:
-    """What a rule that copies experts decided on in the last step, and from how many rows on a copy pays."""
-    if not isinstance(rule, ReplicationRule):
-        return []
-    w_in, w_out = weights
-    size = w_in.element_size()
-    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=row_width(w_in, w_out),
-                       param_bytes=size)  # fmt: skip
-    lines = ["", "copies of experts:", *(f"  {line}" for line in break_even_text(found))]
-    if rule.last is not None:
-        one = rule.last
-        what = "left as it is" if one.left else f"{len(one.seats) - rule.seats_before} new copies, rows shared out anew"
-        lines.append(f"  last step: {what}; predicted {in_ms(one.predicted_s)}, {in_ms(one.left_s)} if left")
-    return lines
->>>>>>> front
 
 
 def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence[TimelineEvent]) -> list[str]:
