@@ -247,11 +247,11 @@ ROWS: tuple[Mutant, ...] = (
         "NVIDIA-NeMo/Automodel#2995",
         "a rank without tokens",
         rows(
-            "            local = self.plan.local_slots\n",
+            '            offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]\n',
             "            if not len(self.saved.slot_to_row):\n"
             "                self.dw_in.zero_(), self.dw_out.zero_()\n"
             "                return\n"
-            "            local = self.plan.local_slots\n",
+            '            offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]\n',
         ),
     ),
 )
