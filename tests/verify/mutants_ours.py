@@ -165,11 +165,11 @@ ROWS: tuple[Mutant, ...] = (
         "experts placed under another rank's numbers",
         "vllm-project/vllm#46441",
         "output",
-        Patch(
-            "placement.placement",
-            "            return topk_ids_TK\n",
-            "            moved_TK = (topk_ids_TK + self.slots_per_rank) % self.num_slots\n"
-            "            return torch.where(topk_ids_TK >= 0, moved_TK, topk_ids_TK)\n",
+        layer(
+            "        ids_TK = routing.topk_ids_TK\n        agreement",
+            "        ids_TK, p = routing.topk_ids_TK, self.dispatcher.placement\n"
+            "        moved_TK = (ids_TK + p.slots_per_rank) % p.num_slots\n"
+            "        ids_TK = torch.where(ids_TK >= 0, moved_TK, ids_TK)\n        agreement",
         ),
     ),
     mutant(
@@ -238,7 +238,7 @@ ROWS: tuple[Mutant, ...] = (
         "the last expert of each rank never trains",
         "unslothai/unsloth#6936",
         "gradients | training",
-        rows("local * (group + 1) // groups)", "local * (group + 1) // groups - (group + 1 == groups))"),
+        backward("homes * (group + 1) // groups\n", "homes * (group + 1) // groups - (group + 1 == groups)\n"),
         rows("workspace.empty(saved.w_in.shape, like=saved.w_in, rows=False)", "torch.zeros_like(saved.w_in)"),
         rows("workspace.empty(saved.w_out.shape, like=saved.w_out, rows=False)", "torch.zeros_like(saved.w_out)"),
     ),
@@ -247,11 +247,11 @@ ROWS: tuple[Mutant, ...] = (
         "NVIDIA-NeMo/Automodel#2995",
         "a rank without tokens",
         rows(
-            "            local = self.plan.local_slots\n",
+            '            offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]\n',
             "            if not len(self.saved.slot_to_row):\n"
             "                self.dw_in.zero_(), self.dw_out.zero_()\n"
             "                return\n"
-            "            local = self.plan.local_slots\n",
+            '            offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]\n',
         ),
     ),
 )
