@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -41,6 +41,7 @@ class Placement:
     slots_by_rank: tuple[int, ...] = ()
     home_slots: tuple[int, ...] = ()
     selector: Selector = Modulo()
+    _is_identity: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "world_size", "num_slots"):
@@ -60,6 +61,8 @@ class Placement:
         self._set("home_slots", homes, self.num_experts, self.num_slots - 1)
         if any(self.slot_to_expert[slot] != expert for expert, slot in enumerate(self.home_slots)):
             raise ConfigError("home_slots", self.home_slots, "for every expert one of its slots")
+        # Read where torch.compile traces, which does not enter the lock of a cached_property (Python 3.11).
+        object.__setattr__(self, "_is_identity", self.slot_to_expert == tuple(range(self.num_experts)))
         if not hasattr(self.selector, "shares"):
             raise ConfigError("selector", self.selector, "Modulo(), LocalFirst() or Weighted(...)")
         if self.has_replicas or isinstance(self.selector, Weighted):
@@ -124,9 +127,9 @@ class Placement:
             raise ConfigError("slots_by_rank", self.slots_by_rank, "as many slots on every rank")
         return self.slots_by_rank[0]
 
-    @cached_property
+    @property
     def is_identity(self) -> bool:
-        return self.slot_to_expert == tuple(range(self.num_experts))
+        return self._is_identity
 
     @property
     def has_replicas(self) -> bool:

@@ -26,7 +26,7 @@ class Call:
             torch.manual_seed(5)
             options["router"] = make_router()
         transport = None if path in ONE_RANK else me.transport()
-        if path not in ("inline", "functional", "functional ranks"):
+        if path not in ("inline", "functional", "functional ranks") and not path.endswith("block"):
             options["schedule"] = "chunked(2)"
         if path.startswith("deduplicated"):
             options = {"dedup": "on", "top_k": 4, **options}

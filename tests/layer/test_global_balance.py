@@ -78,6 +78,8 @@ CALLS = [called, by_tickets, in_a_block, recomputed]
 @pytest.mark.parametrize("options", [{}, {"schedule": "chunked(2)", "dedup": "on"}, {"capacity_factor": 0.5}])
 def test_ranks_together_have_the_gradients_of_one_process(call, options):
     """With a capacity the counts that the ranks agree on are not those of the choices."""
+    if call is in_a_block:  # which orders the exchanges itself
+        options = {name: value for name, value in options.items() if name != "schedule"}
     check_sum(virtual_world(4).run(lambda me: of_rank(me, call, **options)), one_process(4, aux_loss_coef=0.3))
 
 
