@@ -56,6 +56,7 @@ bench: $(STAMP)
 
 soak: $(STAMP)
 	$(PY) -m pytest -q -m soak
+	bash tests/image.sh
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
