@@ -139,7 +139,8 @@ def test_auto_survives_an_nvcc_that_fails(setup_py, tmp_path):
     done = build_in(tmp_path, MOE_OVERLAP_BUILD="auto", CUDACXX=shutil.which("false") or "false")
     assert done.returncode == 0, done.stderr
     record = build_info.read(tmp_path / "lib/moe_overlap/native/_build_info.json")
-    assert set(record.built) == {"_planner", "_C"} and "cmake failed" in record.left_out["cuda"]
+    expected = "cmake failed" if torch.version.cuda else "this torch has no CUDA"
+    assert set(record.built) == {"_planner", "_C"} and expected in record.left_out["cuda"]
     assert not (tmp_path / "lib/moe_overlap/native/_kernels.json").exists()
 
 

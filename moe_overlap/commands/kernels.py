@@ -119,9 +119,10 @@ def main(argv: Sequence[str]) -> int:
         check_output("--write", options.write)
     report = read(BUILT)
     if report is None:
-        print(f"no CUDA kernels in this install: {build_info.why_not_built('cuda')}")
+        none = f"no CUDA kernels in this install: {build_info.why_not_built('cuda')}"
         if options.write is not None:
-            return 1
+            parser.error(f"--write: {none}")
+        print(none)
         report = read(COMMITTED)
         if report is None:
             return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -72,11 +72,11 @@ def explain(
     return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in computes)])
 
 
-def copies_text(rule: object, weights: tuple[torch.Tensor, torch.Tensor]) -> list[str]:
+def copies_text(rule: object, weights_of: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
     """What a rule that copies experts decided on in the last step, and from how many rows on a copy pays."""
     if not isinstance(rule, ReplicationRule):
         return []
-    w_in, w_out = weights
+    w_in, w_out = weights_of()
     size = w_in.element_size()
     found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=row_width(w_in, w_out),
                        param_bytes=size)  # fmt: skip

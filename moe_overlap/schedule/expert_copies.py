@@ -7,7 +7,6 @@ of a layer whose copies are not kept are another one's afterwards.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +18,8 @@ from moe_overlap.ops import workspace
 from moe_overlap.ops.checks import accumulation_dtype
 from moe_overlap.schedule.weights import ExpertWeights, as_rows, of_rows, row_width
 
+COUNTED = "_moe_overlap_counted"  # an attribute of parameters, see `CopyStore.trust`
+
 
 class CopyStore:
     """The valid copies of one layer on one rank, and the versions of its own weights."""
@@ -26,13 +27,14 @@ class CopyStore:
     def __init__(self) -> None:
         self.version = 0
         self._seen: tuple[object, ...] = ()
-        self._trusted: dict[int, weakref.ref[torch.Tensor]] = {}
         self.forget()
 
     def trust(self, parameters: Iterable[torch.Tensor]) -> None:
         """Parameters of which torch's version counter tells every change: those that a layer was made with, and not
-        those that FSDP puts in their place, which it fills without counting."""
-        self._trusted = {id(one): weakref.ref(one) for one in parameters}
+        those that FSDP puts in their place, which it fills without counting. The mark lies on the tensor: a reference
+        here would keep what was replaced, and a weak one forbids torch to swap tensors."""
+        for one in parameters:
+            setattr(one, COUNTED, True)
 
     def forget(self) -> None:
         """Nothing is valid any more, here and (as all ranks do the same) elsewhere."""
@@ -44,8 +46,7 @@ class CopyStore:
         """The expert weights of a call: their version is a new one where they may have changed. In-place changes are
         seen by torch's version counter, which writes through `.data` leave alone: `layer.forget_copies()` is for those.
         """
-        known = [self._trusted.get(id(one)) for one in weights]
-        plain = all(ref is not None and ref() is one for ref, one in zip(known, weights, strict=True))
+        plain = all(hasattr(one, COUNTED) for one in weights)
         # Others may have changed since the last call: what a parametrization computes, what was put in their place.
         counted = plain and not any(one.is_inference() for one in weights)
         seen = tuple((id(one), one.data_ptr(), one._version) for one in weights) if counted else ()

@@ -124,7 +124,9 @@ def test_command_prints_the_committed_table_where_nothing_was_built(tmp_path, mo
     text = capsys.readouterr().out
     assert text.startswith("no CUDA kernels in this install") and "the committed table" in text
     assert "pack.cu:" in text and "sm_100" in text and "occupancy" in text
-    assert cli.main(["kernels", "--write", str(tmp_path / "table.json")]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["kernels", "--write", str(tmp_path / "table.json")])
+    assert "no CUDA kernels in this install" in capsys.readouterr().err
 
 
 def test_written_table_is_read_back(tmp_path, monkeypatch, capsys) -> None:

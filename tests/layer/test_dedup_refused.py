@@ -128,7 +128,7 @@ def test_a_deduplicated_schedule_where_nothing_is_deduplicated():
 def test_a_block_deduplicates_as_its_layer_does():
     def rank(me):
         for dedup in ("off", "on"):
-            block = ShortcutBlock([torch.nn.Identity()], layer_of(me, dedup=dedup), tap=0, slot=0)
+            block = ShortcutBlock([torch.nn.Identity()], layer_of(me, dedup=dedup, schedule="serial"), tap=0, slot=0)
             assert block.schedule.deduplicated == (dedup == "on")
 
     virtual_world(2).run(rank)

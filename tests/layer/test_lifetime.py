@@ -86,7 +86,7 @@ def test_steps_do_not_pile_up(use, alive):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_steps_of_a_block_and_of_tickets_do_not_pile_up(checkpointing, alive):
-    block = ShortcutBlock([nn.Linear(D, D, dtype=torch.float64), torch.tanh], make(), tap=0, slot=1)
+    block = ShortcutBlock([nn.Linear(D, D, dtype=torch.float64), torch.tanh], make(schedule="serial"), tap=0, slot=1)
     for _ in range(8):
         x = tokens().requires_grad_()
         y = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
@@ -213,7 +213,10 @@ def test_a_copy_does_not_wait_for_the_ticket_of_the_layer():
 def test_an_error_of_a_users_op_reaches_the_peers_at_once_and_reopen_mends():
     def rank(me):
         block = ShortcutBlock(
-            [nn.Identity(), nn.Linear(D, D, dtype=torch.float64)], make(me.transport()), tap=0, slot=1
+            [nn.Identity(), nn.Linear(D, D, dtype=torch.float64)],
+            make(me.transport(), schedule="serial"),
+            tap=0,
+            slot=1,
         )
         before = block(tokens())
         forward = block.backbone[1].forward

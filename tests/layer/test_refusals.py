@@ -91,14 +91,6 @@ def test_a_mode_that_does_not_exist():
         make(mode="both")
 
 
-def test_experts_must_divide_over_the_ranks():
-    def rank(me):
-        MoELayer(D, F, 9, K, transport=me.transport())
-
-    with pytest.raises(ConfigError, match="num_experts = 9"):
-        virtual_world(2).run(rank)
-
-
 def bad_calls():
     good = tokens(5)
     nan = good.clone()
