@@ -119,6 +119,7 @@ class Left:
 
     def take_losses(self) -> torch.Tensor | None:
         """The sum of the losses of all calls since the last time, in the order of the calls; None: none."""
+        _hand_over()  # a compilation may hold the `Arrival` of the call before for a while
         total: torch.Tensor | None = None
         for call in self._alive():
             if call.loss is not None:
@@ -179,9 +180,14 @@ class Arrival:
     a compiled call. See `leave_compiled`."""
 
     def __del__(self) -> None:
-        for key in list(_arrived or ()):
-            left, *what = _arrived.pop(key)
-            left.receive(*what)
+        _hand_over()
+
+
+def _hand_over() -> None:
+    """What compiled calls left behind, to their layers."""
+    for key in list(_arrived or ()):
+        left, *what = _arrived.pop(key)
+        left.receive(*what)
 
 
 _arrived: dict[torch.Tensor, Any] = {}
