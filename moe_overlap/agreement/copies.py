@@ -8,6 +8,7 @@ and where there are none nothing is. The gradients of all copies return in every
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,16 @@ from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan
 from moe_overlap.agreement.seats import Copy
 
 Wanted = tuple[tuple[Copy, ...], ...]  # by rank, in the order of its seats
+
+
+COUNTED = "_moe_overlap_counted"  # an attribute of parameters, see `CopyStore.trust`: how often they were stepped
+
+
+def count_steps(parameters: Iterable[object]) -> None:
+    """An optimizer has stepped: fused ones (torch 2.13.0) write parameters without raising their version."""
+    for one in parameters:
+        if hasattr(one, COUNTED):
+            setattr(one, COUNTED, getattr(one, COUNTED) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

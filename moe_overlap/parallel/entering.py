@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moe_overlap.parallel import ddp
-from moe_overlap.parallel.optimizers import after_step
+from moe_overlap.parallel.optimizers import accumulate_again
 from moe_overlap.parallel.ownership import Ownership, ownership_of
 from moe_overlap.parallel.state import mark
 
@@ -16,7 +16,7 @@ def entered(experts: nn.Module, ownership: Ownership) -> Ownership:
     if torch.compiler.is_compiling():
         return ownership
     ownership = adopt(experts, ownership)  # they may have come by add_module
-    after_step()  # of a step that failed
+    accumulate_again()  # of a step that failed
     ddp.check(ownership, experts)
     return ownership
 

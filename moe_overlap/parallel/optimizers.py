@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from moe_overlap.agreement.copies import count_steps
 from moe_overlap.errors import ConfigError
 from moe_overlap.parallel.optimizer_state import attend
 from moe_overlap.parallel.ownership import Ownership, owners, refuse_sharded
@@ -147,7 +148,13 @@ def _round(parameter: torch.Tensor) -> None:
 
 
 @torch.compiler.disable
-def after_step(*_: Any) -> None:
+def after_step(optimizer: Optimizer, *_: Any) -> None:
+    """Copies of the experts that it stepped are out of date."""
+    count_steps(parameter for group in optimizer.param_groups for parameter in group["params"])
+    accumulate_again()
+
+
+def accumulate_again() -> None:
     """The next micro-batches are accumulated in float32 again."""
     for parameter in list(_rounded):
         grad = parameter.grad

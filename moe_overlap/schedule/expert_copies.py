@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from moe_overlap.agreement.copies import CopyBook, CopyPlan, copy_plan
+from moe_overlap.agreement.copies import COUNTED, CopyBook, CopyPlan, copy_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.ops import workspace
 from moe_overlap.ops.checks import accumulation_dtype
 from moe_overlap.schedule.weights import ExpertWeights, as_rows, of_rows, row_width
-
-COUNTED = "_moe_overlap_counted"  # an attribute of parameters, see `CopyStore.trust`
 
 
 class CopyStore:
@@ -34,7 +32,7 @@ class CopyStore:
         those that FSDP puts in their place, which it fills without counting. The mark lies on the tensor: a reference
         here would keep what was replaced, and a weak one forbids torch to swap tensors."""
         for one in parameters:
-            setattr(one, COUNTED, True)
+            setattr(one, COUNTED, 0)
 
     def forget(self) -> None:
         """Nothing is valid any more, here and (as all ranks do the same) elsewhere."""
@@ -49,7 +47,9 @@ class CopyStore:
         plain = all(hasattr(one, COUNTED) for one in weights)
         # Others may have changed since the last call: what a parametrization computes, what was put in their place.
         counted = plain and not any(one.is_inference() for one in weights)
-        seen = tuple((id(one), one.data_ptr(), one._version) for one in weights) if counted else ()
+        seen = (
+            tuple((id(one), one.data_ptr(), one._version, getattr(one, COUNTED)) for one in weights) if counted else ()
+        )
         if not seen or seen != self._seen:
             self.version += 1
         self._seen = seen

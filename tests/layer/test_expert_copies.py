@@ -39,9 +39,9 @@ def text(layer):
     return layer.stats().schedule
 
 
-def train(layer, steps, rank, lr=0.05, after=lambda step: None):
+def train(layer, steps, rank, lr=0.05, after=lambda step: None, **how):
     """Losses of some steps on a rank's tokens, which each rank has others of."""
-    optimizer = torch.optim.Adam(layer.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=lr, **how)
     losses = []
     for step in range(steps):
         x = tokens(13, seed=100 * step + rank)
@@ -92,6 +92,17 @@ def test_twenty_steps_of_training_are_those_of_one_slot_each(schedule):
         assert losses[-1] < losses[0]
 
     virtual_world(2, seed=1).run(rank)
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_every_form_of_an_optimizer_makes_copies_out_of_date(how):
+    """Fused ones write parameters without raising their version."""
+
+    def rank(me):
+        losses = train(placed(me, COPIED), 6, me.rank, **how)
+        close(torch.tensor(losses), torch.tensor(train(placed(me, Placement.identity(E, 2)), 6, me.rank, **how)))
+
+    virtual_world(2).run(rank)
 
 
 class Flips:
