@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from moe_overlap.agreement.seats import seats_of
 from moe_overlap.auto.replicate import load_of, placement_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
@@ -39,10 +40,7 @@ def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: i
     """The cheapest copies of experts on `spare` slots of each rank beside the homes, which stay (`planning.decide`)."""
 
     def plan(counts_WE: np.ndarray, current: Placement) -> Placement:
-        homes: list[list[int]] = [[] for _ in range(current.world_size)]
-        for expert, rank in enumerate(current.home_ranks):
-            homes[rank].append(expert)
-        base = Placement.of_ranks(homes, homes=current.home_ranks)
+        base = Placement.of_ranks(seats_of(current).homes, homes=current.home_ranks)
         load = load_of(counts_WE[:, None, :], base, [spare] * base.world_size, ranks_per_node)
         found = decide(load, costs)
         return base if found.left else placement_of(load, found, base)
@@ -139,6 +137,9 @@ class PlacementController:
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         if not layers or layers[0].dispatcher.placement.world_size == 1:
             raise ConfigError("model", type(model).__name__, "a module with MoE layers on several ranks")
+        if len({id(layer.experts) for layer in layers}) < len(layers):
+            raise ConfigError("model", "layers that share their experts", "experts of its own in each: placements "
+                              "change layer by layer")  # fmt: skip
         self._watched = [
             _Watched(one, *np.zeros((2, one.dispatcher.placement.num_experts), np.int64)) for one in layers
         ]

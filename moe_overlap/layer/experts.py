@@ -16,7 +16,8 @@ from moe_overlap import ops
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import check_positive
 from moe_overlap.ops.activation_kinds import check_activation, is_gated
-from moe_overlap.parallel.ownership import refuse_sharded
+from moe_overlap.parallel.ownership import Ownership, refuse_sharded
+from moe_overlap.schedule.dispatch import Dispatcher
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -117,6 +118,18 @@ def w_in_rows(activation: str, ffn_hidden_size: int) -> int:
 def weights_of(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """(gate_up_proj or up_proj, down_proj) of a module with the attributes of `Experts`, each read once."""
     return getattr(experts, w_in_name(experts.activation)), experts.down_proj  # type: ignore[arg-type, return-value]
+
+
+def homes_held(ownership: Ownership, dispatcher: Dispatcher) -> int:
+    """How many experts are at home on this rank. Raises ConfigError where they are others than the placement says: a
+    layer that shares its experts with one that was migrated alone."""
+    held = ownership.expert_ids
+    if not torch.compiler.is_compiling() and dispatcher.placement.world_size > 1:
+        homes = dispatcher.seats.homes[dispatcher.transport.rank]
+        if held != homes:
+            raise ConfigError("experts", f"{held}, here since another layer with them was migrated", f"{homes}, where "
+                              "this layer's placement has them: migrate() a model with both layers")  # fmt: skip
+    return len(held)
 
 
 def check_weights(

@@ -30,7 +30,7 @@ from moe_overlap.layer.arguments import (
 from moe_overlap.layer.balance import sums_over_replicas
 from moe_overlap.layer.choosing import Chooses
 from moe_overlap.layer.copies import Copies
-from moe_overlap.layer.experts import check_weights, reset, warn_of_hooks, weights_of
+from moe_overlap.layer.experts import check_weights, homes_held, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tie, Tokens, late_rows, make_projections, project
 from moe_overlap.layer.one_rank import one_rank, runs_inline
 from moe_overlap.layer.static import Static, static_options
@@ -288,7 +288,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         w_in, w_out = weights_of(self.experts)
         d.look_at_weights(w_in, w_out)
         dtype = rows_dtype(x, w_out, self.hidden_size)
-        count = len(self.ownership.expert_ids)
+        count = homes_held(self.ownership, d)
         check_weights(w_in, w_out, d.activation, count=count, hidden=d.hidden, ffn=d.ffn_hidden)
         warn_of_hooks(self.experts)
         return x.reshape(-1, x.shape[-1]), w_in.to(dtype), w_out.to(dtype)

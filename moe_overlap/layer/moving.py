@@ -54,15 +54,17 @@ def migrate(model: nn.Module, placement: Placements, optimizers: Optimizer | Seq
     NotImplementedError for experts with replicas on other ranks.
     """
     given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    pairs, moved, sent = _pairs(model, placement), dict[nn.Module, Placement](), 0
+    pairs, homes, moved, sent = _pairs(model, placement), dict[nn.Module, object](), set[nn.Module](), 0
     for layer, new in pairs:
         if layer.ownership.replicas is not None:
             raise NotImplementedError("migrate() for experts with replicas on other ranks (replicate_group)")
-        if moved.get(layer.experts, new).digest != new.digest:
-            raise ConfigError("placement", new, "one placement for layers that share their experts")
+        if homes.setdefault(layer.experts, seats_of(new).homes) != seats_of(new).homes:
+            raise ConfigError("placement", new, "the same homes for layers that share their experts")
+    for layer, new in pairs:
         if layer.experts not in moved:
             sent += _move(layer, new, given)
-        moved[layer.experts] = layer.dispatcher.placement = new
+        moved.add(layer.experts)
+        layer.dispatcher.placement = new
         layer.dispatcher.copy_store.forget()
         layer.dispatcher.copy_store.trust(layer.experts.parameters())
     return sent
@@ -134,5 +136,5 @@ def _check(layer: MoELayer, new: Placement) -> None:
         expected = f"{was}, as before: tables of deduplicated rows have a size"
         raise ConfigError("placement", f"{wide} slots on the busiest rank", expected)
     if layer._outgrown.waiting:
-        expected = "none: a recompute in it needs the placement of its forward"
+        expected = "none: a recompute in it needs the placement of its forward (eval belongs in no_grad())"
         raise ConfigError("placement", "a forward call that still waits for its backward", expected)

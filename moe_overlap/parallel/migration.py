@@ -23,7 +23,7 @@ from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.agreement.record import digest
 from moe_overlap.agreement.seats import Copy, Seats
 from moe_overlap.errors import ConfigError, PlanMismatch
-from moe_overlap.parallel.ownership import Ownership
+from moe_overlap.parallel.ownership import REPLACED, Ownership
 from moe_overlap.parallel.state import tensors_of
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
@@ -34,11 +34,13 @@ Put = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """One tensor of this rank's experts, [e * k, ...], and what puts another one in its place."""
+    """One tensor of this rank's experts, [e * k, ...], and what puts another one in its place. rows: e * k as it has to
+    be: of a parameter's state that of the parameter, of a buffer e."""
 
     name: str
     tensor: torch.Tensor
     put: Put
+    rows: int
 
 
 def migrated(
@@ -52,7 +54,7 @@ def migrated(
     where they mean different moves or keep different states, and MoeTransportError; all tensors are then as before.
     """
     transport, rank = ownership.transport, ownership.transport.rank
-    held = _held(module, optimizers)
+    held = _held(module, optimizers, len(ownership.expert_ids))
     try:
         _check(module, ownership, held)
     except ConfigError as refused:
@@ -79,21 +81,22 @@ def migrated(
     return commit
 
 
-def _held(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[_Held]:
+def _held(module: nn.Module, optimizers: Sequence[Optimizer], count: int) -> list[_Held]:
     """All that has a row for each expert, in an order that all ranks share."""
     found: list[_Held] = []
     seen: set[int] = set()
     for name, tensor in tensors_of(module).items():
         if tensor.dim() and id(tensor) not in seen:
             seen.add(id(tensor))
-            found.append(_Held(name, tensor, partial(_replace, module, tensor, optimizers)))
+            rows = tensor.shape[0] if isinstance(tensor, nn.Parameter) else count
+            found.append(_Held(name, tensor, partial(_replace, module, tensor, optimizers), rows))
             for number, optimizer in enumerate(optimizers):
                 state = optimizer.state.get(tensor, {})
                 for key in sorted(state):
                     value = state[key]
                     if isinstance(value, torch.Tensor) and value.dim():
                         where = f"{key} of {name} in optimizer {number}"
-                        found.append(_Held(where, value, partial(state.__setitem__, key)))
+                        found.append(_Held(where, value, partial(state.__setitem__, key), rows))
     return found
 
 
@@ -105,6 +108,7 @@ def _replace(module: nn.Module, old: torch.Tensor, optimizers: Sequence[Optimize
         return
     new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
     new.__dict__.update(old.__dict__)
+    setattr(old, REPLACED, True)
     if getattr(old, "grad_dtype", old.dtype) != old.dtype:
         new.grad_dtype = old.grad_dtype
     for owner in module.modules():
@@ -130,9 +134,13 @@ def _check(module: nn.Module, ownership: Ownership, held: list[_Held]) -> None:
     for one in held:
         if hasattr(one.tensor, "device_mesh"):
             raise ConfigError("migrate", f"{one.name}, sharded by fully_shard", "experts that are plain tensors")
-        if one.tensor.shape[0] % count if count else one.tensor.shape[0]:
+        rows = one.tensor.shape[0]
+        if rows % count if count else rows:
             given = f"{one.name} {tuple(one.tensor.shape)}"
             raise ConfigError("migrate", given, f"a row for each of the {count} experts of this rank")
+        if rows != one.rows:
+            given = f"{one.name} {tuple(one.tensor.shape)}"
+            raise ConfigError("migrate", given, f"{one.rows} rows, as what cannot be told from a table is not cut up")
 
 
 def _agree(

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moe_overlap.agreement.copies import count_steps
 from moe_overlap.errors import ConfigError
 from moe_overlap.parallel.optimizer_state import attend
-from moe_overlap.parallel.ownership import Ownership, owners, refuse_sharded
+from moe_overlap.parallel.ownership import REPLACED, Ownership, owners, refuse_sharded
 
 _registered = False
 _rounded = WeakTensorKeyDictionary()  # in the step under way
@@ -57,6 +57,9 @@ def before_step(
 
 def _check(optimizer: Optimizer) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(hasattr(parameter, REPLACED) for parameter in parameters):
+        given = f"{type(optimizer).__name__} with experts that have moved since"
+        raise ConfigError("optimizer", given, "every optimizer of experts given to migrate() or experts_in_order()")
     owned = owners(parameters)
     if not owned:
         return

@@ -20,6 +20,9 @@ from moe_overlap.parallel.replicas import Replicas
 from moe_overlap.transport.base import Transport
 
 # Modules whose parameters are experts. Weak: a mark lives as long as its module.
+REPLACED = "_moe_overlap_replaced"
+"""An attribute of expert parameters that a migration has put others in the place of."""
+
 _marked: weakref.WeakKeyDictionary[nn.Module, Ownership] = weakref.WeakKeyDictionary()
 _ATTRIBUTE = "_moe_overlap_ownership"
 

@@ -11,6 +11,7 @@ and one order of operations.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -86,13 +87,10 @@ class Identity:
         return one.settled(spread(one.num_experts, one.slots).experts_of_ranks(), interchange=False)
 
 
-@dataclass(frozen=True)
-class Eplb:
-    """EPLB: replicas by load, packed. groups: of experts in a row, each on one node, as many on all: its hierarchical
-    policy, where ranks have equally many slots and nodes divide the groups and groups the experts. Otherwise, and where
-    homes are kept, its global one: all ranks are one node. keep_homes: every home keeps its slot."""
+@dataclass(frozen=True, kw_only=True)
+class _Packed(ABC):
+    """What plans many layers in one go. keep_homes: every home keeps its slot."""
 
-    groups: int = 1
     keep_homes: bool = False
 
     def __call__(self, demand: object, topology: Topology, *, slots: Slots, current: Placement | None = None,
@@ -108,6 +106,19 @@ class Eplb:
         wanted = self._wanted(layers)
         return tuple(one.settled(ranks, interchange=not self.keep_homes)
                      for one, ranks in zip(layers, wanted, strict=True))  # fmt: skip
+
+    @abstractmethod
+    def _wanted(self, layers: Sequence[Asked]) -> list[Ranks]:
+        """The experts of each rank, for each of the layers."""
+
+
+@dataclass(frozen=True)
+class Eplb(_Packed):
+    """EPLB: replicas by load, packed. groups: of experts in a row, each on one node, as many on all: its hierarchical
+    policy, where ranks have equally many slots and nodes divide the groups and groups the experts. Otherwise, and where
+    homes are kept, its global one: all ranks are one node. keep_homes: every home keeps its slot."""
+
+    groups: int = 1
 
     def _wanted(self, layers: Sequence[Asked]) -> list[Ranks]:
         nodes, groups = self._nodes(layers[0])
@@ -127,25 +138,11 @@ class Eplb:
 
 
 @dataclass(frozen=True)
-class Proportional:
+class Proportional(_Packed):
     """SYMI: as many slots as the expert's share of the tokens. contiguous: slots are filled expert by expert, as in the
     paper; else packed by load, none twice on a rank. keep_homes: every home keeps its slot."""
 
     contiguous: bool = False
-    keep_homes: bool = False
-
-    def __call__(self, demand: object, topology: Topology, *, slots: Slots, current: Placement | None = None,
-                 budget: int | None = None) -> Placement:  # fmt: skip
-        one = asked(demand, topology, slots, current, budget)
-        return one.settled(self._wanted([one])[0], interchange=not self.keep_homes)
-
-    def layers(self, loads: Sequence[object], topology: Topology, *, slots: Slots,
-               current: Sequence[Placement] | None = None,
-               budget: int | None = None) -> tuple[Placement, ...]:  # fmt: skip
-        """As `Eplb.layers`."""
-        layers = _layers(loads, topology, slots, current, budget)
-        return tuple(one.settled(ranks, interchange=not self.keep_homes)
-                     for one, ranks in zip(layers, self._wanted(layers), strict=True))  # fmt: skip
 
     def _wanted(self, layers: Sequence[Asked]) -> list[Ranks]:
         if self.contiguous and self.keep_homes:

@@ -93,6 +93,28 @@ def test_homes_move_with_their_optimizer_where_a_planner_moves_them():
     virtual_world(2).run(rank)
 
 
+def test_copies_of_experts_whose_homes_are_in_any_order():
+    def rank(me):
+        layer = skewed(me, placement=Placement.of_ranks([[3, 1, 0, 2], [4, 5, 7, 6]]))
+        controller = PlacementController(layer, copies_planner(costs(1e-3), spare=1), costs(1e-3), interval=1)
+        losses = train(layer, me.rank, 3, after=controller.step)
+        assert layer.dispatcher.placement.has_replicas and controller.progress[0].changed
+        still = skewed(me, placement=Placement.of_ranks([[3, 1, 0, 2], [4, 5, 7, 6]]))
+        close(torch.tensor(losses), torch.tensor(train(still, me.rank, 3)))
+
+    virtual_world(2).run(rank)
+
+
+def test_layers_that_share_experts_are_refused():
+    def rank(me):
+        first = make(me.transport())
+        model = torch.nn.ModuleList([first, make(me.transport(), experts=first.experts)])
+        with pytest.raises(ConfigError, match="share their experts"):
+            PlacementController(model, copies_planner(costs(), spare=1), costs())
+
+    virtual_world(2).run(rank)
+
+
 @pytest.mark.parametrize("reason, options", [
     ("does not pay", {"costs": costs(copy_s=1e9)}),
     ("over budget", {"budget_bytes": 1}),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_overlap import MoELayer, migrate, set_placement
+from moe_overlap import MoELayer, experts_in_order, migrate, set_placement
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch
 from moe_overlap.placement import LocalFirst, Placement
@@ -123,6 +123,79 @@ def test_parameters_states_and_names_follow_and_come_back():
         same_bits(parameter.detach(), before)
         same_bits(optimizer.state[parameter]["exp_avg"], moment)
         assert layer.dispatcher.placement.epoch == 2
+
+    virtual_world(2).run(rank)
+
+
+UNEVEN = Placement.of_ranks([[0, 1], [2, 3, 4, 5, 6, 7]])
+
+
+def around(layer):
+    with experts_in_order(layer):
+        pass
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("start, move", [(Placement.identity(E, 2), lambda layer: migrate(layer, UNEVEN)),
+                                         (UNEVEN, around)])  # fmt: skip
+def test_an_optimizer_that_was_not_given_does_not_step_what_was_replaced(kind, start, move):
+    """It has no state of the experts yet, so nothing tells of it before it steps."""
+
+    def rank(me):
+        layer = make(me.transport(), placement=start)
+        optimizer = kind(layer.parameters(), lr=0.1)
+        move(layer)
+        layer(tokens(9, me.rank)).sum().backward()
+        with pytest.raises(ConfigError, match="experts that have moved"):
+            optimizer.step()
+
+    virtual_world(2).run(rank)
+
+
+def test_layers_that_share_experts_move_together():
+    def rank(me):
+        first = make(me.transport(), placement=Placement.identity(E, 2))
+        second = make(me.transport(), placement=Placement.identity(E, 2), experts=first.experts)
+        x = tokens(9, me.rank)
+        with torch.no_grad():
+            before = second(x)
+        migrate(first, UNEVEN)
+        with pytest.raises(ConfigError, match="another layer with them was migrated"):
+            second(x)
+        migrate(first, Placement.identity(E, 2))
+        with torch.no_grad():
+            close(second(x), before)
+        both = nn.ModuleList([first, second])
+        with pytest.raises(ConfigError, match="the same homes"):
+            migrate(both, [UNEVEN, Placement.identity(E, 2)])
+        migrate(both, UNEVEN)
+        set_placement(both, [UNEVEN, Placement.of_ranks([[0, 1, 7], [2, 3, 4, 5, 6, 7]], homes=UNEVEN.home_ranks)])
+        around(both)  # other copies, the same homes
+        with torch.no_grad():
+            close(second(x), before)
+
+    virtual_world(2).run(rank)
+
+
+def test_what_only_looks_like_a_stack_of_experts_is_not_cut_up():
+    def rank(me):
+        layer = make(me.transport(), placement=Placement.identity(E, 2))
+        optimizer = torch.optim.Adam(layer.parameters())
+        layer(tokens(9, me.rank)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = optimizer.state[layer.experts.down_proj]
+        state["table"] = torch.arange(256.0)
+        with pytest.raises(ConfigError, match="table of .*not cut up"):
+            migrate(layer, UNEVEN, optimizer)
+        del state["table"]
+        layer.experts.register_buffer("codes", torch.arange(8))
+        with pytest.raises(ConfigError, match="codes .*not cut up"):
+            migrate(layer, UNEVEN, optimizer)
+        assert torch.equal(layer.experts.codes, torch.arange(8))
+        layer.experts.codes = torch.tensor(layer.ownership.expert_ids)
+        migrate(layer, UNEVEN, optimizer)
+        assert tuple(layer.experts.codes.tolist()) == layer.ownership.expert_ids
 
     virtual_world(2).run(rank)
 
