@@ -16,7 +16,7 @@ import numpy as np
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import MARGIN, Decision, Load, decide, split_rows
+from moe_overlap.planning.replication import MARGIN, Decision, Load, check_options, decide, split_rows
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class ReplicationRule:
     def __post_init__(self) -> None:
         if self.spare < 0:
             raise ConfigError("spare", self.spare, "at least 0 slots for copies on each rank")
+        if self.ranks_per_node < 1:
+            raise ConfigError("ranks_per_node", self.ranks_per_node, "at least 1")
+        check_options(self.phases, self.most_copies, self.margin)
 
     @cached_property
     def digest(self) -> int:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from moe_overlap import config
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.saying import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complaint, one_line, print_anything
+from moe_overlap.launch.stopping import STOP
 
 LOOPBACK = "127.0.0.1"
 MOST_RANKS = 1024
@@ -178,10 +179,12 @@ def _watch(children: Sequence[process.BaseProcess], program: str) -> int:
 
 
 def _end_by_themselves(children: Sequence[process.BaseProcess]) -> bool:
-    """Interrupt the ranks, which a terminal has done already, and wait; whether all said that they were interrupted."""
+    """Ask the ranks to stop and wait; whether all said that they did. By a signal of its own: a terminal has sent
+    SIGINT to all of them already, and a second one breaks them off. Ranks that do not listen, before their loop and
+    after it, end of it."""
     for child in children:
         if child.pid is not None and child.is_alive():
-            os.kill(child.pid, signal.SIGINT)
+            os.kill(child.pid, STOP)
     until_s = time.monotonic() + SAVE_S
     for child in children:
         child.join(max(0.0, until_s - time.monotonic()))
@@ -212,7 +215,7 @@ def _child(
     try:
         status = main(World(rank=rank, size=ranks, local_rank=rank, group=dist.group.WORLD), argv)
     except KeyboardInterrupt:
-        status = EXIT_INTERRUPTED
+        status = 1  # broken off: the parent says so
     except Exception as error:
         text = complaint(error)
         if text is None:

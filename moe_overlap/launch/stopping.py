@@ -9,17 +9,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+STOP = signal.SIGUSR1  # a parent's question: as the first SIGINT, however often it comes
+
 
 @dataclass
 class Stop:
-    """`asked`: whether an interrupt has come since `stopping` began."""
+    """`asked`: whether an interrupt, or STOP, has come since `stopping` began; `interrupted`: whether a SIGINT has."""
 
     asked: bool = False
+    interrupted: bool = False
 
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """While the block runs, the first SIGINT sets `asked` and a second one raises KeyboardInterrupt.
+    """While the block runs, the first SIGINT sets `asked` and a second one raises KeyboardInterrupt; STOP sets `asked`.
 
     Outside of the main thread signals do not arrive, and nothing changes.
     """
@@ -29,12 +32,14 @@ def stopping() -> Iterator[Stop]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
+        if number == signal.SIGINT and stop.interrupted:
             raise KeyboardInterrupt
+        stop.interrupted = stop.interrupted or number == signal.SIGINT
         stop.asked = True
 
-    before = signal.signal(signal.SIGINT, note)
+    before = [(number, signal.signal(number, note)) for number in (signal.SIGINT, STOP)]
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before:
+            signal.signal(number, handler)

@@ -7,7 +7,8 @@ an expert's weights that cross a link (`MigrationPlan.moves`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,17 +19,18 @@ from moe_overlap.placement.selectors import Modulo, Selector, Weighted
 from moe_overlap.placement.topology import Topology
 
 Ranks = list[list[int]]  # the experts of each rank's slots
+Cost = Callable[[np.ndarray], float]  # of a map int64 [W, E], slots of each rank for each expert
 
 
 def settle(
     wanted: Ranks, traffic: np.ndarray, topology: Topology, current: Placement | None, budget: int | None, *,
-    interchange: bool = True, selector: Selector | None = None,
+    interchange: bool = True, selector: Selector | None = None, cost: Cost | None = None,
 ) -> Placement:  # fmt: skip
     """A placement of the experts `wanted` on each rank, as near to `current` as can be.
 
     interchange: ranks of a node, and nodes, with as many slots may change places, as for a planner that looks at loads
-    alone. With a budget of fewer moves than that takes, as many steps towards it as fit, the best for balance first;
-    never a placement whose balance is worse than the current one's. An unchanged map is `current` itself.
+    alone. With a budget of fewer moves than that takes, as many steps towards it as fit, the best for `cost` first;
+    never a placement that costs more than the current one. cost: None, the balance. An unchanged map is `current`.
     """
     if current is None:
         return Placement.of_ranks(wanted, selector=selector)
@@ -36,8 +38,9 @@ def settle(
         wanted = _nearest(wanted, current.experts_of_ranks(), topology)
     made = _like(wanted, current, selector)
     if budget is not None and current.diff(made).moves > budget:
-        made = _like(_towards(wanted, traffic, current, budget), current, selector)
-        if balance_ratio(rank_load(made, traffic)) > balance_ratio(rank_load(current, traffic)):
+        load = traffic.sum(axis=0).astype(np.float64)
+        made = _like(_towards(wanted, cost or partial(_ratio, load), current, budget), current, selector)
+        if cost is None and balance_ratio(rank_load(made, traffic)) > balance_ratio(rank_load(current, traffic)):
             return current
     same = (made.slot_to_expert, made.slots_by_rank, made.selector.text)
     return current if same == (current.slot_to_expert, current.slots_by_rank, current.selector.text) else made
@@ -100,24 +103,24 @@ def _nearest(wanted: Ranks, old: Ranks, topology: Topology) -> Ranks:
 Step = list[tuple[int, int | None, int | None]]  # (rank, expert that it drops, expert that it takes)
 
 
-def _towards(wanted: Ranks, traffic: np.ndarray, current: Placement, budget: int) -> Ranks:
-    """Single steps from the current map to the one that is wanted, each the best for balance of those possible, the
-    fewest moves where they tie, until the budget is used or no step helps."""
-    load, experts = traffic.sum(axis=0).astype(np.float64), current.num_experts
+def _towards(wanted: Ranks, cost: Cost, current: Placement, budget: int) -> Ranks:
+    """Single steps from the current map to the one that is wanted, each the cheapest of those possible, with the fewest
+    moves where they tie, until the budget is used or no step helps."""
+    experts = current.num_experts
     old = _table(current.experts_of_ranks(), experts)
     now, goal, homes = old.copy(), _table(wanted, experts), np.array(current.home_ranks)
-    ratio = _ratio(now, load)
+    least = cost(now)
     while True:
         best: tuple[float, int, Step] | None = None
         for step in _steps(now, goal):
             _apply(now, step, 1)
-            entry = (_ratio(now, load), _moves(now, old, homes), step)
+            entry = (cost(now), _moves(now, old, homes), step)
             _apply(now, step, -1)
             if entry[1] <= budget and (best is None or entry[:2] < best[:2]):
                 best = entry
-        if best is None or best[0] >= ratio:
+        if best is None or best[0] >= least:
             return [np.repeat(np.arange(experts), row).tolist() for row in now]
-        ratio = best[0]
+        least = best[0]
         _apply(now, best[2], 1)
 
 
@@ -126,7 +129,7 @@ def _table(ranks: Ranks, experts: int) -> np.ndarray:
     return np.array([np.bincount(np.array(one, dtype=np.int64), minlength=experts) for one in ranks])
 
 
-def _ratio(now: np.ndarray, load: np.ndarray) -> float:
+def _ratio(load: np.ndarray, now: np.ndarray) -> float:
     return balance_ratio(now @ (load / now.sum(axis=0)))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import packing
-from moe_overlap.placement.churn import Ranks, settle
+from moe_overlap.placement.churn import Cost, Ranks, settle
 from moe_overlap.placement.demand import checked_budget, checked_current, checked_slots, checked_traffic
 from moe_overlap.placement.flex import Flow, flex_slots
 from moe_overlap.placement.placement import Placement
@@ -43,8 +43,14 @@ class Asked:
     def num_experts(self) -> int:
         return int(self.traffic.shape[1])
 
-    def settled(self, wanted: Ranks, *, interchange: bool = True) -> Placement:
-        return settle(wanted, self.traffic, self.topology, self.current, self.budget, interchange=interchange)
+    def settled(self, wanted: Ranks, *, interchange: bool = True, cost: Cost | None = None) -> Placement:
+        return settle(
+            wanted, self.traffic, self.topology, self.current, self.budget, interchange=interchange, cost=cost
+        )
+
+    def crossing(self, table: np.ndarray) -> float:
+        """Rows that leave their rank, of a map int64 [W, E]."""
+        return float(self.traffic[table == 0].sum())
 
     def start(self) -> Placement:
         """The current placement, or the experts spread over the slots in their order."""
@@ -192,7 +198,7 @@ class Affinity:
         wanted: Ranks = [[] for _ in room]
         for expert, seat in enumerate(packing.assign(-worth)):
             wanted[seat_rank[seat]].append(expert)
-        return one.settled(wanted, interchange=False)
+        return one.settled(wanted, interchange=False, cost=one.crossing)
 
 
 @dataclass(frozen=True)

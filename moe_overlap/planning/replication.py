@@ -100,9 +100,8 @@ def decide(
 ) -> Decision:
     """The fastest of the candidates. `phases`: what is paid for this load, forward alone or both phases. most_copies:
     None, as many as there are slots. margin: by what part it has to be faster than leaving it."""
+    check_options(phases, most_copies, margin)
     most = sum(load.spare) if most_copies is None else most_copies
-    if not phases or most < 0 or not 0 <= margin < 1:
-        raise ConfigError("most_copies", most, "at least 0, with the costs of a phase and a margin from 0 to 1")
     planner = native.planner()
     if planner is None:
         return decide_reference(load, phases, most_copies=most, margin=margin)
@@ -110,6 +109,16 @@ def decide(
         load.counts, load.ranks_per_node, load.seats, load.spare, load.refetched, [phase.numbers for phase in phases],
         most, margin)  # fmt: skip
     return Decision(left=left, left_s=left_s, predicted_s=predicted_s, seats=tuple(seats))
+
+
+def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin: float) -> None:
+    """Raises ConfigError for options of `decide` that say nothing."""
+    if not phases:
+        raise ConfigError("phases", phases, "the costs of forward, or of both phases")
+    if most_copies is not None and most_copies < 0:
+        raise ConfigError("most_copies", most_copies, "None, or at least 0")
+    if not 0 <= margin < 1:
+        raise ConfigError("margin", margin, "a part of the time, from 0 to below 1")
 
 
 def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: int, margin: float) -> Decision:

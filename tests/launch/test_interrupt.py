@@ -12,27 +12,41 @@ from pathlib import Path
 
 import pytest
 
-from moe_overlap.launch.stopping import stopping
+from moe_overlap.launch.stopping import STOP, stopping
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120.0
 SIZES = "--batch 4 --seq 32 --layers 2 --hidden 32 --ffn 48 --experts 4 --vocab 300 --threads 1 --steps 1000000".split()
 
 
-def interrupted_after_a_step(out, *words):
-    """(exit status, stderr) of a training run that is interrupted once it has logged a step."""
+def interruptible():
+    """A process that is started in the background ignores SIGINT, and those that it starts do too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interrupted_after_a_step(out, *words, event="step", all_processes=False):
+    """(exit status, stderr) of a training run that is interrupted once it has logged an event. all_processes: as a
+    terminal does it."""
     log = out / "train.jsonl"
     before = len(log.read_text().splitlines()) if log.exists() else 0
     command = [sys.executable, "-m", "moe_overlap", "train", *SIZES, "--out", str(out), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, cwd=out, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment, cwd=out, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True, preexec_fn=interruptible) as process:  # fmt: skip
         until_s = time.monotonic() + LIMIT_S
         while time.monotonic() < until_s and process.poll() is None:
-            if log.exists() and '"step", ' in "".join(log.read_text().splitlines(keepends=True)[before:]):
+            if log.exists() and f'"{event}", ' in "".join(log.read_text().splitlines(keepends=True)[before:]):
                 break
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=LIMIT_S)
+        if all_processes:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     return process.returncode, said
 
 
@@ -43,8 +57,9 @@ def text(tmp_path):
     return path
 
 
-def test_an_interrupted_run_goes_on_from_its_folder(tmp_path, text):
-    status, said = interrupted_after_a_step(tmp_path, "--text", str(text), "--ranks", "2")
+@pytest.mark.parametrize("all_processes", [False, True])
+def test_an_interrupted_run_goes_on_from_its_folder(tmp_path, text, all_processes):
+    status, said = interrupted_after_a_step(tmp_path, "--text", str(text), "--ranks", "2", all_processes=all_processes)
     assert status == 130 and "Traceback" not in said
     lines = [line for line in said.splitlines() if "interrupted" in line]
     assert len(lines) == 1 and f"--resume {tmp_path}" in lines[0]
@@ -54,6 +69,20 @@ def test_an_interrupted_run_goes_on_from_its_folder(tmp_path, text):
     events = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     steps = [event["step"] for event in events if event["event"] == "step"]
     assert steps == list(range(len(steps))), "the second run begins where the first one ended"
+
+
+def test_a_run_that_compares_is_broken_off_and_says_so(tmp_path, text):
+    words = ("--text", str(text), "--ranks", "2", "--compare-overlap")
+    status, said = interrupted_after_a_step(tmp_path, *words, all_processes=True)
+    assert status == 130 and "Traceback" not in said
+    assert sum("interrupted" in line for line in said.splitlines()) == 1
+
+
+def test_a_parent_may_ask_after_a_terminal_did():
+    with stopping() as stop:
+        for number in (signal.SIGINT, STOP, STOP):
+            signal.raise_signal(number)
+            assert stop.asked
 
 
 def test_the_first_interrupt_asks_and_the_second_one_breaks_off():

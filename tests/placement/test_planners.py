@@ -104,8 +104,21 @@ def test_noise_moves_at_most_the_budget(planner):
     noisy = np.maximum(0, np.round(load * rng.normal(1, 0.05, 128))).astype(np.int64)
     free = planner(noisy, topology, slots=10, current=placement)
     bound = planner(noisy, topology, slots=10, current=placement, budget=6)
-    assert placement.diff(free).moves > 30 and placement.diff(bound).moves <= 6
-    assert ratio(bound, noisy) <= ratio(placement, noisy)
+    assert placement.diff(free).moves > 30 and 0 < placement.diff(bound).moves <= 6
+    assert ratio(bound, noisy) < ratio(placement, noisy)
+
+
+@pytest.mark.parametrize("budget, kept", [(4, 1.0), (3, 0.5), (2, 0.5), (1, 0.0)])
+def test_affinity_with_a_budget_goes_for_the_rows_that_stay(budget, kept):
+    """Loads are even, so that nothing is to be gained for balance; two pairs of experts should change places."""
+    traffic = np.full((4, 8), 1)
+    for expert, rank in enumerate((1, 0, 1, 0, 3, 2, 3, 2)):
+        traffic[rank, expert] = 100
+    traffic[:, 1:3], traffic[:, 5:7] = 1, 1  # one expert of each rank does not mind
+    first = Placement.identity(8, 4)
+    moved = Affinity()(traffic, Topology(world_size=4), slots=2, current=first, budget=budget)
+    own = [int(moved.home_ranks[expert] == rank) for expert, rank in ((0, 1), (3, 0), (4, 3), (7, 2))]
+    assert first.diff(moved).moves <= budget and sum(own) / 4 == kept
 
 
 @pytest.mark.parametrize("planner", [Eplb(keep_homes=True), Proportional(keep_homes=True), Flex()])

@@ -206,8 +206,10 @@ def test_loads_that_cannot_be_are_refused(change, named):
         replace(load, **change)
     with pytest.raises(ConfigError, match="most_copies"):
         decide(load, [phase()], most_copies=-1)
-    with pytest.raises(ConfigError, match="most_copies"):
+    with pytest.raises(ConfigError, match="phases"):
         decide(load, [])
+    with pytest.raises(ConfigError, match="margin"):
+        decide(load, [phase()], margin=1.5)
 
 
 def test_the_binding_checks_what_it_is_given():
