@@ -16,6 +16,7 @@ from moe_overlap.schedule.builders import SchedulePair
 AnySchedule = SchedulePair | AutoSchedule
 Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
+WEIGHTS_AT = ("output", "input")
 MODES = ("host", "static")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
@@ -60,6 +61,16 @@ def check_dedup(dedup: object) -> None:
         raise NotImplementedError('dedup="gather": an all-gather of rows where top_k exceeds the ranks')
     if dedup not in DEDUP:
         raise ConfigError("dedup", dedup, f"one of {DEDUP}")
+
+
+def check_weights_at(weights_at: str, top_k: int) -> str:
+    """`weights_at` of a layer. Raises ConfigError for a place that does not exist."""
+    if weights_at not in WEIGHTS_AT:
+        raise ConfigError("weights_at", weights_at, f"one of {WEIGHTS_AT}")
+    if weights_at == "input" and top_k > 1:
+        raise NotImplementedError('MoELayer(weights_at="input") with top_k above 1, which is K rows for a token: see '
+                                  'moe_forward(weights_at="input")')  # fmt: skip
+    return weights_at
 
 
 def check_payload(dtype: object) -> None:
