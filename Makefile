@@ -85,8 +85,8 @@ $(STAMP): constraints.txt $(NATIVE)
 	       "make VENV= uses the current environment instead." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $$(grep '^torch==' constraints.txt)
-	$(PY) -m pip install $$(grep -E '^[a-z]' constraints.txt | grep -v '^triton==')
-	$(PY) -m pip install --no-deps $$(grep '^triton==' constraints.txt)
+	$(PY) -m pip install $$(grep -E '^[a-z]' constraints.txt | grep -vE '^(triton|torchtitan)==')
+	$(PY) -m pip install --no-deps $$(grep -E '^(triton|torchtitan)==' constraints.txt)
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
 	@$(PY) moe_overlap/native/build_info.py
 	@rm -f $(SETUP)-*; touch $@
