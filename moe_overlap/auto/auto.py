@@ -196,8 +196,8 @@ class AutoSchedule(Settled):
             model = shared_model(transport, model, device)
             assert model is not None
             if self.not_kept is None and model.misfit > MOST_MISFIT:
-                self.not_kept = (f"it predicts one of its own probes {model.misfit:.0%} wrong, over {MOST_MISFIT:.0%}: was "
-                                 "the machine busy?")  # fmt: skip
+                wrong = f"{model.misfit:.0%} wrong, over {MOST_MISFIT:.0%}"
+                self.not_kept = f"it predicts one of its own probes {wrong}: was the machine busy?"
             if first and self.not_kept is None:
                 self.kept_in, self.not_kept = store(key, model)
             elif first:

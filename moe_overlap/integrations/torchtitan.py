@@ -1,7 +1,7 @@
-"""torchtitan's MoE layer (0.3.0) with its routed experts here: they travel and are computed by this library's schedules.
+"""torchtitan's MoE layer (0.3.0) with its routed experts here: rows travel and are computed by this library's schedules.
 
 Such a layer is router, `routed_experts` and shared experts, and `routed_experts` is a token dispatcher (`reorderer` in
-earlier releases) around `GroupedExperts`. What is replaced is `routed_experts` as a whole, and not the dispatcher inside
+earlier releases) around `GroupedExperts`. What is replaced is `routed_experts` as a whole, not the dispatcher inside
 it: that hands over all rows before the first expert runs and takes all of them back after the last one, so whoever
 implements it has nothing to put beside an exchange. Router, shared experts, the bias that balances and its counts stay
 torchtitan's, and so do the parameters and their names. Nothing here imports torchtitan.

@@ -60,7 +60,8 @@ class LinearRouter(ExpertMask):
     DeepSeek-V4). Ties go to the lower id.
     renormalize: divide the K weights by their sum. scale: multiply them. n_group, topk_group: choose the experts
     from the best `topk_group` of `n_group` groups. group_score: what a group is worth: "max", its best expert
-    (DeepSeek-V2), "top2_sum", its two best (DeepSeek-V3, Mistral4); None: the sum with a bias, else the best. bias: a buffer `expert_bias_E` that is added for the selection
+    (DeepSeek-V2), "top2_sum", its two best (DeepSeek-V3, Mistral4); None: the sum with a bias, else the best.
+    bias: a buffer `expert_bias_E` that is added for the selection
     only, never to the weights (arXiv 2408.15664). It is float32 whatever the module is cast to (float64 too) or loaded
     from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`. balance: over what the auxiliary loss
     spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').

@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-REASON = "pip install --no-deps torchtitan==0.3.0 && pip install spmd_types==0.2.3 tyro"
-theirs = pytest.importorskip("torchtitan.models.common.moe", reason=REASON)
-
-from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
-
 from moe_overlap import ConfigError
 from moe_overlap.integrations import torchtitan as ours
 from tests.ranks import virtual_world
+
+REASON = "pip install --no-deps torchtitan==0.3.0 && pip install spmd_types==0.2.3 tyro"
+theirs = pytest.importorskip("torchtitan.models.common.moe", reason=REASON)
+Linear = pytest.importorskip("torchtitan.models.common.linear").Linear
+Dispatcher = pytest.importorskip("torchtitan.models.common.token_dispatcher").LocalTokenDispatcher
 
 D, F, E, K, B, L = 16, 32, 4, 2, 2, 12
 
@@ -30,7 +29,7 @@ def _block(dtype=torch.bfloat16):
         num_experts=E,
         routed_experts=theirs.RoutedExperts.Config(
             inner_experts=theirs.GroupedExperts.Config(dim=D, hidden_dim=F, num_experts=E),
-            token_dispatcher=LocalTokenDispatcher.Config(num_experts=E, top_k=K),
+            token_dispatcher=Dispatcher.Config(num_experts=E, top_k=K),
         ),
         router=theirs.TokenChoiceTopKRouter.Config(
             num_experts=E, top_k=K, gate=Linear.Config(in_features=D, out_features=E), route_norm=True

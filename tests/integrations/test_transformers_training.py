@@ -144,8 +144,8 @@ def _two_that_save(folder, out):
         options = arguments(Path(out), save_every=STEPS, save_only_model=True)
         Trainer(model=first, args=options, train_dataset=Sentences()).train()
         again = _spread(str(Path(out) / f"checkpoint-{STEPS}"))
-        models = [_whole({name: value.detach() for name, value in model.named_parameters()}) for model in (first, again)]
-        return models, str(said.value)
+        both = [{name: value.detach() for name, value in one.named_parameters()} for one in (first, again)]
+        return [_whole(one) for one in both], str(said.value)
 
 
 def test_the_trainer_on_two_ranks(tmp_path):

@@ -20,8 +20,8 @@ def sample(model: LanguageModel, options: TrainOptions, corpus: Corpus) -> str:
     """--sample tokens, from the beginning of a document on; a blank line stands between documents. Collective: every
     rank draws as many, by its own logits, which differ by rounding at most, and from one seed.
 
-    Each token is drawn by softmax(logits / TEMPERATURE), from the last --seq tokens before it, all of which are computed
-    again: these models have no cache of keys and values.
+    Each token is drawn by softmax(logits / TEMPERATURE), from the last --seq tokens before it, all of which are
+    computed again: these models have no cache of keys and values.
     """
     from tokenizers import Tokenizer
 
