@@ -1,4 +1,4 @@
-"""torchtitan's MoE layer (0.3.0) with its routed experts here: rows travel and are computed by this library's schedules.
+"""torchtitan's MoE layer (0.3.0) with its routed experts here: rows travel and are computed by our schedules.
 
 Such a layer is router, `routed_experts` and shared experts, and `routed_experts` is a token dispatcher (`reorderer` in
 earlier releases) around `GroupedExperts`. What is replaced is `routed_experts` as a whole, not the dispatcher inside
