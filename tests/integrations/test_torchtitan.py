@@ -7,6 +7,7 @@ pip install spmd_types==0.2.3 tyro.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from torch import nn
 from moe_overlap import ConfigError
 from moe_overlap.integrations import torchtitan as ours
 from tests.ranks import virtual_world
+from tests.test_docs import blocks, promised, run
 
 REASON = "pip install --no-deps torchtitan==0.3.0 && pip install spmd_types==0.2.3 tyro"
 theirs = pytest.importorskip("torchtitan.models.common.moe", reason=REASON)
 Linear = pytest.importorskip("torchtitan.models.common.linear").Linear
 Dispatcher = pytest.importorskip("torchtitan.models.common.token_dispatcher").LocalTokenDispatcher
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "torchtitan.md").read_text()
 D, F, E, K, B, L = 16, 32, 4, 2, 2, 12
 
 
@@ -120,3 +123,9 @@ def test_what_it_cannot_run_is_refused_and_left_alone():
         ours.use(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="schedule"):
         ours.use(_block(), schedule="fast")
+
+
+def test_the_program_of_the_page(tmp_path, capsys):
+    (program,) = blocks(PAGE, "python")
+    run(program, tmp_path)
+    assert capsys.readouterr().out.splitlines() == promised(program) != []
