@@ -1,5 +1,5 @@
 """Code blocks of README.md and docs/ that no other test runs: command lines are real ones, programs print what they
-say, no block is of a kind that nobody runs. Every page is in the navigation of the site, every name in its reference."""
+say, no block is of a kind that nobody runs. Every page is in the site's navigation, every name in its reference."""
 
 from __future__ import annotations
 
