@@ -1,6 +1,6 @@
 """The experts of one process: this library against transformers' own implementations, interleaved.
 
-    python benchmarks/transformers_speed.py [--out rows.jsonl] [--seconds 200]
+    python benchmarks/transformers_speed.py [--out rows.jsonl] [--seconds 180] [--dtypes fp32,bf16]
 
 A Qwen3-MoE experts module (T 1024, D 512, F 1024, E 16, k 2) with the same weights and routing, as "moe_overlap",
 "grouped_mm" and "eager", in float32 and bfloat16: forward, forward and backward, and one token forward. Each round
@@ -79,13 +79,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the rows here")
     parser.add_argument("--seconds", type=float, default=180.0, help="of all measurements, about")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--calls", default=";".join(CALLS), help="separated by semicolons")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ours.register(schedule="serial")
     shares = {"forward": 0.2, "forward+backward": 0.25, "one token, forward": 0.05}  # of the time, for each dtype
-    for name, dtype in DTYPES.items():
+    for name in options.dtypes.split(","):
+        dtype = DTYPES[name]
         modules = {way: experts_of(way, dtype) for way in WAYS}
-        for what, (tokens, train) in CALLS.items():
+        for what in options.calls.split(";"):
+            tokens, train = CALLS[what]
             calls = {way: call_of(module, tokens, train, dtype) for way, module in modules.items()}
             results = {way: call() for way, call in calls.items()}
             far = max(float((results[way] - results[WAYS[0]]).abs().max() / results[WAYS[0]].abs().max())
