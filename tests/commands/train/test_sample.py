@@ -38,7 +38,10 @@ class Next:
         return self
 
     def modules(self):
-        return []
+        return iter(())
+
+    def parameters(self):
+        return iter(())
 
     def __call__(self, tokens):
         self.asked.append(tokens[0].tolist())
