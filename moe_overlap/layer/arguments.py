@@ -41,12 +41,19 @@ def check_positive(*, optional: Mapping[str, object] | None = None, **sizes: obj
             raise ConfigError(name, value, "an integer of at least 1")
 
 
-def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None) -> None:
-    """Raises ConfigError for a top_k out of range, or a dtype that rows cannot have."""
+def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None, weights_at: str) -> str:
+    """`weights_at`. Raises ConfigError for a top_k out of range, a dtype that rows cannot have, or a place for the
+    weights that does not exist."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("dtype", dtype, f"None or one of {DTYPES}")
+    if weights_at not in WEIGHTS_AT:
+        raise ConfigError("weights_at", weights_at, f"one of {WEIGHTS_AT}")
+    if weights_at == "input" and top_k > 1:
+        raise NotImplementedError('MoELayer(weights_at="input") with top_k above 1, which is K rows for a token: see '
+                                  'moe_forward(weights_at="input")')  # fmt: skip
+    return weights_at
 
 
 def check_mode(mode: object) -> None:
@@ -61,16 +68,6 @@ def check_dedup(dedup: object) -> None:
         raise NotImplementedError('dedup="gather": an all-gather of rows where top_k exceeds the ranks')
     if dedup not in DEDUP:
         raise ConfigError("dedup", dedup, f"one of {DEDUP}")
-
-
-def check_weights_at(weights_at: str, top_k: int) -> str:
-    """`weights_at` of a layer. Raises ConfigError for a place that does not exist."""
-    if weights_at not in WEIGHTS_AT:
-        raise ConfigError("weights_at", weights_at, f"one of {WEIGHTS_AT}")
-    if weights_at == "input" and top_k > 1:
-        raise NotImplementedError('MoELayer(weights_at="input") with top_k above 1, which is K rows for a token: see '
-                                  'moe_forward(weights_at="input")')  # fmt: skip
-    return weights_at
 
 
 def check_payload(dtype: object) -> None:

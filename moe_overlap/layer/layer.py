@@ -25,7 +25,6 @@ from moe_overlap.layer.arguments import (
     check_options,
     check_positive,
     check_router_input,
-    check_weights_at,
     rows_dtype,
 )
 from moe_overlap.layer.balance import sums_over_replicas
@@ -133,8 +132,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         super().__init__()
         sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
         check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
-        check_choices(num_experts, top_k, dtype)
-        self.weights_at = check_weights_at(weights_at, top_k)
+        self.weights_at = check_choices(num_experts, top_k, dtype, weights_at)
         activation = assembly.activation_of(experts, activation)
         check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
         static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,

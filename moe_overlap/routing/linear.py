@@ -153,8 +153,7 @@ class LinearRouter(ExpertMask):
         self.eval_capacity_factor = eval_capacity_factor
         self.zero_experts = zero_experts
         self.softcap = softcap
-        self.renormalize_eps = renormalize_eps
-        self.renormalize_p = renormalize_p
+        self.renormalize_eps, self.renormalize_p = renormalize_eps, renormalize_p
         self.group_score = group_score
         self.logits_dtype = logits_dtype
         self.variable_k = as_variable_k(variable_k)
