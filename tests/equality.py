@@ -123,9 +123,12 @@ def all_cases(world: int, dedup: str = "off") -> list[Case]:
 
 
 def published_cases(world: int, schedule: str, dedup: str) -> list[Case]:
-    """Every combination of chunks and load of one of PUBLISHED, the dtypes in turn."""
-    product = itertools.product(CHUNKS, LOADS)
-    return [Case(world, schedule, c, DTYPES[i % len(DTYPES)], load, dedup) for i, (c, load) in enumerate(product)]
+    """Every second combination of chunks and load of one of PUBLISHED, dtypes and placements in turn."""
+    placements = list(PLACEMENTS) if dedup == "off" else ["identity"]
+    return [
+        Case(world, schedule, c, DTYPES[i % len(DTYPES)], load, dedup, placement=placements[i % len(placements)])
+        for i, (c, load) in enumerate(list(itertools.product(CHUNKS, LOADS))[::2])
+    ]
 
 
 def pairwise_cases(world: int, dedup: str = "off") -> list[Case]:
