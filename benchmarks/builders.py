@@ -110,11 +110,10 @@ def rows_of(world: World, options: LayerOptions, wires: Wires, phase: str) -> li
         found = samples[at + (name == "serial")].time_s
         rows.append({
             "benchmark": "builders", "phase": phase, "case": case, "builder": name, "link": options.link,
-            "ranks": options.ranks, "tokens": options.tokens, "hidden": options.hidden, "ffn": options.ffn,
-            "experts": options.experts, "repeats": options.repeats, "time_ms_median": round(on_s * 1e3, 3),
-            "time_ms_p10": round(percentile(found, 10) * 1e3, 3), "time_ms_p90": round(percentile(found, 90) * 1e3, 3),
-            "joined_ms_median": round(off_s * 1e3, 3), "speedup": round(serial_s[case] / on_s, 3),
-            "overlap": round(off_s / on_s, 3), "flagged": "noisy" if is_noisy(found) else None, **constants(),
+            "time_ms_median": round(on_s * 1e3, 3), "time_ms_p10": round(percentile(found, 0.1) * 1e3, 3),
+            "time_ms_p90": round(percentile(found, 0.9) * 1e3, 3), "joined_ms_median": round(off_s * 1e3, 3),
+            "speedup": round(serial_s[case] / on_s, 3), "overlap": round(off_s / on_s, 3),
+            "flagged": "noisy" if is_noisy(found) else None, **constants(options),
         })  # fmt: skip
     return rows
 

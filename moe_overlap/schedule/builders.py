@@ -1,9 +1,9 @@
 """One short function per published strategy: shape of the strategy in, a pair of schedules out.
 
 `serial` is every framework's default; `chunked` is the pipeline of Tutel (MLSys'23), PipeMoE (INFOCOM'23) and, by
-expert groups, EPS-MoE (arXiv 2410.12247), by peers, FasterMoE (PPoPP'22; `published.py` has more by name); `shared_expert` hides exchanges under a shared expert (Megatron-Core);
-`shortcut` is ScMoE (ICML 2025, arXiv 2404.05019): the experts read an earlier activation, so that whole backbone ops
-run beside both exchanges.
+expert groups, EPS-MoE (arXiv 2410.12247), by peers, FasterMoE (PPoPP'22; `published.py` has more by name);
+`shared_expert` hides exchanges under a shared expert (Megatron-Core); `shortcut` is ScMoE (ICML 2025, arXiv
+2404.05019): the experts read an earlier activation, so that whole backbone ops run beside both exchanges.
 
 `joined=True` keeps plan and order and waits for every exchange right after its start: overlap off. Results are equal
 bit for bit either way; that is the library's central test.

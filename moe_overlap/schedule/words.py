@@ -22,8 +22,8 @@ def from_text(
 ) -> SchedulePair:
     """The checked pair of two schedules written out, such as "P D0 E0 C0 U" and "Ut Ct0 Ed0 Dt0 Ew0 Pt".
 
-    by, backward_by: how their exchanges are cut ("tokens", "experts" or "peers"), backward by default as forward. Raises
-    ConfigError for a text that is no schedule that can run.
+    by, backward_by: how their exchanges are cut ("tokens", "experts" or "peers"), backward by default as forward.
+    Raises ConfigError for a text that is no schedule that can run.
     """
     there, back = Schedule.parse(forward), Schedule.parse(backward)
     pair = SchedulePair(name=name, forward=there, backward=back, chunks=there.count("D"), by=by,
