@@ -78,7 +78,7 @@ def use(model: nn.Module, **options: Any) -> nn.Module:
     """Put `RoutedExperts` into every MoE layer of a model of torchtitan's, and return the model. options: as there. On
     several ranks: after the model's experts were sharded. All layers are looked at first; raises ConfigError for one
     that cannot be run here, and for a model without any; the model is not touched then."""
-    found = [module for module in model.modules() if hasattr(module, "routed_experts")]
+    found: list[Any] = [module for module in model.modules() if hasattr(module, "routed_experts")]
     made = [RoutedExperts(module.routed_experts.inner_experts, **options) for module in found]
     if not found:
         raise ConfigError("model", type(model).__name__, "a model with MoE layers of torchtitan (routed_experts)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,14 +29,15 @@ def sample(model: LanguageModel, options: TrainOptions, corpus: Corpus) -> str:
     model.eval()
     tokenizer = Tokenizer.from_file(str(tokenizer_of(Path(options.out), corpus.key)))
     drawing = generator("sample", options.seed)
-    tokens = [tokenizer.token_to_id(END_OF_DOCUMENT)]
+    end: Any = tokenizer.token_to_id(END_OF_DOCUMENT)  # the tokenizer was made with it
+    tokens: list[int] = [end]
     for _ in range(options.sample):
         logits_V = model(torch.tensor([tokens[-options.seq :]]))[0, -1]
         aux_loss(model)
         tokens.append(int(torch.multinomial((logits_V.float() / TEMPERATURE).softmax(dim=0), 1, generator=drawing)))
     documents: list[list[int]] = [[]]
     for token in tokens[1:]:
-        if token == tokens[0]:
+        if token == end:
             documents.append([])
         else:
             documents[-1].append(token)
