@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120.0
-SIZES = "--tokens 64 --hidden 16 --ffn 32 --repeats 100000".split()
+SIZES = "--tokens 64 --hidden 64 --ffn 64 --repeats 100000".split()
 COMMANDS = {
     "bench ops": [*SIZES, "--experts", "4", "--compile", "off"],
     "bench layer": [*SIZES, "--experts", "4", "--ranks", "2", "--cases", "top2", "--schedules", "serial"],
