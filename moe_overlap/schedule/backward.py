@@ -59,7 +59,7 @@ class Backward:
         self.transport = transport
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
         device = weights.w_in.device if host_link is None else host_link.device
-        self._num_sms = experts_sms(device)
+        self._device = device
         self.phase = phase
         self.lanes = Lanes(transport, phase, clock_for(device), probe=probe, caller=caller)
         self._host_link = host_link
@@ -69,6 +69,11 @@ class Backward:
         # The run under way.
         self._grads: BackwardRows | DistinctBackward | None = None
         self._grads_of = -1  # the run of the engine that they belong to
+
+    @property
+    def _num_sms(self) -> int | None:
+        """Multiprocessors for the experts: all of them where nothing runs beside them. No bit depends on it."""
+        return experts_sms(self._device, 0 if self.pair.joined else self.transport.exchange_sms)
 
     @property
     def events(self) -> list[TimelineEvent]:

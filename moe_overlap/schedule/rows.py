@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_overlap import config, ops
+from moe_overlap import ops
 from moe_overlap.agreement.static_plan import StaticChunks
 from moe_overlap.ops import workspace
 from moe_overlap.schedule.static_rows import static_order
@@ -79,12 +79,13 @@ def send_order(tables: Tables, slots_TK: torch.Tensor) -> tuple[torch.Tensor, to
     return slot_to_row, offs
 
 
-def experts_sms(device: torch.device) -> int | None:
-    """How many multiprocessors the experts' kernels may use beside exchanges; None: all there are, or a CPU."""
-    kept = int(config.EXCHANGE_SMS.read())
-    if kept == 0 or device.type != "cuda":
+def experts_sms(device: torch.device, exchange_sms: int) -> int | None:
+    """How many multiprocessors the experts' kernels may use beside exchanges that take `exchange_sms`; None: all there
+    are, or a CPU. A block of NCCL shares no multiprocessor with one of a matrix kernel, whose shared memory fills it:
+    without this exchanges would begin when experts end."""
+    if exchange_sms == 0 or device.type != "cuda":
         return None
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - kept)
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - exchange_sms)
 
 
 class _Chunks:
