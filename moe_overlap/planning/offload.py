@@ -19,7 +19,8 @@ from moe_overlap.schedule.offload import SLOTS, with_host_experts
 @dataclass(frozen=True, kw_only=True)
 class OffloadShape:
     """One rank's experts, `bytes_per_expert` of weights each, and a link of `bytes_per_s` in each direction. `row_s`:
-    seconds of one row in one expert (E; Ed and Ew take as long each). `exchange_s`: of all rows there (D), and back;
+    seconds of one row in one expert (E; Ed and Ew take as long each), `expert_s`: of an expert beside its rows, such as
+    reading its weights. `exchange_s`: of all rows there (D), and back;
     `rows_s`: of permuting all rows, and of summing them up."""
 
     experts: int
@@ -27,13 +28,14 @@ class OffloadShape:
     bytes_per_s: float
     rows_per_expert: float
     row_s: float
+    expert_s: float = 0.0
     exchange_s: float = 0.0
     rows_s: float = 0.0
 
     @property
     def crossover_rows(self) -> float:
         """Rows an expert from which on its copy takes no longer than its computation."""
-        return self.bytes_per_expert / self.bytes_per_s / self.row_s
+        return max(0.0, self.bytes_per_expert / self.bytes_per_s - self.expert_s) / self.row_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def _step_s(shape: OffloadShape, chunks: int, *, copies: bool) -> float:
     shares = [shape.experts * (c + 1) // chunks - shape.experts * c // chunks for c in range(chunks)]
     times: dict[str, float] = dict.fromkeys(("P", "U", "Ut", "Pt"), shape.rows_s)
     for c, experts in enumerate(shares):
-        compute = experts * shape.rows_per_expert * shape.row_s
+        compute = experts * (shape.expert_s + shape.rows_per_expert * shape.row_s)
         copy = experts * shape.bytes_per_expert / shape.bytes_per_s if copies else 0.0
         times |= {f"{verb}{c}": compute for verb in ("E", "Ed", "Ew")}
         times |= {f"{verb}{c}": copy for verb in ("Hf", "Hb", "Hg")}

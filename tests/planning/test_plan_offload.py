@@ -61,6 +61,12 @@ def test_the_crossover_is_where_a_copy_takes_as_long_as_its_rows() -> None:
         assert best.step_s == pytest.approx(forward_s + backward_s)
 
 
+def test_what_an_expert_takes_beside_its_rows_hides_copies_too() -> None:
+    assert shape(expert_s=4e-4).crossover_rows == pytest.approx(60.0)
+    assert shape(expert_s=2e-3).crossover_rows == 0.0
+    assert plan_offload(shape(expert_s=4e-4))[0].resident_s == pytest.approx(3 * 16 * 1.4e-3)
+
+
 def test_plans_are_sorted_and_within_the_bytes_of_a_device() -> None:
     plans = plan_offload(shape(), device_bytes=4000)
     assert [plan.step_s for plan in plans] == sorted(plan.step_s for plan in plans)
