@@ -160,6 +160,15 @@ VERBS: dict[str, VerbSpec] = {
         ),
         _spec("Hg", "backward", COPY, (_same("dweight"),), (_same("dstored"),), "weights", "gradients to the host"),
         _spec(
+            "Eg",
+            "backward",
+            COMP,
+            (_same("din"), _one("down")),
+            (_same("dweight"),),
+            "weight_grad",
+            "weight gradient of a chunk of experts",
+        ),  # fmt: skip
+        _spec(
             "Wd",
             "backward",
             COMP,

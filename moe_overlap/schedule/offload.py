@@ -29,6 +29,10 @@ def check_cut(pair: SchedulePair) -> None:
         order = [action.index or 0 for action in schedule if action.verb == verb]
         if order != sorted(order):
             raise ConfigError("schedule", schedule.text, "experts in ascending order of chunks beside expert_offload")
+    if pair.backward.count("Eg"):
+        raise ConfigError(
+            "schedule.backward", pair.backward.text, "weight gradients in Ew, not Eg, beside expert_offload"
+        )
     if pair.deduplicated:
         raise ConfigError("dedup", "on", '"off" beside expert_offload')
 

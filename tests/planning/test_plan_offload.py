@@ -35,8 +35,9 @@ def test_where_copies_stand() -> None:
         deduplicate(serial()),
         shared_expert(chunks=2),
         from_text("P D0 D1 E1 C1 E0 C0 U", "Ut Ct0 Ct1 Ed0 Dt0 Ed1 Dt1 Ew0 Pt", by="experts"),
+        from_text("P D0 D1 E0 C0 E1 C1 U", "Ut Ct0 Ct1 Ed0 Dt0 Eg0 Ed1 Dt1 Eg1 Pt", by="experts"),
     ],
-    ids=["tokens", "dedup", "shared", "descending"],
+    ids=["tokens", "dedup", "shared", "descending", "gradients by chunk"],
 )
 def test_pairs_that_cannot_have_them_are_refused(pair) -> None:
     with pytest.raises(ConfigError):
