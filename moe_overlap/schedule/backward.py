@@ -147,7 +147,8 @@ class Backward:
     def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
         g, groups = self._rows_of_backward, self.pair.backward.count("Ew")
         homes = g.saved.w_in.shape[0]
-        self._weigh(homes * group // groups, homes * (group + 1) // groups)
+        first, last = homes * group // groups, homes * (group + 1) // groups
+        self._weigh(first, last)
         return ()
 
     def _eg(self, ctx: Any, c: int, _: Any) -> Tensors:
