@@ -12,6 +12,7 @@ from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.beside import Op
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.transport.host_link import HostLink
 
 AnySchedule = SchedulePair | AutoSchedule
 Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
@@ -96,8 +97,9 @@ def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
         raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
 
 
-def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
-    """The dtype of the rows of x [..., D] beside an expert weight: the weight's, or autocast's.
+def rows_dtype(x: object, weight: torch.Tensor, hidden: int, link: HostLink | None = None) -> torch.dtype:
+    """The dtype of the rows of x [..., D] beside an expert weight, which comes to x by `link` or is there: the
+    weight's, or autocast's.
 
     Raises ConfigError for an x that does not fit.
     """
@@ -107,8 +109,9 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
         raise ConfigError("x.shape[-1]", x.shape[-1] if x.dim() else 0, f"hidden_size = {hidden}")
     if not x.is_floating_point():
         raise ConfigError("x.dtype", x.dtype, f"a floating-point dtype: that of the expert weights, {weight.dtype}")
-    if x.device != weight.device:
-        raise ConfigError("x.device", x.device, f"the device of the expert weights, {weight.device}")
+    device = weight.device if link is None else link.device
+    if x.device != device:
+        raise ConfigError("x.device", x.device, f"the device of the expert weights, {device}")
     if hasattr(weight, "device_mesh"):
         raise ConfigError(
             "experts.down_proj",

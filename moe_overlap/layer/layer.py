@@ -27,12 +27,12 @@ from moe_overlap.layer.arguments import (
     check_router_input,
     rows_dtype,
 )
-from moe_overlap.layer.balance import sums_over_replicas
 from moe_overlap.layer.choosing import Chooses
 from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, homes_held, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tie, Tokens, late_rows, make_projections, project
-from moe_overlap.layer.one_rank import one_rank, runs_inline
+from moe_overlap.layer.offload import Offload, Offloads, make_host_link
+from moe_overlap.layer.one_rank import one_rank
 from moe_overlap.layer.shared_expert import shared_of
 from moe_overlap.layer.static import Static, static_options
 from moe_overlap.layer.tickets import Ticket
@@ -48,7 +48,7 @@ from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Static, Copies, Routes, Chooses):
+class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank); top_k K.
@@ -84,6 +84,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
     AutoSchedule too), placement (homes of the experts, copies elsewhere), dispatcher (with transport and placement).
+    expert_offload: "host", or a HostLink: experts' weights lie in host memory and come up for their chunk's rows.
 
     forward(x [..., D]) -> one tensor of x's shape; dtype of the experts' weights, or autocast's. The parameters are
     those of `router`, `experts` (this rank's only), `shared_expert`, `latent_in` [L, D] and `latent_out` [D, L]; state
@@ -110,6 +111,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         experts: nn.Module | None = None,
+        expert_offload: Offload = None,
         activation: str | None = None,
         weights_at: str = "output",
         shared_expert: nn.Module | None = None,
@@ -138,6 +140,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,
                                 dispatcher=dispatcher)  # fmt: skip
         factory = assembly.factory_of(experts, device, dtype)
+        self.host_link, experts_factory = make_host_link(expert_offload, factory)
         options = {"aux_loss_coef": aux_loss_coef, "balance": balance, "bad_logits": bad_logits} | router_options
         self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
                                                            timeout_s=timeout_s, device=device)  # fmt: skip
@@ -157,7 +160,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
         placement = assembly.make_placement(dispatcher, placement, num_experts, ranks)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
-                                             activation=activation, factory=factory)  # fmt: skip
+                                             activation=activation, factory=experts_factory)  # fmt: skip
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
@@ -228,7 +231,8 @@ class MoELayer(Static, Copies, Routes, Chooses):
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
                                     grad_scale=self.ownership.grad_scale)  # fmt: skip
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
-                        payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
+                        payload_dtype=self.dispatcher.payload_dtype,
+                        host_link=self._offload(known, w_in, w_out))  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
             if read_TD is not None:
                 x_router = Tie.apply(read_TD, x_router)
@@ -275,11 +279,6 @@ class MoELayer(Static, Copies, Routes, Chooses):
 
     # ---------------------------------------------------------------- details
 
-    @property
-    def _runs_inline(self) -> bool:
-        whole = self.ownership.grad_scale == 1.0 and not sums_over_replicas(self.router, self.ownership)
-        return whole and runs_inline(self.transport, self.schedule)
-
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""
         d, activation = self.dispatcher, self.experts.activation
@@ -291,7 +290,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
             self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)
         d.look_at_weights(w_in, w_out)
-        dtype = rows_dtype(x, w_out, self.hidden_size)
+        dtype = rows_dtype(x, w_out, self.hidden_size, self.host_link)
         count = homes_held(self.ownership, d)
         check_weights(w_in, w_out, d.activation, count=count, hidden=d.hidden, ffn=d.ffn_hidden)
         warn_of_hooks(self.experts)

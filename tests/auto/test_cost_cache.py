@@ -152,7 +152,7 @@ def test_another_layout_of_the_hosts_is_another_file(monkeypatch):
 def test_multiprocessors_left_to_exchanges_are_another_file(monkeypatch):
     with planted(cost_model()):
         one = kept_in()
-        monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", "16")
+        monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", "8")
         assert kept_in()[0] not in (None, one[0])
 
 
