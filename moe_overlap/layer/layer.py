@@ -94,6 +94,8 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     after `prepare(model)` that of their mean, which is what DDP and FSDP2 make of every other gradient.
     """
 
+    _ticket: weakref.ref[Ticket] | None = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -153,11 +155,10 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
                                                          factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
-        ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
-            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
-            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
-        placement = assembly.make_placement(dispatcher, placement, num_experts, ranks)
+            schedule, shared=self.shared_expert is not None, ranks=self.transport.world_size, overlap=overlap,
+            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+        placement = assembly.make_placement(dispatcher, placement, num_experts, self.transport.world_size)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
                                              activation=activation, factory=experts_factory)  # fmt: skip
@@ -169,7 +170,6 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
             dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._check_router()
-        self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
 
     # ---------------------------------------------------------------- the layer as a sentence
