@@ -121,8 +121,9 @@ class TrainOptions:
         if self.router == "smile" and (self.experts % self.nodes or self.experts // self.nodes < self.top_k):
             expected = f"a multiple of the {self.nodes} nodes, {self.top_k} for each at least, with --router smile"
             raise ConfigError("--experts", self.experts, expected)
-        if self.router in ("hash", "smile") and self.balance != "micro":
-            raise ConfigError("--balance", self.balance, f"micro with --router {self.router}")
+        possible = {"hash": ("micro",), "smile": ("micro", "global")}.get(self.router, tuple(BALANCE))
+        if self.balance not in possible:
+            raise ConfigError("--balance", self.balance, f"{' or '.join(possible)} with --router {self.router}")
 
     def _check_schedule(self) -> None:
         if self.kind.startswith("scmoe"):
