@@ -35,7 +35,7 @@ class SmileRouter(nn.Module):
     alpha, beta: coefficients of the two-level loss alpha * n * sum_i f_i P_i + beta * m * sum_j g_j Q_j: f, g are the
     shares of the choices that went to node i and to place j of whichever node, P, Q the mean probabilities. It is
     alpha + beta where everything is even, its minimum over what routing follows p and q. balance: of which tokens the
-    shares are: "micro" (those of this rank's call) or "global" (all ranks', which the layer finishes as LinearRouter's).
+    shares are: "micro" (this rank's call) or "global" (all ranks', which the layer finishes as LinearRouter's).
     bad_logits: as in LinearRouter.
 
     Exchanges in two steps, with (n - 1) + (m - 1) peers for one rank in the place of n * m - 1, are what a layer's

@@ -214,8 +214,9 @@ def test_every_builder_gives_the_same_bits_with_overlap_and_without(name, builde
         model = layer
         if schedule == "serial":
             ops = [torch.nn.Linear(case.hidden, case.hidden, dtype=DTYPE) for _ in range(2)]
-            model = ShortcutBlock(ops, layer, tap=1, slot=1, chunks=2, overlap=overlap,
-                                  ahead=int(builder.endswith("ahead")))
+            model = ShortcutBlock(
+                ops, layer, tap=1, slot=1, chunks=2, overlap=overlap, ahead=int(builder.endswith("ahead"))
+            )
         fill(model.parameters(), seed=me.rank)
         x, dy, token_ids = case.tokens(me.rank)
         if name == "hash":
