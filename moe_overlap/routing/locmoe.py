@@ -134,9 +134,12 @@ class LocMoEPlusRouter(LocMoERouter):
     ) -> None:
         measured_form = None
         if delta == "max":
-            measured_form, delta, floor_form = floor_form or "exp", None, None
+            delta, measured_form = None, floor_form or "exp"
             if measured_form not in MEASURED_FORMS:
                 raise ConfigError("floor_form", measured_form, f"{' or '.join(MEASURED_FORMS)} beside a measured delta")
+            floor_form = None
+        elif isinstance(delta, str):
+            raise ConfigError("delta", delta, 'None, "max" or a cosine between 0 and 1')
         super().__init__(hidden_size, num_experts, top_k, capacity_factor=capacity_factor, gate=gate, delta=delta,
                          floor_form=floor_form or "exact", **options)  # fmt: skip
         self.measured_form = measured_form
