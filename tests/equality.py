@@ -212,7 +212,7 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     if name == "chunked":
         schedule = chunked(case.chunks, "tokens" if variant == "apart" else variant)
         if variant == "apart":  # backward in other chunks, where it can be cut in another way
-            schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "tokens" if case.node else "experts"))
+            schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "experts"))
     elif variant == "ahead":
         schedule, shared = agree_ahead(shared_expert(chunks=case.chunks)), F
     elif name == "shared_expert":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_overlap import MoELayer
-from moe_overlap.agreement.loads import ChunkBy
+from moe_overlap.agreement.loads import CHUNK_BY
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate
@@ -82,11 +82,11 @@ NAMES = ("y", "dx", "dweights", "dw_in", "dw_out")
 KINDS = ("uniform", "skewed", "one_rank", "without_a_rank", "unused", "nobody")
 
 
-def draw_order(actions: list[Action], draw: random.Random, *, ascending: str = "") -> Schedule:
-    """Any order in which everything stands after what it reads; actions of the verb `ascending` by their indices."""
+def draw_order(actions: list[Action], draw: random.Random, *, ascending: tuple[str, ...] = ()) -> Schedule:
+    """Any order in which everything stands after what it reads; actions of each verb `ascending` by their indices."""
     needs = [set(found) for found in dependencies(Schedule(tuple(actions)))]
-    if ascending:
-        experts = [position for position, action in enumerate(actions) if action.verb == ascending]
+    for verb in ascending:
+        experts = [position for position, action in enumerate(actions) if action.verb == verb]
         for before, after in zip(experts, experts[1:], strict=False):
             needs[after].add(before)
     left, order = list(range(len(actions))), []
@@ -97,24 +97,25 @@ def draw_order(actions: list[Action], draw: random.Random, *, ascending: str = "
     return Schedule(tuple(order))
 
 
-def draw_pair(draw: random.Random, cuts: tuple[ChunkBy, ...]) -> SchedulePair:
-    """Forward and backward cut and ordered in any way that `check` allows."""
-    forward, backward = (deduplicate(chunked(draw.choice(CHUNKS), draw.choice(cuts))) for _ in range(2))
+def draw_pair(draw: random.Random, *, gateways: bool) -> SchedulePair:
+    """Forward and backward cut and ordered in any way that `check` allows, with gateways `check_over_gateways`."""
+    forward, backward = (deduplicate(chunked(draw.choice(CHUNKS), draw.choice(CHUNK_BY))) for _ in range(2))
     pair = forward.with_backward(backward)
     if draw.random() < 0.7:
+        verbs = (("E", "C"), ("Ed", "Dt")) if gateways else (("E",), ("Ed",))
         weights = [Action("Ew", group) for group in range(1, draw.randint(1, 4))]
         backwards = [*pair.backward, *weights]
         pair = replace(
             pair,
             name="drawn",
-            forward=draw_order(list(pair.forward), draw, ascending="E" if pair.by == "experts" else ""),
-            backward=draw_order(backwards, draw, ascending="Ed" if pair.backward_by == "experts" else ""),
+            forward=draw_order(list(pair.forward), draw, ascending=verbs[0] if pair.by == "experts" else ()),
+            backward=draw_order(backwards, draw, ascending=verbs[1] if pair.backward_by == "experts" else ()),
         )
     check(pair)
     return pair.join(draw.random() < 0.2)
 
 
-def draw_step(world: int, experts: int, top_k: int, seed: int, cuts: tuple[ChunkBy, ...]) -> Step:
+def draw_step(world: int, experts: int, top_k: int, seed: int, *, gateways: bool) -> Step:
     draw, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     given = []
     kind = chance.choice((*KINDS, "mixed"))
@@ -126,7 +127,7 @@ def draw_step(world: int, experts: int, top_k: int, seed: int, cuts: tuple[Chunk
         weights = weights.masked_fill(torch.rand(weights.shape, generator=draw) < 0.2, 0.0)
         given.append((x, ids, weights, dy))
     needed = [(chance.random() < 0.8, chance.random() < 0.8) for _ in range(world)]
-    return Step(given, needed, draw_pair(chance, cuts))
+    return Step(given, needed, draw_pair(chance, gateways=gateways))
 
 
 def expected(step: Step, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
@@ -174,10 +175,9 @@ def check_cases(seed: int, cases: int, *, hierarchical: bool = False) -> None:
     """`cases` random steps of one layer."""
     chance = random.Random(seed)
     world, node = chance.choice(NODES) if hierarchical else (chance.choice(WORLDS), None)
-    cuts: tuple[ChunkBy, ...] = ("tokens",) if hierarchical else ("tokens", "experts")
     experts = world * min(chance.randint(1, MOST_EXPERTS // world) for _ in range(2))
     top_k = chance.randint(1, min(MOST_CHOICES, experts))
-    steps = [draw_step(world, experts, top_k, 1000 * seed + case, cuts) for case in range(cases)]
+    steps = [draw_step(world, experts, top_k, 1000 * seed + case, gateways=hierarchical) for case in range(cases)]
     draw = torch.Generator().manual_seed(seed)
     w_in, w_out = (torch.randn(experts, *shape, generator=draw, dtype=torch.float64) for shape in ((2 * F, D), (D, F)))
     by_rank = virtual_world(world, seed=seed).run(lambda me: run(me, steps, experts, top_k, w_in, w_out, node))

@@ -26,6 +26,7 @@ from moe_overlap.schedule.actions import Action, dependencies
 from moe_overlap.schedule.agreeing import Agreeing
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import SchedulePair, Schedules, with_copies
+from moe_overlap.schedule.check import check_over_gateways
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.distinct_rows import DistinctForward
 from moe_overlap.schedule.expert_copies import StepCopies
@@ -109,6 +110,8 @@ class Step(Backward):
         self.plan = (
             rows_plan(exchange, pair.chunks, pair.by) if self._distinct else exchange.chunked(pair.chunks, pair.by)
         )
+        if exchange.node_rows is not None and self._distinct:
+            check_over_gateways(pair)
         backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         halves = (self.plan, backward_plan) if self.grad else (self.plan, self.plan)
         self._tables, self._backward_tables = tables_of(halves, x_TD.device, x_TD.shape[0])

@@ -22,6 +22,7 @@ from tests.tolerances import close, same_bits
 
 E, K = 12, 5
 COUNTS = (11, 0, 24, 7, 3, 16)
+BY_EXPERTS = chunked(2, "experts")
 
 
 def layer_of(transport, *, top_k=K, dedup="on", hierarchical=True, node=2, dtype=torch.float64, **options):
@@ -52,22 +53,24 @@ def equal_bits(hierarchical, direct):
             same_bits(a, b)
 
 
-def test_a_checkpoint_recomputes_it():
+@pytest.mark.parametrize("schedule", ["chunked(3)", BY_EXPERTS])
+def test_a_checkpoint_recomputes_it(schedule):
     def run(me, hierarchical):
-        layer = layer_of(me.transport(), hierarchical=hierarchical, schedule="chunked(3)")
+        layer = layer_of(me.transport(), hierarchical=hierarchical, schedule=schedule)
         x = tokens(COUNTS[me.rank], me.rank).requires_grad_()
         return results_of(layer, x, checkpoint(layer, x, use_reentrant=False))
 
     equal_bits(*both_ways(run))
 
 
-def test_ranks_that_do_not_know_all_counts_run_it_too():
+@pytest.mark.parametrize("schedule", ["chunked(3)", BY_EXPERTS])
+def test_ranks_that_do_not_know_all_counts_run_it_too(schedule):
     """The agreement of many ranks, in which each hears what concerns it."""
 
     def run(me, hierarchical):
         transport = me.transport()
         transport.gathered_ranks = 1 if hierarchical else 64
-        layer = layer_of(transport, hierarchical=hierarchical, schedule="chunked(3)")
+        layer = layer_of(transport, hierarchical=hierarchical, schedule=schedule)
         x = tokens(COUNTS[me.rank], me.rank).requires_grad_()
         return results_of(layer, x, layer(x))
 
@@ -146,7 +149,7 @@ def pairs_of(ids_TK, groups):
     return np.array([int((group_TK == group).any(dim=1).sum()) for group in range(groups)])
 
 
-@pytest.mark.parametrize("schedule", ["serial", "chunked(5)"])
+@pytest.mark.parametrize("schedule", ["serial", "chunked(5)", BY_EXPERTS])
 @pytest.mark.parametrize(("world", "node"), [(4, 2), (6, 2), (6, 3)])
 def test_one_row_for_each_token_and_node_crosses_nodes_each_way(world, node, schedule):
     """Payload across nodes, rank by rank: its own pairs on the way out, those of its counterparts on the way back, in
@@ -212,9 +215,7 @@ def test_over_an_emulated_link_which_knows_the_nodes():
         ({"node": 3}, "ranks_per_node = 3", "a divisor of the 4 ranks"),
         ({"node": 0}, "ranks_per_node = 0", "at least 1"),
         ({"hierarchical": "yes"}, "hierarchical = 'yes'", "False or True"),
-        ({"schedule": "chunked(2,experts)"}, "chunk_by = 'experts'", "'tokens'"),
-        ({"schedule": chunked(2).with_backward(chunked(3, "experts"))}, "chunk_by = 'experts'", "'tokens'"),
-        ({"schedule": "auto"}, "hierarchical = True", "auto"),
+        ({"schedule": from_text("P M D0 D1 O E0 E1 C1 C0 U", by="experts")}, "schedule = 'P M", "in ascending order"),
     ],
 )
 def test_what_does_not_go_together_is_named(options, field, expected):
