@@ -21,7 +21,7 @@ from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import Counts, Nodes
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
-from moe_overlap.auto.calibrate import distinct_shape, step_shape
+from moe_overlap.auto.calibrate import distinct_shape, step_shape, travelling
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.search import DISTINCT, STAGES, TIE, Candidate, search
@@ -127,6 +127,9 @@ class PlannedSchedule(Settled):
         return (distinct,) if self.dedup == "on" else (kind, distinct)
 
 
+Shares = tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistinctKind:
     """What a deduplicated step is known by besides. `own_rows`: of the busiest rank's experts, those that stay.
@@ -135,9 +138,20 @@ class DistinctKind:
     """
 
     own_rows: int
-    out_shares: tuple[tuple[int, ...], ...]
-    back_shares: tuple[tuple[int, ...], ...]
+    out_shares: tuple[Shares, ...]
+    back_shares: tuple[Shares, ...]
     metadata: MetadataBytes
+    inside: InsideKind | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsideKind:
+    """Of the rows that are passed on inside nodes: bytes of the busiest rank, and `out_shares` and `back_shares` as
+    those of `DistinctKind`."""
+
+    bytes: int
+    out_shares: tuple[Shares, ...]
+    back_shares: tuple[Shares, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +176,16 @@ class StepKind:
     def shapes(self) -> list[StepShape]:
         """The step, cut in every way that is considered: tokens into equal chunks, experts into groups."""
         equal = [(1,) * chunks for chunks in CUTS]
-        travels = (self.shares, self.shares)
+        travels = [self.shares] * 4
         if self.distinct is not None:
-            travels = (self.distinct.out_shares, self.distinct.back_shares)
-        by_tokens = [self._cut(shares, shares, shares, "tokens") for shares in equal]
-        return by_tokens + [self._cut(*shares, "experts") for shares in zip(self.shares, *travels, strict=True)]
+            both = (self.distinct, self.distinct.inside or self.distinct)
+            travels = [shares for one in both for shares in (one.out_shares, one.back_shares)]
+        by_tokens = [self._cut(shares, (shares,) * 4, "tokens") for shares in equal]
+        return by_tokens + [self._cut(own, others, "experts") for own, *others in zip(self.shares, *travels, strict=True)]
 
-    def _cut(self, shares: Shares, out: Shares, back: Shares, by: ChunkBy) -> StepShape:
+    def _cut(self, shares: Shares, travels: Sequence[Shares], by: ChunkBy) -> StepShape:
+        """travels: shares of the rows that go and that come back, across and inside the nodes."""
+        out, back, *inside = travels
         shape = StepShape(
             chunks=len(shares),
             by=by,
@@ -180,6 +197,7 @@ class StepKind:
         )
         if self.distinct is None:
             return shape
+        passed_on = self.distinct.inside
         return without_own(
             shape,
             own_rows=self.distinct.own_rows,
@@ -187,10 +205,8 @@ class StepKind:
             out_by_lane=shape.bytes_by_lane,
             back_by_lane={lane: _parts(count, back) for lane, count in self.bytes_by_lane},
             metadata=self.distinct.metadata,
+            inside=None if passed_on is None else (_parts(passed_on.bytes, inside[0]), _parts(passed_on.bytes, inside[1])),
         )
-
-
-Shares = tuple[int, ...]
 
 
 def _parts(count: int, shares: Shares) -> tuple[int, ...]:
@@ -219,16 +235,22 @@ def distinct_kind(plain: StepKind, exchange: ExchangePlan, *, nodes: Nodes | Non
     """The kind of a step that is deduplicated, from that of the plain one."""
     plan = exchange.chunked(1, "tokens")
     whole = distinct_shape(plan, row_bytes=plain.row_bytes, nodes=nodes, metadata=metadata)
-    assert whole.distinct is not None and exchange.first is not None and exchange.last is not None
+    assert whole.distinct is not None
+    inside, world, (first, last) = whole.distinct.inside, exchange.world_size, travelling(exchange)
+    passed_on = None
+    if inside is not None and exchange.node_rows is not None:
+        out, back = (_all_shares(counts, world) for counts in exchange.node_rows.inside)
+        passed_on = InsideKind(bytes=rounded(sum(inside.out)), out_shares=out, back_shares=back)
     return replace(
         plain,
         rows=rounded(whole.rows[0]),
         bytes_by_lane=tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items()),
         distinct=DistinctKind(
             own_rows=rounded(whole.distinct.own_rows),
-            out_shares=_all_shares(exchange.first, exchange.world_size),
-            back_shares=_all_shares(exchange.last, exchange.world_size),
+            out_shares=_all_shares(first, world),
+            back_shares=_all_shares(last, world),
             metadata=metadata,
+            inside=passed_on,
         ),
     )
 

@@ -147,6 +147,7 @@ class Probes:
             "top_k": self.ids_TK.shape[1],
             "activation": d.activation,
             "dedup": d.dedup,
+            "hierarchical": d.ranks_per_node if d.hierarchical else 0,
             "dtype": str(self.x_TD.dtype),
             "grad": torch.is_grad_enabled(),
             "gradients": [

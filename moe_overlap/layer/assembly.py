@@ -295,8 +295,6 @@ def make_schedule(
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
     name, and there is nothing to deduplicate."""
-    if rows.hierarchical and (schedule == "auto" or isinstance(schedule, AutoSchedule)):
-        raise ConfigError("hierarchical", True, 'False beside schedule="auto", which does not predict it')
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):

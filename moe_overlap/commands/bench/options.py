@@ -74,8 +74,6 @@ class LayerOptions:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if self.dedup not in DEDUP:
             raise ConfigError("--dedup", self.dedup, f"one of {', '.join(DEDUP)}")
-        if self.dedup == "hierarchical" and "auto" in self.schedules:
-            raise ConfigError("--dedup", self.dedup, "off or on beside --schedules auto, which does not predict it")
         if self.dedup != "off" and self.ranks == 1:
             raise ConfigError("--dedup", self.dedup, "off with one rank: nothing is exchanged")
         if self.dedup == "hierarchical" and not 1 < self.ranks_per_node < self.ranks:

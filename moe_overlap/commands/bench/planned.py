@@ -101,7 +101,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
         source=f"measured on {hardware()}",
     )
     schedule = PlannedSchedule(model=found, num_ops=num_ops, op_verb=op_verb, row_bytes=row_bytes, nodes=nodes,
-                               dedup=model.dedup, metadata=metadata)  # fmt: skip
+                               dedup="on" if metadata else "off", metadata=metadata)  # fmt: skip
     timed_s = sorted(runner.maximum(serial_s)[1:])  # the first run was to warm up
     quicker = timed_s[: -(-len(timed_s) // 2)]
     return CasePlan(schedule=schedule, exchange=model.moe.last_exchange, serial_s=median(quicker) if quicker else None)
