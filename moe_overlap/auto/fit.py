@@ -126,7 +126,8 @@ class _Parts:
 def _distinct(model: CostModel, joined: Sequence[Probe]) -> DistinctCosts:
     """What differs where steps are deduplicated. What an expert costs by itself (its weights are read) does not."""
     parts = _Parts(joined, model.issue_s)
-    shape = joined[0].shape
+    # Of several chunks each has the rows of its own busiest rank: together more than any rank has.
+    shape = min(joined, key=lambda probe: probe.chunks).shape
     assert shape.distinct is not None
     experts, expert_s = _distinct_experts(parts, "E", "O", model.expert_s)
     experts_dgrad, expert_dgrad_s = _distinct_experts(parts, "Ed", "Od", model.expert_dgrad_s)
@@ -151,11 +152,10 @@ def _inside_points(probe: Probe) -> list[tuple[float, float]]:
     inside = None if probe.shape.distinct is None else probe.shape.distinct.inside
     if inside is None:
         return []
-    return [
-        (sizes[c], probe.inside_s.get(f"{verb}{c}", 0.0))
-        for verb, sizes in (("D", inside.out), ("C", inside.back), ("Ct", inside.out), ("Dt", inside.back))
-        for c in range(probe.chunks)
-    ]
+    sizes = {"M": inside.metadata, "Mt": inside.gradients}
+    for verb, of_chunks in (("D", inside.out), ("C", inside.back), ("Ct", inside.out), ("Dt", inside.back)):
+        sizes |= {f"{verb}{c}": size for c, size in enumerate(of_chunks)}
+    return [(size, probe.inside_s.get(text, 0.0)) for text, size in sizes.items()]
 
 
 def _distinct_experts(parts: _Parts, verb: str, own: str, expert_s: float) -> tuple[AlphaBeta, float]:
