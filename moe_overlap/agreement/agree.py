@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, of_rank
+from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, impossible_rows, of_rank
 from moe_overlap.agreement.node_counts import NodeCounts, doubted, heard_inside, impossible, parts_of, sent_across
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import DEDUP, PHASES, RECORD_FIELDS, StepRecord, compare, record_words
@@ -40,19 +40,21 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats |
     said = records.numpy()[:, len(RECORD_FIELDS) : words].copy().view(np.int32).astype(np.int64)
     logical, ends, of_nodes = np.split(said, [BLOCKS * experts, said.shape[1] - 2 * BLOCKS * node_slots], axis=1)
     logical = logical.reshape(world_size, BLOCKS, experts)
-    kept = True
-    if rule is not None and seats is not None:
-        base, seats = seats, seats_of_step(rule, logical, seats)
-        kept = seats is base
     tables = [logical if seats is None else seats.counts(logical, range(world_size))]
     tables += list(ends.reshape(world_size, -1, BLOCKS, num_slots).swapaxes(0, 1)) if ends.size else []
-    bad = _impossible(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
+    bad = impossible_rows(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
     node_rows = None
     if nodes:
         pairs = of_nodes.reshape(world_size, 2, BLOCKS, node_slots)
         bad |= impossible(pairs, tables[1:])
         node_rows = NodeCounts.of(pairs, tables[1:], rank)
     _require_possible(np.nonzero(bad)[0], column, rank)
+    kept = True
+    if rule is not None and seats is not None:
+        base, seats = seats, seats_of_step(rule, logical, seats)
+        kept = seats is base
+        if not kept:  # deduplicated: first and last follow, `second_gather.py`
+            tables = [seats.counts(logical, range(world_size))]
     return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows, seats=seats,
                  kept=kept)  # fmt: skip
 
@@ -97,7 +99,7 @@ class Exchanged:
         tables, passed_on = np.split(said, [self._sent[0].size // self._world * len(self._sent)], axis=1)
         tables = tables.reshape(self._world, len(self._sent), BLOCKS, -1)
         self._received = [tables[:, i] for i in range(len(self._sent))]
-        odd = _impossible(*(one[:, :, None] for one in self._received[:3]))
+        odd = impossible_rows(*(one[:, :, None] for one in self._received[:3]))
         if self._num_nodes:
             _, first, last, *across = self._received
             odd |= doubted(passed_on, across, self._num_nodes, self._rank)
@@ -194,18 +196,3 @@ def _require_possible(bad: Sequence[int] | np.ndarray, column: dict[str, np.ndar
         peer = int(bad[0])
         raise PlanMismatch(f"rank {peer} announced an impossible row count; nothing was sent", rank=rank, peer=peer,
                            step=int(column["step"][rank]), action="N")  # fmt: skip
-
-
-def _impossible(counts: np.ndarray, first: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
-    """bool [W]: the ranks whose counts no routing can have; int64 [W, BLOCKS, ranks, e] each, of all ranks' slots or
-    of one's."""
-    bad = np.asarray((counts < 0).any(axis=(1, 2, 3)))
-    if first is None or last is None:
-        return bad
-    bad |= ((first < 0) | (last < 0) | (first > counts) | (last > counts)).any(axis=(1, 2, 3))
-    choices, begun, ended = (one.cumsum(axis=3) for one in (counts, first, last))
-    rows, chosen = begun[..., -1], choices[..., -1]
-    # No row is over before it began, each is over in the end, and it stands for 1 to e choices.
-    bad |= (ended > begun).any(axis=(1, 2, 3))
-    bad |= ((ended[..., -1] != rows) | (rows > chosen) | (chosen > rows * counts.shape[3])).any(axis=(1, 2))
-    return bad

@@ -121,10 +121,11 @@ class Flips:
         return Placement.of_ranks(ranks, homes=base.home_ranks, selector=LocalFirst())
 
 
-@pytest.mark.parametrize("schedule", ["serial", "chunked(4)"])
-def test_copies_of_one_step_are_fetched_in_it_and_not_kept(schedule):
+@pytest.mark.parametrize("dedup", ["off", "on", "auto"])
+@pytest.mark.parametrize("schedule", ["serial", "chunked(4)", "chunked(2,experts)"])
+def test_copies_of_one_step_are_fetched_in_it_and_not_kept(schedule, dedup):
     def rank(me):
-        layer = placed(me, Placement.identity(E, 3), schedule=schedule)
+        layer = placed(me, Placement.identity(E, 3), schedule=schedule, dedup=dedup)
         layer.dispatcher.rule = Flips()
         seen = []
         layer.watch(lambda last: seen.append(last.pair.forward.count("Wf")))
@@ -297,11 +298,11 @@ def test_what_does_not_go_with_copies_is_refused(options, field):
     virtual_world(4).run(rank)
 
 
-def test_a_rule_beside_deduplication_is_refused():
+def test_a_rule_beside_hierarchical_exchanges_is_refused():
     def rank(me):
-        layer = placed(me, Placement.identity(E, 2), dedup="on")
+        layer = placed(me, Placement.identity(E, 4), dedup="on", hierarchical=True, ranks_per_node=2)
         layer.dispatcher.rule = Flips()
-        with pytest.raises(ConfigError, match="rule = .*dedup"):
+        with pytest.raises(ConfigError, match="rule = .*hierarchical"):
             layer(tokens(4))
 
-    virtual_world(2).run(rank)
+    virtual_world(4).run(rank)
