@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -71,7 +72,23 @@ def _local(experts: int, world: int) -> Placement:
 
 
 PLACEMENTS = {"identity": Placement.identity, "permuted": _permuted, "uneven": _uneven, "copied": _copied,
-              "local": _local}  # fmt: skip
+              "local": _local, "decided": Placement.identity}  # fmt: skip
+
+
+class Decides:
+    """The rule of "decided": in each step copies of the two experts that are wanted most, on all ranks but their own.
+    Where nobody has a token, none."""
+
+    digest = 11
+
+    def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
+        wanted = counts.sum(axis=(0, 1))
+        ranks = base.experts_of_ranks()
+        for expert in wanted.argsort(kind="stable")[-2:].tolist() if wanted.any() else ():
+            for rank, experts in enumerate(ranks):
+                if rank != base.home_ranks[expert]:
+                    experts.append(expert)
+        return Placement.of_ranks(ranks, homes=base.home_ranks, selector=LocalFirst()) if wanted.any() else base
 
 
 @dataclass(frozen=True)
@@ -219,11 +236,13 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
         schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
     elif name == "serial":
         schedule = serial()
-    model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
+    model: MoELayer | ShortcutBlock = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
                                 overlap=overlap, dedup=MODES.get(case.dedup, case.dedup), placement=case.placed,
                                 **(STATIC if case.dedup == "static" else {}),
                                 ranks_per_node=case.node or None, hierarchical=hierarchical,
                                 shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
+    if case.placement == "decided":
+        model.dispatcher.rule = Decides()
     if name == "shortcut":
         position = int(variant[-1])
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)

@@ -126,6 +126,11 @@ def agreement_cost(
     return AgreementCost(rounds=tuple(rounds))
 
 
+def second_gather_cost(*, ranks: int, slots: int) -> AgreementCost:
+    """Of `second_gather.py`; slots: seats of all ranks in the step."""
+    return AgreementCost(rounds=(Round(ranks=range(ranks), bytes_to_each=2 * BLOCKS * slots * 4),))
+
+
 def record_capacity(
     experts: int, slots: int, dedup: int, *, ranks: int, nodes: int = 0, gathered: bool
 ) -> int:
