@@ -236,20 +236,20 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
         schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
     elif name == "serial":
         schedule = serial()
-    model: MoELayer | ShortcutBlock = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup=MODES.get(case.dedup, case.dedup), placement=case.placed,
-                                **(STATIC if case.dedup == "static" else {}),
-                                ranks_per_node=case.node or None, hierarchical=hierarchical,
-                                shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
+    moe = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
+                   overlap=overlap, dedup=MODES.get(case.dedup, case.dedup), placement=case.placed,
+                   **(STATIC if case.dedup == "static" else {}), ranks_per_node=case.node or None,
+                   hierarchical=hierarchical, shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
+    model: nn.Module = moe
     if case.placement == "decided":
-        model.dispatcher.rule = Decides()
+        moe.dispatcher.rule = Decides()
     if name == "shortcut":
         position = int(variant[-1])
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)
         tap = tap_of_position(position)
         ahead = {"ahead": 3 - position % 2 if "ahead" in variant else 0,
                  "router_tap": 0 if "early" in variant else None}  # fmt: skip
-        model = ShortcutBlock([Op(case.dtype) for _ in range(3)], model, tap=tap, slot=1, **ahead,
+        model = ShortcutBlock([Op(case.dtype) for _ in range(3)], moe, tap=tap, slot=1, **ahead,
                               backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
                               backward_chunks=case.chunks % 5 + 1, overlap=overlap)  # fmt: skip
     full = weights(case)

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from moe_overlap import MoELayer
 from moe_overlap.agreement.loads import CHUNK_BY
-from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.placement import LocalFirst, Modulo, Placement
+from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate
 from moe_overlap.schedule.check import check

@@ -11,8 +11,8 @@ column. So two rounds and about 2 sqrt(W) messages are an exchange of all ranks 
 another, each of which needs what the one before brought:
 
     fields      as above, with a short capacity, since no record has its counts in it; the same to all
-    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank; where rows cross nodes once, two tables more,
-                and two for each rank of a node
+    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank; where rows cross nodes once, two tables
+                more, and two for each rank of a node
     reduction   every rank gets a slice of everybody's sums and maxima (others to each), and sends what it made of it
                 to all
 """
@@ -131,9 +131,7 @@ def second_gather_cost(*, ranks: int, slots: int) -> AgreementCost:
     return AgreementCost(rounds=(Round(ranks=range(ranks), bytes_to_each=2 * BLOCKS * slots * 4),))
 
 
-def record_capacity(
-    experts: int, slots: int, dedup: int, *, ranks: int, nodes: int = 0, gathered: bool
-) -> int:
+def record_capacity(experts: int, slots: int, dedup: int, *, ranks: int, nodes: int = 0, gathered: bool) -> int:
     """Words that the messages of a group need room for, for the records of this layer."""
     words = record_words(experts, slots, dedup, nodes * slots // ranks)
     return max(HEADER_WORDS, words if gathered else len(RECORD_FIELDS))

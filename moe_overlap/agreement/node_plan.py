@@ -120,7 +120,10 @@ class NodePlan(DistinctPlan):
     def homewards(self, chunk: int) -> torch.Tensor:
         """Among the rows of a gateway and then those of a `DistinctPlan`, those that go back across."""
         rows, across = self._last_from_others[chunk], self._across_back[chunk]
-        flat, gateway = _begins(enumerate(rows)), _begins((source, across[source]) for source in self._foreign(self.rank))
+        flat, gateway = (
+            _begins(enumerate(rows)),
+            _begins((source, across[source]) for source in self._foreign(self.rank)),
+        )
         first = sum(across[source] for source in self._foreign(self.rank))
         near = {source: first + flat[source] for source in self.node_ranks}
         return _places(((near | gateway)[source], across[source]) for source in sorted(near | gateway))

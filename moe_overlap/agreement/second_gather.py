@@ -56,8 +56,8 @@ def pairs_of(ids_TK: torch.Tensor, exchange: ExchangePlan) -> torch.Tensor:
 
 
 def with_pairs(exchange: ExchangePlan, said: torch.Tensor) -> ExchangePlan:
-    """The step with `first` and `last`, from what all ranks said, int32 [W, width] on the CPU. Raises PlanMismatch alike
-    on all ranks where they do not go with the counts."""
+    """The step with `first` and `last`, from what all ranks said, int32 [W, width] on the CPU. Raises PlanMismatch
+    alike on all ranks where they do not go with the counts."""
     world, table = exchange.world_size, exchange.counts.table
     assert table is not None, "rules are for ranks that hear all counts"
     first, last = said.to(torch.int64).numpy().reshape(world, 2, BLOCKS, -1).swapaxes(0, 1)

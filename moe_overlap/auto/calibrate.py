@@ -306,8 +306,8 @@ def _probe(
     """Gather one probe's runs. Collective."""
     backward = runs[0].backward_s > 0
     actions = [*pair.forward, *(pair.backward if backward else ())]
-    own = torch.tensor([[*_inside_s(run, actions), *_seconds(run, [*actions, Action("N")]), *_rest(run)] for run in runs],
-                       dtype=torch.float64, device=device)  # fmt: skip
+    numbers = [[*_inside_s(run, actions), *_seconds(run, [*actions, Action("N")]), *_rest(run)] for run in runs]
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
     table = gathered(transport, own.reshape(-1)).reshape(transport.world_size, len(runs), -1)
     whole = table[:, :, -2:].sum(dim=2).amax(dim=0)
     table = table[:, whole.argsort(stable=True)[: -(-len(runs) // 2)]]
@@ -352,7 +352,7 @@ def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
 
 
 def _inside_s(run: StepTimes, actions: Sequence[Action]) -> list[float]:
-    """Of each action the part that stayed inside the nodes, of two: the second one, of rows that come back the first."""
+    """Of each action the part that stayed inside the nodes: the second of two, of rows that come back the first."""
     parts: dict[str, list[float]] = {}
     for event in run.events:
         if event.lane == "wire":

@@ -181,7 +181,9 @@ class StepKind:
             both = (self.distinct, self.distinct.inside or self.distinct)
             travels = [shares for one in both for shares in (one.out_shares, one.back_shares)]
         by_tokens = [self._cut(shares, (shares,) * 4, "tokens") for shares in equal]
-        return by_tokens + [self._cut(own, others, "experts") for own, *others in zip(self.shares, *travels, strict=True)]
+        return by_tokens + [
+            self._cut(own, others, "experts") for own, *others in zip(self.shares, *travels, strict=True)
+        ]
 
     def _cut(self, shares: Shares, travels: Sequence[Shares], by: ChunkBy) -> StepShape:
         """travels: shares of the rows that go and that come back, across and inside the nodes."""
@@ -205,7 +207,9 @@ class StepKind:
             out_by_lane=shape.bytes_by_lane,
             back_by_lane={lane: _parts(count, back) for lane, count in self.bytes_by_lane},
             metadata=self.distinct.metadata,
-            inside=None if passed_on is None else (_parts(passed_on.bytes, inside[0]), _parts(passed_on.bytes, inside[1])),
+            inside=None
+            if passed_on is None
+            else (_parts(passed_on.bytes, inside[0]), _parts(passed_on.bytes, inside[1])),
         )
 
 

@@ -91,8 +91,8 @@ class DistinctCosts:
 
     Experts read their rows through a map, multiply by the router's weights and sum: over the rows that they compute,
     and for the rows that stay alike (O, Od). P and U make and use the maps. `outside_s` has what M and Mt take beside
-    the wire. `inside`: of an exchange inside the nodes, over the bytes that leave or enter the busiest rank in it; it is
-    waited for on the compute lane. What gateways add up and move beside it is in `outside_s`.
+    the wire. `inside`: of an exchange inside the nodes, over the bytes that leave or enter the busiest rank in it;
+    it is waited for on the compute lane. What gateways add up and move beside it is in `outside_s`.
     """
 
     experts: AlphaBeta

@@ -24,7 +24,12 @@ def seen(me, calls):
     with torch.no_grad():
         for counts in calls:
             layer(tokens(counts[me.rank], me.rank))
-    return layer.last_exchange, layer._last_step.topk_ids_TK, layer.transport.stats.row_meta_bytes, layer._last_step.plan
+    return (
+        layer.last_exchange,
+        layer._last_step.topk_ids_TK,
+        layer.transport.stats.row_meta_bytes,
+        layer._last_step.plan,
+    )
 
 
 def test_pairs_are_those_of_the_seats_that_the_step_has():
