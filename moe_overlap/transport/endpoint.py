@@ -331,11 +331,11 @@ class Endpoint(Speaker):
                 raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
             if table.dtype == torch.int64 and int(table.max()) > MOST:
                 raise self._refusing(ConfigError("record.counts", int(table.max()), f"at most {MOST}"))
-        given = None if record.node_rows is None else tuple(record.node_rows.shape)
+        node_shape = None if record.node_rows is None else tuple(record.node_rows.shape)
         of_header = (2, BLOCKS, self._header.nodes * self._header.num_slots // self.world_size)
-        if given not in (None, of_header) or (record.status == 0 and record.hierarchical and given is None):
+        if node_shape not in (None, of_header) or (record.status == 0 and record.hierarchical and node_shape is None):
             expected = f"{of_header}, of the {self._header.nodes} nodes of the header"
-            raise self._refusing(ConfigError("record.node_rows", given, expected))
+            raise self._refusing(ConfigError("record.node_rows", node_shape, expected))
         # A refusal need not count.
         most = _tables(self._header.dedup)
         if len(tables) > most or (record.status == 0 and len(tables) != _tables(record.dedup)):
