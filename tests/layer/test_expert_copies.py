@@ -171,6 +171,21 @@ def test_a_recompute_has_the_copies_of_its_forward():
     virtual_world(2).run(rank)
 
 
+@pytest.mark.parametrize("dedup", ["off", "on"])
+def test_a_recompute_decides_as_its_forward_did(dedup):
+    def rank(me):
+        layer, twin = (placed(me, Placement.identity(E, 2), dedup=dedup) for _ in range(2))
+        x = tokens(11, me.rank)
+        for one, call in ((layer, lambda x: checkpoint(layer, x, use_reentrant=False)), (twin, twin)):
+            one.dispatcher.rule = Flips()
+            call(x.requires_grad_()).square().sum().backward()
+            assert text(one).startswith("Wf0 P ")
+        for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+            same_bits(a.grad, b.grad)
+
+    virtual_world(2).run(rank)
+
+
 def test_an_earlier_call_keeps_the_copies_that_it_ran_with():
     """Its backward comes after the weights of the copies were fetched anew: a buffer is never written twice."""
 
