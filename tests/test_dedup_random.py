@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_overlap import MoELayer
-from moe_overlap.agreement.loads import CHUNK_BY
 from moe_overlap.placement import LocalFirst, Modulo, Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.actions import Action, Schedule, dependencies
@@ -29,6 +28,7 @@ D, F = 6, 4
 MOST_TOKENS, MOST_EXPERTS, MOST_CHOICES = 40, 24, 8
 CASES_PER_LAYER = 20  # a layer is made once for several routings and schedules
 # Most of the time goes into exchanges, in each of which every rank's thread changes: many chunks are drawn seldom.
+CUTS = ("tokens", "experts")
 WORLDS = (2, 2, 2, 3, 3, 4, 5)
 NODES = ((4, 2), (4, 2), (6, 2), (6, 3))  # ranks, ranks of a node
 CHUNKS = (1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 5, 8, 16)
@@ -101,7 +101,7 @@ def draw_order(actions: list[Action], draw: random.Random, *, ascending: tuple[s
 
 def draw_pair(draw: random.Random, *, gateways: bool) -> SchedulePair:
     """Forward and backward cut and ordered in any way that `check` allows, with gateways `check_over_gateways`."""
-    forward, backward = (deduplicate(chunked(draw.choice(CHUNKS), draw.choice(CHUNK_BY))) for _ in range(2))
+    forward, backward = (deduplicate(chunked(draw.choice(CHUNKS), draw.choice(CUTS))) for _ in range(2))
     pair = forward.with_backward(backward)
     if draw.random() < 0.7:
         verbs = (("E", "C"), ("Ed", "Dt")) if gateways else (("E",), ("Ed",))
