@@ -26,5 +26,5 @@ class Agreeing:
             lanes.note("N", "wait", begin, end)
             if isinstance(lanes.clock, HostClock):
                 start, end = self._agreement.interval() or (start, end)
-            lanes.note("N", "wire", start, end)
+            lanes.note("N", "wire", start, end, self._start)
         return self._plan

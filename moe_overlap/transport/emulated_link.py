@@ -127,6 +127,14 @@ class EmulatedWork:
         begin_ns, end_ns = self._times()
         return begin_ns / 1e9, end_ns / 1e9
 
+    def last_sender(self) -> int:
+        """The rank whose bytes were last on their link."""
+        board, mine = self._transport._board, self._departure
+        assert board is not None
+        arrivals = {sender: board.read(sender, mine.number)[1] for sender in self._senders}
+        own = self._transport.rank
+        return max({own: mine.left_ns} | arrivals, key=lambda rank: arrivals.get(rank, mine.left_ns))
+
     def _times(self) -> tuple[int, int]:
         """(begin, end) of the wire time, known once the inner exchange is over."""
         if self._interval_ns is None:
