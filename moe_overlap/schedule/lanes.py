@@ -176,9 +176,7 @@ class Lanes:
         """A stamp of the clock."""
         return None if self.clock is None else self.clock.now()
 
-    def note(
-        self, action: str, lane: str, start: Any, end: Any, issued: Any = None, sender: int | None = None
-    ) -> None:
+    def note(self, action: str, lane: str, start: Any, end: Any, issued: Any = None, sender: int | None = None) -> None:
         """Record one executed action, between two stamps; `issued`, `sender`: see `TimelineEvent`."""
         if self.clock is None:
             return

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 class TimelineEvent:
     """One executed action of one rank. Lane `wait` holds the time that the compute lane stood still for an exchange.
 
-    Of exchanges also `issued_s`, when this rank handed it to the transport, which may be long before its bytes move, and
-    `last_sender`, the rank whose rows came last, where the transport can tell."""
+    Of exchanges also `issued_s`, when this rank handed it to the transport, which may be long before its bytes move,
+    and `last_sender`, the rank whose rows came last, where the transport can tell."""
 
     rank: int
     step: int
