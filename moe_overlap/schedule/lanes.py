@@ -18,7 +18,7 @@ from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.recorder import TimelineEvent, recording
-from moe_overlap.transport.base import Announcement, Transport, Work
+from moe_overlap.transport.base import Agreement, Announcement, Transport, Work
 from moe_overlap.transport.closing import ClosingUnlessCalled, closing_on_error
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
@@ -136,9 +136,14 @@ class Lanes:
         self._beginning, start_s = None, time.perf_counter()
         beginning.wait()
         target = recording() or self._recording
-        if target is not None and target.open and isinstance(self.clock, HostClock):
-            rank, end_s = self.transport.rank, time.perf_counter()
-            target.events.append(TimelineEvent(rank, self.step, "backward", "Ut", "wait", start_s, end_s, start_s))
+        if self.clock is None or target is None or not target.open:
+            return
+        rank, end_s = self.transport.rank, time.perf_counter()
+        event = TimelineEvent(rank, self.step, "backward", "Ut", "wait", start_s, end_s, start_s)
+        if isinstance(self.clock, HostClock):
+            target.events.append(event)
+        else:  # in its place among those of the stream
+            target.pending.append(lambda: event)
 
     def _stand_still(self, action: Action, work: Work) -> None:
         """Wait for an exchange, and note the time that takes."""
@@ -206,10 +211,11 @@ class Lanes:
         return self._events
 
 
-def last_sender(work: Work) -> int | None:
+def last_sender(work: Work | Agreement) -> int | None:
     """The rank whose rows came last, of a transport that knows it (see `transport.base.Work`)."""
     known = getattr(work, "last_sender", None)
-    return None if known is None else int(known())
+    found: int | None = None if known is None else known()
+    return found
 
 
 def payload_of(rows: torch.dtype, payload: torch.dtype | None) -> torch.dtype:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from moe_overlap.commands.bench.cases import BlockPair
@@ -28,6 +27,7 @@ from moe_overlap.commands.bench.slept import slept_experts
 from moe_overlap.commands.bench.spread import spread_of
 from moe_overlap.commands.bench.timing import Runner, Samples, Variant
 from moe_overlap.commands.bench.wires import Exchanges, isolated, solve_link
+from moe_overlap.layer.recorded import events_of_all
 from moe_overlap.measure.overlap import comm_share, is_inflated, is_noisy, median
 from moe_overlap.measure.picture import Panel
 from moe_overlap.measure.timeline import TimelineEvent, record
@@ -341,8 +341,7 @@ def take_panel(setting: Setting, runner: Runner, plan: RowPlan, timed: Timed) ->
         runs.append((samples, events))
     seconds = runner.maximum([samples.own_s[0] for samples, _ in runs])
     middle = seconds.index(sorted(seconds)[len(seconds) // 2])
-    texts = setting.world.gather_text(json.dumps([astuple(event) for event in runs[middle][1]]))
-    events = [TimelineEvent(*fields) for text in texts for fields in json.loads(text)]
+    events = events_of_all(runs[middle][1], setting.world)
     names = {f"B{i}": name for i, name in enumerate(plan.model.op_names)}
     return Panel(title=plan.name, events=events, names=names, column=runner.phase)
 
