@@ -11,6 +11,7 @@ from typing import Any
 from moe_overlap.commands.bench.cases import BlockPair
 from moe_overlap.commands.bench.check import MAX_REL_ERR, max_rel_err, peak_memory, run, same_bits, worst
 from moe_overlap.commands.bench.options import LATENCY_S
+from moe_overlap.commands.bench.phases import has
 from moe_overlap.commands.bench.planned import CasePlan, auto_rows, plan_case, predictions
 from moe_overlap.commands.bench.rows import (
     Baselines,
@@ -120,7 +121,7 @@ def open_link(setting: Setting, runner: Runner, top2: BlockPair, *, rounds: int)
         )
     for wires in setting.wires.values():
         wires.emulate(link, options.ranks_per_node)
-    return "none" if link is None else f"emulated {link}"
+    return setting.wires["top2"].name_of(link)
 
 
 def best_slots(setting: Setting, runner: Runner, model: BlockPair) -> tuple[int, int]:
@@ -135,8 +136,8 @@ def best_slots(setting: Setting, runner: Runner, model: BlockPair) -> tuple[int,
     forward = [min(one.forward_max_s) for one in samples]
     backward = [min(t - f for t, f in zip(one.time_s, one.forward_max_s, strict=True)) for one in samples]
     best = forward.index(min(forward))
-    back = backward.index(min(backward)) if runner.phase == "train" and model.position else best
-    if runner.phase == "train" and not model.position:
+    back = backward.index(min(backward)) if has(runner.phase, "backward") and model.position else best
+    if has(runner.phase, "backward") and not model.position:
         whole = [min(one.time_s) for one in samples]
         best = back = whole.index(min(whole))
     setting.say(f"{runner.phase}: {model.case} best slot {best}" + (f", backward {back}" if back != best else ""))
@@ -150,7 +151,7 @@ def row_plans(
     found: list[RowPlan] = []
     for case, model in models.items():
         slot, back = slots[case]
-        backward = back if phase == "train" and model.position else None
+        backward = back if has(phase, "backward") and model.position else None
         if model.position:
             pair = model.as_asked(model.window_pair(slot, backward))
             found.append(RowPlan(model=model, schedule="serial", pair=pair.join(), backward_slot=backward))
@@ -161,6 +162,9 @@ def row_plans(
         else:
             found.append(RowPlan(model=model, schedule="serial", pair=model.as_asked(serial())))
             found += [RowPlan(model=model, schedule="chunked", pair=model.as_asked(chunked(r))) for r in CHUNKS]
+            local = model.moe.expert_weights[0].shape[0]
+            found += [RowPlan(model=model, schedule="expert_groups", pair=model.as_asked(chunked(r, "experts")))
+                      for r in CHUNKS if r <= local]  # fmt: skip
     wanted, cases = setting.options.schedules, setting.options.cases
     return [plan for plan in found if plan.schedule == "serial" or (plan.schedule in wanted and plan.case in cases)]
 
@@ -307,7 +311,7 @@ def make_rows(
             comm_share=comm_share(serial_s["top2"], nocomm_s["top2"]) if communicates else None,
         )
         constant = {**setting.constant, "phase": phase, "link": link}
-        both = exchange.with_backward(back) if phase == "train" else exchange
+        both = {"train": exchange.with_backward(back), "backward": back}.get(phase, exchange)
         row = row_of(plan, one, baselines, both, verdict, bound=bound, predicted=predicted_s, exposed=exposed,
                      spread=spread, flagged=flagged, constant=constant)  # fmt: skip
         asked = "auto" if plan.schedule == "mirrored" else plan.schedule
@@ -338,7 +342,7 @@ def take_panel(setting: Setting, runner: Runner, plan: RowPlan, timed: Timed) ->
         samples = Samples()
         with watching(plan.model), record() as events:
             runner.once(variant, samples)
-        runs.append((samples, events))
+        runs.append((samples, runner.timed(events)))
     seconds = runner.maximum([samples.own_s[0] for samples, _ in runs])
     middle = seconds.index(sorted(seconds)[len(seconds) // 2])
     events = events_of_all(runs[middle][1], setting.world)
