@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -160,19 +162,23 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
         formatter_class=TypedDefaults,
         epilog=EXAMPLES,
     )
-    defaults = LayerOptions()
-    for name, text in HELP.items():
-        default = getattr(defaults, name)
-        if isinstance(default, tuple):
-            parser.add_argument(flag_of(name), type=_words, default=default, help=text)
-        else:
-            kind = float if name == "comm_share" else type(default)
-            parser.add_argument(flag_of(name), type=kind, default=default, help=text)
+    add_options(parser, LayerOptions(), HELP)
     values = vars(parser.parse_args(argv))
     if ranks is not None:
         values["ranks"] = ranks
     return LayerOptions(**values)
 
 
-def _words(text: str) -> tuple[str, ...]:
+def add_options(parser: argparse.ArgumentParser, defaults: Any, texts: Mapping[str, str]) -> None:
+    """An option for each field of `texts`, with the type and the value that it has in `defaults`."""
+    for name, text in texts.items():
+        default = getattr(defaults, name)
+        if isinstance(default, tuple):
+            parser.add_argument(flag_of(name), type=words_of, default=default, help=text)
+        else:
+            kind = float if name == "comm_share" else type(default)
+            parser.add_argument(flag_of(name), type=kind, default=default, help=text)
+
+
+def words_of(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())

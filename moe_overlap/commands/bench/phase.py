@@ -31,6 +31,7 @@ from moe_overlap.commands.bench.wires import Exchanges, isolated, solve_link
 from moe_overlap.layer.recorded import events_of_all
 from moe_overlap.measure.overlap import comm_share, is_inflated, is_noisy, median
 from moe_overlap.measure.picture import Panel
+from moe_overlap.measure.slow import Slow, why_slow
 from moe_overlap.measure.timeline import TimelineEvent, record
 from moe_overlap.ops import workspace
 from moe_overlap.schedule.builders import chunked, serial, shared_expert
@@ -48,8 +49,11 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseResult:
+    """Rows, pictures of the fastest of each schedule, and by their titles why the slowest of the recorded steps was."""
+
     rows: list[dict[str, Any]]
     panels: list[Panel]
+    slowest: dict[str, Slow]
 
 
 def measure_phase(setting: Setting, phase: str) -> PhaseResult:
@@ -73,9 +77,10 @@ def measure_phase(setting: Setting, phase: str) -> PhaseResult:
     exchanges = measure_exchanges(setting, plans, phase)
     with slept_experts(setting.sleep):
         samples = time_rows(setting, runner, plans)
-        panels = [panel for plan in shown(plans, samples) for panel in [take_panel(setting, runner, plan, samples)]]
+        taken = [take_panel(setting, runner, plan) for plan in shown(plans, samples)]
     rows = make_rows(setting, phase, link, plans, samples, exchanges, verdicts, predicted, known)
-    return PhaseResult(rows=rows, panels=panels)
+    return PhaseResult(rows=rows, panels=[panel for panel, _ in taken],
+                       slowest={panel.title: slow for panel, slow in taken})  # fmt: skip
 
 
 def timed_models(setting: Setting) -> dict[str, BlockPair]:
@@ -334,20 +339,23 @@ def shown(plans: Sequence[RowPlan], timed: Timed) -> list[RowPlan]:
     return [plan for _, plan in best.values()]
 
 
-def take_panel(setting: Setting, runner: Runner, plan: RowPlan, timed: Timed) -> Panel:
-    """Record a few runs with every op watched and take the middle one. Collective."""
+def take_panel(setting: Setting, runner: Runner, plan: RowPlan) -> tuple[Panel, Slow]:
+    """Record a few runs with every op watched; the middle one, and why the slowest was slower than the others.
+    Collective."""
     variant = variant_of(setting, plan)
-    runs: list[tuple[Samples, list[TimelineEvent]]] = []
+    runs: list[list[TimelineEvent]] = []
+    own_s: list[float] = []
     for _ in range(PANEL_REPEATS):
         samples = Samples()
         with watching(plan.model), record() as events:
             runner.once(variant, samples)
-        runs.append((samples, runner.timed(events)))
-    seconds = runner.maximum([samples.own_s[0] for samples, _ in runs])
-    middle = seconds.index(sorted(seconds)[len(seconds) // 2])
-    events = events_of_all(runs[middle][1], setting.world)
+        runs.append(events_of_all(runner.timed(events), setting.world))
+        own_s += samples.own_s
+    seconds = runner.maximum(own_s)
+    middle, slowest = (seconds.index(one) for one in (sorted(seconds)[len(seconds) // 2], max(seconds)))
+    slow = why_slow(runs[slowest], [run for i, run in enumerate(runs) if i != slowest])
     names = {f"B{i}": name for i, name in enumerate(plan.model.op_names)}
-    return Panel(title=plan.name, events=events, names=names, column=runner.phase)
+    return Panel(title=plan.name, events=runs[middle], names=names, column=runner.phase), slow
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """What is timed of a step: all of it, or one of its halves.
 
-    infer     the forward call, without gradients
-    forward   the forward call of training, which saves for backward
-    backward  the backward alone, from a barrier of its own
-    train     both, one after the other
+infer     the forward call, without gradients
+forward   the forward call of training, which saves for backward
+backward  the backward alone, from a barrier of its own
+train     both, one after the other
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from moe_overlap.transport.link import LinkSpec
 
@@ -66,6 +66,10 @@ def nodes() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in names:
+            left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+            for pid in left.stdout.split():  # a rank whose torchrun was killed
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
