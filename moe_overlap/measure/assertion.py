@@ -40,8 +40,8 @@ def assert_overlap(*, min: float) -> Iterator[Asserted]:
 
     Every rank measures itself: call it on all. The first steps of a program are not like the others (connections,
     allocations, with schedule="auto" the calibration), so run some before. A block of several steps varies less, and a
-    busy machine still makes it vary: leave a margin. A block without exchanges raises too: one rank, or no layer. Errors
-    of the block pass. ConfigError for another `min`.
+    busy machine still makes it vary: leave a margin. A block without exchanges raises too: one rank, or no layer.
+    Errors of the block pass. ConfigError for another `min`.
     """
     if isinstance(min, bool) or not isinstance(min, (int, float)) or not (math.isfinite(min) and 0 < min <= 1):
         raise ConfigError("min", min, "a share of the communication, above 0 and at most 1")

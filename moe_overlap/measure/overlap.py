@@ -70,8 +70,8 @@ def cut_bound(
     Compute has all of its work to do, and the wire all of its own. `alone`: there is nothing beside the exchanges, so
     compute also waits for the first chunk of forward and of backward, and for the last one of forward (that of backward
     may be beside the weight gradients). chunks, backward_chunks: None where that half is not in the step; of both each
-    has half of the exchanges. even: all ranks have equally many rows; else dispatch and combine may load opposite directions of the link and
-    run at once, and some rank may wait for less than a chunk's share.
+    has half of the exchanges. even: all ranks have equally many rows; else dispatch and combine may load opposite
+    directions of the link and run at once, and some rank may wait for less than a chunk's share.
     """
     if not even:
         return max(nocomm, exchanges / 2)

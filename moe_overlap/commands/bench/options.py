@@ -35,8 +35,8 @@ LATENCY_S = 50e-6  # of a link whose rate is solved for
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """One benchmark of a block pair. `tokens` are those of one rank, `experts` those of all ranks. device: of each node,
-    whose rate is set to the link's (`shaped.py`); not on the command line."""
+    """One benchmark of a block pair. `tokens` are those of one rank, `experts` those of all ranks. device: of each
+    node, whose rate is set to the link's (`shaped.py`); not on the command line."""
 
     ranks: int = 2
     ranks_per_node: int = 1

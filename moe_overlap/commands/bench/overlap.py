@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_overlap import config
 from moe_overlap.commands.bench.layer import load_routing, on_rank, say_of
 from moe_overlap.commands.bench.overlap_options import PROGRAM, OverlapOptions, parse
 from moe_overlap.commands.bench.overlap_picture import write_speedup
@@ -156,8 +155,8 @@ def _publish(out: Path, rows: list[dict[str, Any]], waits: list[dict[str, Any]],
     write_trace(out / "trace.json", panels)
     first = rows[0]
     title = (
-        f"One block pair, {first['ranks']} ranks, {first['tokens']} tokens each, D {first['hidden']}, F {first['ffn']}, "
-        f"routing {first['routing']}, measured over: {first['wire']}"
+        f"One block pair, {first['ranks']} ranks, {first['tokens']} tokens each, D {first['hidden']}, "
+        f"F {first['ffn']}, routing {first['routing']}, measured over: {first['wire']}"
     )
     write_png(out / "timeline.png", panels, title=title)
     write_speedup(out / "speedup.png", rows)

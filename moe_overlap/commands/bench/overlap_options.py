@@ -109,7 +109,7 @@ HELP = {
     "schedules": "builders to measure, comma-separated: " + ", ".join(SCHEDULES),
     "shares": "shares of communication in serial top2, comma-separated; for each the rate of the link is solved for",
     "phases": "comma-separated: " + ", ".join(PHASES),
-    "routings": "comma-separated: balanced, uniform, zipf, real (OUT/routing.safetensors), files of train --save-routing",
+    "routings": "comma-separated: balanced, uniform, zipf, real (OUT/routing.safetensors), files of --save-routing",
     "wires": "comma-separated: emulated; tcp (two nodes in network namespaces, rate by tc: needs root)",
     "links_of": "a results.jsonl of this command, whose links are used instead of --shares",
     "out": "folder for results.jsonl, speedup.png, and by wire timeline.png, trace.json and waits.jsonl",

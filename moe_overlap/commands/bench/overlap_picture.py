@@ -66,8 +66,8 @@ def draw(axes: Any, rows: Sequence[Row]) -> None:
         color, marker = STYLES.get((case, schedule), OTHER_STYLE)
         points = sorted(((own_share(row), own_speedup(row), row) for row in mine), key=lambda one: one[:2])
         label = f"{case} {schedule}" + ("" if wire == "emulated" else f", {wire}")
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], LINES.get(wire, ":"), color=color, linewidth=1.4,
-                  label=label)  # fmt: skip
+        xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+        axes.plot(xs, ys, LINES.get(wire, ":"), color=color, linewidth=1.4, label=label)
         for x, y, row in points:
             hollow = row["flagged"] in UNCLAIMED
             axes.plot([x], [y], marker, color=color, markersize=5, markerfacecolor="white" if hollow else color)

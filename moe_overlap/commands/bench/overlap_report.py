@@ -1,4 +1,4 @@
-"""What a sweep of `bench overlap` says: the best of every point, where ranks stood still, and whether two wires agree."""
+"""What a sweep of `bench overlap` says: the best of every point, where ranks stood still, whether two wires agree."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def shape(device: str, link: LinkSpec | None, ranks_per_node: int, *, namespace:
 
 
 def torchrun(words: Sequence[str], *, ranks_per_node: int, threads: int) -> int:
-    """Run `python -m moe_overlap WORDS` by torchrun on both nodes, `ranks_per_node` ranks on each; the first exit status
-    that is not zero. No process of it outlives this call."""
+    """Run `python -m moe_overlap WORDS` by torchrun on both nodes, `ranks_per_node` ranks on each; the first exit
+    status that is not zero. No process of it outlives this call."""
     environment = os.environ | {"GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": str(threads)}
     with nodes() as names:
         children: list[subprocess.Popen[bytes]] = []

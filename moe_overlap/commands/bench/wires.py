@@ -63,7 +63,7 @@ class Wires:
         return f"tcp {link}" if self.shaped else f"emulated {link}"
 
     def emulate(self, link: LinkSpec | None, ranks_per_node: int) -> None:
-        """Put `link` between the nodes from now on; None: the core as it is. A device is set before the next barrier."""
+        """Put `link` between the nodes from now on; None: the core as it is. A device is set by the next barrier."""
         if self.device:
             shape(self.device, link, ranks_per_node)
         if self.shaped:
