@@ -7,6 +7,7 @@ are compared bit for bit with overlap off and with float64, and timed interleave
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,27 +24,29 @@ from moe_overlap.commands.bench.shaped import DEVICE, torchrun, unavailable
 from moe_overlap.commands.parser import check_folder
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
+from moe_overlap.measure.files import read_regular
 from moe_overlap.measure.picture import Panel, write_png, write_trace
 from moe_overlap.measure.report import read_jsonl, write_jsonl
+from moe_overlap.transport.link import LinkSpec
 
 ROWS = "results.jsonl"
 OF_A_WIRE = (ROWS, "waits.jsonl", "timeline.png", "trace.json", "speedup.png")
 OF_ALL = (ROWS, "speedup.png")
+MOST_BYTES = 1 << 26  # of --links-of
 SHOWN_SHARE = 0.5  # of the timeline: that of the nearest point
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the sweep over each wire in turn; the exit status. ConfigError for bad input."""
     options = parse(argv, ranks=torchrun_world_size())
-    for routing in options.routings:
-        path = routing_file(routing, options.out)
-        if path is not None:
-            read_file(path, experts=options.experts, top_k=options.top_k)
+    check_routings(options)
     read_links(options)
     if torchrun_world_size() is not None:
         if options.wires != ("tcp" if options.device else "emulated",):
             raise ConfigError("--wires", ",".join(options.wires), "emulated under torchrun")
         return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
+    if options.device:
+        raise ConfigError("--device", options.device, "nothing: it is for the processes that this command starts")
     out = check_folder("--out", options.out, OF_ALL)
     done: list[str] = []
     for wire in options.wires:
@@ -94,6 +97,17 @@ class Point:
 Links = dict[tuple[str, str], list[Point]]
 
 
+def check_routings(options: OverlapOptions) -> None:
+    """ConfigError for a file that is missing or made for something else."""
+    for routing in options.routings:
+        path = routing_file(routing, options.out)
+        try:
+            if path is not None:
+                read_file(path, experts=options.experts, top_k=options.top_k)
+        except ConfigError as error:
+            raise ConfigError("--routings", error.value, error.expected) from None
+
+
 def read_links(options: OverlapOptions) -> Links | None:
     """By routing and phase, the links of --links-of; None without. ConfigError for a file that is none of ours."""
     if not options.links_of:
@@ -101,11 +115,14 @@ def read_links(options: OverlapOptions) -> Links | None:
     expected = "a results.jsonl of bench overlap"
     found: Links = {}
     try:
-        for row in read_jsonl(Path(options.links_of)):
-            point = Point(share=float(row["asked_share"]), link=str(row["link"]).partition(" ")[2])
+        lines = read_regular(Path(options.links_of), most_bytes=MOST_BYTES).decode().splitlines()
+        for row in map(json.loads, lines):
+            point = Point(share=float(row["asked_share"]), link=row["link"].partition(" ")[2])
+            options.layer("balanced", point.share, options.out)
+            LinkSpec.parse(point.link)
             points = found.setdefault((str(row["routing"]), str(row["phase"])), [])
             points += [point] if point not in points else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise ConfigError("--links-of", options.links_of, f"{expected} ({type(error).__name__})") from None
     for routing in options.routings:
         for phase in options.phases:

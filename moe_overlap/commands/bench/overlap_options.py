@@ -58,11 +58,10 @@ class OverlapOptions:
             raise ConfigError("--routings", "", "a comma-separated list of what bench layer --routing takes")
         if not self.shares:
             raise ConfigError("--shares", "", "numbers between 0 and 1, comma-separated")
-        for routing in self.routings:
-            for share in self.share_numbers:
-                self.layer(routing, share, self.out)
         if self.ranks == self.ranks_per_node:
             raise ConfigError("--ranks", self.ranks, "ranks of several nodes: more than --ranks-per-node")
+        for share in self.share_numbers:
+            self.layer(self.routings[0], share, self.out)
         if "tcp" in self.wires and self.ranks != NODES * self.ranks_per_node:
             expected = f"{NODES} x --ranks-per-node ({NODES * self.ranks_per_node}) with --wires tcp: it has two nodes"
             raise ConfigError("--ranks", self.ranks, expected)
