@@ -79,14 +79,12 @@ def test_the_same_link_over_real_tcp(tmp_path):
     link = row(link="emulated 400mbit:50us")
     write_jsonl(tmp_path / "links.jsonl", [link])
     words = [*SMALL, "--phases", "infer", "--cases", "top2", "--schedules", "serial,chunked", "--wires", "tcp"]
-    before = set(namespaces())
     done = run([*words, "--links-of", str(tmp_path / "links.jsonl"), "--out", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "out" / "results.jsonl")
     assert {(one["wire"], one["link"], one["ranks"]) for one in rows} == {("tcp", "tcp 400mbit:50us", 2)}
     assert [name_of(one) for one in rows] == ["top2 serial", *(f"top2 chunked({r})" for r in (2, 4, 8))]
     assert all(one["bit_equal"] is True for one in rows)
-    assert set(namespaces()) <= before | {name for name in namespaces() if not name.startswith("moe-")}
 
 
 def namespaces() -> list[str]:
@@ -171,9 +169,9 @@ def test_links_of_another_run(tmp_path):
     assert [(point.share, point.link) for point in found["balanced", "infer"]] == [
         (0.5, "80mbit:50us"), (0.7, "40mbit:50us")
     ]  # fmt: skip
-    for other in (replace(options, phases=("forward",)), replace(options, routings=("zipf",))):
+    for asked in (replace(options, phases=("forward",)), replace(options, routings=("zipf",))):
         with pytest.raises(ConfigError, match="--links-of"):
-            overlap.read_links(other)
+            overlap.read_links(asked)
     for text in ("{}", "[]", "nonsense", "[" * 100_000, json.dumps(row(link="emulated fast")), "\0"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="--links-of"):
