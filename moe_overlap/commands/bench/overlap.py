@@ -158,6 +158,8 @@ def _sweep(options: OverlapOptions, world: World) -> int:
         where = {"wire": wire, "asked_share": point.share}
         rows += [{**row, **where} for row in result.rows]
         waits += wait_rows(result, {**where, "routing": Path(routing).name, "phase": phase})
+        if world.rank == 0:  # what was measured is there, however the sweep ends
+            write_jsonl(Path(options.out) / ROWS, rows)
         far = abs(point.share - SHOWN_SHARE)
         if routing == options.routings[0] and far < shown.get(phase, (2.0, []))[0]:
             shown[phase] = far, result.panels
@@ -167,7 +169,6 @@ def _sweep(options: OverlapOptions, world: World) -> int:
 
 
 def _publish(out: Path, rows: list[dict[str, Any]], waits: list[dict[str, Any]], panels: list[Panel]) -> None:
-    write_jsonl(out / ROWS, rows)
     write_jsonl(out / "waits.jsonl", waits)
     write_trace(out / "trace.json", panels)
     first = rows[0]
