@@ -30,6 +30,7 @@ from moe_overlap.schedule.recorder import TimelineEvent
 
 KINDS = ("late", "wire", "contention")
 BETWEEN = "between actions"  # a late rank does something that is no action: the host, a data loader, another program
+BEFORE = "before its first action"  # a late rank began the step after another one
 OTHER = "other traffic"  # on the link, and no exchange of these events
 Key = tuple[int, str, str, int]  # step, phase, action, and which of those that have the same name
 Cause = tuple[str, int | None, str]  # kind, rank, action
@@ -167,6 +168,7 @@ class _Ranks:
         found: list[Part] = []
         if not lanes:
             return found
+        begin_s = min(one[1] for lane in lanes.values() for one in lane)
         now_s, rank = max((lane[-1][0], rank) for rank, lane in lanes.items())
         while lanes.get(rank):
             end_s, start_s, action, key = lanes[rank].pop()
@@ -183,6 +185,7 @@ class _Ranks:
                 found += parts
             else:  # it was there already
                 now_s = start_s
+        found.append(Part("late", rank, BEFORE, now_s - begin_s))
         return [part for part in found if part.seconds > 0]
 
     def _over_the_wire(self, rank: int, key: Key, end_s: float) -> tuple[list[Part], float, int]:
@@ -314,8 +317,10 @@ class _Times:
         for rank, mine in ranks.compute.items():
             for event in mine:
                 self.compute.setdefault((rank, event.action), []).append(event.end_s - event.start_s)
-        for rank in {event.rank for event in events}:
+        begin_s = min(one.start_s for one in events if one.lane != "wire")
+        for rank in {event.rank for event in events if event.lane != "wire"}:
             busy = union((one.start_s, one.end_s) for one in events if one.rank == rank and one.lane != "wire")
+            self.compute.setdefault((rank, BEFORE), []).append(busy[0][0] - begin_s if busy else 0.0)
             gaps = [after[0] - before[1] for before, after in zip(busy, busy[1:], strict=False)]
             self.compute[rank, BETWEEN] = [*self.compute.get((rank, BETWEEN), ()), *gaps]
         for key, flights in ranks.flights.items():

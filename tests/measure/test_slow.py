@@ -141,8 +141,7 @@ def test_the_path_is_the_whole_step(seed):
             events = Player(pair, 3, rng, fault, tells=tells).play()
             path = critical_path(events)
             begin_s, end_s = (min(one.start_s for one in events), max(one.end_s for one in events))
-            # The path ends at the beginning of some rank, and these differ by 0.1 ms.
-            assert sum(part.seconds for part in path) == pytest.approx(end_s - begin_s, abs=0.1e-3)
+            assert sum(part.seconds for part in path) == pytest.approx(end_s - begin_s)
 
 
 def test_what_is_said():
