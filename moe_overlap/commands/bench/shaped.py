@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from moe_overlap import config
 from moe_overlap.transport.link import LinkSpec
 
 DEVICE = "moe0"  # of each node: devices of two namespaces may have one name
@@ -88,7 +89,7 @@ def shape(device: str, link: LinkSpec | None, ranks_per_node: int, *, namespace:
 def torchrun(words: Sequence[str], *, ranks_per_node: int, threads: int) -> int:
     """Run `python -m moe_overlap WORDS` by torchrun on both nodes, `ranks_per_node` ranks on each; the first exit
     status that is not zero. No process of it outlives this call."""
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": str(threads)}
+    environment = config.environment_with({"GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": str(threads)})
     with nodes() as names:
         children: list[subprocess.Popen[bytes]] = []
         try:
