@@ -17,7 +17,7 @@ STYLES = {
     ("shared1", "shared_expert"): ("#6A51A3", "^"),
     ("scmoe_pos1", "shortcut"): ("#56B4E9", "v"),
     ("scmoe_pos2", "shortcut"): ("#0072B2", "D"),
-    ("scmoe_pos3", "shortcut"): ("#009E73", "P"),
+    ("scmoe_pos3", "shortcut"): ("#009E73", "p"),
 }
 OTHER_STYLE = ("#7F7F7F", "x")
 LINES = {"emulated": "-", "tcp": "--"}
@@ -37,7 +37,11 @@ def write_speedup(path: Path, rows: Sequence[Row]) -> None:
     for i, routing in enumerate(routings):
         for j, phase in enumerate(phases):
             axes = grid[i][j]
-            draw(axes, [row for row in rows if (row["routing"], row["phase"]) == (routing, phase)])
+            mine = [row for row in rows if (row["routing"], row["phase"]) == (routing, phase)]
+            if not mine:
+                axes.set_axis_off()
+                continue
+            draw(axes, mine)
             axes.set_title(f"{phase}, {routing}", fontsize=10)
             if j == 0:
                 axes.set_ylabel("times faster than the same case serial")
