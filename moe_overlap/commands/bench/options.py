@@ -23,7 +23,7 @@ from moe_overlap.commands.parser import (
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport.link import LinkSpec
 
-SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut", "auto", "expert_groups")
+SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut", "auto", "expert_groups", "fastermoe", "lancet")
 DEFAULT_SCHEDULES = SCHEDULES[:4]  # "auto" calibrates every case first
 DEFAULT_PHASES = ("infer", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

@@ -17,7 +17,7 @@ from moe_overlap.commands.parser import OneLineParser, TypedDefaults, flag_of
 from moe_overlap.errors import ConfigError
 
 WIRES = ("emulated", "tcp")
-SCHEDULES = ("serial", "chunked", "expert_groups", "shared_expert", "shortcut")
+SCHEDULES = ("serial", "chunked", "expert_groups", "fastermoe", "lancet", "shared_expert", "shortcut")
 PROGRAM = "moe-overlap bench overlap"
 
 

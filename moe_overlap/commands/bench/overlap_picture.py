@@ -14,6 +14,8 @@ Row = Mapping[str, Any]
 STYLES = {
     ("top2", "chunked"): ("#E69F00", "o"),
     ("top2", "expert_groups"): ("#D55E00", "s"),
+    ("top2", "fastermoe"): ("#CC79A7", "<"),
+    ("top2", "lancet"): ("#8B4513", ">"),
     ("shared1", "shared_expert"): ("#6A51A3", "^"),
     ("scmoe_pos1", "shortcut"): ("#56B4E9", "v"),
     ("scmoe_pos2", "shortcut"): ("#0072B2", "D"),

@@ -17,7 +17,7 @@ UNCLAIMED = ("inflated", "oversubscribed")  # flags of rows whose speed-up would
 
 def name_of(row: Row) -> str:
     """A row without its phase, e.g. "top2 chunked(4)"."""
-    cut = f"({row['chunks']})" if row["schedule"] in ("chunked", "expert_groups") else ""
+    cut = f"({row['chunks']})" if row["case"] == "top2" and row["schedule"] != "serial" else ""
     return f"{row['case']} {row['schedule']}{cut}"
 
 

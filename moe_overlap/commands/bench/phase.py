@@ -35,9 +35,12 @@ from moe_overlap.measure.slow import Slow, why_slow
 from moe_overlap.measure.timeline import TimelineEvent, record
 from moe_overlap.ops import workspace
 from moe_overlap.schedule.builders import chunked, serial, shared_expert
+from moe_overlap.schedule.published import filled, pairwise
 from moe_overlap.transport.link import LinkSpec
 
 CHUNKS = (2, 4, 8)
+MOST_CHUNKS = 16
+FILLED = 4  # groups of experts whose weight gradients fill gaps
 SLOT_REPEATS = 3
 PANEL_REPEATS = 3
 SHARE_ROUNDS = 4
@@ -170,6 +173,11 @@ def row_plans(
             local = model.moe.expert_weights[0].shape[0]
             found += [RowPlan(model=model, schedule="expert_groups", pair=model.as_asked(chunked(r, "experts")))
                       for r in CHUNKS if r <= local]  # fmt: skip
+            if model.dedup == "off":  # there is no such form of a cut by peers
+                pair = pairwise(min(setting.options.ranks, MOST_CHUNKS))
+                found.append(RowPlan(model=model, schedule="fastermoe", pair=pair))
+            pair = model.as_asked(filled(min(local, FILLED)))
+            found.append(RowPlan(model=model, schedule="lancet", pair=pair))
     wanted, cases = setting.options.schedules, setting.options.cases
     return [plan for plan in found if plan.schedule == "serial" or (plan.schedule in wanted and plan.case in cases)]
 

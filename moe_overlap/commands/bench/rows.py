@@ -136,7 +136,8 @@ def bound_s(
     forward, backward = has(phase, "forward"), has(phase, "backward")
     if plan.cut_apart:
         cuts = plan.pair.chunks if forward else None, plan.pair.backward_chunks if backward else None
-        alone = plan.pipelined and not plan.pair.deduplicated  # else rows that stay are computed meanwhile
+        # Otherwise rows that stay are computed meanwhile.
+        alone = plan.pipelined and not plan.pair.deduplicated and plan.pair.by != "peers"
         return formulas.cut_bound(nocomm, exchanges.total_s, *cuts, alone=alone, even=even)
     each = exchanges.dispatch_s, exchanges.combine_s
     total = 0.0

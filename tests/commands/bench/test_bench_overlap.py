@@ -15,7 +15,15 @@ import pytest
 from moe_overlap.commands.bench import overlap, shaped
 from moe_overlap.commands.bench.overlap_options import OverlapOptions, parse
 from moe_overlap.commands.bench.overlap_picture import lines_of, write_speedup
-from moe_overlap.commands.bench.overlap_report import agreement, limit, name_of, own_share, pairs_of, summary
+from moe_overlap.commands.bench.overlap_report import (
+    agreement,
+    limit,
+    name_of,
+    own_share,
+    own_speedup,
+    pairs_of,
+    summary,
+)
 from moe_overlap.commands.bench.phases import HALVES, PHASES, has
 from moe_overlap.commands.bench.rows import KEYS
 from moe_overlap.errors import ConfigError
@@ -48,6 +56,7 @@ def test_a_sweep_over_the_emulated_link(tmp_path):
     rows = read_jsonl(tmp_path / "results.jsonl")
     assert {name_of(one) for one in rows} == {
         "top2 serial", "top2 chunked(2)", "top2 chunked(4)", "top2 chunked(8)", "top2 expert_groups(2)",
+        "top2 fastermoe(2)", "top2 lancet(2)",
         "scmoe_pos2 serial", "scmoe_pos2 shortcut",
     }  # fmt: skip
     for one in rows:
@@ -218,3 +227,25 @@ def test_the_picture_has_a_line_for_every_builder(tmp_path):
     assert all([one["chunks"] for one in line] == [2, 2] for line in lines.values()), "the fastest at each share"
     write_speedup(tmp_path / "a.png", [*rows, row(routing="zipf", flagged="inflated", bound_ms=None)])
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def committed(name: str) -> list[dict]:
+    return read_jsonl(REPOSITORY / f"benchmarks/results/cpu-2core/2026-11-28-overlap-lab{name}.jsonl")
+
+
+def test_committed_rows_keep_to_the_limit():
+    rows = [one for one in committed("") if one["schedule"] != "serial" and one["flagged"] not in ("inflated",)]
+    assert {one["phase"] for one in rows} == set(PHASES) and len(rows) >= 50
+    assert all(own_speedup(one) <= 1.02 * limit(own_share(one)) and one["bit_equal"] for one in rows)
+
+
+def test_committed_rows_over_tcp_agree_where_exchanges_are_cut():
+    """As the notes say: and not where one exchange is under way alone."""
+    ratios = {
+        (tcp["phase"], name_of(tcp)): tcp["time_ms_median"] / emulated["time_ms_median"]
+        for emulated, tcp in pairs_of(committed("-tcp"))
+        if tcp["asked_share"] == 0.6
+    }
+    cut = [ratios[phase, f"top2 chunked({r})"] for phase in ("infer", "train") for r in (4, 8)]
+    assert all(abs(ratio - 1) <= 0.1 for ratio in cut)
+    assert min(ratios["infer", "top2 serial"], ratios["train", "top2 serial"]) > 1.4
