@@ -30,6 +30,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, dict[str, object]]] = {
         "moe_overlap.commands.bench.overlap",
         {"run": lambda *_, **__: 0, "torchrun": lambda *_, **__: 0, "unavailable": lambda: None},
     ),
+    ("bench", "ops"): ("moe_overlap.commands.bench.ops", {"run": lambda *_, **__: 0}),
     ("bench", "balance"): ("moe_overlap.commands.bench.balance", {"run": lambda *_, **__: 0}),
 }  # fmt: skip
 SMALL = {
