@@ -33,6 +33,7 @@ from moe_overlap.layer.experts import check_weights, homes_held, reset, warn_of_
 from moe_overlap.layer.latent import Tie, Tokens, late_rows, make_projections, project
 from moe_overlap.layer.offload import Offload, Offloads, make_host_link
 from moe_overlap.layer.one_rank import one_rank
+from moe_overlap.layer.shared_expert import shared_of
 from moe_overlap.layer.static import Static, static_options
 from moe_overlap.layer.tickets import Ticket
 from moe_overlap.layer.told import Routes
@@ -43,7 +44,6 @@ from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.run import Step
-from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 
@@ -68,6 +68,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     one node, or where each rank is a node of its own, rows go directly.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu", "relu", or a name of `ops/activation_kinds.py`.
+    weights_at: "input": with top_k 1, experts read weight * token and their results are left as they are (Llama4).
     shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
@@ -112,6 +113,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         experts: nn.Module | None = None,
         expert_offload: Offload = None,
         activation: str | None = None,
+        weights_at: str = "output",
         shared_expert: nn.Module | None = None,
         shared_expert_size: int | None = None,
         latent_size: int | None = None,
@@ -132,7 +134,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         super().__init__()
         sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
         check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
-        check_choices(num_experts, top_k, dtype)
+        self.weights_at = check_choices(num_experts, top_k, dtype, weights_at)
         activation = assembly.activation_of(experts, activation)
         check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
         static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,
@@ -194,7 +196,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     def _forward_scheduled(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
         """The sentence: route and agree, run the schedule, add the shared expert."""
         step, routing, x_shared = self._begin(x, self.schedule, given, router_input=router_input)
-        y_TD = step.run(shared=lambda: self._shared(x_shared))
+        y_TD = step.run(shared=lambda: shared_of(self.shared_expert, x_shared))
         return self._end(step, routing, y_TD, x.shape, step.take_shared())
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
@@ -237,6 +239,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
             routing = self._route(x_router, x_shared, told)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             rows_TD = (x_rows if late is None else step.anchor).to(w_out.dtype)
+            rows_TD, weights_TK = self._weigh(rows_TD, routing)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         ids_TK = routing.topk_ids_TK
@@ -246,7 +249,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
             step.hidden = beside.hidden
         if late is not None:
             rows_TD = late_rows(step, late, self.latent_in, self.dispatcher.hidden, w_out.dtype)
-        step.give(rows_TD, ids_TK, routing.topk_weights_TK, entered=late is None)
+        step.give(rows_TD, ids_TK, weights_TK, entered=late is None)
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
@@ -258,10 +261,11 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         self._check_choice(routing)
         ids_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
         rows_TD = project("latent_in", self.latent_in, x_TD, self.dispatcher.hidden)
-        y_TD, slot_to_row = one_rank(rows_TD, ids_TK, routing.topk_weights_TK, w_in, w_out, self.dispatcher.activation)
+        rows_TD, weights_TK = self._weigh(rows_TD, routing)
+        y_TD, slot_to_row = one_rank(rows_TD, ids_TK, weights_TK, w_in, w_out, self.dispatcher.activation)
         y_TD = project("latent_out", self.latent_out, y_TD, self.hidden_size)
         if self.shared_expert is not None:
-            y_TD = y_TD + self._shared(x_TD)
+            y_TD = y_TD + shared_of(self.shared_expert, x_TD)
         return self._end_inline(routing, y_TD, x.shape, slot_to_row)
 
     def reset_parameters(self) -> None:
@@ -291,9 +295,3 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         check_weights(w_in, w_out, d.activation, count=count, hidden=d.hidden, ffn=d.ffn_hidden)
         warn_of_hooks(self.experts)
         return x.reshape(-1, x.shape[-1]), w_in.to(dtype), w_out.to(dtype)
-
-    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor:
-        assert self.shared_expert is not None
-        shared: torch.Tensor = self.shared_expert(x_TD)
-        check_result("shared_expert", shared, x_TD)
-        return shared

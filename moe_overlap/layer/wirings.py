@@ -66,9 +66,9 @@ class FarSkip(nn.Module):
             raise ConfigError("moes", "the same layer twice", "layers of their own")
         if attention_beside not in ("combine", "dispatch"):
             raise ConfigError("attention_beside", attention_beside, "'combine' or 'dispatch'")
-        self.attentions, self.shared, self.norms = (
-            nn.ModuleList(as_module(op) for op in ops) for ops in (attentions, shared, norms)
-        )
+        self.attentions = nn.ModuleList(map(as_module, attentions))
+        self.shared = nn.ModuleList(map(as_module, shared))
+        self.norms = nn.ModuleList(map(as_module, norms))
         self.moes = nn.ModuleList(moes)
         self.attention_beside = attention_beside
 
