@@ -16,6 +16,7 @@ from moe_overlap.auto.beside import Op, as_module
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.shortcut import ShortcutBlock
+from moe_overlap.layer.tickets import Ticket
 
 
 def arctic_block(attention: Op, mlp: Op, moe: MoELayer, *, norm: Op | None = None, **options: Any) -> ShortcutBlock:
@@ -73,8 +74,10 @@ class FarSkip(nn.Module):
         self.attention_beside = attention_beside
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        full, bare, before = x, x, None
+        full, bare = x, x
+        before: tuple[MoELayer, Ticket] | None = None
         for attention, moe, shared, norm in zip(self.attentions, self.moes, self.shared, self.norms, strict=True):
+            assert isinstance(moe, MoELayer)
             a = attention(bare) if self.attention_beside == "combine" else None
             if before is not None:
                 layer, ticket = before
