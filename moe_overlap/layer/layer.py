@@ -145,19 +145,17 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
                                                            timeout_s=timeout_s, device=device)  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
-        # First among the parameters, as before the experts were a module, since states of optimizers go by position;
-        # built last, since random numbers are drawn for the router first.
+        # First among the parameters, as states of optimizers go by position; built last: the router draws first.
         self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
         self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
                                                          factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
-        ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
-            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
-            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
-        placement = assembly.make_placement(dispatcher, placement, num_experts, ranks)
+            schedule, shared=self.shared_expert is not None, ranks=self.transport.world_size, overlap=overlap,
+            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+        placement = assembly.make_placement(dispatcher, placement, num_experts, self.transport.world_size)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
                                              activation=activation, factory=experts_factory)  # fmt: skip
