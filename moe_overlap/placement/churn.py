@@ -114,7 +114,7 @@ def _towards(wanted: Ranks, cost: Cost, current: Placement, budget: int) -> Rank
         best: tuple[float, int, Step] | None = None
         for step in _steps(now, goal):
             _apply(now, step, 1)
-            entry = (cost(now), _moves(now, old, homes), step)
+            entry = (cost(now), moves(now, old, homes), step)
             _apply(now, step, -1)
             if entry[1] <= budget and (best is None or entry[:2] < best[:2]):
                 best = entry
@@ -133,7 +133,7 @@ def _ratio(load: np.ndarray, now: np.ndarray) -> float:
     return balance_ratio(now @ (load / now.sum(axis=0)))
 
 
-def _moves(now: np.ndarray, old: np.ndarray, homes: np.ndarray) -> int:
+def moves(now: np.ndarray, old: np.ndarray, homes: np.ndarray) -> int:
     """What `diff` finds: experts that are new on a rank, and homes that move to a rank that had a copy."""
     experts = np.arange(now.shape[1])
     first = (now > 0).argmax(axis=0)

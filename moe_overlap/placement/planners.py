@@ -163,9 +163,11 @@ class Proportional(_Packed):
 
 @dataclass(frozen=True)
 class Flex:
-    """FlexMoE: one change at a time while the balance ratio is above `threshold` (`flex.py`). Homes stay."""
+    """FlexMoE: one change at a time while the balance ratio is above `threshold` (`flex.py`). keep_homes: every home
+    keeps its slot, which takes more slots."""
 
     threshold: float = 1.2
+    keep_homes: bool = False
 
     def __call__(self, demand: object, topology: Topology, *, slots: Slots, current: Placement | None = None,
                  budget: int | None = None) -> Placement:  # fmt: skip
@@ -176,7 +178,8 @@ class Flex:
         table = np.array([np.bincount(np.array(own, dtype=np.int64), minlength=one.num_experts)
                           for own in start.experts_of_ranks()])  # fmt: skip
         flow = Flow.of(table, np.array(one.slots), one.traffic, topology)
-        found = flex_slots(flow, np.array(start.home_ranks), threshold=self.threshold, budget=one.budget)
+        found = flex_slots(flow, np.array(start.home_ranks), threshold=self.threshold, budget=one.budget,
+                           keep_homes=self.keep_homes)  # fmt: skip
         wanted = [np.repeat(np.arange(one.num_experts), row).tolist() for row in found]
         return settle(wanted, one.traffic, topology, start, None, interchange=False)
 

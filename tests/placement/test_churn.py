@@ -26,4 +26,4 @@ def test_the_moves_that_a_budget_is_spent_on_are_those_of_the_migration_plan(see
     current, wanted = drawn(rng), drawn_ranks(rng)
     old, now = (churn._table(one, 7) for one in (current.experts_of_ranks(), wanted))
     plan = current.diff(churn._like(wanted, current, None))
-    assert churn._moves(now, old, np.array(current.home_ranks)) == plan.moves
+    assert churn.moves(now, old, np.array(current.home_ranks)) == plan.moves

@@ -128,7 +128,7 @@ def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray
         inter_bytes_per_s=expert / forward.copy[0].beta_s,
     )  # fmt: skip
     planners: dict[str, Planner] = {
-        "flex": Flex(),
+        "flex": Flex(keep_homes=True),
         "eplb": Eplb(keep_homes=True),
         "proportional": Proportional(keep_homes=True),
     }
