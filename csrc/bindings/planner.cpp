@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/churn.h"
 #include "core/placement.h"
 #include "core/replication.h"
 #include "core/search.h"
@@ -116,5 +117,15 @@ PYBIND11_MODULE(_planner, module) {
       },
       py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("contiguous"),
       "The experts of all slots, rank by rank, for each of the loads.");
+  module.def(
+      "kept",
+      [](Ints wanted, Ints slots, Ints old, Ints old_slots, const Ints& old_homes, int64_t node_size) {
+        auto found = moe_overlap::kept({std::move(wanted), std::move(slots)}, {std::move(old), std::move(old_slots)},
+                                       old_homes, node_size);
+        return std::make_tuple(std::move(found.experts), std::move(found.homes), std::move(found.slots));
+      },
+      py::arg("wanted"), py::arg("slots"), py::arg("old"), py::arg("old_slots"), py::arg("old_homes"),
+      py::arg("node_size"),
+      "(experts of the slots, home slots, slots of the ranks): as wanted, as near to what there was as can be.");
   module.def("assign", &moe_overlap::assign, py::arg("cost"), "The column of each row with the least sum of costs.");
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -75,6 +76,11 @@ def asked(demand: object, topology: Topology, slots: Slots, current: Placement |
 
 def spread(num_experts: int, slots: Sequence[int]) -> Placement:
     """Expert i in the i-th slot, where every rank has as many experts as an even spread gives it, and room for."""
+    return _spread(num_experts, tuple(slots))
+
+
+@lru_cache(maxsize=16)  # equal for all layers of a model
+def _spread(num_experts: int, slots: tuple[int, ...]) -> Placement:
     given = [0] * len(slots)
     for _ in range(num_experts):
         free = [rank for rank, most in enumerate(slots) if given[rank] < most]

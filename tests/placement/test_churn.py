@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moe_overlap.native import native
 from moe_overlap.placement import Placement, churn
 
 
@@ -27,3 +28,28 @@ def test_the_moves_that_a_budget_is_spent_on_are_those_of_the_migration_plan(see
     old, now = (churn._table(one, 7) for one in (current.experts_of_ranks(), wanted))
     plan = current.diff(churn._like(wanted, current, None))
     assert churn.moves(now, old, np.array(current.home_ranks)) == plan.moves
+
+
+@pytest.mark.skipif(native.planner() is None, reason="no compiled part")
+@pytest.mark.parametrize("node_size", [0, 1, 2, 4])
+@pytest.mark.parametrize("seed", range(50))
+def test_what_is_kept_is_the_same_compiled_and_in_python(seed, node_size):
+    rng = np.random.default_rng(seed)
+    current, wanted = drawn(rng), drawn_ranks(rng)
+    if seed % 2:  # what is wanted is there, on other ranks with as many slots
+        current = Placement.of_ranks(rng.permutation([*range(7), *rng.integers(0, 7, 5)]).reshape(4, 3).tolist())
+        wanted = [current.experts_of_ranks()[rank] for rank in rng.permutation(4)]
+    assert churn.kept(wanted, current, node_size) == churn.kept_reference(wanted, current, node_size)
+    if seed % 2 and node_size == 4:
+        assert current.diff(churn._like(wanted, current, None, 4)).is_empty
+
+
+@pytest.mark.skipif(native.planner() is None, reason="no compiled part")
+@pytest.mark.parametrize("bad", [
+    ([0, 1], [1, 1], [0, 1], [1, 1], [0, 1, 1], 0), ([0, 5], [1, 1], [0, 1], [1, 1], [0, 1], 0),
+    ([0, 1], [1, 1], [0, 1], [2], [0, 1], 0), ([0, 1], [1, 1], [0, 1], [1, 1], [0, 1], 3),
+    ([0, 1], [1, 2], [0, 1], [1, 1], [0, 1], 0), ([0, 1], [1, 1], [0, 1], [1, 1], [0, 1], -1),
+])  # fmt: skip
+def test_the_binding_checks_its_maps(bad):
+    with pytest.raises(ValueError, match="kept"):
+        native.planner().kept(*bad)
