@@ -1,5 +1,5 @@
-"""How long the planners take: 58 layers, 256 experts on 64 ranks with 5 slots each, one core, without a placement before and
-with that of loads that differ by 5 %. Prints JSON lines.
+"""How long the planners take: 58 layers, 256 experts on 64 ranks with 5 slots each, one core, without a placement
+before and with that of loads that differ by 5 %. Prints JSON lines.
 
 OMP_NUM_THREADS=1 python benchmarks/placement.py
 """
@@ -35,9 +35,9 @@ def main() -> None:
             times.append(1e3 * (time.process_time() - begin))
         ratios = [balance_ratio(rank_load(one, checked_traffic(load, topology)))
                   for one, load in zip(found, loads, strict=True)]  # fmt: skip
-        print(json.dumps({"planner": name, "layers": LAYERS, "experts": EXPERTS, "ranks": RANKS, "slots": SLOTS, "current": keeps,
-                          "cpu_ms_median": round(statistics.median(times), 2), "cpu_ms_max": round(max(times), 2),
-                          "max_over_mean": round(max(ratios), 3)}))  # fmt: skip
+        print(json.dumps({"planner": name, "layers": LAYERS, "experts": EXPERTS, "ranks": RANKS, "slots": SLOTS,
+                          "current": keeps, "cpu_ms_median": round(statistics.median(times), 2),
+                          "cpu_ms_max": round(max(times), 2), "max_over_mean": round(max(ratios), 3)}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from moe_overlap.auto.calibrate import step_shape
 from moe_overlap.auto.planned import Planned, PlannedSchedule
 from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.layer.stats import LastStep
-from moe_overlap.planning.copy_costs import break_even, break_even_text
+from moe_overlap.planning.copy_costs import GRADIENT_BYTES, break_even, break_even_text
 from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.planning.explain import in_ms, name_of
 from moe_overlap.planning.search import joined_form
 from moe_overlap.schedule.actions import Action, Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import draw, makespan_s
+from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.weights import row_width
 from moe_overlap.schedule.words import legend, overlaps, python_of
@@ -72,15 +73,27 @@ def explain(
     return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in computes)])
 
 
-def copies_text(rule: object, weights_of: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
-    """What a rule that copies experts decided on in the last step, and from how many rows on a copy pays."""
-    if not isinstance(rule, ReplicationRule):
+def copies_text(dispatcher: Dispatcher, weights_of: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
+    """The memory of a rank's copies of experts; where a rule makes them, what it decided on in the last step, and from
+    how many rows on a copy pays. Nothing where there are none."""
+    rule, kept = dispatcher.rule, len(dispatcher.seats.copies[dispatcher.transport.rank])
+    spare = rule.spare if isinstance(rule, ReplicationRule) else 0
+    if not dispatcher.seats.has_copies and not spare:
         return []
     w_in, w_out = weights_of()
-    size = w_in.element_size()
-    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=row_width(w_in, w_out),
-                       param_bytes=size)  # fmt: skip
-    lines = ["", "copies of experts:", *(f"  {line}" for line in break_even_text(found))]
+    size, width = w_in.element_size(), row_width(w_in, w_out)
+    slots = f"{kept} kept" + (f", {spare} for copies of one step, at most" if spare else "")
+    mib, grad_mib = width * size / 2**20, width * GRADIENT_BYTES / 2**20
+    lines = [
+        "",
+        "copies of experts:",
+        f"  slots on this rank: {slots}, {mib:.3g} MiB of weights each, {(kept + spare) * mib:.3g} MiB together; what "
+        f"one step alone uses is shared by all layers; {grad_mib:.3g} MiB of gradient each while they go home",
+    ]
+    if not isinstance(rule, ReplicationRule):
+        return lines
+    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=width, param_bytes=size)
+    lines += [f"  {line}" for line in break_even_text(found)]
     if rule.last is not None:
         one = rule.last
         what = "left as it is" if one.left else f"{len(one.seats) - rule.seats_before} new copies, rows shared out anew"

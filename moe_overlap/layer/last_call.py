@@ -130,7 +130,7 @@ class LastCall:
         last, computes = self._last_step, self._computes(verbose=verbose)
         if last is not None:
             text = explain(last.pair, last.events, self.transport, computes=computes, last=last)
-            return "\n".join([text, *copies_text(self.dispatcher.rule, lambda: self.expert_weights)])
+            return "\n".join([text, *copies_text(self.dispatcher, lambda: self.expert_weights)])
         if isinstance(schedule, AutoSchedule):
             return 'Nothing is chosen yet: with schedule "auto" the first forward call calibrates, then chooses.'
         return explain(schedule, [], self.transport, computes=computes)

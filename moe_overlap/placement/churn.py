@@ -57,10 +57,10 @@ def _like(wanted: Ranks, current: Placement, selector: Selector | None, node_siz
 
 
 def kept(wanted: Ranks, current: Placement, node_size: int) -> tuple[list[int], list[int], list[int]]:
-    """(the experts of all slots, the slot of each expert's home, the slots of each rank): `wanted`, in an order in which
-    slots that stay keep their place. A home stays on its rank where that still has the expert, else it is its first
-    slot's. node_size: so many ranks in a row, and such nodes, may change what they want where they have as many slots,
-    so that most of it is there already; 0: none.
+    """(the experts of all slots, the slot of each expert's home, the slots of each rank): `wanted`, in an order in
+    which slots that stay keep their place. A home stays on its rank where that still has the expert, else it is its
+    first slot's. node_size: so many ranks in a row, and such nodes, may change what they want where they have as many
+    slots, so that most of it is there already; 0: none.
 
     Compiled in csrc/core/churn.cpp.
     """

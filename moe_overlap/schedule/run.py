@@ -120,7 +120,7 @@ class Step(Backward):
         if self._numbers is not None:
             self._numbers.bind(pair)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
-        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined)
+        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined, joined_copies=pair.joined_copies)
         self._weights_dtype = self._weights_TK.dtype
 
     def _with_copies(self, pair: SchedulePair, exchange: ExchangePlan) -> SchedulePair:

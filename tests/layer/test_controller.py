@@ -249,6 +249,11 @@ def test_copies_of_one_step_by_the_decision_change_no_result(schedule):
         placed = layer.last_events and layer.dispatcher.transport.stats.weight_bytes
         assert placed > 0
         text = layer.explain()
+        mib = sum(weight[0].numel() for weight in layer.expert_weights) * layer.expert_weights[0].element_size() / 2**20
+        assert f"0 kept, 2 for copies of one step, at most, {mib:.3g} MiB of weights each, {2 * mib:.3g} MiB" in text
+        set_placement(twin, Placement.of_ranks([*map(list, seats_of(twin.dispatcher.placement).homes[:3]), [6, 7, 0]]))
+        kept = 1 if me.rank == 3 else 0
+        assert f"slots on this rank: {kept} kept, {mib:.3g} MiB" in twin.explain()
         assert "copy of an expert over inter" in text and "new copies, rows shared out anew" in text
         return rule.digest
 

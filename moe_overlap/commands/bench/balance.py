@@ -38,6 +38,7 @@ from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.measure.overlap import is_noisy, median, percentile
 from moe_overlap.measure.report import write_jsonl
 from moe_overlap.placement import Placement
+from moe_overlap.schedule.builders import serial
 from moe_overlap.transport.link import LinkSpec
 
 PROGRAM = "moe-overlap bench balance"
@@ -115,7 +116,7 @@ def _errors(
     world: World, unit: Unit, plans: Sequence[Planned], ids_TK: torch.Tensor, x_TD: torch.Tensor
 ) -> list[float]:
     """By how much a row's output, with real experts, differs from that of the first one without copies. Collective."""
-    alone = Planned(planner="static", schedule="serial", pair=plans[0].pair)
+    alone = Planned(planner="static", schedule="serial", pair=serial())
     right, _ = max_rel_err(world, unit, alone, ids_TK, x_TD, None)
     return [max_rel_err(world, unit, plan, ids_TK, x_TD, right)[1] for plan in plans]
 
@@ -158,7 +159,7 @@ def _rows(
     for plan, one, seconds, samples, error in zip(plans, times, medians, slowest, errors, strict=True):
         ideal = plan.planner == IDEAL
         counts_WE = even if ideal else skewed
-        phases = costs(options, sleep, link, joined=plan.schedule == "serial")
+        phases = costs(options, sleep, link, plan.schedule)
         predicted, load, copies = predicted_s(plan, counts_WE, placement, phases, options.ranks_per_node)
         static_s, ideal_s = by_name.get(("static", plan.schedule)), by_name[IDEAL, plan.schedule]
         ported = torch.tensor([one.weight_bytes, one.payload_bytes, 1e6 * median(one.cpu_s)], dtype=torch.float64)
@@ -170,7 +171,7 @@ def _rows(
             "schedule": plan.schedule,
             "chunks": plan.pair.chunks,
             "backward_chunks": plan.pair.backward_chunks,
-            "predicted_ms": 1e3 * (predicted + dense_s),
+            "predicted_ms": 1e3 * (predicted + (0.0 if plan.pair.num_ops else dense_s)),
             "time_ms_median": 1e3 * seconds,
             "time_ms_p10": 1e3 * percentile(samples, 0.1),
             "time_ms_p90": 1e3 * percentile(samples, 0.9),

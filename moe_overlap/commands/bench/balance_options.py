@@ -16,6 +16,8 @@ from moe_overlap.errors import ConfigError
 
 KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of earlier steps; homes stay
 PLANNERS = ("static", "replicate", "shadow", *KEPT)
+# The dense op runs before the layer, or beside it (ScMoE); with "exposed" copies alone are waited for where they start.
+SCHEDULES = ("serial", "chunked", "shortcut", "shortcut_exposed")
 MOST_SEED = 2**31 - 1
 
 
@@ -35,6 +37,7 @@ class BalanceOptions:
     chunks: int = 4
     workloads: tuple[str, ...] = ("balanced", "zipf1.0")
     planners: tuple[str, ...] = ("static", "replicate", "shadow", "flex")
+    schedules: tuple[str, ...] = ("serial", "chunked")
     recorded: str = ""
     comm_share: float = 0.3
     moe_share: float = 0.85
@@ -61,7 +64,7 @@ class BalanceOptions:
             raise ConfigError("--top-k", self.top_k, f"an integer from 1 to --experts ({self.experts})")
         if self.dtype not in DTYPES:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        for name, known in (("workloads", tuple(WORKLOADS)), ("planners", PLANNERS)):
+        for name, known in (("workloads", tuple(WORKLOADS)), ("planners", PLANNERS), ("schedules", SCHEDULES)):
             chosen = getattr(self, name)
             if not chosen or any(word not in known for word in chosen):
                 raise ConfigError(flag_of(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
@@ -96,6 +99,8 @@ HELP = {
     "chunks": "chunks of the overlapped schedules",
     "workloads": "comma-separated: " + ", ".join(WORKLOADS),
     "planners": "rows of each workload, comma-separated: " + ", ".join(PLANNERS),
+    "schedules": "of each planner, comma-separated: " + ", ".join(SCHEDULES) + "; in a shortcut the dense op is beside "
+    "the layer, exposed: copies are waited for where they start",
     "recorded": "routing file of workload recorded (moe-overlap train --save-routing)",
     "comm_share": "share of the exchanges in a serial step with balanced load: sets the rate of the link",
     "moe_share": "share of the layer in a serial step with balanced load: sets the dense op",
