@@ -130,14 +130,19 @@ class Planned:
     kept: Placement | None = None
 
 
-def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray, forward: PhaseCosts) -> Placement:
-    """What a planner makes of the load of earlier steps, int64 [W, E], with the prices of the run; homes stay."""
+def topology_of(options: BalanceOptions, forward: PhaseCosts) -> Topology:
+    """What placement planners know of the run: the prices of its forward."""
     expert = MATRICES * options.hidden * options.ffn * options.torch_dtype.itemsize
-    topology = Topology(
+    return Topology(
         world_size=options.ranks, ranks_per_node=options.ranks_per_node, row_s=forward.row_s,
         row_bytes=options.hidden * options.torch_dtype.itemsize, expert_bytes=expert,
         inter_bytes_per_s=expert / forward.copy[0].beta_s,
     )  # fmt: skip
+
+
+def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray, forward: PhaseCosts) -> Placement:
+    """What a planner makes of the load of earlier steps, int64 [W, E], with the prices of the run; homes stay."""
+    topology = topology_of(options, forward)
     planners: dict[str, Planner] = {
         "flex": Flex(keep_homes=True),
         "eplb": Eplb(keep_homes=True),
@@ -234,13 +239,14 @@ def time_rows(
         for round_ in range(repeats + 1):
             order = range(len(rows)) if round_ % 2 else reversed(range(len(rows)))
             for i in order:
-                _step(world, unit, *rows[i], x_TD, found[i] if round_ else None)
+                time_step(world, unit, *rows[i], x_TD, found[i] if round_ else None)
     return found
 
 
-def _step(
+def time_step(
     world: World, unit: Unit, plan: Planned, ids_TK: torch.Tensor, x_TD: torch.Tensor, times: Times | None
 ) -> None:
+    """One training step, its seconds into `times` (None: a warm-up). Collective."""
     unit.use(plan, ids_TK)
     unit.zero_grad(set_to_none=True)
     x_TD = x_TD.detach().requires_grad_()

@@ -38,6 +38,7 @@ class BalanceOptions:
     workloads: tuple[str, ...] = ("balanced", "zipf1.0")
     planners: tuple[str, ...] = ("static", "replicate", "shadow", "flex")
     schedules: tuple[str, ...] = ("serial", "chunked")
+    live_steps: int = 0
     recorded: str = ""
     comm_share: float = 0.3
     moe_share: float = 0.85
@@ -52,6 +53,7 @@ class BalanceOptions:
         for name in "ranks ranks_per_node tokens hidden ffn experts chunks repeats".split():
             check_count(name, getattr(self, name))
         check_count("slots", self.slots, least=0)
+        check_count("live_steps", self.live_steps, least=0)
         check_count("seed", self.seed, least=0, most=MOST_SEED)
         check_count("chunks", self.chunks, most=16)
         if self.ranks < 2 or self.ranks % self.ranks_per_node or self.ranks == self.ranks_per_node:
@@ -101,6 +103,8 @@ HELP = {
     "planners": "rows of each workload, comma-separated: " + ", ".join(PLANNERS),
     "schedules": "of each planner, comma-separated: " + ", ".join(SCHEDULES) + "; in a shortcut the dense op is beside "
     "the layer, exposed: copies are waited for where they start",
+    "live_steps": "instead: so many steps in a row, with homes alone and with a placement of FlexMoE's planner that "
+    "follows the load",
     "recorded": "routing file of workload recorded (moe-overlap train --save-routing)",
     "comm_share": "share of the exchanges in a serial step with balanced load: sets the rate of the link",
     "moe_share": "share of the layer in a serial step with balanced load: sets the dense op",

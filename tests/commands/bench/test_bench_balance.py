@@ -69,7 +69,8 @@ def test_kept_placements_come_from_the_history_and_keep_their_homes():
 @pytest.mark.parametrize(
     "words", ["--ranks 6", "--ranks-per-node 8", "--experts 12", "--top-k 17", "--workloads zipf", "--planners best",
               "--planners ,", "--schedules fast", "--comm-share 1", "--moe-share 0", "--workloads recorded",
-              "--recorded nowhere", "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8", "--compute-ms nan"],
+              "--recorded nowhere", "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8",
+              "--compute-ms nan"],
 )  # fmt: skip
 def test_bad_options_are_one_line(words, tmp_path, capsys):
     given = words.split()
@@ -104,3 +105,16 @@ def test_copies_beside_the_dense_op_and_exposed(tmp_path, capsys):
     assert hidden["copies"] > 0 and hidden["predicted_ms"] <= exposed["predicted_ms"]
     assert all(row["max_rel_err"] < 1e-5 for row in rows)
     assert by_name["static", "shortcut"]["predicted_ms"] == by_name["static", "shortcut_exposed"]["predicted_ms"]
+
+
+def test_a_placement_that_follows_the_load_over_some_steps(tmp_path, capsys):
+    words = (
+        "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 8 --ffn 32 --compute-ms 8 --latency-us 50 --live-steps 11"
+    )
+    words += " --top-k 1 --workloads zipf1.5 --comm-share 0.2"
+    assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
+    still, live = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert list(live) == KEYS and (still["changes"], still["moved_bytes"], live["steps"]) == (0, 0, 11)
+    assert live["changes"] > 0 and live["moved_bytes"] > 0 and live["migration_ms"] > 0
+    assert live["max_over_mean"] < still["max_over_mean"] == still["static_max_over_mean"]
+    assert live["predicted_ms"] < still["predicted_ms"] and live["max_rel_err"] < 1e-5
