@@ -149,11 +149,13 @@ def test_the_first_program_of_the_readme_runs_on_two_ranks_as_the_line_below_it_
     (line,) = re.findall(r"^torchrun (.*)$", README, re.MULTILINE)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *line.split()]
+    # What both print may be mixed, so each writes a file of its own.
+    apart = ["--redirects", "1", "--log-dir", str(tmp_path / "log")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *apart, *line.split()]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    # The sum is over the ranks: 128 tokens with two experts on each. What both print may be mixed.
-    assert sorted(result.stdout.split()) == sorted(["(128,", "64)", "512"] * 2)
+    # The sum is over the ranks: 128 tokens with two experts on each.
+    assert [one.read_text() for one in (tmp_path / "log").rglob("stdout.log")] == ["(128, 64) 512\n"] * 2
 
 
 def test_the_readme_is_short_and_says_first_where_it_has_run():

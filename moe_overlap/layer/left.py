@@ -175,19 +175,19 @@ class Left:
         return alive
 
 
-class Arrival:
-    """A compiled graph cannot call Python, but it can write a global, and what stood there before dies of it: so ends
-    a compiled call. See `leave_compiled`."""
-
-    def __del__(self) -> None:
-        _hand_over()
-
-
 def _hand_over() -> None:
     """What compiled calls left behind, to their layers."""
     for key in list(_arrived or ()):
         left, *what = _arrived.pop(key)
         left.receive(*what)
+
+
+class Arrival:
+    """A compiled graph cannot call Python, but it can write a global, and what stood there before dies of it: so ends
+    a compiled call. See `leave_compiled`. The last one dies with the interpreter, when this module's names are gone."""
+
+    def __del__(self, hand_over: Callable[[], None] = _hand_over) -> None:
+        hand_over()
 
 
 _arrived: dict[torch.Tensor, Any] = {}

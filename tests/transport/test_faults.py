@@ -236,6 +236,7 @@ def test_a_slow_peer_is_warned_about_once() -> None:
 
 def missing_at_open() -> str:
     transport = ProcessGroupTransport(timeout_s=0.5)
+    dist.barrier()  # so that no rank begins much later than the other, however busy the machine is
     if dist.get_rank() == 1:
         time.sleep(1.0)
         with pytest.raises(RemoteAbort):
