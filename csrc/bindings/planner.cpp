@@ -36,8 +36,14 @@ std::tuple<double, double, bool, Seats> decide_replication(
   load.spare = std::move(spare);
   load.refetched = refetched;
   for (const auto& p : phases) {
-    load.phases.push_back({p[0], p[1], {{{p[2], p[3]}, {p[4], p[5]}}}, {{{p[6], p[7]}, {p[8], p[9]}}}, p[10], p[11],
-                           p[12] != 0, p[13] != 0});
+    load.phases.push_back({p[0],
+                           p[1],
+                           {{{p[2], p[3]}, {p[4], p[5]}}},
+                           {{{p[6], p[7]}, {p[8], p[9]}}},
+                           p[10],
+                           p[11],
+                           p[12] != 0,
+                           p[13] != 0});
   }
   load.most_copies = most_copies;
   load.margin = margin;
@@ -103,7 +109,8 @@ PYBIND11_MODULE(_planner, module) {
       [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, int64_t nodes, int64_t groups,
          bool distinct) {
         std::vector<Ints> found;
-        for (auto& load : loads) found.push_back(moe_overlap::eplb({std::move(load), slots, homes}, nodes, groups, distinct));
+        for (auto& load : loads)
+          found.push_back(moe_overlap::eplb({std::move(load), slots, homes}, nodes, groups, distinct));
         return found;
       },
       py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("nodes"), py::arg("groups"), py::arg("distinct"),
@@ -112,7 +119,8 @@ PYBIND11_MODULE(_planner, module) {
       "proportional",
       [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, bool contiguous) {
         std::vector<Ints> found;
-        for (auto& load : loads) found.push_back(moe_overlap::proportional({std::move(load), slots, homes}, contiguous));
+        for (auto& load : loads)
+          found.push_back(moe_overlap::proportional({std::move(load), slots, homes}, contiguous));
         return found;
       },
       py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("contiguous"),
