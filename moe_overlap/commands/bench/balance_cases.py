@@ -164,7 +164,7 @@ def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec, history
             rule: ReplicationRule | ShadowRule | None = None
             kept = kept_placement(planner, options, history_WE, forward) if planner in KEPT else None
             if planner == "replicate":
-                phases = costs(options, sleep, link, schedule)
+                phases = costs(options, sleep, link, schedule.removesuffix("_exposed"))  # the same copies
                 rule = ReplicationRule(phases=phases, spare=options.slots, ranks_per_node=options.ranks_per_node)
             elif planner == "shadow":
                 rule = shadow

@@ -22,6 +22,7 @@ from moe_overlap.transport.link import LinkSpec
 MOST_SEED = 2**64 - 1
 MOST_VOCAB = 1 << 20
 MOST_LAYERS = 4096
+MOST_SLOTS = 1 << 16
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
 # How experts are kept balanced, and the coefficient where none is asked for: of the auxiliary loss, at one of three
@@ -210,7 +211,8 @@ class TrainOptions:
 def _check_ranges(options: TrainOptions) -> None:
     for name in "ranks ranks_per_node steps batch seq hidden ffn experts eval_tokens placement_every".split():
         check_count(name, getattr(options, name))
-    for name in "warmup checkpoint_every placement_slots".split():
+    check_count("placement_slots", options.placement_slots, least=0, most=MOST_SLOTS)
+    for name in "warmup checkpoint_every".split():
         check_count(name, getattr(options, name), least=0)
     check_count("layers", options.layers, most=MOST_LAYERS)
     check_count("threads", options.threads, least=0, most=MOST_THREADS)
