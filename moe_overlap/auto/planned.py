@@ -10,6 +10,7 @@ Where rows may be deduplicated a step has two kinds, plain and deduplicated, and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -96,6 +97,7 @@ class PlannedSchedule(Settled):
     metadata: MetadataBytes | None = None
     num_ahead: int = 0
     _found: dict[tuple[StepKind, ...], Planned] = field(default_factory=dict, init=False, repr=False)
+    tally: Counter[str] = field(default_factory=Counter, init=False, repr=False)  # "steps", and those "searched" for
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
@@ -106,6 +108,7 @@ class PlannedSchedule(Settled):
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The schedules of one step: a pure function of the agreed counts."""
+        self.tally["steps"] += 1
         return self.planned(exchange).pair
 
     def planned(self, exchange: ExchangePlan) -> Planned:
@@ -113,6 +116,7 @@ class PlannedSchedule(Settled):
         kinds = self._kinds(exchange)
         found = self._found.get(kinds)
         if found is None:
+            self.tally["searched"] += 1
             if len(self._found) >= REMEMBERED:
                 self._found.pop(next(iter(self._found)))
             found = self._found[kinds] = _faster(_plans(self, kinds))

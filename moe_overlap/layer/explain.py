@@ -122,6 +122,9 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     """Why the planner chose this: one section a phase, with what the last step took on this rank."""
     planned, budget = schedule.planned(exchange), schedule.max_in_flight_bytes
     lines = ["", f"chosen by the planner from a cost model {schedule.model.source}", *_deduplication(schedule, planned)]
+    steps, searched = schedule.tally["steps"], schedule.tally["searched"]
+    if steps >= searched:
+        lines.append(f"searched for {searched} of {steps} steps; the others were of a kind that was known")
     if not schedule.overlap:
         lines.append("overlap=False: every exchange of what was chosen is joined where it starts")
     if schedule.ahead:
