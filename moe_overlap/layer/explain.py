@@ -11,6 +11,7 @@ from moe_overlap.auto.calibrate import step_shape
 from moe_overlap.auto.planned import Planned, PlannedSchedule
 from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.layer.stats import LastStep
+from moe_overlap.planning.copied import CONSIDERED
 from moe_overlap.planning.copy_costs import GRADIENT_BYTES, break_even, break_even_text
 from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.planning.explain import in_ms, name_of
@@ -139,7 +140,8 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     pair = planned.pair
     schedules: dict[Phase, Schedule] = {"forward": after_agreement(pair.forward), "backward": pair.backward}
     for phase, window in planned.windows.items():
-        chosen = planned.candidates[phase][0]
+        best = planned.best(phase)
+        chosen = next(one for one in planned.candidates[phase] if (one.order, one.joined) == (best.order, best.joined))
         text = explain_window(
             window,
             planned.candidates[phase],
@@ -148,6 +150,9 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
             max_in_flight_bytes=budget,
         )
         lines += ["", f"-- {phase} --", text]
+        if phase in planned.copied:
+            lines.append(f"\nCopies of experts are in none of these figures; with them this schedule takes "
+                         f"{in_ms(best.predicted_s)}, the least of the first {CONSIDERED}.")  # fmt: skip
         outside_s = planned.outside_s[phase]
         lines.append(f"\nOutside this window, in none of these figures: {in_ms(outside_s)} in the calibration.")
     return lines
@@ -167,7 +172,7 @@ def _deduplication(schedule: PlannedSchedule, planned: Planned) -> list[str]:
     lines = [f'dedup="auto": {runs}, predicted {in_ms(planned.predicted_s)} with what lies outside the windows, '
              f"{less} than {'plain' if planned.pair.deduplicated else 'deduplicated'}:"]  # fmt: skip
     for phase, window in other.windows.items():
-        best = other.candidates[phase][0]
+        best = other.best(phase)
         lines.append(f"  {phase}: {name_of(best, window)}, {in_ms(best.predicted_s + other.outside_s[phase])}: "
                      f"{best.order}")  # fmt: skip
     return lines
