@@ -298,8 +298,9 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
     budget = schedule.max_in_flight_bytes
     candidates = {phase: search(found, max_in_flight_bytes=budget) for phase, found in windows.items()}
     copied: dict[Phase, tuple[Candidate, ...]] = {}
-    for phase in phases if kind.copies is not None else ():
-        wire_s = kind.copies.wire_s(schedule.model, phase, schedule.expert_bytes)
+    for phase in phases:
+        copies = kind.copies
+        wire_s = None if copies is None else copies.wire_s(schedule.model, phase, schedule.expert_bytes)
         if wire_s is not None:
             copied[phase] = with_copies_priced(windows[phase], candidates[phase], wire_s)
     chosen = candidates | copied

@@ -139,9 +139,9 @@ def _expansion(flow: Flow, fixed: np.ndarray, threshold: float) -> Change | None
     for hot in np.argsort(-flow.per_slot, kind="stable").tolist():
         best: tuple[float, float, int, Change] | None = None
         for rank in np.nonzero(flow.slots[:, hot] == 0)[0].tolist():
-            change: Change | None = [(hot, _with(flow.slots[:, hot], {rank: 1}))]
-            if flow.slots[rank].sum() >= flow.room[rank]:
-                change = _making_room(flow, fixed, rank, hot, change)
+            more: Change = [(hot, _with(flow.slots[:, hot], {rank: 1}))]
+            full = flow.slots[rank].sum() >= flow.room[rank]
+            change = _making_room(flow, fixed, rank, hot, more) if full else more
             if change is None:
                 continue
             seconds = flow.changed_s(change)

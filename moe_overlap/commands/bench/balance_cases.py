@@ -74,14 +74,15 @@ def costs(options: BalanceOptions, sleep: Calibration, link: LinkSpec, schedule:
         return AlphaBeta(alpha_s=link.latency_s, beta_s=num_bytes / link.bytes_per_s), free
 
     row = over(options.hidden * size)
-    how = {"chunks": 1, "joined": True} if schedule == "serial" else {"chunks": options.chunks}
-    how |= {"exposed_copies": True} if schedule == "shortcut_exposed" else {}
-    beside = (sleep.mlp_forward_s, sleep.mlp_backward_s) if schedule.startswith("shortcut") else (0.0, 0.0)
-    return (
-        PhaseCosts(row_s=sleep.expert_row_s, exchange=row, copy=over(expert * size), beside_s=beside[0], **how),
-        PhaseCosts(row_s=sleep.dgrad_row_s + sleep.wgrad_row_s, exchange=row, copy=over(expert * GRADIENT_BYTES),
-                   beside_s=beside[1], **how),
+    joined, shortcut = schedule == "serial", schedule.startswith("shortcut")
+    forward = PhaseCosts(
+        row_s=sleep.expert_row_s, exchange=row, copy=over(expert * size), joined=joined,
+        chunks=1 if joined else options.chunks, exposed_copies=schedule == "shortcut_exposed",
+        beside_s=sleep.mlp_forward_s if shortcut else 0.0,
     )  # fmt: skip
+    backward_s = sleep.mlp_backward_s if shortcut else 0.0
+    return forward, replace(forward, row_s=sleep.dgrad_row_s + sleep.wgrad_row_s, copy=over(expert * GRADIENT_BYTES),
+                            beside_s=backward_s)  # fmt: skip
 
 
 def pair_of(schedule: str, chunks: int) -> SchedulePair:
