@@ -28,7 +28,7 @@ def step(placement=COPIED, *, rows=3, **changes):
     """An agreed step in which every seat of a rank gets rows of every block of every rank."""
     seats = seats_of(placement)
     counts = np.full((placement.world_size, BLOCKS, seats.num_seats), rows)
-    return replace(exchange(counts), seats=seats, weights_require_grad=True, **changes)
+    return replace(exchange(counts), **{"seats": seats, "weights_require_grad": True, **changes})
 
 
 def planned(**options):
@@ -53,7 +53,7 @@ def test_what_is_predicted_is_the_makespan_of_the_very_schedules_that_run(num_op
         seconds = _seconds(window, window.chunking(best.chunks, best.by)) | more
         assert best.predicted_s == pytest.approx(makespan_s(schedule, seconds, joined=best.joined), rel=1e-12)
         assert best.predicted_s >= more["Wf0" if phase == "forward" else "Wg"] > 0
-        assert best.predicted_s > found.candidates[phase][0].predicted_s
+        assert best.predicted_s >= found.candidates[phase][0].predicted_s  # equal where an op hides all of it
     assert found.predicted_s == pytest.approx(sum(found.best(phase).predicted_s for phase in found.windows))
 
 
