@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy
+from moe_overlap.agreement.loads import PLANNED_BY, ChunkBy
 from moe_overlap.errors import ConfigError
 
 
@@ -86,8 +86,8 @@ def balanced_shape(
     ranks of its node (W ranks, L of them on a node). `metadata`: the step is deduplicated, and all sets of `top_k`
     experts are equally likely.
     """
-    if by not in CHUNK_BY:
-        raise ConfigError("by", by, f"one of {CHUNK_BY}")
+    if by not in PLANNED_BY:
+        raise ConfigError("by", by, f"one of {PLANNED_BY}")
     most = BLOCKS if by == "tokens" else local_experts
     if not 1 <= chunks <= most:
         raise ConfigError("chunks", chunks, f"from 1 to {most}, by {by}")

@@ -16,7 +16,7 @@ from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair, parse_choice
 from moe_overlap.schedule.simulate import simulate
 
-LANES = ("comp", "wire")
+LANES = ("comp", "wire", "copy")
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
         found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
     if Action("N") in seen:
         begin = [action.verb for action in schedule.actions[: seen.get(Action("P"), 0)]]
-        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf"}:
+        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf", "Hf"}:
             found.append(Problem("N begins a schedule, and only ops stand between it and P", seen[Action("N")]))
     if any(Action(verb) in seen for verb in RETURNS):
         found += [Problem(f"{verb} is missing") for verb in RETURNS if Action(verb) not in seen]
-    if phase == "backward" and not any(action.verb == "Ew" for action in seen):
-        found.append(Problem("Ew0 is missing: no weight gradient"))
-    for verb in ("B", "Bt", "Ew", "Wf"):
+    if phase == "backward":
+        found += _weight_gradients(seen, chunks)
+    for verb in ("B", "Bt", "Ew", "Wf", "Hf", "Hb", "Hg"):
         indices = sorted(action.index for action in seen if action.verb == verb and action.index is not None)
         if indices != list(range(len(indices))):
             found.append(Problem(f"{verb} has the indices {indices}, not 0 to {len(indices) - 1}"))
@@ -79,6 +79,17 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
             found.append(Problem(f"{schedule.actions[position]} runs before {schedule.actions[late[0]]}", position))
     if max_in_flight is not None:
         found += _too_many_in_flight(schedule, max_in_flight)
+    return found
+
+
+def _weight_gradients(seen: Mapping[Action, int], chunks: int) -> list[Problem]:
+    """Every expert's weight gradient is made once: by Ew in any groups, or by one Eg for each chunk of experts."""
+    have = {action.index: position for action, position in seen.items() if action.verb == "Eg"}
+    if not have:
+        return [] if any(action.verb == "Ew" for action in seen) else [Problem("Ew0 is missing: no weight gradient")]
+    found = [Problem(f"Eg{c} is missing") for c in range(chunks) if c not in have]
+    found += [Problem(f"Eg{c} has no chunk", at) for c, at in have.items() if c is None or c >= chunks]
+    found += [Problem(f"{a} beside Eg", at) for a, at in seen.items() if a.verb == "Ew"]
     return found
 
 
@@ -113,6 +124,13 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
         if pair.deduplicated and by == "experts" and order != sorted(order):  # type: ignore[type-var]
             text = "groups of experts in ascending order: a row comes with the first one and goes back with the last"
             raise ConfigError("schedule", schedule.text, text)
+    if pair.backward.count("Eg") and pair.backward_by != "experts":
+        raise ConfigError("schedule.backward", pair.backward.text, 'backward_by="experts" for Eg, which needs all rows')
+    if "peers" in (pair.by, pair.backward_by):
+        if pair.by != pair.backward_by:
+            raise ConfigError("backward_by", pair.backward_by, f"{pair.by!r}, as forward: by peers rows lie otherwise")
+        if pair.deduplicated:
+            raise ConfigError("chunk_by", "peers", "'tokens' or 'experts' for rows that are deduplicated")
     ops = [a.text for a in pair.forward if a.verb in ("B", "S")]
     mirrored = [a.text.replace("t", "") for a in pair.backward if a.verb in ("Bt", "St")]
     if ops != mirrored[::-1]:
@@ -162,7 +180,7 @@ def spans(
         for position, action in enumerate(actions):
             if last_wire is not None:
                 needs[position] = sorted({*needs[position], last_wire})
-            if action.lane == "wire":
+            if action.lane != "comp":
                 last_wire = position
     return simulate([LANES.index(a.lane) for a in actions], seconds, needs)
 
@@ -183,4 +201,5 @@ def draw(schedule: Schedule, *, joined: bool = False) -> str:
     return "\n".join(
         f"{lane} | " + " ".join(cells.get((lane, c), ".").ljust(widths[c]) for c in range(columns)).rstrip()
         for lane in LANES
+        if lane in {"comp", "wire", *(action.lane for action in schedule)}
     )

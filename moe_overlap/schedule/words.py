@@ -13,6 +13,7 @@ from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.schedule.actions import SIGNS, VERBS, Schedule
 from moe_overlap.schedule.builders import SchedulePair, chunked, serial, shared_expert, window
 from moe_overlap.schedule.check import check, makespan_s
+from moe_overlap.schedule.offload import without_host_experts
 
 IMPORT = "from moe_overlap.schedule.words import from_text"
 
@@ -22,8 +23,8 @@ def from_text(
 ) -> SchedulePair:
     """The checked pair of two schedules written out, such as "P D0 E0 C0 U" and "Ut Ct0 Ed0 Dt0 Ew0 Pt".
 
-    by, backward_by: how their exchanges are cut ("tokens" or "experts"), backward by default as forward. Raises
-    ConfigError for a text that is no schedule that can run.
+    by, backward_by: how their exchanges are cut ("tokens", "experts" or "peers"), backward by default as forward.
+    Raises ConfigError for a text that is no schedule that can run.
     """
     there, back = Schedule.parse(forward), Schedule.parse(backward)
     pair = SchedulePair(name=name, forward=there, backward=back, chunks=there.count("D"), by=by,
@@ -34,15 +35,16 @@ def from_text(
 
 def python_of(pair: SchedulePair) -> str:
     """The call that runs this pair at every step, whatever was planned: a ShortcutBlock's where it has backbone ops."""
-    pair = _without_copies(pair)
+    host = ', expert_offload="host"' if pair.forward.count("Hf") else ""
+    pair = without_host_experts(_without_copies(pair))
     off = ", overlap=False" if pair.joined and pair.name != "serial" else ""
-    rows = ', dedup="on"' if pair.deduplicated else ""
+    rows = ', dedup="on"' if pair.deduplicated else host
     if pair.num_ops:
         return f"ShortcutBlock(..., {_block_words(pair)}{off})" + (f" of a MoELayer(...{rows})" if rows else "")
     shared = pair.has_shared
     for word, other in _named(shared):
         if _same(pair, other):
-            return f'MoELayer(..., schedule="{word}"{"" if word == "serial" else off})'
+            return f'MoELayer(..., schedule="{word}"{host}{"" if word == "serial" else off})'
     return f"MoELayer(..., schedule={_written(pair)}{rows}{off})"
 
 
@@ -68,7 +70,8 @@ def legend(pair: SchedulePair, phases: Sequence[str] = ("forward", "backward")) 
         schedule = pair.forward if phase == "forward" else pair.backward
         used = dict.fromkeys(action.verb for action in schedule)
         lines.append(f"  {phase}: " + "; ".join(f"{verb} {VERBS[verb].meaning}" for verb in used))
-    return ["letters:", *lines, f"  {SIGNS}"]
+    host = "; copy is the link to the host's memory" if pair.forward.count("Hf") else ""
+    return ["letters:", *lines, f"  {SIGNS}{host}"]
 
 
 def _named(shared: bool) -> Iterator[tuple[str, SchedulePair]]:
@@ -77,6 +80,7 @@ def _named(shared: bool) -> Iterator[tuple[str, SchedulePair]]:
     for chunks in range(1, 17):
         yield f"chunked({chunks})", chunked(chunks, shared=shared)
         yield f"chunked({chunks},experts)", chunked(chunks, "experts", shared=shared)
+        yield f"chunked({chunks},peers)", chunked(chunks, "peers", shared=shared)
     if shared:
         yield "shared_expert", shared_expert()
         yield "shared_expert(0)", shared_expert(0)
