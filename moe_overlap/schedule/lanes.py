@@ -55,10 +55,17 @@ class Lanes:
         self._open_op: tuple[str, Any] | None = None
         self.gateway: Gateway | None = None  # of the half that runs, where rows are deduplicated
 
-    def bind(self, forward: ChunkPlan, backward: ChunkPlan, layout: RowLayout, *, joined: bool) -> None:
-        """The agreed plans of the step's two halves and what a row carries; `joined`: overlap off."""
+    def bind(
+        self, forward: ChunkPlan, backward: ChunkPlan, layout: RowLayout, *, joined: bool, joined_copies: bool = False
+    ) -> None:
+        """The agreed plans of the step's two halves and what a row carries; `joined`: overlap off, `joined_copies`: of
+        copies' weights alone."""
         self._plans = {"forward": forward, "backward": backward}
-        self._layout, self._joined = layout, joined
+        self._layout, self._all_joined, self._copies_joined = layout, joined, joined_copies
+
+    def _joined(self, action: Action) -> bool:
+        """Whether the exchange is waited for where it starts."""
+        return self._all_joined or (self._copies_joined and action.verb in WEIGHTS)
 
     # ---------------------------------------------------------------- wire
 
@@ -93,13 +100,13 @@ class Lanes:
             rows = self.gateway.give_back(chunk, rows, layout, partial(self._inside, action, layout))
         work = self.transport.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action.text)
         self._works[action] = work, start, layout
-        if self._joined:
+        if self._joined(action):
             self._stand_still(action, work)
 
     def wait(self, action: Action) -> torch.Tensor:
         """The rows of an exchange that was started."""
         work, start, layout = self._works.pop(action)
-        if not self._joined:
+        if not self._joined(action):
             self._stand_still(action, work)
         rows, end = work.wait(), self._waited.pop(action)
         issued = start

@@ -128,7 +128,7 @@ class Step(Backward):
         if self._numbers is not None:
             self._numbers.bind(pair)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
-        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined)
+        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined, joined_copies=pair.joined_copies)
         self._weights_dtype = self._weights_TK.dtype
         self._weights.loaded = self._loaded = self._host_experts(self.plan, self._weights.w_in, self._weights.w_out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.placement import LocalFirst, Placement
+from moe_overlap.schedule.builders import window
 from tests.layers import D, E, F, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
@@ -217,6 +219,27 @@ def test_in_a_shortcut_block_weights_are_fetched_under_the_backbone():
         assert text(layer) == "N B0 Wf0 P D0 B1 E0 C0 U"
         actions = [event.action for event in layer.last_events if event.lane == "wire"]
         assert actions == ["N", "Wf0", "D0", "C0", "Ct0", "Dt0", "Wg"]
+
+    virtual_world(2).run(rank)
+
+
+def test_weights_waited_for_where_they_start_change_no_bit_and_hide_nothing():
+    """Rows still overlap: only Wf and Wg are waited for at once."""
+
+    def rank(me):
+        found = []
+        for exposed in (False, True):
+            layer = placed(me, COPIED)
+            pair = replace(window(1, 1, chunks=2), joined_copies=exposed)
+            block = ShortcutBlock([torch.nn.Tanh()], layer, tap=0, schedule=pair)
+            x = tokens(13, me.rank).requires_grad_()
+            y = block(x)
+            y.square().sum().backward()
+            order = [event.action for event in layer.last_events if event.lane != "wire"]
+            assert (order.index("Wf0") < order.index("P")) == exposed and order.index("P") < order.index("D0")
+            found.append((y.detach(), x.grad, *(weight.grad for weight in layer.experts.parameters())))
+        for hidden, waited in zip(*found, strict=True):
+            same_bits(hidden, waited)
 
     virtual_world(2).run(rank)
 
