@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from moe_overlap import MoELayer
-from moe_overlap.auto.planned import pair_of
+from moe_overlap.auto.pairs import pair_of
 from moe_overlap.commands.bench.planned import AsItIs, mirrored
 from moe_overlap.planning.search import search
 from moe_overlap.planning.window import Chunking, Window
