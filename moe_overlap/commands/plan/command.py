@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moe_overlap.commands.parser import check_folder
+from moe_overlap.commands.plan.alternatives import alternative_lines, alternatives
+from moe_overlap.commands.plan.elsewhere import elsewhere, elsewhere_lines
 from moe_overlap.commands.plan.machine import (
     OP_NAMES,
     WINDOW_OPS,
     agreement,
     agreement_s,
+    busiest,
     distinct_rows,
+    expert_params,
+    local_experts,
     metadata,
     routed,
     traffic_of,
@@ -22,9 +27,12 @@ from moe_overlap.commands.plan.machine import (
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.picture import rate_text, write_png
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep, total_s
+from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
+from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
+from moe_overlap.planning.machines import MACHINES
 from moe_overlap.planning.explain import Change, explain, in_ms
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
@@ -42,7 +50,15 @@ def main(argv: Sequence[str]) -> int:
     point = points[options.kinds[0]]
     if point.time_s <= 0:
         raise ConfigError("--cost-model", "figures that are all 0", "a step in which something takes time")
-    sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
+    whole = whole_model(options, point) if options.layers and options.cost_model is None else None
+    fit = "" if whole is None else fit_line(options, whole)
+    sections = [[fit]] if fit else []
+    sections += [_heading(options, point)]
+    if whole is not None:
+        sections.append(model_lines(options, whole))
+    sections += [_assumptions(options, point, whole), _kinds(points)]
+    if options.cost_model is None:
+        sections += _answers(options, point)
     if options.dedup != "off":
         sections.append(_deduplication(options, points))
     sections += [lines for lines in [_copies(options, point)] if lines]
@@ -60,6 +76,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _answers(options: PlanOptions, point: Prediction) -> list[list[str]]:
+    """How sure it is, what else would give, and what it would be elsewhere: from figures of a machine alone."""
+    found = []
+    if options.draws:
+        found.append([certainty_line(certainty(options, point, draws=options.draws))])
+    found.append(alternative_lines(alternatives(options, point), point.time_s))
+    found.append(elsewhere_lines(elsewhere(options, point), point.time_s))
+    return [lines for lines in found if lines]
+
+
 def _heading(options: PlanOptions, point: Prediction) -> list[str]:
     """The answer: what wins and by how much, the line of Python that runs it, the letters of what follows."""
     at = point.at
@@ -70,20 +96,34 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
         f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
         f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
         f"To run it: {python_of(pair)}",
-        f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication; "
+        f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication"
+        f"{_of_the_layer(point)}; "
         f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
         *legend(pair, [phase.phase for phase in point.phases]),
     ]
     return lines
 
 
-def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
-    lines = [
-        "Nothing was run. Assumed, beside the figures asked for:",
-        _rows_line(options, point),
-        "  no rank is late; memory is not checked",
-        "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
-    ]
+def _of_the_layer(point: Prediction) -> str:
+    """The share of the experts' layer alone, which papers often name: without attention and MLP of the pair."""
+    whole_s = sum(phase.window.head_s + phase.window.tail_s + sum(phase.window.chunking(1, "tokens").experts_s)
+                  + sum(phase.window.chunking(1, "tokens").deferred_s) for phase in point.plain)  # fmt: skip
+    comm_s = point.serial_s - point.compute_s
+    return "" if not comm_s else f" ({100 * comm_s / (comm_s + whole_s):.0f} % of the experts' layer alone)"
+
+
+def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | None) -> list[str]:
+    lines = ["Nothing was run. Assumed, beside the figures asked for:", _rows_line(options, point)]
+    if whole is None:
+        lines += [
+            "  no rank is late; memory is not checked (--layers, --memory)",
+            "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
+        ]
+    else:
+        lines.append("  no rank is late; the optimizer takes no time; stages are equal")
+    if options.machine is not None:
+        known = MACHINES[options.machine]
+        lines.append(f"  figures of {known.name}: {known.source}; how much of them is reached: docs/validation.md")
     if point.at.per_node < min(point.at.group, options.ranks_per_node):
         lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
@@ -102,8 +142,9 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     lines += [
         f"  matmuls at {options.flops / 1e12:g} TFLOP/s (--flops); rows are moved at "
         f"{options.memory_bandwidth / 1e9:g} GB/s (--memory-bandwidth)",
-        f"  before its matmuls in a chunk, an expert's weights are read in {in_ms(weights_read_s(options))} "
-        "(--memory-bandwidth): by tokens once for every chunk, by expert groups once a step",
+        f"  {'beside' if options.weights == 'beside' else 'before'} its matmuls in a chunk, an expert's weights are "
+        f"read in {in_ms(weights_read_s(options))} (--weights, --memory-bandwidth): by tokens once for every chunk, by "
+        "expert groups once a step",
         f"  an exchange costs {_us(options.latency or 0)} (--latency) and {_us(options.message)} for each of its "
         f"{sum(point.at.peers.values())} messages (--message) beside its bytes",
         f"  the experts on one chunk, P and U cost {_us(options.launch)} beside their rows (--launch); starting an "
@@ -122,7 +163,7 @@ def _copies(options: PlanOptions, point: Prediction) -> list[str]:
     if not point.at.peers:
         return []
     phases: tuple[Phase, ...] = ("forward",) if options.phase == "infer" else ("forward", "backward")
-    row_bytes, params = options.hidden * options.dtype_bytes, 3 * options.hidden * options.ffn
+    row_bytes, params = options.hidden * options.dtype_bytes, expert_params(options)
     costs = costs_of(point.model, phases, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
     found = break_even(costs, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
     lines = break_even_text([one for one in found if one.wire in point.at.peers])
@@ -132,7 +173,9 @@ def _copies(options: PlanOptions, point: Prediction) -> list[str]:
 def _rows_line(options: PlanOptions, point: Prediction) -> str:
     """Where the rows go."""
     if options.routing is None:
-        return "  every expert gets equally many rows"
+        most = busiest(options, point.at)
+        return "  every expert gets equally many rows" if most == 1 else (
+            f"  the busiest rank has {most:.3g}x the mean rows (--skew, and experts that the ranks do not divide)")
     found = traffic_of(options, point.kind, point.at)
     return (
         f"  rows as in {Path(options.routing).name} (--routing): the most wanted expert has {found.max_over_mean:.2f}x "
@@ -145,7 +188,7 @@ def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
     """A warning where a chunk's experts read weights for longer than they compute."""
     phase = max(point.phases, key=lambda one: one.best.chunks if one.best.by == "tokens" else 1)
     chunks = phase.best.chunks if phase.best.by == "tokens" else 1
-    read_s = options.experts // point.at.group * weights_read_s(options)
+    read_s = local_experts(options, point.at) * weights_read_s(options)
     matmul_s = (point.phases[0].window.chunking(1, "tokens").experts_s[0] - read_s) / chunks
     if read_s <= matmul_s:
         return []

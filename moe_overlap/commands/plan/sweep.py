@@ -87,7 +87,7 @@ class Prediction:
         """Whether the plan is: as asked for, or where that is faster."""
         if self.distinct is None or self.dedup == "off":
             return False
-        return self.dedup == "on" or total_s(self.distinct) < total_s(self.plain) * (1 - TIE)
+        return self.dedup in ("on", "node") or total_s(self.distinct) < total_s(self.plain) * (1 - TIE)
 
     @property
     def phases(self) -> tuple[PhasePlan, ...]:
@@ -188,7 +188,7 @@ def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float |
         return tuple(phases)
 
     could_pay = at.group > 1 and options.experts > at.group and routed(options, kind) > 1
-    asked_for = options.dedup == "on" or (options.dedup == "auto" and could_pay)
+    asked_for = options.dedup in ("on", "node") or (options.dedup == "auto" and could_pay)
     distinct = planned(distinct=True) if asked_for and at.group > 1 and model.distinct is not None else None
     return Prediction(kind=kind, ranks=ranks, at=at, model=model, dedup=options.dedup, plain=planned(distinct=False),
                       distinct=distinct)  # fmt: skip
