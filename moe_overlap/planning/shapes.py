@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy
+from moe_overlap.agreement.sizes import BLOCKS
+from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy
 from moe_overlap.errors import ConfigError
 
 

@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
     elif argv == ["--fit"]:
         names = [paper.name for paper in PAPERS]
         print("all", fit(names), flush=True)
-        for name in names:
+        counted = [paper.name for paper in PAPERS if any(row.counts for row in paper.rows)]
+        for name in counted:
             print("without", name, fit([other for other in names if other != name]), flush=True)
     else:
         raise SystemExit(__doc__)

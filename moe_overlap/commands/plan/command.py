@@ -25,8 +25,7 @@ from moe_overlap.commands.plan.machine import (
     weights_read_s,
 )
 from moe_overlap.commands.plan.options import PlanOptions, parse
-from moe_overlap.commands.plan.picture import rate_text, write_png
-from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep, total_s
+from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
 from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
 from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
 from moe_overlap.errors import ConfigError
@@ -63,17 +62,23 @@ def main(argv: Sequence[str]) -> int:
         sections.append(_deduplication(options, points))
     sections += [lines for lines in [_copies(options, point)] if lines]
     sections += [[text] for text in _explained(points, point)]
+    print("\n\n".join("\n".join(lines) for lines in sections), flush=True)  # before what takes longer
     found = sweep(options) if bandwidths(options) else None
-    if found is not None:
-        sections.append(_map(found, point))
     record = json.dumps(_record(options, points, found), indent=1, allow_nan=False)
     write_atomically(out / "plan.json", (record + "\n").encode())
     if found is not None:
+        print("\n" + "\n".join(_map(found, point)), flush=True)
         write_png(out / "plan.png", options, point, found)
-    print("\n\n".join("\n".join(lines) for lines in sections))
     written = OUTPUTS if found is not None else OUTPUTS[1:]
     print(f"\nwrote {', '.join(str(out / name) for name in written)}")
     return 0
+
+
+def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep) -> None:
+    """`picture.write_png`, which takes longer to load than all the rest takes."""
+    from moe_overlap.commands.plan.picture import write_png as write
+
+    write(path, options, point, found)
 
 
 def _answers(options: PlanOptions, point: Prediction) -> list[list[str]]:
@@ -95,13 +100,17 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
     lines = [
         f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
         f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
-        f"To run it: {python_of(pair)}",
+        f"To run it: {python_of(pair)}" + (" with hierarchical=True" if _for_nodes(options, point) else ""),
         f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication"
         f"{_of_the_layer(point)}; "
         f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
         *legend(pair, [phase.phase for phase in point.phases]),
     ]
     return lines
+
+
+def _for_nodes(options: PlanOptions, point: Prediction) -> bool:
+    return options.dedup == "node" and point.deduplicated and len(point.at.peers) == 2
 
 
 def _of_the_layer(point: Prediction) -> str:

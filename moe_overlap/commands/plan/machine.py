@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from moe_overlap.agreement.cost import AgreementCost, agreement_cost
-from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
-from moe_overlap.commands.plan.traffic import Traffic, saved, traffic
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts, OpVerb
 from moe_overlap.planning.shapes import (
@@ -68,6 +68,23 @@ class Place:
     @property
     def nodes(self) -> int:
         return self.group // self.per_node
+
+
+class Routed(Protocol):
+    """The traffic of a saved routing: `traffic.Traffic`, which knows torch."""
+
+    @property
+    def rows_per_token(self) -> float: ...
+    @property
+    def distinct_rows_per_token(self) -> float: ...
+    @property
+    def kept(self) -> float: ...
+    @property
+    def max_over_mean(self) -> float: ...
+    @property
+    def local_share(self) -> float: ...
+    def shape(self, chunks: int, by: ChunkBy, *, row_bytes: int, metadata: MetadataBytes | None) -> StepShape: ...
+    def to_json(self) -> dict[str, float]: ...
 
 
 def place(options: PlanOptions, *, ranks: int, bytes_per_s: float | None) -> Place:
@@ -155,8 +172,10 @@ def _narrowed(options: PlanOptions, shape: StepShape) -> StepShape:
     return shape if options.dispatch_row_bytes is None else with_narrow_rows(shape, options.dispatch_row_bytes)
 
 
-def traffic_of(options: PlanOptions, kind: str, at: Place) -> Traffic:
-    """The saved routing at a place."""
+def traffic_of(options: PlanOptions, kind: str, at: Place) -> Routed:
+    """The saved routing at a place, which is read with torch: a plan without one starts without it."""
+    from moe_overlap.commands.plan.traffic import saved, traffic
+
     assert options.routing is not None
     file = saved(options.routing, options.experts, options.top_k)
     return traffic(file, options.routing, experts=options.experts, top_k=routed(options, kind), tokens=options.tokens,

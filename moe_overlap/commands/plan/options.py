@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_overlap.commands.parser import OneLineParser, check_count, check_number, flag_of
-from moe_overlap.commands.plan.traffic import saved
 from moe_overlap.commands.plan.logs import measured_figures
 from moe_overlap.commands.plan.model_file import model_figures
 from moe_overlap.commands.plan.presets import machine_figures
@@ -21,7 +20,6 @@ from moe_overlap.measure.files import read_regular
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.machines import MACHINES
 from moe_overlap.planning.window import Slowdown
-from moe_overlap.transport.link import LinkSpec
 
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 CHOICES = {
@@ -38,11 +36,14 @@ DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MAX_FILE_BYTES = 1 << 20
 LONGEST_S = 3600.0
 MOST_DRAWS = 1000
+FASTEST_RATE = 1e15
 FASTEST_FLOPS = 1e24
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ns|us|ms|s)")
 _TIMES = {"ns": "e-9", "us": "e-6", "ms": "e-3", "s": ""}
 _FLOPS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([gtp])flops?(?:/s)?")
+_RATE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(kbit|mbit|gbit|kb|mb|gb)(?:/s|ps)?")
+_RATES = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([mgt])b")
 _SIZES = {"m": "e6", "g": "e9", "t": "e12"}
 _NEGATIVE = re.compile(r"-[.\d]")
@@ -141,6 +142,8 @@ class PlanOptions:
         self._check_kind()
         self._check_together()
         if self.routing is not None:
+            from moe_overlap.commands.plan.traffic import saved  # with torch, which nothing else here needs
+
             saved(self.routing, self.experts, self.top_k)
 
     def _check_model(self) -> None:
@@ -229,14 +232,11 @@ class PlanOptions:
 
 
 def _rate(flag: str, text: str) -> float:
-    expected = "a rate such as 400gbit or 50GB (kbit mbit gbit kB MB GB per second)"
-    try:
-        link = None if ":" in text else LinkSpec.parse(text)
-    except ConfigError:
-        link = None
-    if link is None:
-        raise ConfigError(flag, text, expected)
-    return link.bytes_per_s
+    match = _RATE.fullmatch(text.strip().lower()) if text.isascii() else None
+    rate = float(match[1]) * _RATES[match[2]] if match else 0.0
+    if not 1 <= rate <= FASTEST_RATE:
+        raise ConfigError(flag, text, "a rate such as 400gbit or 50GB (kbit mbit gbit kB MB GB per second)")
+    return rate
 
 
 def _seconds(flag: str, text: str) -> float:
