@@ -11,10 +11,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from moe_overlap.agreement.sizes import BLOCKS
+from moe_overlap.agreement.seats import Seats, StepRule
 from moe_overlap.agreement.sizes import digest as digest
 from moe_overlap.agreement.sizes import record_words as record_words
-from moe_overlap.agreement.seats import Seats, StepRule
 from moe_overlap.errors import ConfigError, PlanMismatch
 
 PHASES = ("forward", "recompute")

@@ -28,9 +28,8 @@ from moe_overlap.planning.pair import pair_of as pair_of
 from moe_overlap.planning.search import TIE, Candidate, search
 from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_chunk, without_own
 from moe_overlap.planning.window import OpVerb, Window
-from moe_overlap.schedule.actions import Action, Phase, Schedule
-from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate, first_ops
-from moe_overlap.schedule.builders import window as shortcut_window
+from moe_overlap.schedule.actions import Action, Phase
+from moe_overlap.schedule.builders import SchedulePair, first_ops
 from moe_overlap.schedule.check import check
 
 CUTS = (1, 2, 4, 8, BLOCKS)

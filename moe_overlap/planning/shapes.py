@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy
+from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
 
 
@@ -140,9 +140,7 @@ def _spread(
     rows: Sequence[float], peers: Mapping[str, int], busiest: float, row_bytes: int
 ) -> dict[str, tuple[int, ...]]:
     """Bytes by wire, from rows for one other rank by chunk."""
-    return {
-        lane: tuple(round(n * count * busiest) * row_bytes for n in rows) for lane, count in peers.items() if count
-    }
+    return {lane: tuple(round(n * count * busiest) * row_bytes for n in rows) for lane, count in peers.items() if count}
 
 
 def _distinct_rows(

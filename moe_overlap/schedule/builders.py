@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
-from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.agreement.loads import CHUNK_BY, Agreed, ChunkBy, pays
-from moe_overlap.agreement.sizes import digest
+from moe_overlap.agreement.sizes import BLOCKS, digest
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, Schedule
 

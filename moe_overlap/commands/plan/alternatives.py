@@ -1,4 +1,4 @@
-"""What another choice would give: rows sent once, narrower rows, another number of ranks in a group, no exchange at all.
+"""What another choice would give: rows sent once, narrower rows, other numbers of ranks in a group, no exchange.
 
 Each is the question again with something changed, planned anew. Tokens a rank stay; what changes the model says so.
 """
@@ -84,6 +84,6 @@ def alternative_lines(found: list[Alternative], here_s: float) -> list[str]:
     if not found:
         return []
     return ["What else would give, for a block pair at the same tokens a rank:"] + [
-        f"  {one.what}: {1e3 * one.seconds:.3f} ms ({here_s / one.seconds:.2f}x as fast), experts {one.weights / 1e9:.3g}"
-        " GB a layer and rank" for one in found
+        f"  {one.what}: {1e3 * one.seconds:.3f} ms ({here_s / one.seconds:.2f}x as fast), experts "
+        f"{one.weights / 1e9:.3g} GB a layer and rank" for one in found
     ]  # fmt: skip

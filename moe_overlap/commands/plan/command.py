@@ -31,8 +31,8 @@ from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_li
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
-from moe_overlap.planning.machines import MACHINES
 from moe_overlap.planning.explain import Change, explain, in_ms
+from moe_overlap.planning.machines import MACHINES
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
 
@@ -183,8 +183,13 @@ def _rows_line(options: PlanOptions, point: Prediction) -> str:
     """Where the rows go."""
     if options.routing is None:
         most = busiest(options, point.at)
-        return "  every expert gets equally many rows" if most == 1 else (
-            f"  the busiest rank has {most:.3g}x the mean rows (--skew, and experts that the ranks do not divide)")
+        return (
+            "  every expert gets equally many rows"
+            if most == 1
+            else (
+                f"  the busiest rank has {most:.3g}x the mean rows (--skew, and experts that the ranks do not divide)"
+            )
+        )
     found = traffic_of(options, point.kind, point.at)
     return (
         f"  rows as in {Path(options.routing).name} (--routing): the most wanted expert has {found.max_over_mean:.2f}x "
@@ -198,7 +203,8 @@ def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
     phase = max(point.phases, key=lambda one: one.best.chunks if one.best.by == "tokens" else 1)
     chunks = phase.best.chunks if phase.best.by == "tokens" else 1
     read_s = local_experts(options, point.at) * weights_read_s(options)
-    matmul_s = (point.phases[0].window.chunking(1, "tokens").experts_s[0] - read_s) / chunks
+    rows = options.tokens * routed(options, point.kind) * busiest(options, point.at)
+    matmul_s = point.model.experts.beta_s * rows / chunks
     if read_s <= matmul_s:
         return []
     part = f" of one of {chunks} chunks" if chunks > 1 else ""

@@ -72,6 +72,7 @@ def elsewhere_lines(found: list[Elsewhere], here_s: float) -> list[str]:
     if not found:
         return []
     return ["The same step elsewhere, by the same figures (other kernels than theirs are not looked at):"] + [
-        f"  {one.library}, {one.what}: {1e3 * one.seconds:.3f} ms ({one.seconds / here_s:.2f}x of the plan); {one.flags}"
+        f"  {one.library}, {one.what}: {1e3 * one.seconds:.3f} ms ({one.seconds / here_s:.2f}x of the plan); "
+        f"{one.flags}"
         for one in found
     ]

@@ -1,5 +1,5 @@
-"""What people have measured of their wires, as figures of the command line: the text of nccl-tests' `alltoall_perf`, the
-text of DeepEP's tests, and Kineto traces (torch.profiler) with NCCL's all-to-alls in them.
+"""What people have measured of their wires, as figures of the command line: the text of nccl-tests' `alltoall_perf`,
+the text of DeepEP's tests, and Kineto traces (torch.profiler) with NCCL's all-to-alls in them.
 
     nccl-tests    size, and out-of-place time in microseconds, of each line: alpha + beta * bytes that leave a rank
     DeepEP        the best dispatch and combine: GB/s over RDMA and over NVLink; the lower of both directions counts
@@ -32,8 +32,8 @@ _DTYPE_BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Double": 8, "Byte": 1, "C
 
 
 def measured_figures(path: str, *, ranks_per_node: int) -> dict[str, float]:
-    """Fields of `PlanOptions`: latency and the rate of one wire, or of both. ranks_per_node: how a trace's group lies on
-    nodes, which the other two say themselves. Raises ConfigError("--measured") for anything else."""
+    """Fields of `PlanOptions`: latency and the rate of one wire, or of both. ranks_per_node: how a trace's group lies
+    on nodes, which the other two say themselves. Raises ConfigError("--measured") for anything else."""
     try:
         text = read_regular(Path(path), most_bytes=MOST_BYTES).decode()
     except OSError as error:

@@ -1,8 +1,8 @@
 """From the figures of a machine and a model to the seconds of a step: a `CostModel` for any block pair and place.
 
 The timed unit is that of `moe-overlap bench layer`: attention, dense MLP, attention, experts; MLPs are SwiGLUs, experts
-too or of two matrices (M = 3 or 2). D hidden, F width (experts, MLP and shared expert may differ), T tokens of a rank, S
-tokens that attention looks at, K experts per token, g key heads for each query head.
+too or of two matrices (M = 3 or 2). D hidden, F width (experts, MLP and shared expert may differ), T tokens of a rank,
+S tokens that attention looks at, K experts per token, g key heads for each query head.
 
     matmul FLOPs forward   attention 4 (1 + g) T D^2 + 2 T S D (causal)   MLP 6 T D F   experts 2 M D F for each row
     backward               twice as many; of the experts half for the input, half for the weights

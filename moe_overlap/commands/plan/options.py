@@ -111,7 +111,9 @@ class PlanOptions:
     out: str = "out/plan"
 
     def __post_init__(self) -> None:
-        counts = "ranks ranks_per_node tokens hidden ffn experts top_k heads kv_heads leaf sequence stages micro_batches"
+        counts = (
+            "ranks ranks_per_node tokens hidden ffn experts top_k heads kv_heads leaf sequence stages micro_batches"
+        )
         for name in counts.split():
             check_count(name, getattr(self, name))
         for name in "expert_ffn shared_ffn layers moe_layers vocab draws".split():
@@ -180,7 +182,9 @@ class PlanOptions:
             raise ConfigError("--kind", self.kind, f"one of {', '.join(KINDS)}")
         least = 1 if self.kind in (None, "top2") else 2
         if not least <= self.top_k <= self.experts + least - 1:
-            expected = f"an integer from {least} to --experts ({self.experts}); the shared-expert kinds route to one less"
+            expected = (
+                f"an integer from {least} to --experts ({self.experts}); the shared-expert kinds route to one less"
+            )
             raise ConfigError("--top-k", self.top_k, expected)
 
     @property
@@ -305,7 +309,7 @@ HELP = {
     "ranks_per_node": "ranks that share a node",
     "tokens": "tokens per rank",
     "model": "config.json of a Hugging Face model: sizes, experts, shared expert and layers, where not given here",
-    "measured": "output of nccl-tests' alltoall_perf or DeepEP's tests, or a Kineto trace: rates and latency of the wires, "
+    "measured": "output of nccl-tests' alltoall_perf or DeepEP's tests, or a Kineto trace: rates and latency of wires, "
     "where not given here",
     "machine": "whose figures are taken where not given here: " + ", ".join(MACHINES),
     "hidden": "model width",
@@ -325,8 +329,8 @@ HELP = {
     "top_k": "routed experts per token of kind top2; the others route to one less and have a shared expert",
     "dtype": "of weights and rows: " + ", ".join(CHOICES["dtype"]),
     "kind": "block pair to explain: " + ", ".join(KINDS) + " (default top2; with --cost-model as calibrated)",
-    "dedup": "one row for each (token, rank): off, on, node (one for each (token, node) between nodes), or auto (on where "
-    "that is predicted to be faster)",
+    "dedup": "one row for each (token, rank): off, on, node (one for each (token, node) between nodes), or auto (on "
+    "where that is predicted to be faster)",
     "routing": "saved routing (moe-overlap train --save-routing), whose tokens are taken instead of equally many rows "
     "for every expert",
     "phase": "infer (forward) or train (forward and backward)",
@@ -349,8 +353,8 @@ WIRES = ("bandwidth", "latency", "intra_bandwidth")
 # Options that a cost model answers instead.
 CALIBRATED = (
     "flops", "memory_bandwidth", "message", "launch", "issue", "compute_slowdown", "wire_slowdown", "backbone", "kind",
-    "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "matrices", "expert_ffn", "shared_ffn", "heads",
-    "kv_heads", "dispatch_dtype", "ffn",
+    "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "matrices", "expert_ffn", "shared_ffn",
+    "heads", "kv_heads", "dispatch_dtype", "ffn",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_overlap.commands.plan.machine import CHUNKS, op_names
 from moe_overlap.commands.plan.options import PlanOptions
-from moe_overlap.commands.plan.sweep import PhasePlan, Prediction, Sweep, number_text, rate_text, speedups_over, unit_of
+from moe_overlap.commands.plan.sweep import PhasePlan, Prediction, Sweep, number_text, speedups_over, unit_of
 from moe_overlap.measure.picture import Panel, draw_panel, write_figure
 from moe_overlap.planning.search import timeline
 from moe_overlap.schedule.actions import Schedule
@@ -28,7 +28,6 @@ TALLEST = 3.5  # of compute alone: slower steps leave the upper left plot at its
 CODES = (
     "s serial   r4 four chunks   e4 four expert groups   k1 one op first   k* ops between the chunks   d deduplicated"
 )
-
 
 
 def events_of(plan: PhasePlan) -> list[TimelineEvent]:

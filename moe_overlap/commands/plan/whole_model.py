@@ -1,12 +1,12 @@
-"""From a block pair to the step of a whole model: layers, head, pipeline, all-reduce of gradients; tokens, FLOPs, money.
+"""From a block pair to the step of a whole model: layers, head, pipeline, all-reduce; tokens, FLOPs, money.
 
-    layers         M pairs (attention, MLP, attention, experts) and L - 2 M layers of attention and MLP; where experts
-                   stand in more than every second layer, so many fewer of the latter
-    head           2 T D V FLOPs forward
-    pipeline       1F1B: (micro-batches + stages - 1) times the longest stage, which has as many layers as the others
-    all-reduce     2 (n - 1) / n of the gradients of what n ranks hold alike, after the last backward, not hidden
-    memory         weights, gradients, Adam's 12 bytes a parameter, and what backward needs of each micro-batch under
-                   way; the optimizer's part by replicas where it is sharded
+layers         M pairs (attention, MLP, attention, experts) and L - 2 M layers of attention and MLP; where experts
+               stand in more than every second layer, so many fewer of the latter
+head           2 T D V FLOPs forward
+pipeline       1F1B: (micro-batches + stages - 1) times the longest stage, which has as many layers as the others
+all-reduce     2 (n - 1) / n of the gradients of what n ranks hold alike, after the last backward, not hidden
+memory         weights, gradients, Adam's 12 bytes a parameter, and what backward needs of each micro-batch under
+               way; the optimizer's part by replicas where it is sharded
 """
 
 from __future__ import annotations
@@ -171,4 +171,6 @@ def fit_line(options: PlanOptions, whole: WholeModel) -> str:
     if fits:
         return f"It fits: {room}."
     largest = max(whole.held, key=lambda name: whole.held[name])
-    return f"DOES NOT FIT: {room} are needed, most of it {largest}. What follows is what it would take with more memory."
+    return (
+        f"DOES NOT FIT: {room} are needed, most of it {largest}. What follows is what it would take with more memory."
+    )
