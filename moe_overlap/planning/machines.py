@@ -28,7 +28,7 @@ class Reached:
 
 
 # Fitted by `python tests/planning/validation.py --fit` to all papers of docs/validation.md.
-REACHED = Reached(matmul=0.45, memory=0.8, wire=0.8, spine=0.6, launch_s=50e-6, beside=1.2)
+REACHED = Reached(matmul=0.5, memory=0.6, wire=0.8, spine=0.757, launch_s=72.1e-6, beside=1.36)
 AS_MEASURED = Reached(matmul=1.0, memory=1.0, wire=1.0, spine=1.0, launch_s=0.0, beside=1.05)
 
 

@@ -26,8 +26,9 @@ def test_most_rows_are_within_the_goals():
         assert hit >= 0.7 * counted and counted >= 25, (which, hit, counted)
 
 
-def test_no_row_of_a_known_schedule_is_off_by_more_than_two():
-    assert all(0.5 < one.ratio(which) < 2 for one in found_rows() if one.row.counts for which in GOALS)
+def test_no_time_of_a_known_schedule_is_off_by_more_than_a_third():
+    times = [one for one in found_rows() if one.row.counts and one.row.unit == "ms"]
+    assert len(times) >= 12 and all(0.75 < one.ratio(which) < 1.34 for one in times for which in GOALS)
 
 
 def test_at_most_six_numbers_are_free_and_each_is_explained():

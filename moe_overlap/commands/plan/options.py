@@ -353,7 +353,8 @@ WIRES = ("bandwidth", "latency", "intra_bandwidth")
 # Options that a cost model answers instead.
 CALIBRATED = (
     "flops", "memory_bandwidth", "message", "launch", "issue", "compute_slowdown", "wire_slowdown", "backbone", "kind",
-    "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "matrices", "expert_ffn", "shared_ffn",
+    "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "matrices", "expert_ffn",
+    "shared_ffn",
     "heads", "kv_heads", "dispatch_dtype", "ffn",
 )  # fmt: skip
 
