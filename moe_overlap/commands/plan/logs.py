@@ -125,4 +125,4 @@ def _all_to_all(event: Any) -> tuple[float, float, int] | None:
     numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (count, group, took))
     if size is None or not numbers or not (count > 0 and group > 1 and took > 0):  # type: ignore[operator]
         return None
-    return float(count * size), 1e-6 * took, int(group)  # type: ignore[arg-type, operator]
+    return float(count * size), 1e-6 * took, int(group)  # type: ignore[operator]
