@@ -24,7 +24,9 @@ __version__ = VERSION
 # Module -> its names here.
 _HOMES = {
     "moe_overlap.layer.experts": "Experts",
+    "moe_overlap.layer.forward_backward": "ForwardBackward",
     "moe_overlap.layer.functional": "moe_forward",
+    "moe_overlap.layer.interleaved": "Interleaved MoEBlock",
     "moe_overlap.layer.layer": "MoELayer",
     "moe_overlap.layer.loss_free": "LossFreeBalancer",
     "moe_overlap.layer.model": "aux_loss",
@@ -59,10 +61,13 @@ __all__ = [
     "CapacityExceeded",
     "ConfigError",
     "Experts",
+    "ForwardBackward",
     "GradScaler",
+    "Interleaved",
     "LayerStats",
     "LinearRouter",
     "LossFreeBalancer",
+    "MoEBlock",
     "MoELayer",
     "MoeTransportError",
     "PeerFailed",

@@ -13,7 +13,9 @@ from moe_overlap.errors import (
 )
 from moe_overlap.layer import functional
 from moe_overlap.layer.experts import Experts
+from moe_overlap.layer.forward_backward import ForwardBackward
 from moe_overlap.layer.functional import moe_forward
+from moe_overlap.layer.interleaved import Interleaved, MoEBlock
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
@@ -39,10 +41,13 @@ __all__ = [
     "CapacityExceeded",
     "ConfigError",
     "Experts",
+    "ForwardBackward",
     "GradScaler",
+    "Interleaved",
     "LayerStats",
     "LinearRouter",
     "LossFreeBalancer",
+    "MoEBlock",
     "MoELayer",
     "MoeTransportError",
     "PeerFailed",

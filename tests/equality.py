@@ -20,6 +20,7 @@ from moe_overlap.agreement.seats import seats_of
 from moe_overlap.placement import LocalFirst, Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import agree_ahead, chunked, serial, shared_expert, tap_of_position
+from moe_overlap.schedule.published import filled, pairwise
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests import oracle, strategies
@@ -30,6 +31,7 @@ WORLDS = (1, 2, 4)
 SCHEDULES = ("serial", "chunked-tokens", "chunked-experts", "chunked-apart", "shared_expert-0", "shared_expert-1",
              "shared_expert-ahead", "shortcut-pos1", "shortcut-pos2", "shortcut-pos3", "shortcut-ahead-pos1",
              "shortcut-early-ahead-pos2")  # fmt: skip
+PUBLISHED = {"chunked-pairwise": pairwise, "chunked-filled": filled}  # what no other schedule has
 CHUNKS = (1, 2, 3, 4, 7, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 STATIC = {"mode": "static", "static_capacity": "no_drop"}
@@ -118,6 +120,15 @@ def all_cases(world: int, dedup: str = "off") -> list[Case]:
     """Every combination; `serial` has one chunk only."""
     product = itertools.product(SCHEDULES, CHUNKS, DTYPES, LOADS)
     return [Case(world, s, c, d, load, dedup) for s, c, d, load in product if s != "serial" or c == 1]
+
+
+def published_cases(world: int, schedule: str, dedup: str) -> list[Case]:
+    """Every second combination of chunks and load of one of PUBLISHED, dtypes and placements in turn."""
+    placements = list(PLACEMENTS) if dedup == "off" else ["identity"]
+    return [
+        Case(world, schedule, c, DTYPES[i % len(DTYPES)], load, dedup, placement=placements[i % len(placements)])
+        for i, (c, load) in enumerate(list(itertools.product(CHUNKS, LOADS))[::2])
+    ]
 
 
 def pairwise_cases(world: int, dedup: str = "off") -> list[Case]:
@@ -209,7 +220,9 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     hierarchical = case.dedup == "hierarchical"
     name, _, variant = case.schedule.partition("-")
     schedule, shared = "serial", None
-    if name == "chunked":
+    if schedule_of_name := PUBLISHED.get(case.schedule):
+        schedule = schedule_of_name(case.chunks)
+    elif name == "chunked":
         schedule = chunked(case.chunks, "tokens" if variant == "apart" else variant)
         if variant == "apart":  # backward in other chunks, where it can be cut in another way
             schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "tokens" if case.node else "experts"))

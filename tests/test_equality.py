@@ -13,6 +13,7 @@ from tests.equality import (
     all_cases,
     check_right,
     pairwise_cases,
+    published_cases,
     run_both,
     run_on_gloo,
 )
@@ -26,6 +27,19 @@ def test_overlap_on_equals_off_and_the_oracle(world, schedule, load):
     cases = [case for case in all_cases(world) if case.schedule == schedule and case.load == load]
     assert {case.dtype for case in cases} == set(DTYPES)
     for seed, case in enumerate(cases):
+        results = virtual_world(world, seed=seed).run(
+            lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
+        )
+        check_right(case, results)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "dedup"),
+    [("chunked-pairwise", "off"), ("chunked-filled", "off"), ("chunked-filled", "on"), ("chunked-filled", "static")],
+)
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_published_overlap_on_equals_off_and_the_oracle(world, schedule, dedup):
+    for seed, case in enumerate(published_cases(world, schedule, dedup)):
         results = virtual_world(world, seed=seed).run(
             lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
         )

@@ -16,8 +16,9 @@ import numpy as np
 from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
 
-ChunkBy = Literal["tokens", "experts"]
-CHUNK_BY: tuple[ChunkBy, ...] = ("tokens", "experts")
+ChunkBy = Literal["tokens", "experts", "peers"]
+CHUNK_BY: tuple[ChunkBy, ...] = ("tokens", "experts", "peers")
+PLANNED_BY = CHUNK_BY[:2]  # the cuts that loads are kept of
 LANES = ("inter", "intra")  # rows to ranks on other nodes, to other ranks of the same node
 KINDS = ("rows", *LANES)  # rows: those that a rank's experts receive, its own ones too
 PARTS = BLOCKS * (BLOCKS + 1) // 2  # chunks of all cuts: 1 + 2 + ... + BLOCKS
@@ -160,6 +161,9 @@ class Counts:
 
     def stays(self, chunks: int, by: ChunkBy) -> np.ndarray:
         """bool [C]: whether no row of a chunk goes to another rank, on any rank."""
+        if by == "peers":  # only the first chunk can have own rows alone
+            ends = [self.received.shape[0] * (c + 1) // chunks for c in range(chunks)]
+            return np.array([end <= 1 or self.rows_away == 0 for end in ends])
         found: np.ndarray = _of_chunks(self.away[CHUNK_BY.index(by)], chunks) == 0
         return found
 

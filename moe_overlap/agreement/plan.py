@@ -2,7 +2,8 @@
 
 From the gathered counts (see `counts.py`) every rank derives the same `ExchangePlan`, and from that, by a pure
 function, the `ChunkPlan` of any chunk count r in 1..16: chunk c of r = blocks [16c//r, 16(c+1)//r), or, by expert
-groups, the local slots [e*c//r, e*(c+1)//r) of every rank.
+groups, the local slots [e*c//r, e*(c+1)//r) of every rank, or, by peers, what goes to the ranks that are
+[W*c//r, W*(c+1)//r) further on (in a ring): own rows first.
 
 Slots are seats here (`seats.py`), as many on each rank. Letters: W ranks, P slots, e slots a rank, C chunks, R rows.
 """
@@ -91,7 +92,7 @@ class ExchangePlan:
         return tuple(int(n) for n in self.counts.totals.reshape(self.world_size, -1).sum(axis=1))
 
     def chunked(self, chunks: int, by: ChunkBy = "tokens") -> ChunkPlan:
-        """The exchange cut into `chunks` (1..16) by token blocks or by groups of each rank's slots."""
+        """The exchange cut into `chunks` (1..16) by token blocks, groups of each rank's slots, or distance of ranks."""
         sent, received = self.cut_counts(chunks, by)
         return ChunkPlan(exchange=self, chunks=chunks, by=by, sent=sent, received=received)
 
@@ -109,12 +110,21 @@ class ExchangePlan:
                 blocks = slice(BLOCKS * c // chunks, BLOCKS * (c + 1) // chunks)
                 sent[c] = self.counts.sent[blocks].sum(axis=0)
                 received[c] = self.counts.received[:, blocks].sum(axis=1)
+            elif by == "peers":
+                away = self.distances(c, chunks)
+                to, source = (self.rank + away) % self.world_size, (self.rank - away) % self.world_size
+                sent[c].reshape(self.world_size, local)[to] = self.counts.sent.sum(axis=0).reshape(-1, local)[to]
+                received[c][source] = self.counts.received.sum(axis=1)[source]
             else:
                 group = slice(local * c // chunks, local * (c + 1) // chunks)
                 to = self.counts.sent.sum(axis=0).reshape(self.world_size, local)
                 sent[c].reshape(self.world_size, local)[:, group] = to[:, group]
                 received[c][:, group] = self.counts.received.sum(axis=1)[:, group]
         return sent, received
+
+    def distances(self, chunk: int, chunks: int) -> np.ndarray:
+        """int64: how far on, in a ring of the ranks, those are that a chunk of a cut by peers goes to."""
+        return np.arange(self.world_size * chunk // chunks, self.world_size * (chunk + 1) // chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +135,8 @@ class ChunkPlan:
     Send order of a rank: chunk, slot, token, k. Receive order of a chunk: source rank, slot, token, k. The experts'
     buffer holds all chunks: slot, token block, source rank, token, k. The rows of one expert are one contiguous range
     in it (its weight gradient is one matmul), those of one chunk within them too, and the order is the same for every
-    way of cutting the exchange: forward and backward may be cut differently.
+    way of cutting the exchange by tokens or experts: forward and backward may be cut differently. By peers the block
+    comes after the source rank, and source ranks in the order in which their chunks arrive; both halves are cut so.
     """
 
     exchange: ExchangePlan
@@ -194,11 +205,22 @@ class ChunkPlan:
         """int64 [e, BLOCKS, W] twice: rows of each block of each rank for this rank's slots; where each begins in the
         experts' buffer."""
         counts = self.exchange.counts.received.transpose(2, 1, 0)
+        if self.by == "peers":
+            sources = (self.rank - np.arange(self.world_size)) % self.world_size
+            near = counts[:, :, sources].transpose(0, 2, 1)  # [e, distance, BLOCKS]
+            ends = np.cumsum(near.reshape(-1)).reshape(near.shape)
+            begins = np.empty_like(counts)
+            begins[:, :, sources] = (ends - near).transpose(0, 2, 1)
+            return counts, begins
         ends = np.cumsum(counts.reshape(-1)).reshape(counts.shape)
         return counts, ends - counts
 
+    def _sources(self, chunk: int) -> np.ndarray:
+        """Of a cut by peers, the ranks that a chunk comes from, nearest first."""
+        return (self.rank - self.exchange.distances(chunk, self.chunks)) % self.world_size
+
     def _part_of(self, chunk: int) -> tuple[slice, slice]:
-        """(slots, blocks) of a chunk."""
+        """(slots, blocks) of a chunk of any other cut."""
         size = self.local_slots if self.by == "experts" else BLOCKS
         part = slice(size * chunk // self.chunks, size * (chunk + 1) // self.chunks)
         return (part, slice(None)) if self.by == "experts" else (slice(None), part)
@@ -210,9 +232,12 @@ class ChunkPlan:
 
     def expert_rows(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of `chunk` of each local expert in the experts' buffer."""
-        slots, blocks = self._part_of(chunk)
         _, begins = self._segments
         starts = begins[:, 0, 0].astype(np.int32)
+        if self.by == "peers":
+            starts = begins[:, 0, self._sources(chunk)[:1]].sum(axis=1).astype(np.int32)
+            return torch.from_numpy(starts), torch.from_numpy(starts + self.received[chunk].sum(axis=0, dtype=np.int32))
+        slots, blocks = self._part_of(chunk)
         starts[slots] = begins[slots, blocks][:, 0, 0]
         ends = starts + self.received[chunk].sum(axis=0).astype(np.int32)
         return torch.from_numpy(starts), torch.from_numpy(ends)
@@ -238,9 +263,12 @@ class ChunkPlan:
 
     def _runs(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """The same of one chunk, int64, with rows numbered within it."""
-        slots, blocks = self._part_of(chunk)
+        if self.by == "peers":
+            parts = [part[:, :, np.sort(self._sources(chunk))] for part in self._segments]
+        else:
+            parts = [part[self._part_of(chunk)] for part in self._segments]
         # Arrival: source rank, slot, block.
-        counts, starts = (part[slots, blocks].transpose(2, 0, 1).reshape(-1) for part in self._segments)
+        counts, starts = (part.transpose(2, 0, 1).reshape(-1) for part in parts)
         return counts, starts - (np.cumsum(counts) - counts)
 
     def send_keys(self, slots_TK: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
@@ -255,15 +283,20 @@ class ChunkPlan:
         return torch.where(slots_TK >= 0, table[slots_TK.clamp_min(0).long()], slots_TK), num_slots
 
     def key_table(self, tokens: int) -> torch.Tensor:
-        """int32: of a cut by tokens [T], what to add to the slot of each; by groups of experts [P], the key of each."""
+        """int32: of a cut by tokens [T], what to add to the slot of each; of another one [P], the key of each."""
         if self.by == "tokens":
             begins = [tokens * (BLOCKS * c // self.chunks) // BLOCKS for c in range(self.chunks + 1)]
             keys = np.arange(self.chunks, dtype=np.int32) * np.int32(self.exchange.num_slots)
             return torch.from_numpy(np.repeat(keys, np.diff(begins)))
-        group_of_local = np.zeros(self.local_slots, dtype=np.int64)
+        size = self.world_size if self.by == "peers" else self.local_slots
+        group_of = np.zeros(size, dtype=np.int64)
         for c in range(1, self.chunks):
-            group_of_local[self.local_slots * c // self.chunks :] += 1
-        order = np.argsort(np.tile(group_of_local, self.world_size), kind="stable")
+            group_of[size * c // self.chunks :] += 1
+        if self.by == "peers":
+            groups = np.repeat(np.roll(group_of, self.rank), self.local_slots)
+        else:
+            groups = np.tile(group_of, self.world_size)
+        order = np.argsort(groups, kind="stable")
         key_of_slot = np.empty(self.exchange.num_slots, dtype=np.int32)
         key_of_slot[order] = np.arange(self.exchange.num_slots, dtype=np.int32)
         return torch.from_numpy(key_of_slot)

@@ -22,6 +22,7 @@ import torch
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import ChunkBy, Counts
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan
+from moe_overlap.errors import ConfigError
 
 NO_DROP = "no_drop"
 Capacity = float | str
@@ -29,7 +30,10 @@ Cut = tuple[int, ChunkBy]
 
 
 def segments_of(cuts: Sequence[Cut]) -> tuple[int, ...]:
-    """The first block of each segment: where a chunk of tokens begins in one of the cuts."""
+    """The first block of each segment: where a chunk of tokens begins in one of the cuts. ConfigError for a cut by
+    peers, whose rows lie otherwise."""
+    if any(by == "peers" for _, by in cuts):
+        raise ConfigError("chunk_by", "peers", "'tokens' or 'experts' with mode=\"static\"")
     begins = {0}
     for chunks, by in cuts:
         begins |= {BLOCKS * c // chunks for c in range(chunks if by == "tokens" else 1)}

@@ -229,6 +229,8 @@ class Rows:
         """The pair as it runs; with dedup "auto" it becomes another one in the steps in which that pays."""
         if pair.deduplicated and (self.dedup == "off" or ranks == 1):
             raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
+        if self.dedup != "off" and ranks > 1:
+            deduplicate(pair)  # refuses what no step could deduplicate
         for by in (pair.by, pair.backward_by) if self.hierarchical else ():
             check_cut(by)
         if self.dedup != "on" or ranks == 1 or pair.deduplicated:

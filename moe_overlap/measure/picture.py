@@ -37,7 +37,7 @@ _KIND_OF_VERB = {
     **dict.fromkeys(("Wf", "Wg"), "weights"),
     **dict.fromkeys(("C", "Ct"), "combine"),
     **dict.fromkeys(("S", "St"), "shared"),
-    **dict.fromkeys(("Ew", "Wd", "Wa"), "wgrad"),
+    **dict.fromkeys(("Ew", "Eg", "Wd", "Wa"), "wgrad"),
     "N": "agree",
 }
 
@@ -70,7 +70,7 @@ def label_of(action: str, names: Mapping[str, str], phase: str = "forward") -> s
     prime = "'" if len(verb) == 2 and verb[1] == "t" else ""
     if verb in ("B", "Bt"):
         return names.get(f"B{index}", f"B{index}") + prime
-    if verb in ("Ed", "Ew"):
+    if verb in ("Ed", "Ew", "Eg"):
         return f"{'E' if verb == 'Ed' else 'W'}{index}" + ("'" if verb == "Ed" else "")
     return f"{verb if verb[0] == 'W' else verb[0]}{index}{prime}"
 

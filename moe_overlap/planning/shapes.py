@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy
+from moe_overlap.agreement.loads import PLANNED_BY, ChunkBy
 from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
 
@@ -92,8 +92,8 @@ def balanced_shape(
     `metadata`: the step is deduplicated, and all sets of `top_k` experts are equally likely. `busiest`: rows of the
     busiest rank's experts over the mean, at least 1; what enters that rank is then what an exchange waits for.
     """
-    if by not in CHUNK_BY:
-        raise ConfigError("by", by, f"one of {CHUNK_BY}")
+    if by not in PLANNED_BY:
+        raise ConfigError("by", by, f"one of {PLANNED_BY}")
     most = BLOCKS if by == "tokens" else local_experts
     if not 1 <= chunks <= most:
         raise ConfigError("chunks", chunks, f"from 1 to {most}, by {by}")

@@ -138,6 +138,15 @@ VERBS: dict[str, VerbSpec] = {
             "weight gradient of a group",
         ),
         _spec(
+            "Eg",
+            "backward",
+            COMP,
+            (_same("din"), _one("down")),
+            (_same("dweight"),),
+            "weight_grad",
+            "weight gradient of a chunk of experts",
+        ),  # fmt: skip
+        _spec(
             "Wd",
             "backward",
             COMP,

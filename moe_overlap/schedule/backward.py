@@ -147,12 +147,23 @@ class Backward:
     def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
         g, groups = self._rows_of_backward, self.pair.backward.count("Ew")
         homes = g.saved.w_in.shape[0]
-        first, last = homes * group // groups, homes * (group + 1) // groups
+        self._weigh(homes * group // groups, homes * (group + 1) // groups)
+        return ()
+
+    def _eg(self, ctx: Any, c: int, _: Any) -> Tensors:
+        """Of the slots of chunk c of experts, those that are homes."""
+        plan, homes = self._backward_tables.plan, self._rows_of_backward.saved.w_in.shape[0]
+        ends = [min(homes, plan.local_slots * i // plan.chunks) for i in (c, c + 1)]
+        self._weigh(ends[0], ends[1])
+        return ()
+
+    def _weigh(self, first: int, last: int) -> None:
+        """The weight gradients of the experts first .. last-1."""
+        g = self._rows_of_backward
         if self._returns and g.dw_in is not None:
             self._returned.weigh_homes(g, first, last)
         else:
             g.weight_gradient(first, last)
-        return ()
 
     def _wd(self, ctx: Any, _: int | None, __: Any) -> Tensors:
         self._returned.weigh_copies(self._rows_of_backward)
@@ -247,6 +258,7 @@ class Backward:
         ("Wg", "start"): _start_wg,
         ("Wg", "wait"): _wait_wg,
         ("Ew", ""): _ew,
+        ("Eg", ""): _eg,
         ("Wa", ""): _wa,
         ("Pt", ""): _pt,
     }

@@ -1,9 +1,9 @@
 """One short function per published strategy: shape of the strategy in, a pair of schedules out.
 
 `serial` is every framework's default; `chunked` is the pipeline of Tutel (MLSys'23), PipeMoE (INFOCOM'23) and, by
-expert groups, EPS-MoE (arXiv 2410.12247); `shared_expert` hides exchanges under a shared expert (Megatron-Core);
-`shortcut` is ScMoE (ICML 2025, arXiv 2404.05019): the experts read an earlier activation, so that whole backbone ops
-run beside both exchanges.
+expert groups, EPS-MoE (arXiv 2410.12247), by peers, FasterMoE (PPoPP'22; `published.py` has more by name);
+`shared_expert` hides exchanges under a shared expert (Megatron-Core); `shortcut` is ScMoE (ICML 2025, arXiv
+2404.05019): the experts read an earlier activation, so that whole backbone ops run beside both exchanges.
 
 `joined=True` keeps plan and order and waits for every exchange right after its start: overlap off. Results are equal
 bit for bit either way; that is the library's central test.
@@ -276,6 +276,8 @@ def deduplicate(pair: SchedulePair) -> SchedulePair:
     """
     if pair.deduplicated:
         return pair
+    if pair.by == "peers":
+        raise NotImplementedError("dedup beside a cut by peers: one row for each (token, rank) in such chunks")
     forward, backward = list(pair.forward), list(pair.backward)
     forward.insert(_last(forward, "D") + 1, Action("O"))
     forward.insert(forward.index(Action("P")) + 1, Action("M"))
@@ -343,14 +345,14 @@ _CHOICE = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")
 
 
 def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
-    """The pair that a user's word names: serial, chunked(4), chunked(4,experts), shared_expert, shared_expert(0), or
-    shared_expert(ahead), which runs the shared expert while ranks agree.
+    """The pair that a user's word names: serial, chunked(4), chunked(4,experts), chunked(4,peers), shared_expert,
+    shared_expert(0), or shared_expert(ahead), which runs the shared expert while ranks agree.
 
     `shared` says whether the layer has a shared expert. Raises ConfigError for any other text; "auto" is no pair but a
     choice that MoELayer and ShortcutBlock make at every step.
     """
-    expected = ("serial, chunked(r) or chunked(r,experts) with r from 1 to 16, shared_expert, shared_expert(slot) or "
-                "shared_expert(ahead)")  # fmt: skip
+    expected = ("serial, chunked(r), chunked(r,experts) or chunked(r,peers) with r from 1 to 16, shared_expert, "
+                "shared_expert(slot) or shared_expert(ahead)")  # fmt: skip
     match = _CHOICE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ConfigError("schedule", text, expected)

@@ -67,8 +67,8 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
             found.append(Problem("N begins a schedule, and only ops stand between it and P", seen[Action("N")]))
     if any(Action(verb) in seen for verb in RETURNS):
         found += [Problem(f"{verb} is missing") for verb in RETURNS if Action(verb) not in seen]
-    if phase == "backward" and not any(action.verb == "Ew" for action in seen):
-        found.append(Problem("Ew0 is missing: no weight gradient"))
+    if phase == "backward":
+        found += _weight_gradients(seen, chunks)
     for verb in ("B", "Bt", "Ew", "Wf"):
         indices = sorted(action.index for action in seen if action.verb == verb and action.index is not None)
         if indices != list(range(len(indices))):
@@ -79,6 +79,17 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
             found.append(Problem(f"{schedule.actions[position]} runs before {schedule.actions[late[0]]}", position))
     if max_in_flight is not None:
         found += _too_many_in_flight(schedule, max_in_flight)
+    return found
+
+
+def _weight_gradients(seen: Mapping[Action, int], chunks: int) -> list[Problem]:
+    """Every expert's weight gradient is made once: by Ew in any groups, or by one Eg for each chunk of experts."""
+    have = {action.index: position for action, position in seen.items() if action.verb == "Eg"}
+    if not have:
+        return [] if any(action.verb == "Ew" for action in seen) else [Problem("Ew0 is missing: no weight gradient")]
+    found = [Problem(f"Eg{c} is missing") for c in range(chunks) if c not in have]
+    found += [Problem(f"Eg{c} has no chunk", at) for c, at in have.items() if c is None or c >= chunks]
+    found += [Problem(f"{a} beside Eg", at) for a, at in seen.items() if a.verb == "Ew"]
     return found
 
 
@@ -113,6 +124,13 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
         if pair.deduplicated and by == "experts" and order != sorted(order):  # type: ignore[type-var]
             text = "groups of experts in ascending order: a row comes with the first one and goes back with the last"
             raise ConfigError("schedule", schedule.text, text)
+    if pair.backward.count("Eg") and pair.backward_by != "experts":
+        raise ConfigError("schedule.backward", pair.backward.text, 'backward_by="experts" for Eg, which needs all rows')
+    if "peers" in (pair.by, pair.backward_by):
+        if pair.by != pair.backward_by:
+            raise ConfigError("backward_by", pair.backward_by, f"{pair.by!r}, as forward: by peers rows lie otherwise")
+        if pair.deduplicated:
+            raise ConfigError("chunk_by", "peers", "'tokens' or 'experts' for rows that are deduplicated")
     ops = [a.text for a in pair.forward if a.verb in ("B", "S")]
     mirrored = [a.text.replace("t", "") for a in pair.backward if a.verb in ("Bt", "St")]
     if ops != mirrored[::-1]:

@@ -331,14 +331,18 @@ class Step(Backward):
         after_experts += [self._node(Node(a), last) for a in self.pair.backward if a.verb == "Ew"]
         starts, gates = [], tuple(after_experts)
         if self._distinct:
-            starts.append(self._node(Node(Action("Od")), pt, *gates))
             metadata = self._node(Node(Action("Mt"), "start"), self._node(Node(Action("Mt"), "wait"), pt))
             after_experts = [metadata, *after_experts]
+        filled = self.pair.backward.count("Eg") > 0
         for c in range(self.pair.backward_chunks):
             dt, ed, ct = Action("Dt", c), Action("Ed", c), Action("Ct", c)
             rows = self._node(Node(dt, "start"), self._node(Node(dt, "wait"), pt))
-            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *after_experts))
+            own = [self._node(Node(Action("Eg", c)), last)] if filled else []
+            gates += tuple(own)
+            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *after_experts, *own))
             starts.append(self._node(Node(ct, "start"), rows))
+        if self._distinct:
+            starts.append(self._node(Node(Action("Od")), pt, *gates))
         return self._node(Node(Action("Ut")), *early, *starts)
 
     def node_output(self, node: Node, ctx: Any) -> torch.Tensor:

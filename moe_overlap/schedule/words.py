@@ -22,8 +22,8 @@ def from_text(
 ) -> SchedulePair:
     """The checked pair of two schedules written out, such as "P D0 E0 C0 U" and "Ut Ct0 Ed0 Dt0 Ew0 Pt".
 
-    by, backward_by: how their exchanges are cut ("tokens" or "experts"), backward by default as forward. Raises
-    ConfigError for a text that is no schedule that can run.
+    by, backward_by: how their exchanges are cut ("tokens", "experts" or "peers"), backward by default as forward.
+    Raises ConfigError for a text that is no schedule that can run.
     """
     there, back = Schedule.parse(forward), Schedule.parse(backward)
     pair = SchedulePair(name=name, forward=there, backward=back, chunks=there.count("D"), by=by,
@@ -77,6 +77,7 @@ def _named(shared: bool) -> Iterator[tuple[str, SchedulePair]]:
     for chunks in range(1, 17):
         yield f"chunked({chunks})", chunked(chunks, shared=shared)
         yield f"chunked({chunks},experts)", chunked(chunks, "experts", shared=shared)
+        yield f"chunked({chunks},peers)", chunked(chunks, "peers", shared=shared)
     if shared:
         yield "shared_expert", shared_expert()
         yield "shared_expert(0)", shared_expert(0)

@@ -106,7 +106,7 @@ def terms_of(samples: Samples) -> Terms:
         whole=median(samples.own_s),
         experts=total(["E"]),
         dgrad=total(["Ed"]),
-        wgrad=total(["Ew"]),
+        wgrad=total(["Ew", "Eg"]),
         window=total(["B", "S"]),
         window_backward=total(["Bt", "St"]),
         own=total(["O", "Or"]),
