@@ -40,10 +40,10 @@ def measured_figures(path: str, *, ranks_per_node: int) -> dict[str, float]:
         raise ConfigError(FLAG, path, f"a file that can be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(FLAG, path, EXPECTED) from None
-    if text.lstrip().startswith(("{", "[")):
-        return _kineto(path, text, ranks_per_node)
     if "[tuning] Best" in text:
         return _deepep(path, text)
+    if text.lstrip().startswith(("{", "[")):
+        return _kineto(path, text, ranks_per_node)
     return _nccl_tests(path, text)
 
 

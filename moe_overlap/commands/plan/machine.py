@@ -230,7 +230,7 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         agree_s=agreement_s(options, at),
         distinct=_distinct_costs(options, kind, at, outside_s + router_s),
         outside_backward_s=2 * (outside_s + router_s),
-        issue_s=options.issue,
+        issue_s=options.issue if at.peers else 0.0,
         weights_hidden=1.0 if options.weights == "beside" else 0.0,
         slowdown=options.slowdown,
         source="from numbers",

@@ -169,7 +169,7 @@ def test_where_nothing_is_exchanged_nothing_is_gained(kind, weights, tokens, pha
     options = PlanOptions(ranks=1, experts=4, tokens=tokens, phase=phase, kind=kind, weights=weights)
     one = asked(options, kind)
     assert one.speedup == pytest.approx(1.0, abs=1e-12) and one.comm_share == pytest.approx(0.0, abs=1e-12)
-    assert one.bound_s <= one.time_s
+    assert one.bound_s <= one.time_s * (1 + 1e-12) and one.phases[0].best.chunks == 1
 
 
 def test_zero_tokens_take_no_time_in_the_window():
