@@ -103,10 +103,16 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
         f"To run it: {python_of(pair)}" + (" with hierarchical=True" if _for_nodes(options, point) else ""),
         f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication"
         f"{_of_the_layer(point)}; "
-        f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
+        f"compute alone {in_ms(point.compute_s)}{_agreeing(point)}; bound of any order {in_ms(point.bound_s)}",
         *legend(pair, [phase.phase for phase in point.phases]),
     ]
     return lines
+
+
+def _agreeing(point: Prediction) -> str:
+    """Of what is left without exchanges, the agreement on counts, where it is over 1 %: it is no compute."""
+    agree_s = point.model.agree_s
+    return f" ({in_ms(agree_s)} of it the agreement on counts)" if agree_s > 0.01 * point.compute_s else ""
 
 
 def _for_nodes(options: PlanOptions, point: Prediction) -> bool:
@@ -130,6 +136,8 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
         ]
     else:
         lines.append("  no rank is late; the optimizer takes no time; stages are equal")
+    for flag, path in (("--model", options.model), ("--measured", options.measured)):
+        lines += [] if path is None else [f"  figures of {Path(path).name} ({flag}), where no option says otherwise"]
     if options.machine is not None:
         known = MACHINES[options.machine]
         lines.append(f"  figures of {known.name}: {known.source}; how much of them is reached: docs/validation.md")

@@ -10,8 +10,8 @@ import pytest
 from moe_overlap.commands.cli import main
 from moe_overlap.commands.plan.machine import cost_model, place, routed, shapes
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
-from moe_overlap.commands.plan.picture import events_of, rate_text
-from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, sweep
+from moe_overlap.commands.plan.picture import events_of
+from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, rate_text, sweep
 
 OPTIONS = PlanOptions()
 
@@ -40,7 +40,7 @@ def test_texts_are_read_in_si_units():
         ("--ranks many", "--ranks"),
         ("--ranks-per-node 3", "--ranks-per-node"),
         ("--tokens 0", "--tokens"),
-        ("--top-k 1 --kind shared1", "--top-k"),
+        ("--kind shared1 --top-k 1", "--top-k"),
         ("--top-k 65", "--top-k"),
         ("--kind top3", "--kind"),
         ("--phase decode", "--phase"),
