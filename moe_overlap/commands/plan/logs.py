@@ -38,7 +38,7 @@ def measured_figures(path: str, *, ranks_per_node: int) -> dict[str, float]:
         text = read_regular(Path(path), most_bytes=MOST_BYTES).decode()
     except OSError as error:
         raise ConfigError(FLAG, path, f"a file that can be read ({error.strerror})") from None
-    except UnicodeDecodeError:
+    except ValueError:  # a path with a null byte, or bytes that are no text
         raise ConfigError(FLAG, path, EXPECTED) from None
     if "[tuning] Best" in text:
         return _deepep(path, text)
