@@ -353,9 +353,8 @@ WIRES = ("bandwidth", "latency", "intra_bandwidth")
 # Options that a cost model answers instead.
 CALIBRATED = (
     "flops", "memory_bandwidth", "message", "launch", "issue", "compute_slowdown", "wire_slowdown", "backbone", "kind",
-    "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "matrices", "expert_ffn",
-    "shared_ffn",
-    "heads", "kv_heads", "dispatch_dtype", "ffn",
+    "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "shared_ffn", "heads", "kv_heads",
+    "dispatch_dtype",
 )  # fmt: skip
 
 
@@ -382,6 +381,8 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
     """What was given, and for the rest the model's figures, the machine's, a calibrated model's, or the defaults."""
     if given.get("cost_model") == "":
         raise ConfigError("--cost-model", "", "a file of moe-overlap calibrate --out")
+    if given.get("nic") == "node" and not {"ranks_per_node", "machine"} & set(given):
+        raise ConfigError("--nic", "node", "--ranks-per-node (or --machine) beside it: the node's ranks share the rate")
     calibrated = "cost_model" in given
     for name in CALIBRATED:
         if calibrated and name in given:

@@ -118,7 +118,8 @@ def _held(options: PlanOptions, point: Prediction) -> dict[str, float]:
     size = options.dtype_bytes
     held = {"weights": (dense + experts) * size}
     if options.phase == "infer":
-        return held | {"activations": float(_moe_activations(options, point))}
+        kept = 2 * options.kv_share * options.hidden * options.tokens * options.layers / options.stages * size
+        return held | {"keys and values": kept, "activations": float(_moe_activations(options, point))}
     held["gradients"] = held["weights"]
     if options.optimizer != "none":
         replicas = (point.ranks, point.ranks // point.at.group) if options.optimizer == "sharded" else (1, 1)

@@ -75,7 +75,7 @@ def test_a_config_that_is_none(content, said, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "option"),
     [
-        ("--machine h1000", "--machine"), ("--nic both", "--nic"), ("--skew 0.5", "--skew"),
+        ("--machine h1000", "--machine"), ("--nic both", "--nic"), ("--nic node", "--nic"), ("--skew 0.5", "--skew"),
         ("--matrices 4", "--matrices"), ("--heads 8 --kv-heads 3", "--kv-heads"),
         ("--dispatch-dtype int4", "--dispatch"),
         ("--layers 7 --stages 2", "--stages"), ("--stages 2", "--stages"), ("--price 2", "--price"),
