@@ -19,7 +19,7 @@ from moe_overlap.planning.machines import Reached
 
 # Where a fit may go, where it starts, and by what factors it steps, larger ones first.
 LIMITS = {"matmul": (0.3, 0.8), "memory": (0.6, 0.95), "wire": (0.5, 1.0), "spine": (0.3, 1.0),
-          "launch_s": (5e-6, 3e-4), "beside": (1.0, 1.6)}  # fmt: skip
+          "launch_s": (5e-6, 1e-4), "beside": (1.0, 1.6)}  # fmt: skip
 START = Reached(matmul=0.5, memory=0.8, wire=0.8, spine=1.0, launch_s=100e-6, beside=1.2)
 STEPS = (1.15, 1.05)
 FIT_EVERY = 7  # of Tutel's 54 shapes
