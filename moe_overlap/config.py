@@ -60,8 +60,8 @@ SLOW_PEER_S = EnvVariable(
 )
 EXCHANGE_SMS = EnvVariable(
     name="MOE_OVERLAP_EXCHANGE_SMS",
-    meaning="multiprocessors of a GPU that the experts' kernels leave to exchanges",
-    default=0.0,
+    meaning="multiprocessors of a GPU for exchanges of several ranks, which experts leave to them (0: no limit)",
+    default=16.0,
     low=0.0,
     high=1024.0,
 )

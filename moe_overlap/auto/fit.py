@@ -96,7 +96,20 @@ def fit(
         source=source,
     )
     model = with_wire(model, _wire_slowdown(model, overlapped))
+    model = replace(model, misfit=figure(misfit(model, [*joined, overlapped])))
     return replace(model, distinct=_distinct(model, distinct)) if distinct else model
+
+
+def misfit(model: CostModel, probes: Sequence[Probe]) -> float:
+    """By what share of its time the worst of the probes is predicted wrong by the model that was made of them: more
+    than noise where something else ran beside some of them."""
+
+    def off(probe: Probe) -> float:
+        found = predict(model, probe.pair, dict.fromkeys(probe.whole_s, probe.shape))
+        whole_s = sum(probe.whole_s.values())
+        return abs(sum(phase.whole_s for phase in found.values()) / whole_s - 1) if whole_s > 0 else 0.0
+
+    return max(map(off, probes))
 
 
 class _Parts:

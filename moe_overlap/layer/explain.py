@@ -90,6 +90,9 @@ def copies_text(rule: object, weights_of: Callable[[], tuple[torch.Tensor, torch
 
 def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
     """The first sentence: whether communication is hidden, where, by whose choice; and what to do where it is not."""
+    if pair.forward.count("Hf") and transport.world_size == 1:
+        how = "waited for where they start" if pair.joined else "beside compute"
+        return f"One rank: the weights of its experts come up from host memory, {how}."
     if transport.world_size == 1 and transport.name in (LocalTransport.name, NoCommTransport.name):
         return "One rank exchanges nothing, so there is nothing to overlap: ops run in a row."
     used = [phase for phase in ("forward", "backward") if overlaps(pair, phase)]

@@ -135,6 +135,8 @@ class ShortcutBlock(nn.Module):
             raise NotImplementedError('router_tap before the tap of latent experts, with schedule="auto"')
         if router_tap < tap and bool(getattr(moe.router, "zero_experts", False)):
             raise NotImplementedError("router_tap before the tap, with zero-computation experts")
+        if router_tap < tap and moe.weights_at == "input":
+            raise NotImplementedError('router_tap before the tap, with weights_at="input"')
         self.moe = moe
         self.tap, self.router_tap = tap, router_tap
         self.backbone = nn.ModuleList(as_module(op) for op in ops)

@@ -131,7 +131,8 @@ class CostModel:
     rank in one chunk (wgrad: in one group), plus `expert_s` (`expert_dgrad_s`) for each expert that computes in it:
     chunks of tokens pass all experts, chunks by expert groups a few. `permute` .. `permute_backward`: over rows, T
     * K of a rank. `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order.
-    `shared_s`: the shared expert of a layer. `outside_s`: everything of the timed unit that is in no window
+    `shared_s`: the shared expert of a layer. `misfit`: by what share the model is off for the worst of the steps that
+    it was made from. `outside_s`: everything of the timed unit that is in no window
     (router, agreement, ops before the tap, the combination of the branches); `agree_s`: of it the agreement, when
     its last rank has come. `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
     `weights_hidden`: from 0 to 1, how much of the time that experts cost by themselves, which is mostly that of reading
@@ -154,6 +155,7 @@ class CostModel:
     expert_dgrad_s: float = 0.0
     shared_s: float = 0.0
     shared_backward_s: float = 0.0
+    misfit: float = 0.0
     outside_s: float = 0.0
     outside_backward_s: float = 0.0
     agree_s: float = 0.0

@@ -60,7 +60,7 @@ class SchedulePair:
         if Action("N") not in self.forward.actions:
             return ()
         until_p = self.forward.actions[1 : self.forward.actions.index(Action("P"))]
-        return tuple(action for action in until_p if action.verb != "Wf")
+        return tuple(action for action in until_p if action.verb not in ("Wf", "Hf"))
 
     @property
     def deduplicated(self) -> bool:

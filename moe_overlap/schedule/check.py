@@ -16,7 +16,7 @@ from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair, parse_choice
 from moe_overlap.schedule.simulate import simulate
 
-LANES = ("comp", "wire")
+LANES = ("comp", "wire", "copy")
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
         found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
     if Action("N") in seen:
         begin = [action.verb for action in schedule.actions[: seen.get(Action("P"), 0)]]
-        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf"}:
+        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf", "Hf"}:
             found.append(Problem("N begins a schedule, and only ops stand between it and P", seen[Action("N")]))
     if any(Action(verb) in seen for verb in RETURNS):
         found += [Problem(f"{verb} is missing") for verb in RETURNS if Action(verb) not in seen]
     if phase == "backward":
         found += _weight_gradients(seen, chunks)
-    for verb in ("B", "Bt", "Ew", "Wf"):
+    for verb in ("B", "Bt", "Ew", "Wf", "Hf", "Hb", "Hg"):
         indices = sorted(action.index for action in seen if action.verb == verb and action.index is not None)
         if indices != list(range(len(indices))):
             found.append(Problem(f"{verb} has the indices {indices}, not 0 to {len(indices) - 1}"))
@@ -180,7 +180,7 @@ def spans(
         for position, action in enumerate(actions):
             if last_wire is not None:
                 needs[position] = sorted({*needs[position], last_wire})
-            if action.lane == "wire":
+            if action.lane != "comp":
                 last_wire = position
     return simulate([LANES.index(a.lane) for a in actions], seconds, needs)
 
@@ -201,4 +201,5 @@ def draw(schedule: Schedule, *, joined: bool = False) -> str:
     return "\n".join(
         f"{lane} | " + " ".join(cells.get((lane, c), ".").ljust(widths[c]) for c in range(columns)).rstrip()
         for lane in LANES
+        if lane in {"comp", "wire", *(action.lane for action in schedule)}
     )

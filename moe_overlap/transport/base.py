@@ -92,6 +92,10 @@ class Transport(Protocol):
     def group(self) -> Any:
         """The ProcessGroup of its ranks; None where they are not those of torch.distributed."""
 
+    @property
+    def exchange_sms(self) -> int:
+        """Multiprocessors of the device that an exchange may take; 0: none, or it is not limited."""
+
     def open(self, header: Header) -> bool:
         """Compare `header` on all ranks; called by the layer before its first step, and again after `reopen`.
 

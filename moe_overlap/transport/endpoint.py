@@ -105,6 +105,10 @@ class Endpoint(Speaker):
         self._header: Header | None = None
         self._opened_in = -1
 
+    @property
+    def exchange_sms(self) -> int:
+        return 0
+
     def open(self, header: Header) -> bool:
         if self._is_open_for(header):
             return False

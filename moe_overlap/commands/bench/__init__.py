@@ -1,7 +1,7 @@
 """`moe-overlap bench`: measurements that anyone can repeat. `layer.py` is the command and `phase.py` its course,
 `cases.py` what is timed, `timing.py` how, `check.py` what must be true before, `wires.py` what carries the rows,
 `rows.py` what is reported, `slept.py` the mode in which compute sleeps. `balance.py` is the other command, with
-`balance_*.py`, `workloads.py` and `oracle.py`."""
+`balance_*.py`, `workloads.py` and `oracle.py`; `ops.py` the third, with `ops_*.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moe_overlap.commands.parser import OneLineParser
 COMMANDS = {
     "layer": "schedules of a Mixture-of-Experts block pair against each other",
     "balance": "copies of experts under skewed routing against none, and against balanced routing",
+    "ops": "every fused op against plain PyTorch and torch.compile",
 }
 
 
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.add_parser(name, help=text)
         parser.parse_args(words)
         parser.error(f"which benchmark? expected one of {', '.join(COMMANDS)}")
+    if words[0] == "ops":
+        from moe_overlap.commands.bench import ops
+
+        return ops.main(words[1:])
     if words[0] == "balance":
         from moe_overlap.commands.bench import balance
 

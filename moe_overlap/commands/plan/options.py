@@ -108,6 +108,7 @@ class PlanOptions:
     memory: float = 0.0
     price: float = 0.0
     draws: int = 20
+    expert_offload: float | None = None
     out: str = "out/plan"
 
     def __post_init__(self) -> None:
@@ -243,6 +244,10 @@ def _rate(flag: str, text: str) -> float:
     return rate
 
 
+def _rate_or_none(flag: str, text: str) -> float | None:
+    return _rate(flag, text) if text else None
+
+
 def _seconds(flag: str, text: str) -> float:
     match = _TIME.fullmatch(text.strip().lower())
     seconds = float(match[1] + _TIMES[match[2]]) if match else math.inf  # as text, so that 10us is 1e-5 exactly
@@ -303,6 +308,7 @@ TEXTS: dict[str, tuple[Any, str, str]] = {
     "backbone": (_backbone, "auto", "auto (from FLOPs), or forward times of attention, MLP, attention: 1ms,2ms,1ms"),
     "memory": (_bytes, "0GB", "of a rank's card, to say whether the model fits; 0GB: nobody asks"),
     "cost_model": (_cost_model, "", "calibrated JSON instead of --flops and the other assumptions about compute"),
+    "expert_offload": (_rate_or_none, "", "experts in host memory, over a link of this rate in each direction (50GB)"),
 }
 HELP = {
     "ranks": "ranks; with more than --experts, groups of --experts ranks exchange among themselves",

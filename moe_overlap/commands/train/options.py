@@ -22,6 +22,7 @@ from moe_overlap.transport.link import LinkSpec
 MOST_SEED = 2**64 - 1
 MOST_VOCAB = 1 << 20
 MOST_LAYERS = 4096
+MOST_SAMPLE = 65536
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
 # How experts are kept balanced, and the coefficient where none is asked for: of the auxiliary loss, at one of three
@@ -76,6 +77,7 @@ class TrainOptions:
     checkpoint_every: int = 0
     resume: str | None = None
     save_routing: str | None = None
+    sample: int = 0
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -202,6 +204,7 @@ def _check_ranges(options: TrainOptions) -> None:
     for name in "warmup checkpoint_every".split():
         check_count(name, getattr(options, name), least=0)
     check_count("layers", options.layers, most=MOST_LAYERS)
+    check_count("sample", options.sample, least=0, most=MOST_SAMPLE)
     check_count("threads", options.threads, least=0, most=MOST_THREADS)
     check_count("seed", options.seed, least=0, most=MOST_SEED)
     check_count("chunks", options.chunks, most=16)
@@ -256,6 +259,7 @@ HELP = {
     "be another number, "
     "and --steps a larger one (the learning rates are then those of the longer run)",
     "save_routing": "write the routing of one MoE layer on the held-out text to this safetensors file",
+    "sample": "at the end write a text of so many tokens, drawn from the model, to stdout; 0 = none",
     "timeout_s": "longest wait for another rank, seconds",
 }
 _TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str}
@@ -264,6 +268,7 @@ _TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, 
 EXAMPLES = """examples:
   moe-overlap train --kind scmoe_pos2 --steps 200
   moe-overlap train --resume out/train --steps 400
+  moe-overlap train --resume out/train --steps 400 --sample 200
   torchrun --nproc-per-node 2 -m moe_overlap train --kind top2"""
 
 
