@@ -147,8 +147,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
                                                            timeout_s=timeout_s, device=device)  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
-        # First among the parameters, as before the experts were a module, since states of optimizers go by position;
-        # built last, since random numbers are drawn for the router first.
+        # First among the parameters, as states of optimizers go by position; built last: the router draws first.
         self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
         self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,

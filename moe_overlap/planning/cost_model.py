@@ -91,7 +91,8 @@ class DistinctCosts:
 
     Experts read their rows through a map, multiply by the router's weights and sum: over the rows that they compute,
     and for the rows that stay alike (O, Od). P and U make and use the maps. `outside_s` has what M and Mt take beside
-    the wire.
+    the wire. `inside`: of an exchange inside the nodes, over the bytes that leave or enter the busiest rank in it;
+    it is waited for on the compute lane. What gateways add up and move beside it is in `outside_s`.
     """
 
     experts: AlphaBeta
@@ -105,6 +106,7 @@ class DistinctCosts:
     expert_dgrad_s: float = 0.0
     outside_s: float = 0.0
     outside_backward_s: float = 0.0
+    inside: AlphaBeta = AlphaBeta(alpha_s=0.0, beta_s=0.0)
 
     def __post_init__(self) -> None:
         for name in _names(DistinctCosts, "float"):
@@ -135,6 +137,8 @@ class CostModel:
     it was made from. `outside_s`: everything of the timed unit that is in no window
     (router, agreement, ops before the tap, the combination of the branches); `agree_s`: of it the agreement, when
     its last rank has come. `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
+    `weights_hidden`: from 0 to 1, how much of the time that experts cost by themselves, which is mostly that of reading
+    their weights, passes beside the matmuls of their rows: 1 makes the larger of both of their sum, as on GPUs.
     `slowdown`: of each lane while the other is busy. `distinct`: what differs in deduplicated steps; None: nobody
     knows. `source`: where the figures come from, in words.
     """
@@ -159,6 +163,7 @@ class CostModel:
     agree_s: float = 0.0
     measured_rows: float = 0.0
     issue_s: float = 0.0
+    weights_hidden: float = 0.0
     slowdown: Slowdown = Slowdown()
     distinct: DistinctCosts | None = None
     source: str
@@ -168,6 +173,8 @@ class CostModel:
             raise ConfigError("exchange", sorted(self.exchange), f"models of wires among {', '.join(WIRES)}")
         for name in _NUMBERS:
             _check_seconds(name, getattr(self, name))
+        if self.weights_hidden > 1:
+            raise ConfigError("weights_hidden", self.weights_hidden, "a share from 0 to 1")
         for name in _OPS:
             for seconds in getattr(self, name):
                 _check_seconds(name, seconds)
@@ -179,7 +186,19 @@ class CostModel:
         """The figures of deduplicated steps. ConfigError where there are none."""
         if self.distinct is None:
             raise ConfigError("distinct", None, "the figures of deduplicated steps")
-        return replace(self, distinct=None, **vars(self.distinct))
+        return replace(self, distinct=None, **{n: one for n, one in vars(self.distinct).items() if n != "inside"})
+
+    def inside_s(self, shape: StepShape, phase: Phase) -> tuple[float, ...]:
+        """Seconds of the exchanges inside the nodes around the experts of each chunk; M and Mt with the first and with
+        the last of them."""
+        inside = None if shape.distinct is None else shape.distinct.inside
+        if inside is None or self.distinct is None:
+            return (0.0,) * shape.chunks
+        line = self.distinct.inside
+        found = [line(out) + line(back) for out, back in zip(inside.out, inside.back, strict=True)]
+        beside = (0, inside.metadata) if phase == "forward" else (-1, inside.gradients)
+        found[beside[0]] += line(beside[1])
+        return tuple(found)
 
     def exchange_s(self, bytes_by_lane: Mapping[str, int]) -> float:
         """Seconds of one exchange of so many bytes on each wire. ConfigError for a wire without a model."""
@@ -280,6 +299,7 @@ def window(
     if not shapes or len({(shape.slots_rows, shape.distinct is None) for shape in shapes}) != 1:
         raise ConfigError("shapes", [shape.slots_rows for shape in shapes], "at least one, all of the same step")
     forward, distinct = phase == "forward", shapes[0].distinct
+    inside_s = [model.inside_s(shape, phase) for shape in shapes]
     model = model if distinct is None else model.deduplicated
     if op_verb == "S":
         ops_s: tuple[float, ...] = (model.shared_s if forward else model.shared_backward_s,)
@@ -306,11 +326,17 @@ def window(
         halves_s=halves_s,
         issue_s=model.issue_s,
         slowdown=model.slowdown,
-        chunkings=tuple(_chunking(model, shape, phase, weight_groups) for shape in shapes),
+        chunkings=tuple(
+            _chunking(model, shape, phase, weight_groups, beside_s)
+            for shape, beside_s in zip(shapes, inside_s, strict=True)
+        ),
     )
 
 
-def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: int) -> Chunking:
+def _chunking(
+    model: CostModel, shape: StepShape, phase: Phase, weight_groups: int, inside_s: Sequence[float]
+) -> Chunking:
+    """inside_s: what the compute lane does for each chunk beside its experts."""
     distinct = shape.distinct
 
     def exchanges_s(bytes_by_lane: Mapping[str, tuple[int, ...]]) -> tuple[float, ...]:
@@ -319,7 +345,8 @@ def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: i
             for c in range(shape.chunks)
         )
 
-    first_s = exchanges_s(shape.bytes_by_lane)
+    first_s = exchanges_s(shape.bytes_by_lane if phase == "backward" or shape.narrow_by_lane is None
+                          else shape.narrow_by_lane)  # fmt: skip
     # The busiest rank may be another one in each chunk; the sum over chunks is then an upper bound of any rank's rows.
     all_rows = sum(shape.rows) + (0 if distinct is None else distinct.own_rows)
     return Chunking(
@@ -327,9 +354,10 @@ def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: i
         by=shape.by,
         first_s=first_s,
         experts_s=tuple(
-            _experts_s(model, phase, rows, count) for rows, count in zip(shape.rows, shape.experts, strict=True)
+            _experts_s(model, phase, rows, count) + beside_s
+            for rows, count, beside_s in zip(shape.rows, shape.experts, inside_s, strict=True)
         ),
-        second_s=first_s if distinct is None else exchanges_s(distinct.back_by_lane),
+        second_s=exchanges_s(shape.bytes_by_lane if distinct is None else distinct.back_by_lane),
         deferred_s=() if phase == "forward" else (model.experts_wgrad(all_rows / weight_groups),) * weight_groups,
         chunk_bytes=_chunk_bytes(shape, phase),
     )
@@ -340,7 +368,10 @@ def _experts_s(model: CostModel, phase: Phase, rows: int, count: int) -> float:
     line, expert_s = (
         (model.experts, model.expert_s) if phase == "forward" else (model.experts_dgrad, model.expert_dgrad_s)
     )
-    return line(rows) + expert_s * count if rows else 0.0
+    if not rows:
+        return 0.0
+    own_s = expert_s * count
+    return line(rows) + own_s - model.weights_hidden * min(line.beta_s * rows, own_s)
 
 
 def _halves_s(model: CostModel, distinct: DistinctShape) -> tuple[float, float] | None:

@@ -56,15 +56,15 @@ SCALES: tuple[Mutant, ...] = (
         "one of the experts' weights left without 1/EP",
         "NVIDIA/Megatron-LM#7160",
         "gradients",
-        backward("            g.dw_out.mul_(self._grad_scale)\n", ""),
+        backward("            dw_out.mul_(self._grad_scale)\n", ""),
     ),
     mutant(
         "gradients of experts rounded to bfloat16",
         "ISEEKYAN/Megatron-LM#153",
         "gradients",
         backward(
-            "        return g.dw_in, g.dw_out\n",
-            "        return tuple(w if w is None else w.bfloat16().to(w.dtype) for w in (g.dw_in, g.dw_out))\n",
+            "        return dw_in, dw_out\n",
+            "        return tuple(w if w is None else w.bfloat16().to(w.dtype) for w in (dw_in, dw_out))\n",
         ),
     ),
     mutant(
@@ -117,7 +117,7 @@ ROUTER: tuple[Mutant, ...] = (
         "output",
         layer(
             GIVE,
-            "weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)\n        " + GIVE,
+            f"weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)\n        {GIVE}",
         ),
     ),
     mutant(

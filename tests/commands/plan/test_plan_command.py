@@ -10,8 +10,8 @@ import pytest
 from moe_overlap.commands.cli import main
 from moe_overlap.commands.plan.machine import cost_model, place, routed, shapes
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
-from moe_overlap.commands.plan.picture import events_of, rate_text
-from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, sweep
+from moe_overlap.commands.plan.picture import events_of
+from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, rate_text, sweep
 
 OPTIONS = PlanOptions()
 
@@ -35,11 +35,12 @@ def test_texts_are_read_in_si_units():
     ("words", "option"),
     [
         ("--ranks 0", "--ranks"),
-        ("--ranks 48", "--ranks"),
+        ("--ranks 96", "--ranks"),
+        ("--ranks 48 --skew 0", "--skew"),
         ("--ranks many", "--ranks"),
         ("--ranks-per-node 3", "--ranks-per-node"),
         ("--tokens 0", "--tokens"),
-        ("--top-k 1", "--top-k"),
+        ("--kind shared1 --top-k 1", "--top-k"),
         ("--top-k 65", "--top-k"),
         ("--kind top3", "--kind"),
         ("--phase decode", "--phase"),
@@ -140,7 +141,7 @@ def test_a_cost_model_from_numbers_by_hand():
 
 
 def test_the_serial_step_by_hand():
-    options = replace(OPTIONS, phase="infer", issue=1e-3, compute_slowdown=1.0)
+    options = replace(OPTIONS, phase="infer", issue=1e-3, compute_slowdown=1.0, weights="added")
     one = asked(options, "top2")
     model, shape = one.model, shapes(options, "top2", one.at)[0]
     (exchange_s,) = {model.exchange_s({wire: sizes[0] for wire, sizes in shape.bytes_by_lane.items()})}
@@ -322,7 +323,7 @@ def test_rates_as_people_say_them():
 def test_experts_in_host_memory_are_answered_beforehand(tmp_path, capsys):
     """bfloat16 at 400 TFLOP/s and 50 GB/s: a copy takes as long as 8000 rows, of which reading the weights is 160."""
     words = "--ranks 1 --ranks-per-node 1 --experts 16 --hidden 2048 --ffn 768 --expert-offload 50GB"
-    assert main([*words.split(), "--out", str(tmp_path)]) == 0
+    assert main(["plan", *words.split(), "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "a copy hides from 7840 rows an expert on; here each has 1024" in text
     assert 'schedule="chunked(16,experts)", expert_offload="host"' in text and "0.0189 GB of experts" in text
