@@ -205,7 +205,7 @@ class AutoSchedule(Settled):
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
                                    nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
                                    max_in_flight_bytes=self.max_in_flight_bytes,
-                                   num_ahead=self.num_ahead)  # fmt: skip
+                                   num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

@@ -134,7 +134,7 @@ class LastCall:
         if last is not None:
             text = explain(last.pair, last.events, self.transport, computes=computes, last=last)
             more = offload_text(self.host_link, self.expert_weights, last)
-            return "\n".join([text, *copies_text(self.dispatcher.rule, lambda: self.expert_weights), *more])
+            return "\n".join([text, *copies_text(self.dispatcher, lambda: self.expert_weights), *more])
         if isinstance(schedule, AutoSchedule):
             return 'Nothing is chosen yet: with schedule "auto" the first forward call calibrates, then chooses.'
         text = explain(schedule, [], self.transport, computes=computes)

@@ -149,8 +149,8 @@ class ShortcutBlock(nn.Module):
             raise ConfigError("ahead", ahead, f"an integer from 0 to {num_ops}, the number of ops after the tap")
         self.schedule: AnySchedule
         planned = schedule == "auto"
-        if planned and (moe.rows.hierarchical or is_static(moe.dispatcher)):
-            raise ConfigError("schedule", schedule, 'None and a slot=, with hierarchical exchanges or mode="static"')
+        if planned and is_static(moe.dispatcher):
+            raise ConfigError("schedule", schedule, 'None and a slot=, with mode="static"')
         if planned and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
                                          max_in_flight_bytes=max_in_flight_bytes, num_ahead=ahead)  # fmt: skip

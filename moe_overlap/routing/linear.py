@@ -271,11 +271,12 @@ class LinearRouter(ExpertMask):
         if self.variable_k is not None:
             sum_to = self.scale if self.renormalize or self.score == "topk_softmax" else None
             choice = self.variable_k(choice, x_TD, logits_TE, score=self.score, sum_to=sum_to)
+        rank_by_TK = self._rank_by(x_TD, choice)
         return decide(
             choice,
             losses=self._losses(logits_TE, choice, sequence_length, nodes),
-            capacity=self._capacity(x_TD.shape[0]),
-            rank_by_TK=self._rank_by(x_TD, choice),
+            capacity=self._capacity(choice, rank_by_TK),
+            rank_by_TK=rank_by_TK,
             zero_experts=self.zero_experts,
             logits_TE=logits_TE,
         )
@@ -338,9 +339,10 @@ class LinearRouter(ExpertMask):
             return self.capacity_factor
         return self.eval_capacity_factor
 
-    def _capacity(self, num_tokens: int) -> int | None:
+    def _capacity(self, choice: Choice, rank_by_TK: torch.Tensor | None) -> int | torch.Tensor | None:
+        """Slots of one expert of this rank, an integer or an int64 scalar on the device; None: no limit."""
         factor = self._capacity_factor
-        return None if factor is None else expert_capacity(factor, num_tokens, self.top_k, self.num_logits)
+        return None if factor is None else expert_capacity(factor, len(choice.ids_TK), self.top_k, self.num_logits)
 
     def _losses(
         self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None, nodes: Nodes | None

@@ -16,7 +16,10 @@ def shaped_logits(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, softcap:
         logits_TE = logits_TE + bias_E.to(logits_TE.dtype)
     if softcap is None:
         return logits_TE
-    return torch.where(logits_TE.isfinite(), softcap * torch.tanh(logits_TE / softcap), logits_TE)
+    finite_TE = logits_TE.isfinite()
+    # The slope of tanh at NaN is NaN, and so is zero times it: what is not finite leaves before.
+    capped_TE = softcap * torch.tanh(logits_TE.masked_fill(~finite_TE, 0.0) / softcap)
+    return torch.where(finite_TE, capped_TE, logits_TE)
 
 
 def weighed(

@@ -40,6 +40,7 @@ class SchedulePair:
     backward_by: ChunkBy
     slot: int | None = None
     joined: bool = False
+    joined_copies: bool = False  # weights of copies and their gradients alone are waited for where they start
 
     @property
     def digest(self) -> int:

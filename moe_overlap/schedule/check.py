@@ -119,11 +119,9 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
         raise ConfigError(
             "schedule.backward", pair.backward.text, "Mt and Od beside M and O of forward, or none of them"
         )
-    for schedule, by, verb in ((pair.forward, pair.by, "E"), (pair.backward, pair.backward_by, "Ed")):
-        order = [action.index for action in schedule if action.verb == verb]
-        if pair.deduplicated and by == "experts" and order != sorted(order):  # type: ignore[type-var]
-            text = "groups of experts in ascending order: a row comes with the first one and goes back with the last"
-            raise ConfigError("schedule", schedule.text, text)
+    if pair.deduplicated:
+        text = "groups of experts in ascending order: a row comes with the first one and goes back with the last"
+        _check_ascending(pair, ("E", "Ed"), text)
     if pair.backward.count("Eg") and pair.backward_by != "experts":
         raise ConfigError("schedule.backward", pair.backward.text, 'backward_by="experts" for Eg, which needs all rows')
     if "peers" in (pair.by, pair.backward_by):
@@ -135,6 +133,20 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
     mirrored = [a.text.replace("t", "") for a in pair.backward if a.verb in ("Bt", "St")]
     if ops != mirrored[::-1]:
         raise ConfigError("schedule.backward", pair.backward.text, f"the backward of {ops} in reverse order")
+
+
+def check_over_gateways(pair: SchedulePair) -> None:
+    """Raises ConfigError for a pair that hierarchical exchanges cannot run."""
+    _check_ascending(pair, ("C", "Dt"), "groups of experts in ascending order: gateways add up what came back so far")
+
+
+def _check_ascending(pair: SchedulePair, verbs: tuple[str, str], expected: str) -> None:
+    """Raises ConfigError where groups of experts stand in another order. verbs: of forward, of backward."""
+    halves = ((pair.forward, pair.by), (pair.backward, pair.backward_by))
+    for (schedule, by), verb in zip(halves, verbs, strict=True):
+        order = [action.index or 0 for action in schedule if action.verb == verb]
+        if by == "experts" and order != sorted(order):
+            raise ConfigError("schedule", schedule.text, expected)
 
 
 def layer_schedule(schedule: str | SchedulePair, *, shared: bool) -> SchedulePair:

@@ -26,6 +26,7 @@ from moe_overlap.schedule.actions import COMP, Action, dependencies
 from moe_overlap.schedule.agreeing import Agreeing
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import SchedulePair, Schedules, with_copies
+from moe_overlap.schedule.check import check_over_gateways
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.distinct_rows import DistinctForward
 from moe_overlap.schedule.expert_copies import StepCopies
@@ -114,6 +115,8 @@ class Step(Backward):
         self.plan = (
             rows_plan(exchange, pair.chunks, pair.by) if self._distinct else exchange.chunked(pair.chunks, pair.by)
         )
+        if exchange.node_rows is not None and self._distinct:
+            check_over_gateways(pair)
         backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         halves = (self.plan, backward_plan) if self.grad else (self.plan, self.plan)
         self._tables, self._backward_tables = tables_of(halves, x_TD.device, x_TD.shape[0])
@@ -125,7 +128,7 @@ class Step(Backward):
         if self._numbers is not None:
             self._numbers.bind(pair)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
-        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined)
+        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined, joined_copies=pair.joined_copies)
         self._weights_dtype = self._weights_TK.dtype
         self._weights.loaded = self._loaded = self._host_experts(self.plan, self._weights.w_in, self._weights.w_out)
 

@@ -40,7 +40,10 @@ class TransportStats:
 
 
 class Work(Protocol):
-    """An exchange under way. It holds its buffers until it has been waited for or the transport closed."""
+    """An exchange under way. It holds its buffers until it has been waited for or the transport closed.
+
+    One that can tell whose rows came last, once waited for, has a method `last_sender() -> int` (this rank, where its
+    own bytes took longest to leave); so may an Agreement."""
 
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """The received rows. On CUDA the current stream waits, not the host. Raises a MoeTransportError in time."""
