@@ -51,7 +51,7 @@ class TensorParallelMoE(nn.Module):
         super().__init__()
         if not isinstance(tensor_ranks, int) or tensor_ranks < 1 or ffn_hidden_size % tensor_ranks:
             raise ConfigError("tensor_ranks", tensor_ranks, f"a divisor of ffn_hidden_size, {ffn_hidden_size}")
-        factory = {name: options.get(name) for name in ("device", "dtype")}
+        factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         parts = num_experts * tensor_ranks, top_k * tensor_ranks
         self.moe = MoELayer(hidden_size, ffn_hidden_size // tensor_ranks, *parts, router=_Told(), **options)
         self.router = LinearRouter(hidden_size, num_experts, top_k, **factory) if router is None else router

@@ -74,7 +74,8 @@ class FarSkip(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         full, bare, before = x, x, None
-        for attention, moe, shared, norm in zip(self.attentions, self.moes, self.shared, self.norms, strict=True):
+        moes: list[Any] = list(self.moes)
+        for attention, moe, shared, norm in zip(self.attentions, moes, self.shared, self.norms, strict=True):
             a = attention(bare) if self.attention_beside == "combine" else None
             if before is not None:
                 layer, ticket = before
