@@ -93,7 +93,7 @@ def rows_of(world: World, options: LayerOptions, phase: str) -> list[dict[str, A
     variants = []
     for case, builders in BUILDERS.items():
         wires = Wires.open(world, options.timeout_s)  # for each: a transport is open for layers of one form
-        wires.emulate(LinkSpec.parse(str(options.link)), 1)
+        wires.emulate(LinkSpec.parse(options.link), 1)
         model = BlockPair(case, options.sizes, ids_TK, weights_TK, wires.core, dtype=options.torch_dtype)
         for name, pair in builders.items():
             variants += [Variant(name=f"{case} {name}", model=model, pair=pair.join(joined), transport=wires.link)
