@@ -1,4 +1,4 @@
-# make test | make bench [QUICK=1] | make soak | make lint | make setup | make gpu
+# make test | make bench [QUICK=1] | make soak | make lint | make docs | make setup | make gpu
 #
 # All of them share one set-up: .venv with the pinned packages of constraints.txt and an editable install with the
 # compiled parts. A stamp makes the second call cheap.
@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test bench soak lint gpu clean
+.PHONY: help setup test bench soak lint docs gpu clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -64,6 +64,12 @@ lint: $(STAMP)
 	$(PY) -m mypy
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# The site, in build/site. Its tools are those of the extra `docs`; a link or a name that leads nowhere is an error.
+DOCS_TOOLS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+docs: $(STAMP)
+	$(PY) -m pip install -q $$($(PY) -c '$(DOCS_TOOLS)')
+	$(PY) -m mkdocs build --strict
+
 # In the environment of PYTHON as it is: the one whose torch knows the GPU. Nothing is installed.
 gpu:
 	@$(PYTHON) benchmarks/gpu_run.py
@@ -85,8 +91,8 @@ $(STAMP): constraints.txt $(NATIVE)
 	       "make VENV= uses the current environment instead." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $$(grep '^torch==' constraints.txt)
-	$(PY) -m pip install $$(grep -E '^[a-z]' constraints.txt | grep -v '^triton==')
-	$(PY) -m pip install --no-deps $$(grep '^triton==' constraints.txt)
+	$(PY) -m pip install $$(grep -E '^[a-z]' constraints.txt | grep -vE '^(triton|torchtitan)==')
+	$(PY) -m pip install --no-deps $$(grep -E '^(triton|torchtitan)==' constraints.txt)
 	$(PY) -m pip install --no-build-isolation --no-deps -e .
 	@$(PY) moe_overlap/native/build_info.py
 	@rm -f $(SETUP)-*; touch $@

@@ -11,7 +11,7 @@ baseline, and once for each mu and each arm:
     bias,domain    both
     neither        the control: one router for all, text alike, where the loss has nothing to act on
     few            fewer experts than nodes: four nodes of one rank, and two of four experts masked, so that the last
-                   two nodes have none; with locality_bias
+                   two nodes have none; with locality_bias (inter_node_bytes_by_rank: what these send)
 
 Writes OUT/rows.jsonl, one row for each run, at its end; runs that stand there already are not made again. With
 --save-routing the routing of each run too, for `moe-overlap bench layer --routing`: rank by rank, so that ranks keep

@@ -3,7 +3,8 @@
     python benchmarks/locmoe_report.py ROWS.jsonl [--png FILE]
 
 Means over the seeds, with the least and the greatest. Loss is over that of the Switch router on the same text, seed by
-seed. The table is Markdown, to standard output.
+seed. A second table has the bytes across nodes of each arm and seed by mu, and whether they fall with every mu (once
+none is left they may stay so). Both are Markdown, to standard output.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,29 @@ def table(groups: Groups) -> str:
     return "\n".join(lines)
 
 
+def falls(values: Sequence[float]) -> bool:
+    """Whether each value is below the one before it, or both are 0."""
+    return all(after < before or before == after == 0 for before, after in pairwise(values))
+
+
+def seeds_table(groups: Groups) -> str:
+    """One line for each arm and seed that has several mu."""
+    bytes_of: dict[tuple[str, int], dict[float, int]] = defaultdict(dict)
+    for (arm, mu), rows in groups.items():
+        for row in rows:
+            bytes_of[arm, row["seed"]][mu] = row["inter_node_bytes"]
+    mus = sorted({mu for _, mu in groups})
+    lines = ["| arm | seed | " + " | ".join(f"mu {mu:g}" for mu in mus) + " | falls with every mu |"]
+    lines.append("|---" * (3 + len(mus)) + "|")
+    for (arm, seed), by_mu in sorted(bytes_of.items()):
+        if len(by_mu) == 1:
+            continue
+        cells = [f"{by_mu[mu] / 1e6:.3f}" if mu in by_mu else "-" for mu in mus]
+        verdict = "yes" if falls([by_mu[mu] for mu in sorted(by_mu)]) else "no"
+        lines.append(f"| {arm} | {seed} | " + " | ".join(cells) + f" | {verdict} |")
+    return "\n".join(lines)
+
+
 def draw(path: Path, groups: Groups) -> None:
     """One panel a figure, one line an arm; the baselines are dashed."""
     from matplotlib.figure import Figure
@@ -89,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     groups = read(asked.rows)
     print(table(groups))
+    print()
+    print(seeds_table(groups))
     if asked.png is not None:
         draw(asked.png, groups)
     return 0

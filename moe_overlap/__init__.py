@@ -20,6 +20,7 @@ from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
 from moe_overlap.layer.moving import experts_in_order, migrate, set_placement
+from moe_overlap.layer.recorded import gather_events
 from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
 from moe_overlap.layer.routing_log import RoutingLog
 from moe_overlap.layer.selective import sac_policy
@@ -27,6 +28,8 @@ from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.stats import LayerStats
 from moe_overlap.layer.traffic import TrafficMonitor, TrafficReport
+from moe_overlap.measure.assertion import OverlapTooLow, assert_overlap
+from moe_overlap.measure.slow import why_slow
 from moe_overlap.native.build_info import VERSION
 from moe_overlap.parallel.clip import GradScaler, clip_grad_norm_, grad_norm, gradients_are_finite
 from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, optimizer_state_dict
@@ -34,6 +37,7 @@ from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_
 from moe_overlap.parallel.sharded_files import load_safetensors, save_safetensors
 from moe_overlap.parallel.state import mark_experts
 from moe_overlap.routing.linear import LinearRouter
+from moe_overlap.schedule.recorder import record
 
 __version__ = VERSION
 
@@ -50,6 +54,7 @@ __all__ = [
     "MoEBlock",
     "MoELayer",
     "MoeTransportError",
+    "OverlapTooLow",
     "PeerFailed",
     "PlanMismatch",
     "RemoteAbort",
@@ -62,10 +67,12 @@ __all__ = [
     "TrafficReport",
     "TransportClosed",
     "TransportTimeout",
+    "assert_overlap",
     "aux_loss",
     "clip_grad_norm_",
     "experts_in_order",
     "functional",
+    "gather_events",
     "grad_norm",
     "gradients_are_finite",
     "ignore_experts_for_ddp",
@@ -79,8 +86,10 @@ __all__ = [
     "optimizer_state_dict",
     "param_groups",
     "prepare",
+    "record",
     "reopen",
     "sac_policy",
     "save_safetensors",
     "set_placement",
+    "why_slow",
 ]

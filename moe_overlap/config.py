@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,8 +61,8 @@ SLOW_PEER_S = EnvVariable(
 )
 EXCHANGE_SMS = EnvVariable(
     name="MOE_OVERLAP_EXCHANGE_SMS",
-    meaning="multiprocessors of a GPU that the experts' kernels leave to exchanges",
-    default=0.0,
+    meaning="multiprocessors of a GPU for exchanges of several ranks, which experts leave to them (0: no limit)",
+    default=16.0,
     low=0.0,
     high=1024.0,
 )
@@ -97,6 +98,11 @@ def torchrun(name: Literal["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]) -> int | N
     """One of the numbers that torchrun gives to the processes it starts, which are part of its contract; else None."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else None
+
+
+def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process with changes, for one that it starts."""
+    return os.environ | changes
 
 
 def listen_on_loopback() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -73,7 +74,23 @@ def _local(experts: int, world: int) -> Placement:
 
 
 PLACEMENTS = {"identity": Placement.identity, "permuted": _permuted, "uneven": _uneven, "copied": _copied,
-              "local": _local}  # fmt: skip
+              "local": _local, "decided": Placement.identity}  # fmt: skip
+
+
+class Decides:
+    """The rule of "decided": in each step copies of the two experts that are wanted most, on all ranks but their own.
+    Where nobody has a token, none."""
+
+    digest = 11
+
+    def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
+        wanted = counts.sum(axis=(0, 1))
+        ranks = base.experts_of_ranks()
+        for expert in wanted.argsort(kind="stable")[-2:].tolist() if wanted.any() else ():
+            for rank, experts in enumerate(ranks):
+                if rank != base.home_ranks[expert]:
+                    experts.append(expert)
+        return Placement.of_ranks(ranks, homes=base.home_ranks, selector=LocalFirst()) if wanted.any() else base
 
 
 @dataclass(frozen=True)
@@ -225,25 +242,27 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
     elif name == "chunked":
         schedule = chunked(case.chunks, "tokens" if variant == "apart" else variant)
         if variant == "apart":  # backward in other chunks, where it can be cut in another way
-            schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "tokens" if case.node else "experts"))
+            schedule = schedule.with_backward(chunked(3 * case.chunks % 8 + 1, "experts"))
     elif variant == "ahead":
         schedule, shared = agree_ahead(shared_expert(chunks=case.chunks)), F
     elif name == "shared_expert":
         schedule, shared = shared_expert(int(variant), chunks=case.chunks), F
     elif name == "serial":
         schedule = serial()
-    model: nn.Module = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
-                                overlap=overlap, dedup=MODES.get(case.dedup, case.dedup), placement=case.placed,
-                                **(STATIC if case.dedup == "static" else {}),
-                                ranks_per_node=case.node or None, hierarchical=hierarchical,
-                                shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
+    moe = MoELayer(D, F, case.experts, case.top_k, transport=transport, router=router, schedule=schedule,
+                   overlap=overlap, dedup=MODES.get(case.dedup, case.dedup), placement=case.placed,
+                   **(STATIC if case.dedup == "static" else {}), ranks_per_node=case.node or None,
+                   hierarchical=hierarchical, shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
+    model: nn.Module = moe
+    if case.placement == "decided":
+        moe.dispatcher.rule = Decides()
     if name == "shortcut":
         position = int(variant[-1])
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)
         tap = tap_of_position(position)
         ahead = {"ahead": 3 - position % 2 if "ahead" in variant else 0,
                  "router_tap": 0 if "early" in variant else None}  # fmt: skip
-        model = ShortcutBlock([Op(case.dtype) for _ in range(3)], model, tap=tap, slot=1, **ahead,
+        model = ShortcutBlock([Op(case.dtype) for _ in range(3)], moe, tap=tap, slot=1, **ahead,
                               backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
                               backward_chunks=case.chunks % 5 + 1, overlap=overlap)  # fmt: skip
     full = weights(case)

@@ -13,7 +13,7 @@ tree=$root/build/image/tree
 if ! "$venv/bin/python" -c 'import torch, triton; assert (torch.__version__[:6], triton.__version__) == ("2.11.0", "3.6.0")'; then
   "${PYTHON:-python3}" -m venv "$venv"
   "$venv/bin/pip" install -q torch==2.11.0 triton==3.6.0
-  "$venv/bin/pip" install -q $(grep -E '^[a-z]' "$root/constraints.txt" | grep -vE '^(torch|triton)==')
+  "$venv/bin/pip" install -q $(grep -E '^[a-z]' "$root/constraints.txt" | grep -vE '^(torch|triton|torchtitan)==')
 fi
 rm -rf "$tree"
 git clone -q --local "$root" "$tree"

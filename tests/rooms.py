@@ -65,6 +65,7 @@ EXECUTOR = {
     "schedule/rows.py": {"ops"},
     "schedule/weights.py": {"ops"},
     "schedule/expert_copies.py": {"ops"},
+    "schedule/host_experts.py": {"transport"},
     "schedule/static_dispatch.py": {"transport", "ops"},
     "schedule/static_rows.py": {"ops"},
     "schedule/static_word.py": {"transport"},

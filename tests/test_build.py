@@ -272,7 +272,13 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_set_up_takes_torch_first_then_the_pins_then_this_package(tmp_path):
     plan = make("-n", "setup", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv").stdout
-    steps = ["-m venv", "^torch==", "grep -v '^triton==')", "install --no-deps $(grep '^triton==", "--no-deps -e ."]
+    steps = [
+        "-m venv",
+        "^torch==",
+        "grep -vE '^(triton|torchtitan)==')",
+        "install --no-deps $(grep -E '^(triton|torchtitan)==",
+        "--no-deps -e .",
+    ]
     places = [plan.index(step) for step in steps]
     assert places == sorted(places)
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]

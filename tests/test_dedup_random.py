@@ -6,6 +6,7 @@ are compared; the schedules are drawn among all that `check` allows.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_overlap import MoELayer
-from moe_overlap.agreement.loads import ChunkBy
+from moe_overlap.placement import LocalFirst, Modulo, Placement
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate
@@ -27,6 +28,7 @@ D, F = 6, 4
 MOST_TOKENS, MOST_EXPERTS, MOST_CHOICES = 40, 24, 8
 CASES_PER_LAYER = 20  # a layer is made once for several routings and schedules
 # Most of the time goes into exchanges, in each of which every rank's thread changes: many chunks are drawn seldom.
+CUTS = ("tokens", "experts")
 WORLDS = (2, 2, 2, 3, 3, 4, 5)
 NODES = ((4, 2), (4, 2), (6, 2), (6, 3))  # ranks, ranks of a node
 CHUNKS = (1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 5, 8, 16)
@@ -82,11 +84,11 @@ NAMES = ("y", "dx", "dweights", "dw_in", "dw_out")
 KINDS = ("uniform", "skewed", "one_rank", "without_a_rank", "unused", "nobody")
 
 
-def draw_order(actions: list[Action], draw: random.Random, *, ascending: str = "") -> Schedule:
-    """Any order in which everything stands after what it reads; actions of the verb `ascending` by their indices."""
+def draw_order(actions: list[Action], draw: random.Random, *, ascending: tuple[str, ...] = ()) -> Schedule:
+    """Any order in which everything stands after what it reads; actions of each verb `ascending` by their indices."""
     needs = [set(found) for found in dependencies(Schedule(tuple(actions)))]
-    if ascending:
-        experts = [position for position, action in enumerate(actions) if action.verb == ascending]
+    for verb in ascending:
+        experts = [position for position, action in enumerate(actions) if action.verb == verb]
         for before, after in zip(experts, experts[1:], strict=False):
             needs[after].add(before)
     left, order = list(range(len(actions))), []
@@ -97,24 +99,25 @@ def draw_order(actions: list[Action], draw: random.Random, *, ascending: str = "
     return Schedule(tuple(order))
 
 
-def draw_pair(draw: random.Random, cuts: tuple[ChunkBy, ...]) -> SchedulePair:
-    """Forward and backward cut and ordered in any way that `check` allows."""
-    forward, backward = (deduplicate(chunked(draw.choice(CHUNKS), draw.choice(cuts))) for _ in range(2))
+def draw_pair(draw: random.Random, *, gateways: bool) -> SchedulePair:
+    """Forward and backward cut and ordered in any way that `check` allows, with gateways `check_over_gateways`."""
+    forward, backward = (deduplicate(chunked(draw.choice(CHUNKS), draw.choice(CUTS))) for _ in range(2))
     pair = forward.with_backward(backward)
     if draw.random() < 0.7:
+        verbs = (("E", "C"), ("Ed", "Dt")) if gateways else (("E",), ("Ed",))
         weights = [Action("Ew", group) for group in range(1, draw.randint(1, 4))]
         backwards = [*pair.backward, *weights]
         pair = replace(
             pair,
             name="drawn",
-            forward=draw_order(list(pair.forward), draw, ascending="E" if pair.by == "experts" else ""),
-            backward=draw_order(backwards, draw, ascending="Ed" if pair.backward_by == "experts" else ""),
+            forward=draw_order(list(pair.forward), draw, ascending=verbs[0] if pair.by == "experts" else ()),
+            backward=draw_order(backwards, draw, ascending=verbs[1] if pair.backward_by == "experts" else ()),
         )
     check(pair)
     return pair.join(draw.random() < 0.2)
 
 
-def draw_step(world: int, experts: int, top_k: int, seed: int, cuts: tuple[ChunkBy, ...]) -> Step:
+def draw_step(world: int, experts: int, top_k: int, seed: int, *, gateways: bool) -> Step:
     draw, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     given = []
     kind = chance.choice((*KINDS, "mixed"))
@@ -126,7 +129,7 @@ def draw_step(world: int, experts: int, top_k: int, seed: int, cuts: tuple[Chunk
         weights = weights.masked_fill(torch.rand(weights.shape, generator=draw) < 0.2, 0.0)
         given.append((x, ids, weights, dy))
     needed = [(chance.random() < 0.8, chance.random() < 0.8) for _ in range(world)]
-    return Step(given, needed, draw_pair(chance, cuts))
+    return Step(given, needed, draw_pair(chance, gateways=gateways))
 
 
 def expected(step: Step, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
@@ -146,14 +149,33 @@ def expected(step: Step, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
     return [[y, *grads[2 * rank : 2 * rank + 2], *grads[-2:]] for rank, y in enumerate(outputs)]
 
 
+class Drawn:
+    """Copies of any experts anywhere, others for other counts; sometimes none."""
+
+    def __init__(self, seed: int) -> None:
+        self.digest = seed
+
+    def __call__(self, counts, base: Placement) -> Placement:
+        draw = random.Random(f"{self.digest} {counts.tolist()}")
+        chance, selector = draw.choice((0.0, 0.1, 0.5)), draw.choice((Modulo(), LocalFirst()))
+        ranks = base.experts_of_ranks()
+        for rank, expert in itertools.product(range(base.world_size), range(base.num_experts)):
+            if rank != base.home_ranks[expert] and draw.random() < chance:
+                ranks[rank].append(expert)
+        if sum(map(len, ranks)) == base.num_slots:
+            return base
+        return Placement.of_ranks(ranks, homes=base.home_ranks, selector=selector)
+
+
 def run(
-    me, steps: list[Step], experts: int, top_k: int, w_in: Tensor, w_out: Tensor, node: int | None
+    me, steps: list[Step], experts: int, top_k: int, w_in: Tensor, w_out: Tensor, node: int | None, rule: Drawn | None
 ) -> list[list[Tensor]]:
     """What `expected` says, of one rank, in each step: those gradients that are needed, of its own experts. `node`:
-    ranks of a node, to each of which a row goes once."""
+    ranks of a node, to each of which a row goes once; `rule`: of the copies of each step."""
     layer = MoELayer(D, F, experts, top_k, transport=me.transport(), router=Given(*steps[0].given[me.rank][1:3]),
                      dedup="on", ranks_per_node=node, hierarchical=node is not None,
                      dtype=torch.float64)  # fmt: skip
+    layer.dispatcher.rule = rule
     local = slice(me.rank * experts // me.world_size, (me.rank + 1) * experts // me.world_size)
     with torch.no_grad():
         for parameter, value in zip(layer.expert_weights, (w_in, w_out), strict=True):
@@ -170,17 +192,16 @@ def run(
     return results
 
 
-def check_cases(seed: int, cases: int, *, hierarchical: bool = False) -> None:
-    """`cases` random steps of one layer."""
+def check_cases(seed: int, cases: int, *, hierarchical: bool = False, copies: bool = False) -> None:
+    """`cases` random steps of one layer; copies: of experts, chosen in each step."""
     chance = random.Random(seed)
     world, node = chance.choice(NODES) if hierarchical else (chance.choice(WORLDS), None)
-    cuts: tuple[ChunkBy, ...] = ("tokens",) if hierarchical else ("tokens", "experts")
     experts = world * min(chance.randint(1, MOST_EXPERTS // world) for _ in range(2))
     top_k = chance.randint(1, min(MOST_CHOICES, experts))
-    steps = [draw_step(world, experts, top_k, 1000 * seed + case, cuts) for case in range(cases)]
-    draw = torch.Generator().manual_seed(seed)
+    steps = [draw_step(world, experts, top_k, 1000 * seed + case, gateways=hierarchical) for case in range(cases)]
+    rule, draw = Drawn(seed) if copies else None, torch.Generator().manual_seed(seed)
     w_in, w_out = (torch.randn(experts, *shape, generator=draw, dtype=torch.float64) for shape in ((2 * F, D), (D, F)))
-    by_rank = virtual_world(world, seed=seed).run(lambda me: run(me, steps, experts, top_k, w_in, w_out, node))
+    by_rank = virtual_world(world, seed=seed).run(lambda me: run(me, steps, experts, top_k, w_in, w_out, node, rule))
     local = experts // world
     for case, step in enumerate(steps):
         for rank, (got, want) in enumerate(
@@ -209,6 +230,11 @@ def test_random_steps_in_which_rows_cross_nodes_once_are_right(seed):
     check_cases(5000 + seed, CASES_PER_LAYER // 2, hierarchical=True)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_random_steps_with_copies_chosen_in_each_are_right(seed):
+    check_cases(7000 + seed, CASES_PER_LAYER // 2, copies=True)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("part", range(100))
 def test_many_random_steps_are_right(part):
@@ -222,3 +248,10 @@ def test_many_random_steps_are_right(part):
 def test_many_random_steps_in_which_rows_cross_nodes_once_are_right(part):
     """2,000 of them."""
     check_cases(6000 + part, CASES_PER_LAYER, hierarchical=True)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(100))
+def test_many_random_steps_with_copies_chosen_in_each_are_right(part):
+    """2,000 of them."""
+    check_cases(8000 + part, CASES_PER_LAYER, copies=True)

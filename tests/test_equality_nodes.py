@@ -13,12 +13,11 @@ from tests.tolerances import close, same_bits
 
 NODES = ((4, 2), (6, 2), (6, 3))  # ranks, ranks of a node
 LOADS = ("balanced", "with_unused", "one_expert", "one_node", "no_tokens", "uneven", "nobody")
-CUT_BY_TOKENS = tuple(schedule for schedule in SCHEDULES if schedule != "chunked-experts")
 
 
 def cases(world: int, node: int, schedule: str) -> list[Case]:
     """Every load, with counts of chunks and dtypes in turn."""
-    turn = NODES.index((world, node)) + CUT_BY_TOKENS.index(schedule)
+    turn = NODES.index((world, node)) + SCHEDULES.index(schedule)
     found = []
     for i, load in enumerate(LOADS):
         chunks = 1 if schedule == "serial" else CHUNKS[(i + turn) % len(CHUNKS)]
@@ -26,7 +25,7 @@ def cases(world: int, node: int, schedule: str) -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("schedule", CUT_BY_TOKENS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("world", "node"), NODES)
 def test_hierarchical_exchanges_equal_direct_ones_and_the_oracle(world, node, schedule):
     for seed, case in enumerate(cases(world, node, schedule)):
@@ -45,6 +44,6 @@ def test_hierarchical_exchanges_equal_direct_ones_and_the_oracle(world, node, sc
 
 
 def test_the_cases_have_every_load_in_every_dtype_and_every_count_of_chunks():
-    every = [case for nodes in NODES for schedule in CUT_BY_TOKENS for case in cases(*nodes, schedule)]
+    every = [case for nodes in NODES for schedule in SCHEDULES for case in cases(*nodes, schedule)]
     assert len({(case.load, case.dtype) for case in every}) == len(LOADS) * len(DTYPES)
     assert {case.chunks for case in every if case.schedule == "chunked-tokens"} == set(CHUNKS)

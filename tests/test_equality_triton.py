@@ -76,7 +76,7 @@ def test_multiprocessors_kept_for_exchanges_change_no_bit(called: set[str], monk
     monkeypatch.setattr(mlp._Launcher, "_launch", noting)
     found = []
     for num_sms in (None, 1):
-        monkeypatch.setattr(backward, "experts_sms", lambda device, num_sms=num_sms: num_sms)
+        monkeypatch.setattr(backward, "experts_sms", lambda *_, num_sms=num_sms: num_sms)
         world = virtual_world(case.world, seed=1)
         results = world.run(lambda me: run_both(case, me.transport(), me.transport(), me.rank), timeout_s=LIMIT_S)
         found.append(results)

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/churn.h"
 #include "core/placement.h"
 #include "core/replication.h"
 #include "core/search.h"
@@ -35,8 +36,14 @@ std::tuple<double, double, bool, Seats> decide_replication(
   load.spare = std::move(spare);
   load.refetched = refetched;
   for (const auto& p : phases) {
-    load.phases.push_back({p[0], p[1], {{{p[2], p[3]}, {p[4], p[5]}}}, {{{p[6], p[7]}, {p[8], p[9]}}}, p[10], p[11],
-                           p[12] != 0, p[13] != 0});
+    load.phases.push_back({p[0],
+                           p[1],
+                           {{{p[2], p[3]}, {p[4], p[5]}}},
+                           {{{p[6], p[7]}, {p[8], p[9]}}},
+                           p[10],
+                           p[11],
+                           p[12] != 0,
+                           p[13] != 0});
   }
   load.most_copies = most_copies;
   load.margin = margin;
@@ -102,7 +109,8 @@ PYBIND11_MODULE(_planner, module) {
       [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, int64_t nodes, int64_t groups,
          bool distinct) {
         std::vector<Ints> found;
-        for (auto& load : loads) found.push_back(moe_overlap::eplb({std::move(load), slots, homes}, nodes, groups, distinct));
+        for (auto& load : loads)
+          found.push_back(moe_overlap::eplb({std::move(load), slots, homes}, nodes, groups, distinct));
         return found;
       },
       py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("nodes"), py::arg("groups"), py::arg("distinct"),
@@ -111,10 +119,21 @@ PYBIND11_MODULE(_planner, module) {
       "proportional",
       [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, bool contiguous) {
         std::vector<Ints> found;
-        for (auto& load : loads) found.push_back(moe_overlap::proportional({std::move(load), slots, homes}, contiguous));
+        for (auto& load : loads)
+          found.push_back(moe_overlap::proportional({std::move(load), slots, homes}, contiguous));
         return found;
       },
       py::arg("loads"), py::arg("slots"), py::arg("homes"), py::arg("contiguous"),
       "The experts of all slots, rank by rank, for each of the loads.");
+  module.def(
+      "kept",
+      [](Ints wanted, Ints slots, Ints old, Ints old_slots, const Ints& old_homes, int64_t node_size) {
+        auto found = moe_overlap::kept({std::move(wanted), std::move(slots)}, {std::move(old), std::move(old_slots)},
+                                       old_homes, node_size);
+        return std::make_tuple(std::move(found.experts), std::move(found.homes), std::move(found.slots));
+      },
+      py::arg("wanted"), py::arg("slots"), py::arg("old"), py::arg("old_slots"), py::arg("old_homes"),
+      py::arg("node_size"),
+      "(experts of the slots, home slots, slots of the ranks): as wanted, as near to what there was as can be.");
   module.def("assign", &moe_overlap::assign, py::arg("cost"), "The column of each row with the least sum of costs.");
 }

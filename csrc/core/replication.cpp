@@ -109,6 +109,7 @@ class Decider {
     double best_s = left_s;
     std::vector<Seat> best = load_.seats;
     int64_t best_target = -1;
+    int64_t best_copies = load_.most_copies;
     const int64_t most = *std::max_element(given_.loads.begin(), given_.loads.end());
     const int64_t total = std::accumulate(given_.loads.begin(), given_.loads.end(), int64_t{0});
     const int64_t mean = (total + load_.ranks - 1) / load_.ranks;
@@ -124,14 +125,17 @@ class Decider {
     };
     const bool has_copies = load_.seats.size() > static_cast<size_t>(load_.experts);
     for (int pass = has_copies ? 0 : 1; pass < 2; ++pass) {
+      const int64_t copies = pass == 0 ? 0 : load_.most_copies;
       for (int64_t j = kTargets - 1; j >= 0; --j) {
-        if (attempt(targets[static_cast<size_t>(j)], pass == 0 ? 0 : load_.most_copies)) best_target = j;
+        if (!attempt(targets[static_cast<size_t>(j)], copies)) continue;
+        best_target = j;
+        best_copies = copies;
       }
     }
     if (best_target >= 0) {
       const int64_t low = targets[static_cast<size_t>(std::max(int64_t{0}, best_target - 1))];
       const int64_t high = best_target + 1 < kTargets ? targets[static_cast<size_t>(best_target + 1)] : most;
-      for (int64_t i = 1; i <= kRefined; ++i) attempt(low + (high - low) * i / (kRefined + 1), load_.most_copies);
+      for (int64_t i = 1; i <= kRefined; ++i) attempt(low + (high - low) * i / (kRefined + 1), best_copies);
     }
     if (!(best_s < left_s * (1 - load_.margin))) return {left_s, left_s, true, load_.seats};
     return {left_s, best_s, false, std::move(best)};

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, of_rank
-from moe_overlap.agreement.node_counts import NodeCounts, impossible, parts_of
+from moe_overlap.agreement.loads import KINDS, PARTS, Counts, Loads, impossible_rows, of_rank
+from moe_overlap.agreement.node_counts import NodeCounts, doubted, heard_inside, impossible, parts_of, sent_across
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import DEDUP, PHASES, RECORD_FIELDS, StepRecord, compare, record_words
 from moe_overlap.agreement.seats import Seats, StepRule, seats_of_step
@@ -35,23 +35,26 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats |
     column = compare(records, rank=rank)
     experts = num_slots if seats is None else seats.num_experts
     nodes = max(0, _nodes(column))
-    words = record_words(experts, num_slots, int(column["dedup"][0]), nodes)
+    node_slots = nodes * num_slots // world_size
+    words = record_words(experts, num_slots, int(column["dedup"][0]), node_slots)
     said = records.numpy()[:, len(RECORD_FIELDS) : words].copy().view(np.int32).astype(np.int64)
-    logical, ends, of_nodes = np.split(said, [BLOCKS * experts, said.shape[1] - BLOCKS * nodes], axis=1)
+    logical, ends, of_nodes = np.split(said, [BLOCKS * experts, said.shape[1] - 2 * BLOCKS * node_slots], axis=1)
     logical = logical.reshape(world_size, BLOCKS, experts)
+    tables = [logical if seats is None else seats.counts(logical, range(world_size))]
+    tables += list(ends.reshape(world_size, -1, BLOCKS, num_slots).swapaxes(0, 1)) if ends.size else []
+    bad = impossible_rows(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
+    node_rows = None
+    if nodes:
+        pairs = of_nodes.reshape(world_size, 2, BLOCKS, node_slots)
+        bad |= impossible(pairs, tables[1:])
+        node_rows = NodeCounts.of(pairs, tables[1:], rank)
+    _require_possible(np.nonzero(bad)[0], column, rank)
     kept = True
     if rule is not None and seats is not None:
         base, seats = seats, seats_of_step(rule, logical, seats)
         kept = seats is base
-    tables = [logical if seats is None else seats.counts(logical, range(world_size))]
-    tables += list(ends.reshape(world_size, -1, BLOCKS, num_slots).swapaxes(0, 1)) if ends.size else []
-    bad = _impossible(*(one.reshape(world_size, BLOCKS, world_size, -1) for one in tables))
-    node_rows = None
-    if nodes:
-        both = of_nodes.reshape(world_size, BLOCKS, nodes), _rows_by_rank(tables[1], world_size)
-        bad |= impossible(*both)
-        node_rows = NodeCounts.of(*both, rank)
-    _require_possible(np.nonzero(bad)[0], column, rank)
+        if not kept:  # deduplicated: first and last follow, `second_gather.py`
+            tables = [seats.counts(logical, range(world_size))]
     return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows, seats=seats,
                  kept=kept)  # fmt: skip
 
@@ -70,32 +73,40 @@ class Exchanged:
         self._seats = record.seats
         if self._seats is not None:
             counts = self._seats.counts(counts[None], [rank])[0]
-        self._sent = [counts, *ends]
+        self._sent, self._ends = [counts, *ends], ends
         self._received: list[np.ndarray] = []
         self._bad = 0
-        self._node_rows = None if record.node_rows is None else record.node_rows.numpy().astype(np.int64)
-        self._of_node: NodeCounts | None = None
+        self._num_nodes = 0
+        if record.node_rows is not None:
+            self._num_nodes = record.node_rows.shape[2] * self._world // ends[0].shape[1]
+            pairs = record.node_rows.numpy().astype(np.int64)
+            both = zip(ends, pairs, strict=True)
+            self._sent += [sent_across(rows[None], one[None], [rank], self._world)[0] for rows, one in both]
 
     def parts(self) -> torch.Tensor:
-        """int32 [W, tables * BLOCKS * e]: for every rank the counts of its slots; with `node_rows`, `parts_of` them."""
+        """int32 [W, n]: for every rank the counts of its slots, tables * BLOCKS * e; with `node_rows`, `parts_of` them
+        beside these."""
         tables = np.stack([one.reshape(BLOCKS, self._world, -1) for one in self._sent])  # [tables, BLOCKS, W, e]
         parts = tables.transpose(2, 0, 1, 3).reshape(self._world, -1)
-        if self._node_rows is not None:
-            of_nodes = parts_of(self._node_rows, _rows_by_rank(self._sent[1], self._world))
-            parts = np.concatenate([parts, of_nodes], axis=1)
+        if self._num_nodes:
+            passed_on = parts_of(self._ends, self._num_nodes, self._rank, self._world)
+            parts = np.concatenate([parts, passed_on], axis=1)
         return torch.from_numpy(np.ascontiguousarray(parts.astype(np.int32)))
 
     def hear(self, parts: torch.Tensor) -> None:
         """The parts of all ranks that are for this one, int32 [W, n]."""
         said = parts.numpy().astype(np.int64)
-        tables, of_node = np.split(said, [self._sent[0].size // self._world * len(self._sent)], axis=1)
+        tables, passed_on = np.split(said, [self._sent[0].size // self._world * len(self._sent)], axis=1)
         tables = tables.reshape(self._world, len(self._sent), BLOCKS, -1)
         self._received = [tables[:, i] for i in range(len(self._sent))]
-        doubted = _impossible(*(one[:, :, None] for one in self._received))
-        if self._node_rows is not None:
-            self._of_node = NodeCounts.heard(self._node_rows, of_node)
-            doubted |= self._of_node.impossible()
-        bad = np.nonzero(doubted)[0]
+        odd = impossible_rows(*(one[:, :, None] for one in self._received[:3]))
+        if self._num_nodes:
+            _, first, last, *across = self._received
+            odd |= doubted(passed_on, across, self._num_nodes, self._rank)
+            for sent, received in heard_inside(passed_on, (first, last), self._num_nodes, self._rank):
+                self._sent.append(sent)
+                self._received.append(received)
+        bad = np.nonzero(odd)[0]
         # The maximum over the ranks is then the first rank that one of them doubts.
         self._bad = self._world - int(bad[0]) if len(bad) else 0
 
@@ -130,16 +141,15 @@ class Exchanged:
                 Counts(sent=sent, received=received, totals=totals, most_sent=int(maximum[0]), away=loads.away,
                        reduced=loads)
             )  # fmt: skip
-        return _plan(self._column, tables, rank=self._rank, node_rows=self._of_node, seats=self._seats)
+        node_rows = None
+        if self._num_nodes:
+            first, last, *inside = tables[3:]
+            node_rows = NodeCounts(across=(first, last), inside=(inside[0], inside[1]))
+        return _plan(self._column, tables[:3], rank=self._rank, node_rows=node_rows, seats=self._seats)
 
     def _loads(self) -> list[Loads]:
         return [of_rank(sent, received, rank=self._rank, nodes=self._nodes)
                 for sent, received in zip(self._sent, self._received, strict=True)]  # fmt: skip
-
-
-def _rows_by_rank(first: np.ndarray, world_size: int) -> np.ndarray:
-    """int64 [..., BLOCKS, W]: (token, rank) pairs by rank, of those by lowest slot [..., BLOCKS, P]."""
-    return np.asarray(first.reshape(*first.shape[:-1], world_size, -1).sum(axis=-1))
 
 
 def _nodes(column: dict[str, np.ndarray]) -> int:
@@ -186,18 +196,3 @@ def _require_possible(bad: Sequence[int] | np.ndarray, column: dict[str, np.ndar
         peer = int(bad[0])
         raise PlanMismatch(f"rank {peer} announced an impossible row count; nothing was sent", rank=rank, peer=peer,
                            step=int(column["step"][rank]), action="N")  # fmt: skip
-
-
-def _impossible(counts: np.ndarray, first: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
-    """bool [W]: the ranks whose counts no routing can have; int64 [W, BLOCKS, ranks, e] each, of all ranks' slots or
-    of one's."""
-    bad = np.asarray((counts < 0).any(axis=(1, 2, 3)))
-    if first is None or last is None:
-        return bad
-    bad |= ((first < 0) | (last < 0) | (first > counts) | (last > counts)).any(axis=(1, 2, 3))
-    choices, begun, ended = (one.cumsum(axis=3) for one in (counts, first, last))
-    rows, chosen = begun[..., -1], choices[..., -1]
-    # No row is over before it began, each is over in the end, and it stands for 1 to e choices.
-    bad |= (ended > begun).any(axis=(1, 2, 3))
-    bad |= ((ended[..., -1] != rows) | (rows > chosen) | (chosen > rows * counts.shape[3])).any(axis=(1, 2))
-    return bad

@@ -11,8 +11,8 @@ column. So two rounds and about 2 sqrt(W) messages are an exchange of all ranks 
 another, each of which needs what the one before brought:
 
     fields      as above, with a short capacity, since no record has its counts in it; the same to all
-    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank; where rows for nodes are counted, for each
-                rank of a node and one more 16 * 4 bytes more
+    counts      tables * 16 * slots / ranks * 4 bytes, others to each rank; where rows cross nodes once, two tables
+                more, and two for each rank of a node
     reduction   every rank gets a slice of everybody's sums and maxima (others to each), and sends what it made of it
                 to all
 """
@@ -102,14 +102,16 @@ def agreement_cost(
     capacity: words that other layers of the group made room for."""
     slots = experts if slots is None else slots
     gathered = ranks <= gathered_ranks
-    fields = 8 * (HEAD_WORDS + max(capacity, record_capacity(experts, slots, dedup, nodes=nodes, gathered=gathered)))
+    needed = record_capacity(experts, slots, dedup, ranks=ranks, nodes=nodes, gathered=gathered)
+    fields = 8 * (HEAD_WORDS + max(capacity, needed))
     if gathered:
         return AgreementCost(rounds=(Round(ranks=range(ranks), bytes_to_each=fields),))
-    tables, local = 3 if dedup == 1 else 1, slots // ranks
+    local, sent = slots // ranks, (5 if nodes else 3) if dedup == 1 else 1
+    tables = sent + (2 if nodes else 0)
     sums = tables * (slots + (BLOCKS + local) * len(KINDS))
     most = 1 + tables * (1 + 2 * PARTS * len(KINDS))
-    of_node = 1 + ranks // nodes if nodes else 0
-    counts, slice_ = 4 * BLOCKS * (tables * local + of_node), 8 * (-(-sums // ranks) - (-most // ranks))
+    passed_on = 2 * ranks // nodes if nodes else 0
+    counts, slice_ = 4 * BLOCKS * local * (sent + passed_on), 8 * (-(-sums // ranks) - (-most // ranks))
     grid = Grid.of(ranks) if grid is None else grid
     rounds = []
     for to_row, to_column in (
@@ -124,6 +126,12 @@ def agreement_cost(
     return AgreementCost(rounds=tuple(rounds))
 
 
-def record_capacity(experts: int, slots: int, dedup: int, *, nodes: int = 0, gathered: bool) -> int:
+def second_gather_cost(*, ranks: int, slots: int) -> AgreementCost:
+    """Of `second_gather.py`; slots: seats of all ranks in the step."""
+    return AgreementCost(rounds=(Round(ranks=range(ranks), bytes_to_each=2 * BLOCKS * slots * 4),))
+
+
+def record_capacity(experts: int, slots: int, dedup: int, *, ranks: int, nodes: int = 0, gathered: bool) -> int:
     """Words that the messages of a group need room for, for the records of this layer."""
-    return max(HEADER_WORDS, record_words(experts, slots, dedup, nodes) if gathered else len(RECORD_FIELDS))
+    words = record_words(experts, slots, dedup, nodes * slots // ranks)
+    return max(HEADER_WORDS, words if gathered else len(RECORD_FIELDS))

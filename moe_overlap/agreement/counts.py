@@ -49,7 +49,8 @@ def block_counts_of_rows(
 ) -> tuple[torch.Tensor, ...]:
     """(counts, first, last), each int64 [BLOCKS, P] on the CPU: `block_counts`, and of the (token, rank) pairs of each
     block how many have slot p as their lowest and as their highest on that rank. With `nodes`, of which each has as
-    many slots, a fourth, int64 [BLOCKS, nodes]: the (token, node) pairs.
+    many slots, a fourth, int64 [2, BLOCKS, nodes * e]: how many (token, node) pairs have place j as their lowest, and
+    as their highest, among the e places of slots on a rank, at node * e + j.
 
     Raises ConfigError("topk_ids") for an id outside -1..P-1, and for one that stands twice in a token. One
     device-to-host read, which `said` is part of.
@@ -64,17 +65,27 @@ def block_counts_of_rows(
     ends = starts.roll(-1, dims=1)
     ends[:, -1:] = True
     parts = [(ids, used), (ids, used & starts), (ids, used & ends)]
-    if nodes:  # counted at the first slot of the node
-        node = torch.div(ids, num_slots // nodes, rounding_mode="floor")
-        enters = torch.ones_like(used)
-        enters[:, 1:] = node[:, 1:] != node[:, :-1]
-        parts.append((node * (num_slots // nodes), used & enters))
+    if nodes:
+        parts += _of_nodes(ids, used, num_slots, num_slots // world_size, nodes)
     histograms, bad = _histograms(parts, outside | again, num_slots, said)
     if bad and bool(outside.any()):
         raise _outside(ids[outside], num_slots)
     if bad:
         raise ConfigError("topk_ids", int(ids[again][0]), "no id twice in a token where rows are deduplicated")
-    return (*histograms[:3], *(one[:, :: num_slots // nodes] for one in histograms[3:]))
+    return (*histograms[:3], *([histograms[3:, :, : nodes * num_slots // world_size]] if nodes else []))
+
+
+def _of_nodes(
+    ids_TK: torch.Tensor, used_TK: torch.Tensor, num_slots: int, local: int, nodes: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For `_histograms`: the lowest and the highest place of each (token, node) pair, at node * local + place."""
+    slots = num_slots // nodes  # of a node
+    node, rest = torch.div(ids_TK, slots, rounding_mode="floor"), ids_TK % slots
+    places = torch.where(used_TK, node * local + rest % local, -1).sort(dim=1).values
+    node, counts = torch.div(places, local, rounding_mode="floor"), places >= 0
+    enters, leaves = torch.ones_like(counts), torch.ones_like(counts)
+    enters[:, 1:] = leaves[:, :-1] = node[:, 1:] != node[:, :-1]
+    return [(places, counts & enters), (places, counts & leaves)]
 
 
 def check_counts(*tables: torch.Tensor) -> None:

@@ -168,3 +168,18 @@ class Counts:
     def rows_away(self) -> int:
         """Rows to other ranks, of all ranks together."""
         return int(self.away[0].sum())
+
+
+def impossible_rows(counts: np.ndarray, first: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
+    """bool [W]: the ranks whose counts no routing can have; int64 [W, BLOCKS, ranks, e] each, of all ranks' slots or
+    of one's."""
+    bad = np.asarray((counts < 0).any(axis=(1, 2, 3)))
+    if first is None or last is None:
+        return bad
+    bad |= ((first < 0) | (last < 0) | (first > counts) | (last > counts)).any(axis=(1, 2, 3))
+    choices, begun, ended = (one.cumsum(axis=3) for one in (counts, first, last))
+    rows, chosen = begun[..., -1], choices[..., -1]
+    # No row is over before it began, each is over in the end, and it stands for 1 to e choices.
+    bad |= (ended > begun).any(axis=(1, 2, 3))
+    bad |= ((ended[..., -1] != rows) | (rows > chosen) | (chosen > rows * counts.shape[3])).any(axis=(1, 2))
+    return bad

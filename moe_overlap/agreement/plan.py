@@ -46,7 +46,8 @@ class ExchangePlan:
     `counts`: (token, k) choices of block b of rank w that fall on slot p, as far as this rank knows (see `Counts`).
     `x_requires_grad` is the OR over the ranks: whether the exchanges of the input gradient run in backward. `dedup`:
     see `DEDUP` in `record.py`; with "on", `first` and `last` count the rows of block b of rank w, one for each (token,
-    rank) pair, at the lowest and at the highest slot that the token chose on that rank. `ranks_per_node`: so many ranks
+    rank) pair, at the lowest and at the highest slot that the token chose on that rank (None until the second gather of
+    a step whose seats were chosen from its counts). `ranks_per_node`: so many ranks
     in a row share a node, 0 where that is not known; `node_rows`: the (token, node) pairs, where a row crosses to each
     node once. `seats`: where the experts are in this step (None: expert i in slot i); `copies_kept`: those of
     the layer, whose copies outlive the step while they are valid; `weight_versions`: of each rank's

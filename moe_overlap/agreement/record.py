@@ -88,7 +88,8 @@ class StepRecord:
 
     counts [BLOCKS, E], by logical experts: those by slots follow from the placement, on every rank alike. dedup: a
     position in DEDUP; `first` and `last` [BLOCKS, P] (see `counts.py`) go with "on" alone. ranks_per_node: so many
-    ranks in a row share a node (0: not known); `node_rows` [BLOCKS, nodes] goes with `hierarchical` alone.
+    ranks in a row share a node (0: not known); `node_rows` [2, BLOCKS, nodes * e] goes with `hierarchical`
+    alone (e slots of a rank).
     static_tokens: T, where all steps are to have as many (0: any number).
     router_state: a digest of what the routers of all ranks must have in common (0: nothing). caller: which of those
     that share a transport, copies of one layer for example. weight_version: of this rank's expert weights, a number
@@ -155,9 +156,10 @@ OWN_FIELDS = ("status", "status_value", "x_requires_grad", "weight_version", "we
 AGREED_FIELDS: tuple[str, ...] = tuple(name for name in RECORD_FIELDS if name not in OWN_FIELDS)
 
 
-def record_words(num_experts: int, num_slots: int, dedup: int, nodes: int = 0) -> int:
-    """Words of a record with its tables. nodes: 0 where it has no `node_rows`."""
-    return len(RECORD_FIELDS) + BLOCKS * (num_experts + nodes + (2 * num_slots if dedup == 1 else 0)) // 2
+def record_words(num_experts: int, num_slots: int, dedup: int, node_slots: int = 0) -> int:
+    """Words of a record with its tables. node_slots: nodes * e, 0 where it has no `node_rows`."""
+    counted = num_experts + (2 * (num_slots + node_slots) if dedup == 1 else 0)
+    return len(RECORD_FIELDS) + BLOCKS * counted // 2
 
 
 ROUTER_HINT = (

@@ -39,6 +39,7 @@ from moe_overlap.transport.link import nodes_of
 logger = logging.getLogger(__name__)
 
 GROWTH = 4  # a step of more than so many times the measured rows is beyond its model
+MOST_MISFIT = 0.25  # of a probe's time: a model that is further off is used, and not kept for other processes
 ONE_RANK = "auto (one rank exchanges nothing, so no order is faster)"  # the name of the pair that runs there
 
 
@@ -194,6 +195,9 @@ class AutoSchedule(Settled):
             # All ranks have fitted the same figures, but `source` is another text on another machine.
             model = shared_model(transport, model, device)
             assert model is not None
+            if self.not_kept is None and model.misfit > MOST_MISFIT:
+                wrong = f"{model.misfit:.0%} wrong, over {MOST_MISFIT:.0%}"
+                self.not_kept = f"it predicts one of its own probes {wrong}: was the machine busy?"
             if first and self.not_kept is None:
                 self.kept_in, self.not_kept = store(key, model)
             elif first:
@@ -201,7 +205,7 @@ class AutoSchedule(Settled):
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
                                    nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
                                    max_in_flight_bytes=self.max_in_flight_bytes,
-                                   num_ahead=self.num_ahead)  # fmt: skip
+                                   num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

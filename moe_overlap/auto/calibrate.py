@@ -36,6 +36,7 @@ from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_ch
 from moe_overlap.schedule.actions import Action, Phase
 from moe_overlap.schedule.builders import SchedulePair, deduplicate
 from moe_overlap.schedule.clocks import clock_for
+from moe_overlap.schedule.lanes import RETURNING
 from moe_overlap.transport.base import Transport
 
 BUDGET_S = 15.0  # seconds that the probes may take; the limit of the whole is 20 s
@@ -98,9 +99,10 @@ def distinct_shape(
 ) -> StepShape:
     """`step_shape` where the step is deduplicated. Of the busiest rank's rows as many stay as of all ranks' do."""
     exchange, chunks, by = plan.exchange, plan.chunks, plan.by
+    first, last = travelling(exchange)
+    node_rows = exchange.node_rows
 
-    def shape_of(counts: Counts | None) -> StepShape:
-        assert counts is not None, "agreed on with deduplication"
+    def shape_of(counts: Counts) -> StepShape:
         counted = replace(exchange, counts=counts).chunked(chunks, by)
         return step_shape(counted, row_bytes=row_bytes, nodes=nodes, joined=joined)
 
@@ -112,10 +114,26 @@ def distinct_shape(
         shape,
         own_rows=sum(shape.rows) - sum(others),
         rows=others,
-        out_by_lane=shape_of(exchange.first).bytes_by_lane,
-        back_by_lane=shape_of(exchange.last).bytes_by_lane,
+        out_by_lane=shape_of(first).bytes_by_lane,
+        back_by_lane=shape_of(last).bytes_by_lane,
         metadata=metadata,
-    )
+        inside=None if node_rows is None else (_inside(shape_of(node_rows.inside[0])),
+                                                _inside(shape_of(node_rows.inside[1]))),
+    )  # fmt: skip
+
+
+def travelling(exchange: ExchangePlan) -> tuple[Counts, Counts]:
+    """Rows of a deduplicated step by the first and by the last slot that needs them: those that cross nodes once, or
+    one for each rank."""
+    if exchange.node_rows is not None:
+        return exchange.node_rows.across
+    assert exchange.first is not None and exchange.last is not None, "agreed on with deduplication"
+    return exchange.first, exchange.last
+
+
+def _inside(shape: StepShape) -> tuple[int, ...]:
+    """Bytes of each chunk on whatever wire."""
+    return tuple(map(sum, zip(*shape.bytes_by_lane.values(), strict=True)))
 
 
 def wires(world: int, nodes: Sequence[int] | None) -> tuple[str, ...]:
@@ -288,12 +306,13 @@ def _probe(
     """Gather one probe's runs. Collective."""
     backward = runs[0].backward_s > 0
     actions = [*pair.forward, *(pair.backward if backward else ())]
-    own = torch.tensor([[*_seconds(run, [*actions, Action("N")]), *_rest(run)] for run in runs],
-                       dtype=torch.float64, device=device)  # fmt: skip
+    numbers = [[*_inside_s(run, actions), *_seconds(run, [*actions, Action("N")]), *_rest(run)] for run in runs]
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
     table = gathered(transport, own.reshape(-1)).reshape(transport.world_size, len(runs), -1)
     whole = table[:, :, -2:].sum(dim=2).amax(dim=0)
     table = table[:, whole.argsort(stable=True)[: -(-len(runs) // 2)]]
     most, least = table.amax(dim=0).median(dim=0).values, table.amin(dim=0).median(dim=0).values
+    inside, least, most = least[: len(actions)].tolist(), least[len(actions) :], most[len(actions) :]
     chosen = [float((least if action.lane == "wire" else most)[i]) for i, action in enumerate(actions)]
     *host, hidden, compute, _, forward_s, backward_s = (float(value) for value in most[len(actions) + 1 :])
     phases: tuple[Phase, ...] = ("forward", "backward") if backward else ("forward",)
@@ -306,6 +325,7 @@ def _probe(
     return Probe(
         pair=pair,
         seconds={action.text: seconds for action, seconds in zip(actions, chosen, strict=True)},
+        inside_s={action.text: seconds for action, seconds in zip(actions, inside, strict=True)},
         host_s=dict(zip(phases, host, strict=False)),
         whole_s=dict(zip(phases, (forward_s, backward_s), strict=False)),
         hidden_s=hidden,
@@ -317,7 +337,8 @@ def _probe(
 
 
 def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
-    """Seconds of each action of one run: compute, or the time its bytes were under way (else that of the wait)."""
+    """Seconds of each action of one run: compute, or the time its bytes were under way (else that of the wait), inside
+    the nodes too."""
     lanes: dict[tuple[str, str], float] = {}
     for event in run.events:
         key = (event.action, event.lane)
@@ -328,6 +349,17 @@ def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
         else lanes.get((action.text, "comp"), 0.0)
         for action in actions
     ]
+
+
+def _inside_s(run: StepTimes, actions: Sequence[Action]) -> list[float]:
+    """Of each action the part that stayed inside the nodes: the second of two, of rows that come back the first."""
+    parts: dict[str, list[float]] = {}
+    for event in run.events:
+        if event.lane == "wire":
+            parts.setdefault(event.action, []).append(event.end_s - event.start_s)
+    found = [parts.get(action.text, []) for action in actions]
+    return [both[0 if action.verb in RETURNING else 1] if len(both) == 2 else 0.0
+            for action, both in zip(actions, found, strict=True)]  # fmt: skip
 
 
 def _rest(run: StepTimes) -> list[float]:

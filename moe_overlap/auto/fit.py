@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts, figure
@@ -30,7 +30,8 @@ class Probe:
     `pair`: what ran. `host_s`, by phase: time of the step with neither compute nor a wait, which is what starting
     exchanges and making autograd nodes takes. `whole_s`, by phase: from start to end. `hidden_s`: exchanges with
     compute under them, of `compute_s`. `waited_s`: how long compute stood still for exchanges, on the rank that waited
-    least. `shape`: the rows and bytes of its chunks. `agree_s`: the agreement, of the rank that came last.
+    least. `shape`: the rows and bytes of its chunks. `agree_s`: the agreement, of the rank that came last. `inside_s`:
+    of `seconds`, those of exchanges inside the nodes, where rows cross them once.
     """
 
     pair: SchedulePair
@@ -42,6 +43,7 @@ class Probe:
     waited_s: float
     shape: StepShape
     agree_s: float = 0.0
+    inside_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def chunks(self) -> int:
@@ -96,7 +98,20 @@ def fit(
         source=source,
     )
     model = with_wire(model, _wire_slowdown(model, overlapped))
+    model = replace(model, misfit=figure(misfit(model, [*joined, overlapped])))
     return replace(model, distinct=_distinct(model, distinct)) if distinct else model
+
+
+def misfit(model: CostModel, probes: Sequence[Probe]) -> float:
+    """By what share of its time the worst of the probes is predicted wrong by the model that was made of them: more
+    than noise where something else ran beside some of them."""
+
+    def off(probe: Probe) -> float:
+        found = predict(model, probe.pair, dict.fromkeys(probe.whole_s, probe.shape))
+        whole_s = sum(probe.whole_s.values())
+        return abs(sum(phase.whole_s for phase in found.values()) / whole_s - 1) if whole_s > 0 else 0.0
+
+    return max(map(off, probes))
 
 
 class _Parts:
@@ -124,7 +139,8 @@ class _Parts:
 def _distinct(model: CostModel, joined: Sequence[Probe]) -> DistinctCosts:
     """What differs where steps are deduplicated. What an expert costs by itself (its weights are read) does not."""
     parts = _Parts(joined, model.issue_s)
-    shape = joined[0].shape
+    # Of several chunks each has the rows of its own busiest rank: together more than any rank has.
+    shape = min(joined, key=lambda probe: probe.chunks).shape
     assert shape.distinct is not None
     experts, expert_s = _distinct_experts(parts, "E", "O", model.expert_s)
     experts_dgrad, expert_dgrad_s = _distinct_experts(parts, "Ed", "Od", model.expert_dgrad_s)
@@ -140,7 +156,19 @@ def _distinct(model: CostModel, joined: Sequence[Probe]) -> DistinctCosts:
         permute_backward=parts.per_row("Pt", shape.slots_rows),
         outside_s=parts.outside("forward"),
         outside_backward_s=parts.outside("backward"),
+        inside=_line([point for p in joined for point in _inside_points(p)]),
     )
+
+
+def _inside_points(probe: Probe) -> list[tuple[float, float]]:
+    """(bytes, seconds) of the exchanges inside the nodes."""
+    inside = None if probe.shape.distinct is None else probe.shape.distinct.inside
+    if inside is None:
+        return []
+    sizes = {"M": inside.metadata, "Mt": inside.gradients}
+    for verb, of_chunks in (("D", inside.out), ("C", inside.back), ("Ct", inside.out), ("Dt", inside.back)):
+        sizes |= {f"{verb}{c}": size for c, size in enumerate(of_chunks)}
+    return [(size, probe.inside_s.get(text, 0.0)) for text, size in sizes.items()]
 
 
 def _distinct_experts(parts: _Parts, verb: str, own: str, expert_s: float) -> tuple[AlphaBeta, float]:

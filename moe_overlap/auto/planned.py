@@ -10,6 +10,7 @@ Where rows may be deduplicated a step has two kinds, plain and deduplicated, and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,15 +22,17 @@ from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import Counts, Nodes
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
-from moe_overlap.auto.calibrate import distinct_shape, step_shape
+from moe_overlap.auto.calibrate import distinct_shape, step_shape, travelling
+from moe_overlap.auto.copied import CopiesKind, ExpertBytes, copies_kind
+from moe_overlap.auto.pairs import pair_of
 from moe_overlap.errors import ConfigError
+from moe_overlap.planning.copied import with_copies_priced
 from moe_overlap.planning.cost_model import CostModel, window
-from moe_overlap.planning.search import DISTINCT, STAGES, TIE, Candidate, search
+from moe_overlap.planning.search import TIE, Candidate, search
 from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_chunk, without_own
 from moe_overlap.planning.window import OpVerb, Window
-from moe_overlap.schedule.actions import Action, Phase, Schedule
-from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate, first_ops
-from moe_overlap.schedule.builders import window as shortcut_window
+from moe_overlap.schedule.actions import Action, Phase
+from moe_overlap.schedule.builders import SchedulePair, first_ops
 from moe_overlap.schedule.check import check
 
 CUTS = (1, 2, 4, 8, BLOCKS)
@@ -42,18 +45,24 @@ SHARE_UNITS = 4  # an expert group's share of the rows is rounded to this part o
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """What was chosen for one kind of step, and from what: by phase the window and its candidates, best first, and what
-    lies outside of it. `other`: where both were looked at, what is not taken of the plain and the deduplicated plan."""
+    lies outside of it. `copied`: in a step with copies of experts the first candidates with these, best first. `other`:
+    where both were looked at, what is not taken of the plain and the deduplicated plan."""
 
     pair: SchedulePair
     windows: dict[Phase, Window]
     candidates: dict[Phase, tuple[Candidate, ...]]
     outside_s: dict[Phase, float]
+    copied: dict[Phase, tuple[Candidate, ...]] = field(default_factory=dict)
     other: Planned | None = None
+
+    def best(self, phase: Phase) -> Candidate:
+        """What runs, with its seconds in this step."""
+        return (self.copied.get(phase) or self.candidates[phase])[0]
 
     @property
     def predicted_s(self) -> float:
         """Seconds of the phases that were planned, overlapped, with what lies outside of their windows."""
-        return sum(found[0].predicted_s + self.outside_s[phase] for phase, found in self.candidates.items())
+        return sum(self.best(phase).predicted_s + self.outside_s[phase] for phase in self.candidates)
 
 
 class Settled:
@@ -82,7 +91,7 @@ class PlannedSchedule(Settled):
     hold in buffers on one rank; ConfigError in a step of which no schedule keeps within it. dedup: "on": one row for
     each (token, rank) travels in every step; "auto": where that is predicted to be faster; both need `metadata`, the
     bytes of what goes beside such a row, and a model of deduplicated steps. num_ahead: the first so many of the ops run
-    while ranks agree, in no window of forward.
+    while ranks agree, in no window of forward. expert_bytes: by which copies of experts are priced.
     """
 
     model: CostModel
@@ -95,17 +104,21 @@ class PlannedSchedule(Settled):
     dedup: str = "off"
     metadata: MetadataBytes | None = None
     num_ahead: int = 0
+    expert_bytes: ExpertBytes = (0, 0)
     _found: dict[tuple[StepKind, ...], Planned] = field(default_factory=dict, init=False, repr=False)
+    tally: Counter[str] = field(default_factory=Counter, init=False, repr=False)  # "steps", and those "searched" for
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
     @cached_property
     def digest(self) -> int:
         settings = (self.num_ops, self.op_verb, self.row_bytes, self.nodes, self.overlap, self.max_in_flight_bytes)
-        return digest("auto", self.model.to_json(), *settings, self.dedup, self.metadata, self.num_ahead)
+        more = (self.dedup, self.metadata, self.num_ahead, self.expert_bytes)
+        return digest("auto", self.model.to_json(), *settings, *more)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The schedules of one step: a pure function of the agreed counts."""
+        self.tally["steps"] += 1
         return self.planned(exchange).pair
 
     def planned(self, exchange: ExchangePlan) -> Planned:
@@ -113,6 +126,7 @@ class PlannedSchedule(Settled):
         kinds = self._kinds(exchange)
         found = self._found.get(kinds)
         if found is None:
+            self.tally["searched"] += 1
             if len(self._found) >= REMEMBERED:
                 self._found.pop(next(iter(self._found)))
             found = self._found[kinds] = _faster(_plans(self, kinds))
@@ -127,6 +141,9 @@ class PlannedSchedule(Settled):
         return (distinct,) if self.dedup == "on" else (kind, distinct)
 
 
+Shares = tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistinctKind:
     """What a deduplicated step is known by besides. `own_rows`: of the busiest rank's experts, those that stay.
@@ -135,9 +152,20 @@ class DistinctKind:
     """
 
     own_rows: int
-    out_shares: tuple[tuple[int, ...], ...]
-    back_shares: tuple[tuple[int, ...], ...]
+    out_shares: tuple[Shares, ...]
+    back_shares: tuple[Shares, ...]
     metadata: MetadataBytes
+    inside: InsideKind | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsideKind:
+    """Of the rows that are passed on inside nodes: bytes of the busiest rank, and `out_shares` and `back_shares` as
+    those of `DistinctKind`."""
+
+    bytes: int
+    out_shares: tuple[Shares, ...]
+    back_shares: tuple[Shares, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +175,7 @@ class StepKind:
     `rows`: of the busiest rank's experts. `slots_rows`: T * K of the rank with most tokens. `bytes_by_lane`: what
     leaves or enters the busiest rank on each wire. `local_experts`: of a rank. `shares`: for every number of expert
     groups, the rows of each group over all ranks, in SHARE_UNITS-ths of an equal share. `distinct`: where the step is
-    deduplicated; `rows` are then those of others, and the bytes those of distinct rows.
+    deduplicated; `rows` are then those of others, and the bytes those of distinct rows. `copies`: of experts.
     """
 
     grad: bool
@@ -158,17 +186,23 @@ class StepKind:
     shares: tuple[tuple[int, ...], ...]
     row_bytes: int
     distinct: DistinctKind | None = None
+    copies: CopiesKind | None = None
 
     def shapes(self) -> list[StepShape]:
         """The step, cut in every way that is considered: tokens into equal chunks, experts into groups."""
         equal = [(1,) * chunks for chunks in CUTS]
-        travels = (self.shares, self.shares)
+        travels = [self.shares] * 4
         if self.distinct is not None:
-            travels = (self.distinct.out_shares, self.distinct.back_shares)
-        by_tokens = [self._cut(shares, shares, shares, "tokens") for shares in equal]
-        return by_tokens + [self._cut(*shares, "experts") for shares in zip(self.shares, *travels, strict=True)]
+            both = (self.distinct, self.distinct.inside or self.distinct)
+            travels = [shares for one in both for shares in (one.out_shares, one.back_shares)]
+        by_tokens = [self._cut(shares, (shares,) * 4, "tokens") for shares in equal]
+        return by_tokens + [
+            self._cut(own, others, "experts") for own, *others in zip(self.shares, *travels, strict=True)
+        ]
 
-    def _cut(self, shares: Shares, out: Shares, back: Shares, by: ChunkBy) -> StepShape:
+    def _cut(self, shares: Shares, travels: Sequence[Shares], by: ChunkBy) -> StepShape:
+        """travels: shares of the rows that go and that come back, across and inside the nodes."""
+        out, back, *inside = travels
         shape = StepShape(
             chunks=len(shares),
             by=by,
@@ -180,6 +214,7 @@ class StepKind:
         )
         if self.distinct is None:
             return shape
+        passed_on = self.distinct.inside
         return without_own(
             shape,
             own_rows=self.distinct.own_rows,
@@ -187,10 +222,10 @@ class StepKind:
             out_by_lane=shape.bytes_by_lane,
             back_by_lane={lane: _parts(count, back) for lane, count in self.bytes_by_lane},
             metadata=self.distinct.metadata,
+            inside=None
+            if passed_on is None
+            else (_parts(passed_on.bytes, inside[0]), _parts(passed_on.bytes, inside[1])),
         )
-
-
-Shares = tuple[int, ...]
 
 
 def _parts(count: int, shares: Shares) -> tuple[int, ...]:
@@ -212,6 +247,7 @@ def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None) ->
         local_experts=local,
         shares=_all_shares(exchange.counts, exchange.world_size),
         row_bytes=row_bytes,
+        copies=copies_kind(exchange, nodes),
     )
 
 
@@ -219,16 +255,22 @@ def distinct_kind(plain: StepKind, exchange: ExchangePlan, *, nodes: Nodes | Non
     """The kind of a step that is deduplicated, from that of the plain one."""
     plan = exchange.chunked(1, "tokens")
     whole = distinct_shape(plan, row_bytes=plain.row_bytes, nodes=nodes, metadata=metadata)
-    assert whole.distinct is not None and exchange.first is not None and exchange.last is not None
+    assert whole.distinct is not None
+    inside, world, (first, last) = whole.distinct.inside, exchange.world_size, travelling(exchange)
+    passed_on = None
+    if inside is not None and exchange.node_rows is not None:
+        out, back = (_all_shares(counts, world) for counts in exchange.node_rows.inside)
+        passed_on = InsideKind(bytes=rounded(sum(inside.out)), out_shares=out, back_shares=back)
     return replace(
         plain,
         rows=rounded(whole.rows[0]),
         bytes_by_lane=tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items()),
         distinct=DistinctKind(
             own_rows=rounded(whole.distinct.own_rows),
-            out_shares=_all_shares(exchange.first, exchange.world_size),
-            back_shares=_all_shares(exchange.last, exchange.world_size),
+            out_shares=_all_shares(first, world),
+            back_shares=_all_shares(last, world),
             metadata=metadata,
+            inside=passed_on,
         ),
     )
 
@@ -281,9 +323,16 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
         windows[phase] = window(schedule.model, shapes, phase, op_verb=verb, num_ops=num_ops)
     budget = schedule.max_in_flight_bytes
     candidates = {phase: search(found, max_in_flight_bytes=budget) for phase, found in windows.items()}
+    copied: dict[Phase, tuple[Candidate, ...]] = {}
+    for phase in phases:
+        copies = kind.copies
+        wire_s = None if copies is None else copies.wire_s(schedule.model, phase, schedule.expert_bytes)
+        if wire_s is not None:
+            copied[phase] = with_copies_priced(windows[phase], candidates[phase], wire_s)
+    chosen = candidates | copied
     pair = pair_of(
-        candidates["forward"][0],
-        candidates["backward"][0] if grad else None,
+        chosen["forward"][0],
+        chosen["backward"][0] if grad else None,
         num_ops=schedule.num_ops,
         op_verb=schedule.op_verb,
         num_ahead=schedule.num_ahead,
@@ -295,7 +344,7 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
         for phase in phases
     }
     pair = pair if schedule.overlap else pair.join()
-    return Planned(pair=pair, windows=windows, candidates=candidates, outside_s=outside_s)
+    return Planned(pair=pair, windows=windows, candidates=candidates, outside_s=outside_s, copied=copied)
 
 
 def _faster(plans: list[Planned]) -> Planned:
@@ -307,51 +356,3 @@ def _faster(plans: list[Planned]) -> Planned:
     if distinct.predicted_s < plain.predicted_s * (1 - TIE):
         return replace(distinct, other=plain)
     return replace(plain, other=distinct)
-
-
-def pair_of(
-    forward: Candidate, backward: Candidate | None, *, num_ops: int, op_verb: OpVerb, num_ahead: int = 0
-) -> SchedulePair:
-    """The pair that runs two candidates; without one for backward, the mirror with the same chunks. num_ahead: ops that
-    the one for forward does not have, as they run before it."""
-    joined = forward.joined and (backward is None or backward.joined)
-    if op_verb == "S":
-        mirror = chunked(forward.chunks, forward.by, shared=True)
-    elif num_ops:
-        mirror = shortcut_window(num_ops, num_ops // 2, chunks=forward.chunks, by=forward.by)
-    else:
-        mirror = chunked(forward.chunks, forward.by)
-    if "M" in forward.order.split():
-        mirror = deduplicate(mirror)
-    begin = first_ops(op_verb, num_ahead)
-    rest = _schedule(forward, joined, "forward")
-    if begin:
-        later = (Action("B", a.index + num_ahead) if a.verb == "B" and a.index is not None else a for a in rest)
-        rest = Schedule((Action("N"), *begin, *later))
-    return SchedulePair(
-        name="auto",
-        forward=rest,
-        backward=mirror.backward if backward is None else _schedule(backward, joined, "backward"),
-        chunks=forward.chunks,
-        by=forward.by,
-        backward_chunks=forward.chunks if backward is None else backward.chunks,
-        backward_by=forward.by if backward is None else backward.by,
-        joined=joined,
-    )
-
-
-def _schedule(candidate: Candidate, joined: bool, phase: Phase) -> Schedule:
-    """The candidate's schedule. Where it is joined and the other phase's is not, its tail moves to right behind the
-    last exchange, and the rows that stay to before the first: then nothing stands beside the exchanges, which is the
-    same."""
-    words = candidate.order.split()
-    _, _, _, last, tail = STAGES[phase]
-    own, _ = DISTINCT[phase]
-    if candidate.joined and not joined:
-        if own in words:
-            words.remove(own)
-            words.insert(1, own)
-        words.remove(tail)
-        behind = max(position for position, word in enumerate(words) if word.rstrip("0123456789") == last)
-        words.insert(behind + 1, tail)
-    return Schedule.parse(" ".join(words))

@@ -15,6 +15,7 @@ from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.beside import Op, refuse_units, signature
 from moe_overlap.auto.calibrate import StepTimes
+from moe_overlap.ops.checks import accumulation_dtype
 from moe_overlap.planning.shapes import MetadataBytes
 from moe_overlap.routing.decision import as_decision
 from moe_overlap.routing.zero import part_decision
@@ -26,7 +27,7 @@ from moe_overlap.schedule.distinct_rows import gradient_layout, metadata_layout,
 from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.run import Step
-from moe_overlap.schedule.weights import ExpertWeights
+from moe_overlap.schedule.weights import ExpertWeights, row_width
 from moe_overlap.transport.base import Transport
 
 
@@ -128,6 +129,12 @@ class Probes:
         return self.x_TD.shape[1] * payload_of(self.x_TD.dtype, self.dispatcher.payload_dtype).itemsize
 
     @property
+    def expert_bytes(self) -> tuple[int, int]:
+        """Of one expert: its weights, and their gradients on the way home from a copy."""
+        width = row_width(self.w_in, self.w_out)
+        return width * self.w_in.element_size(), width * accumulation_dtype(self.w_in.dtype).itemsize
+
+    @property
     def metadata(self) -> MetadataBytes:
         """What goes beside a row where a step is deduplicated, and what comes back for it."""
         top_k, dtype = self.ids_TK.shape[1], weights_dtype(self.x_TD.dtype)
@@ -147,6 +154,7 @@ class Probes:
             "top_k": self.ids_TK.shape[1],
             "activation": d.activation,
             "dedup": d.dedup,
+            "hierarchical": d.ranks_per_node if d.hierarchical else 0,
             "dtype": str(self.x_TD.dtype),
             "grad": torch.is_grad_enabled(),
             "gradients": [

@@ -12,10 +12,12 @@ from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.beside import Op
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.transport.host_link import HostLink
 
 AnySchedule = SchedulePair | AutoSchedule
 Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
+WEIGHTS_AT = ("output", "input")
 MODES = ("host", "static")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 
@@ -40,12 +42,19 @@ def check_positive(*, optional: Mapping[str, object] | None = None, **sizes: obj
             raise ConfigError(name, value, "an integer of at least 1")
 
 
-def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None) -> None:
-    """Raises ConfigError for a top_k out of range, or a dtype that rows cannot have."""
+def check_choices(num_experts: int, top_k: object, dtype: torch.dtype | None, weights_at: str) -> str:
+    """`weights_at`. Raises ConfigError for a top_k out of range, a dtype that rows cannot have, or a place for the
+    weights that does not exist."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise ConfigError("top_k", top_k, f"an integer from 1 to num_experts ({num_experts})")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("dtype", dtype, f"None or one of {DTYPES}")
+    if weights_at not in WEIGHTS_AT:
+        raise ConfigError("weights_at", weights_at, f"one of {WEIGHTS_AT}")
+    if weights_at == "input" and top_k > 1:
+        raise NotImplementedError('MoELayer(weights_at="input") with top_k above 1, which is K rows for a token: see '
+                                  'moe_forward(weights_at="input")')  # fmt: skip
+    return weights_at
 
 
 def check_mode(mode: object) -> None:
@@ -88,8 +97,9 @@ def check_budget(max_in_flight_bytes: object, schedule: object) -> None:
         raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
 
 
-def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
-    """The dtype of the rows of x [..., D] beside an expert weight: the weight's, or autocast's.
+def rows_dtype(x: object, weight: torch.Tensor, hidden: int, link: HostLink | None = None) -> torch.dtype:
+    """The dtype of the rows of x [..., D] beside an expert weight, which comes to x by `link` or is there: the
+    weight's, or autocast's.
 
     Raises ConfigError for an x that does not fit.
     """
@@ -99,8 +109,9 @@ def rows_dtype(x: object, weight: torch.Tensor, hidden: int) -> torch.dtype:
         raise ConfigError("x.shape[-1]", x.shape[-1] if x.dim() else 0, f"hidden_size = {hidden}")
     if not x.is_floating_point():
         raise ConfigError("x.dtype", x.dtype, f"a floating-point dtype: that of the expert weights, {weight.dtype}")
-    if x.device != weight.device:
-        raise ConfigError("x.device", x.device, f"the device of the expert weights, {weight.device}")
+    device = weight.device if link is None else link.device
+    if x.device != device:
+        raise ConfigError("x.device", x.device, f"the device of the expert weights, {device}")
     if hasattr(weight, "device_mesh"):
         raise ConfigError(
             "experts.down_proj",

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_overlap.agreement.node_plan import check_cut
 from moe_overlap.agreement.record import DTYPES
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
@@ -25,7 +24,7 @@ from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.builders import SchedulePair, deduplicate, split_own
-from moe_overlap.schedule.check import layer_schedule
+from moe_overlap.schedule.check import check_over_gateways, layer_schedule
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
@@ -231,8 +230,8 @@ class Rows:
             raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
         if self.dedup != "off" and ranks > 1:
             deduplicate(pair)  # refuses what no step could deduplicate
-        for by in (pair.by, pair.backward_by) if self.hierarchical else ():
-            check_cut(by)
+        if self.hierarchical:
+            check_over_gateways(pair)
         if self.dedup != "on" or ranks == 1 or pair.deduplicated:
             return pair
         return split_own(deduplicate(pair))
@@ -298,8 +297,6 @@ def make_schedule(
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
     name, and there is nothing to deduplicate."""
-    if rows.hierarchical and (schedule == "auto" or isinstance(schedule, AutoSchedule)):
-        raise ConfigError("hierarchical", True, 'False beside schedule="auto", which does not predict it')
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):

@@ -146,6 +146,7 @@ class PlacementController:
         for one in self._watched:
             one.layer.watch(partial(_Watched.count, one))
         self._warned = False
+        self._next = 0  # the layer whose turn it is to use the budget
 
     @property
     def progress(self) -> list[Progress]:
@@ -154,8 +155,10 @@ class PlacementController:
 
     def step(self) -> list[int]:
         """Plan and commit, between two steps; the numbers of the layers that changed. Collective where homes move."""
-        left, changed = self.budget_bytes, []
-        for number, one in enumerate(self._watched):
+        left, changed = self.budget_bytes, list[int]()
+        turn = (*range(self._next, len(self._watched)), *range(self._next))
+        for number in turn:
+            one = self._watched[number]
             one.progress.steps += 1
             one.since += 1
             one.progress.calls += one.recent
@@ -167,8 +170,9 @@ class PlacementController:
                 left = None if left is None else left - one.pending[1]
                 self._commit(one)
                 changed.append(number)
+                self._next = (number + 1) % len(turn)  # so that one layer cannot use up every step's budget
         self._watch()
-        return changed
+        return sorted(changed)
 
     def _due(self, one: _Watched) -> tuple[np.ndarray, int] | None:
         """The counts [W, E] to plan for, and of how many calls they are; None: not now."""

@@ -11,13 +11,15 @@ from moe_overlap.auto.calibrate import step_shape
 from moe_overlap.auto.planned import Planned, PlannedSchedule
 from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.layer.stats import LastStep
-from moe_overlap.planning.copy_costs import break_even, break_even_text
+from moe_overlap.planning.copied import CONSIDERED
+from moe_overlap.planning.copy_costs import GRADIENT_BYTES, break_even, break_even_text
 from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.planning.explain import in_ms, name_of
 from moe_overlap.planning.search import joined_form
 from moe_overlap.schedule.actions import Action, Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import draw, makespan_s
+from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.weights import row_width
 from moe_overlap.schedule.words import legend, overlaps, python_of
@@ -72,15 +74,27 @@ def explain(
     return "\n".join([*lines, "", "what computes:", *(f"  {line}" for line in computes)])
 
 
-def copies_text(rule: object, weights_of: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
-    """What a rule that copies experts decided on in the last step, and from how many rows on a copy pays."""
-    if not isinstance(rule, ReplicationRule):
+def copies_text(dispatcher: Dispatcher, weights_of: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
+    """The memory of a rank's copies of experts; where a rule makes them, what it decided on in the last step, and from
+    how many rows on a copy pays. Nothing where there are none."""
+    rule, kept = dispatcher.rule, len(dispatcher.seats.copies[dispatcher.transport.rank])
+    spare = rule.spare if isinstance(rule, ReplicationRule) else 0
+    if not dispatcher.seats.has_copies and not spare:
         return []
     w_in, w_out = weights_of()
-    size = w_in.element_size()
-    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=row_width(w_in, w_out),
-                       param_bytes=size)  # fmt: skip
-    lines = ["", "copies of experts:", *(f"  {line}" for line in break_even_text(found))]
+    size, width = w_in.element_size(), row_width(w_in, w_out)
+    slots = f"{kept} kept" + (f", {spare} for copies of one step, at most" if spare else "")
+    mib, grad_mib = width * size / 2**20, width * GRADIENT_BYTES / 2**20
+    lines = [
+        "",
+        "copies of experts:",
+        f"  slots on this rank: {slots}, {mib:.3g} MiB of weights each, {(kept + spare) * mib:.3g} MiB together; what "
+        f"one step alone uses is shared by all layers; {grad_mib:.3g} MiB of gradient each while they go home",
+    ]
+    if not isinstance(rule, ReplicationRule):
+        return lines
+    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=width, param_bytes=size)
+    lines += [f"  {line}" for line in break_even_text(found)]
     if rule.last is not None:
         one = rule.last
         what = "left as it is" if one.left else f"{len(one.seats) - rule.seats_before} new copies, rows shared out anew"
@@ -90,6 +104,9 @@ def copies_text(rule: object, weights_of: Callable[[], tuple[torch.Tensor, torch
 
 def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
     """The first sentence: whether communication is hidden, where, by whose choice; and what to do where it is not."""
+    if pair.forward.count("Hf") and transport.world_size == 1:
+        how = "waited for where they start" if pair.joined else "beside compute"
+        return f"One rank: the weights of its experts come up from host memory, {how}."
     if transport.world_size == 1 and transport.name in (LocalTransport.name, NoCommTransport.name):
         return "One rank exchanges nothing, so there is nothing to overlap: ops run in a row."
     used = [phase for phase in ("forward", "backward") if overlaps(pair, phase)]
@@ -109,6 +126,9 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     """Why the planner chose this: one section a phase, with what the last step took on this rank."""
     planned, budget = schedule.planned(exchange), schedule.max_in_flight_bytes
     lines = ["", f"chosen by the planner from a cost model {schedule.model.source}", *_deduplication(schedule, planned)]
+    steps, searched = schedule.tally["steps"], schedule.tally["searched"]
+    if steps >= searched:
+        lines.append(f"searched for {searched} of {steps} steps; the others were of a kind that was known")
     if not schedule.overlap:
         lines.append("overlap=False: every exchange of what was chosen is joined where it starts")
     if schedule.ahead:
@@ -123,7 +143,8 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     pair = planned.pair
     schedules: dict[Phase, Schedule] = {"forward": after_agreement(pair.forward), "backward": pair.backward}
     for phase, window in planned.windows.items():
-        chosen = planned.candidates[phase][0]
+        best = planned.best(phase)
+        chosen = next(one for one in planned.candidates[phase] if (one.order, one.joined) == (best.order, best.joined))
         text = explain_window(
             window,
             planned.candidates[phase],
@@ -132,6 +153,9 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
             max_in_flight_bytes=budget,
         )
         lines += ["", f"-- {phase} --", text]
+        if phase in planned.copied:
+            lines.append(f"\nCopies of experts are in none of these figures; with them this schedule takes "
+                         f"{in_ms(best.predicted_s)}, the least of the first {CONSIDERED}.")  # fmt: skip
         outside_s = planned.outside_s[phase]
         lines.append(f"\nOutside this window, in none of these figures: {in_ms(outside_s)} in the calibration.")
     return lines
@@ -151,7 +175,7 @@ def _deduplication(schedule: PlannedSchedule, planned: Planned) -> list[str]:
     lines = [f'dedup="auto": {runs}, predicted {in_ms(planned.predicted_s)} with what lies outside the windows, '
              f"{less} than {'plain' if planned.pair.deduplicated else 'deduplicated'}:"]  # fmt: skip
     for phase, window in other.windows.items():
-        best = other.candidates[phase][0]
+        best = other.best(phase)
         lines.append(f"  {phase}: {name_of(best, window)}, {in_ms(best.predicted_s + other.outside_s[phase])}: "
                      f"{best.order}")  # fmt: skip
     return lines

@@ -11,7 +11,7 @@ from moe_overlap.agreement.record import PHASES
 from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.auto.probes import ProbeInputs
 from moe_overlap.errors import ConfigError
-from moe_overlap.layer.arguments import NOT_TRACEABLE, check_choice, check_dedup, rows_dtype
+from moe_overlap.layer.arguments import NOT_TRACEABLE, WEIGHTS_AT, check_choice, check_dedup, rows_dtype
 from moe_overlap.layer.assembly import Rows
 from moe_overlap.layer.experts import w_in_rows
 from moe_overlap.layer.one_rank import one_rank
@@ -32,7 +32,6 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
-WEIGHTS_AT = ("output", "input")
 INLINE = ("serial", "auto")  # on one rank, where no order is faster
 
 

@@ -17,6 +17,7 @@ from moe_overlap.layer.experts import weights_of
 from moe_overlap.layer.explain import copies_text, explain
 from moe_overlap.layer.latent import project
 from moe_overlap.layer.left import Left, leave_compiled
+from moe_overlap.layer.offload_text import offload_text
 from moe_overlap.layer.stats import LastStep, LayerStats, layer_stats
 from moe_overlap.layer.tape import Tape
 from moe_overlap.layer.told import hand_on
@@ -31,6 +32,7 @@ from moe_overlap.schedule.run import Step
 from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
+from moe_overlap.transport.host_link import HostLink
 
 
 class LastCall:
@@ -39,6 +41,7 @@ class LastCall:
     dispatcher: Dispatcher
     ownership: Ownership
     experts: nn.Module
+    host_link: HostLink | None
     hidden_size: int
     latent_in: nn.Module | None
     latent_out: nn.Module | None
@@ -130,10 +133,12 @@ class LastCall:
         last, computes = self._last_step, self._computes(verbose=verbose)
         if last is not None:
             text = explain(last.pair, last.events, self.transport, computes=computes, last=last)
-            return "\n".join([text, *copies_text(self.dispatcher.rule, lambda: self.expert_weights)])
+            more = offload_text(self.host_link, self.expert_weights, last)
+            return "\n".join([text, *copies_text(self.dispatcher, lambda: self.expert_weights), *more])
         if isinstance(schedule, AutoSchedule):
             return 'Nothing is chosen yet: with schedule "auto" the first forward call calibrates, then chooses.'
-        return explain(schedule, [], self.transport, computes=computes)
+        text = explain(schedule, [], self.transport, computes=computes)
+        return "\n".join([text, *offload_text(self.host_link, self.expert_weights)])
 
     @property
     def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:

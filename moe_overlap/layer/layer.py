@@ -27,12 +27,13 @@ from moe_overlap.layer.arguments import (
     check_router_input,
     rows_dtype,
 )
-from moe_overlap.layer.balance import sums_over_replicas
 from moe_overlap.layer.choosing import Chooses
 from moe_overlap.layer.copies import Copies
 from moe_overlap.layer.experts import check_weights, homes_held, reset, warn_of_hooks, weights_of
 from moe_overlap.layer.latent import Tie, Tokens, late_rows, make_projections, project
-from moe_overlap.layer.one_rank import one_rank, runs_inline
+from moe_overlap.layer.offload import Offload, Offloads, make_host_link
+from moe_overlap.layer.one_rank import one_rank
+from moe_overlap.layer.shared_expert import shared_of
 from moe_overlap.layer.static import Static, static_options
 from moe_overlap.layer.tickets import Ticket
 from moe_overlap.layer.told import Routes
@@ -43,12 +44,11 @@ from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.dispatch import Dispatcher, check_routing, current_phase
 from moe_overlap.schedule.run import Step
-from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 
 
-class MoELayer(Static, Copies, Routes, Chooses):
+class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     """A Mixture-of-Experts layer whose experts lie spread over the ranks of a group.
 
     hidden_size D; ffn_hidden_size F; num_experts E in total (not per rank); top_k K.
@@ -68,6 +68,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
     one node, or where each rank is a node of its own, rows go directly.
     router: None or a score ("softmax", "topk_softmax", "sigmoid") for a LinearRouter, or a module with its contract.
     activation: "swiglu" (the default), "gelu", "relu", or a name of `ops/activation_kinds.py`.
+    weights_at: "input": with top_k 1, experts read weight * token and their results are left as they are (Llama4).
     shared_expert_size: hidden size of a shared expert, or None.
     latent_size: L, for latent experts (LatentMoE, arXiv 2601.18089): x is projected to L before dispatch, and the sum
     back to D after combine; experts and rows on the wire have width L, also given ones and a given dispatcher. None: D.
@@ -83,6 +84,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
     AutoSchedule too), placement (homes of the experts, copies elsewhere), dispatcher (with transport and placement).
+    expert_offload: "host", or a HostLink: experts' weights lie in host memory and come up for their chunk's rows.
 
     forward(x [..., D]) -> one tensor of x's shape; dtype of the experts' weights, or autocast's. The parameters are
     those of `router`, `experts` (this rank's only), `shared_expert`, `latent_in` [L, D] and `latent_out` [D, L]; state
@@ -109,7 +111,9 @@ class MoELayer(Static, Copies, Routes, Chooses):
         max_in_flight_bytes: int | None = None,
         router: str | nn.Module | None = None,
         experts: nn.Module | None = None,
+        expert_offload: Offload = None,
         activation: str | None = None,
+        weights_at: str = "output",
         shared_expert: nn.Module | None = None,
         shared_expert_size: int | None = None,
         latent_size: int | None = None,
@@ -130,32 +134,31 @@ class MoELayer(Static, Copies, Routes, Chooses):
         super().__init__()
         sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_experts": num_experts}
         check_positive(**sizes, optional={"shared_expert_size": shared_expert_size, "latent_size": latent_size})
-        check_choices(num_experts, top_k, dtype)
+        self.weights_at = check_choices(num_experts, top_k, dtype, weights_at)
         activation = assembly.activation_of(experts, activation)
         check_options(mode, dedup, max_in_flight_bytes, schedule, payload_dtype)
         static = static_options(mode, static_capacity, max_in_flight_bytes, dedup=dedup, schedule=schedule,
                                 dispatcher=dispatcher)  # fmt: skip
         factory = assembly.factory_of(experts, device, dtype)
+        self.host_link, experts_factory = make_host_link(expert_offload, factory)
         options = {"aux_loss_coef": aux_loss_coef, "balance": balance, "bad_logits": bad_logits} | router_options
         self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
                                                            timeout_s=timeout_s, device=device)  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
-        # First among the parameters, as before the experts were a module, since states of optimizers go by position;
-        # built last, since random numbers are drawn for the router first.
+        # First among the parameters, as states of optimizers go by position; built last: the router draws first.
         self.add_module("experts", None)
         self.router = assembly.make_router(router, hidden_size, num_experts, top_k, options, factory)
         self.shared_expert = assembly.make_shared_expert(shared_expert, hidden_size, shared_expert_size, activation,
                                                          factory)  # fmt: skip
         self.latent_in, self.latent_out = make_projections(latent_size, hidden_size, factory)
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
-        ranks = self.transport.world_size
         self.schedule: AnySchedule = assembly.make_schedule(
-            schedule, shared=self.shared_expert is not None, ranks=ranks, overlap=overlap, rows=self.rows,
-            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
-        placement = assembly.make_placement(dispatcher, placement, num_experts, ranks)
+            schedule, shared=self.shared_expert is not None, ranks=self.transport.world_size, overlap=overlap,
+            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+        placement = assembly.make_placement(dispatcher, placement, num_experts, self.transport.world_size)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
-                                             activation=activation, factory=factory)  # fmt: skip
+                                             activation=activation, factory=experts_factory)  # fmt: skip
         if replicas is not None:
             replicas.watch(self.experts.parameters(), self.ownership.expert_ids)
         self.dispatcher = assembly.make_dispatcher(
@@ -191,7 +194,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
     def _forward_scheduled(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
         """The sentence: route and agree, run the schedule, add the shared expert."""
         step, routing, x_shared = self._begin(x, self.schedule, given, router_input=router_input)
-        y_TD = step.run(shared=lambda: self._shared(x_shared))
+        y_TD = step.run(shared=lambda: shared_of(self.shared_expert, x_shared))
         return self._end(step, routing, y_TD, x.shape, step.take_shared())
 
     @torch.compiler.disable(reason=NOT_TRACEABLE)
@@ -226,13 +229,15 @@ class MoELayer(Static, Copies, Routes, Chooses):
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
                                     grad_scale=self.ownership.grad_scale)  # fmt: skip
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
-                        payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
+                        payload_dtype=self.dispatcher.payload_dtype,
+                        host_link=self._offload(known, w_in, w_out))  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
             if read_TD is not None:
                 x_router = Tie.apply(read_TD, x_router)
             routing = self._route(x_router, x_shared, told)
             check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
             rows_TD = (x_rows if late is None else step.anchor).to(w_out.dtype)
+            rows_TD, weights_TK = self._weigh(rows_TD, routing)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         ids_TK = routing.topk_ids_TK
@@ -242,7 +247,7 @@ class MoELayer(Static, Copies, Routes, Chooses):
             step.hidden = beside.hidden
         if late is not None:
             rows_TD = late_rows(step, late, self.latent_in, self.dispatcher.hidden, w_out.dtype)
-        step.give(rows_TD, ids_TK, routing.topk_weights_TK, entered=late is None)
+        step.give(rows_TD, ids_TK, weights_TK, entered=late is None)
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
@@ -254,10 +259,11 @@ class MoELayer(Static, Copies, Routes, Chooses):
         self._check_choice(routing)
         ids_TK = self.dispatcher.placement.to_physical(routing.topk_ids_TK)
         rows_TD = project("latent_in", self.latent_in, x_TD, self.dispatcher.hidden)
-        y_TD, slot_to_row = one_rank(rows_TD, ids_TK, routing.topk_weights_TK, w_in, w_out, self.dispatcher.activation)
+        rows_TD, weights_TK = self._weigh(rows_TD, routing)
+        y_TD, slot_to_row = one_rank(rows_TD, ids_TK, weights_TK, w_in, w_out, self.dispatcher.activation)
         y_TD = project("latent_out", self.latent_out, y_TD, self.hidden_size)
         if self.shared_expert is not None:
-            y_TD = y_TD + self._shared(x_TD)
+            y_TD = y_TD + shared_of(self.shared_expert, x_TD)
         return self._end_inline(routing, y_TD, x.shape, slot_to_row)
 
     def reset_parameters(self) -> None:
@@ -271,11 +277,6 @@ class MoELayer(Static, Copies, Routes, Chooses):
 
     # ---------------------------------------------------------------- details
 
-    @property
-    def _runs_inline(self) -> bool:
-        whole = self.ownership.grad_scale == 1.0 and not sums_over_replicas(self.router, self.ownership)
-        return whole and runs_inline(self.transport, self.schedule)
-
     def _entry(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x as [T, D], w_in, w_out in the dtype of the rows); the weights are read here, once in a call."""
         d, activation = self.dispatcher, self.experts.activation
@@ -287,14 +288,8 @@ class MoELayer(Static, Copies, Routes, Chooses):
             self.ownership = entered(self.experts, self.ownership)
         w_in, w_out = weights_of(self.experts)
         d.look_at_weights(w_in, w_out)
-        dtype = rows_dtype(x, w_out, self.hidden_size)
+        dtype = rows_dtype(x, w_out, self.hidden_size, self.host_link)
         count = homes_held(self.ownership, d)
         check_weights(w_in, w_out, d.activation, count=count, hidden=d.hidden, ffn=d.ffn_hidden)
         warn_of_hooks(self.experts)
         return x.reshape(-1, x.shape[-1]), w_in.to(dtype), w_out.to(dtype)
-
-    def _shared(self, x_TD: torch.Tensor) -> torch.Tensor:
-        assert self.shared_expert is not None
-        shared: torch.Tensor = self.shared_expert(x_TD)
-        check_result("shared_expert", shared, x_TD)
-        return shared

@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.layer.experts import w_in_rows
+from moe_overlap.schedule.user_ops import check_result
 
 
 class SharedExpert(nn.Module):
@@ -29,3 +30,11 @@ class SharedExpert(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         y_TD: torch.Tensor = self.down(ops.activation(self.up(x_TD), kind=self.activation))
         return y_TD if self.gate is None else torch.sigmoid(self.gate(x_TD)) * y_TD
+
+
+def shared_of(shared_expert: nn.Module | None, x_TD: torch.Tensor) -> torch.Tensor:
+    """shared_expert(x): [T, D] -> [T, D]. Raises ConfigError for a result that does not fit."""
+    assert shared_expert is not None
+    shared: torch.Tensor = shared_expert(x_TD)
+    check_result("shared_expert", shared, x_TD)
+    return shared

@@ -135,6 +135,8 @@ class ShortcutBlock(nn.Module):
             raise NotImplementedError('router_tap before the tap of latent experts, with schedule="auto"')
         if router_tap < tap and bool(getattr(moe.router, "zero_experts", False)):
             raise NotImplementedError("router_tap before the tap, with zero-computation experts")
+        if router_tap < tap and moe.weights_at == "input":
+            raise NotImplementedError('router_tap before the tap, with weights_at="input"')
         self.moe = moe
         self.tap, self.router_tap = tap, router_tap
         self.backbone = nn.ModuleList(as_module(op) for op in ops)
@@ -147,8 +149,8 @@ class ShortcutBlock(nn.Module):
             raise ConfigError("ahead", ahead, f"an integer from 0 to {num_ops}, the number of ops after the tap")
         self.schedule: AnySchedule
         planned = schedule == "auto"
-        if planned and (moe.rows.hierarchical or is_static(moe.dispatcher)):
-            raise ConfigError("schedule", schedule, 'None and a slot=, with hierarchical exchanges or mode="static"')
+        if planned and is_static(moe.dispatcher):
+            raise ConfigError("schedule", schedule, 'None and a slot=, with mode="static"')
         if planned and moe.transport.world_size > 1:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
                                          max_in_flight_bytes=max_in_flight_bytes, num_ahead=ahead)  # fmt: skip

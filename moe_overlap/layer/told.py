@@ -34,6 +34,7 @@ class Routes:
     router: nn.Module
     dispatcher: Dispatcher
     rows: Rows
+    weights_at: str
     _tape: Tape
 
     def _route(self, x_TD: torch.Tensor, x_shared: torch.Tensor, told: dict[str, Any]) -> RoutingDecision:
@@ -43,6 +44,16 @@ class Routes:
         routing = tape.decide(self.router, x_TD, told) if tape.runs else as_decision(self.router(x_TD, **told))
         routing = with_sum_said(routing, static=isinstance(self.dispatcher, StaticDispatcher))
         return part_decision(routing, x_shared, self.dispatcher.placement.num_experts)
+
+    def _weigh(self, rows_TD: torch.Tensor, routing: RoutingDecision) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the experts read [T, D], what their results are multiplied by [T, K]). weights_at "input": the tokens
+        times their weights, and ones. What is not sent, padding with NaN too, gives no gradient."""
+        weights_TK = routing.topk_weights_TK
+        if self.weights_at == "output":
+            return rows_TD, weights_TK
+        sent_T1 = routing.topk_ids_TK >= 0
+        rows_TD = rows_TD.masked_fill(~sent_T1, 0.0) * weights_TK.to(rows_TD.dtype)
+        return rows_TD, torch.ones_like(weights_TK)
 
     def _told(self, x: torch.Tensor, given: Mapping[str, object]) -> dict[str, Any]:
         """The arguments by name with which the router is called for x [..., S, D]; given: those of the layer's caller.

@@ -16,6 +16,7 @@ from moe_overlap.auto.beside import Op, as_module
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.shortcut import ShortcutBlock
+from moe_overlap.layer.tickets import Ticket
 
 
 def arctic_block(attention: Op, mlp: Op, moe: MoELayer, *, norm: Op | None = None, **options: Any) -> ShortcutBlock:
@@ -66,16 +67,17 @@ class FarSkip(nn.Module):
             raise ConfigError("moes", "the same layer twice", "layers of their own")
         if attention_beside not in ("combine", "dispatch"):
             raise ConfigError("attention_beside", attention_beside, "'combine' or 'dispatch'")
-        self.attentions, self.shared, self.norms = (
-            nn.ModuleList(as_module(op) for op in ops) for ops in (attentions, shared, norms)
-        )
+        self.attentions = nn.ModuleList(map(as_module, attentions))
+        self.shared = nn.ModuleList(map(as_module, shared))
+        self.norms = nn.ModuleList(map(as_module, norms))
         self.moes = nn.ModuleList(moes)
         self.attention_beside = attention_beside
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        full, bare, before = x, x, None
-        moes: list[Any] = list(self.moes)
-        for attention, moe, shared, norm in zip(self.attentions, moes, self.shared, self.norms, strict=True):
+        full, bare = x, x
+        before: tuple[MoELayer, Ticket] | None = None
+        for attention, moe, shared, norm in zip(self.attentions, self.moes, self.shared, self.norms, strict=True):
+            assert isinstance(moe, MoELayer)
             a = attention(bare) if self.attention_beside == "combine" else None
             if before is not None:
                 layer, ticket = before

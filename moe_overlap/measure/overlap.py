@@ -62,23 +62,23 @@ def shortcut_bound(experts: float, window: float, dispatch: float, combine: floa
 
 
 def cut_bound(
-    nocomm: float, exchanges: float, chunks: int, backward_chunks: int | None, *, alone: bool, even: bool = True
+    nocomm: float, exchanges: float, chunks: int | None, backward_chunks: int | None, *, alone: bool, even: bool = True
 ) -> float:
     """What no order of a step cut into chunks can beat, from measurements of the whole step in one chunk: its compute
     T_nocomm, so that weights are read once, and its exchanges alone, so that latency is paid once.
 
     Compute has all of its work to do, and the wire all of its own. `alone`: there is nothing beside the exchanges, so
     compute also waits for the first chunk of forward and of backward, and for the last one of forward (that of backward
-    may be beside the weight gradients). backward_chunks: None without a backward; with one its exchanges are half of
-    all. even: all ranks have equally many rows; else dispatch and combine may load opposite directions of the link and
-    run at once, and some rank may wait for less than a chunk's share.
+    may be beside the weight gradients). chunks, backward_chunks: None where that half is not in the step; of both each
+    has half of the exchanges. even: all ranks have equally many rows; else dispatch and combine may load opposite
+    directions of the link and run at once, and some rank may wait for less than a chunk's share.
     """
     if not even:
         return max(nocomm, exchanges / 2)
     waits = 0.0
     if alone:
-        train = backward_chunks is not None
-        waits = exchanges / (2 if train else 1) / chunks + (exchanges / 4 / backward_chunks if backward_chunks else 0.0)
+        half = exchanges / (2 if chunks and backward_chunks else 1)
+        waits = (half / chunks if chunks else 0.0) + (half / 2 / backward_chunks if backward_chunks else 0.0)
     return max(nocomm + waits, exchanges)
 
 

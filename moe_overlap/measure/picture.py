@@ -14,6 +14,7 @@ from moe_overlap.measure.files import write_atomically
 from moe_overlap.schedule.recorder import TimelineEvent
 
 LANES = ("comp", "wire")
+TRACED = (*LANES, "wait", "copy")
 
 # Kind of an action -> (colour, legend). Compute in blues and greens, communication in warm colours (Okabe and Ito's
 # palette, which colour-blind readers can tell apart).
@@ -27,14 +28,14 @@ KINDS: dict[str, tuple[str, str]] = {
     "dispatch": ("#E69F00", "dispatch and its gradient"),
     "combine": ("#D55E00", "combine and its gradient"),
     "agree": ("#F0E442", "agreement on counts"),
-    "weights": ("#CC79A7", "weights of copies, and their gradients"),
+    "weights": ("#CC79A7", "weights that travel, and their gradients"),
     "op": ("#9ECAE1", "backbone op"),
 }
 _KIND_OF_VERB = {
     **dict.fromkeys(("P", "U", "Pt", "Ut"), "rows"),
     **dict.fromkeys(("E", "Ed", "O", "Od", "Or"), "experts"),
     **dict.fromkeys(("D", "Dt", "M", "Mt"), "dispatch"),
-    **dict.fromkeys(("Wf", "Wg"), "weights"),
+    **dict.fromkeys(("Wf", "Wg", "Hf", "Hb", "Hg"), "weights"),
     **dict.fromkeys(("C", "Ct"), "combine"),
     **dict.fromkeys(("S", "St"), "shared"),
     **dict.fromkeys(("Ew", "Eg", "Wd", "Wa"), "wgrad"),
@@ -126,11 +127,11 @@ def write_png(path: Path, panels: Sequence[Panel], *, title: str) -> None:
 
 
 def draw_panel(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
-    """One panel on matplotlib axes of `limit_ms`; returns the kinds that appear in it."""
+    """One panel on matplotlib axes of `limit_ms`, without copies; returns the kinds that appear in it."""
     ranks = sorted({event.rank for event in panel.events})
     lanes = [(rank, lane) for rank in ranks for lane in LANES]
     used: set[str] = set()
-    for event in _queued(panel.events):
+    for event in _queued([event for event in panel.events if event.lane != "copy"]):
         lane = "comp" if event.lane == "wait" else event.lane
         y = lanes.index((event.rank, lane))
         left, width = 1e3 * (event.start_s - panel.start_s), 1e3 * (event.end_s - event.start_s)
@@ -186,7 +187,7 @@ def chrome_trace(panels: Sequence[Panel]) -> dict[str, Any]:
             pid += 1
             name = " ".join(part for part in (panel.column, panel.title, f"rank {rank}") if part)
             found.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}})
-            for tid, lane in enumerate((*LANES, "wait")):
+            for tid, lane in enumerate(TRACED):
                 found.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}})
             for event in panel.events:
                 if event.rank != rank:
@@ -197,7 +198,7 @@ def chrome_trace(panels: Sequence[Panel]) -> dict[str, Any]:
                         "name": label_of(event.action, panel.names, event.phase),
                         "cat": f"{event.phase},{kind_of(event.action, panel.names)}",
                         "pid": pid,
-                        "tid": (*LANES, "wait").index(event.lane),
+                        "tid": TRACED.index(event.lane),
                         "ts": round(1e6 * (event.start_s - panel.start_s), 3),
                         "dur": round(1e6 * (event.end_s - event.start_s), 3),
                         "args": {"action": event.action, "step": event.step},

@@ -12,10 +12,11 @@ from functools import partial
 
 import numpy as np
 
+from moe_overlap.native import native
 from moe_overlap.placement.demand import balance_ratio, rank_load
 from moe_overlap.placement.packing import assign
 from moe_overlap.placement.placement import Placement
-from moe_overlap.placement.selectors import Modulo, Selector, Weighted
+from moe_overlap.placement.selectors import LocalFirst, Modulo, Selector
 from moe_overlap.placement.topology import Topology
 
 Ranks = list[list[int]]  # the experts of each rank's slots
@@ -34,30 +35,57 @@ def settle(
     """
     if current is None:
         return Placement.of_ranks(wanted, selector=selector)
-    if interchange:
-        wanted = _nearest(wanted, current.experts_of_ranks(), topology)
-    made = _like(wanted, current, selector)
+    made = _like(wanted, current, selector, topology.node_size if interchange else 0)
     if budget is not None and current.diff(made).moves > budget:
         load = traffic.sum(axis=0).astype(np.float64)
-        made = _like(_towards(wanted, cost or partial(_ratio, load), current, budget), current, selector)
+        wanted = _towards(made.experts_of_ranks(), cost or partial(_ratio, load), current, budget)
+        made = _like(wanted, current, selector)
         if cost is None and balance_ratio(rank_load(made, traffic)) > balance_ratio(rank_load(current, traffic)):
             return current
     same = (made.slot_to_expert, made.slots_by_rank, made.selector.text)
     return current if same == (current.slot_to_expert, current.slots_by_rank, current.selector.text) else made
 
 
-def _like(wanted: Ranks, current: Placement, selector: Selector | None) -> Placement:
-    """In an order in which slots that stay keep their place; homes stay where the expert still is."""
-    ordered = [_in_place(new, old) for new, old in zip(wanted, current.experts_of_ranks(), strict=True)]
+def _like(wanted: Ranks, current: Placement, selector: Selector | None, node_size: int = 0) -> Placement:
+    """In an order in which slots that stay keep their place; homes stay where the expert still is. node_size: as in
+    `kept`."""
     if selector is None:  # shares are of one map's slots
-        selector = Modulo() if isinstance(current.selector, Weighted) else current.selector
-    made = Placement.of_ranks(ordered, epoch=current.epoch + 1, selector=selector)
+        selector = current.selector if isinstance(current.selector, Modulo | LocalFirst) else Modulo()
+    experts, homes, slots = kept(wanted, current, node_size)
+    return Placement(current.num_experts, len(experts), current.world_size, tuple(experts), current.epoch + 1,
+                     tuple(slots), tuple(homes), selector)  # fmt: skip
+
+
+def kept(wanted: Ranks, current: Placement, node_size: int) -> tuple[list[int], list[int], list[int]]:
+    """(the experts of all slots, the slot of each expert's home, the slots of each rank): `wanted`, in an order in
+    which slots that stay keep their place. A home stays on its rank where that still has the expert, else it is its
+    first slot's. node_size: so many ranks in a row, and such nodes, may change what they want where they have as many
+    slots, so that most of it is there already; 0: none.
+
+    Compiled in csrc/core/churn.cpp.
+    """
+    planner = native.planner()
+    if planner is None:
+        return kept_reference(wanted, current, node_size)
+    flat, slots = [expert for own in wanted for expert in own], [len(own) for own in wanted]
+    found: tuple[list[int], list[int], list[int]] = planner.kept(
+        flat, slots, current.slot_to_expert, current.slots_by_rank, current.home_ranks, node_size
+    )
+    return found
+
+
+def kept_reference(wanted: Ranks, current: Placement, node_size: int) -> tuple[list[int], list[int], list[int]]:
+    """`kept` in plain Python: the definition the compiled one is tested against."""
+    old = current.experts_of_ranks()
+    if node_size:
+        wanted = _nearest(wanted, old, node_size)
+    ordered = [_in_place(new, before) for new, before in zip(wanted, old, strict=True)]
+    made = Placement.of_ranks(ordered)
     homes = []
-    for expert, slots in enumerate(made.slots_of_expert):
-        ranks = [int(rank) for rank in made.rank_of_slots[list(slots)]]
-        old = current.home_ranks[expert]
-        homes.append(old if old in ranks else ranks[0])
-    return made.with_homes(homes)
+    for slots, before in zip(made.slots_of_expert, current.home_ranks, strict=True):
+        own = [slot for slot in slots if made.rank_of_slots[slot] == before]
+        homes.append((own or slots)[0])
+    return list(made.slot_to_expert), homes, list(made.slots_by_rank)
 
 
 def _in_place(new: Sequence[int], old: Sequence[int]) -> list[int]:
@@ -79,9 +107,9 @@ def _taken(left: Counter[int], expert: int) -> bool:
     return False
 
 
-def _nearest(wanted: Ranks, old: Ranks, topology: Topology) -> Ranks:
+def _nearest(wanted: Ranks, old: Ranks, size: int) -> Ranks:
     """The same lists, on the ranks that have most of them already: ranks of a node change places, then nodes."""
-    size, nodes = topology.node_size, topology.nodes
+    nodes = len(wanted) // size
     experts = 1 + max(expert for one in (*wanted, *old) for expert in one)
     kept = np.minimum(_table(wanted, experts), 1) @ np.minimum(_table(old, experts), 1).T
     slots = np.array([len(one) for one in wanted])
@@ -114,7 +142,7 @@ def _towards(wanted: Ranks, cost: Cost, current: Placement, budget: int) -> Rank
         best: tuple[float, int, Step] | None = None
         for step in _steps(now, goal):
             _apply(now, step, 1)
-            entry = (cost(now), _moves(now, old, homes), step)
+            entry = (cost(now), moves(now, old, homes), step)
             _apply(now, step, -1)
             if entry[1] <= budget and (best is None or entry[:2] < best[:2]):
                 best = entry
@@ -133,7 +161,7 @@ def _ratio(load: np.ndarray, now: np.ndarray) -> float:
     return balance_ratio(now @ (load / now.sum(axis=0)))
 
 
-def _moves(now: np.ndarray, old: np.ndarray, homes: np.ndarray) -> int:
+def moves(now: np.ndarray, old: np.ndarray, homes: np.ndarray) -> int:
     """What `diff` finds: experts that are new on a rank, and homes that move to a rank that had a copy."""
     experts = np.arange(now.shape[1])
     first = (now > 0).argmax(axis=0)

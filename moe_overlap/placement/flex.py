@@ -2,21 +2,27 @@
 
 A vExpert is one slot of an expert. Of an expert's tokens each of its n slots gets 1/n. The time of a step is that of
 the slowest rank (equation 5): its experts (7), its rows (8), and the exchange of gradients of the experts that it
-shares with other ranks (9). While the balance ratio (6) is above a threshold, the policy maker (algorithm 2) looks for
-one change that makes this time less: the expert with the most tokens per slot gets one more, on the rank where that
-helps most, in a slot that is free or that the rank's expert with the fewest tokens per slot, of those with others,
-gives up. Migrations then change slots of two ranks where that makes the exchange of gradients cheaper and no rank
-slower than the slowest was.
+shares with other ranks (9). While the balance ratio (6) is above a threshold, one change at a time is made, the one
+that makes this time least, if it makes it less (algorithm 2):
 
-Where the most loaded expert cannot be helped, the next one is tried, since the slowest rank may be another's.
+- expand: the expert with the most tokens per slot gets one more, in a slot that is free or that the rank's expert with
+  the fewest tokens per slot gives up: one that has others (shrink), else one that goes to a free slot elsewhere;
+- migrate: an expert of the slowest rank goes to a free slot of another rank, or changes places with one of its experts.
+
+Where one slot alone of the slowest rank is over the threshold its expert is expanded; else migrations come first, as
+they take no slot. Where the most loaded expert cannot be helped, the next one is tried, since the slowest rank may be
+another's. Then slots of two ranks change places where that makes the exchange of gradients cheaper and no rank slower
+than the slowest was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_overlap.placement.churn import moves
 from moe_overlap.placement.demand import balance_ratio, sync_s
 from moe_overlap.placement.topology import Topology
 
@@ -48,116 +54,189 @@ class Flow:
         return np.where(slots_of_expert > 0, sync_s(ranks.tolist(), self.topology), 0.0)
 
     @property
-    def rank_s(self) -> np.ndarray:
-        """float64 [W]."""
-        share = self.slots / self.slots.sum(axis=0)
-        found: np.ndarray = (share * self.unit_s + self.sync_s).sum(axis=1)
+    def cost_s(self) -> np.ndarray:
+        """float64 [W, E]: what each expert costs a rank."""
+        found: np.ndarray = self.slots / self.slots.sum(axis=0) * self.unit_s + self.sync_s
+        return found
+
+    @property
+    def per_slot(self) -> np.ndarray:
+        """float64 [E]: rows of one slot."""
+        found: np.ndarray = self.load / self.slots.sum(axis=0)
         return found
 
     @property
     def ratio(self) -> float:
-        return balance_ratio((self.slots * (self.load / self.slots.sum(axis=0))).sum(axis=1))
+        return balance_ratio((self.slots * self.per_slot).sum(axis=1))
 
-    def column_s(self, expert: int, slots: np.ndarray) -> np.ndarray:
-        """float64 [W]: what an expert costs each rank with other slots."""
-        found: np.ndarray = slots / slots.sum() * self.unit_s[:, expert] + self.sync(slots)
+    def changed_s(self, change: Change) -> np.ndarray:
+        """float64 [W]: seconds of each rank after a change."""
+        found: np.ndarray = self.cost_s.sum(axis=1)
+        for expert, slots in change:
+            before = self.slots[:, expert] / self.slots[:, expert].sum() * self.unit_s[:, expert]
+            after = slots / slots.sum() * self.unit_s[:, expert]
+            found = found + after + self.sync(slots) - before - self.sync_s[:, expert]
         return found
 
-    def put(self, expert: int, slots: np.ndarray) -> None:
-        self.slots[:, expert] = slots
-        self.sync_s[:, expert] = self.sync(slots)
-
-
-def flex_slots(flow: Flow, homes: np.ndarray, *, threshold: float, budget: int | None) -> np.ndarray:
-    """int64 [W, E], the slots of each expert on each rank.
-
-    homes: int64 [E], ranks that keep at least one slot of each expert. budget: how many slots may be filled, None: any
-    number. An expert gets no second slot on a rank, which would have no effect on balance.
-    """
-    left = flow.slots.size if budget is None else budget
-    while left > 0 and flow.ratio > threshold:
-        change = _expansion(flow, homes)
-        if change is None:
-            break
+    def table(self, change: Change) -> np.ndarray:
+        """int64 [W, E]: the slots after a change."""
+        found = self.slots.copy()
         for expert, slots in change:
-            flow.put(expert, slots)
-        left -= 1
-    while left >= 2:
-        change = _migration(flow, homes)
-        if change is None:
-            break
+            found[:, expert] = slots
+        return found
+
+    def put(self, change: Change) -> None:
         for expert, slots in change:
-            flow.put(expert, slots)
-        left -= 2
-    return flow.slots
+            self.slots[:, expert] = slots
+            self.sync_s[:, expert] = self.sync(slots)
 
 
+LESS = 1 - 1e-9  # a change has to gain more than rounding does
 Change = list[tuple[int, np.ndarray]]  # an expert and its new slots on the ranks
 
 
-def _expansion(flow: Flow, homes: np.ndarray) -> Change | None:
-    """One more slot for a loaded expert, with or without a slot of another one; None where nothing helps."""
-    count = flow.slots.sum(axis=0)
-    per_slot = flow.load / count
-    now_s = flow.rank_s
-    cold = _coldest(flow, homes, per_slot)
-    for hot in np.argsort(-per_slot, kind="stable").tolist():
-        best: tuple[float, Change] | None = None
+def flex_slots(
+    flow: Flow, homes: np.ndarray, *, threshold: float, budget: int | None, keep_homes: bool = False
+) -> np.ndarray:
+    """int64 [W, E], the slots of each expert on each rank.
+
+    homes: int64 [E], ranks of the homes; with keep_homes each keeps a slot there, else an expert has one anywhere.
+    budget: how many weights may cross a link (`churn.moves`), None: any number. An expert gets no second slot on a
+    rank, which would have no effect on balance.
+    """
+    before = flow.slots.copy()
+    fixed = np.zeros(flow.slots.shape, dtype=bool)
+    if keep_homes:
+        fixed[homes, np.arange(len(homes))] = True
+
+    def made(change: Change | None) -> bool:
+        if change is None or (budget is not None and moves(flow.table(change), before, homes) > budget):
+            return False
+        flow.put(change)
+        return True
+
+    while flow.ratio > threshold:
+        slowest = flow.slots[flow.cost_s.sum(axis=1).argmax()]
+        over = flow.per_slot[slowest > 0].max() > threshold * flow.load.sum() / len(flow.room)
+        steps = (_expansion, _exchange) if over else (_exchange, _expansion)
+        if not any(made(step(flow, fixed, threshold)) for step in steps):
+            break
+    while flow.topology.nodes > 1 and made(_cheaper(flow, fixed)):
+        pass
+    return flow.slots
+
+
+def _expansion(flow: Flow, fixed: np.ndarray, threshold: float) -> Change | None:
+    """One more slot for the most loaded expert that this helps, in one that is free or that another expert leaves; None
+    where it helps none. What counts is what ranks take above the threshold, squared and summed, since of several ranks
+    above it one expert may help any."""
+    now_s = flow.cost_s.sum(axis=1)
+    limit_s = threshold * now_s.mean()
+
+    def above(seconds: np.ndarray) -> float:
+        return float((np.maximum(0.0, seconds - limit_s) ** 2).sum())
+
+    for hot in np.argsort(-flow.per_slot, kind="stable").tolist():
+        best: tuple[float, float, int, Change] | None = None
         for rank in np.nonzero(flow.slots[:, hot] == 0)[0].tolist():
-            change = [(hot, _with(flow.slots[:, hot], rank, 1))]
-            if flow.slots[rank].sum() >= flow.room[rank]:
-                shrunk = cold.get(rank)
-                if shrunk is None or shrunk == hot or per_slot[shrunk] >= per_slot[hot]:
-                    continue
-                change.append((shrunk, _with(flow.slots[:, shrunk], rank, -1)))
-            seconds = float(_changed_s(flow, now_s, change).max())
-            if best is None or seconds < best[0]:
-                best = seconds, change
-        if best is not None and best[0] < now_s.max():
-            return best[1]
+            more: Change = [(hot, _with(flow.slots[:, hot], {rank: 1}))]
+            full = flow.slots[rank].sum() >= flow.room[rank]
+            change = _making_room(flow, fixed, rank, hot, more) if full else more
+            if change is None:
+                continue
+            seconds = flow.changed_s(change)
+            entry = above(seconds), float(seconds[rank]), rank, change
+            if best is None or entry[:3] < best[:3]:
+                best = entry
+        if best is not None and best[0] < LESS * above(now_s):
+            return best[3]
     return None
 
 
-def _with(slots: np.ndarray, rank: int, more: int) -> np.ndarray:
+def _making_room(flow: Flow, fixed: np.ndarray, rank: int, hot: int, change: Change) -> Change | None:
+    """`change`, and the expert with the fewest tokens per slot gives its slot on the rank up: one that has others
+    (shrink), else any, which goes to the fastest rank that has a free slot. Not a home that stays."""
+    per_slot, count = flow.per_slot, flow.slots.sum(axis=0)
+    may = (flow.slots[rank] > 0) & ~fixed[rank] & (per_slot < per_slot[hot])
+    for several in (True, False):
+        able = may & (count > 1) if several else may
+        if not able.any():
+            continue
+        cold = int(np.where(able, per_slot, np.inf).argmin())
+        if several:
+            return [*change, (cold, _with(flow.slots[:, cold], {rank: -1}))]
+        seconds = flow.changed_s(change)
+        free = (flow.slots.sum(axis=1) < flow.room) & (flow.slots[:, cold] == 0)
+        if free.any():
+            to = int(np.where(free, seconds, np.inf).argmin())
+            return [*change, (cold, _with(flow.slots[:, cold], {rank: -1, to: 1}))]
+    return None
+
+
+def _with(slots: np.ndarray, more: dict[int, int]) -> np.ndarray:
     found = slots.copy()
-    found[rank] += more
+    for rank, number in more.items():
+        found[rank] += number
     return found
 
 
-def _coldest(flow: Flow, homes: np.ndarray, per_slot: np.ndarray) -> dict[int, int]:
-    """The expert with the fewest tokens per slot that each rank could give up: not its home's, and not its last."""
-    found = {}
-    for rank in range(len(flow.room)):
-        may = (flow.slots[rank] > 0) & (homes != rank)
-        if may.any():
-            found[rank] = int(np.where(may, per_slot, np.inf).argmin())
-    return found
+def _exchange(flow: Flow, fixed: np.ndarray, threshold: float) -> Change | None:
+    """An expert of the slowest rank moves to another rank, or changes places with one there, so that the slower of
+    both gets as fast as can be; None where no rank gets faster so."""
+    cost_s = flow.cost_s
+    seconds = cost_s.sum(axis=1)
+    slowest = int(seconds.argmax())
+    found: list[tuple[float, int, int, int | None]] = []
+    for expert in np.nonzero((flow.slots[slowest] > 0) & ~fixed[slowest])[0].tolist():
+        count = flow.slots[:, expert].sum()
+        arriving_s = flow.unit_s[:, expert] / count + flow.sync_s[slowest, expert]
+        for other in np.nonzero(flow.slots[:, expert] == 0)[0].tolist():
+            backs: list[int | None] = [
+                one for one in np.nonzero((flow.slots[other] > 0) & ~fixed[other])[0].tolist()
+                if not flow.slots[slowest, one]
+            ]  # fmt: skip
+            if flow.slots[other].sum() < flow.room[other]:
+                backs.append(None)
+            for back in backs:
+                here, there = seconds[slowest] - cost_s[slowest, expert], seconds[other] + arriving_s[other]
+                if back is not None:
+                    here += flow.unit_s[slowest, back] / flow.slots[:, back].sum() + flow.sync_s[other, back]
+                    there -= cost_s[other, back]
+                if max(here, there) < LESS * seconds[slowest]:
+                    found.append((float(max(here, there)), expert, other, back))
+    for _, expert, other, back in sorted(found, key=lambda one: one[0]):
+        change = [(expert, _with(flow.slots[:, expert], {slowest: -1, other: 1}))]
+        if back is not None:
+            change.append((back, _with(flow.slots[:, back], {slowest: 1, other: -1})))
+        after = flow.changed_s(change)  # with the exchanges of gradients as they are then
+        if max(after[slowest], after[other]) < LESS * seconds[slowest] and after.max() <= seconds[slowest]:
+            return change
+    return None
 
 
-def _changed_s(flow: Flow, now_s: np.ndarray, change: Change) -> np.ndarray:
-    """float64 [W]: seconds of each rank after a change."""
-    found = now_s
-    for expert, slots in change:
-        found = found + flow.column_s(expert, slots) - flow.column_s(expert, flow.slots[:, expert])
-    return found
-
-
-def _migration(flow: Flow, homes: np.ndarray) -> Change | None:
-    """Two slots of two ranks, no homes, that change places, where this makes the exchanges of gradients cheaper by
-    most and no rank slower than the slowest is; None where there is none."""
-    now_s, total = flow.rank_s, float(flow.sync_s.sum())
-    copies = [(rank, expert) for rank, expert in np.argwhere(flow.slots > 0).tolist() if homes[expert] != rank]
+def _cheaper(flow: Flow, fixed: np.ndarray) -> Change | None:
+    """Two slots of two ranks that change places, where this makes the exchanges of gradients cheaper by most and no
+    rank slower than the slowest is; None where there is none."""
+    now_s, total = flow.cost_s.sum(axis=1), float(flow.sync_s.sum())
     best: tuple[float, Change] | None = None
-    for index, (rank, expert) in enumerate(copies):
-        for other, second in copies[index + 1 :]:
-            if other == rank or second == expert or flow.slots[rank, second] or flow.slots[other, expert]:
-                continue
-            change = [
-                (expert, _with(_with(flow.slots[:, expert], rank, -1), other, 1)),
-                (second, _with(_with(flow.slots[:, second], other, -1), rank, 1)),
-            ]
-            cheaper = sum(float(flow.sync(slots).sum() - flow.sync_s[:, one].sum()) for one, slots in change)
-            if cheaper < -1e-9 * total and (best is None or cheaper < best[0]):
-                if _changed_s(flow, now_s, change).max() <= now_s.max():
-                    best = cheaper, change
+    for rank, expert, other, second in _pairs(flow, fixed):
+        change = [
+            (expert, _with(flow.slots[:, expert], {rank: -1, other: 1})),
+            (second, _with(flow.slots[:, second], {other: -1, rank: 1})),
+        ]
+        cheaper = sum(float(flow.sync(slots).sum() - flow.sync_s[:, one].sum()) for one, slots in change)
+        if cheaper < -1e-9 * total and (best is None or cheaper < best[0]):
+            if flow.changed_s(change).max() <= now_s.max():
+                best = cheaper, change
     return None if best is None else best[1]
+
+
+def _pairs(flow: Flow, fixed: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """(rank, expert, other rank, expert) of slots that may change places; the first expert is on several nodes."""
+    may = [(rank, expert) for rank, expert in np.argwhere((flow.slots > 0) & ~fixed).tolist()]
+    node = flow.topology.node_of_ranks
+    spread = [len(set(node[np.nonzero(column)[0]].tolist())) > 1 for column in flow.slots.T]
+    for rank, expert in may:
+        for other, second in may if spread[expert] else ():
+            if other != rank and second != expert and not flow.slots[rank, second] and not flow.slots[other, expert]:
+                yield rank, expert, other, second

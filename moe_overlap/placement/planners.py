@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -75,6 +76,11 @@ def asked(demand: object, topology: Topology, slots: Slots, current: Placement |
 
 def spread(num_experts: int, slots: Sequence[int]) -> Placement:
     """Expert i in the i-th slot, where every rank has as many experts as an even spread gives it, and room for."""
+    return _spread(num_experts, tuple(slots))
+
+
+@lru_cache(maxsize=16)  # equal for all layers of a model
+def _spread(num_experts: int, slots: tuple[int, ...]) -> Placement:
     given = [0] * len(slots)
     for _ in range(num_experts):
         free = [rank for rank, most in enumerate(slots) if given[rank] < most]
@@ -163,9 +169,11 @@ class Proportional(_Packed):
 
 @dataclass(frozen=True)
 class Flex:
-    """FlexMoE: one change at a time while the balance ratio is above `threshold` (`flex.py`). Homes stay."""
+    """FlexMoE: one change at a time while the balance ratio is above `threshold` (`flex.py`). keep_homes: every home
+    keeps its slot, which takes more slots."""
 
     threshold: float = 1.2
+    keep_homes: bool = False
 
     def __call__(self, demand: object, topology: Topology, *, slots: Slots, current: Placement | None = None,
                  budget: int | None = None) -> Placement:  # fmt: skip
@@ -176,7 +184,8 @@ class Flex:
         table = np.array([np.bincount(np.array(own, dtype=np.int64), minlength=one.num_experts)
                           for own in start.experts_of_ranks()])  # fmt: skip
         flow = Flow.of(table, np.array(one.slots), one.traffic, topology)
-        found = flex_slots(flow, np.array(start.home_ranks), threshold=self.threshold, budget=one.budget)
+        found = flex_slots(flow, np.array(start.home_ranks), threshold=self.threshold, budget=one.budget,
+                           keep_homes=self.keep_homes)  # fmt: skip
         wanted = [np.repeat(np.arange(one.num_experts), row).tolist() for row in found]
         return settle(wanted, one.traffic, topology, start, None, interchange=False)
 

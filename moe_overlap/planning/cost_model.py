@@ -91,7 +91,8 @@ class DistinctCosts:
 
     Experts read their rows through a map, multiply by the router's weights and sum: over the rows that they compute,
     and for the rows that stay alike (O, Od). P and U make and use the maps. `outside_s` has what M and Mt take beside
-    the wire.
+    the wire. `inside`: of an exchange inside the nodes, over the bytes that leave or enter the busiest rank in it;
+    it is waited for on the compute lane. What gateways add up and move beside it is in `outside_s`.
     """
 
     experts: AlphaBeta
@@ -105,6 +106,7 @@ class DistinctCosts:
     expert_dgrad_s: float = 0.0
     outside_s: float = 0.0
     outside_backward_s: float = 0.0
+    inside: AlphaBeta = AlphaBeta(alpha_s=0.0, beta_s=0.0)
 
     def __post_init__(self) -> None:
         for name in _names(DistinctCosts, "float"):
@@ -131,7 +133,8 @@ class CostModel:
     rank in one chunk (wgrad: in one group), plus `expert_s` (`expert_dgrad_s`) for each expert that computes in it:
     chunks of tokens pass all experts, chunks by expert groups a few. `permute` .. `permute_backward`: over rows, T
     * K of a rank. `backbone_s`, `backbone_backward_s`: the ops beside the exchanges, both in forward order.
-    `shared_s`: the shared expert of a layer. `outside_s`: everything of the timed unit that is in no window
+    `shared_s`: the shared expert of a layer. `misfit`: by what share the model is off for the worst of the steps that
+    it was made from. `outside_s`: everything of the timed unit that is in no window
     (router, agreement, ops before the tap, the combination of the branches); `agree_s`: of it the agreement, when
     its last rank has come. `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
     `slowdown`: of each lane while the other is busy. `distinct`: what differs in deduplicated steps; None: nobody
@@ -152,6 +155,7 @@ class CostModel:
     expert_dgrad_s: float = 0.0
     shared_s: float = 0.0
     shared_backward_s: float = 0.0
+    misfit: float = 0.0
     outside_s: float = 0.0
     outside_backward_s: float = 0.0
     agree_s: float = 0.0
@@ -177,7 +181,19 @@ class CostModel:
         """The figures of deduplicated steps. ConfigError where there are none."""
         if self.distinct is None:
             raise ConfigError("distinct", None, "the figures of deduplicated steps")
-        return replace(self, distinct=None, **vars(self.distinct))
+        return replace(self, distinct=None, **{n: one for n, one in vars(self.distinct).items() if n != "inside"})
+
+    def inside_s(self, shape: StepShape, phase: Phase) -> tuple[float, ...]:
+        """Seconds of the exchanges inside the nodes around the experts of each chunk; M and Mt with the first and with
+        the last of them."""
+        inside = None if shape.distinct is None else shape.distinct.inside
+        if inside is None or self.distinct is None:
+            return (0.0,) * shape.chunks
+        line = self.distinct.inside
+        found = [line(out) + line(back) for out, back in zip(inside.out, inside.back, strict=True)]
+        beside = (0, inside.metadata) if phase == "forward" else (-1, inside.gradients)
+        found[beside[0]] += line(beside[1])
+        return tuple(found)
 
     def exchange_s(self, bytes_by_lane: Mapping[str, int]) -> float:
         """Seconds of one exchange of so many bytes on each wire. ConfigError for a wire without a model."""
@@ -278,6 +294,7 @@ def window(
     if not shapes or len({(shape.slots_rows, shape.distinct is None) for shape in shapes}) != 1:
         raise ConfigError("shapes", [shape.slots_rows for shape in shapes], "at least one, all of the same step")
     forward, distinct = phase == "forward", shapes[0].distinct
+    inside_s = [model.inside_s(shape, phase) for shape in shapes]
     model = model if distinct is None else model.deduplicated
     if op_verb == "S":
         ops_s: tuple[float, ...] = (model.shared_s if forward else model.shared_backward_s,)
@@ -304,11 +321,17 @@ def window(
         halves_s=halves_s,
         issue_s=model.issue_s,
         slowdown=model.slowdown,
-        chunkings=tuple(_chunking(model, shape, phase, weight_groups) for shape in shapes),
+        chunkings=tuple(
+            _chunking(model, shape, phase, weight_groups, beside_s)
+            for shape, beside_s in zip(shapes, inside_s, strict=True)
+        ),
     )
 
 
-def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: int) -> Chunking:
+def _chunking(
+    model: CostModel, shape: StepShape, phase: Phase, weight_groups: int, inside_s: Sequence[float]
+) -> Chunking:
+    """inside_s: what the compute lane does for each chunk beside its experts."""
     distinct = shape.distinct
 
     def exchanges_s(bytes_by_lane: Mapping[str, tuple[int, ...]]) -> tuple[float, ...]:
@@ -325,7 +348,8 @@ def _chunking(model: CostModel, shape: StepShape, phase: Phase, weight_groups: i
         by=shape.by,
         first_s=first_s,
         experts_s=tuple(
-            _experts_s(model, phase, rows, count) for rows, count in zip(shape.rows, shape.experts, strict=True)
+            _experts_s(model, phase, rows, count) + beside_s
+            for rows, count, beside_s in zip(shape.rows, shape.experts, inside_s, strict=True)
         ),
         second_s=first_s if distinct is None else exchanges_s(distinct.back_by_lane),
         deferred_s=() if phase == "forward" else (model.experts_wgrad(all_rows / weight_groups),) * weight_groups,

@@ -124,7 +124,7 @@ def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin:
 def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: int, margin: float) -> Decision:
     """`decide` in plain Python: the definition the compiled one is tested against."""
     left_s = priced(load, load.seats, phases)
-    best_s, best_seats, best_target = left_s, load.seats, -1
+    best_s, best_seats, best_target, best_copies = left_s, load.seats, -1, most_copies
     loads = rank_rows(load.seats, len(load.counts))
     most, mean = max(loads), -(-sum(loads) // len(loads))
     squares = TARGETS * TARGETS
@@ -135,12 +135,12 @@ def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: i
             seats = fill(load, phases, targets[j], copies)
             seconds = priced(load, seats, phases)
             if seconds < best_s * (1 - TIE):
-                best_s, best_seats, best_target = seconds, seats, j
+                best_s, best_seats, best_target, best_copies = seconds, seats, j, copies
     if best_target >= 0:
         low = targets[max(0, best_target - 1)]
         high = targets[best_target + 1] if best_target + 1 < TARGETS else most
         for i in range(1, REFINED + 1):
-            seats = fill(load, phases, low + (high - low) * i // (REFINED + 1), most_copies)
+            seats = fill(load, phases, low + (high - low) * i // (REFINED + 1), best_copies)
             seconds = priced(load, seats, phases)
             if seconds < best_s * (1 - TIE):
                 best_s, best_seats = seconds, seats

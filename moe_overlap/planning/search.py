@@ -33,7 +33,7 @@ The compiled search (csrc/core/search.cpp) and the reference here give the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -142,11 +142,19 @@ def timeline(
     if known != given:
         expected = f"the actions of the window: {' '.join(sorted(known ^ given))} not in both"
         raise ConfigError("schedule", schedule.text, expected)
-    return _timeline(window, chunking, schedule, joined)
+    return simulated(window, chunking, schedule, joined)
 
 
-def _timeline(window: Window, chunking: Chunking, schedule: Schedule, joined: bool) -> list[tuple[float, float]]:
-    seconds = _seconds(window, chunking)
+def simulated(
+    window: Window,
+    chunking: Chunking,
+    schedule: Schedule,
+    joined: bool,
+    more_s: Mapping[str, float] | None = None,
+) -> list[tuple[float, float]]:
+    """As `timeline`, of a schedule that is known to be of this window and cut. more_s: seconds of actions that no
+    window has, by their text."""
+    seconds = _seconds(window, chunking) | dict(more_s or {})
     lanes: list[int] = []
     durations_s: list[float] = []
     deps: list[list[int]] = []
@@ -259,7 +267,7 @@ def _placements(window: Window, chunking: Chunking) -> list[Placement]:
     found = []
     for joined, (chunk_order, ops_before) in [(True, choices[0]), *((False, c) for c in dict.fromkeys(choices))]:
         schedule = Schedule.parse(_order(window, chunking, chunk_order, ops_before))
-        times = _timeline(window, chunking, schedule, joined)
+        times = simulated(window, chunking, schedule, joined)
         found.append((max(end_s for _, end_s in times), joined, chunk_order, ops_before))
     return found
 

@@ -13,17 +13,29 @@ from moe_overlap.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
+class InsideShape:
+    """Bytes that leave or enter the busiest rank inside its node, after an exchange across and before one: of the first
+    exchange of each chunk and of the second one, and of M and Mt."""
+
+    out: tuple[int, ...]
+    back: tuple[int, ...]
+    metadata: int
+    gradients: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistinctShape:
     """What a deduplicated step has beside its chunks. `own_rows`: rows of the busiest rank's experts that stay there;
     `own_experts`: how many compute them. `back_by_lane`: bytes of the second exchanges, as `bytes_by_lane` of the first
     ones: by groups of experts a row goes with another chunk than it comes back with. `metadata_by_lane`: bytes of M,
-    and `gradients_by_lane` of Mt."""
+    and `gradients_by_lane` of Mt. `inside`: where rows cross nodes once, what is passed on inside them."""
 
     own_rows: int
     own_experts: int
     back_by_lane: Mapping[str, tuple[int, ...]]
     metadata_by_lane: Mapping[str, int]
     gradients_by_lane: Mapping[str, int]
+    inside: InsideShape | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +160,19 @@ def without_own(
     out_by_lane: Mapping[str, tuple[int, ...]],
     back_by_lane: Mapping[str, tuple[int, ...]],
     metadata: MetadataBytes,
+    inside: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> StepShape:
     """The deduplicated form of a shape: `own_rows` stay, each chunk's experts have `rows` of others, and what travels
-    is `out_by_lane` and, the other way, `back_by_lane`."""
+    is `out_by_lane` and, the other way, `back_by_lane`; inside nodes, where rows cross them once, `inside`."""
 
     def beside(row_bytes: int) -> dict[str, int]:
         return {lane: sum(sizes) // shape.row_bytes * row_bytes for lane, sizes in out_by_lane.items()}
+
+    passed_on = None
+    if inside is not None:
+        rows_inside = sum(inside[0]) // shape.row_bytes
+        passed_on = InsideShape(out=inside[0], back=inside[1], metadata=rows_inside * metadata.out,
+                                gradients=rows_inside * metadata.back)  # fmt: skip
 
     distinct = DistinctShape(
         own_rows=own_rows,
@@ -161,6 +180,7 @@ def without_own(
         back_by_lane=back_by_lane,
         metadata_by_lane=beside(metadata.out),
         gradients_by_lane=beside(metadata.back),
+        inside=passed_on,
     )
     return replace(shape, rows=rows, bytes_by_lane=out_by_lane, distinct=distinct)
 

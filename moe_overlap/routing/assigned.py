@@ -1,10 +1,13 @@
-"""A `Choice` from ids that something else than top-k of a row has made: an assignment of many tokens at once."""
+"""A `Choice` from ids that something else than the fused gate has made: an assignment of many tokens at once, or top-k
+by a score or a rule of groups that the gate has no word for."""
 
 from __future__ import annotations
 
 import torch
 
+from moe_overlap.ops.gate import gate_topk
 from moe_overlap.routing.choice import Choice
+from moe_overlap.routing.scores import sqrt_softplus
 
 
 def bad_rows(logits_TE: torch.Tensor) -> torch.Tensor:
@@ -17,7 +20,29 @@ def selection_scores(logits_TE: torch.Tensor, score: str) -> torch.Tensor:
     """What `gate_topk` selects by, [T, E]: the scores, which for "topk_softmax" are the logits."""
     if score == "softmax":
         return logits_TE.softmax(dim=-1)
+    if score == "sqrt_softplus":
+        return sqrt_softplus(logits_TE)
     return logits_TE.sigmoid() if score == "sigmoid" else logits_TE
+
+
+def choose_by_score(
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, *, k: int, n_group: int, topk_group: int,
+    group_score: str | None, score: str, renormalize: bool, scale: float,
+) -> Choice:  # fmt: skip
+    """As `choose_top_k`, of any score, and with the rule of groups apart from the bias: they are ranked by their best
+    expert ("max"), by the sum of their two best ("top2_sum"), or as the gate does (None: the sum with a bias, else the
+    best). Two more passes over [T, E] than the gate."""
+    by_sum = bias_E is not None if group_score is None else group_score == "top2_sum"
+    with torch.no_grad():
+        values_TE = logits_TE  # every score rises with the logits
+        if bias_E is not None or by_sum:
+            values_TE = selection_scores(logits_TE, score)
+            values_TE = values_TE if bias_E is None else values_TE + bias_E
+            values_TE = values_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
+        # The gate adds a bias to logits under this score, and sums the two best of a group where there is one.
+        zero_E = values_TE.new_zeros(values_TE.shape[1]) if by_sum else None
+        _, ids_TK, *_ = gate_topk(values_TE, zero_E, k=k, n_group=n_group, topk_group=topk_group, score="topk_softmax")
+    return choice_of(logits_TE, ids_TK, score=score, renormalize=renormalize, scale=scale)
 
 
 def choice_of(logits_TE: torch.Tensor, ids_TK: torch.Tensor, *, score: str, renormalize: bool, scale: float) -> Choice:

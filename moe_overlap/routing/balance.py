@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.routing.scores import sqrt_softplus
 
 LEVELS = ("micro", "sequence", "global")
 
 
 def router_probabilities(logits_TE: torch.Tensor, score: str) -> torch.Tensor:
-    """Probabilities over all experts, rows sum to 1: softmax, or for sigmoid scores s_i / sum_j s_j (DeepSeek-V3)."""
-    if score == "sigmoid":
-        scores_TE = logits_TE.sigmoid()
+    """Probabilities over all experts, rows sum to 1: softmax, or for scores of each expert by itself
+    ("sigmoid", "sqrt_softplus") s_i / sum_j s_j (DeepSeek-V3)."""
+    if score in ("sigmoid", "sqrt_softplus"):
+        scores_TE = logits_TE.sigmoid() if score == "sigmoid" else sqrt_softplus(logits_TE)
         return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(logits_TE.dtype).tiny)
     return logits_TE.softmax(dim=-1)
 

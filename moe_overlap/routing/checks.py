@@ -10,7 +10,9 @@ import torch
 from moe_overlap.errors import ConfigError
 from moe_overlap.routing.balance import LEVELS
 
-SCORES = ("softmax", "topk_softmax", "sigmoid")
+SCORES = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
+GROUP_SCORES = (None, "max", "top2_sum")
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BAD_LOGITS = ("raise", "drop")
 
 
@@ -77,18 +79,32 @@ def check_zero_experts(zero_experts: object, n_group: int = 1) -> None:
 
 
 def check_shaping(
-    softcap: object, renormalize_eps: object, *, renormalize: bool, expert_scale: bool, variable_k: bool
-) -> None:
+    softcap: object, renormalize_eps: object, renormalize_p: object, *, renormalize: bool, expert_scale: bool,
+    variable_k: bool,
+) -> None:  # fmt: skip
     """Raises ConfigError for options of logits and weights that do not fit, or not together."""
     if softcap is not None and not (is_finite(softcap) and softcap > 0):
         raise ConfigError("softcap", softcap, "None or a finite number above 0")
     if not (is_finite(renormalize_eps) and renormalize_eps >= 0):
         raise ConfigError("renormalize_eps", renormalize_eps, "a finite number of at least 0")
-    if renormalize_eps and not renormalize:
-        raise ConfigError("renormalize_eps", renormalize_eps, "0 without renormalize=True")
-    for name, given in (("renormalize_eps", renormalize_eps), ("expert_scale", expert_scale)):
+    if not (is_finite(renormalize_p) and renormalize_p >= 1):
+        raise ConfigError("renormalize_p", renormalize_p, "a finite number of at least 1")
+    for name, value, default in (("renormalize_eps", renormalize_eps, 0.0), ("renormalize_p", renormalize_p, 1.0)):
+        if value != default and not renormalize:
+            raise ConfigError(name, value, f"{default:g} without renormalize=True")
+    none_beside = {"renormalize_eps": renormalize_eps, "expert_scale": expert_scale,
+                   "renormalize_p": renormalize_p != 1}  # fmt: skip
+    for name, given in none_beside.items():
         if given and variable_k:
             raise ConfigError(name, given, "none beside variable_k, which makes weights of its own")
+
+
+def check_selection(group_score: object, logits_dtype: object) -> None:
+    """Raises ConfigError for a rule of groups that does not exist, or a dtype that logits cannot have."""
+    if group_score not in GROUP_SCORES:
+        raise ConfigError("group_score", group_score, 'None, "max" or "top2_sum"')
+    if logits_dtype is not None and logits_dtype not in LOGITS_DTYPES:
+        raise ConfigError("logits_dtype", logits_dtype, f"None or one of {LOGITS_DTYPES}")
 
 
 def check_tokens(x_TD: torch.Tensor, hidden_size: int, device: torch.device) -> None:

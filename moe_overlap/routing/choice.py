@@ -61,7 +61,7 @@ def decide(
     choice: Choice,
     *,
     losses: Losses = (None, None),
-    capacity: int | None = None,
+    capacity: int | torch.Tensor | None = None,
     rank_by_TK: torch.Tensor | None = None,
     zero_experts: int = 0,
     logits_TE: torch.Tensor | None = None,

@@ -10,6 +10,8 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
+from moe_overlap.ops.gate import SCORES as GATE_SCORES
+from moe_overlap.routing.assigned import choose_by_score
 from moe_overlap.routing.balance import (
     GlobalBalance,
     load_balancing_loss,
@@ -22,6 +24,7 @@ from moe_overlap.routing.checks import (
     check_coefficients,
     check_eval_capacity_factor,
     check_scale,
+    check_selection,
     check_shaping,
     check_sizes,
     check_tokens,
@@ -53,9 +56,12 @@ class LinearRouter(ExpertMask):
     """Scores every expert with one matrix and picks `top_k` of them per token.
 
     score: "softmax" (softmax over all experts, then top-k: GShard, Switch), "topk_softmax" (top-k, then softmax over
-    the winners: Mixtral, ScMoE eq. 2-5) or "sigmoid" (each expert for itself: DeepSeek-V3). Ties go to the lower id.
+    the winners: Mixtral, ScMoE eq. 2-5), "sigmoid" (each expert for itself: DeepSeek-V3) or "sqrt_softplus" (likewise:
+    DeepSeek-V4). Ties go to the lower id.
     renormalize: divide the K weights by their sum. scale: multiply them. n_group, topk_group: choose the experts
-    from the best `topk_group` of `n_group` groups. bias: a buffer `expert_bias_E` that is added for the selection
+    from the best `topk_group` of `n_group` groups. group_score: what a group is worth: "max", its best expert
+    (DeepSeek-V2), "top2_sum", its two best (DeepSeek-V3, Mistral4); None: the sum with a bias, else the best.
+    bias: a buffer `expert_bias_E` that is added for the selection
     only, never to the weights (arXiv 2408.15664). It is float32 whatever the module is cast to (float64 too) or loaded
     from: its steps are small. aux_loss_coef, z_loss_coef: see `balance.py`. balance: over what the auxiliary loss
     spreads the tokens evenly: "micro" (those of this rank's call), "sequence" (each sequence), "global" (all ranks').
@@ -67,6 +73,9 @@ class LinearRouter(ExpertMask):
     token's experts compute, as LongCat-Flash's budget K_e = 8 of K = 12 is with its 512 + 256.
     logit_bias: a parameter `logit_bias_E`, added to the logits (GPT-OSS). softcap: c, logits become
     c * tanh(logits / c), after the bias. renormalize_eps, beside renormalize: weights are divided by their sum + eps.
+    renormalize_p: by their p-norm instead of their sum (DBRX).
+    logits_dtype: a dtype in which W x is computed and to which it is rounded, as models do whose router has the dtype
+    of its weights; what follows is float32 still. None: float32 all through. Scores of equal logits tie.
     expert_scale: a parameter `expert_scale_E` that multiplies the weights of each expert (Gemma4).
     variable_k: None, or how many of its K experts each token takes (see `VariableK`). `mask_experts`: experts that are
     never chosen (see `ExpertMask`).
@@ -108,6 +117,9 @@ class LinearRouter(ExpertMask):
         logit_bias: bool = False,
         softcap: float | None = None,
         renormalize_eps: float = 0.0,
+        renormalize_p: float = 1.0,
+        group_score: str | None = None,
+        logits_dtype: torch.dtype | None = None,
         expert_scale: bool = False,
         variable_k: VariableK | None = None,
         locality: Locality | None = None,
@@ -123,8 +135,9 @@ class LinearRouter(ExpertMask):
         check_capacity_factor(capacity_factor)
         check_eval_capacity_factor(eval_capacity_factor)
         check_zero_experts(zero_experts, n_group)
-        check_shaping(softcap, renormalize_eps, renormalize=renormalize, expert_scale=expert_scale,
+        check_shaping(softcap, renormalize_eps, renormalize_p, renormalize=renormalize, expert_scale=expert_scale,
                       variable_k=variable_k is not None)  # fmt: skip
+        check_selection(group_score, logits_dtype)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
@@ -140,7 +153,9 @@ class LinearRouter(ExpertMask):
         self.eval_capacity_factor = eval_capacity_factor
         self.zero_experts = zero_experts
         self.softcap = softcap
-        self.renormalize_eps = renormalize_eps
+        self.renormalize_eps, self.renormalize_p = renormalize_eps, renormalize_p
+        self.group_score = group_score
+        self.logits_dtype = logits_dtype
         self.variable_k = as_variable_k(variable_k)
         self.locality = locality
         self.bad_logits = bad_logits
@@ -256,11 +271,12 @@ class LinearRouter(ExpertMask):
         if self.variable_k is not None:
             sum_to = self.scale if self.renormalize or self.score == "topk_softmax" else None
             choice = self.variable_k(choice, x_TD, logits_TE, score=self.score, sum_to=sum_to)
+        rank_by_TK = self._rank_by(x_TD, choice)
         return decide(
             choice,
             losses=self._losses(logits_TE, choice, sequence_length, nodes),
-            capacity=self._capacity(x_TD.shape[0]),
-            rank_by_TK=self._rank_by(x_TD, choice),
+            capacity=self._capacity(choice, rank_by_TK),
+            rank_by_TK=rank_by_TK,
             zero_experts=self.zero_experts,
             logits_TE=logits_TE,
         )
@@ -275,7 +291,7 @@ class LinearRouter(ExpertMask):
         return nodes
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return linear_logits(x_TD, self._gate(x_TD), drop_bad=self.bad_logits == "drop")
+        return linear_logits(x_TD, self._gate(x_TD), drop_bad=self.bad_logits == "drop", dtype=self.logits_dtype)
 
     def _gate(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[E, D], the row of each expert."""
@@ -286,7 +302,9 @@ class LinearRouter(ExpertMask):
         how = {"k": self.top_k, "n_group": self.n_group, "topk_group": self.topk_group, **self._weighing}
 
         def choose(among_TE: torch.Tensor) -> Choice:
-            return choose_top_k(among_TE, bias_E, **how)
+            if self.score in GATE_SCORES and self.group_score is None:
+                return choose_top_k(among_TE, bias_E, **how)
+            return choose_by_score(among_TE, bias_E, group_score=self.group_score, **how)
 
         if nodes is None or self.locality is None or self.locality.off_node_share is None:
             return choose(logits_TE)
@@ -295,15 +313,20 @@ class LinearRouter(ExpertMask):
 
     @property
     def _weighing(self) -> dict[str, Any]:
-        """How the gate makes weights of scores; a sum with an eps is divided by here (`_weighed`)."""
-        if self.renormalize and self.renormalize_eps > 0:
+        """How the gate makes weights of scores; what it cannot divide by is divided by here (`_weighed`)."""
+        if self._norm is not None:
             return {"score": self.score, "renormalize": False, "scale": 1.0}
         return {"score": self.score, "renormalize": self.renormalize, "scale": self.scale}
 
+    @property
+    def _norm(self) -> tuple[float, float] | None:
+        """(p, eps) of the norm that weights are divided by, None where the gate does that or nobody."""
+        plain = self.renormalize_p == 1 and self.renormalize_eps == 0
+        return None if plain or not self.renormalize else (self.renormalize_p, self.renormalize_eps)
+
     def _weighed(self, choice: Choice) -> Choice:
         """The choice with the weights that the gate leaves to the router."""
-        eps = self.renormalize_eps if self.renormalize else 0.0
-        return weighed(choice, eps=eps, scale=self.scale, expert_scale_E=self.expert_scale_E)
+        return weighed(choice, norm=self._norm, scale=self.scale, expert_scale_E=self.expert_scale_E)
 
     def _rank_by(self, x_TD: torch.Tensor, choice: Choice) -> torch.Tensor | None:
         """[T, K], by which an expert that is full picks its tokens; None: by weight."""
@@ -316,9 +339,10 @@ class LinearRouter(ExpertMask):
             return self.capacity_factor
         return self.eval_capacity_factor
 
-    def _capacity(self, num_tokens: int) -> int | None:
+    def _capacity(self, choice: Choice, rank_by_TK: torch.Tensor | None) -> int | torch.Tensor | None:
+        """Slots of one expert of this rank, an integer or an int64 scalar on the device; None: no limit."""
         factor = self._capacity_factor
-        return None if factor is None else expert_capacity(factor, num_tokens, self.top_k, self.num_logits)
+        return None if factor is None else expert_capacity(factor, len(choice.ids_TK), self.top_k, self.num_logits)
 
     def _losses(
         self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None, nodes: Nodes | None

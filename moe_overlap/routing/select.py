@@ -24,12 +24,13 @@ def drop_over_capacity(
     topk_weights_TK: torch.Tensor,
     *,
     num_experts: int,
-    capacity: int,
+    capacity: int | torch.Tensor,
     rank_by_TK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each expert keeps its `capacity` slots of highest weight; equal weights: the earlier token wins.
 
-    rank_by_TK: float [T, K], what decides in the place of the weights.
+    capacity: an integer, or an int64 scalar on the device. rank_by_TK: float [T, K], what decides in the place of the
+    weights.
 
     Returns (ids, weights, dropped): dropped slots get id -1 and weight 0, the other weights are not rescaled, and
     `dropped` is their number, an int64 scalar tensor. Slots that were -1 before stay so and are not counted. No

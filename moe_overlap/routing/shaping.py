@@ -16,14 +16,23 @@ def shaped_logits(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, softcap:
         logits_TE = logits_TE + bias_E.to(logits_TE.dtype)
     if softcap is None:
         return logits_TE
-    return torch.where(logits_TE.isfinite(), softcap * torch.tanh(logits_TE / softcap), logits_TE)
+    finite_TE = logits_TE.isfinite()
+    # The slope of tanh at NaN is NaN, and so is zero times it: what is not finite leaves before.
+    capped_TE = softcap * torch.tanh(logits_TE.masked_fill(~finite_TE, 0.0) / softcap)
+    return torch.where(finite_TE, capped_TE, logits_TE)
 
 
-def weighed(choice: Choice, *, eps: float, scale: float, expert_scale_E: torch.Tensor | None) -> Choice:
-    """With eps: weights * scale / (their sum + eps). With expert scales: times that of each slot's expert."""
+def weighed(
+    choice: Choice, *, norm: tuple[float, float] | None, scale: float, expert_scale_E: torch.Tensor | None
+) -> Choice:
+    """norm: (p, eps), weights * scale / (their p-norm + eps); p = 1 is their sum. Then, with expert scales, times that
+    of each slot's expert."""
     weights_TK = choice.weights_TK
-    if eps:
-        weights_TK = weights_TK * (scale / (weights_TK.sum(dim=1, keepdim=True) + eps))
+    if norm is not None:
+        p, eps = norm
+        # What has no expert has weights 0, and a norm of 0 to be divided by.
+        total_T1 = torch.linalg.vector_norm(weights_TK, ord=p, dim=1, keepdim=True) + eps
+        weights_TK = weights_TK * (scale / total_T1.clamp_min(torch.finfo(weights_TK.dtype).tiny))
     if expert_scale_E is not None:
         weights_TK = weights_TK * expert_scale_E.to(weights_TK.dtype)[choice.ids_TK.clamp_min(0).long()]
     return choice if weights_TK is choice.weights_TK else replace(choice, weights_TK=weights_TK)

@@ -10,13 +10,15 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
-from moe_overlap.routing.balance import load_balancing_loss
+from moe_overlap.routing.balance import GlobalBalance, load_balancing_loss
 from moe_overlap.routing.checks import check_coefficients, check_count, check_sizes, check_tokens, check_words
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, count_choices, decide, drop_bad_tokens
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.linear import INIT_STD
 from moe_overlap.routing.masks import check_token_mask, mark_padding, settle_padding, without_padding
 from moe_overlap.routing.scores import linear_logits
+
+BALANCE = ("micro", "global")
 
 
 class SmileRouter(nn.Module):
@@ -31,8 +33,9 @@ class SmileRouter(nn.Module):
     experts and top_k up to m experts of the one node are taken (the paper: one).
 
     alpha, beta: coefficients of the two-level loss alpha * n * sum_i f_i P_i + beta * m * sum_j g_j Q_j: f, g are the
-    shares of the choices that went to node i and to place j of whichever node, P, Q the mean probabilities, all of this
-    rank's tokens. It is alpha + beta where everything is even, its minimum over what routing follows p and q.
+    shares of the choices that went to node i and to place j of whichever node, P, Q the mean probabilities. It is
+    alpha + beta where everything is even, its minimum over what routing follows p and q. balance: of which tokens the
+    shares are: "micro" (this rank's call) or "global" (all ranks', which the layer finishes as LinearRouter's).
     bad_logits: as in LinearRouter.
 
     Exchanges in two steps, with (n - 1) + (m - 1) peers for one rank in the place of n * m - 1, are what a layer's
@@ -49,6 +52,7 @@ class SmileRouter(nn.Module):
         num_nodes: int,
         alpha: float = 0.01,
         beta: float = 0.01,
+        balance: str = "micro",
         bad_logits: str = "raise",
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -62,12 +66,15 @@ class SmileRouter(nn.Module):
             raise ConfigError("top_k", top_k, f"at most {num_experts // num_nodes}, the experts of one node")
         check_words("softmax", bad_logits)
         check_coefficients(alpha=alpha, beta=beta)
+        if balance not in BALANCE:
+            raise ConfigError("balance", balance, f"one of {', '.join(BALANCE)}")
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.num_nodes = num_nodes
         self.alpha = alpha
         self.beta = beta
+        self.balance = balance
         self.bad_logits = bad_logits
         self.node_weight = nn.Parameter(torch.empty(num_nodes, hidden_size, device=device, dtype=dtype))
         self.weight = nn.Parameter(torch.empty(num_experts // num_nodes, hidden_size, device=device, dtype=dtype))
@@ -109,10 +116,15 @@ class SmileRouter(nn.Module):
     def _losses(self, node_logits_Tn: torch.Tensor, logits_Tm: torch.Tensor, choice: Choice) -> Losses:
         if self.alpha == 0.0 and self.beta == 0.0:
             return None, None
-        valid_T1, counts_nm = choice.valid_T1, choice.counts_E.view(self.num_nodes, -1)
+        valid_T1 = choice.valid_T1
         if valid_T1 is not None:
             node_logits_Tn = node_logits_Tn.masked_fill(~valid_T1, 0.0)
             logits_Tm = logits_Tm.masked_fill(~valid_T1, 0.0)
-        nodes = load_balancing_loss(node_logits_Tn.softmax(dim=-1), counts_nm.sum(dim=1), valid_T1=valid_T1)
-        inside = load_balancing_loss(logits_Tm.softmax(dim=-1), counts_nm.sum(dim=0), valid_T1=valid_T1)
-        return self.alpha * nodes + self.beta * inside, None
+        # f_i is a sum over j of the share f_ij of expert (i, j), g_j one over i. So both levels are one auxiliary loss
+        # E * sum_ij f_ij R_ij, of R = alpha / m * P_i + beta / n * Q_j in the place of probabilities.
+        nodes_Tn1, inside_T1m = node_logits_Tn.softmax(dim=-1)[:, :, None], logits_Tm.softmax(dim=-1)[:, None]
+        per_node = logits_Tm.shape[1]
+        both_TE = (self.alpha / per_node * nodes_Tn1 + self.beta / self.num_nodes * inside_T1m).flatten(1)
+        if self.balance == "global":
+            return None, GlobalBalance.of(both_TE, choice.counts_E, coef=1.0, valid_T1=valid_T1)
+        return load_balancing_loss(both_TE, choice.counts_E, valid_T1=valid_T1), None

@@ -75,7 +75,9 @@ def _spec(
                     duration=duration, meaning=meaning)  # fmt: skip
 
 
-COMP, WIRE = "comp", "wire"
+COMP, WIRE, COPY = "comp", "wire", "copy"
+SLOTS = 2
+"""Experts in host memory: groups of them on the device at once, one that computes and one that travels."""
 
 VERBS: dict[str, VerbSpec] = {
     spec.verb: spec
@@ -88,6 +90,8 @@ VERBS: dict[str, VerbSpec] = {
         _spec("D", "forward", WIRE, (_one("send"),), (_same("recv"),), "exchange", "dispatch a chunk"),
         _spec("M", "forward", WIRE, (_one("send"),), (_one("meta"),), "fixed", "ids and weights of the rows"),
         _spec("Wf", "forward", WIRE, (_one("counts"),), (_same("copies"),), "weights", "fetch weights for copies"),
+        # Experts in host memory; `freed`: a place on the device is free again.
+        _spec("Hf", "forward", COPY, (_same("freed", -SLOTS),), (_same("loaded"),), "weights", "weights from the host"),
         _spec(
             "O",
             "forward",
@@ -104,8 +108,8 @@ VERBS: dict[str, VerbSpec] = {
             "E",
             "forward",
             COMP,
-            (_same("recv"), _one("meta"), _all("copies")),
-            (_same("out"),),
+            (_same("recv"), _one("meta"), _all("copies"), _same("loaded")),
+            (_same("out"), _same("freed")),
             "experts",
             "experts on a chunk",
         ),  # fmt: skip
@@ -124,19 +128,37 @@ VERBS: dict[str, VerbSpec] = {
         # Backward.
         _spec("Ut", "backward", COMP, (_one("dy"),), (_one("dback"),), "fixed", "gradient of U: rows and weights"),
         _spec("Ct", "backward", WIRE, (_one("dback"),), (_same("dout"),), "exchange", "adjoint of combine"),
+        _spec(
+            "Hb",
+            "backward",
+            COPY,
+            (_one("dback"), _same("dfreed", -SLOTS)),
+            (_same("dloaded"),),
+            "weights",
+            "weights from the host",
+        ),
         _spec("Od", "backward", COMP, (_one("dback"),), (_one("down"),), "experts", "O, its input gradient"),
-        _spec("Ed", "backward", COMP, (_same("dout"),), (_same("din"),), "experts", "input gradient of the experts"),
+        _spec(
+            "Ed",
+            "backward",
+            COMP,
+            (_same("dout"), _same("dloaded")),
+            (_same("din"), _same("dfreed")),
+            "experts",
+            "input gradient of the experts",
+        ),
         _spec("Mt", "backward", WIRE, (_all("din"),), (_one("dmeta"),), "fixed", "gradients of the weights of M"),
         _spec("Dt", "backward", WIRE, (_same("din"),), (_same("dsend"),), "exchange", "adjoint of dispatch"),
         _spec(
             "Ew",
             "backward",
             COMP,
-            (_all("din"), _one("down")),
+            (_all("din"), _one("down"), _same("dstored", -SLOTS)),
             (_same("dweight"),),
             "weight_grad",
             "weight gradient of a group",
         ),
+        _spec("Hg", "backward", COPY, (_same("dweight"),), (_same("dstored"),), "weights", "gradients to the host"),
         _spec(
             "Eg",
             "backward",

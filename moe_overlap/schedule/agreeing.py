@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.schedule.clocks import HostClock
 from moe_overlap.schedule.dispatch import Dispatcher
-from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.lanes import Lanes, last_sender
 from moe_overlap.transport.base import Agreement
 
 
@@ -26,5 +26,5 @@ class Agreeing:
             lanes.note("N", "wait", begin, end)
             if isinstance(lanes.clock, HostClock):
                 start, end = self._agreement.interval() or (start, end)
-            lanes.note("N", "wire", start, end)
+            lanes.note("N", "wire", start, end, self._start, last_sender(self._agreement))
         return self._plan

@@ -11,11 +11,12 @@ import torch
 from moe_overlap.agreement.copies import CopyPlan
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
-from moe_overlap.schedule.actions import Action
+from moe_overlap.schedule.actions import COMP, Action
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctSaved
 from moe_overlap.schedule.expert_copies import ReturnedGradients
+from moe_overlap.schedule.host_experts import HostExperts
 from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.nodes import DetachedNode, check_same_routing
 from moe_overlap.schedule.order import Node, backward_groups
@@ -25,6 +26,7 @@ from moe_overlap.schedule.tables import Tables
 from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
+from moe_overlap.transport.host_link import HostLink
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -44,17 +46,34 @@ class Backward:
     _entered: bool
     _give_back: CopyPlan | None = None  # of the copies of experts, where the step has any
 
-    def __init__(self, transport: Transport, weights: ExpertWeights, *, phase: str, probe: bool, caller: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        weights: ExpertWeights,
+        *,
+        phase: str,
+        probe: bool,
+        caller: int,
+        host_link: HostLink | None,
+    ) -> None:
         self.transport = transport
         self._kind, self._grad_scale = weights.kind, weights.grad_scale
-        self._num_sms = experts_sms(weights.w_in.device)
+        device = weights.w_in.device if host_link is None else host_link.device
+        self._device = device
         self.phase = phase
-        self.lanes = Lanes(transport, phase, clock_for(weights.w_in.device), probe=probe, caller=caller)
+        self.lanes = Lanes(transport, phase, clock_for(device), probe=probe, caller=caller)
+        self._host_link = host_link
+        self._loaded: HostExperts | None = None  # of the half that runs, where experts are in host memory
         self._received: dict[int, torch.Tensor] = {}
         self._output_node: weakref.ref[Any] | None = None
         # The run under way.
         self._grads: BackwardRows | DistinctBackward | None = None
         self._grads_of = -1  # the run of the engine that they belong to
+
+    @property
+    def _num_sms(self) -> int | None:
+        """Multiprocessors for the experts: all of them where nothing runs beside them. No bit depends on it."""
+        return experts_sms(self._device, 0 if self.pair.joined else self.transport.exchange_sms)
 
     @property
     def events(self) -> list[TimelineEvent]:
@@ -75,7 +94,7 @@ class Backward:
             raise ConfigError("checkpoint", "use_reentrant=True", "torch.utils.checkpoint.checkpoint(..., "
                               "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
         self.lanes.close_op()
-        with self.lanes.acting(node.action.text, self._empty.device.type, timed=not node.half):
+        with self.lanes.acting(node.action.text, self._empty.device.type, timed=node.action.lane == COMP):
             result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
         return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
 
@@ -98,7 +117,11 @@ class Backward:
                                            num_sms=self._num_sms)  # fmt: skip
             self.lanes.gateway = self._grads.gateway
         else:
-            self._grads = BackwardRows(tables, Saved.of(tensors), self._kind, dy_TD, **needs, num_sms=self._num_sms)
+            of_forward = Saved.of(tensors)
+            self._loaded = self._host_experts(tables.plan, of_forward.w_in, of_forward.w_out)
+            needs["need_dw"] = self._need_dw and self._loaded is None
+            self._grads = BackwardRows(tables, of_forward, self._kind, dy_TD, **needs, num_sms=self._num_sms,
+                                       loaded=self._loaded)  # fmt: skip
         self._grads_of = torch._C._current_graph_task_id()
         if self._returns:
             assert self._give_back is not None
@@ -144,11 +167,32 @@ class Backward:
         self._rows_of_backward.take_weight_gradients(self.lanes.wait(Action("Mt")))
         return ()
 
+    def _host_experts(self, plan: ChunkPlan, w_in: torch.Tensor, w_out: torch.Tensor) -> HostExperts | None:
+        """Those of one half of the step, where experts are in host memory."""
+        if self._host_link is None:
+            return None
+        note = None if self.lanes.clock is None else self.lanes.note
+        return HostExperts(self._host_link, (w_in, w_out), slots=plan.local_slots, chunks=plan.chunks,
+                           joined=self.pair.joined, note=note)  # fmt: skip
+
+    def _hb(self, ctx: Any, c: int, _: Any) -> Tensors:
+        assert self._loaded is not None
+        self._loaded.fetch(f"Hb{c}", c)
+        return ()
+
+    def _hg(self, ctx: Any, group: int, _: Any) -> Tensors:
+        if self._loaded is not None and self._need_dw:
+            self._loaded.store(f"Hg{group}", group)
+        return ()
+
     def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
         g, groups = self._rows_of_backward, self.pair.backward.count("Ew")
         homes = g.saved.w_in.shape[0]
         first, last = homes * group // groups, homes * (group + 1) // groups
-        self._weigh(first, last)
+        if self._loaded is None:
+            self._weigh(first, last)
+        elif self._need_dw:
+            self._loaded.weigh(g, group, first, last)
         return ()
 
     def _eg(self, ctx: Any, c: int, _: Any) -> Tensors:
@@ -237,17 +281,21 @@ class Backward:
         self.lanes.close_op()
         g, self._grads = self._grads, None
         self.lanes.gateway = None
+        loaded, self._loaded = self._loaded, None
         if g is None:
             return None, None
-        if g.dw_in is not None and g.dw_out is not None and self._grad_scale != 1.0:
-            g.dw_in.mul_(self._grad_scale)
-            g.dw_out.mul_(self._grad_scale)
-        return g.dw_in, g.dw_out
+        dw_in, dw_out = (g.dw_in, g.dw_out) if loaded is None else loaded.finish()
+        if dw_in is not None and dw_out is not None and self._grad_scale != 1.0:
+            dw_in.mul_(self._grad_scale)
+            dw_out.mul_(self._grad_scale)
+        return dw_in, dw_out
 
     # (verb, half) -> what it does.
     _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., Tensors]]] = {
         ("Ut", ""): _ut,
         ("Od", ""): _own_gradients,
+        ("Hb", ""): _hb,
+        ("Hg", ""): _hg,
         ("Ct", "start"): _start_ct,
         ("Ct", "wait"): _wait_ct,
         ("Ed", ""): _ed,

@@ -40,6 +40,7 @@ class SchedulePair:
     backward_by: ChunkBy
     slot: int | None = None
     joined: bool = False
+    joined_copies: bool = False  # weights of copies and their gradients alone are waited for where they start
 
     @property
     def digest(self) -> int:
@@ -62,7 +63,7 @@ class SchedulePair:
         if Action("N") not in self.forward.actions:
             return ()
         until_p = self.forward.actions[1 : self.forward.actions.index(Action("P"))]
-        return tuple(action for action in until_p if action.verb != "Wf")
+        return tuple(action for action in until_p if action.verb not in ("Wf", "Hf"))
 
     @property
     def deduplicated(self) -> bool:

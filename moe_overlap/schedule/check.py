@@ -16,7 +16,7 @@ from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair, parse_choice
 from moe_overlap.schedule.simulate import simulate
 
-LANES = ("comp", "wire")
+LANES = ("comp", "wire", "copy")
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
         found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
     if Action("N") in seen:
         begin = [action.verb for action in schedule.actions[: seen.get(Action("P"), 0)]]
-        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf"}:
+        if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf", "Hf"}:
             found.append(Problem("N begins a schedule, and only ops stand between it and P", seen[Action("N")]))
     if any(Action(verb) in seen for verb in RETURNS):
         found += [Problem(f"{verb} is missing") for verb in RETURNS if Action(verb) not in seen]
     if phase == "backward":
         found += _weight_gradients(seen, chunks)
-    for verb in ("B", "Bt", "Ew", "Wf"):
+    for verb in ("B", "Bt", "Ew", "Wf", "Hf", "Hb", "Hg"):
         indices = sorted(action.index for action in seen if action.verb == verb and action.index is not None)
         if indices != list(range(len(indices))):
             found.append(Problem(f"{verb} has the indices {indices}, not 0 to {len(indices) - 1}"))
@@ -119,11 +119,9 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
         raise ConfigError(
             "schedule.backward", pair.backward.text, "Mt and Od beside M and O of forward, or none of them"
         )
-    for schedule, by, verb in ((pair.forward, pair.by, "E"), (pair.backward, pair.backward_by, "Ed")):
-        order = [action.index for action in schedule if action.verb == verb]
-        if pair.deduplicated and by == "experts" and order != sorted(order):  # type: ignore[type-var]
-            text = "groups of experts in ascending order: a row comes with the first one and goes back with the last"
-            raise ConfigError("schedule", schedule.text, text)
+    if pair.deduplicated:
+        text = "groups of experts in ascending order: a row comes with the first one and goes back with the last"
+        _check_ascending(pair, ("E", "Ed"), text)
     if pair.backward.count("Eg") and pair.backward_by != "experts":
         raise ConfigError("schedule.backward", pair.backward.text, 'backward_by="experts" for Eg, which needs all rows')
     if "peers" in (pair.by, pair.backward_by):
@@ -135,6 +133,20 @@ def check(pair: SchedulePair, *, max_in_flight: int | None = None) -> None:
     mirrored = [a.text.replace("t", "") for a in pair.backward if a.verb in ("Bt", "St")]
     if ops != mirrored[::-1]:
         raise ConfigError("schedule.backward", pair.backward.text, f"the backward of {ops} in reverse order")
+
+
+def check_over_gateways(pair: SchedulePair) -> None:
+    """Raises ConfigError for a pair that hierarchical exchanges cannot run."""
+    _check_ascending(pair, ("C", "Dt"), "groups of experts in ascending order: gateways add up what came back so far")
+
+
+def _check_ascending(pair: SchedulePair, verbs: tuple[str, str], expected: str) -> None:
+    """Raises ConfigError where groups of experts stand in another order. verbs: of forward, of backward."""
+    halves = ((pair.forward, pair.by), (pair.backward, pair.backward_by))
+    for (schedule, by), verb in zip(halves, verbs, strict=True):
+        order = [action.index or 0 for action in schedule if action.verb == verb]
+        if by == "experts" and order != sorted(order):
+            raise ConfigError("schedule", schedule.text, expected)
 
 
 def layer_schedule(schedule: str | SchedulePair, *, shared: bool) -> SchedulePair:
@@ -180,7 +192,7 @@ def spans(
         for position, action in enumerate(actions):
             if last_wire is not None:
                 needs[position] = sorted({*needs[position], last_wire})
-            if action.lane == "wire":
+            if action.lane != "comp":
                 last_wire = position
     return simulate([LANES.index(a.lane) for a in actions], seconds, needs)
 
@@ -201,4 +213,5 @@ def draw(schedule: Schedule, *, joined: bool = False) -> str:
     return "\n".join(
         f"{lane} | " + " ".join(cells.get((lane, c), ".").ljust(widths[c]) for c in range(columns)).rstrip()
         for lane in LANES
+        if lane in {"comp", "wire", *(action.lane for action in schedule)}
     )

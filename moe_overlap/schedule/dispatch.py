@@ -15,12 +15,13 @@ from moe_overlap.agreement.header import Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
 from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
 from moe_overlap.agreement.seats import Seats, StepRule, seats_of
+from moe_overlap.agreement.second_gather import gather_layout, gather_plan, pairs_of, with_pairs
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement.placement import Placement
 from moe_overlap.schedule.builders import Schedules
 from moe_overlap.schedule.expert_copies import CopyStore
 from moe_overlap.transport.base import Agreement, Transport
-from moe_overlap.transport.closing import closing_on_interrupt
+from moe_overlap.transport.closing import closing_on_error, closing_on_interrupt
 from moe_overlap.transport.link import nodes_of
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
@@ -64,6 +65,30 @@ def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Te
 
 def _kind(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+class Completed:
+    """An agreement of a deduplicated step (`Agreement`) that may need a second gather: where a rule gave it other seats
+    than the rows were counted by."""
+
+    def __init__(self, agreement: Agreement, transport: Transport, ids_TK: torch.Tensor) -> None:
+        self._agreement, self._transport, self._ids_TK = agreement, transport, ids_TK
+
+    def wait(self) -> ExchangePlan:
+        """As `Agreement.wait`."""
+        exchange = self._agreement.wait()
+        if exchange.first is not None:
+            return exchange
+        with closing_on_error(self._transport, "N"):
+            pairs = pairs_of(self._ids_TK, exchange)
+            work = self._transport.start(pairs.expand(exchange.world_size, -1).contiguous(), gather_plan(exchange),
+                                         gather_layout(exchange), action="N, second gather")  # fmt: skip
+            said = work.wait().cpu()
+        return with_pairs(exchange, said)
+
+    def interval(self) -> tuple[float, float] | None:
+        """As `Agreement.interval`: of the first gather."""
+        return self._agreement.interval()
 
 
 @dataclass
@@ -158,7 +183,8 @@ class Dispatcher:
             schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, tables, (1, flags) if flags else (0, 0), router_state
         )
         with closing_on_interrupt(self.transport):
-            return self.transport.begin_agree(record)
+            agreement = self.transport.begin_agree(record)
+        return agreement if self.rule is None or self.dedup != 1 else Completed(agreement, self.transport, ids_TK)
 
     def finish(self, agreement: Agreement) -> ExchangePlan:
         """The plan, bounded. Raises ConfigError or PlanMismatch alike on all ranks."""
@@ -220,9 +246,9 @@ class Dispatcher:
         router_state: int = 0,
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
-        if self.rule is not None and (self.dedup == 1 or self.placement.world_size > GATHERED_RANKS):
-            expected = f"None beside dedup, or with more than {GATHERED_RANKS} ranks, of which no rank hears all counts"
-            raise ConfigError("rule", "given", expected)
+        if self.rule is not None and (self.hierarchical or self.placement.world_size > GATHERED_RANKS):
+            expected = "None beside hierarchical exchanges, or with more than "
+            raise ConfigError("rule", "given", f"{expected}{GATHERED_RANKS} ranks, of which no rank hears all counts")
         self.open()
         self.steps += phase == 0
         grad = torch.is_grad_enabled()

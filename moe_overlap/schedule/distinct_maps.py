@@ -12,6 +12,7 @@ import torch
 from moe_overlap import ops
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.distinct import DistinctPlan
+from moe_overlap.agreement.node_plan import NodePlan
 from moe_overlap.schedule.tables import Tables
 
 UNUSED = 1 << 30  # stands for -1 where slots are sorted: after all others, on a rank that nobody is
@@ -46,23 +47,30 @@ class TokenMaps:
             chunk_T[bound:] += 1
         return chunk_T[:, None]
 
-    def _rows(self, at_TK: torch.Tensor, *, chunked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row of each choice that is `at`, token of each row): others' by chunk, rank, token, then own rows."""
+    def _rows(self, at_TK: torch.Tensor, *, chunked: bool, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row of each choice that is `at`, token of each row): others' by chunk, rank, token, then own rows. last: by
+        the last chunk that needs a row, else by the first one."""
         plan, world = self.plan, self.plan.world_size
         chunks = plan.chunks if chunked else 1
         key_TK = self.rank_TK.to(torch.int32)
         if chunks > 1:
-            key_TK = key_TK + world * (self._chunk_T if plan.by == "tokens" else self._group_TK)
+            key_TK = key_TK + world * (self._chunk_T if plan.by == "tokens" else self._groups(last))
         key_TK = torch.where(self.rank_TK == plan.rank, chunks * world, key_TK)
         key_TK = torch.where(at_TK, key_TK, -1).to(torch.int32)
         _, _, choice_to_row, row_to_choice = ops.row_map(key_TK, num_experts=chunks * world + 1)
         token_R = row_to_choice.div(max(1, self.top_k), rounding_mode="floor").long()
         return choice_to_row, token_R[: plan.outgoing_rows + plan.own_rows]
 
-    @property
-    def _group_TK(self) -> torch.Tensor:
-        """int32 [T, K]: the group of experts that each choice's slot is in."""
-        return slot_groups(self.slots_TK - self.rank_TK * self.plan.local_slots, self.plan)
+    def _groups(self, last: bool) -> torch.Tensor:
+        """int32 [T, K]: the last or the first group of experts that needs each choice's row. On one rank that is the
+        group of the row's highest or lowest choice; on the ranks behind a gateway it may be that of any choice."""
+        plan = self.plan
+        group_TK = slot_groups(self.slots_TK % plan.local_slots, plan)
+        if not isinstance(plan, NodePlan):
+            return group_TK
+        column_TK = torch.where(self._used, self.rank_TK, plan.world_size).long()
+        ends_TW = group_TK.new_full((self.tokens, plan.world_size + 1), -1 if last else plan.chunks)
+        return ends_TW.scatter_reduce_(1, column_TK, group_TK, "amax" if last else "amin").gather(1, column_TK)
 
     @cached_property
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +86,7 @@ class TokenMaps:
     def _returning(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int32 [T, K], the rows in the order in which chunks give them back, -1 = none, and which choices have one."""
         by_tokens = self.plan.chunks == 1 or self.plan.by == "tokens"
-        choice_to_row, _ = self.outgoing if by_tokens else self._rows(self._last, chunked=True)
+        choice_to_row, _ = self.outgoing if by_tokens else self._rows(self._last, chunked=True, last=True)
         return choice_to_row, self._first if by_tokens else self._last
 
     @cached_property

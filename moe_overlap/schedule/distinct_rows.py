@@ -164,7 +164,7 @@ class DistinctForward:
         return ops.combine(self.y, maps.places_RK[leaving], maps.weights_RK[leaving])
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
-        for w_in, w_out, seats in self.weights.parts():
+        for w_in, w_out, seats in self.weights.parts(0):
             ops.expert_mlp_forward(self.x, w_in, w_out, ends[seats], starts=starts[seats], kind=self.weights.kind,
                                    y=self.y, h=self.h, rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -17,13 +18,14 @@ from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.recorder import TimelineEvent, recording
-from moe_overlap.transport.base import Announcement, Transport, Work
+from moe_overlap.transport.base import Agreement, Announcement, Transport, Work
 from moe_overlap.transport.closing import ClosingUnlessCalled, closing_on_error
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
 RETURNING = ("C", "Dt", "Mt", "Wg")
 WEIGHTS = ("Wf", "Wg")  # which go to their ranks directly
-Note = tuple[str, str, str, Any, Any]  # phase, action, lane and the stamps of its start and end
+# Phase, action, lane, the stamps of its start and end; of an exchange that of its issue, and whose rows came last.
+Note = tuple[str, str, str, Any, Any, Any, int | None]
 
 
 class Lanes:
@@ -53,10 +55,17 @@ class Lanes:
         self._open_op: tuple[str, Any] | None = None
         self.gateway: Gateway | None = None  # of the half that runs, where rows are deduplicated
 
-    def bind(self, forward: ChunkPlan, backward: ChunkPlan, layout: RowLayout, *, joined: bool) -> None:
-        """The agreed plans of the step's two halves and what a row carries; `joined`: overlap off."""
+    def bind(
+        self, forward: ChunkPlan, backward: ChunkPlan, layout: RowLayout, *, joined: bool, joined_copies: bool = False
+    ) -> None:
+        """The agreed plans of the step's two halves and what a row carries; `joined`: overlap off, `joined_copies`: of
+        copies' weights alone."""
         self._plans = {"forward": forward, "backward": backward}
-        self._layout, self._joined = layout, joined
+        self._layout, self._all_joined, self._copies_joined = layout, joined, joined_copies
+
+    def _joined(self, action: Action) -> bool:
+        """Whether the exchange is waited for where it starts."""
+        return self._all_joined or (self._copies_joined and action.verb in WEIGHTS)
 
     # ---------------------------------------------------------------- wire
 
@@ -77,8 +86,7 @@ class Lanes:
         """Start an exchange. C, Dt, Mt and Wg carry rows back to where they came from. `layout`: of what goes beside
         rows, for those of all chunks at once (M and Mt), or by a `plan` of its own (Wf and Wg)."""
         if self._beginning is not None:
-            beginning, self._beginning = self._beginning, None
-            beginning.wait()
+            self._hear_beginning(self._beginning)
         start = self.now()
         if plan is None:
             plan = self._plans[action.spec.phase]
@@ -92,19 +100,20 @@ class Lanes:
             rows = self.gateway.give_back(chunk, rows, layout, partial(self._inside, action, layout))
         work = self.transport.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action.text)
         self._works[action] = work, start, layout
-        if self._joined:
+        if self._joined(action):
             self._stand_still(action, work)
 
     def wait(self, action: Action) -> torch.Tensor:
         """The rows of an exchange that was started."""
         work, start, layout = self._works.pop(action)
-        if not self._joined:
+        if not self._joined(action):
             self._stand_still(action, work)
         rows, end = work.wait(), self._waited.pop(action)
+        issued = start
         if isinstance(self.clock, HostClock):
             # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
             start, end = work.interval() or (end, end)
-        self.note(action.text, "wire", start, end)
+        self.note(action.text, "wire", start, end, issued, last_sender(work))
         if self.gateway is not None and action.verb not in (*RETURNING, *WEIGHTS):
             rows = self.gateway.pass_on(action.index or 0, rows, layout, partial(self._inside, action, layout))
         if action in self._computed:
@@ -122,10 +131,26 @@ class Lanes:
         found = work.wait()
         end = self.now()
         self.note(action.text, "wait", start, end)
+        issued = start
         if isinstance(self.clock, HostClock):
             start, end = work.interval() or (end, end)
-        self.note(action.text, "wire", start, end)
+        self.note(action.text, "wire", start, end, issued, last_sender(work))
         return found
+
+    def _hear_beginning(self, beginning: Announcement) -> None:
+        """Wait until all ranks are in this backward. A recorder hears of that time, which is in no schedule; `events`
+        are of the schedule alone."""
+        self._beginning, start_s = None, time.perf_counter()
+        beginning.wait()
+        target = recording() or self._recording
+        if self.clock is None or target is None or not target.open:
+            return
+        rank, end_s = self.transport.rank, time.perf_counter()
+        event = TimelineEvent(rank, self.step, "backward", "Ut", "wait", start_s, end_s, start_s)
+        if isinstance(self.clock, HostClock):
+            target.events.append(event)
+        else:  # in its place among those of the stream
+            target.pending.append(lambda: event)
 
     def _stand_still(self, action: Action, work: Work) -> None:
         """Wait for an exchange, and note the time that takes."""
@@ -163,12 +188,12 @@ class Lanes:
         """A stamp of the clock."""
         return None if self.clock is None else self.clock.now()
 
-    def note(self, action: str, lane: str, start: Any, end: Any) -> None:
-        """Record one executed action, between two stamps."""
+    def note(self, action: str, lane: str, start: Any, end: Any, issued: Any = None, sender: int | None = None) -> None:
+        """Record one executed action, between two stamps; `issued`, `sender`: see `TimelineEvent`."""
         if self.clock is None:
             return
         in_backward = torch._C._current_graph_task_id() >= 0 and self.phase == "forward"
-        self._notes.append(("backward" if in_backward else self.phase, action, lane, start, end))
+        self._notes.append(("backward" if in_backward else self.phase, action, lane, start, end, issued, sender))
         # On CUDA backward runs in a thread of the engine: there the recorder of the forward call counts.
         target = recording() or self._recording
         if target is None or not target.open:
@@ -182,12 +207,22 @@ class Lanes:
     @property
     def events(self) -> list[TimelineEvent]:
         """What was executed so far. On CUDA this waits for it."""
-        for phase, action, lane, start, end in self._notes:
+        for phase, action, lane, start, end, issued, sender in self._notes:
             assert self.clock is not None
             times = self.clock.seconds(start), self.clock.seconds(end)
-            self._events.append(TimelineEvent(self.transport.rank, self.step, phase, action, lane, *times))
+            issued_s = None if issued is None else self.clock.seconds(issued)
+            self._events.append(
+                TimelineEvent(self.transport.rank, self.step, phase, action, lane, *times, issued_s, sender)
+            )
         self._notes.clear()
         return self._events
+
+
+def last_sender(work: Work | Agreement) -> int | None:
+    """The rank whose rows came last, of a transport that knows it (see `transport.base.Work`)."""
+    known = getattr(work, "last_sender", None)
+    found: int | None = None if known is None else known()
+    return found
 
 
 def payload_of(rows: torch.dtype, payload: torch.dtype | None) -> torch.dtype:

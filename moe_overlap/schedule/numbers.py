@@ -23,6 +23,8 @@ LAST_NODES = BLOCKS + 1 + 2
 DISTINCT_NODES = 3
 # And copies of experts: Wd, both halves of Wg, and Wa.
 COPY_NODES = 4
+# And experts in host memory: Hb, and Ew and Hg of every group.
+HOST_NODES = 3 * BLOCKS
 # All that a planned backward can have: five nodes a chunk, Ut, Pt, one Ew, and those of deduplication and copies.
 PLANNED_NODES = 5 * BLOCKS + 3 + DISTINCT_NODES + COPY_NODES
 
@@ -30,11 +32,11 @@ PLANNED_NODES = 5 * BLOCKS + 3 + DISTINCT_NODES + COPY_NODES
 class SequenceNumbers:
     """The numbers of one step's nodes. Made before the router makes its own nodes, so that some can run after those.
 
-    `anchor`: a leaf that requires a gradient.
+    `anchor`: a leaf that requires a gradient. `more`: nodes that a step can have beside those of what it was given.
     """
 
-    def __init__(self, anchor: torch.Tensor) -> None:
-        self._anchor = anchor
+    def __init__(self, anchor: torch.Tensor, *, more: int = 0) -> None:
+        self._anchor, self._more = anchor, more
         self._numbers: dict[Node, int] = {}
         self._last = reserve(anchor, LAST_NODES)
         self._early: list[list[int]] = []  # reserved before ops that ran ahead of the agreement
@@ -43,7 +45,7 @@ class SequenceNumbers:
         """As `before_op`, while ranks still agree: as many numbers as `schedule` can need there, whatever is chosen."""
         count = PLANNED_NODES
         if isinstance(schedule, SchedulePair):
-            count = len(backward_groups(schedule)[-1 - len(self._early)]) + DISTINCT_NODES + COPY_NODES
+            count = len(backward_groups(schedule)[-1 - len(self._early)]) + DISTINCT_NODES + COPY_NODES + self._more
         self._early.append(reserve(self._anchor, count))
 
     def bind(self, pair: SchedulePair) -> None:

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class TimelineEvent:
-    """One executed action of one rank. Lane `wait` holds the time that the compute lane stood still for an exchange."""
+    """One executed action of one rank. Lane `wait` holds the time that the compute lane stood still for an exchange.
+
+    Of exchanges also `issued_s`, when this rank handed it to the transport, which may be long before its bytes move,
+    and `last_sender`, the rank whose rows came last, where the transport can tell."""
 
     rank: int
     step: int
@@ -24,6 +27,8 @@ class TimelineEvent:
     lane: str
     start_s: float
     end_s: float
+    issued_s: float | None = None
+    last_sender: int | None = None
 
 
 @dataclass(eq=False)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_overlap import config, ops
+from moe_overlap import ops
 from moe_overlap.agreement.static_plan import StaticChunks
 from moe_overlap.ops import workspace
 from moe_overlap.schedule.static_rows import static_order
 from moe_overlap.schedule.tables import Tables
-from moe_overlap.schedule.weights import ExpertWeights, GradientRows, parts_of
+from moe_overlap.schedule.weights import ExpertWeights, GradientRows, Loaded, parts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,13 @@ def send_order(tables: Tables, slots_TK: torch.Tensor) -> tuple[torch.Tensor, to
     return slot_to_row, offs
 
 
-def experts_sms(device: torch.device) -> int | None:
-    """How many multiprocessors the experts' kernels may use beside exchanges; None: all there are, or a CPU."""
-    kept = int(config.EXCHANGE_SMS.read())
-    if kept == 0 or device.type != "cuda":
+def experts_sms(device: torch.device, exchange_sms: int) -> int | None:
+    """How many multiprocessors the experts' kernels may use beside exchanges that take `exchange_sms`; None: all there
+    are, or a CPU. A block of NCCL shares no multiprocessor with one of a matrix kernel, whose shared memory fills it:
+    without this exchanges would begin when experts end."""
+    if exchange_sms == 0 or device.type != "cuda":
         return None
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - kept)
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - exchange_sms)
 
 
 class _Chunks:
@@ -166,7 +167,7 @@ class ForwardRows(_Chunks):
         """E of chunk c: the received rows through this rank's experts, in the order in which they came."""
         self._put(received, c, self.x)
         starts, ends = self.expert_rows(c)
-        for w_in, w_out, seats in self.weights.parts():
+        for w_in, w_out, seats in self.weights.parts(c):
             ops.expert_mlp_forward(self.x, w_in, w_out, ends[seats], starts=starts[seats], kind=self.weights.kind,
                                    y=self.y, h=self.h, num_sms=self.num_sms)  # fmt: skip
         return self._take(self.y, c)
@@ -187,7 +188,8 @@ class ForwardRows(_Chunks):
 class BackwardRows(_Chunks):
     """The backward actions Ut, Ed, Ew, Pt. Made by Ut; lives until the gradients are handed over.
 
-    `over_h`: the gradient of h is written over h, which nobody needs again.
+    `over_h`: the gradient of h is written over h, which nobody needs again. `loaded`: where the weights are in host
+    memory, what brings them up; their gradients are then made by groups (`group_gradient`).
     """
 
     def __init__(
@@ -201,10 +203,11 @@ class BackwardRows(_Chunks):
         need_dw: bool,
         over_h: bool,
         num_sms: int | None,
+        loaded: Loaded | None = None,
     ) -> None:
         super().__init__(tables, num_sms)
         plan = self.plan
-        self.saved = saved
+        self.saved, self._loaded = saved, loaded
         self.kind = kind
         if dy_TD is None:
             dy_TD = saved.back.new_zeros(saved.slot_to_row.shape[0], saved.back.shape[1])
@@ -255,7 +258,8 @@ class BackwardRows(_Chunks):
         self._put(received, c, self.dy)
         starts, ends = self.expert_rows(c)
         s = self.saved
-        for w_in, w_out, seats in parts_of(s.w_in, s.w_out, *s.copied):
+        parts = parts_of(s.w_in, s.w_out, *s.copied) if self._loaded is None else self._loaded.parts(c)
+        for w_in, w_out, seats in parts:
             ops.expert_mlp_dgrad(self.dy, s.h, w_in, w_out, ends[seats], starts=starts[seats], kind=self.kind,
                                  dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
         return self._take(self.dx, c) if self.need_dx else None
@@ -266,6 +270,13 @@ class BackwardRows(_Chunks):
             offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]
             ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, dw_in=self.dw_in,
                                  dw_out=self.dw_out, experts=(first, last), num_sms=self.num_sms)  # fmt: skip
+
+    def group_gradient(self, first: int, last: int, dw_in: torch.Tensor, dw_out: torch.Tensor) -> None:
+        """Ew of the same experts into buffers of their own, [last - first, ...]."""
+        ends = self.tables.one("expert_offs")
+        starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+        ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, ends[first:last], starts=starts[first:last],
+                             dw_in=dw_in, dw_out=dw_out, num_sms=self.num_sms)  # fmt: skip
 
     def gradient_rows(self) -> GradientRows:
         """What the weight gradients of single experts are made of."""

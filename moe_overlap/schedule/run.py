@@ -22,27 +22,31 @@ from moe_overlap.agreement.copies import copy_plan
 from moe_overlap.agreement.node_plan import rows_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import PlanMismatch
-from moe_overlap.schedule.actions import Action, dependencies
+from moe_overlap.schedule.actions import COMP, Action, dependencies
 from moe_overlap.schedule.agreeing import Agreeing
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import SchedulePair, Schedules, with_copies
+from moe_overlap.schedule.check import check_over_gateways
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.distinct_rows import DistinctForward
 from moe_overlap.schedule.expert_copies import StepCopies
 from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
-from moe_overlap.schedule.numbers import SequenceNumbers
+from moe_overlap.schedule.numbers import HOST_NODES, SequenceNumbers
+from moe_overlap.schedule.offload import with_host_experts
 from moe_overlap.schedule.order import Node
 from moe_overlap.schedule.rows import ForwardRows
 from moe_overlap.schedule.tables import tables_of
 from moe_overlap.schedule.user_ops import Mistakes
 from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.base import Agreement, Transport
+from moe_overlap.transport.host_link import HostLink
 
 
 class Step(Backward):
     """One forward call of one layer, and its backward. Made anew for every call; nothing of it stays on the layer.
-    `probe`: it is a calibration's; `caller`, `payload_dtype`: the dispatcher's."""
+    `probe`: it is a calibration's; `caller`, `payload_dtype`: the dispatcher's; `host_link`: what the weights come up
+    by, where they are in the host's memory."""
 
     def __init__(
         self,
@@ -53,8 +57,9 @@ class Step(Backward):
         probe: bool = False,
         caller: int = 0,
         payload_dtype: torch.dtype | None = None,
+        host_link: HostLink | None = None,
     ) -> None:
-        super().__init__(transport, weights, phase=phase, probe=probe, caller=caller)
+        super().__init__(transport, weights, phase=phase, probe=probe, caller=caller, host_link=host_link)
         self._weights = weights
         self._payload_dtype = payload_dtype
         self.grad = torch.is_grad_enabled()
@@ -79,7 +84,8 @@ class Step(Backward):
         self._need_dw = self.grad and (w_in.requires_grad or w_out.requires_grad)
         self._need_dx = self.grad and x_TD.requires_grad
         *copied, self._weight_token = Fork.apply(self, copies, self.anchor, x_TD, w_in, w_out)
-        self._numbers = SequenceNumbers(self.anchor) if self.grad else None
+        more = 0 if self._host_link is None else HOST_NODES
+        self._numbers = SequenceNumbers(self.anchor, more=more) if self.grad else None
         return copied if self._need_dx else [x_TD] * copies
 
     def ask(self, schedule: Schedules, dispatcher: Dispatcher, agreement: Agreement) -> None:
@@ -109,6 +115,8 @@ class Step(Backward):
         self.plan = (
             rows_plan(exchange, pair.chunks, pair.by) if self._distinct else exchange.chunked(pair.chunks, pair.by)
         )
+        if exchange.node_rows is not None and self._distinct:
+            check_over_gateways(pair)
         backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
         halves = (self.plan, backward_plan) if self.grad else (self.plan, self.plan)
         self._tables, self._backward_tables = tables_of(halves, x_TD.device, x_TD.shape[0])
@@ -120,11 +128,14 @@ class Step(Backward):
         if self._numbers is not None:
             self._numbers.bind(pair)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
-        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined)
+        self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined, joined_copies=pair.joined_copies)
         self._weights_dtype = self._weights_TK.dtype
+        self._weights.loaded = self._loaded = self._host_experts(self.plan, self._weights.w_in, self._weights.w_out)
 
     def _with_copies(self, pair: SchedulePair, exchange: ExchangePlan) -> SchedulePair:
-        """The pair in a step that has copies of experts, which it is made ready for."""
+        """The pair in a step that has copies of experts, which it is made ready for, or experts in host memory."""
+        if self._host_link is not None:
+            return with_host_experts(pair)
         if exchange.seats is None or not exchange.seats.has_copies:
             return pair
         self._copies = StepCopies(exchange, self._weights, self._store, groups=1)
@@ -185,7 +196,7 @@ class Step(Backward):
 
     def _forward(self, action: Action, half: str) -> None:
         """Run the body of one forward action, or of half of an exchange."""
-        with self.lanes.acting(action.text, self._empty.device.type, timed=not half), torch.no_grad():
+        with self.lanes.acting(action.text, self._empty.device.type, timed=action.lane == COMP), torch.no_grad():
             self._FORWARD[action.verb, half](self, action.index)
 
     def _run_op(self, action: Action, op: Callable[[Any], torch.Tensor]) -> None:
@@ -216,6 +227,9 @@ class Step(Backward):
     def _finish(self) -> torch.Tensor:
         """Fix the backward order and return the routed output."""
         y_TD = self._y_TD
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and not self.grad:  # else the end of backward waits
+            loaded.let_go()
         if self._numbers is not None:
             y_TD = self._make_nodes()
             self._numbers.write(self._nodes)
@@ -287,6 +301,10 @@ class Step(Backward):
     def _wait_fetch(self, group: int) -> None:
         self._copies.arrived(group, self.lanes.wait(Action("Wf", group)))
 
+    def _fetch_from_host(self, c: int) -> None:
+        assert self._loaded is not None
+        self._loaded.fetch(f"Hf{c}", c)
+
     def _own(self, _: int | None) -> None:
         self._rows.own(0, 1 + self.pair.forward.count("Or"))
 
@@ -328,7 +346,8 @@ class Step(Backward):
             last = self._node(Node(Action("Wa")), self._weight_token)
             start = self._node(Node(Action("Wg"), "start"), self._node(Node(Action("Wg"), "wait"), last))
             after_experts.append(self._node(Node(Action("Wd")), start))
-        after_experts += [self._node(Node(a), last) for a in self.pair.backward if a.verb == "Ew"]
+        ends = {a.index: self._node(Node(a), last) for a in self.pair.backward if a.verb == "Hg"}
+        after_experts += [self._node(Node(a), ends.get(a.index, last)) for a in self.pair.backward if a.verb == "Ew"]
         starts, gates = [], tuple(after_experts)
         if self._distinct:
             metadata = self._node(Node(Action("Mt"), "start"), self._node(Node(Action("Mt"), "wait"), pt))
@@ -339,8 +358,9 @@ class Step(Backward):
             rows = self._node(Node(dt, "start"), self._node(Node(dt, "wait"), pt))
             own = [self._node(Node(Action("Eg", c)), last)] if filled else []
             gates += tuple(own)
-            rows = self._node(Node(ct, "wait"), self._node(Node(ed), rows, *after_experts, *own))
-            starts.append(self._node(Node(ct, "start"), rows))
+            rows = self._node(Node(ed), rows, *after_experts, *own)
+            starts += [self._node(Node(a), rows) for a in self.pair.backward.actions if a == Action("Hb", c)]
+            starts.append(self._node(Node(ct, "start"), self._node(Node(ct, "wait"), rows)))
         if self._distinct:
             starts.append(self._node(Node(Action("Od")), pt, *gates))
         return self._node(Node(Action("Ut")), *early, *starts)
@@ -363,6 +383,7 @@ class Step(Backward):
         ("P", ""): _permute,
         ("M", "start"): _start_metadata,
         ("M", "wait"): _wait_metadata,
+        ("Hf", ""): _fetch_from_host,
         ("Wf", "start"): _start_fetch,
         ("Wf", "wait"): _wait_fetch,
         ("O", ""): _own,

@@ -66,8 +66,8 @@ class Tables:
     def _keys_inside(self) -> list[Key]:
         if not isinstance(self.plan, NodePlan):
             return []
-        names = ("arrived_to_pass_on", "in_flat_order", "to_gateways", "homewards")
-        return _of_chunks(self.plan, names if self.plan.chunks == 1 else (*names, "to_pass_on"))
+        keys = _of_chunks(self.plan, ("arrived_to_pass_on", "in_flat_order", "to_gateways", "homewards"))
+        return [*keys, ("gateway_chunks", ())] if self.plan.by == "tokens" else keys
 
     def take(self, found: dict[Key, Any]) -> None:
         """Tables that are on the device."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -24,20 +24,30 @@ class Part(NamedTuple):
     seats: slice
 
 
+class Loaded(Protocol):
+    """Experts in host memory: see `schedule/host_experts.py`."""
+
+    def parts(self, chunk: int) -> Iterator[Part]: ...
+
+
 @dataclass(kw_only=True)
 class ExpertWeights:
     """The stacked weights of this rank's experts, in the dtype of the rows. `grad_scale` multiplies their gradients.
-    `copied`: (w_in, w_out) of its copies, once they are there (None: it has none)."""
+    `copied`: (w_in, w_out) of its copies, once they are there (None: it has none). `loaded`: where w_in and w_out are
+    in the host's memory, what brings them to the device."""
 
     w_in: torch.Tensor
     w_out: torch.Tensor
     kind: str
     grad_scale: float = 1.0
     copied: tuple[torch.Tensor, torch.Tensor] | None = None
+    loaded: Loaded | None = None
 
-    def parts(self) -> Iterator[Part]:
-        """Homes and copies, those that there are."""
-        yield from parts_of(self.w_in, self.w_out, *(self.copied or ()))
+    def parts(self, chunk: int) -> Iterator[Part]:
+        """Homes and copies, those that there are, or those of a chunk that are loaded."""
+        if self.loaded is not None:
+            return self.loaded.parts(chunk)
+        return parts_of(self.w_in, self.w_out, *(self.copied or ()))
 
 
 def parts_of(w_in: torch.Tensor, w_out: torch.Tensor, *copied: torch.Tensor) -> Iterator[Part]:

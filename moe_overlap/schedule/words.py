@@ -13,6 +13,7 @@ from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.schedule.actions import SIGNS, VERBS, Schedule
 from moe_overlap.schedule.builders import SchedulePair, chunked, serial, shared_expert, window
 from moe_overlap.schedule.check import check, makespan_s
+from moe_overlap.schedule.offload import without_host_experts
 
 IMPORT = "from moe_overlap.schedule.words import from_text"
 
@@ -34,15 +35,16 @@ def from_text(
 
 def python_of(pair: SchedulePair) -> str:
     """The call that runs this pair at every step, whatever was planned: a ShortcutBlock's where it has backbone ops."""
-    pair = _without_copies(pair)
+    host = ', expert_offload="host"' if pair.forward.count("Hf") else ""
+    pair = without_host_experts(_without_copies(pair))
     off = ", overlap=False" if pair.joined and pair.name != "serial" else ""
-    rows = ', dedup="on"' if pair.deduplicated else ""
+    rows = ', dedup="on"' if pair.deduplicated else host
     if pair.num_ops:
         return f"ShortcutBlock(..., {_block_words(pair)}{off})" + (f" of a MoELayer(...{rows})" if rows else "")
     shared = pair.has_shared
     for word, other in _named(shared):
         if _same(pair, other):
-            return f'MoELayer(..., schedule="{word}"{"" if word == "serial" else off})'
+            return f'MoELayer(..., schedule="{word}"{host}{"" if word == "serial" else off})'
     return f"MoELayer(..., schedule={_written(pair)}{rows}{off})"
 
 
@@ -68,7 +70,8 @@ def legend(pair: SchedulePair, phases: Sequence[str] = ("forward", "backward")) 
         schedule = pair.forward if phase == "forward" else pair.backward
         used = dict.fromkeys(action.verb for action in schedule)
         lines.append(f"  {phase}: " + "; ".join(f"{verb} {VERBS[verb].meaning}" for verb in used))
-    return ["letters:", *lines, f"  {SIGNS}"]
+    host = "; copy is the link to the host's memory" if pair.forward.count("Hf") else ""
+    return ["letters:", *lines, f"  {SIGNS}{host}"]
 
 
 def _named(shared: bool) -> Iterator[tuple[str, SchedulePair]]:

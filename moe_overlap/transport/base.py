@@ -40,7 +40,10 @@ class TransportStats:
 
 
 class Work(Protocol):
-    """An exchange under way. It holds its buffers until it has been waited for or the transport closed."""
+    """An exchange under way. It holds its buffers until it has been waited for or the transport closed.
+
+    One that can tell whose rows came last, once waited for, has a method `last_sender() -> int` (this rank, where its
+    own bytes took longest to leave); so may an Agreement."""
 
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """The received rows. On CUDA the current stream waits, not the host. Raises a MoeTransportError in time."""
@@ -91,6 +94,10 @@ class Transport(Protocol):
     @property
     def group(self) -> Any:
         """The ProcessGroup of its ranks; None where they are not those of torch.distributed."""
+
+    @property
+    def exchange_sms(self) -> int:
+        """Multiprocessors of the device that an exchange may take; 0: none, or it is not limited."""
 
     def open(self, header: Header) -> bool:
         """Compare `header` on all ranks; called by the layer before its first step, and again after `reopen`.

@@ -127,6 +127,13 @@ class EmulatedWork:
         begin_ns, end_ns = self._times()
         return begin_ns / 1e9, end_ns / 1e9
 
+    def last_sender(self) -> int:
+        """The rank whose bytes were last on their link."""
+        board, mine = self._transport._board, self._departure
+        assert board is not None
+        arrivals = [(board.read(sender, mine.number)[1], sender) for sender in self._senders]
+        return max([(mine.left_ns, self._transport.rank), *arrivals])[1]
+
     def _times(self) -> tuple[int, int]:
         """(begin, end) of the wire time, known once the inner exchange is over."""
         if self._interval_ns is None:
@@ -150,11 +157,16 @@ class _DelayedPlan:
     where: Where
     rounds: int
     end_ns: int | None = None
+    sender: int | None = None
 
     def wait(self) -> ExchangePlan:
         plan = self.inner.wait()
-        self.end_ns = self.transport._arrived(self.departure, self.where, self.rounds)
+        self.end_ns, self.sender = self.transport._arrived(self.departure, self.where, self.rounds)
         return plan
+
+    def last_sender(self) -> int | None:
+        """The rank whose message was last on its link, once waited for."""
+        return self.sender
 
     def interval(self) -> tuple[float, float] | None:
         """On the emulated wire."""
@@ -229,15 +241,15 @@ class EmulatedLinkTransport(Wrapper):
         departure = self._depart((HEAD_WORDS + self.inner.life.capacity) * 8 * len(self._off_node))
         return _Delayed(self, super().begin_backward(record), departure, Where(action="Ut", step=record.step))
 
-    def _arrived(self, departure: _Departure, where: Where, rounds: int) -> int:
+    def _arrived(self, departure: _Departure, where: Where, rounds: int) -> tuple[int, int]:
         """Sleep until the messages of all ranks have come over the link, one latency in every arrival and one more for
-        each further round; returns that time, in ns."""
+        each further round; returns that time, in ns, and the rank that was last."""
         assert self._board is not None
-        arrivals = [self._board.read(peer, departure.number)[1] for peer in self._off_node]
+        arrivals = {peer: self._board.read(peer, departure.number)[1] for peer in self._off_node}
         extra_ns = int((rounds - 1) * self.link.latency_s * 1e9) if self._off_node else 0
-        ready_ns = max([departure.left_ns, *arrivals]) + extra_ns
-        self._sleep_until(ready_ns, where, None)
-        return ready_ns
+        last_ns, sender = max((ns, peer) for peer, ns in ({self.rank: departure.left_ns} | arrivals).items())
+        self._sleep_until(last_ns + extra_ns, where, None)
+        return last_ns + extra_ns, sender
 
     def _start(self, exchange: Exchange) -> Work:
         plan, chunk = exchange.plan, exchange.chunk

@@ -105,6 +105,10 @@ class Endpoint(Speaker):
         self._header: Header | None = None
         self._opened_in = -1
 
+    @property
+    def exchange_sms(self) -> int:
+        return 0
+
     def open(self, header: Header) -> bool:
         if self._is_open_for(header):
             return False
@@ -117,8 +121,9 @@ class Endpoint(Speaker):
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header, self._opened_in = header, self.life.generation
         needed = record_capacity(
-            header.num_experts, header.num_slots, header.dedup, nodes=header.nodes, gathered=self._gathers
-        )
+            header.num_experts, header.num_slots, header.dedup, ranks=self.world_size, nodes=header.nodes,
+            gathered=self._gathers,
+        )  # fmt: skip
         self.life.capacity = max(self.life.capacity, needed)
         self.openings += 1
         return True
@@ -330,10 +335,11 @@ class Endpoint(Speaker):
                 raise self._refusing(ConfigError("record.counts", given, f"int64 {shape}"))
             if table.dtype == torch.int64 and int(table.max()) > MOST:
                 raise self._refusing(ConfigError("record.counts", int(table.max()), f"at most {MOST}"))
-        nodes = 0 if record.node_rows is None else record.node_rows.shape[1]
-        if nodes not in (0, self._header.nodes) or (record.status == 0 and record.hierarchical and not nodes):
-            expected = f"the {self._header.nodes} nodes of the header"
-            raise self._refusing(ConfigError("record.node_rows", nodes, expected))
+        node_shape = None if record.node_rows is None else tuple(record.node_rows.shape)
+        of_header = (2, BLOCKS, self._header.nodes * self._header.num_slots // self.world_size)
+        if node_shape not in (None, of_header) or (record.status == 0 and record.hierarchical and node_shape is None):
+            expected = f"{of_header}, of the {self._header.nodes} nodes of the header"
+            raise self._refusing(ConfigError("record.node_rows", node_shape, expected))
         # A refusal need not count.
         most = _tables(self._header.dedup)
         if len(tables) > most or (record.status == 0 and len(tables) != _tables(record.dedup)):

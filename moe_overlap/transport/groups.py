@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap.agreement.cost import Grid
+from moe_overlap.config import EXCHANGE_SMS
 from moe_overlap.errors import ConfigError
 
 LOOK_S = 0.05  # between two looks at the peers while connections are made
@@ -53,8 +54,7 @@ class Groups:
         if backend == "gloo":
             self.payload = gloo("payload", everyone)
         else:
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            options._timeout = limit
+            options = nccl_options(limit)
             self.payload = dist.ProcessGroupNCCL(dist.PrefixStore("payload", store), rank, world_size, options)
         self.backend = backend
 
@@ -73,6 +73,16 @@ class Groups:
                 except RuntimeError as error:
                     if "Timed out" in str(error):
                         break  # this closed every connection of the group; else that one was closed before: the next
+
+
+def nccl_options(limit: timedelta) -> Any:
+    """Of a group for rows: its exchanges run on as many multiprocessors as the experts leave to them."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = limit
+    most = int(EXCHANGE_SMS.read())
+    if most:
+        options.config.max_ctas = most
+    return options
 
 
 def watched(make: Callable[[], Any], watch: Callable[[], None]) -> Any:

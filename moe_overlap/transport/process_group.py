@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from moe_overlap.agreement.cost import Grid
 from moe_overlap.agreement.header import Header
+from moe_overlap.config import EXCHANGE_SMS
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.connections import Connections, connections_of
 from moe_overlap.transport.endpoint import Endpoint, checked_timeout
@@ -103,6 +104,11 @@ class ProcessGroupTransport(Endpoint):
         self._options = dist.AllToAllOptions()
         if hasattr(self._options, "asyncOp"):
             self._options.asyncOp = True
+
+    @property
+    def exchange_sms(self) -> int:
+        """NCCL's kernels run on so many (`groups.nccl_options`)."""
+        return int(EXCHANGE_SMS.read()) if self.backend == "nccl" and self.world_size > 1 else 0
 
     def open(self, header: Header) -> bool:
         """As the contract says. One made after a failure of the group, on all ranks, renews the connections."""

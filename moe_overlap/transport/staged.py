@@ -54,6 +54,13 @@ class Engine:
     def event(self, *, timing: bool = False) -> Any:
         return torch.cuda.Event(enable_timing=timing)
 
+    def join(self, event: Any) -> None:
+        """The host waits until the event has passed."""
+        event.synchronize()
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_pinned()
+
     def capturing(self) -> bool:
         """Whether the current stream is captured into a graph."""
         return torch.cuda.is_current_stream_capturing()

@@ -37,6 +37,10 @@ class Wrapper:
     def group(self) -> Any:
         return self.inner.group
 
+    @property
+    def exchange_sms(self) -> int:
+        return self.inner.exchange_sms
+
     def open(self, header: Header) -> bool:
         return self.inner.open(header)
 

@@ -10,6 +10,7 @@ import torch
 
 from moe_overlap.agreement.cost import agreement_cost
 from moe_overlap.agreement.counts import BLOCKS, block_counts_of_rows
+from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.agreement.node_plan import NodePlan, rows_plan
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.agreement.record import StepRecord
@@ -20,6 +21,7 @@ from tests.transport.worlds import header, record
 
 WORLDS = [(4, 2), (6, 2), (6, 3), (8, 4)]  # ranks, ranks of a node
 LOCAL = 2
+CUTS: tuple[tuple[int, ChunkBy], ...] = ((1, "tokens"), (3, "tokens"), (16, "tokens"), (1, "experts"), (2, "experts"))
 
 
 def ids_of(rank: int, world: int) -> torch.Tensor:
@@ -43,13 +45,17 @@ def derived(plan: ExchangePlan) -> list[Any]:
     """The integers of the plan's exchanges, cut in several ways."""
     known = plan.node_rows
     assert known is not None
-    found: list[Any] = [known.sent.tolist(), known.received.tolist(), known.inside.tolist()]
-    for chunks in (1, 3, 16):
-        cut = rows_plan(plan, chunks)
+    found: list[Any] = []
+    for counts in (*known.across, *known.inside):
+        loads = counts.loads(None)
+        found += [counts.sent.tolist(), counts.received.tolist(), counts.totals.tolist(), loads.most.tolist(),
+                  loads.blocks.tolist(), loads.slots.tolist()]  # fmt: skip
+    for chunks, by in CUTS:
+        cut = rows_plan(plan, chunks, by)
         assert isinstance(cut, NodePlan)
         for c in range(chunks):
             found += [part.counts(c, reverse=back) for part in (cut, cut.inside) for back in (False, True)]
-            places = (cut.to_pass_on(c), cut.arrived_to_pass_on(c), cut.in_flat_order(c), cut.to_gateways(c),
+            places = (cut.gateway_chunks(), cut.arrived_to_pass_on(c), cut.in_flat_order(c), cut.to_gateways(c),
                       cut.homewards(c))  # fmt: skip
             found.append([one.tolist() for one in places])
     return found
@@ -105,7 +111,7 @@ def test_pairs_that_cannot_be_are_refused_on_all_ranks(gathered_ranks: int) -> N
         one = said(me.rank, 4, 2)
         if me.rank == 1:
             assert one.node_rows is not None
-            one.node_rows[3, 1] += 99
+            one.node_rows[:, 3, 3] += 99
         with pytest.raises(PlanMismatch, match="rank 1 announced an impossible row count"):
             opened(me, 4, 2, gathered_ranks).agree(one)
 
@@ -114,7 +120,7 @@ def test_pairs_that_cannot_be_are_refused_on_all_ranks(gathered_ranks: int) -> N
 
 def test_a_record_without_them_is_refused_where_the_header_has_them() -> None:
     def rank_main(me: VirtualRank) -> None:
-        for wrong in (None, torch.zeros(BLOCKS, 4, dtype=torch.int64)):
+        for wrong in (None, torch.zeros(2, BLOCKS, 6, dtype=torch.int64)):
             with pytest.raises(ConfigError, match="record.node_rows.*the 2 nodes"):
                 opened(me, 4, 2, 64).agree(replace(said(me.rank, 4, 2), node_rows=wrong))
 

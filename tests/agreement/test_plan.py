@@ -298,14 +298,16 @@ def test_rows_for_nodes_go_with_those_for_ranks(
 ) -> None:
     counts = torch.zeros(BLOCKS, 4, dtype=torch.int64)
     counts[3, list(slots)] = 1
-    per_node = torch.zeros(BLOCKS, 2, dtype=torch.int64)
-    per_node[3, 0] = node_rows
+    per_node = torch.zeros(2, BLOCKS, 2, dtype=torch.int64)
+    per_node[:, 3, 0] = node_rows
     said = record(counts, first=counts, last=counts, dedup=1, ranks_per_node=ranks_per_node, hierarchical=1)
     table = torch.stack([replace(said, node_rows=per_node).to_tensor()] * 4)
     if right:
         plan = agree_on(torch.cat([table, torch.full((4, 5), -9)], dim=1), rank=1, num_slots=4)
         assert plan.ranks_per_node == 2 and plan.node_rows is not None
-        assert np.array_equal(plan.node_rows.received, np.stack([per_node[:, 0].numpy()] * 4))
+        across = plan.node_rows.across[0].received[:, 3, 0].tolist()
+        # Rank 1 hears of its neighbour's row for itself, and as gateway of all that rank 3 has for the node.
+        assert across == [int(1 in slots), int(1 in slots), 0, node_rows]
     else:
         with pytest.raises(PlanMismatch, match="rank 0 announced an impossible row count"):
             agree_on(table, rank=1, num_slots=4)

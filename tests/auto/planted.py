@@ -14,6 +14,7 @@ import torch
 from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.counts import BLOCKS, block_counts_of_rows
 from moe_overlap.agreement.loads import Counts
+from moe_overlap.agreement.node_counts import NodeCounts
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
@@ -55,19 +56,22 @@ def exchange(counts: Any = None, *, world: int = 2, slots: int = 8, rows: int = 
 
 def distinct_costs(model: CostModel, **given: Any) -> CostModel:
     """The model with figures of deduplicated steps: those of plain ones, but for the given ones."""
-    same = {field.name: getattr(model, field.name) for field in fields(DistinctCosts)}
+    same = {field.name: getattr(model, field.name) for field in fields(DistinctCosts) if field.name != "inside"}
     return replace(model, distinct=DistinctCosts(**(same | given)))
 
 
-def routed(ids_of_rank: list[torch.Tensor], *, slots: int = 8, rank: int = 0, grad: bool = True) -> ExchangePlan:
-    """A step agreed on with deduplication, from every rank's choices int32 [T, K]."""
+def routed(
+    ids_of_rank: list[torch.Tensor], *, slots: int = 8, rank: int = 0, grad: bool = True, nodes: int = 0
+) -> ExchangePlan:
+    """A step agreed on with deduplication, from every rank's choices int32 [T, K]; nodes: to each of which a row goes
+    once."""
     world = len(ids_of_rank)
-    tables = [block_counts_of_rows(ids, slots, world) for ids in ids_of_rank]
-    counts, first, last = (
-        Counts.of(torch.stack(kind).to(torch.int64).numpy(), rank) for kind in zip(*tables, strict=True)
-    )
+    tables = [block_counts_of_rows(ids, slots, world, nodes) for ids in ids_of_rank]
+    whole = [torch.stack(kind).to(torch.int64).numpy() for kind in zip(*tables, strict=True)]
+    counts, first, last = (Counts.of(one, rank) for one in whole[:3])
     return ExchangePlan(rank=rank, world_size=world, step=1, phase="forward", grad_enabled=grad, x_requires_grad=grad,
-                        counts=counts, dedup=1, first=first, last=last)  # fmt: skip
+                        counts=counts, dedup=1, first=first, last=last, ranks_per_node=world // nodes if nodes else 0,
+                        node_rows=NodeCounts.of(whole[3], whole[1:3], rank) if nodes else None)  # fmt: skip
 
 
 def choices(tokens: int, top_k: int, *, experts: int = 8, seed: int = 0) -> torch.Tensor:
@@ -93,6 +97,13 @@ def planted(model: CostModel) -> Iterator[list[dict[str, Any]]]:
 def measured_as(model: CostModel) -> Iterator[None]:
     """The probes run, one round of them, and the fit of what they measured is `model`."""
     with patch.object(measuring, "ROUNDS", (1, 1)), patch.object(measuring, "fit", lambda *_, **__: model):
+        yield
+
+
+@contextmanager
+def one_round() -> Iterator[None]:
+    """The probes run once after they are warm."""
+    with patch.object(measuring, "ROUNDS", (1, 1)):
         yield
 
 

@@ -18,7 +18,7 @@ BESIDE = MetadataBytes(out=40, back=20)
 
 def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
     """What each action of the step takes, by the model."""
-    distinct = shape.distinct
+    distinct, inside_s = shape.distinct, inside_of(model, shape)
     if distinct is not None:
         model = model.deduplicated
     wire_s = [
@@ -50,7 +50,18 @@ def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
             found[action.text] = model.shared_s if verb == "S" else model.shared_backward_s
         else:
             found[action.text] = (model.backbone_s if verb == "B" else model.backbone_backward_s)[index]
-    return found
+    return {text: seconds + inside_s.get(text, 0.0) for text, seconds in found.items()}
+
+
+def inside_of(model: CostModel, shape) -> dict[str, float]:
+    """What exchanges inside the nodes take, by the action that they are part of."""
+    if shape.distinct is None or shape.distinct.inside is None:
+        return {}
+    inside, line_of_bytes = shape.distinct.inside, model.distinct.inside
+    sizes = {"M": inside.metadata, "Mt": inside.gradients}
+    for verb, of_chunks in (("D", inside.out), ("C", inside.back), ("Ct", inside.out), ("Dt", inside.back)):
+        sizes |= {f"{verb}{c}": size for c, size in enumerate(of_chunks)}
+    return {text: line_of_bytes(size) for text, size in sizes.items()}
 
 
 def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None,
@@ -69,7 +80,7 @@ def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hid
     whole_s = {"forward": sum(s for text, s in seconds.items() if text in forward) + host_s["forward"]}
     whole_s["backward"] = sum(seconds.values()) - whole_s["forward"] + host_s["forward"] + host_s["backward"]
     return Probe(pair=pair, seconds=seconds, host_s=host_s, whole_s=whole_s, hidden_s=hidden_s, compute_s=compute_s,
-                 waited_s=waited_s, shape=shape)  # fmt: skip
+                 waited_s=waited_s, shape=shape, inside_s=inside_of(model, shape))  # fmt: skip
 
 
 TRUE = cost_model(

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ConfigError, ShortcutBlock, prepare
-from moe_overlap.auto.planned import pair_of
+from moe_overlap.auto.pairs import pair_of
 from moe_overlap.measure.timeline import record
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.transport.process_group import ProcessGroupTransport

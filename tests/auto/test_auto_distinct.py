@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_overlap import ConfigError, MoELayer, ShortcutBlock, moe_forward
 from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.auto import AutoSchedule
-from moe_overlap.auto.planned import pair_of
+from moe_overlap.auto.pairs import pair_of
 from moe_overlap.errors import PlanMismatch
 from tests import equality
 from tests.auto.planted import choices, cost_model, distinct_costs, line, planted, same, step

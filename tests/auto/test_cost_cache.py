@@ -152,7 +152,7 @@ def test_another_layout_of_the_hosts_is_another_file(monkeypatch):
 def test_multiprocessors_left_to_exchanges_are_another_file(monkeypatch):
     with planted(cost_model()):
         one = kept_in()
-        monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", "16")
+        monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", "8")
         assert kept_in()[0] not in (None, one[0])
 
 
@@ -296,3 +296,14 @@ def test_clear_removes_what_was_kept_and_nothing_else(monkeypatch, tmp_path, cap
     assert "removed 2 cost models" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
     assert cli.main(["calibrate", "--clear", "--ranks", "4"]) == 2
+
+
+def test_a_model_of_a_busy_machine_is_used_and_not_kept(cache):
+    """Another process, which has nothing else beside it, measures anew."""
+    with planted(cost_model(misfit=0.3)) as calls:
+        path, reason = kept_in()
+        assert path is None and "30% wrong, over 25%" in reason and not list(cache.glob("*"))
+        kept_in()
+        assert len(calls) == 2 * 2, "on two ranks, twice"
+    with planted(cost_model(misfit=0.2)):
+        assert kept_in()[0] is not None

@@ -9,6 +9,7 @@ import pytest
 from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED
 from moe_overlap.auto.fit import _compute_slowdown, fit
 from moe_overlap.schedule.actions import VERBS
+from moe_overlap.schedule.builders import window
 from tests.auto.probes import TRUE, probe
 
 WIRE_VERBS = ("D", "C", "Ct", "Dt")
@@ -104,3 +105,10 @@ def test_starting_an_exchange_costs_the_mean_of_both_phases():
     forward = [replace(one, **{of: {"forward": getattr(one, of)["forward"]} for of in ("host_s", "whole_s")})
                for one in both]  # fmt: skip
     assert fitted(forward).issue_s == pytest.approx(1e-6), "the only one there is"
+
+
+def test_a_probe_beside_which_something_else_ran_is_a_misfit():
+    probes = [probe(TRUE, n, pair_of=lambda chunks: window(2, 1, chunks=chunks).join()) for n in CHUNKS]
+    assert fitted(probes).misfit < 0.02
+    slow = replace(probes[-1], whole_s={phase: 2 * seconds for phase, seconds in probes[-1].whole_s.items()})
+    assert 0.4 < fitted([*probes[:-1], slow]).misfit < 0.6

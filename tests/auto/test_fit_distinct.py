@@ -34,12 +34,17 @@ DISTINCT = distinct_costs(
     outside_s=9e-5,
     outside_backward_s=8e-5,
 )
+# As on four ranks, of which two share a node: what is passed on inside it has a price of its own.
+STEP_OF_NODES = routed([choices(10, 5, seed=rank).repeat(16, 1) for rank in range(4)], nodes=2)
+DISTINCT_OF_NODES = replace(DISTINCT, distinct=replace(DISTINCT.distinct, inside=line(5e-10, 6e-6)))
+STEPS = [(STEP, DISTINCT), (STEP_OF_NODES, DISTINCT_OF_NODES)]
+BOTH = pytest.mark.parametrize(("step", "true"), STEPS, ids=["direct", "hierarchical"])
 
 
-def fitted(distinct, true=DISTINCT):
-    joined = [probe(true, chunks, compute_s=1.0, plan=STEP) for chunks in CHUNKS]
-    overlapped = probe(true, OVERLAPPED, hidden_s=1.0, compute_s=1.2, plan=STEP)
-    grouped = probe(true, 4, by="experts", plan=STEP)
+def fitted(distinct, true=DISTINCT, step=STEP):
+    joined = [probe(true, chunks, compute_s=1.0, plan=step) for chunks in CHUNKS]
+    overlapped = probe(true, OVERLAPPED, hidden_s=1.0, compute_s=1.2, plan=step)
+    grouped = probe(true, min(4, step.num_slots // step.world_size), by="experts", plan=step)
     return fit(joined, overlapped, grouped, distinct=distinct, source="synthetic")
 
 
@@ -48,12 +53,13 @@ def numbers(value):
             ([(f"{key}.{n}", v) for n, v in part.items()] if isinstance(part, dict) else [(key, part)])}  # fmt: skip
 
 
+@BOTH
 @pytest.mark.parametrize("cuts", [(4,), (4, 1)], ids=str)
-def test_the_figures_behind_the_probes_are_found(cuts):
+def test_the_figures_behind_the_probes_are_found(cuts, step, true):
     """Of one deduplicated probe too, which is all that slow steps allow: the rows that stay are of another number."""
-    found = fitted([probe(DISTINCT, chunks, plan=STEP, distinct=True) for chunks in cuts])
-    assert numbers(found.distinct.to_json()) == pytest.approx(numbers(DISTINCT.distinct.to_json()), rel=1e-6, abs=1e-12)
-    plain = fitted([])
+    found = fitted([probe(true, chunks, plan=step, distinct=True) for chunks in cuts], true, step)
+    assert numbers(found.distinct.to_json()) == pytest.approx(numbers(true.distinct.to_json()), rel=1e-6, abs=1e-12)
+    plain = fitted([], true, step)
     assert plain.distinct is None and replace(found, distinct=None) == plain
 
 
@@ -67,11 +73,12 @@ def test_what_an_expert_costs_by_itself_is_the_plain_steps():
     )
 
 
-def test_predictions_of_deduplicated_steps_are_the_sum_of_their_parts():
+@BOTH
+def test_predictions_of_deduplicated_steps_are_the_sum_of_their_parts(step, true):
     """A joined step takes what its actions take, the starts and waits of M and Mt too, and what lies outside."""
-    one = probe(DISTINCT, 4, plan=STEP, distinct=True)
+    one = probe(true, 4, plan=step, distinct=True)
     pair = one.pair.join()
-    found = predict(DISTINCT, pair, dict.fromkeys(("forward", "backward"), one.shape))
+    found = predict(true, pair, dict.fromkeys(("forward", "backward"), one.shape))
     for phase, prediction in found.items():
         assert prediction.whole_s == pytest.approx(one.whole_s[phase])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_overlap.agreement.distinct import distinct_plan
+from moe_overlap.agreement.node_plan import rows_plan
 from moe_overlap.auto.calibrate import distinct_shape, step_shape
 from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.errors import ConfigError
@@ -196,6 +197,30 @@ def test_bytes_are_those_of_the_rows_that_travel(chunks, by):
             assert found["inter"][chunk] == max(sum(rows) for pair in both for rows in pair)
 
 
+@pytest.mark.parametrize(("chunks", "by"), [(1, "tokens"), (4, "tokens"), (3, "experts")])
+def test_bytes_of_rows_that_cross_nodes_once_are_those_of_both_exchanges(chunks, by):
+    steps = [agreed(world=4, tokens=37, top_k=5, slots=16, rank=rank, nodes=2) for rank in range(4)]
+    shape = distinct_shape(steps[0].chunked(chunks, by), row_bytes=1, metadata=BESIDE, joined=True)
+    plans = [rows_plan(one, chunks, by) for one in steps]
+    inside = shape.distinct.inside
+    for chunk in range(chunks):
+        for reverse, across, passed_on in ((False, shape.bytes_by_lane, inside.out),
+                                           (True, shape.distinct.back_by_lane, inside.back)):  # fmt: skip
+            for found, parts in ((across["inter"], plans), (passed_on, [plan.inside for plan in plans])):
+                both = [(rank, part.counts(chunk, reverse=reverse)) for rank, part in enumerate(parts)]
+                assert found[chunk] == max(sum(rows) - rows[rank] for rank, pair in both for rows in pair)
+    assert (inside.metadata, inside.gradients) == (sum(inside.out) * BESIDE.out, sum(inside.out) * BESIDE.back)
+
+
+def test_what_is_passed_on_may_cost_more_than_it_saves():
+    """Dear exchanges inside the nodes: the plain step is faster."""
+    step = routed([choices(64, 5, seed=rank) for rank in range(4)], nodes=2)
+    model = distinct_costs(cost_model())
+    assert planned(model).pair_for(step).deduplicated
+    dear = replace(model, distinct=replace(model.distinct, inside=line(1e-6)))
+    assert not planned(dear).pair_for(step).deduplicated
+
+
 def test_nodes_have_their_own_wires():
     shape = distinct_shape(agreed(world=4).chunked(1), row_bytes=1, metadata=BESIDE, nodes=(0, 0, 1, 1))
     assert set(shape.bytes_by_lane) == set(shape.distinct.metadata_by_lane) == {"inter", "intra"}
@@ -213,9 +238,10 @@ def test_whatever_is_chosen_runs_and_takes_what_was_predicted(seed):
     names = ("experts", "experts_dgrad", "experts_wgrad", "permute", "unpermute")
     model = cost_model(num_ops, exchange={"inter": some()}, issue_s=float(draw.choice([0.0, 1e-5])),
                        **{name: some() for name in names})  # fmt: skip
-    schedule = planned(distinct_costs(model, **{name: some() for name in names}), num_ops=num_ops)
-    for world, tokens, top_k, grad in ((2, 50, 5, True), (4, 7, 3, False), (2, 0, 2, True)):
-        found = schedule.planned(agreed(top_k, world, tokens, grad=grad))
+    schedule = planned(distinct_costs(model, inside=some(), **{name: some() for name in names}), num_ops=num_ops)
+    for world, tokens, top_k, grad, nodes in ((2, 50, 5, True, 0), (4, 7, 3, False, 0), (2, 0, 2, True, 0),
+                                              (4, 30, 4, True, 2)):  # fmt: skip
+        found = schedule.planned(agreed(top_k, world, tokens, grad=grad, nodes=nodes))
         for one in (found, found.other):
             check(one.pair)
             for phase, window in one.windows.items():

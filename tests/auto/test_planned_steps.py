@@ -70,6 +70,14 @@ def test_steps_whose_experts_share_the_rows_otherwise_are_planned_apart():
     assert sum(parts[0]) == pytest.approx(sum(parts[1])), "the same rows"
 
 
+def test_the_tally_has_steps_and_searches_and_not_who_only_asks():
+    schedule = planned(cost_model())
+    for one in (STAYING, LEAVING, STAYING, STAYING):
+        schedule.pair_for(one)
+    schedule.planned(LEAVING)
+    assert (schedule.tally["steps"], schedule.tally["searched"]) == (4, 2)
+
+
 @pytest.mark.parametrize("order", [(True, False, True), (False, True, False)], ids=str)
 def test_a_step_with_gradients_and_one_without_are_planned_apart(order):
     schedule = planned(cost_model())

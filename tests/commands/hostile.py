@@ -26,6 +26,11 @@ COMMANDS: dict[tuple[str, ...], tuple[str, dict[str, object]]] = {
     ("verify",): ("moe_overlap.commands.verify", {"check": lambda *_, **__: None, "_tell": lambda *_: 0}),
     ("calibrate",): ("moe_overlap.commands.calibrate", {"run": lambda *_, **__: 0}),
     ("bench", "layer"): ("moe_overlap.commands.bench.layer", {"run": lambda *_, **__: 0}),
+    ("bench", "overlap"): (
+        "moe_overlap.commands.bench.overlap",
+        {"run": lambda *_, **__: 0, "torchrun": lambda *_, **__: 0, "unavailable": lambda: None},
+    ),
+    ("bench", "ops"): ("moe_overlap.commands.bench.ops", {"run": lambda *_, **__: 0}),
     ("bench", "balance"): ("moe_overlap.commands.bench.balance", {"run": lambda *_, **__: 0}),
 }  # fmt: skip
 SMALL = {

@@ -16,6 +16,7 @@ import pytest
 
 from moe_overlap.commands import calibrate, cli, verify
 from moe_overlap.commands.bench import layer as bench_layer
+from moe_overlap.commands.bench import overlap as bench_overlap
 from moe_overlap.commands.plan import command as plan
 from moe_overlap.commands.train import command as train
 from tests.commands.train.jobs import SIZES
@@ -36,6 +37,8 @@ def fifo_at(path):
         ("train --out {0}/out --save-routing {0}/routing", "routing"),
         ("bench layer --out {0}/out", "out/results.jsonl"),
         ("bench layer --out {0}/out", "out/trace.json"),
+        ("bench overlap --out {0}/out", "out/speedup.png"),
+        ("bench overlap --out {0}/out", "out/emulated/waits.jsonl"),
         ("plan --out {0}/out", "out/plan.png"),
         ("calibrate --out {0}/model.json", "model.json"),
         ("kernels --write {0}/table.json", "table.json"),
@@ -47,6 +50,7 @@ def test_a_special_file_in_the_way_is_refused_before_the_work(words, special, tm
     for module, name in (
         (train, "run"),
         (bench_layer, "run"),
+        (bench_overlap, "run"),
         (calibrate, "run"),
         (plan, "asked"),
         (train, "_corpus"),

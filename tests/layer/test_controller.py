@@ -152,6 +152,39 @@ def test_a_byte_budget_commits_layer_by_layer():
     virtual_world(2).run(rank)
 
 
+def test_twenty_steps_with_one_layer_moved_in_each_have_the_static_loss_curve():
+    """Homes go from rank to rank, with their optimizer's states; the byte budget lets one of two layers move a step."""
+
+    def run(me, moving):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(skewed(me), skewed(me))
+        optimizer = torch.optim.Adam([*model[0].experts.parameters(), *model[1].experts.parameters()], lr=0.05)
+        free = [PhaseCosts(row_s=1.0, exchange=(line(0.0),) * 2, copy=(line(0.0),) * 2)]
+        size = 3 * E // 2 * sum(weight[0].numel() * weight.element_size() for weight in model[0].expert_weights)
+        controller = PlacementController(model, swapped, free, optimizers=[optimizer], interval=1, budget_bytes=size)
+        gains = iter(range(1000))
+        controller._price = lambda counts, placement: -float(next(gains))  # each plan looks better than what is there
+        losses, moved = [], []
+        x = tokens(32, seed=me.rank)
+        for _ in range(20):
+            loss = (model(x) - x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if moving:
+                moved.append(controller.step())
+        return torch.tensor(losses), moved
+
+    def rank(me):
+        losses, moved = run(me, moving=True)
+        assert moved == [[0], [1]] * 10
+        close(losses, run(me, moving=False)[0])
+        return losses[0], losses[-1]
+
+    assert all(first > last for first, last in virtual_world(2).run(rank))
+
+
 def test_a_threshold_has_hysteresis():
     def rank(me):
         layer = skewed(me)
@@ -216,6 +249,11 @@ def test_copies_of_one_step_by_the_decision_change_no_result(schedule):
         placed = layer.last_events and layer.dispatcher.transport.stats.weight_bytes
         assert placed > 0
         text = layer.explain()
+        mib = sum(weight[0].numel() for weight in layer.expert_weights) * layer.expert_weights[0].element_size() / 2**20
+        assert f"0 kept, 2 for copies of one step, at most, {mib:.3g} MiB of weights each, {2 * mib:.3g} MiB" in text
+        set_placement(twin, Placement.of_ranks([*map(list, seats_of(twin.dispatcher.placement).homes[:3]), [6, 7, 0]]))
+        kept = 1 if me.rank == 3 else 0
+        assert f"slots on this rank: {kept} kept, {mib:.3g} MiB" in twin.explain()
         assert "copy of an expert over inter" in text and "new copies, rows shared out anew" in text
         return rule.digest
 

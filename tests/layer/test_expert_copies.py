@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.placement import LocalFirst, Placement
+from moe_overlap.schedule.builders import window
 from tests.layers import D, E, F, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
@@ -121,10 +123,11 @@ class Flips:
         return Placement.of_ranks(ranks, homes=base.home_ranks, selector=LocalFirst())
 
 
-@pytest.mark.parametrize("schedule", ["serial", "chunked(4)"])
-def test_copies_of_one_step_are_fetched_in_it_and_not_kept(schedule):
+@pytest.mark.parametrize("dedup", ["off", "on", "auto"])
+@pytest.mark.parametrize("schedule", ["serial", "chunked(4)", "chunked(2,experts)"])
+def test_copies_of_one_step_are_fetched_in_it_and_not_kept(schedule, dedup):
     def rank(me):
-        layer = placed(me, Placement.identity(E, 3), schedule=schedule)
+        layer = placed(me, Placement.identity(E, 3), schedule=schedule, dedup=dedup)
         layer.dispatcher.rule = Flips()
         seen = []
         layer.watch(lambda last: seen.append(last.pair.forward.count("Wf")))
@@ -170,6 +173,21 @@ def test_a_recompute_has_the_copies_of_its_forward():
     virtual_world(2).run(rank)
 
 
+@pytest.mark.parametrize("dedup", ["off", "on"])
+def test_a_recompute_decides_as_its_forward_did(dedup):
+    def rank(me):
+        layer, twin = (placed(me, Placement.identity(E, 2), dedup=dedup) for _ in range(2))
+        x = tokens(11, me.rank)
+        for one, call in ((layer, lambda x: checkpoint(layer, x, use_reentrant=False)), (twin, twin)):
+            one.dispatcher.rule = Flips()
+            call(x.requires_grad_()).square().sum().backward()
+            assert text(one).startswith("Wf0 P ")
+        for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+            same_bits(a.grad, b.grad)
+
+    virtual_world(2).run(rank)
+
+
 def test_an_earlier_call_keeps_the_copies_that_it_ran_with():
     """Its backward comes after the weights of the copies were fetched anew: a buffer is never written twice."""
 
@@ -201,6 +219,27 @@ def test_in_a_shortcut_block_weights_are_fetched_under_the_backbone():
         assert text(layer) == "N B0 Wf0 P D0 B1 E0 C0 U"
         actions = [event.action for event in layer.last_events if event.lane == "wire"]
         assert actions == ["N", "Wf0", "D0", "C0", "Ct0", "Dt0", "Wg"]
+
+    virtual_world(2).run(rank)
+
+
+def test_weights_waited_for_where_they_start_change_no_bit_and_hide_nothing():
+    """Rows still overlap: only Wf and Wg are waited for at once."""
+
+    def rank(me):
+        found = []
+        for exposed in (False, True):
+            layer = placed(me, COPIED)
+            pair = replace(window(1, 1, chunks=2), joined_copies=exposed)
+            block = ShortcutBlock([torch.nn.Tanh()], layer, tap=0, schedule=pair)
+            x = tokens(13, me.rank).requires_grad_()
+            y = block(x)
+            y.square().sum().backward()
+            order = [event.action for event in layer.last_events if event.lane != "wire"]
+            assert (order.index("Wf0") < order.index("P")) == exposed and order.index("P") < order.index("D0")
+            found.append((y.detach(), x.grad, *(weight.grad for weight in layer.experts.parameters())))
+        for hidden, waited in zip(*found, strict=True):
+            same_bits(hidden, waited)
 
     virtual_world(2).run(rank)
 
@@ -297,11 +336,11 @@ def test_what_does_not_go_with_copies_is_refused(options, field):
     virtual_world(4).run(rank)
 
 
-def test_a_rule_beside_deduplication_is_refused():
+def test_a_rule_beside_hierarchical_exchanges_is_refused():
     def rank(me):
-        layer = placed(me, Placement.identity(E, 2), dedup="on")
+        layer = placed(me, Placement.identity(E, 4), dedup="on", hierarchical=True, ranks_per_node=2)
         layer.dispatcher.rule = Flips()
-        with pytest.raises(ConfigError, match="rule = .*dedup"):
+        with pytest.raises(ConfigError, match="rule = .*hierarchical"):
             layer(tokens(4))
 
-    virtual_world(2).run(rank)
+    virtual_world(4).run(rank)

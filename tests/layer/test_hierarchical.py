@@ -11,17 +11,21 @@ from torch.utils.checkpoint import checkpoint
 from moe_overlap import ConfigError, MoELayer, PlanMismatch, ShortcutBlock, aux_loss
 from moe_overlap.layer.explain import measured_durations
 from moe_overlap.measure.timeline import record
-from moe_overlap.schedule.builders import chunked
+from moe_overlap.schedule.builders import chunked, deduplicate
+from moe_overlap.schedule.words import from_text
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
 from moe_overlap.transport.local import LocalTransport
 from moe_overlap.transport.process_group import ProcessGroupTransport
+from tests.auto.planted import one_round
 from tests.layers import D, F, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close, same_bits
 
 E, K = 12, 5
 COUNTS = (11, 0, 24, 7, 3, 16)
+BY_EXPERTS = chunked(2, "experts")
+UNORDERED = from_text("P M D0 D1 O E0 E1 C1 C0 U", "Ut Ct0 Ct1 Od Ed0 Dt0 Ed1 Mt Dt1 Ew0 Pt", by="experts")
 
 
 def layer_of(transport, *, top_k=K, dedup="on", hierarchical=True, node=2, dtype=torch.float64, **options):
@@ -52,22 +56,24 @@ def equal_bits(hierarchical, direct):
             same_bits(a, b)
 
 
-def test_a_checkpoint_recomputes_it():
+@pytest.mark.parametrize("schedule", ["chunked(3)", BY_EXPERTS])
+def test_a_checkpoint_recomputes_it(schedule):
     def run(me, hierarchical):
-        layer = layer_of(me.transport(), hierarchical=hierarchical, schedule="chunked(3)")
+        layer = layer_of(me.transport(), hierarchical=hierarchical, schedule=schedule)
         x = tokens(COUNTS[me.rank], me.rank).requires_grad_()
         return results_of(layer, x, checkpoint(layer, x, use_reentrant=False))
 
     equal_bits(*both_ways(run))
 
 
-def test_ranks_that_do_not_know_all_counts_run_it_too():
+@pytest.mark.parametrize("schedule", ["chunked(3)", BY_EXPERTS])
+def test_ranks_that_do_not_know_all_counts_run_it_too(schedule):
     """The agreement of many ranks, in which each hears what concerns it."""
 
     def run(me, hierarchical):
         transport = me.transport()
         transport.gathered_ranks = 1 if hierarchical else 64
-        layer = layer_of(transport, hierarchical=hierarchical, schedule="chunked(3)")
+        layer = layer_of(transport, hierarchical=hierarchical, schedule=schedule)
         x = tokens(COUNTS[me.rank], me.rank).requires_grad_()
         return results_of(layer, x, layer(x))
 
@@ -146,7 +152,7 @@ def pairs_of(ids_TK, groups):
     return np.array([int((group_TK == group).any(dim=1).sum()) for group in range(groups)])
 
 
-@pytest.mark.parametrize("schedule", ["serial", "chunked(5)"])
+@pytest.mark.parametrize("schedule", ["serial", "chunked(5)", BY_EXPERTS])
 @pytest.mark.parametrize(("world", "node"), [(4, 2), (6, 2), (6, 3)])
 def test_one_row_for_each_token_and_node_crosses_nodes_each_way(world, node, schedule):
     """Payload across nodes, rank by rank: its own pairs on the way out, those of its counterparts on the way back, in
@@ -212,9 +218,7 @@ def test_over_an_emulated_link_which_knows_the_nodes():
         ({"node": 3}, "ranks_per_node = 3", "a divisor of the 4 ranks"),
         ({"node": 0}, "ranks_per_node = 0", "at least 1"),
         ({"hierarchical": "yes"}, "hierarchical = 'yes'", "False or True"),
-        ({"schedule": "chunked(2,experts)"}, "chunk_by = 'experts'", "'tokens'"),
-        ({"schedule": chunked(2).with_backward(chunked(3, "experts"))}, "chunk_by = 'experts'", "'tokens'"),
-        ({"schedule": "auto"}, "hierarchical = True", "auto"),
+        ({"schedule": UNORDERED}, "schedule = 'P M", "in ascending order"),
     ],
 )
 def test_what_does_not_go_together_is_named(options, field, expected):
@@ -225,15 +229,50 @@ def test_what_does_not_go_together_is_named(options, field, expected):
     virtual_world(4).run(run)
 
 
-def test_a_shortcut_block_of_it_is_cut_by_tokens_and_not_planned():
+def test_sums_that_would_come_in_another_order_are_refused_where_the_schedule_is_set_later():
     def run(me):
         layer = layer_of(me.transport())
-        with pytest.raises(ConfigError, match="chunk_by = 'experts'.*'tokens'"):
-            ShortcutBlock([torch.nn.Identity()], layer, tap=0, slot=0, by="experts")
-        with pytest.raises(ConfigError, match="schedule = 'auto'.*slot"):
-            ShortcutBlock([torch.nn.Identity()], layer, tap=0, schedule="auto")
+        layer.schedule = UNORDERED
+        with pytest.raises(ConfigError, match="in ascending order: gateways"):
+            layer(tokens(5, me.rank))
+        layer.schedule = deduplicate(BY_EXPERTS)
+        return layer(tokens(5, me.rank)).shape
 
-    virtual_world(4).run(run)
+    assert virtual_world(4).run(run) == [(5, D)] * 4
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_auto_prices_it_and_gives_the_bits_of_direct_exchanges(known):
+    """known: the transport says which ranks share a node, so that both wires have their own prices."""
+
+    def run(me):
+        transport = knowing(me.transport(), 2) if known else me.transport()
+        layer = layer_of(transport, schedule="auto")
+        x = tokens(20 + me.rank, me.rank).requires_grad_()
+        mine = results_of(layer, x, layer(x))
+        planned = layer.schedule.get(layer.dispatcher.openings, x.dtype).planned(layer.last_exchange)
+        assert "simulated" in layer.explain()
+        x, direct = x.detach().requires_grad_(), layer_of(me.transport(), hierarchical=False, schedule=planned.pair)
+        for a, b in zip(mine, results_of(direct, x, direct(x)), strict=True):
+            same_bits(a, b)
+        model = layer.schedule.get(layer.dispatcher.openings, x.dtype).model
+        return planned.pair.forward.text, model.distinct.inside
+
+    with one_round():
+        found = virtual_world(4).run(run)
+    assert len({text for text, _ in found}) == 1 and "M" in found[0][0].split()
+    assert found[0][1].alpha_s + found[0][1].beta_s > 0
+
+
+def test_auto_takes_it_in_a_shortcut_block():
+    def run(me):
+        block = ShortcutBlock([torch.nn.Linear(D, D, dtype=torch.float64)], layer_of(me.transport()), tap=0,
+                              schedule="auto")  # fmt: skip
+        block(tokens(9, me.rank)).sum().backward()
+        return block.stats().schedule.split()[0]
+
+    with one_round():
+        assert virtual_world(4).run(run) == ["P"] * 4
 
 
 def knowing(transport, ranks_per_node):

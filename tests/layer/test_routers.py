@@ -17,14 +17,20 @@ from torch.utils.checkpoint import checkpoint
 from moe_overlap import ConfigError, MoELayer, ShortcutBlock, prepare
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing import (
+    BaseRouter,
+    ExpertChoiceRouter,
     HashRouter,
     LinearRouter,
     Locality,
     LocMoEPlusRouter,
     LocMoERouter,
     Nodes,
+    QuantileRouter,
+    RecurrentRouter,
+    SinkhornRouter,
     SmileRouter,
     SwitchRouter,
+    VariableK,
 )
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.transport.wrapper import Wrapper
@@ -32,7 +38,7 @@ from tests import oracle
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close, same_bits
 
-F, NODES, VOCAB = 8, 2, 50
+F, NODES, VOCAB, STATE = 8, 2, 50, 6
 TOKENS = {2: (7, 0), 4: (5, 17, 0, 9)}
 EXPERTS = {2: 18, 4: 20}
 DTYPE = torch.float64
@@ -45,7 +51,15 @@ ROUTERS = {
     "locmoe-grap": partial(LocMoERouter, mu=0.3, gate="grap", capacity_factor=1.0, delta=0.1),
     "locmoe-capped": partial(LocMoERouter, mu=0.3, off_node_share=0.2),
     "locmoe+": partial(LocMoEPlusRouter, mu=0.3, gate="linear", share=0.9),
+    "locmoe+max": partial(LocMoEPlusRouter, mu=0.3, gate="linear", delta="max", capacity_factor=0.3),
     "smile": partial(SmileRouter, num_nodes=NODES, alpha=0.1, beta=0.2),
+    "smile-global": partial(SmileRouter, num_nodes=NODES, alpha=0.1, beta=0.2, balance="global"),
+    "sinkhorn": partial(SinkhornRouter, aux_loss_coef=0.1),
+    "base": partial(BaseRouter, aux_loss_coef=0.1),
+    "quantile": QuantileRouter,
+    "expert-choice": partial(ExpertChoiceRouter, average=3.0, allow_noncausal=True),
+    "variable-k": partial(LinearRouter, variable_k=VariableK(threshold=0.4), aux_loss_coef=0.1, balance="global"),
+    "recurrent": partial(RecurrentRouter, router_size=STATE, aux_loss_coef=0.1),
     "hash": lambda hidden, experts, k, dtype: HashRouter(VOCAB, experts, k),
 }
 
@@ -68,12 +82,20 @@ class Case:
         """With the same parameters on every rank."""
         router = ROUTERS[self.name](self.hidden, self.experts, self.top_k, dtype=DTYPE)
         fill(router.parameters(), seed=3)
+        fill([bias for name, bias in router.named_buffers() if name == "expert_bias_E"], seed=5)
         return router
 
     def tokens(self, rank):
         generator = torch.Generator().manual_seed(50 + rank)
         x, dy = (torch.randn(TOKENS[self.world][rank], self.hidden, generator=generator, dtype=DTYPE) for _ in range(2))
         return x, dy, torch.randint(0, VOCAB, (len(x),), generator=generator)
+
+    def told(self, rank):
+        """What a call says beside its tokens: the state that a layer before has made."""
+        if self.name != "recurrent":
+            return {}
+        generator = torch.Generator().manual_seed(70 + rank)
+        return {"state": torch.randn(TOKENS[self.world][rank], STATE, generator=generator, dtype=DTYPE)}
 
     def weights(self):
         w_in, w_out = torch.empty(self.experts, 2 * F, self.hidden), torch.empty(self.experts, self.hidden, F)
@@ -101,7 +123,8 @@ def run_rank(case, me, schedule, *, overlap):
     x.requires_grad_()
     if case.name == "hash":
         layer.router.give(token_ids)
-    y = layer(x)
+    y = layer(x, **case.told(me.rank))
+    y = y[0] if isinstance(y, tuple) else y  # with the router's state
     aux = layer.take_aux_loss()
     loss = (y * dy).sum()
     (loss if aux is None else loss + aux).backward()
@@ -117,7 +140,7 @@ def one_process(case):
     for rank in range(case.world):
         x, dy, token_ids = case.tokens(rank)
         xs.append(x.requires_grad_())
-        told = {}
+        told = case.told(rank)
         if getattr(router, "needs_nodes", False):
             told = {"local_experts": Nodes(of_expert=of_expert, num_nodes=NODES, own=rank * NODES // case.world)}
         if case.name == "hash":
@@ -143,9 +166,11 @@ def aux_losses(decisions, world):
     return losses
 
 
-@pytest.mark.parametrize("top_k", [1, 8])
+@pytest.mark.parametrize(
+    ("name", "top_k"),
+    [(name, top_k) for name in ROUTERS for top_k in (1, 8) if (name, top_k) != ("base", 8)],  # which is for top-1
+)
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", ROUTERS)
 def test_it_is_one_process_with_overlap_and_without_in_the_same_bits(name, world, top_k):
     case = Case(name, world, top_k)
     outputs, dxs, auxes, named = one_process(case)
@@ -171,21 +196,27 @@ def test_it_is_one_process_with_overlap_and_without_in_the_same_bits(name, world
                 close(sum(parts), want, DTYPE)
 
 
-@pytest.mark.parametrize("builder", ["chunked(2,experts)", "shared_expert", "shortcut"])
+BUILDERS = ("chunked(2,tokens)", "chunked(2,experts)", "shared_expert", "shared_expert(ahead)", "shortcut",
+            "shortcut, ahead")  # fmt: skip
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize("name", ["linear", "locmoe", "hash"])
 def test_every_builder_gives_the_same_bits_with_overlap_and_without(name, builder):
     case = Case(name, 4, 2)
 
     def run(me, overlap):
-        shared = F if builder == "shared_expert" else None
-        schedule = "serial" if builder == "shortcut" else builder
+        shared = F if builder.startswith("shared_expert") else None
+        schedule = "serial" if builder.startswith("shortcut") else builder
         layer = MoELayer(case.hidden, F, case.experts, 2, transport=me.transport(), router=case.router(),
                          ranks_per_node=2, schedule=schedule, overlap=overlap, shared_expert_size=shared,
                          dtype=DTYPE)  # fmt: skip
         model = layer
-        if builder == "shortcut":
+        if schedule == "serial":
             ops = [torch.nn.Linear(case.hidden, case.hidden, dtype=DTYPE) for _ in range(2)]
-            model = ShortcutBlock(ops, layer, tap=1, slot=1, chunks=2, overlap=overlap)
+            model = ShortcutBlock(
+                ops, layer, tap=1, slot=1, chunks=2, overlap=overlap, ahead=int(builder.endswith("ahead"))
+            )
         fill(model.parameters(), seed=me.rank)
         x, dy, token_ids = case.tokens(me.rank)
         if name == "hash":

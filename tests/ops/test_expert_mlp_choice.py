@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moe_overlap.errors import ConfigError
 from moe_overlap.ops import expert_mlp_choice, expert_mlp_grouped, registry, triton_kernels, verified
 from moe_overlap.ops.expert_mlp_choice import best
 from moe_overlap.ops.expert_mlp_contract import OPS, Call, Dgrad, ExpertMlp, ExpertMlpBackward, Forward, Wgrad
+from moe_overlap.schedule.builders import chunked
 from moe_overlap.schedule.rows import experts_sms
+from moe_overlap.schedule.run import Step
+from moe_overlap.transport import groups
+from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.ops.cases import weights
 
 BF16 = torch.bfloat16
@@ -177,12 +182,41 @@ def test_where_the_grouped_matmul_cannot_run(hopper, monkeypatch: pytest.MonkeyP
     assert "9.0" in str(expert_mlp_grouped._obstacle(device, BF16))
 
 
-def test_the_schedule_keeps_multiprocessors_for_exchanges_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_schedule_leaves_multiprocessors_to_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu, card = torch.device("cuda", 0), torch.device("cpu"), SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    for text, want in (("", None), ("0", None), ("16", 116), ("500", 1)):
-        monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", text)
-        assert experts_sms(gpu) == want and experts_sms(cpu) is None
-    monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", "-1")
-    with pytest.raises(ConfigError, match="MOE_OVERLAP_EXCHANGE_SMS"):
-        experts_sms(gpu)
+    for taken, want in ((0, None), (16, 116), (500, 1)):
+        assert experts_sms(gpu, taken) == want and experts_sms(cpu, taken) is None
+
+
+class FakeNccl:
+    """What groups ask of torch's options for NCCL."""
+
+    def __init__(self, *, is_high_priority_stream: bool) -> None:
+        self.config = SimpleNamespace(max_ctas=None)
+
+
+@pytest.mark.parametrize(("text", "ctas", "several", "alone"), [("", 16, 16, 0), ("0", None, 0, 0), ("24", 24, 24, 0)])
+def test_one_switch_for_nccl_and_the_experts(
+    text: str, ctas: int | None, several: int, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", text)
+    monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", SimpleNamespace(Options=FakeNccl), raising=False)
+    assert groups.nccl_options(timedelta(seconds=1)).config.max_ctas == ctas
+    for backend, world, want in (("nccl", 8, several), ("nccl", 1, alone), ("gloo", 8, 0)):
+        transport = object.__new__(ProcessGroupTransport)
+        transport.backend, transport.world_size = backend, world
+        assert transport.exchange_sms == want
+    assert LocalTransport().exchange_sms == 0
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_experts_leave_multiprocessors_where_an_exchange_runs_beside_them(
+    joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    step = object.__new__(Step)
+    step._device, step.pair = torch.device("cuda", 0), chunked(2).join(joined)
+    step.transport = SimpleNamespace(exchange_sms=16)  # type: ignore[assignment]
+    assert step._num_sms == (None if joined else 116)

@@ -147,6 +147,20 @@ def test_rows_move_to_a_copy_that_exists_before_another_is_made():
     assert decide(replace(load, refetched=True), [phase(copy_s=1e6)]).left
 
 
+def test_what_is_best_without_new_copies_is_refined_without_new_copies():
+    """Rows move among the seats that are there; new copies cost so much that none is ever made on the way."""
+    rng, moved = np.random.default_rng(5), 0
+    for _ in range(40):
+        load = replace(drawn(rng, 6, 12, 2, copies=8), refetched=False)
+        dear = PhaseCosts(row_s=1.0, exchange=(line(0.01),) * 2, copy=(line(1e4),) * 2)
+        found = decide(load, [dear], margin=0.0)
+        assert found == decide_reference(load, [dear], most_copies=sum(load.spare), margin=0.0)
+        without = decide(load, [dear], most_copies=0, margin=0.0)
+        assert not found.copies(load) and found.predicted_s == without.predicted_s
+        moved += not found.left
+    assert moved > 20
+
+
 def test_copies_go_to_ranks_of_the_node_that_want_the_expert():
     counts = np.zeros((4, 4), dtype=int)
     counts[:, 0] = [8, 2, 2, 8]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_overlap.auto.planned import pair_of
+from moe_overlap.auto.pairs import pair_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.explain import bound_s, explain, name_of
 from moe_overlap.planning.search import evaluate, joined_form, search, search_reference, timeline

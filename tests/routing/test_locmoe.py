@@ -5,7 +5,7 @@ import torch
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.routing import LocMoEPlusRouter, LocMoERouter, Nodes, cap_probability, capacity_bound, grap_rows
-from moe_overlap.routing.capacity_floor import clamp_capacity
+from moe_overlap.routing.capacity_floor import clamp_capacity, measured_floor
 from moe_overlap.routing.select import expert_capacity
 
 WHERE = Nodes(of_expert=(0, 0, 1, 1), num_nodes=2, own=0)
@@ -44,6 +44,7 @@ def test_the_floor_of_the_reference():
     assert capacity_bound(16, 5120, 0.03) == pytest.approx(1.965, abs=5e-4)
     assert capacity_bound(16, 5120, 0.03, form="erfc") == pytest.approx(1.966, abs=5e-4)
     assert cap_probability(5120**-0.5, 5120) == pytest.approx(0.3173, abs=1e-4)
+    assert capacity_bound(16, 5120, 0.03, form="exp") == pytest.approx(0.627, abs=5e-4)
     assert capacity_bound(16, 5120, 0.05) == pytest.approx(181, abs=1)
     assert capacity_bound(16, 5120, 0.06) == pytest.approx(3602, abs=1)
 
@@ -81,6 +82,38 @@ def test_the_floor_raises_a_capacity_and_never_lowers_it():
         decision = router(x_TD, local_experts=WHERE)
         kept_E = torch.bincount(decision.topk_ids_TK[decision.topk_ids_TK >= 0].long(), minlength=4)
         assert torch.equal(kept_E, decision.tokens_per_expert_E.clamp_max(capacity))
+
+
+@pytest.mark.parametrize("form", ["erfc", "exp"])
+def test_the_measured_floor_is_that_of_the_greatest_cosine(form):
+    for delta, hidden, count in ((0.03, 5120, 64), (0.05, 5120, 1000), (0.06, 5120, 64), (1.0, 4, 9)):
+        cosines = torch.tensor([[-0.9, delta / 2], [delta, 0.0]])
+        bound = capacity_bound(16, hidden, min(delta, 1 - 1e-9), form=form)
+        assert measured_floor(cosines, 16, hidden, count, form=form).item() == clamp_capacity(bound, count)
+    assert measured_floor(torch.zeros(0, 2), 16, 8, 0, form=form).item() == 1
+
+
+@pytest.mark.parametrize("form", [None, "erfc"])
+def test_plus_measures_its_floor_in_every_call(form):
+    """Of the affinities of what was chosen; a call of other tokens has another one."""
+    router = LocMoEPlusRouter(12, 4, 1, capacity_factor=0.2, delta="max", floor_form=form, mu=0.0, dtype=torch.float64)
+    rows_ED = grap_rows(4, 12, dtype=torch.float64)
+    kept = []
+    for spread in (0.02, 0.1, 1.0):
+        x_TD = torch.ones(40, 12, dtype=torch.float64) + spread * tokens()
+        x_TD = x_TD - 0.97 * x_TD.mean(dim=1, keepdim=True) * (-1.0) ** torch.arange(12)  # nearly no mean of a group
+        decision = router(x_TD, local_experts=WHERE)
+        cosine_TE = torch.nn.functional.cosine_similarity(x_TD[:, None], rows_ED[None], dim=-1)
+        delta = cosine_TE.gather(1, decision.chosen_ids_TK.long()).max().item()
+        floor = clamp_capacity(capacity_bound(4, 12, delta, form=form or "exp"), 40)
+        capacity = max(expert_capacity(0.2, 40, 1, 4), floor)
+        kept_E = torch.bincount(decision.topk_ids_TK[decision.topk_ids_TK >= 0].long(), minlength=4)
+        assert torch.equal(kept_E, decision.tokens_per_expert_E.clamp_max(capacity))
+        assert decision.dropped_tokens.item() == 40 - kept_E.sum().item()
+        kept.append(floor)
+    assert len(set(kept)) > 1
+    empty = router(x_TD[:0], local_experts=WHERE)
+    assert empty.topk_ids_TK.shape == (0, 1)
 
 
 @pytest.mark.parametrize("gate", ["linear", "grap"])
@@ -124,7 +157,7 @@ def test_plus_takes_the_fewest_experts_whose_probabilities_sum_to_the_share():
         ({"gate": "grap", "num_experts": 5}, "num_experts"),
         ({"delta": 0.03}, "delta"),
         ({"delta": 1.0, "capacity_factor": 1.0}, "delta"),
-        ({"delta": 0.03, "capacity_factor": 1.0, "floor_form": "exp"}, "form"),
+        ({"delta": 0.03, "capacity_factor": 1.0, "floor_form": "gamma"}, "form"),
         ({"locality_bias": -2}, "nodes"),
         ({"top_k": 5}, "top_k"),
     ],
@@ -137,7 +170,13 @@ def test_bad_options_name_the_field(options, field):
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"share": 0.0}, "share"), ({"share": 2.0}, "share"), ({"capacity_factor": None}, "capacity_factor")],
+    [
+        ({"share": 0.0}, "share"),
+        ({"share": 2.0}, "share"),
+        ({"capacity_factor": None}, "capacity_factor"),
+        ({"delta": "most"}, "delta"),
+        ({"delta": "max", "floor_form": "exact"}, "floor_form"),
+    ],
 )
 def test_bad_options_of_plus_name_the_field(options, field):
     with pytest.raises(ConfigError) as caught:

@@ -91,6 +91,21 @@ def test_bad_logits_are_seen_through_a_cap():
     assert router(x).status.item() == 1
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_dropped_token_leaves_no_gradient_behind_a_cap(bad):
+    """Values and gradients are those of the other tokens alone."""
+    router = _router(softcap=2.0, logit_bias=True, bad_logits="drop", aux_loss_coef=0.1, z_loss_coef=0.1)
+    x = _x()
+    x[3, 0] = bad
+    others = [token for token in range(T) if token != 3]
+    results = []
+    for decision in (router(x), router(x[others])):
+        loss = decision.topk_weights_TK[:, 0].square().sum() + decision.aux_loss
+        results.append([loss, *torch.autograd.grad(loss, list(router.parameters()))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
 def test_a_layer_takes_them():
     layer = MoELayer(D, 8, E, K, router="topk_softmax", logit_bias=True, softcap=30.0)
     layer(torch.randn(T, D)).sum().backward()

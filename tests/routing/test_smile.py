@@ -37,14 +37,21 @@ def test_a_node_first_and_then_experts_inside(top_k):
     assert sum(p.numel() for p in router.parameters()) == HIDDEN * (NODES + PER_NODE)
 
 
+@pytest.mark.parametrize("balance", ["micro", "global"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_the_two_level_loss(top_k):
-    router, x_TD = make(top_k, alpha=0.3, beta=0.7)
+def test_the_two_level_loss(top_k, balance):
+    router, x_TD = make(top_k, alpha=0.3, beta=0.7, balance=balance)
     _, _, p, q, node, inside = by_hand(router, x_TD)
     f = torch.bincount(node.flatten(), minlength=NODES) / len(x_TD)
     g = torch.bincount(inside.flatten(), minlength=PER_NODE) / inside.numel()
     expected = 0.3 * NODES * (f * p.mean(0)).sum() + 0.7 * PER_NODE * (g * q.mean(0)).sum()
-    torch.testing.assert_close(router(x_TD).aux_loss, expected)
+    decision = router(x_TD)
+    loss = decision.aux_loss if balance == "micro" else decision.global_balance.alone()
+    torch.testing.assert_close(loss, expected)
+    ours = torch.autograd.grad(loss, list(router.parameters()), retain_graph=True)
+    for got, want in zip(ours, torch.autograd.grad(expected, list(router.parameters())), strict=True):
+        torch.testing.assert_close(got, want)
+    assert balance == "micro" or decision.aux_loss is None
 
 
 def test_the_loss_is_alpha_plus_beta_where_all_is_even_and_more_where_it_is_not():
@@ -92,6 +99,7 @@ def test_it_computes_in_float32_under_autocast():
         ({"alpha": -1.0}, "alpha"),
         ({"beta": float("nan")}, "beta"),
         ({"bad_logits": "ignore"}, "bad_logits"),
+        ({"balance": "sequence"}, "balance"),
     ],
 )
 def test_bad_options_name_the_field(options, field):

@@ -59,15 +59,20 @@ def test_the_rows_for_each_node_are_agreed_on() -> None:
 
     for plan in VirtualWorld(4).run(rank_main):
         known = plan.node_rows
-        assert known is not None and known.received.shape == (4, BLOCKS) and plan.ranks_per_node == 2
+        assert known is not None and plan.ranks_per_node == 2
         for source in range(4):
             ids = ids_of(source, experts=8)
             ids[0] = torch.tensor([-1, 7, -1])
+            other = 1 - source // 2
+            gateway = slice(2 * (2 * other + source % 2), 2 * (2 * other + source % 2) + 2)
             for block in range(BLOCKS):
-                part = ids[block * 30 // BLOCKS : (block + 1) * 30 // BLOCKS]
-                found = [int(((part >= 0) & (part // 4 == node)).any(dim=1).sum()) for node in range(2)]
-                assert known.received[source, block] == found[plan.rank // 2]
-                assert source != plan.rank or known.sent[block].tolist() == found
+                part = ids[block * 30 // BLOCKS : (block + 1) * 30 // BLOCKS].tolist()
+                places = [[one % 2 for one in row if one >= 0 and one // 4 == other] for row in part]
+                for way, end in enumerate((min, max)):
+                    table = known.across[way].table
+                    assert table is not None
+                    found = [end(row) for row in places if row]
+                    assert table[source, block, gateway].tolist() == [found.count(0), found.count(1)]
         assert plan.off_node([1, 2, 4, 8]) == (12 if plan.rank < 2 else 3)
 
 

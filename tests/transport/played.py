@@ -80,13 +80,16 @@ class PlayedEngine:
         self.device = torch.device("cpu")
         self.captured = False
         self.kept: list[torch.Tensor] = []
+        self.pinned_memory: set[int] = set()
         self._random = random.Random(seed)
         self.streams: list[PlayedStream] = []
         self._current = CurrentStream(self)
         self._ticks = 0
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        return torch.full((num_bytes,), 0xEE, dtype=torch.uint8)
+        memory = torch.full((num_bytes,), 0xEE, dtype=torch.uint8)
+        self.pinned_memory.add(memory.data_ptr())
+        return memory
 
     def stream(self) -> PlayedStream:
         self.streams.append(PlayedStream(self))
@@ -97,6 +100,12 @@ class PlayedEngine:
 
     def event(self, *, timing: bool = False) -> PlayedEvent:
         return PlayedEvent()
+
+    def join(self, event: PlayedEvent) -> None:
+        self._current.wait_event(event)
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.pinned_memory
 
     def capturing(self) -> bool:
         return self.captured

@@ -40,7 +40,7 @@ class Recording:
 
     def __init__(self) -> None:
         self.stats = TransportStats(exchanges=3)
-        self.openings, self.group = 2, object()
+        self.openings, self.group, self.exchange_sms = 2, object(), 16
         self.calls: list[tuple[str, inspect.BoundArguments, object]] = []
 
     def __getattr__(self, name: str) -> Any:

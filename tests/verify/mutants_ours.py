@@ -28,7 +28,7 @@ def clip(old: str, new: str) -> Patch:
     return Patch("parallel.clip", old, new)
 
 
-GIVE = "step.give(rows_TD, ids_TK, routing.topk_weights_TK, entered=late is None)"
+GIVE = "step.give(rows_TD, ids_TK, weights_TK, entered=late is None)"
 COMBINE = "return ops.combine(self.back, self.slot_to_row, self._weights_TK)"
 COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backward(
             dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
@@ -56,15 +56,15 @@ SCALES: tuple[Mutant, ...] = (
         "one of the experts' weights left without 1/EP",
         "NVIDIA/Megatron-LM#7160",
         "gradients",
-        backward("            g.dw_out.mul_(self._grad_scale)\n", ""),
+        backward("            dw_out.mul_(self._grad_scale)\n", ""),
     ),
     mutant(
         "gradients of experts rounded to bfloat16",
         "ISEEKYAN/Megatron-LM#153",
         "gradients",
         backward(
-            "        return g.dw_in, g.dw_out\n",
-            "        return tuple(w if w is None else w.bfloat16().to(w.dtype) for w in (g.dw_in, g.dw_out))\n",
+            "        return dw_in, dw_out\n",
+            "        return tuple(w if w is None else w.bfloat16().to(w.dtype) for w in (dw_in, dw_out))\n",
         ),
     ),
     mutant(
@@ -98,7 +98,7 @@ ROUTER: tuple[Mutant, ...] = (
         "router detached by an exchange",
         "NVIDIA-NeMo/Automodel#2995",
         "gradients",
-        layer(GIVE, GIVE.replace("topk_weights_TK", "topk_weights_TK.detach()")),
+        layer(GIVE, GIVE.replace("weights_TK", "weights_TK.detach()")),
     ),
     mutant(
         "router gradient without other ranks' experts",
@@ -117,15 +117,14 @@ ROUTER: tuple[Mutant, ...] = (
         "output",
         layer(
             GIVE,
-            "weights_TK = routing.topk_weights_TK / routing.topk_weights_TK.sum(-1, keepdim=True)\n        "
-            + GIVE.replace("routing.topk_weights_TK", "weights_TK"),
+            f"weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)\n        {GIVE}",
         ),
     ),
     mutant(
         "the recompute weights otherwise",
         "NVIDIA-NeMo/Automodel#2635",
         "recompute",
-        layer(GIVE, GIVE.replace("topk_weights_TK", 'topk_weights_TK * (1.01 if step.phase == "recompute" else 1)')),
+        layer(GIVE, GIVE.replace("weights_TK", 'weights_TK * (1.01 if step.phase == "recompute" else 1)')),
     ),
     mutant(
         "auxiliary loss without gradient",

@@ -1,7 +1,8 @@
 """`moe-overlap bench`: measurements that anyone can repeat. `layer.py` is the command and `phase.py` its course,
 `cases.py` what is timed, `timing.py` how, `check.py` what must be true before, `wires.py` what carries the rows,
-`rows.py` what is reported, `slept.py` the mode in which compute sleeps. `balance.py` is the other command, with
-`balance_*.py`, `workloads.py` and `oracle.py`."""
+`rows.py` what is reported, `slept.py` the mode in which compute sleeps. `overlap.py` sweeps it, with `overlap_*.py` and
+`shaped.py`. `balance.py` is another command, with `balance_*.py`, `workloads.py` and `oracle.py`; `ops.py` the last,
+with `ops_*.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from moe_overlap.commands.parser import OneLineParser
 
 COMMANDS = {
     "layer": "schedules of a Mixture-of-Experts block pair against each other",
+    "overlap": "how much each schedule hides, over the share of communication; emulated link and real TCP",
     "balance": "copies of experts under skewed routing against none, and against balanced routing",
+    "ops": "every fused op against plain PyTorch and torch.compile",
 }
 
 
@@ -27,10 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.add_parser(name, help=text)
         parser.parse_args(words)
         parser.error(f"which benchmark? expected one of {', '.join(COMMANDS)}")
+    if words[0] == "ops":
+        from moe_overlap.commands.bench import ops
+
+        return ops.main(words[1:])
     if words[0] == "balance":
         from moe_overlap.commands.bench import balance
 
         return balance.main(words[1:])
+    if words[0] == "overlap":
+        from moe_overlap.commands.bench import overlap
+
+        return overlap.main(words[1:])
     from moe_overlap.commands.bench import layer
 
     return layer.main(words[1:])

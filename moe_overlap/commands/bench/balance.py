@@ -19,11 +19,13 @@ from moe_overlap.commands.bench.balance_cases import (
     costs,
     link_of,
     max_rel_err,
+    pair_of,
     planned,
     predicted_s,
     scaled,
     time_rows,
 )
+from moe_overlap.commands.bench.balance_live import SCHEDULE, follow
 from moe_overlap.commands.bench.balance_options import BalanceOptions, parse
 from moe_overlap.commands.bench.balance_report import KEYS, print_rows, write_picture
 from moe_overlap.commands.bench.options import LayerOptions
@@ -38,6 +40,8 @@ from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.measure.overlap import is_noisy, median, percentile
 from moe_overlap.measure.report import write_jsonl
 from moe_overlap.placement import Placement
+from moe_overlap.schedule.builders import serial
+from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
 
 PROGRAM = "moe-overlap bench balance"
@@ -97,6 +101,9 @@ def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
     for workload in options.workloads:
         if world.rank == 0:
             print(f"{PROGRAM}: {workload}", file=sys.stderr, flush=True)
+        if options.live_steps:
+            found += _live_rows(options, world, workload, wires.link, link, sleep, x_TD)
+            continue
         plans = planned(options, sleep, link, _history(options, workload))
         ideals = [plan for plan in plans if plan.planner == options.planners[0]]
         ids_TK = _ids(options, workload, world.rank)
@@ -115,7 +122,7 @@ def _errors(
     world: World, unit: Unit, plans: Sequence[Planned], ids_TK: torch.Tensor, x_TD: torch.Tensor
 ) -> list[float]:
     """By how much a row's output, with real experts, differs from that of the first one without copies. Collective."""
-    alone = Planned(planner="static", schedule="serial", pair=plans[0].pair)
+    alone = Planned(planner="static", schedule="serial", pair=serial())
     right, _ = max_rel_err(world, unit, alone, ids_TK, x_TD, None)
     return [max_rel_err(world, unit, plan, ids_TK, x_TD, right)[1] for plan in plans]
 
@@ -158,7 +165,7 @@ def _rows(
     for plan, one, seconds, samples, error in zip(plans, times, medians, slowest, errors, strict=True):
         ideal = plan.planner == IDEAL
         counts_WE = even if ideal else skewed
-        phases = costs(options, sleep, link, joined=plan.schedule == "serial")
+        phases = costs(options, sleep, link, plan.schedule)
         predicted, load, copies = predicted_s(plan, counts_WE, placement, phases, options.ranks_per_node)
         static_s, ideal_s = by_name.get(("static", plan.schedule)), by_name[IDEAL, plan.schedule]
         ported = torch.tensor([one.weight_bytes, one.payload_bytes, 1e6 * median(one.cpu_s)], dtype=torch.float64)
@@ -170,7 +177,7 @@ def _rows(
             "schedule": plan.schedule,
             "chunks": plan.pair.chunks,
             "backward_chunks": plan.pair.backward_chunks,
-            "predicted_ms": 1e3 * (predicted + dense_s),
+            "predicted_ms": 1e3 * (predicted + (0.0 if plan.pair.num_ops else dense_s)),
             "time_ms_median": 1e3 * seconds,
             "time_ms_p10": 1e3 * percentile(samples, 0.1),
             "time_ms_p90": 1e3 * percentile(samples, 0.9),
@@ -186,8 +193,56 @@ def _rows(
             "payload_bytes": int(most[1]),
             "comm_cpu_ms": most[2] / 1e3,
             "max_rel_err": error,
+            "steps": 1,
+            "changes": 0,
+            "moved_bytes": 0,
             "flagged": "noisy" if is_noisy(samples) else None,
         }
+        rows.append({key: _rounded(row[key]) for key in KEYS})
+    return rows
+
+
+def _live_rows(
+    options: BalanceOptions, world: World, workload: str, transport: Transport, link: LinkSpec, sleep: Calibration,
+    x_TD: torch.Tensor,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for homes alone and one for a placement that follows the load: means over the steps. Collective."""
+    path = Path(options.recorded) if options.recorded else None
+
+    def ids_of(step: int) -> torch.Tensor:
+        return choices(workload, options.sizes, seed=options.seed, step=step, rank=world.rank, recorded=path)[0]
+
+    found = follow(world, options, transport, sleep, link, ids_of, x_TD)
+    home = Placement.identity(options.experts, options.ranks)
+    phases, dense_s = costs(options, sleep, link, SCHEDULE), sleep.mlp_forward_s + sleep.mlp_backward_s
+    loads = [counts_of(workload, options.sizes, seed=options.seed, step=step, recorded=path)
+             for step in range(options.live_steps)]  # fmt: skip
+    pair, rows = pair_of(SCHEDULE, options.chunks), []
+    still_s = float(np.mean(_slowest(world, found.static)))
+    most = torch.stack(world.gather(torch.tensor([float(np.mean(found.moving_s))], dtype=torch.float64))).amax()
+    for name, times, placements in (
+        ("static", found.static, [home] * len(loads)),
+        ("live", found.live, found.placements),
+    ):
+        moved = name == "live"
+        samples = _slowest(world, times)
+        plans = [Planned(planner=name, schedule=SCHEDULE, pair=pair, kept=one) for one in placements]
+        priced = [predicted_s(plan, counts, home, phases, options.ranks_per_node)
+                  for plan, counts in zip(plans, loads, strict=True)]  # fmt: skip
+        row = dict.fromkeys(KEYS) | _constant(options, link) | {
+            "workload": workload, "planner": f"{name} over steps", "schedule": SCHEDULE, "chunks": pair.chunks,
+            "backward_chunks": pair.backward_chunks,
+            "predicted_ms": 1e3 * (float(np.mean([seconds for seconds, _, _ in priced])) + dense_s),
+            "time_ms_median": 1e3 * median(samples), "time_ms_p10": 1e3 * percentile(samples, 0.1),
+            "time_ms_p90": 1e3 * percentile(samples, 0.9), "speedup_vs_static": still_s / float(np.mean(samples)),
+            "static_max_over_mean": float(np.mean([imbalance(one, np.array(home.home_ranks)) for one in loads])),
+            "max_over_mean": float(np.mean([load for _, load, _ in priced])), "copies": priced[-1][2],
+            "moe_share": 1.0 - dense_s / float(np.mean(samples)), "migration_ms": 1e3 * float(most) if moved else 0.0,
+            "weight_bytes": times.weight_bytes, "payload_bytes": times.payload_bytes,
+            "comm_cpu_ms": 1e3 * median(times.cpu_s), "max_rel_err": found.max_rel_err if moved else 0.0,
+            "steps": len(samples), "changes": found.progress.changed if moved else 0,
+            "moved_bytes": found.progress.moved_bytes if moved else 0,
+        }  # fmt: skip
         rows.append({key: _rounded(row[key]) for key in KEYS})
     return rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.moving import set_placement
+from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.placement import LocalFirst, Placement
 from moe_overlap.placement.planners import Eplb, Flex, Planner, Proportional
 from moe_overlap.placement.topology import Topology
 from moe_overlap.planning.copy_costs import GRADIENT_BYTES, PhaseCosts
 from moe_overlap.planning.cost_model import AlphaBeta
 from moe_overlap.planning.replication import priced
-from moe_overlap.schedule.builders import SchedulePair, chunked, serial
+from moe_overlap.schedule.builders import SchedulePair, chunked, serial, window
 from moe_overlap.transport.accounting import CommCpu
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
@@ -62,8 +63,9 @@ def link_of(options: BalanceOptions) -> LinkSpec:
     return LinkSpec(bytes_per_s=125e3 * float(f"{sent / transfer_s / 125e3:.4g}"), latency_s=1e-6 * options.latency_us)
 
 
-def costs(options: BalanceOptions, sleep: Calibration, link: LinkSpec, *, joined: bool) -> tuple[PhaseCosts, ...]:
-    """Forward and backward, from the slept times and the link; the ranks of a node talk for nothing."""
+def costs(options: BalanceOptions, sleep: Calibration, link: LinkSpec, schedule: str) -> tuple[PhaseCosts, ...]:
+    """Forward and backward, from the slept times and the link; the ranks of a node talk for nothing. schedule: one of
+    SCHEDULES; in a shortcut the dense op is in the window."""
     size = options.torch_dtype.itemsize
     expert = MATRICES * options.hidden * options.ffn
     free = AlphaBeta(alpha_s=0.0, beta_s=0.0)
@@ -72,12 +74,22 @@ def costs(options: BalanceOptions, sleep: Calibration, link: LinkSpec, *, joined
         return AlphaBeta(alpha_s=link.latency_s, beta_s=num_bytes / link.bytes_per_s), free
 
     row = over(options.hidden * size)
-    chunks = 1 if joined else options.chunks
-    return (
-        PhaseCosts(row_s=sleep.expert_row_s, exchange=row, copy=over(expert * size), chunks=chunks, joined=joined),
-        PhaseCosts(row_s=sleep.dgrad_row_s + sleep.wgrad_row_s, exchange=row, copy=over(expert * GRADIENT_BYTES),
-                   chunks=chunks, joined=joined),
+    joined, shortcut = schedule == "serial", schedule.startswith("shortcut")
+    forward = PhaseCosts(
+        row_s=sleep.expert_row_s, exchange=row, copy=over(expert * size), joined=joined,
+        chunks=1 if joined else options.chunks, exposed_copies=schedule == "shortcut_exposed",
+        beside_s=sleep.mlp_forward_s if shortcut else 0.0,
     )  # fmt: skip
+    backward_s = sleep.mlp_backward_s if shortcut else 0.0
+    return forward, replace(forward, row_s=sleep.dgrad_row_s + sleep.wgrad_row_s, copy=over(expert * GRADIENT_BYTES),
+                            beside_s=backward_s)  # fmt: skip
+
+
+def pair_of(schedule: str, chunks: int) -> SchedulePair:
+    """The pair of one of SCHEDULES."""
+    if schedule.startswith("shortcut"):
+        return replace(window(1, 1, chunks=chunks), joined_copies=schedule == "shortcut_exposed")
+    return serial() if schedule == "serial" else chunked(chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +131,21 @@ class Planned:
     kept: Placement | None = None
 
 
-def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray, forward: PhaseCosts) -> Placement:
-    """What a planner makes of the load of earlier steps, int64 [W, E], with the prices of the run; homes stay."""
+def topology_of(options: BalanceOptions, forward: PhaseCosts) -> Topology:
+    """What placement planners know of the run: the prices of its forward."""
     expert = MATRICES * options.hidden * options.ffn * options.torch_dtype.itemsize
-    topology = Topology(
+    return Topology(
         world_size=options.ranks, ranks_per_node=options.ranks_per_node, row_s=forward.row_s,
         row_bytes=options.hidden * options.torch_dtype.itemsize, expert_bytes=expert,
         inter_bytes_per_s=expert / forward.copy[0].beta_s,
     )  # fmt: skip
+
+
+def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray, forward: PhaseCosts) -> Placement:
+    """What a planner makes of the load of earlier steps, int64 [W, E], with the prices of the run; homes stay."""
+    topology = topology_of(options, forward)
     planners: dict[str, Planner] = {
-        "flex": Flex(),
+        "flex": Flex(keep_homes=True),
         "eplb": Eplb(keep_homes=True),
         "proportional": Proportional(keep_homes=True),
     }
@@ -139,27 +156,26 @@ def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray
 
 def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec, history_WE: np.ndarray) -> list[Planned]:
     """The rows of one workload. Shadows with exposed copies are those of a serial schedule; beside it our own."""
-    exposed, overlapped = costs(options, sleep, link, joined=True), costs(options, sleep, link, joined=False)
-    forward, backward = exposed
+    forward, backward = costs(options, sleep, link, "serial")
     shadow = ShadowRule(token_s=forward.row_s, row_s=forward.exchange[0].beta_s,
                         weights_s=forward.copy[0].beta_s + backward.copy[0].beta_s, most=options.slots)  # fmt: skip
     found = []
-    pairs = {"serial": serial(), "chunked": chunked(options.chunks)}
     for planner in options.planners:
-        for schedule, pair in pairs.items():
+        for schedule in options.schedules:
             rule: ReplicationRule | ShadowRule | None = None
             kept = kept_placement(planner, options, history_WE, forward) if planner in KEPT else None
             if planner == "replicate":
-                phases = exposed if schedule == "serial" else overlapped
+                phases = costs(options, sleep, link, schedule.removesuffix("_exposed"))  # the same copies
                 rule = ReplicationRule(phases=phases, spare=options.slots, ranks_per_node=options.ranks_per_node)
             elif planner == "shadow":
                 rule = shadow
+            pair = pair_of(schedule, options.chunks)
             found.append(Planned(planner=planner, schedule=schedule, pair=pair, rule=rule, kept=kept))
     return found
 
 
 class Unit(nn.Module):
-    """A dense op and the layer, whose router wants what `use` says."""
+    """A dense op before the layer or beside it, whose router wants what `use` says."""
 
     def __init__(self, options: BalanceOptions, transport: Transport, sleep: Calibration) -> None:
         super().__init__()
@@ -174,6 +190,7 @@ class Unit(nn.Module):
             options.hidden, options.ffn, options.experts, options.top_k, router=self.router, activation="swiglu",
             schedule=serial(), transport=transport, ranks_per_node=options.ranks_per_node, dtype=options.torch_dtype,
         )  # fmt: skip
+        self.block = ShortcutBlock([self.dense], self.moe, tap=0, schedule=window(1, 1))
 
     def use(self, plan: Planned, ids_TK: torch.Tensor) -> None:
         """The coming step's routing, schedule and rule, on all ranks alike. Copies are fetched as after a step of an
@@ -182,7 +199,8 @@ class Unit(nn.Module):
         self.router.tokens_per_expert_E = torch.bincount(
             ids_TK.flatten().long(), minlength=self.moe.dispatcher.placement.num_experts
         )
-        self.moe.schedule = plan.pair
+        self.beside = plan.pair.num_ops > 0
+        (self.block if self.beside else self.moe).schedule = plan.pair
         self.moe.dispatcher.rule = plan.rule
         wanted = plan.kept or self.alone
         if self.moe.dispatcher.placement.digest != wanted.digest:
@@ -190,8 +208,16 @@ class Unit(nn.Module):
         self.moe.forget_copies()
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        y_TD: torch.Tensor = self.moe(self.dense(x_TD))
+        y_TD: torch.Tensor = self.block(x_TD) if self.beside else self.moe(self.dense(x_TD))
         return y_TD
+
+    def routed(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """What the experts alone make of x, in the schedule of `use`."""
+        dense, self.block.backbone[0] = self.dense, nn.Identity()
+        self.dense = nn.Identity()  # type: ignore[assignment]
+        y_TD = self.forward(x_TD)
+        self.dense = self.block.backbone[0] = dense
+        return y_TD - x_TD if self.beside else y_TD
 
 
 @dataclass
@@ -214,13 +240,14 @@ def time_rows(
         for round_ in range(repeats + 1):
             order = range(len(rows)) if round_ % 2 else reversed(range(len(rows)))
             for i in order:
-                _step(world, unit, *rows[i], x_TD, found[i] if round_ else None)
+                time_step(world, unit, *rows[i], x_TD, found[i] if round_ else None)
     return found
 
 
-def _step(
+def time_step(
     world: World, unit: Unit, plan: Planned, ids_TK: torch.Tensor, x_TD: torch.Tensor, times: Times | None
 ) -> None:
+    """One training step, its seconds into `times` (None: a warm-up). Collective."""
     unit.use(plan, ids_TK)
     unit.zero_grad(set_to_none=True)
     x_TD = x_TD.detach().requires_grad_()
@@ -241,11 +268,9 @@ def max_rel_err(
     world: World, unit: Unit, plan: Planned, ids_TK: torch.Tensor, x_TD: torch.Tensor, right: torch.Tensor | None
 ) -> tuple[torch.Tensor, float]:
     """(y of this rank with real experts, its largest difference from `right` over the largest |right|). Collective."""
-    dense, unit.dense = unit.dense, nn.Identity()  # type: ignore[assignment]
     unit.use(plan, ids_TK)
     with torch.no_grad():
-        y_TD = unit(x_TD)
-    unit.dense = dense
+        y_TD = unit.routed(x_TD)
     if right is None:
         return y_TD, 0.0
     error = float((y_TD - right).abs().max() / right.abs().max())

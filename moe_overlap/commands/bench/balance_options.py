@@ -16,6 +16,8 @@ from moe_overlap.errors import ConfigError
 
 KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of earlier steps; homes stay
 PLANNERS = ("static", "replicate", "shadow", *KEPT)
+# The dense op runs before the layer, or beside it (ScMoE); with "exposed" copies alone are waited for where they start.
+SCHEDULES = ("serial", "chunked", "shortcut", "shortcut_exposed")
 MOST_SEED = 2**31 - 1
 
 
@@ -35,6 +37,8 @@ class BalanceOptions:
     chunks: int = 4
     workloads: tuple[str, ...] = ("balanced", "zipf1.0")
     planners: tuple[str, ...] = ("static", "replicate", "shadow", "flex")
+    schedules: tuple[str, ...] = ("serial", "chunked")
+    live_steps: int = 0
     recorded: str = ""
     comm_share: float = 0.3
     moe_share: float = 0.85
@@ -49,6 +53,7 @@ class BalanceOptions:
         for name in "ranks ranks_per_node tokens hidden ffn experts chunks repeats".split():
             check_count(name, getattr(self, name))
         check_count("slots", self.slots, least=0)
+        check_count("live_steps", self.live_steps, least=0)
         check_count("seed", self.seed, least=0, most=MOST_SEED)
         check_count("chunks", self.chunks, most=16)
         if self.ranks < 2 or self.ranks % self.ranks_per_node or self.ranks == self.ranks_per_node:
@@ -61,7 +66,7 @@ class BalanceOptions:
             raise ConfigError("--top-k", self.top_k, f"an integer from 1 to --experts ({self.experts})")
         if self.dtype not in DTYPES:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        for name, known in (("workloads", tuple(WORKLOADS)), ("planners", PLANNERS)):
+        for name, known in (("workloads", tuple(WORKLOADS)), ("planners", PLANNERS), ("schedules", SCHEDULES)):
             chosen = getattr(self, name)
             if not chosen or any(word not in known for word in chosen):
                 raise ConfigError(flag_of(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
@@ -96,6 +101,10 @@ HELP = {
     "chunks": "chunks of the overlapped schedules",
     "workloads": "comma-separated: " + ", ".join(WORKLOADS),
     "planners": "rows of each workload, comma-separated: " + ", ".join(PLANNERS),
+    "schedules": "of each planner, comma-separated: " + ", ".join(SCHEDULES) + "; in a shortcut the dense op is beside "
+    "the layer, exposed: copies are waited for where they start",
+    "live_steps": "instead: so many steps in a row, with homes alone and with a placement of FlexMoE's planner that "
+    "follows the load",
     "recorded": "routing file of workload recorded (moe-overlap train --save-routing)",
     "comm_share": "share of the exchanges in a serial step with balanced load: sets the rate of the link",
     "moe_share": "share of the layer in a serial step with balanced load: sets the dense op",

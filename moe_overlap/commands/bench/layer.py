@@ -44,16 +44,27 @@ def main(argv: Sequence[str]) -> int:
 def run_rank(world: World, argv: Sequence[str]) -> int:
     """What every rank does. What a user can act on becomes one line on stderr, of rank 0 where all ranks know it."""
     options = parse(argv, ranks=world.size)
+    return on_rank(world, PROGRAM, options.threads, lambda: _run(options, world))
+
+
+def on_rank(world: World, program: str, threads: int, body: Callable[[], int]) -> int:
+    """The status of `body`, run with so many threads, or that of the error that it says in a line."""
     threads_before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(threads)
+
+    def complain(text: str, status: int, *, only_first: bool) -> int:
+        if world.rank == 0 or not only_first:
+            print(f"{program}: {one_line(text)}", file=sys.stderr, flush=True)
+        return status
+
     try:
-        return _run(options, world)
+        return body()
     except CheckFailed as error:
-        return _complain(world, f"correctness: {error}", EXIT_FAILED, only_first=True)
+        return complain(f"correctness: {error}", EXIT_FAILED, only_first=True)
     except ConfigError as error:
-        return _complain(world, f"error: {error}", EXIT_BAD_INPUT, only_first=True)
+        return complain(f"error: {error}", EXIT_BAD_INPUT, only_first=True)
     except MoeTransportError as error:
-        return _complain(world, f"error: rank {world.rank}: {error}", EXIT_FAILED, only_first=False)
+        return complain(f"error: rank {world.rank}: {error}", EXIT_FAILED, only_first=False)
     finally:
         torch.set_num_threads(threads_before)
 
@@ -63,7 +74,7 @@ def _run(options: LayerOptions, world: World) -> int:
     if world.rank == 0:
         for name in OUTPUTS:
             (out / name).unlink(missing_ok=True)
-    setting = Setting.build(options, world, _load_routing(options, world.rank), _say(world))
+    setting = Setting.build(options, world, load_routing(options, world.rank), say_of(world, PROGRAM))
     results: list[PhaseResult] = [measure_phase(setting, phase) for phase in options.phases]
     if world.rank == 0:
         _publish(options, out, results)
@@ -89,7 +100,8 @@ def _publish(options: LayerOptions, out: Path, results: Sequence[PhaseResult]) -
     print("\n".join(verdict(rows)))
 
 
-def _load_routing(options: LayerOptions, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_routing(options: LayerOptions, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [T, top_k], weights [T, top_k]) of this rank's tokens."""
     return load(
         options.routing,
         out=options.out,
@@ -101,18 +113,12 @@ def _load_routing(options: LayerOptions, rank: int) -> tuple[torch.Tensor, torch
     )
 
 
-def _say(world: World) -> Callable[[str], None]:
+def say_of(world: World, program: str) -> Callable[[str], None]:
     """Progress on stderr, from rank 0, with the seconds since the ranks were ready."""
     begin_s = time.perf_counter()
 
     def say(text: str) -> None:
         if world.rank == 0:
-            print(f"{PROGRAM} [{time.perf_counter() - begin_s:5.1f} s] {text}", file=sys.stderr, flush=True)
+            print(f"{program} [{time.perf_counter() - begin_s:5.1f} s] {text}", file=sys.stderr, flush=True)
 
     return say
-
-
-def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:
-    if world.rank == 0 or not only_first:
-        print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr, flush=True)
-    return status

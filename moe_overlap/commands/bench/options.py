@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moe_overlap.commands.bench.cases import CASES, HEAD, Sizes
+from moe_overlap.commands.bench.phases import PHASES
 from moe_overlap.commands.bench.routing import KINDS
 from moe_overlap.commands.parser import (
     MOST_THREADS,
@@ -20,9 +23,9 @@ from moe_overlap.commands.parser import (
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport.link import LinkSpec
 
-SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut", "auto")
-DEFAULT_SCHEDULES = SCHEDULES[:-1]  # "auto" calibrates every case first
-PHASES = ("infer", "train")
+SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut", "auto", "expert_groups", "fastermoe", "lancet")
+DEFAULT_SCHEDULES = SCHEDULES[:4]  # "auto" calibrates every case first
+DEFAULT_PHASES = ("infer", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 COMPUTE = ("real", "slept")
 DEFAULT_CASES = ("top2", "shared1", "scmoe_pos2")
@@ -32,7 +35,8 @@ LATENCY_S = 50e-6  # of a link whose rate is solved for
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """One benchmark of a block pair. `tokens` are those of one rank, `experts` those of all ranks."""
+    """One benchmark of a block pair. `tokens` are those of one rank, `experts` those of all ranks. device: of each
+    node, whose rate is set to the link's (`shaped.py`); not on the command line."""
 
     ranks: int = 2
     ranks_per_node: int = 1
@@ -48,12 +52,13 @@ class LayerOptions:
     comm_share: float | None = None
     schedules: tuple[str, ...] = DEFAULT_SCHEDULES
     cases: tuple[str, ...] = DEFAULT_CASES
-    phases: tuple[str, ...] = PHASES
+    phases: tuple[str, ...] = DEFAULT_PHASES
     routing: str = "balanced"
     compute: str = "real"
     repeats: int = 20
     out: str = "out/bench"
     timeout_s: float = 120.0
+    device: str = ""
 
     def __post_init__(self) -> None:
         for name in "ranks ranks_per_node tokens hidden ffn experts repeats".split():
@@ -66,6 +71,8 @@ class LayerOptions:
             raise ConfigError("--hidden", self.hidden, f"a multiple of {HEAD}, the size of an attention head")
         if "auto" in self.schedules and self.ranks == 1:
             raise ConfigError("--schedules", ",".join(self.schedules), "no auto with one rank: nothing is exchanged")
+        if "auto" in self.schedules and not set(self.phases) <= set(DEFAULT_PHASES):
+            raise ConfigError("--schedules", ",".join(self.schedules), "no auto with --phases forward or backward")
         if self.experts % self.ranks:
             raise ConfigError("--experts", self.experts, f"a multiple of --ranks ({self.ranks})")
         if self.ranks_per_node > self.ranks or self.ranks % self.ranks_per_node:
@@ -74,8 +81,6 @@ class LayerOptions:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if self.dedup not in DEDUP:
             raise ConfigError("--dedup", self.dedup, f"one of {', '.join(DEDUP)}")
-        if self.dedup == "hierarchical" and "auto" in self.schedules:
-            raise ConfigError("--dedup", self.dedup, "off or on beside --schedules auto, which does not predict it")
         if self.dedup != "off" and self.ranks == 1:
             raise ConfigError("--dedup", self.dedup, "off with one rank: nothing is exchanged")
         if self.dedup == "hierarchical" and not 1 < self.ranks_per_node < self.ranks:
@@ -155,19 +160,23 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
         formatter_class=TypedDefaults,
         epilog=EXAMPLES,
     )
-    defaults = LayerOptions()
-    for name, text in HELP.items():
-        default = getattr(defaults, name)
-        if isinstance(default, tuple):
-            parser.add_argument(flag_of(name), type=_words, default=default, help=text)
-        else:
-            kind = float if name == "comm_share" else type(default)
-            parser.add_argument(flag_of(name), type=kind, default=default, help=text)
+    add_options(parser, LayerOptions(), HELP)
     values = vars(parser.parse_args(argv))
     if ranks is not None:
         values["ranks"] = ranks
     return LayerOptions(**values)
 
 
-def _words(text: str) -> tuple[str, ...]:
+def add_options(parser: argparse.ArgumentParser, defaults: Any, texts: Mapping[str, str]) -> None:
+    """An option for each field of `texts`, with the type and the value that it has in `defaults`."""
+    for name, text in texts.items():
+        default = getattr(defaults, name)
+        if isinstance(default, tuple):
+            parser.add_argument(flag_of(name), type=words_of, default=default, help=text)
+        else:
+            kind = float if name == "comm_share" else type(default)
+            parser.add_argument(flag_of(name), type=kind, default=default, help=text)
+
+
+def words_of(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())

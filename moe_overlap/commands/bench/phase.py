@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from moe_overlap.commands.bench.cases import BlockPair
 from moe_overlap.commands.bench.check import MAX_REL_ERR, max_rel_err, peak_memory, run, same_bits, worst
 from moe_overlap.commands.bench.options import LATENCY_S
+from moe_overlap.commands.bench.phases import has
 from moe_overlap.commands.bench.planned import CasePlan, auto_rows, plan_case, predictions
 from moe_overlap.commands.bench.rows import (
     Baselines,
@@ -28,14 +28,19 @@ from moe_overlap.commands.bench.slept import slept_experts
 from moe_overlap.commands.bench.spread import spread_of
 from moe_overlap.commands.bench.timing import Runner, Samples, Variant
 from moe_overlap.commands.bench.wires import Exchanges, isolated, solve_link
+from moe_overlap.layer.recorded import events_of_all
 from moe_overlap.measure.overlap import comm_share, is_inflated, is_noisy, median
 from moe_overlap.measure.picture import Panel
+from moe_overlap.measure.slow import Slow, why_slow
 from moe_overlap.measure.timeline import TimelineEvent, record
 from moe_overlap.ops import workspace
 from moe_overlap.schedule.builders import chunked, serial, shared_expert
+from moe_overlap.schedule.published import filled, pairwise
 from moe_overlap.transport.link import LinkSpec
 
 CHUNKS = (2, 4, 8)
+MOST_CHUNKS = 16
+FILLED = 4  # groups of experts whose weight gradients fill gaps
 SLOT_REPEATS = 3
 PANEL_REPEATS = 3
 SHARE_ROUNDS = 4
@@ -47,8 +52,11 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseResult:
+    """Rows, pictures of the fastest of each schedule, and by their titles why the slowest of the recorded steps was."""
+
     rows: list[dict[str, Any]]
     panels: list[Panel]
+    slowest: dict[str, Slow]
 
 
 def measure_phase(setting: Setting, phase: str) -> PhaseResult:
@@ -72,9 +80,10 @@ def measure_phase(setting: Setting, phase: str) -> PhaseResult:
     exchanges = measure_exchanges(setting, plans, phase)
     with slept_experts(setting.sleep):
         samples = time_rows(setting, runner, plans)
-        panels = [panel for plan in shown(plans, samples) for panel in [take_panel(setting, runner, plan, samples)]]
+        taken = [take_panel(setting, runner, plan) for plan in shown(plans, samples)]
     rows = make_rows(setting, phase, link, plans, samples, exchanges, verdicts, predicted, known)
-    return PhaseResult(rows=rows, panels=panels)
+    return PhaseResult(rows=rows, panels=[panel for panel, _ in taken],
+                       slowest={panel.title: slow for panel, slow in taken})  # fmt: skip
 
 
 def timed_models(setting: Setting) -> dict[str, BlockPair]:
@@ -120,7 +129,7 @@ def open_link(setting: Setting, runner: Runner, top2: BlockPair, *, rounds: int)
         )
     for wires in setting.wires.values():
         wires.emulate(link, options.ranks_per_node)
-    return "none" if link is None else f"emulated {link}"
+    return setting.wires["top2"].name_of(link)
 
 
 def best_slots(setting: Setting, runner: Runner, model: BlockPair) -> tuple[int, int]:
@@ -135,8 +144,8 @@ def best_slots(setting: Setting, runner: Runner, model: BlockPair) -> tuple[int,
     forward = [min(one.forward_max_s) for one in samples]
     backward = [min(t - f for t, f in zip(one.time_s, one.forward_max_s, strict=True)) for one in samples]
     best = forward.index(min(forward))
-    back = backward.index(min(backward)) if runner.phase == "train" and model.position else best
-    if runner.phase == "train" and not model.position:
+    back = backward.index(min(backward)) if has(runner.phase, "backward") and model.position else best
+    if has(runner.phase, "backward") and not model.position:
         whole = [min(one.time_s) for one in samples]
         best = back = whole.index(min(whole))
     setting.say(f"{runner.phase}: {model.case} best slot {best}" + (f", backward {back}" if back != best else ""))
@@ -150,7 +159,7 @@ def row_plans(
     found: list[RowPlan] = []
     for case, model in models.items():
         slot, back = slots[case]
-        backward = back if phase == "train" and model.position else None
+        backward = back if has(phase, "backward") and model.position else None
         if model.position:
             pair = model.as_asked(model.window_pair(slot, backward))
             found.append(RowPlan(model=model, schedule="serial", pair=pair.join(), backward_slot=backward))
@@ -161,6 +170,14 @@ def row_plans(
         else:
             found.append(RowPlan(model=model, schedule="serial", pair=model.as_asked(serial())))
             found += [RowPlan(model=model, schedule="chunked", pair=model.as_asked(chunked(r))) for r in CHUNKS]
+            local = model.moe.expert_weights[0].shape[0]
+            found += [RowPlan(model=model, schedule="expert_groups", pair=model.as_asked(chunked(r, "experts")))
+                      for r in CHUNKS if r <= local]  # fmt: skip
+            if model.dedup == "off":  # there is no such form of a cut by peers
+                pair = pairwise(min(setting.options.ranks, MOST_CHUNKS))
+                found.append(RowPlan(model=model, schedule="fastermoe", pair=pair))
+            pair = model.as_asked(filled(min(local, FILLED)))
+            found.append(RowPlan(model=model, schedule="lancet", pair=pair))
     wanted, cases = setting.options.schedules, setting.options.cases
     return [plan for plan in found if plan.schedule == "serial" or (plan.schedule in wanted and plan.case in cases)]
 
@@ -307,7 +324,7 @@ def make_rows(
             comm_share=comm_share(serial_s["top2"], nocomm_s["top2"]) if communicates else None,
         )
         constant = {**setting.constant, "phase": phase, "link": link}
-        both = exchange.with_backward(back) if phase == "train" else exchange
+        both = {"train": exchange.with_backward(back), "backward": back}.get(phase, exchange)
         row = row_of(plan, one, baselines, both, verdict, bound=bound, predicted=predicted_s, exposed=exposed,
                      spread=spread, flagged=flagged, constant=constant)  # fmt: skip
         asked = "auto" if plan.schedule == "mirrored" else plan.schedule
@@ -330,21 +347,23 @@ def shown(plans: Sequence[RowPlan], timed: Timed) -> list[RowPlan]:
     return [plan for _, plan in best.values()]
 
 
-def take_panel(setting: Setting, runner: Runner, plan: RowPlan, timed: Timed) -> Panel:
-    """Record a few runs with every op watched and take the middle one. Collective."""
+def take_panel(setting: Setting, runner: Runner, plan: RowPlan) -> tuple[Panel, Slow]:
+    """Record a few runs with every op watched; the middle one, and why the slowest was slower than the others.
+    Collective."""
     variant = variant_of(setting, plan)
-    runs: list[tuple[Samples, list[TimelineEvent]]] = []
+    runs: list[list[TimelineEvent]] = []
+    own_s: list[float] = []
     for _ in range(PANEL_REPEATS):
         samples = Samples()
         with watching(plan.model), record() as events:
             runner.once(variant, samples)
-        runs.append((samples, events))
-    seconds = runner.maximum([samples.own_s[0] for samples, _ in runs])
-    middle = seconds.index(sorted(seconds)[len(seconds) // 2])
-    texts = setting.world.gather_text(json.dumps([astuple(event) for event in runs[middle][1]]))
-    events = [TimelineEvent(*fields) for text in texts for fields in json.loads(text)]
+        runs.append(events_of_all(runner.timed(events), setting.world))
+        own_s += samples.own_s
+    seconds = runner.maximum(own_s)
+    middle, slowest = (seconds.index(one) for one in (sorted(seconds)[len(seconds) // 2], max(seconds)))
+    slow = why_slow(runs[slowest], [run for i, run in enumerate(runs) if i != slowest])
     names = {f"B{i}": name for i, name in enumerate(plan.model.op_names)}
-    return Panel(title=plan.name, events=events, names=names, column=runner.phase)
+    return Panel(title=plan.name, events=runs[middle], names=names, column=runner.phase), slow
 
 
 @contextmanager

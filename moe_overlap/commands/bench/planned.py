@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 
 import torch
@@ -25,6 +25,19 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import nodes_of
 
 DRIFT = 0.1  # of the calibration's serial step: beyond that, predictions are of another machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsItIs(SchedulePair):
+    """A pair that every step runs as it is: a plain probe stays plain, though it would pay to deduplicate the step."""
+
+    @classmethod
+    def of(cls, pair: SchedulePair) -> AsItIs:
+        """With all that `pair` has."""
+        return cls(**{field.name: getattr(pair, field.name) for field in fields(pair)})
+
+    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+        return self
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,7 +94,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
 
     def run(pair: SchedulePair) -> StepTimes:
         samples = Samples()
-        runner.once(Variant(name="probe", model=model, pair=pair, transport=transport), samples)
+        runner.once(Variant(name="probe", model=model, pair=AsItIs.of(pair), transport=transport), samples)
         forward_s, whole_s = samples.forward_s[0], samples.own_s[0]
         if pair.joined and (pair.chunks, pair.by) == (1, "tokens") and model.as_asked(pair) == pair:
             serial_s.append(whole_s)
@@ -101,7 +114,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
         source=f"measured on {hardware()}",
     )
     schedule = PlannedSchedule(model=found, num_ops=num_ops, op_verb=op_verb, row_bytes=row_bytes, nodes=nodes,
-                               dedup=model.dedup, metadata=metadata)  # fmt: skip
+                               dedup="on" if metadata else "off", metadata=metadata)  # fmt: skip
     timed_s = sorted(runner.maximum(serial_s)[1:])  # the first run was to warm up
     quicker = timed_s[: -(-len(timed_s) // 2)]
     return CasePlan(schedule=schedule, exchange=model.moe.last_exchange, serial_s=median(quicker) if quicker else None)

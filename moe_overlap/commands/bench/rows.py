@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_overlap.commands.bench.cases import BlockPair
+from moe_overlap.commands.bench.phases import has
 from moe_overlap.commands.bench.spread import Spread
 from moe_overlap.commands.bench.timing import Samples
 from moe_overlap.commands.bench.wires import Exchanges
@@ -132,14 +133,17 @@ def bound_s(
     """
     if plan.schedule == "serial":
         return None
-    train = phase == "train"
+    forward, backward = has(phase, "forward"), has(phase, "backward")
     if plan.cut_apart:
-        back = plan.pair.backward_chunks if train else None
-        alone = plan.pipelined and not plan.pair.deduplicated  # else rows that stay are computed meanwhile
-        return formulas.cut_bound(nocomm, exchanges.total_s, plan.pair.chunks, back, alone=alone, even=even)
+        cuts = plan.pair.chunks if forward else None, plan.pair.backward_chunks if backward else None
+        # Otherwise rows that stay are computed meanwhile.
+        alone = plan.pipelined and not plan.pair.deduplicated and plan.pair.by != "peers"
+        return formulas.cut_bound(nocomm, exchanges.total_s, *cuts, alone=alone, even=even)
     each = exchanges.dispatch_s, exchanges.combine_s
-    total = formulas.shortcut_bound(terms.experts, terms.window + terms.own, *each)
-    if train:
+    total = 0.0
+    if forward:
+        total += formulas.shortcut_bound(terms.experts, terms.window + terms.own, *each)
+    if backward:
         beside = terms.window_backward + terms.wgrad + terms.own_dgrad
         total += formulas.shortcut_bound(terms.dgrad, beside, *each)
     own = torch.tensor([terms.outside + total], dtype=torch.float64)
@@ -202,7 +206,7 @@ def row_of(
         "case": plan.case,
         "schedule": plan.schedule,
         "chunks": plan.pair.chunks,
-        "backward_chunks": plan.pair.backward_chunks if constant["phase"] == "train" else None,
+        "backward_chunks": plan.pair.backward_chunks if has(constant["phase"], "backward") else None,
         "slot": plan.pair.slot,
         "backward_slot": plan.backward_slot,
         "predicted_ms": _ms(predicted),

@@ -54,7 +54,7 @@ class Setting:
         models: dict[str, BlockPair] = {}
         wires: dict[str, Wires] = {}
         for case in dict.fromkeys(("top2", *options.cases)):
-            wires[case] = Wires.open(world, options.timeout_s)
+            wires[case] = Wires.open(world, options.timeout_s, options.device)
             models[case] = BlockPair(
                 case, options.sizes, ids_TK, weights_TK, wires[case].core, dtype=options.torch_dtype,
                 dedup=options.dedup, ranks_per_node=options.ranks_per_node,

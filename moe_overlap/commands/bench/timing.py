@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_overlap.commands.bench.cases import BlockPair
+from moe_overlap.commands.bench.phases import has
 from moe_overlap.launch.launch import World
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -53,22 +54,26 @@ class Runner:
         model = variant.model
         model.use(variant.pair, variant.transport)
         model.zero_grad(set_to_none=True)
-        x_TD = self.x_TD.detach().requires_grad_() if self.phase == "train" else self.x_TD
+        x_TD = self.x_TD if self.phase == "infer" else self.x_TD.detach().requires_grad_()
         self.world.barrier()
         start_s = time.perf_counter()
-        if self.phase == "infer":
-            with torch.no_grad():
-                model(x_TD)
-            forward_s = time.perf_counter() - start_s
-        else:
+        with torch.set_grad_enabled(self.phase != "infer"):
             y_TD = model(x_TD)
-            forward_s = time.perf_counter() - start_s
+        forward_s = time.perf_counter() - start_s
+        if self.phase == "backward":  # from a barrier of its own
+            self.world.barrier()
+            forward_s, start_s = 0.0, time.perf_counter()
+        if has(self.phase, "backward"):
             y_TD.backward(self.dy_TD)
         end_s = time.perf_counter()
         if samples is not None:
             samples.forward_s.append(forward_s)
             samples.own_s.append(end_s - start_s)
-            samples.events.append(list(model.moe.last_events))
+            samples.events.append(self.timed(model.moe.last_events))
+
+    def timed(self, events: Sequence[TimelineEvent]) -> list[TimelineEvent]:
+        """Those of the events that happen in what the phase times."""
+        return [event for event in events if self.phase != "backward" or event.phase == "backward"]
 
     def interleave(
         self,

@@ -12,6 +12,8 @@ import torch
 from moe_overlap.agreement.node_plan import NodePlan, rows_plan
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.commands.bench.cases import BlockPair
+from moe_overlap.commands.bench.phases import HALVES, has
+from moe_overlap.commands.bench.shaped import shape
 from moe_overlap.commands.bench.timing import Runner, Variant
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World
@@ -35,22 +37,37 @@ ISOLATED_REPEATS = 3
 
 @dataclass(kw_only=True)
 class Wires:
-    """The transports of one case. `link` is the real group where nothing is emulated."""
+    """The transports of one case. `link` is the real group where nothing is emulated. device: the network device of
+    this node whose rate is set instead, by the one rank of the node that has it; other ranks have "" and `shaped`."""
 
     core: Transport
     nocomm: Transport
     link: Transport
+    device: str = ""
+    shaped: bool = False
 
     @classmethod
-    def open(cls, world: World, timeout_s: float) -> Wires:
+    def open(cls, world: World, timeout_s: float, device: str = "") -> Wires:
+        """`device`: see the options. The transports of the group, or local ones."""
         if world.group is None:
             local = LocalTransport()
             return cls(core=local, nocomm=local, link=local)
         core = ProcessGroupTransport(world.group, timeout_s=timeout_s)
-        return cls(core=core, nocomm=NoCommTransport(core), link=core)
+        mine = device if world.local_rank == 0 else ""
+        return cls(core=core, nocomm=NoCommTransport(core), link=core, device=mine, shaped=bool(device))
+
+    def name_of(self, link: LinkSpec | None) -> str:
+        """What rows call it."""
+        if link is None:
+            return "none"
+        return f"tcp {link}" if self.shaped else f"emulated {link}"
 
     def emulate(self, link: LinkSpec | None, ranks_per_node: int) -> None:
-        """Put `link` between the nodes from now on; None: the core as it is."""
+        """Put `link` between the nodes from now on; None: the core as it is. A device is set by the next barrier."""
+        if self.device:
+            shape(self.device, link, ranks_per_node)
+        if self.shaped:
+            return
         if link is None or self.core.world_size == 1:
             self.link = self.core
         else:
@@ -121,11 +138,11 @@ def isolated(world: World, model: BlockPair, pair: SchedulePair, wires: Wires, p
     names = ("payload_bytes", "meta_bytes", "row_meta_bytes", "inter_node_bytes")
     sent = [getattr(wires.link.stats, name) - getattr(before, name) for name in names]
     most = torch.stack(world.gather(torch.tensor(sent))).amax(dim=0) // ISOLATED_REPEATS
-    rounds, chunks = (2 if phase == "train" else 1), plan.chunks
+    rounds, chunks = len(HALVES[phase]), plan.chunks
     dispatch, combine = probes["D"].means(chunks), probes["C"].means(chunks)
     others = [probes[verb].means(1) for verb in beside]
     agree, core = probes["N"].means(1), probes["core"].means(1)
-    agree_s = max(0.0, agree.seconds - core.seconds)
+    agree_s = max(0.0, agree.seconds - core.seconds) if has(phase, "forward") else 0.0
     return Exchanges(
         dispatch_s=dispatch.seconds,
         combine_s=combine.seconds,
@@ -144,8 +161,8 @@ def metadata_layouts(model: BlockPair, phase: str) -> dict[str, RowLayout]:
     if model.dedup == "off":
         return {}
     top_k, dtype = model.moe.dispatcher.top_k, weights_dtype(model.dtype)
-    found = {"M": metadata_layout(top_k, dtype)}
-    return found | {"Mt": gradient_layout(top_k, dtype)} if phase == "train" else found
+    found = {"M": metadata_layout(top_k, dtype)} if has(phase, "forward") else {}
+    return found | {"Mt": gradient_layout(top_k, dtype)} if has(phase, "backward") else found
 
 
 def _exchange(probe: _Probe, link: Transport, plan: ChunkPlan, layout: RowLayout, chunk: int, verb: str) -> None:
@@ -221,13 +238,14 @@ def solve_link(
     world, pair = runner.world, model.as_asked(serial())
     layout = RowLayout(width=model.sizes.hidden, dtype=model.dtype)
     payload = link_bytes(world, plan_of(model, pair, wires.core), layout, ranks_per_node)
-    payload *= 2 if runner.phase == "train" else 1
+    halves = len(HALVES[runner.phase])
+    payload *= halves
     if payload == 0:
         raise ConfigError("--comm-share", share, "routing that sends rows to another node")
     nocomm = Variant(name="nocomm", model=model, pair=pair, transport=wires.nocomm)
     bare_s = runner.interleave([nocomm], [PROBE_REPEATS], warmup=2)[0].time_s
     nocomm_s = median(bare_s)
-    transfer_s = nocomm_s * share / (1 - share) - (4 if runner.phase == "train" else 2) * latency_s
+    transfer_s = nocomm_s * share / (1 - share) - 2 * halves * latency_s
     if transfer_s <= 0:
         raise ConfigError(
             "--comm-share", share, f"a larger share: latencies alone take more of {nocomm_s * 1e3:.3g} ms"

@@ -79,6 +79,11 @@ def _drifting(sizes: Sizes, seed: int, step: int) -> np.ndarray:
     return (1.0 - part) * zipf(sizes, seed + epoch, 0) + part * zipf(sizes, seed + epoch + 1, 0)
 
 
+def _flipping(sizes: Sizes, seed: int, step: int) -> np.ndarray:
+    """Zipf 1.0 of one permutation in even steps and of another in odd ones."""
+    return _zipf(1.0)(sizes, seed + step % 2, 0)
+
+
 WORKLOADS = {
     one.name: one
     for one in (
@@ -92,6 +97,7 @@ WORKLOADS = {
                  popularity=_hot_node),
         Workload(name="drifting", claim="a placement grows old: how well a controller or a rule follows",
                  popularity=_drifting),
+        Workload(name="flipping", claim="a forecast from the last step is wrong in every step", popularity=_flipping),
         Workload(name="recorded", claim="a router's own choices on text, nothing drawn", popularity=None),
     )
 }  # fmt: skip

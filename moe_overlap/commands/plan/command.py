@@ -26,6 +26,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
 from moe_overlap.planning.explain import Change, explain, in_ms
+from moe_overlap.planning.offload import OffloadShape, plan_offload
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
     if options.dedup != "off":
         sections.append(_deduplication(options, points))
-    sections += [lines for lines in [_copies(options, point)] if lines]
+    sections += [lines for lines in [_copies(options, point), _offload(options, point)] if lines]
     sections += [[text] for text in _explained(points, point)]
     found = sweep(options) if bandwidths(options) else None
     if found is not None:
@@ -127,6 +128,27 @@ def _copies(options: PlanOptions, point: Prediction) -> list[str]:
     found = break_even(costs, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
     lines = break_even_text([one for one in found if one.wire in point.at.peers])
     return ["Where an expert is wanted more than others:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _offload(options: PlanOptions, point: Prediction) -> list[str]:
+    """Whether experts in host memory would be waited for."""
+    if options.expert_offload is None:
+        return []
+    experts, rows = options.experts // point.at.group, options.tokens * routed(options, point.kind)
+    expert_s = 0.0 if options.cost_model is not None else weights_read_s(options)
+    rows_s = point.phases[0].window.chunking(1, "tokens").experts_s[0] - experts * expert_s
+    shape = OffloadShape(experts=experts, bytes_per_expert=3 * options.hidden * options.ffn * options.dtype_bytes,
+                         bytes_per_s=options.expert_offload, rows_per_expert=rows / experts, row_s=rows_s / rows,
+                         expert_s=expert_s)  # fmt: skip
+    best, total_gb = plan_offload(shape)[0], 2e-9 * experts * shape.bytes_per_expert
+    return [
+        f"Experts in host memory over {rate_text(options.expert_offload)} (--expert-offload):",
+        f"  a copy hides from {shape.crossover_rows:.0f} rows an expert on; here each has {shape.rows_per_expert:.0f}",
+        f'  best: MoELayer(..., schedule="{best.text}", expert_offload="host"): {in_ms(best.step_s)} for forward and '
+        f"backward of the experts, {in_ms(best.resident_s)} if they were resident",
+        f"  {best.device_bytes / 1e9:.3g} GB of experts on the device at a time beside {total_gb:.3g} GB of weights "
+        f"and gradients, which the host pins; the optimizer's state is the host's too",
+    ]
 
 
 def _rows_line(options: PlanOptions, point: Prediction) -> str:

@@ -66,6 +66,7 @@ class PlanOptions:
     sequence: int = 4096
     backbone: tuple[float, ...] | None = None
     cost_model: CostModel | None = None
+    expert_offload: float | None = None
     out: str = "out/plan"
 
     def __post_init__(self) -> None:
@@ -137,6 +138,10 @@ def _rate(flag: str, text: str) -> float:
     return link.bytes_per_s
 
 
+def _rate_or_none(flag: str, text: str) -> float | None:
+    return _rate(flag, text) if text else None
+
+
 def _seconds(flag: str, text: str) -> float:
     match = _TIME.fullmatch(text.strip().lower())
     seconds = float(match[1] + _TIMES[match[2]]) if match else math.inf  # as text, so that 10us is 1e-5 exactly
@@ -189,6 +194,7 @@ TEXTS: dict[str, tuple[Any, str, str]] = {
     "issue": (_seconds, "5us", "assumed: compute-lane time of starting an exchange, and of waiting for it"),
     "backbone": (_backbone, "auto", "auto (from FLOPs), or forward times of attention, MLP, attention: 1ms,2ms,1ms"),
     "cost_model": (_cost_model, "", "calibrated JSON instead of --flops and the other assumptions about compute"),
+    "expert_offload": (_rate_or_none, "", "experts in host memory, over a link of this rate in each direction (50GB)"),
 }
 HELP = {
     "ranks": "ranks; with more than --experts, groups of --experts ranks exchange among themselves",

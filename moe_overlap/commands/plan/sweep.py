@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from moe_overlap.agreement.plan import ChunkBy
-from moe_overlap.auto.planned import pair_of
+from moe_overlap.auto.pairs import pair_of
 from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, routed, shapes
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.planning.cost_model import CostModel, window

@@ -13,6 +13,9 @@ the shards that have them. Its numbers are then the same but for rounding, and f
 where that is one of a rank's own tokens (--balance micro). With more steps than before the rest of the run follows the
 learning rates of the longer run.
 
+Experts that were moved (--placement) are in order in the shards; the manifest says where each layer had them, and a run
+that moves experts goes on from there, if it has as many ranks and slots, and else from the experts in order.
+
 A rank reads rank 0's shard and those with its experts: on several machines the folder has to be shared. Shards of
 format 1 do not say their experts, and have them in order.
 """
@@ -36,6 +39,8 @@ from moe_overlap.commands.train.text import Corpus
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World
 from moe_overlap.layer.experts import old_name
+from moe_overlap.layer.moving import experts_in_order
+from moe_overlap.placement import Placement
 
 FORMATS = (1, 2)  # the last one is written
 MANIFEST = "checkpoint.json"
@@ -51,12 +56,14 @@ _MISSING = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk, whose shards, `files`, have been found whole; `experts`: those that each has."""
+    """A complete checkpoint on disk, whose shards, `files`, have been found whole; `experts`: those that each has;
+    `placements`: of each MoE layer of the run, none where experts stayed in order."""
 
     folder: Path
     step: int
     experts: tuple[tuple[int, ...], ...]
     files: tuple[Path, ...]
+    placements: tuple[Placement, ...]
 
 
 def identity(options: TrainOptions, corpus: Corpus) -> dict[str, object]:
@@ -73,7 +80,26 @@ def save_checkpoint(
     world: World,
     step: int,
 ) -> Path:
-    """Write the state after `step` steps to folder/step-<step>; collective. `run`: see `identity`."""
+    """Write the state after `step` steps to folder/step-<step>; collective. `run`: see `identity`. Experts are in order
+    while it is written, whatever their placements, which the manifest has; gradients have to be gone where they move.
+    """
+    placements = [layer.dispatcher.placement for layer in moe_layers(model)]
+    if all(one.is_identity for one in placements):
+        return _save(folder, model, optimizer, [], run=run, world=world, step=step)
+    with experts_in_order(model, optimizer):
+        return _save(folder, model, optimizer, [one.to_json() for one in placements], run=run, world=world, step=step)
+
+
+def _save(
+    folder: Path,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    placements: list[dict[str, Any]],
+    *,
+    run: dict[str, object],
+    world: World,
+    step: int,
+) -> Path:
     target = folder / f"step-{step:06d}"
     times = torch.zeros((), dtype=torch.int64)
     if world.rank == 0:
@@ -95,6 +121,7 @@ def save_checkpoint(
             "format": FORMATS[-1],
             "step": step,
             "run": run,
+            "placements": placements,
             "shards": [
                 {
                     "bytes": int.from_bytes(part[:8], "little"),
@@ -160,7 +187,8 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
         if not isinstance(shard, dict) or _fingerprint(file) != (shard.get("bytes"), shard.get("sha256")):
             raise ConfigError(FIELD, str(file), f"the whole shard, {_expected_bytes(shard)} with its SHA-256")
     experts = _experts_in(shards, run["experts"], folder)
-    return Checkpoint(folder=folder, step=step, experts=experts, files=tuple(files))
+    placements = _placements_in(manifest.get("placements", []), folder)
+    return Checkpoint(folder=folder, step=step, experts=experts, files=tuple(files), placements=placements)
 
 
 def load_checkpoint(
@@ -278,6 +306,13 @@ def _experts_in(shards: list[dict[str, Any]], total: object, folder: Path) -> tu
     if any(not isinstance(expert, int) for expert in every) or sorted(every) != list(range(total)):
         raise ConfigError(FIELD, str(folder), f"a {MANIFEST} whose shards have each of {total} experts once")
     return tuple(tuple(held) for held in listed)
+
+
+def _placements_in(said: object, folder: Path) -> tuple[Placement, ...]:
+    try:
+        return tuple(Placement.from_json(one) for one in said)  # type: ignore[attr-defined]
+    except (TypeError, ConfigError):
+        raise ConfigError(FIELD, str(folder), f"a {MANIFEST} whose placements are some") from None
 
 
 def _newest(root: Path) -> Path | None:

@@ -21,6 +21,7 @@ from moe_overlap.commands.train.model import moe_layers, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions, parse
 from moe_overlap.commands.train.report import RunLog
 from moe_overlap.commands.train.routing_file import save_routing
+from moe_overlap.commands.train.sample import sample
 from moe_overlap.commands.train.text import Corpus, find_folders, load_corpus
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
@@ -168,7 +169,7 @@ def _start_event(options: TrainOptions, corpus: Corpus, first: int) -> dict[str,
         "threads": options.threads_per_rank,
         "overlap": options.overlap,
         "link": "none" if options.link == "none" else f"emulated {options.link}",
-        **{name: getattr(options, name) for name in IDENTITY},
+        **{name: getattr(options, name) for name in (*IDENTITY, "placement")},
         "text": corpus.source if options.text is None else Path(options.text).name,
         "text_key": corpus.key,
         "text_tokens": len(corpus.train) + len(corpus.held_out),
@@ -181,6 +182,10 @@ def _finish(trained: Trained, options: TrainOptions, corpus: Corpus, world: Worl
     log.write({"event": "schedules", "forward": ran})
     if options.schedule == "auto":
         log.say(f"auto chose, forward: {'; '.join(dict.fromkeys(ran)) or 'nothing, as no step was left'}")
+    if options.sample:
+        text = sample(trained.model, options, corpus)
+        if world.rank == 0:
+            print(text, flush=True)
     if options.save_routing is not None:
         save_routing(Path(options.save_routing), trained.model, options, corpus, world)
     dense, expert = split_parameters(trained.model)

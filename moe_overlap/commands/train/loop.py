@@ -16,6 +16,7 @@ from moe_overlap import LossFreeBalancer, aux_loss, prepare
 from moe_overlap.commands.train.checkpoint import CHECKPOINTS, Checkpoint, identity, load_checkpoint, save_checkpoint
 from moe_overlap.commands.train.model import LanguageModel, decay_groups, initialise, moe_layers, split_parameters
 from moe_overlap.commands.train.options import TrainOptions
+from moe_overlap.commands.train.placing import Placing, take_placements
 from moe_overlap.commands.train.text import Corpus
 from moe_overlap.launch.launch import World
 from moe_overlap.launch.stopping import Stop, stopping
@@ -75,6 +76,10 @@ def train(
     if checkpoint is not None:
         load_checkpoint(checkpoint, model, optimizer, world)
         first = checkpoint.step
+    placing = None
+    if options.placement != "static":
+        take_placements(checkpoint.placements if checkpoint else (), model, optimizer, options)
+        placing = Placing(model, optimizer, options)
     losses: list[float] = []
     seconds: list[float] = []
     stopped_in: Path | None = None
@@ -84,6 +89,9 @@ def train(
             row, stopped = _step(model, optimizer, dense_gradients, options, corpus, world, step, stop)
             if balancer is not None:
                 balancer.step()
+            if placing is not None:
+                optimizer.zero_grad(set_to_none=True)
+                row["placement"] = placing.step()
             seconds.append(time.perf_counter() - began_s)
             losses.append(row["loss"])
             speed = options.tokens_per_step / seconds[-1]

@@ -22,6 +22,8 @@ from moe_overlap.transport.link import LinkSpec
 MOST_SEED = 2**64 - 1
 MOST_VOCAB = 1 << 20
 MOST_LAYERS = 4096
+MOST_SLOTS = 1 << 16
+MOST_SAMPLE = 65536
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
 
 # How experts are kept balanced, and the coefficient where none is asked for: of the auxiliary loss, at one of three
@@ -30,6 +32,7 @@ BALANCE = {"micro": 0.01, "sequence": 0.01, "global": 0.01, "loss-free": 0.001}
 
 ROUTERS = ("linear", "switch", "hash", "locmoe", "locmoe+", "smile")
 TEXT_BY = ("even", "domain")
+PLACEMENTS = ("static", "flex", "eplb", "proportional")
 
 # The options that decide a run's numbers, bit for bit (the overlap does not).
 IDENTITY = (
@@ -66,6 +69,9 @@ class TrainOptions:
     text_by: str = "even"
     balance: str = "micro"
     balance_coef: float | None = None
+    placement: str = "static"
+    placement_every: int = 10
+    placement_slots: int = 1
     overlap: str = "on"
     schedule: str | None = None
     chunks: int = 1
@@ -76,6 +82,7 @@ class TrainOptions:
     checkpoint_every: int = 0
     resume: str | None = None
     save_routing: str | None = None
+    sample: int = 0
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -100,6 +107,7 @@ class TrainOptions:
         if self.compare_overlap and (self.resume or self.checkpoint_every):
             raise ConfigError("--compare-overlap", True, "a run without --resume and --checkpoint-every")
         self._check_nodes()
+        self._check_placement()
         self._check_router()
         self._check_schedule()
         self._check_link()
@@ -109,6 +117,12 @@ class TrainOptions:
             raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
         if self.text_by not in TEXT_BY:
             raise ConfigError("--text-by", self.text_by, f"one of {', '.join(TEXT_BY)}")
+
+    def _check_placement(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ConfigError("--placement", self.placement, f"one of {', '.join(PLACEMENTS)}")
+        if self.placement != "static" and self.ranks == 1:
+            raise ConfigError("--placement", self.placement, "static on one rank, which has all experts")
 
     def _check_router(self) -> None:
         if self.router not in ROUTERS:
@@ -121,8 +135,9 @@ class TrainOptions:
         if self.router == "smile" and (self.experts % self.nodes or self.experts // self.nodes < self.top_k):
             expected = f"a multiple of the {self.nodes} nodes, {self.top_k} for each at least, with --router smile"
             raise ConfigError("--experts", self.experts, expected)
-        if self.router in ("hash", "smile") and self.balance != "micro":
-            raise ConfigError("--balance", self.balance, f"micro with --router {self.router}")
+        possible = {"hash": ("micro",), "smile": ("micro", "global")}.get(self.router, tuple(BALANCE))
+        if self.balance not in possible:
+            raise ConfigError("--balance", self.balance, f"{' or '.join(possible)} with --router {self.router}")
 
     def _check_schedule(self) -> None:
         if self.kind.startswith("scmoe"):
@@ -197,11 +212,13 @@ class TrainOptions:
 
 
 def _check_ranges(options: TrainOptions) -> None:
-    for name in "ranks ranks_per_node steps batch seq hidden ffn experts eval_tokens".split():
+    for name in "ranks ranks_per_node steps batch seq hidden ffn experts eval_tokens placement_every".split():
         check_count(name, getattr(options, name))
+    check_count("placement_slots", options.placement_slots, least=0, most=MOST_SLOTS)
     for name in "warmup checkpoint_every".split():
         check_count(name, getattr(options, name), least=0)
     check_count("layers", options.layers, most=MOST_LAYERS)
+    check_count("sample", options.sample, least=0, most=MOST_SAMPLE)
     check_count("threads", options.threads, least=0, most=MOST_THREADS)
     check_count("seed", options.seed, least=0, most=MOST_SEED)
     check_count("chunks", options.chunks, most=16)
@@ -243,6 +260,11 @@ HELP = {
     "balance": "what keeps the experts balanced: an auxiliary loss over a rank's tokens of a step (micro), over each "
     "sequence (sequence) or over all ranks' tokens (global), or a bias on the selection (loss-free)",
     "balance_coef": "coefficient of the auxiliary loss (default 0.01), or what a bias moves in a step (default 0.001)",
+    "placement": f"where experts are: {', '.join(PLACEMENTS)}; all but static follow the load while the model trains, "
+    "and a run may be resumed with another one (equal to it but for rounding)",
+    "placement_every": "steps after which a layer's placement is planned anew, from the load of these",
+    "placement_slots": "slots of each rank beside those of its share of the experts: for copies, and for experts that "
+    "move in",
     "overlap": "on, or off: the same schedule with every exchange joined right after its start",
     "schedule": "auto: measure at the first step, then run the fastest found; top2, shared1 also: serial, chunked(r), "
     "chunked(r,experts), shared_expert; default by kind (a run that is resumed with auto may choose others)",
@@ -256,6 +278,7 @@ HELP = {
     "be another number, "
     "and --steps a larger one (the learning rates are then those of the longer run)",
     "save_routing": "write the routing of one MoE layer on the held-out text to this safetensors file",
+    "sample": "at the end write a text of so many tokens, drawn from the model, to stdout; 0 = none",
     "timeout_s": "longest wait for another rank, seconds",
 }
 _TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str, "str | None": str}
@@ -264,6 +287,7 @@ _TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, 
 EXAMPLES = """examples:
   moe-overlap train --kind scmoe_pos2 --steps 200
   moe-overlap train --resume out/train --steps 400
+  moe-overlap train --resume out/train --steps 400 --sample 200
   torchrun --nproc-per-node 2 -m moe_overlap train --kind top2"""
 
 

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_overlap.commands.train.placing import say_moves
+
 PLAIN_LINES = 10
 
 
@@ -58,6 +60,8 @@ class RunLog:
         self.write(event)
         if not self.active:
             return
+        for moved in event.get("placement", ()):
+            self.say(say_moves(event["step"], moved))
         done = event["step"] + 1
         text = f"{self.title}  loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s"
         if self.progress is not None:

@@ -27,7 +27,7 @@ def router_options(options: TrainOptions) -> dict[str, Any]:
         return {"router": HashRouter(options.vocab, options.experts, options.top_k, seed=options.seed % 2**63)}
     if options.router == "smile":
         coef = options.coefficient
-        return {"router": SmileRouter(**sizes, num_nodes=options.nodes, alpha=coef, beta=coef)}
+        return {"router": SmileRouter(**sizes, num_nodes=options.nodes, alpha=coef, beta=coef, balance=options.balance)}
     balance: dict[str, Any] = {"balance": options.balance, "aux_loss_coef": options.coefficient}
     if options.balance == "loss-free":  # whose bias is an option of the router
         balance = {"bias": True, "aux_loss_coef": 0.0, "balance": "micro"}

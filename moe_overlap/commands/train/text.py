@@ -156,7 +156,7 @@ def _read_documents(paths: Iterable[Path], *, asked_for: str | None) -> Iterator
 def _token_stream(documents: list[bytes], out: Path, vocab: int, key: str) -> torch.Tensor:
     """int32 [N]: the documents' tokens, an end token after each. Cached under `out`."""
     tokens_file = out / f"tokens-{key}.safetensors"
-    tokenizer_file = out / f"tokenizer-{key}.json"
+    tokenizer_file = tokenizer_of(out, key)
     cached = _cached(tokens_file, tokenizer_file)
     if cached is not None:
         return cached
@@ -166,6 +166,11 @@ def _token_stream(documents: list[bytes], out: Path, vocab: int, key: str) -> to
     write_atomically(tokenizer_file, tokenizer_json.encode())
     write_tensors(tokens_file, {"tokens": stream}, _digests(stream, tokenizer_json.encode()))
     return stream
+
+
+def tokenizer_of(out: Path, key: str) -> Path:
+    """The file of the tokenizer of a corpus with this key."""
+    return out / f"tokenizer-{key}.json"
 
 
 def _cached(tokens_file: Path, tokenizer_file: Path) -> torch.Tensor | None:

@@ -35,7 +35,7 @@ def test_sleeps_and_link_give_the_shares_that_were_asked_for():
     placement = Placement.identity(options.experts, options.ranks)
     even = counts_of("balanced", options.sizes, seed=0, step=0)
     plan = Planned(planner="static", schedule="serial", pair=serial())
-    seconds, load, copies = predicted_s(plan, even, placement, costs(options, sleep, link, joined=True), 4)
+    seconds, load, copies = predicted_s(plan, even, placement, costs(options, sleep, link, "serial"), 4)
     assert (load, copies) == (1.0, 0) and seconds == pytest.approx(0.05 / 0.6, rel=1e-3)
     dense_s = sleep.mlp_forward_s + sleep.mlp_backward_s
     assert seconds / (seconds + dense_s) == pytest.approx(0.8, rel=1e-3)
@@ -58,7 +58,7 @@ def test_shadows_are_those_of_the_closed_form():
 
 def test_kept_placements_come_from_the_history_and_keep_their_homes():
     options = BalanceOptions(slots=2)
-    forward = costs(options, scaled(SLEEP, options), link_of(options), joined=True)[0]
+    forward = costs(options, scaled(SLEEP, options), link_of(options), "serial")[0]
     history = counts_of("zipf1.5", options.sizes, seed=0, step=0)
     for planner in ("flex", "eplb", "proportional"):
         found = kept_placement(planner, options, history, forward)
@@ -68,8 +68,9 @@ def test_kept_placements_come_from_the_history_and_keep_their_homes():
 
 @pytest.mark.parametrize(
     "words", ["--ranks 6", "--ranks-per-node 8", "--experts 12", "--top-k 17", "--workloads zipf", "--planners best",
-              "--planners ,", "--comm-share 1", "--moe-share 0", "--workloads recorded", "--recorded nowhere",
-              "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8", "--compute-ms nan"],
+              "--planners ,", "--schedules fast", "--comm-share 1", "--moe-share 0", "--workloads recorded",
+              "--recorded nowhere", "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8",
+              "--compute-ms nan"],
 )  # fmt: skip
 def test_bad_options_are_one_line(words, tmp_path, capsys):
     given = words.split()
@@ -91,3 +92,29 @@ def test_a_small_run_has_a_row_for_everything(tmp_path, capsys):
     assert replicate["max_over_mean"] < static["max_over_mean"] == static["static_max_over_mean"]
     assert by_name["forced_balanced", "chunked"]["max_over_mean"] == 1.0
     assert all(row["max_rel_err"] < 1e-5 for row in rows) and (tmp_path / "balance.png").stat().st_size > 1000
+
+
+def test_copies_beside_the_dense_op_and_exposed(tmp_path, capsys):
+    words = "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 4 --ffn 32 --compute-ms 8 --latency-us 50 --repeats 1"
+    words += " --top-k 1 --workloads flipping --comm-share 0.2 --moe-share 0.6 --chunks 2"
+    words += " --planners static,replicate --schedules shortcut,shortcut_exposed"
+    assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    by_name = {(row["planner"], row["schedule"]): row for row in rows}
+    hidden, exposed = (by_name["replicate", name] for name in ("shortcut", "shortcut_exposed"))
+    assert hidden["copies"] > 0 and hidden["predicted_ms"] <= exposed["predicted_ms"]
+    assert all(row["max_rel_err"] < 1e-5 for row in rows)
+    assert by_name["static", "shortcut"]["predicted_ms"] == by_name["static", "shortcut_exposed"]["predicted_ms"]
+
+
+def test_a_placement_that_follows_the_load_over_some_steps(tmp_path, capsys):
+    words = (
+        "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 8 --ffn 32 --compute-ms 8 --latency-us 50 --live-steps 11"
+    )
+    words += " --top-k 1 --workloads zipf1.5 --comm-share 0.2"
+    assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
+    still, live = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert list(live) == KEYS and (still["changes"], still["moved_bytes"], live["steps"]) == (0, 0, 11)
+    assert live["changes"] > 0 and live["moved_bytes"] > 0 and live["migration_ms"] > 0
+    assert live["max_over_mean"] < still["max_over_mean"] == still["static_max_over_mean"]
+    assert live["predicted_ms"] < still["predicted_ms"] and live["max_rel_err"] < 1e-5

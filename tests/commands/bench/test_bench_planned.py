@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_overlap.auto.planned import pair_of
-from moe_overlap.commands.bench.planned import mirrored
+from moe_overlap import MoELayer
+from moe_overlap.auto.pairs import pair_of
+from moe_overlap.commands.bench.planned import AsItIs, mirrored
 from moe_overlap.planning.search import search
 from moe_overlap.planning.window import Chunking, Window
-from moe_overlap.schedule.builders import deduplicate, shortcut
+from moe_overlap.schedule.builders import deduplicate, serial, shortcut
 from moe_overlap.schedule.check import check
+from tests.layers import D, F, tokens
+from tests.ranks import virtual_world
 
 NUM_OPS = 3  # beside the exchanges of position 2
 
@@ -32,3 +35,18 @@ def test_the_mirror_has_the_ops_the_other_way_round(own):
     mirror = mirrored(model, plan)
     check(mirror)
     assert mirror.backward == asked(shortcut(2, NUM_OPS)).backward and mirror.forward == pair.forward
+
+
+def test_a_plain_probe_stays_plain_where_a_pair_by_itself_would_not():
+    """Else the wire's figures come from fewer bytes than they are held against."""
+
+    def run(me):
+        layer = MoELayer(D, F, 8, 6, transport=me.transport(), dedup="on")
+        texts = []
+        for pair in (serial(), AsItIs.of(serial()), AsItIs.of(deduplicate(serial()))):
+            layer.schedule = pair
+            layer(tokens(9, me.rank))
+            texts.append(layer.stats().schedule)
+        return texts
+
+    assert virtual_world(2).run(run) == [["P M D0 O E0 C0 Or U", "P D0 E0 C0 U", "P M D0 O E0 C0 U"]] * 2

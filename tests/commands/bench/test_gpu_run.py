@@ -260,6 +260,34 @@ def test_a_part_that_goes_wrong_costs_itself_alone(run: gpu_process.Run, capsys)
     assert "words" in run.log.read_text()
 
 
+PROGRAMS = [part for part in gpu_parts.PARTS if part.name not in ("build", "checks", "tests", "counters", "sanitize")]
+ENDS = [(-9, "", "status -9: it said nothing"), (3, "a word", "status 3: a word"), (None, "", "too long: ")]
+
+
+@pytest.mark.parametrize(("status", "text", "verdict"), ENDS, ids=["killed", "failing", "late"])
+def test_every_part_that_runs_a_program_may_end_badly_alone(
+    run: gpu_process.Run, capsys, status, text, verdict
+) -> None:
+    """The real parts, their programs played: each one once the one that goes wrong."""
+    assert {"layer", "staged", "nccl", "mlp-qwen3", "kernels"} <= {part.name for part in PROGRAMS}
+    for bad in PROGRAMS:
+
+        def part(one: gpu_process.Part, bad: str = bad.name) -> gpu_process.Part:
+            done = gpu_process.Done(status, text, 1.0) if one.name == bad else gpu_process.Done(0, "", 1.0)
+
+            def call(of: gpu_process.Run, most_s: float) -> str:
+                of.script = lambda *words, **how: done  # type: ignore[method-assign]
+                return one.call(of, most_s)
+
+            return gpu_process.Part(one.name, one.most_s, call)
+
+        run.file.write_text("")
+        assert not gpu_run.go(run, [part(one) for one in PROGRAMS])
+        found = {row["part"]: row["result"] for row in rows(run)}
+        assert found.pop(bad.name).startswith(verdict) and set(found.values()) == {gpu_process.GOOD}
+        assert len(found) == len(PROGRAMS) - 1
+
+
 def test_kernel_cases_go_on_behind_one_that_took_the_process_down(run: gpu_process.Run, monkeypatch) -> None:
     begun = []
 

@@ -49,7 +49,6 @@ def test_defaults_are_those_of_the_readme():
         ("--compute dreamt", "--compute"),
         ("--dedup sometimes", "--dedup"),
         ("--ranks 1 --dedup on", "--dedup"),
-        ("--schedules serial,auto --ranks 4 --ranks-per-node 2 --dedup hierarchical", "--dedup"),
         ("--ranks 4 --dedup hierarchical", "--dedup"),
         ("--ranks 4 --ranks-per-node 4 --dedup hierarchical", "--dedup"),
         ("--repeats 0", "--repeats"),

@@ -41,6 +41,12 @@ def test_one_chunk_in_training():
     assert found == outside + (8.0 + 9.0) + (9.0 + 12.0 + 7.0)
 
 
+def test_one_chunk_in_a_backward_alone():
+    terms = Terms(whole=40.0, experts=0.0, dgrad=9.0, wgrad=7.0, window=0.0, window_backward=12.0)
+    assert bound(row(shortcut(2, 1)), "backward", terms, exchanges(5.0, 4.0)) == (40.0 - 28.0) + 9.0 + (12.0 + 7.0)
+    assert bound(row(shortcut(2, 1)), "backward", terms, exchanges(15.0, 14.0)) == (40.0 - 28.0) + 9.0 + (15.0 + 14.0)
+
+
 @pytest.mark.parametrize(
     ("pair", "case", "phase", "total", "even", "expected"),
     [
@@ -50,6 +56,8 @@ def test_one_chunk_in_training():
         (chunked(4), "top2", "train", 16.0, True, 20.0 + 2.0 + 1.0),  # each phase has half; backward waits once
         (chunked(2).with_backward(chunked(4)), "top2", "train", 16.0, True, 20.0 + 4.0 + 1.0),
         (chunked(4), "top2", "infer", 30.0, True, 30.0),
+        (chunked(4), "top2", "forward", 12.0, True, 20.0 + 3.0),
+        (chunked(2).with_backward(chunked(4)), "top2", "backward", 16.0, True, 20.0 + 2.0),  # waits for its first alone
         (chunked(4), "top2", "infer", 12.0, False, 20.0),  # some rank may wait for less
         (chunked(4), "top2", "infer", 30.0, False, 20.0),  # both directions of the link at once
         (chunked(4), "top2", "infer", 50.0, False, 25.0),
@@ -57,7 +65,7 @@ def test_one_chunk_in_training():
     ],
 )
 def test_a_step_that_is_cut(pair, case, phase, total, even, expected):
-    terms = INFER if phase == "infer" else TRAIN
+    terms = TRAIN if phase == "train" else INFER
     assert bound(row(pair, case, "chunked"), phase, terms, exchanges(1.0, 1.0, total), even=even) == expected
 
 

@@ -21,8 +21,8 @@ HOMES = np.arange(16) // 2
 DRAWN = [name for name in WORKLOADS if name != "recorded"]
 
 
-def test_there_are_eight_and_each_says_what_it_may_claim():
-    assert len(WORKLOADS) == 8 and all(one.claim for one in WORKLOADS.values())
+def test_there_are_eight_and_one_against_forecasts_and_each_says_what_it_may_claim():
+    assert len(WORKLOADS) == 8 + 1 and all(one.claim for one in WORKLOADS.values())
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -50,6 +50,11 @@ def test_static_imbalance_is_that_of_the_name(name, least, most):
 def test_popularity_is_permuted_by_the_seed():
     hottest = {int(counts_of("zipf1.5", SIZES, seed=seed, step=0).sum(axis=0).argmax()) for seed in range(12)}
     assert len(hottest) > 4
+
+
+def test_flipping_has_another_popularity_in_every_step_and_the_same_in_every_other():
+    first, second, third = (counts_of("flipping", SIZES, seed=0, step=step).sum(axis=0) for step in range(3))
+    assert np.corrcoef(first, third)[0, 1] > 0.95 > 0.5 > np.corrcoef(first, second)[0, 1]
 
 
 def test_drifting_goes_over_to_another_popularity():

@@ -45,6 +45,7 @@ def test_texts_are_read_in_si_units():
         ("--phase decode", "--phase"),
         ("--dtype fp8", "--dtype"),
         ("--bandwidth none", "--bandwidth"),
+        ("--expert-offload fast", "--expert-offload"),
         ("--bandwidth 400", "--bandwidth"),
         ("--bandwidth 0gbit", "--bandwidth"),
         ("--bandwidth 1gbit:1us", "--bandwidth"),
@@ -316,3 +317,12 @@ def test_rates_as_people_say_them():
     assert [rate_text(rate) for rate in (50e9, 1.25e8, 8e11, 4.6e6)] == [
         "400 Gbit/s", "1 Gbit/s", "6400 Gbit/s", "36.8 Mbit/s"
     ]  # fmt: skip
+
+
+def test_experts_in_host_memory_are_answered_beforehand(tmp_path, capsys):
+    """bfloat16 at 400 TFLOP/s and 50 GB/s: a copy takes as long as 8000 rows, of which reading the weights is 160."""
+    words = "--ranks 1 --ranks-per-node 1 --experts 16 --hidden 2048 --ffn 768 --expert-offload 50GB"
+    assert main(["plan", *words.split(), "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "a copy hides from 7840 rows an expert on; here each has 1024" in text
+    assert 'schedule="chunked(16,experts)", expert_offload="host"' in text and "0.0189 GB of experts" in text

@@ -33,6 +33,8 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("router", ROUTERS[1:])
 def test_it_learns_in_equal_bits_with_overlap_and_without(router, kind, text, tmp_path):
     extra = ("--mu", 0.1, "--locality-bias") if router.startswith("locmoe") else ()
+    if router == "smile" and kind == "shared1":
+        extra = ("--balance", "global")
     options = ("--steps", 20, "--warmup", 2, "--kind", kind, "--router", router, "--compare-overlap", *extra)
     assert run_on_two(text, tmp_path, *options) == [0, 0]
     assert losses(tmp_path, "off") == losses(tmp_path, "on")
@@ -122,6 +124,7 @@ def test_too_little_text_for_a_node_is_refused(text, tmp_path):
         ({"text_by": "author"}, "--text-by"),
         ({"router": "smile", "kind": "top2", "experts": 2}, "--experts"),
         ({"router": "hash", "balance": "global"}, "--balance"),
+        ({"router": "smile", "balance": "sequence"}, "--balance"),
     ],
 )
 def test_bad_options_name_the_option(options, field):

@@ -1,0 +1,90 @@
+"""`expert_offload`: a layer whose experts' weights lie in the memory of the host.
+
+The parameters, their gradients and with them the state of any optimizer are the host's, where the optimizer runs; of
+the weights the device has SLOTS groups at a time (`schedule/offload.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_overlap.agreement.copies import COUNTED
+from moe_overlap.errors import ConfigError
+from moe_overlap.layer.arguments import AnySchedule
+from moe_overlap.layer.balance import sums_over_replicas
+from moe_overlap.layer.experts import weights_of
+from moe_overlap.layer.one_rank import runs_inline
+from moe_overlap.parallel.ownership import Ownership
+from moe_overlap.schedule.builders import SchedulePair, Schedules
+from moe_overlap.schedule.dispatch import Dispatcher
+from moe_overlap.schedule.offload import check_cut
+from moe_overlap.schedule.static_dispatch import StaticDispatcher
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.host_link import HostLink, open_host_link
+
+Offload = str | HostLink | None
+
+
+def make_host_link(given: Offload, factory: dict[str, Any]) -> tuple[HostLink | None, dict[str, Any]]:
+    """The link that the experts' weights come up by, given or of the device of the rows, and what experts are built
+    with beside it; factory: what the other parts are built with. Raises ConfigError."""
+    if given is None:
+        return None, factory
+    device = torch.empty(0, device=factory["device"]).device
+    if given != "host" and not isinstance(given, HostLink):
+        raise ConfigError("expert_offload", given, 'None, "host", or a HostLink')
+    link = given if isinstance(given, HostLink) else open_host_link(device)
+    if link.device.type != device.type:
+        raise ConfigError("expert_offload", f"a link of {link.device}", f"one of {device}, the device of the layer")
+    return link, factory | {"device": torch.device("cpu")}
+
+
+class Offloads:
+    """The half of MoELayer that knows where its experts' weights are; the layer has the attributes that stand here."""
+
+    dispatcher: Dispatcher
+    experts: nn.Module
+    host_link: HostLink | None
+    ownership: Ownership
+    router: nn.Module
+    schedule: AnySchedule
+    transport: Transport
+
+    @property
+    def _runs_inline(self) -> bool:
+        whole = self.ownership.grad_scale == 1.0 and not sums_over_replicas(self.router, self.ownership)
+        return whole and self.host_link is None and runs_inline(self.transport, self.schedule)
+
+    def _offload(self, schedule: Schedules, w_in: torch.Tensor, w_out: torch.Tensor) -> HostLink | None:
+        """The link of the coming step, for which this rank's weights are made ready. Raises ConfigError for what does
+        not go with it: a schedule whose chunks share experts, weights that are not the layer's parameters."""
+        link = self.host_link
+        if link is None:
+            return None
+        check_offload(schedule, self.dispatcher, replicas=self.ownership.replicas is not None)
+        for name, weight, own in zip(("w_in", "w_out"), (w_in, w_out), weights_of(self.experts), strict=True):
+            if weight.dtype != own.dtype:
+                raise ConfigError("autocast", weight.dtype, f"{own.dtype}, or off: expert_offload computes in it")
+            if not hasattr(own, COUNTED) or own.device.type != "cpu":
+                text = "parameters in the host's memory, neither sharded by FSDP nor parametrized (expert_offload)"
+                raise ConfigError(f"experts.{name}", f"weights put in their place, on {own.device}", text)
+            link.pin(own)
+        return link
+
+
+def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool) -> None:
+    """Raises for what is not there beside expert_offload."""
+    if not isinstance(schedule, SchedulePair):
+        raise NotImplementedError('schedule="auto" beside expert_offload: `moe-overlap plan --expert-offload` searches')
+    if isinstance(dispatcher, StaticDispatcher):
+        raise NotImplementedError('mode="static" beside expert_offload')
+    if replicas:
+        raise NotImplementedError("replicas of experts (replicate_group) beside expert_offload")
+    if dispatcher.dedup:
+        raise ConfigError("dedup", "on or auto", '"off" beside expert_offload')
+    if dispatcher.placement.has_replicas:
+        raise ConfigError("placement", "copies of experts", "one slot of each beside expert_offload")
+    check_cut(schedule)

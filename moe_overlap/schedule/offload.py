@@ -1,0 +1,81 @@
+"""Experts in host memory, in the order of actions: when the weights of a chunk's experts come up, when gradients go
+down.
+
+The copies are actions of a lane of their own, `copy`: one in each direction may be under way beside compute and
+beside an exchange. Their verbs are not those of copies of experts (Wf, Wg), which travel between ranks, on the wire,
+all of them before any expert computes: these belong to one chunk, and the memory of the device is bounded because
+those of the next chunks wait for those of earlier ones to be used up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.schedule.actions import SLOTS, Action, Schedule
+from moe_overlap.schedule.builders import SchedulePair
+
+VERBS = ("Hf", "Hb", "Hg")
+
+
+def check_cut(pair: SchedulePair) -> None:
+    """Raises ConfigError for a pair whose chunks do not have experts of their own, or are not taken in order."""
+    for chunks, by in ((pair.chunks, pair.by), (pair.backward_chunks, pair.backward_by)):
+        if chunks > 1 and by != "experts":
+            expected = 'one chunk, or chunks by experts, as in "chunked(4,experts)", beside expert_offload'
+            raise ConfigError("schedule", f"{chunks} chunks by {by}", expected)
+    for schedule, verb in ((pair.forward, "E"), (pair.backward, "Ed")):
+        order = [action.index or 0 for action in schedule if action.verb == verb]
+        if order != sorted(order):
+            raise ConfigError("schedule", schedule.text, "experts in ascending order of chunks beside expert_offload")
+    if pair.backward.count("Eg"):
+        raise ConfigError(
+            "schedule.backward", pair.backward.text, "weight gradients in Ew, not Eg, beside expert_offload"
+        )
+    if pair.deduplicated:
+        raise ConfigError("dedup", "on", '"off" beside expert_offload')
+
+
+@lru_cache(maxsize=64)
+def with_host_experts(pair: SchedulePair) -> SchedulePair:
+    """The same strategy with experts in host memory.
+
+    The weights of the first SLOTS chunks are on their way before the rows are (Hf), in backward right after its first
+    action (Hb); those of each later one set out when the experts of an earlier chunk have been computed, whose place
+    they take. Weight gradients are made in as many groups as backward has chunks (Ew), and each goes down as soon as
+    it is there (Hg). Raises ConfigError for a cut that has not these groups.
+    """
+    check_cut(pair)
+    forward = _fetching(list(pair.forward), "E", "Hf", before="P")
+    backward: list[Action] = []
+    for action in _fetching(list(pair.backward), "Ed", "Hb", before=None):
+        if action.verb != "Ew":
+            backward.append(action)
+        elif action.index == 0:
+            backward += [Action(verb, group) for group in range(pair.backward_chunks) for verb in ("Ew", "Hg")]
+    return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
+
+
+def without_host_experts(pair: SchedulePair) -> SchedulePair:
+    """The pair that a user gives, with one group of weight gradients."""
+    if not pair.forward.count("Hf"):
+        return pair
+    forward = tuple(action for action in pair.forward if action.verb != "Hf")
+    backward = tuple(action for action in pair.backward
+                     if action.verb not in VERBS and (action.verb != "Ew" or action.index == 0))  # fmt: skip
+    return replace(pair, forward=Schedule(forward), backward=Schedule(backward))
+
+
+def _fetching(actions: list[Action], experts: str, fetch: str, before: str | None) -> list[Action]:
+    """The actions with a `fetch` for each of `experts`. The first SLOTS stand before the action `before`, or behind
+    the very first action that is of the layer (None: Ut)."""
+    order = [action.index for action in actions if action.verb == experts]
+    begin = actions.index(Action(before)) if before else actions.index(Action("Ut")) + 1
+    found = [*actions[:begin], *(Action(fetch, c) for c in order[:SLOTS])]
+    waiting = iter(order[SLOTS:])
+    for action in actions[begin:]:
+        found.append(action)
+        if action.verb == experts:
+            found += [Action(fetch, c) for c in (next(waiting, None),) if c is not None]
+    return found

@@ -1,0 +1,86 @@
+"""Schedules of steps with copies of experts: priced with what travels for them, and chosen by that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.seats import seats_of
+from moe_overlap.auto.copied import CopiesKind, copies_kind
+from moe_overlap.auto.planned import PlannedSchedule
+from moe_overlap.placement import Placement
+from moe_overlap.planning.search import _seconds, evaluate
+from moe_overlap.schedule.actions import Schedule
+from moe_overlap.schedule.builders import with_copies
+from moe_overlap.schedule.check import makespan_s
+from tests.auto.planted import cost_model, exchange
+
+ROW_BYTES = 128
+# Expert 0 is also on ranks 1 and 2, expert 3 on rank 0.
+COPIED = Placement.of_ranks([[0, 1, 3], [2, 3, 0], [4, 5, 0], [6, 7]], homes=[0, 0, 1, 1, 2, 2, 3, 3])
+EXPERT_BYTES = (100_000, 200_000)
+
+
+def step(placement=COPIED, *, rows=3, **changes):
+    """An agreed step in which every seat of a rank gets rows of every block of every rank."""
+    seats = seats_of(placement)
+    counts = np.full((placement.world_size, BLOCKS, seats.num_seats), rows)
+    return replace(exchange(counts), **{"seats": seats, "weights_require_grad": True, **changes})
+
+
+def planned(**options):
+    model = cost_model(options.get("num_ops", 0), backbone_s=(3e-4,) * options.get("num_ops", 0))
+    return PlannedSchedule(model=model, row_bytes=ROW_BYTES, **{"num_ops": 0, "expert_bytes": EXPERT_BYTES, **options})
+
+
+@pytest.mark.parametrize("nodes, lanes", [(None, (("inter", 2),)), ((0, 0, 1, 1), (("inter", 1), ("intra", 1)))])
+def test_copies_are_counted_at_the_busiest_port(nodes, lanes):
+    assert copies_kind(step(), nodes) == CopiesKind(by_lane=lanes, fetched=True, returned=True)
+    assert copies_kind(exchange(), nodes) is None
+    assert copies_kind(step(Placement.identity(8, 4)), nodes) is None
+
+
+@pytest.mark.parametrize("num_ops", [0, 2])
+def test_what_is_predicted_is_the_makespan_of_the_very_schedules_that_run(num_ops):
+    found = planned(num_ops=num_ops).planned(step())
+    runs = with_copies(found.pair, 1, True)
+    more = {"Wf0": 2 * EXPERT_BYTES[0] * 1e-9, "Wd": 0.0, "Wg": 2 * EXPERT_BYTES[1] * 1e-9, "Wa": 0.0}
+    for phase, schedule in (("forward", runs.forward), ("backward", runs.backward)):
+        best, window = found.best(phase), found.windows[phase]
+        seconds = _seconds(window, window.chunking(best.chunks, best.by)) | more
+        assert best.predicted_s == pytest.approx(makespan_s(schedule, seconds, joined=best.joined), rel=1e-12)
+        assert best.predicted_s >= more["Wf0" if phase == "forward" else "Wg"] > 0
+        assert best.predicted_s >= found.candidates[phase][0].predicted_s  # equal where an op hides all of it
+    assert found.predicted_s == pytest.approx(sum(found.best(phase).predicted_s for phase in found.windows))
+
+
+def test_an_op_goes_where_it_hides_the_weights():
+    """Before the experts and after them an op hides the same rows; weights are hidden before them alone."""
+    found = planned(num_ops=1).planned(step())
+    order = found.best("forward").order.split()
+    assert order.index("B0") < order.index("E0")
+    window = found.windows["forward"]
+    behind = next(
+        one for one in found.copied["forward"] if one.order.split().index("B0") > one.order.split().index("E0")
+    )
+    assert behind.predicted_s > found.best("forward").predicted_s + 1e-4
+    plain = evaluate(window, Schedule.parse(behind.order), chunks=behind.chunks, by=behind.by, joined=behind.joined)
+    assert plain < behind.predicted_s
+
+
+@pytest.mark.parametrize(
+    "changes, phases",
+    [({}, {"forward", "backward"}), ({"weights_require_grad": False}, {"forward"}), ({"grad_enabled": False}, set()),
+     ({"grad_enabled": False, "copies_kept": False}, {"forward"})],
+)  # fmt: skip
+def test_only_what_travels_is_priced(changes, phases):
+    schedule = planned()
+    assert set(schedule.planned(step(**changes)).copied) == phases
+    assert schedule.planned(exchange(np.full((4, BLOCKS, 12), 3))).copied == {}, "another kind of step"
+
+
+def test_ranks_that_price_copies_otherwise_are_told_apart():
+    assert planned().digest != planned(expert_bytes=(1, 2)).digest

@@ -1,0 +1,40 @@
+"""Experts in host memory on a card: real copy engines, pinned weights. The logic is tested in tests/layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_overlap import MoELayer
+from moe_overlap.transport.host_link import CudaHostLink
+from tests.tolerances import same_bits
+
+pytestmark = pytest.mark.gpu
+
+HIDDEN, FFN, EXPERTS, TOP_K = 512, 1024, 16, 2
+
+
+def step_of(layer: MoELayer) -> list[torch.Tensor]:
+    """y, the gradients of x and of the parameters, on the host."""
+    x = torch.randn(777, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16().cuda().requires_grad_()
+    for _ in range(2):
+        layer.zero_grad()
+        x.grad = None
+        y = layer(x)
+        y.square().sum().backward()
+    grads = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+    return [y.detach().cpu(), *(grad.cpu() for grad in grads if grad is not None)]
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2,experts)", "chunked(4,experts)"])
+def test_the_bits_of_experts_on_the_card_and_two_groups_of_them(schedule: str) -> None:
+    options = {"schedule": schedule, "device": "cuda", "dtype": torch.bfloat16}
+    link = CudaHostLink()
+    resident, away = (MoELayer(HIDDEN, FFN, EXPERTS, TOP_K, expert_offload=offload, **options)
+                      for offload in (None, link))  # fmt: skip
+    away.load_state_dict(resident.state_dict())
+    for one, other in zip(step_of(resident), step_of(away), strict=True):
+        same_bits(one, other)
+    groups = 1 if schedule == "serial" else int(schedule[8])
+    assert link.device_bytes == min(2, groups) * EXPERTS // groups * 3 * FFN * HIDDEN * 2
+    assert all(weight.device.type == "cpu" and weight.is_pinned() for weight in away.expert_weights)

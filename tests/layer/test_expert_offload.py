@@ -1,0 +1,262 @@
+"""Experts in host memory: equal bits, fewer bytes on the device, errors for what does not go with it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from moe_overlap import MoELayer, ShortcutBlock
+from moe_overlap.errors import ConfigError
+from moe_overlap.placement import Placement
+from moe_overlap.schedule.builders import agree_ahead, shared_expert
+from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.transport.host_link import EmulatedHostLink, HostLink
+from tests.layers import D, E, F, make, tokens
+from tests.ranks import gloo_pool, virtual_world
+from tests.tolerances import same_bits
+
+EXPERT_BYTES = 3 * F * D * 8
+SLOW = 40e6  # bytes a second: 0.23 ms an expert
+
+
+def results(layer, x, call=lambda layer, x: layer(x)):
+    """y and all gradients of a call."""
+    x = x.clone().requires_grad_()
+    y = call(layer, x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+def check_same(ones, others):
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        same_bits(one, other)
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(1)", "chunked(2,experts)", "chunked(3,experts)"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_one_rank_has_the_bits_of_experts_on_the_device(schedule, overlap):
+    link = EmulatedHostLink(SLOW)
+    layer = make(schedule=schedule, overlap=overlap, expert_offload=link)
+    check_same(results(layer, tokens(21)), results(make(schedule=schedule, overlap=overlap), tokens(21)))
+    assert link.fetched_bytes == 2 * E * EXPERT_BYTES and link.stored_bytes == E * EXPERT_BYTES
+
+
+@pytest.mark.parametrize("chunks, groups", [(1, E), (2, E), (4, E // 2), (8, 2)])
+def test_of_the_experts_two_groups_are_on_the_device(chunks, groups):
+    link = EmulatedHostLink()
+    layer = make(schedule=f"chunked({chunks},experts)", expert_offload=link)
+    for _ in range(2):
+        results(layer, tokens(9))
+    assert link.device_bytes == groups * EXPERT_BYTES
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_have_the_same_bits_beside_exchanges(ranks):
+    def rank(me):
+        plain, away = (
+            make(me.transport(), schedule="chunked(2,experts)", shared_expert_size=8, expert_offload=offload)
+            for offload in (None, EmulatedHostLink(SLOW))
+        )
+        x = tokens(5 + 6 * me.rank, seed=me.rank)
+        return results(plain, x), results(away, x)
+
+    for plain, away in virtual_world(ranks).run(rank):
+        check_same(plain, away)
+
+
+def test_more_chunks_than_experts_of_a_rank_and_uneven_homes():
+    placement = Placement.of_ranks([[0, 1, 2, 3, 4], [5, 6, 7]])
+
+    def rank(me):
+        both = []
+        for offload in (None, "host"):
+            layer = make(me.transport(), schedule="chunked(7,experts)", placement=placement, expert_offload=offload)
+            both.append(results(layer, tokens(8, seed=me.rank)))
+        return both
+
+    for plain, away in virtual_world(2).run(rank):
+        check_same(plain, away)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_under_a_shared_expert_and_the_agreement(ahead):
+    schedule = agree_ahead(shared_expert(0, chunks=2, by="experts"), ahead)
+
+    def rank(me):
+        layers = (make(me.transport(), schedule=schedule, shared_expert_size=8, expert_offload=offload)
+                  for offload in (None, "host"))  # fmt: skip
+        return [results(layer, tokens(8, seed=me.rank)) for layer in layers]
+
+    for plain, away in virtual_world(2).run(rank):
+        check_same(plain, away)
+
+
+def test_in_a_shortcuts_window():
+    def rank(me):
+        both = []
+        for offload in (None, "host"):
+            torch.manual_seed(5)
+            ops = [torch.nn.Linear(D, D, dtype=torch.float64) for _ in range(3)]
+            layer = make(me.transport(), expert_offload=offload)
+            block = ShortcutBlock(ops, layer, tap=1, slot=1, chunks=2, by="experts")
+            both.append(results(block, tokens(7, seed=me.rank)))
+        return both
+
+    for plain, away in virtual_world(2).run(rank):
+        check_same(plain, away)
+
+
+def test_a_checkpoint_and_two_backwards_of_one_graph():
+    def twice(layer, x):
+        y = checkpoint(layer, x, use_reentrant=False)
+        return y + layer(x)
+
+    def again(layer, x):
+        y = layer(x)
+        y.sum().backward(retain_graph=True)
+        return y
+
+    for call in (twice, again):
+        layers = (make(schedule="chunked(2,experts)", expert_offload=offload) for offload in (None, "host"))
+        plain, away = (results(layer, tokens(6), call) for layer in layers)
+        check_same(plain, away)
+
+
+def test_frozen_experts_send_nothing_down_and_inference_fetches_once():
+    link = EmulatedHostLink()
+    layer = make(schedule="chunked(4,experts)", expert_offload=link)
+    for weight in layer.expert_weights:
+        weight.requires_grad_(False)
+    x = tokens(6).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None and link.stored_bytes == 0
+    link.fetched_bytes = 0
+    with torch.no_grad():
+        layer(x)
+    assert link.fetched_bytes == E * EXPERT_BYTES
+
+
+def test_training_is_the_same_and_a_copy_of_the_layer_shares_the_link():
+    def losses(offload):
+        layer = make(schedule="chunked(2,experts)", expert_offload=offload)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
+        for step in range(3):
+            optimizer.zero_grad()
+            layer(tokens(9, seed=step)).square().mean().backward()
+            optimizer.step()
+        return layer
+
+    plain, away = losses(None), losses("host")
+    check_same(list(plain.state_dict().values()), list(away.state_dict().values()))
+    assert copy.deepcopy(away).host_link is away.host_link
+
+
+class Watched(EmulatedHostLink):
+    """Says what was asked of it, in order, beside what computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def _copy(self, pairs, *, up, timing):
+        self.said.append("up" if up else "down")
+        return super()._copy(pairs, up=up, timing=timing)
+
+    def wait(self, copy):
+        self.said.append("wait")
+        super().wait(copy)
+
+
+def test_copies_start_two_groups_ahead_and_are_waited_for_at_once_without_overlap():
+    said = {}
+    for overlap in (True, False):
+        link = Watched()
+        with torch.no_grad():
+            make(schedule="chunked(4,experts)", overlap=overlap, expert_offload=link)(tokens(9))
+        said[overlap] = link.said
+    assert said[True][:4] == ["up", "up", "wait", "up"]
+    assert said[False][:4] == ["up", "wait", "up", "wait"]
+
+
+def test_the_timeline_has_a_lane_for_copies_and_a_slow_link_is_waited_for():
+    layer = make(schedule="chunked(2,experts)", expert_offload=EmulatedHostLink(SLOW))
+    results(layer, tokens(9))
+    copies = [event for event in layer.last_events if event.lane == "copy"]
+    assert sorted(event.action for event in copies) == ["Hb0", "Hb1", "Hf0", "Hf1", "Hg0", "Hg1"]
+    for event in copies:
+        assert event.end_s - event.start_s >= 0.999 * E / 2 * EXPERT_BYTES / SLOW
+    experts: dict[str, TimelineEvent] = {event.action: event for event in layer.last_events if event.lane == "comp"}
+    ends = {event.action: event.end_s for event in copies}
+    assert all(experts[f"E{c}"].end_s >= ends[f"Hf{c}"] and experts[f"Ed{c}"].end_s >= ends[f"Hb{c}"] for c in (0, 1))
+
+
+def test_what_is_explained():
+    layer = make(schedule="chunked(4,experts)", expert_offload=EmulatedHostLink(SLOW))
+    assert "is known after a timed step" in layer.explain()
+    results(layer, tokens(64))
+    text = layer.explain()
+    assert 'schedule="chunked(4,experts)", expert_offload="host"' in text
+    assert f"{E * EXPERT_BYTES} bytes of weights" in text and "0.04 GB/s" in text and "this step had 16" in text
+    assert "copy | Hf0" in text and "the optimizer's state" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("expert_offload", {"expert_offload": "disk"}),
+        ("schedule", {"schedule": "chunked(2)"}),
+        ("dedup", {"dedup": "on"}),
+        ("placement", {"placement": Placement.of_ranks([[0, 1, 2, 3, 4], [4, 5, 6, 7]], homes=[0] * 5 + [1] * 3)}),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused_by_all_ranks(field, options):
+    def rank(me):
+        with pytest.raises(ConfigError) as caught:
+            make(me.transport(), **({"expert_offload": "host"} | options))(tokens(4))
+        return caught.value.field
+
+    assert virtual_world(2).run(rank) == [field] * 2
+
+
+@pytest.mark.parametrize("options", [{"schedule": "auto"}, {"mode": "static", "static_capacity": 2.0}])
+def test_what_is_not_there_says_so(options):
+    def rank(me):
+        with pytest.raises(NotImplementedError, match="expert_offload"):
+            make(me.transport(), expert_offload="host", **options)(tokens(4))
+
+    virtual_world(2).run(rank)
+
+
+def test_autocast_to_another_dtype_and_a_link_of_another_device_are_refused():
+    layer = make(dtype=torch.float32, expert_offload="host")
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ConfigError, match="autocast"):
+        layer(tokens(4, dtype=torch.float32))
+    link = HostLink()
+    link.device = torch.device("meta")
+    with pytest.raises(ConfigError, match="expert_offload"):
+        make(expert_offload=link)
+
+
+def sharded():
+    """fully_shard over a mesh of this rank alone, which a layer without offload takes."""
+    mesh = init_device_mesh("cpu", (1,))
+    found = []
+    for offload in (None, "host"):
+        layer = fully_shard(make(dtype=torch.float32, expert_offload=offload), mesh=mesh)
+        assert isinstance(layer, MoELayer)
+        try:
+            layer(tokens(4, dtype=torch.float32))
+            found.append("ran")
+        except ConfigError as error:
+            found.append(error.field)
+    return found
+
+
+def test_experts_that_fsdp_has_sharded_are_refused():
+    assert gloo_pool(1).run(sharded) == [["ran", "experts.w_in"]]
