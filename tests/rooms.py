@@ -36,7 +36,7 @@ FLOORS = (
     ("errors", "config"),
 )
 ALWAYS = {"errors", "config"}
-AT_THE_ROOT = {"__main__.py", "__init__.py", "errors.py", "config.py", "py.typed"}
+AT_THE_ROOT = {"__main__.py", "__init__.py", "__init__.pyi", "errors.py", "config.py", "py.typed"}
 
 # Of the lower rooms, these only.
 ONLY = {

@@ -16,7 +16,7 @@ constexpr int64_t kComp = 0;
 constexpr int64_t kWire = 1;
 constexpr size_t kKept = 4;       // how many interleavings are simulated
 constexpr size_t kAllOrders = 4;  // up to so many chunks every order of them is tried; beyond,
-constexpr size_t kSwaps = 320;    // so many swaps, divided by the number of chunks
+constexpr size_t kMoves = 640;    // so many moves, divided by the number of chunks
 
 using Indices = std::vector<int64_t>;
 // Compute-lane time, wire time, runs of ops so far, ops_before of the chunks done.
@@ -143,6 +143,24 @@ Indices johnson(const std::vector<std::pair<double, double>>& stages_s) {
   return order;
 }
 
+// Shortest first, longest first, and both ends towards the longest in the middle.
+std::vector<Indices> by_total(const std::vector<double>& totals_s) {
+  const auto total_s = [&](int64_t job) { return totals_s[static_cast<size_t>(job)]; };
+  Indices rising = in_turn(totals_s.size());
+  Indices falling = rising;
+  std::sort(rising.begin(), rising.end(), [&](int64_t a, int64_t b) {
+    return std::make_pair(total_s(a), a) < std::make_pair(total_s(b), b);
+  });
+  std::sort(falling.begin(), falling.end(), [&](int64_t a, int64_t b) {
+    return std::make_pair(-total_s(a), a) < std::make_pair(-total_s(b), b);
+  });
+  Indices pyramid;
+  for (size_t i = 0; i < rising.size(); i += 2) pyramid.push_back(rising[i]);
+  const size_t odd = rising.size() / 2;
+  for (size_t i = 0; i < odd; ++i) pyramid.push_back(rising[2 * (odd - i) - 1]);
+  return {std::move(rising), std::move(falling), std::move(pyramid)};
+}
+
 bool equal_chunks(const Cut& cut) {
   const auto all_same = [](const std::vector<double>& values) {
     return std::all_of(values.begin(), values.end(), [&](double value) { return value == values[0]; });
@@ -161,13 +179,16 @@ std::vector<Indices> chunk_orders(const Cut& cut) {
     return orders;
   }
   std::vector<std::pair<double, double>> outward, homeward, both;
+  std::vector<double> totals_s;
   for (size_t c = 0; c < chunks; ++c) {
     outward.emplace_back(cut.first_s[c], cut.experts_s[c]);
     homeward.emplace_back(cut.experts_s[c], cut.second_s[c]);
     both.emplace_back(cut.first_s[c] + cut.experts_s[c], cut.experts_s[c] + cut.second_s[c]);
+    totals_s.push_back(cut.first_s[c] + cut.experts_s[c] + cut.second_s[c]);
   }
-  for (const auto& stages_s : {outward, homeward, both}) {
-    Indices order = johnson(stages_s);
+  std::vector<Indices> more{johnson(outward), johnson(homeward), johnson(both)};
+  for (Indices& order : by_total(totals_s)) more.push_back(std::move(order));
+  for (Indices& order : more) {
     if (std::find(orders.begin(), orders.end(), order) == orders.end()) orders.push_back(std::move(order));
   }
   return orders;
@@ -233,28 +254,47 @@ void add_ends(const Cut& cut, double compute, double wire, const Indices& order,
   }
 }
 
-// What is met on the way from the best order by swaps of two chunks, near ones first, each kept if it helps.
-void add_ends_after_swaps(const Cut& cut, double compute, double wire, std::vector<End>& ends) {
+// (From where, to where) of every move of one chunk, near ones first; to the next place it is the same both ways.
+std::vector<std::pair<size_t, size_t>> moves(size_t chunks) {
+  std::vector<std::pair<size_t, size_t>> found;
+  for (size_t distance = 1; distance < chunks; ++distance) {
+    for (size_t i = 0; i + distance < chunks; ++i) {
+      found.emplace_back(i, i + distance);
+      if (distance > 1) found.emplace_back(i + distance, i);
+    }
+  }
+  return found;
+}
+
+void move_chunk(Indices& order, size_t source, size_t target) {
+  const auto at = [&](size_t place) { return order.begin() + static_cast<std::ptrdiff_t>(place); };
+  if (source < target) {
+    std::rotate(at(source), at(source + 1), at(target + 1));
+  } else {
+    std::rotate(at(target), at(source), at(source + 1));
+  }
+}
+
+// What is met on the way from the best order by moves of one chunk, near ones first, each kept if it helps.
+void add_ends_after_moves(const Cut& cut, double compute, double wire, std::vector<End>& ends) {
   const End& best = *std::min_element(ends.begin(), ends.end());
   double best_s = std::get<0>(best);
   Indices order = std::get<3>(best);
-  size_t left = kSwaps / order.size();
+  size_t left = kMoves / order.size();
   for (bool improved = true; improved;) {
     improved = false;
-    for (size_t distance = 1; distance < order.size(); ++distance) {
-      for (size_t i = 0; i + distance < order.size(); ++i) {
-        if (left-- == 0) return;
-        std::swap(order[i], order[i + distance]);
-        const size_t known = ends.size();
-        add_ends(cut, compute, wire, order, ends);
-        double swapped_s = std::get<0>(ends[known]);
-        for (size_t end = known; end < ends.size(); ++end) swapped_s = std::min(swapped_s, std::get<0>(ends[end]));
-        if (swapped_s < best_s) {
-          best_s = swapped_s;
-          improved = true;
-        } else {
-          std::swap(order[i], order[i + distance]);
-        }
+    for (const auto& [source, target] : moves(order.size())) {
+      if (left-- == 0) return;
+      move_chunk(order, source, target);
+      const size_t known = ends.size();
+      add_ends(cut, compute, wire, order, ends);
+      double moved_s = std::get<0>(ends[known]);
+      for (size_t end = known; end < ends.size(); ++end) moved_s = std::min(moved_s, std::get<0>(ends[end]));
+      if (moved_s < best_s) {
+        best_s = moved_s;
+        improved = true;
+      } else {
+        move_chunk(order, target, source);
       }
     }
   }
@@ -264,7 +304,7 @@ std::vector<Order> best_interleavings(const Cut& cut, double compute, double wir
   std::vector<End> ends;
   for (const Indices& order : chunk_orders(cut)) add_ends(cut, compute, wire, order, ends);
   const bool in_turn_only = cut.deduplicated() || equal_chunks(cut);
-  if (cut.first_s.size() > kAllOrders && !in_turn_only) add_ends_after_swaps(cut, compute, wire, ends);
+  if (cut.first_s.size() > kAllOrders && !in_turn_only) add_ends_after_moves(cut, compute, wire, ends);
   std::sort(ends.begin(), ends.end());
   std::vector<Order> best;
   for (size_t i = 0; i < std::min(kKept, ends.size()); ++i) {

@@ -23,11 +23,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.header import HEADER_WORDS
 from moe_overlap.agreement.loads import KINDS, PARTS
-from moe_overlap.agreement.message import HEAD_WORDS
-from moe_overlap.agreement.record import RECORD_FIELDS, record_words
+from moe_overlap.agreement.sizes import BLOCKS, HEAD_WORDS, HEADER_WORDS, RECORD_WORDS, record_words
 
 GATHERED_RANKS = 64  # with more ranks counts are exchanged
 
@@ -134,4 +131,4 @@ def second_gather_cost(*, ranks: int, slots: int) -> AgreementCost:
 def record_capacity(experts: int, slots: int, dedup: int, *, ranks: int, nodes: int = 0, gathered: bool) -> int:
     """Words that the messages of a group need room for, for the records of this layer."""
     words = record_words(experts, slots, dedup, nodes * slots // ranks)
-    return max(HEADER_WORDS, words if gathered else len(RECORD_FIELDS))
+    return max(HEADER_WORDS, words if gathered else RECORD_WORDS)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement.lookup import block_of_tokens
 
-BLOCKS = 16
 MOST = 2**31 - 1  # counts travel as int32
 
 

@@ -22,7 +22,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from moe_overlap.agreement.loads import PAYS_BELOW as PAYS_BELOW
 from moe_overlap.agreement.loads import Counts
+from moe_overlap.agreement.loads import pays as pays
 from moe_overlap.agreement.plan import ChunkBy, ChunkPlan, ExchangePlan
 
 RowCounts = tuple[tuple[int, ...], ...]
@@ -243,17 +245,6 @@ def distinct_plan(exchange: ExchangePlan, chunks: int, by: ChunkBy = "tokens") -
     """The exchange of a deduplicated step, cut into `chunks` (1..16) by token blocks or by groups of slots."""
     sent, received = exchange.cut_counts(chunks, by)
     return DistinctPlan(exchange=exchange, chunks=chunks, by=by, sent=sent, received=received)
-
-
-# A row fewer on the wire saves its bytes both ways; metadata and the sums on the experts' side cost some of that again.
-PAYS_BELOW = 2 / 3
-
-
-def pays(exchange: ExchangePlan) -> bool:
-    """Whether a step is to be deduplicated where no cost model says it: distinct rows to other ranks are at most 2/3 of
-    the rows that would travel else."""
-    rows, distinct = exchange.counts.rows_away, _ends(exchange)[0].rows_away
-    return 0 < distinct <= PAYS_BELOW * rows
 
 
 def _ends(exchange: ExchangePlan) -> tuple[Counts, Counts]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-HEADER_WORDS = 64
+from moe_overlap.agreement.sizes import HEADER_WORDS as HEADER_WORDS
+
 MAGIC = 0x6D6F655F6F766C70  # "moe_ovlp"
 VERSION = 2
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
-from moe_overlap.agreement.counts import BLOCKS
+from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
 
 ChunkBy = Literal["tokens", "experts", "peers"]
@@ -22,6 +22,9 @@ PLANNED_BY = CHUNK_BY[:2]  # the cuts that loads are kept of
 LANES = ("inter", "intra")  # rows to ranks on other nodes, to other ranks of the same node
 KINDS = ("rows", *LANES)  # rows: those that a rank's experts receive, its own ones too
 PARTS = BLOCKS * (BLOCKS + 1) // 2  # chunks of all cuts: 1 + 2 + ... + BLOCKS
+
+# A row fewer on the wire saves its bytes both ways; metadata and the sums on the experts' side cost some of that again.
+PAYS_BELOW = 2 / 3
 
 Nodes = tuple[int, ...]  # the node of each rank
 
@@ -183,3 +186,23 @@ def impossible_rows(counts: np.ndarray, first: np.ndarray | None = None, last: n
     bad |= (ended > begun).any(axis=(1, 2, 3))
     bad |= ((ended[..., -1] != rows) | (rows > chosen) | (chosen > rows * counts.shape[3])).any(axis=(1, 2))
     return bad
+
+
+class Agreed(Protocol):
+    """What schedules read of an `ExchangePlan`."""
+
+    @property
+    def dedup(self) -> int: ...
+
+    @property
+    def counts(self) -> Counts: ...
+
+    @property
+    def first(self) -> Counts | None: ...
+
+
+def pays(exchange: Agreed) -> bool:
+    """Whether a step is to be deduplicated where no cost model says it: distinct rows to other ranks are at most 2/3 of
+    the rows that would travel else."""
+    assert exchange.first is not None
+    return 0 < exchange.first.rows_away <= PAYS_BELOW * exchange.counts.rows_away

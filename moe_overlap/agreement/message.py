@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
+from moe_overlap.agreement.sizes import HEAD_WORDS as HEAD_WORDS
+
 KINDS = ("open", "forward", "backward", "gather", "all_reduce")
-HEAD_WORDS = 5  # magic, kind, layer, caller, step
 MAGIC = 0x6D6F655F6D736731  # "moe_msg1"
 
 

@@ -6,14 +6,14 @@ What follows from the counts is in `agree.py`.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.seats import Seats, StepRule
+from moe_overlap.agreement.sizes import digest as digest
+from moe_overlap.agreement.sizes import record_words as record_words
 from moe_overlap.errors import ConfigError, PlanMismatch
 
 PHASES = ("forward", "recompute")
@@ -29,12 +29,6 @@ def dtype_code(dtype: torch.dtype) -> int:
     if dtype not in DTYPES:
         raise ConfigError("x.dtype", dtype, "one of " + ", ".join(str(known) for known in DTYPES))
     return DTYPES.index(dtype)
-
-
-def digest(*parts: object) -> int:
-    """A 63-bit digest of the printed form of `parts`, equal on all ranks that hold equal values."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 # code -> (field, what was expected). The code travels, so only ever append.
@@ -154,12 +148,6 @@ RECORD_FIELDS: tuple[str, ...] = tuple(
 # What each rank says of itself; the other fields must be equal on all ranks.
 OWN_FIELDS = ("status", "status_value", "x_requires_grad", "weight_version", "weights_require_grad")
 AGREED_FIELDS: tuple[str, ...] = tuple(name for name in RECORD_FIELDS if name not in OWN_FIELDS)
-
-
-def record_words(num_experts: int, num_slots: int, dedup: int, node_slots: int = 0) -> int:
-    """Words of a record with its tables. node_slots: nodes * e, 0 where it has no `node_rows`."""
-    counted = num_experts + (2 * (num_slots + node_slots) if dedup == 1 else 0)
-    return len(RECORD_FIELDS) + BLOCKS * counted // 2
 
 
 ROUTER_HINT = (

@@ -24,10 +24,10 @@ from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
 from moe_overlap.auto.calibrate import distinct_shape, step_shape, travelling
 from moe_overlap.auto.copied import CopiesKind, ExpertBytes, copies_kind
-from moe_overlap.auto.pairs import pair_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.copied import with_copies_priced
 from moe_overlap.planning.cost_model import CostModel, window
+from moe_overlap.planning.pair import pair_of
 from moe_overlap.planning.search import TIE, Candidate, search
 from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_chunk, without_own
 from moe_overlap.planning.window import OpVerb, Window

@@ -137,6 +137,8 @@ class CostModel:
     it was made from. `outside_s`: everything of the timed unit that is in no window
     (router, agreement, ops before the tap, the combination of the branches); `agree_s`: of it the agreement, when
     its last rank has come. `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
+    `weights_hidden`: from 0 to 1, how much of the time that experts cost by themselves, which is mostly that of reading
+    their weights, passes beside the matmuls of their rows: 1 makes the larger of both of their sum, as on GPUs.
     `slowdown`: of each lane while the other is busy. `distinct`: what differs in deduplicated steps; None: nobody
     knows. `source`: where the figures come from, in words.
     """
@@ -161,6 +163,7 @@ class CostModel:
     agree_s: float = 0.0
     measured_rows: float = 0.0
     issue_s: float = 0.0
+    weights_hidden: float = 0.0
     slowdown: Slowdown = Slowdown()
     distinct: DistinctCosts | None = None
     source: str
@@ -170,6 +173,8 @@ class CostModel:
             raise ConfigError("exchange", sorted(self.exchange), f"models of wires among {', '.join(WIRES)}")
         for name in _NUMBERS:
             _check_seconds(name, getattr(self, name))
+        if self.weights_hidden > 1:
+            raise ConfigError("weights_hidden", self.weights_hidden, "a share from 0 to 1")
         for name in _OPS:
             for seconds in getattr(self, name):
                 _check_seconds(name, seconds)
@@ -340,7 +345,8 @@ def _chunking(
             for c in range(shape.chunks)
         )
 
-    first_s = exchanges_s(shape.bytes_by_lane)
+    first_s = exchanges_s(shape.bytes_by_lane if phase == "backward" or shape.narrow_by_lane is None
+                          else shape.narrow_by_lane)  # fmt: skip
     # The busiest rank may be another one in each chunk; the sum over chunks is then an upper bound of any rank's rows.
     all_rows = sum(shape.rows) + (0 if distinct is None else distinct.own_rows)
     return Chunking(
@@ -351,7 +357,7 @@ def _chunking(
             _experts_s(model, phase, rows, count) + beside_s
             for rows, count, beside_s in zip(shape.rows, shape.experts, inside_s, strict=True)
         ),
-        second_s=first_s if distinct is None else exchanges_s(distinct.back_by_lane),
+        second_s=exchanges_s(shape.bytes_by_lane if distinct is None else distinct.back_by_lane),
         deferred_s=() if phase == "forward" else (model.experts_wgrad(all_rows / weight_groups),) * weight_groups,
         chunk_bytes=_chunk_bytes(shape, phase),
     )
@@ -362,7 +368,10 @@ def _experts_s(model: CostModel, phase: Phase, rows: int, count: int) -> float:
     line, expert_s = (
         (model.experts, model.expert_s) if phase == "forward" else (model.experts_dgrad, model.expert_dgrad_s)
     )
-    return line(rows) + expert_s * count if rows else 0.0
+    if not rows:
+        return 0.0
+    own_s = expert_s * count
+    return line(rows) + own_s - model.weights_hidden * min(line.beta_s * rows, own_s)
 
 
 def _halves_s(model: CostModel, distinct: DistinctShape) -> tuple[float, float] | None:

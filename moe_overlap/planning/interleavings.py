@@ -5,7 +5,9 @@ other beats in both, which is exact: both times only grow with what they started
 
 The chunk order matters where chunks differ. Up to 4 chunks all orders are tried. Beyond that, Johnson's rule for two
 machines ("Optimal two- and three-stage production schedules with setup times included", 1954) on three pairs of
-durations gives a few to begin with, and swapping two chunks improves the best of them: a heuristic. Deduplicated steps
+durations gives a few to begin with, others go by the chunks' total: shortest first, longest first, and the longest in
+the middle. Taking a chunk out and putting it in elsewhere improves the best of them: a heuristic, within 0.1 % of the
+best known order on average (tests/planning/test_search_orders.py). Deduplicated steps
 take their chunks in their own order: a row arrives with the first group of experts that needs it and leaves with the
 last, and chunks of tokens are alike.
 
@@ -20,9 +22,9 @@ from moe_overlap.planning.window import Chunking, Slowdown, Window
 
 # How many interleavings are handed on.
 KEPT = 4
-# Up to so many chunks every order of them is tried; beyond, so many swaps, divided by the number of chunks.
+# Up to so many chunks every order of them is tried; beyond, so many moves, divided by the number of chunks.
 ALL_ORDERS = 4
-SWAPS = 320
+MOVES = 640
 
 Order = tuple[int, ...]
 OpsBefore = tuple[int, ...]
@@ -37,7 +39,7 @@ def best_interleavings(window: Window, chunking: Chunking, factor: Slowdown) -> 
     orders = [tuple(range(chunking.chunks))] if window.deduplicated else _chunk_orders(chunking)
     ends = [end for order in orders for end in _ends(window, chunking, factor, order)]
     if not window.deduplicated and chunking.chunks > ALL_ORDERS and not _equal_chunks(chunking):
-        ends += _after_swaps(window, chunking, factor, min(ends))
+        ends += _after_moves(window, chunking, factor, min(ends))
     return [(chunk_order, ops_before) for _, _, _, chunk_order, ops_before in sorted(ends)[:KEPT]]
 
 
@@ -64,8 +66,17 @@ def _chunk_orders(chunking: Chunking) -> list[Order]:
         _johnson([(first_s, experts_s) for first_s, experts_s, _ in durations_s]),
         _johnson([(experts_s, second_s) for _, experts_s, second_s in durations_s]),
         _johnson([(first_s + experts_s, experts_s + second_s) for first_s, experts_s, second_s in durations_s]),
+        *_by_total([first_s + experts_s + second_s for first_s, experts_s, second_s in durations_s]),
     ]
     return list(dict.fromkeys(orders))
+
+
+def _by_total(totals_s: list[float]) -> tuple[Order, Order, Order]:
+    """Shortest first, longest first, and both ends towards the longest in the middle."""
+    jobs = range(len(totals_s))
+    rising = tuple(sorted(jobs, key=lambda job: (totals_s[job], job)))
+    falling = tuple(sorted(jobs, key=lambda job: (-totals_s[job], job)))
+    return rising, falling, rising[::2] + rising[1::2][::-1]
 
 
 def _johnson(stages_s: list[tuple[float, float]]) -> Order:
@@ -79,27 +90,35 @@ def _johnson(stages_s: list[tuple[float, float]]) -> Order:
     return tuple(sorted(range(len(stages_s)), key=rank))
 
 
-def _after_swaps(window: Window, chunking: Chunking, factor: Slowdown, best: End) -> list[End]:
-    """What is met on the way from the best order by swaps of two chunks, near ones first, each kept if it helps."""
+def _after_moves(window: Window, chunking: Chunking, factor: Slowdown, best: End) -> list[End]:
+    """What is met on the way from the best order by moves of one chunk, near ones first, each kept if it helps."""
     best_s, order = best[0], list(best[3])
     found: list[End] = []
-    left = SWAPS // chunking.chunks
+    left = MOVES // chunking.chunks
     improved = True
     while improved:
         improved = False
-        for distance in range(1, len(order)):
-            for i in range(len(order) - distance):
-                if left == 0:
-                    return found
-                left -= 1
-                order[i], order[i + distance] = order[i + distance], order[i]
-                ends = _ends(window, chunking, factor, tuple(order))
-                found += ends
-                swapped_s = min(end[0] for end in ends)
-                if swapped_s < best_s:
-                    best_s, improved = swapped_s, True
-                else:
-                    order[i], order[i + distance] = order[i + distance], order[i]
+        for source, target in _moves(len(order)):
+            if left == 0:
+                return found
+            left -= 1
+            order.insert(target, order.pop(source))
+            ends = _ends(window, chunking, factor, tuple(order))
+            found += ends
+            moved_s = min(end[0] for end in ends)
+            if moved_s < best_s:
+                best_s, improved = moved_s, True
+            else:
+                order.insert(source, order.pop(target))
+    return found
+
+
+def _moves(chunks: int) -> list[tuple[int, int]]:
+    """(from where, to where) of every move of one chunk; to the next place it is the same both ways."""
+    found = []
+    for distance in range(1, chunks):
+        for i in range(chunks - distance):
+            found += [(i, i + distance)] if distance == 1 else [(i, i + distance), (i + distance, i)]
     return found
 
 

@@ -37,7 +37,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
 from moe_overlap.planning.interleavings import OpsBefore, Order, best_interleavings, metadata_of

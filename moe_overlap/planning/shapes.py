@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import PLANNED_BY, ChunkBy
+from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
 
 
@@ -46,7 +46,8 @@ class StepShape:
     chunk. `bytes_by_lane`: by wire, the bytes that leave or
     enter the busiest rank in one exchange of each chunk; the way back moves the same. `slots_rows`: T * K of the rank
     with most tokens. `row_bytes`: of one row, for the bytes that an exchange holds in buffers. `distinct`: where the
-    step is deduplicated; `rows` are then those of others, and `bytes_by_lane` those of distinct rows.
+    step is deduplicated; `rows` are then those of others, and `bytes_by_lane` those of distinct rows. `narrow_by_lane`:
+    bytes of the first exchanges of forward, where rows have a narrower dtype on that way; None: they do not.
     """
 
     chunks: int
@@ -57,10 +58,13 @@ class StepShape:
     slots_rows: int
     row_bytes: int
     distinct: DistinctShape | None = None
+    narrow_by_lane: Mapping[str, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         back = () if self.distinct is None else self.distinct.back_by_lane.items()
-        for name, per_chunk in (("rows", self.rows), ("experts", self.experts), *self.bytes_by_lane.items(), *back):
+        narrow = () if self.narrow_by_lane is None else self.narrow_by_lane.items()
+        wires = (*self.bytes_by_lane.items(), *back, *narrow)
+        for name, per_chunk in (("rows", self.rows), ("experts", self.experts), *wires):
             if len(per_chunk) != self.chunks:
                 raise ConfigError(name, per_chunk, f"one number for each of {self.chunks} chunks")
 
@@ -90,31 +94,41 @@ def balanced_shape(
     chunks: int,
     by: ChunkBy,
     metadata: MetadataBytes | None = None,
+    busiest: float = 1.0,
 ) -> StepShape:
     """The shape of a step in which every rank has `tokens` tokens and every expert gets the same number of rows.
 
     Chunks are cut as `ChunkPlan` cuts them: blocks [16c//r, 16(c+1)//r) of the tokens, or the experts
     [e*c//r, e*(c+1)//r) of every rank. Of a rank's rows, (W - L) / W go to other nodes and (L - 1) / W to the other
-    ranks of its node (W ranks, L of them on a node). `metadata`: the step is deduplicated, and all sets of `top_k`
-    experts are equally likely.
+    ranks of its node (W ranks, L of them on a node). With few tokens not every expert is chosen: `hit_experts`.
+    `metadata`: the step is deduplicated, and all sets of `top_k` experts are equally likely. `busiest`: rows of the
+    busiest rank's experts over the mean, at least 1; what enters that rank is then what an exchange waits for.
     """
     if by not in PLANNED_BY:
         raise ConfigError("by", by, f"one of {PLANNED_BY}")
     most = BLOCKS if by == "tokens" else local_experts
     if not 1 <= chunks <= most:
         raise ConfigError("chunks", chunks, f"from 1 to {most}, by {by}")
+    if not busiest >= 1:
+        raise ConfigError("busiest", busiest, "a factor of at least 1")
+    ends = [tokens * (BLOCKS * c // chunks) // BLOCKS if by == "tokens" else tokens for c in range(chunks + 1)]
     if by == "tokens":
-        cuts = [tokens * (BLOCKS * c // chunks) // BLOCKS * top_k for c in range(chunks + 1)]
+        cuts = [end * top_k for end in ends]
     else:
         cuts = [tokens * top_k * (local_experts * c // chunks) // local_experts for c in range(chunks + 1)]
-    rows = tuple(after - before for before, after in zip(cuts, cuts[1:], strict=False))
+    rows = tuple(math.ceil((after - before) * busiest) for before, after in pairwise(cuts))
+    every = ranks * local_experts
+    experts = tuple(
+        hit_experts(count, every, top_k, ranks * (ends[c + 1] - ends[c] if by == "tokens" else tokens))
+        for c, count in enumerate(experts_per_chunk(local_experts, chunks, by))
+    )
     row_bytes = hidden * dtype_bytes
     peers = {"inter": ranks - ranks_per_node, "intra": ranks_per_node - 1}
     shape = StepShape(
         chunks=chunks,
         by=by,
         rows=rows,
-        experts=experts_per_chunk(local_experts, chunks, by),
+        experts=experts,
         bytes_by_lane={
             lane: tuple(-(-n * row_bytes * count // ranks) for n in rows) for lane, count in peers.items() if count
         },  # fmt: skip
@@ -128,10 +142,17 @@ def balanced_shape(
         shape,
         own_rows=sum(n // ranks for n in rows),
         rows=tuple(n - n // ranks for n in rows),
-        out_by_lane={lane: tuple(round(n * peers[lane]) * row_bytes for n in out) for lane in shape.bytes_by_lane},
-        back_by_lane={lane: tuple(round(n * peers[lane]) * row_bytes for n in back) for lane in shape.bytes_by_lane},
+        out_by_lane=_spread(out, peers, busiest, row_bytes),
+        back_by_lane=_spread(back, peers, busiest, row_bytes),
         metadata=metadata,
     )
+
+
+def _spread(
+    rows: Sequence[float], peers: Mapping[str, int], busiest: float, row_bytes: int
+) -> dict[str, tuple[int, ...]]:
+    """Bytes by wire, from rows for one other rank by chunk."""
+    return {lane: tuple(round(n * count * busiest) * row_bytes for n in rows) for lane, count in peers.items() if count}
 
 
 def _distinct_rows(
@@ -190,6 +211,48 @@ def experts_per_chunk(local_experts: int, chunks: int, by: ChunkBy) -> tuple[int
     if by == "tokens":
         return (local_experts,) * chunks
     return tuple(local_experts * (c + 1) // chunks - local_experts * c // chunks for c in range(chunks))
+
+
+def hit_experts(count: int, experts: int, top_k: int, tokens: int) -> int:
+    """How many of `count` of all `experts` are expected to be chosen by so many tokens of all ranks, which choose
+    independently, every expert equally likely; rounded up.
+
+    >>> hit_experts(32, 256, 8, 8), hit_experts(32, 256, 8, 4096), hit_experts(4, 4, 1, 1), hit_experts(4, 4, 1, 0)
+    (8, 32, 1, 0)
+    """
+    return math.ceil(count * (1 - (1 - min(1.0, top_k / experts)) ** tokens) - 1e-9)
+
+
+def with_narrow_rows(shape: StepShape, row_bytes: int) -> StepShape:
+    """The shape where rows have `row_bytes` on their way to the experts in forward."""
+    narrow = {
+        lane: tuple(-(-size * row_bytes // shape.row_bytes) for size in sizes)
+        for lane, sizes in shape.bytes_by_lane.items()
+    }
+    return replace(shape, narrow_by_lane=narrow)
+
+
+def with_rows_for_nodes(shape: StepShape, *, distinct_nodes: float, tokens: int) -> StepShape:
+    """A deduplicated shape where one row for each (token, node) crosses nodes, and is handed on to ranks there by the
+    wire inside the node: it carries as many rows more as crossed nodes before. distinct_nodes: of a token, others.
+    By chunks of tokens alone."""
+    if shape.distinct is None or shape.by != "tokens":
+        raise ConfigError("shape", shape.by, "a deduplicated shape by tokens")
+    before = shape.bytes_by_lane["inter"]
+    total = sum(before)
+    crossing = round(distinct_nodes * tokens) * shape.row_bytes
+    inter = tuple(min(size, size * crossing // max(1, total)) for size in before)
+    own = shape.bytes_by_lane.get("intra", (0,) * shape.chunks)
+    by_lane = {"inter": inter, "intra": tuple(size + more for size, more in zip(own, before, strict=True))}
+    share = sum(inter) / max(1, total)
+
+    def of_nodes(sizes: Mapping[str, int]) -> dict[str, int]:
+        return {"inter": round(share * sizes["inter"]), "intra": sizes["inter"] + sizes.get("intra", 0)}
+
+    known = shape.distinct
+    distinct = replace(known, back_by_lane=by_lane, metadata_by_lane=of_nodes(known.metadata_by_lane),
+                       gradients_by_lane=of_nodes(known.gradients_by_lane))  # fmt: skip
+    return replace(shape, bytes_by_lane=by_lane, distinct=distinct)
 
 
 def chance_of_none(experts: int, of_these: int, top_k: int) -> float:

@@ -24,8 +24,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy
+from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy
+from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Phase
 

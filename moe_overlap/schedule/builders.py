@@ -14,12 +14,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
-from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.agreement.distinct import pays
-from moe_overlap.agreement.plan import CHUNK_BY, ChunkBy, ExchangePlan
-from moe_overlap.agreement.record import digest
+from moe_overlap.agreement.loads import CHUNK_BY, Agreed, ChunkBy, pays
+from moe_overlap.agreement.sizes import BLOCKS, digest
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, Schedule
 
@@ -70,7 +68,7 @@ class SchedulePair:
         """Whether one row for each (token, rank) travels, with its ids and weights beside it."""
         return self.forward.count("M") > 0
 
-    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+    def pair_for(self, exchange: Agreed) -> SchedulePair:
         """The pair of one step: this one; where ranks agreed on what deduplication needs, it is deduplicated in the
         steps in which that pays."""
         if exchange.dedup and not self.deduplicated and pays(exchange):
@@ -110,8 +108,8 @@ class Schedules(Protocol):
     def joined(self) -> bool:
         """Whether the agreement is waited for at once, before these ops."""
 
-    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
-        """The pair of one step: a pure function of what the ranks agreed on."""
+    def pair_for(self, exchange: Any) -> SchedulePair:
+        """The pair of one step: a pure function of what the ranks agreed on, an `ExchangePlan`."""
 
 
 def _actions(verb: str, indices: range) -> list[Action]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.schedule.actions import SIGNS, VERBS, Schedule
 from moe_overlap.schedule.builders import SchedulePair, chunked, serial, shared_expert, window
 from moe_overlap.schedule.check import check, makespan_s

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ConfigError, ShortcutBlock, prepare
-from moe_overlap.auto.pairs import pair_of
 from moe_overlap.measure.timeline import record
+from moe_overlap.planning.pair import pair_of
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.auto.planted import (

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from moe_overlap import ConfigError, MoELayer, ShortcutBlock, moe_forward
 from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.auto import AutoSchedule
-from moe_overlap.auto.pairs import pair_of
 from moe_overlap.errors import PlanMismatch
+from moe_overlap.planning.pair import pair_of
 from tests import equality
 from tests.auto.planted import choices, cost_model, distinct_costs, line, planted, same, step
 from tests.layers import D, E, F, tokens

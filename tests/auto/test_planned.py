@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moe_overlap.agreement.counts import BLOCKS
-from moe_overlap.auto.pairs import pair_of
 from moe_overlap.auto.planned import PlannedSchedule, StepKind, rounded
 from moe_overlap.planning.cost_model import LEAST, CostModel, window
+from moe_overlap.planning.pair import pair_of
 from moe_overlap.planning.search import evaluate, search
 from moe_overlap.planning.window import Slowdown
 from moe_overlap.schedule.builders import serial

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_overlap.auto.pairs import pair_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.explain import bound_s, explain, name_of
+from moe_overlap.planning.pair import pair_of
 from moe_overlap.planning.search import evaluate, joined_form, search, search_reference, timeline
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 from moe_overlap.schedule.actions import Schedule

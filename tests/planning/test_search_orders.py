@@ -172,8 +172,8 @@ def test_under_a_budget_no_cut_and_no_join_is_better(num_ops):
 
 @pytest.mark.parametrize("issue_s", [0.0, 0.02])
 def test_five_to_eight_unequal_chunks(issue_s):
-    """A heuristic: in these windows it has the best order of all. Of 512 drawn like them it had not in 14, by more
-    than 1 % in 7 and by 3.5 % at worst."""
+    """A heuristic: in these windows it has the best order of all. Of 512 drawn like them it had not in 5, by more than
+    1 % in 3 and by 3.0 % at worst."""
     chance = random.Random(6)
     regrets = []
     for number in range(32):
@@ -181,3 +181,65 @@ def test_five_to_eight_unequal_chunks(issue_s):
         regrets.append(found_s(window) / fastest_in_turn_s(window, window.chunkings[0]) - 1)
     assert min(regrets) >= -ROUNDING
     assert max(regrets) <= 0.01
+
+
+def proportional_window(chance, chunks, num_ops, phase="forward"):
+    """Chunks of any sizes, as expert groups of a skewed routing are: all of a chunk's durations grow with its rows."""
+    rows = [chance.uniform(0.02, 1) for _ in range(chunks)]
+    per_row_s, ops_s = chance.uniform(0.5, 4), tuple(chance.uniform(0.05, 1) for _ in range(num_ops))
+    chunking = Chunking(chunks=chunks, by="experts", first_s=tuple(rows), second_s=tuple(rows),
+                        experts_s=tuple(per_row_s * n for n in rows),
+                        deferred_s=(per_row_s * sum(rows),) if phase == "backward" else ())  # fmt: skip
+    return Window(phase=phase, head_s=0.0, tail_s=0.0, ops_s=ops_s, chunkings=(chunking,))
+
+
+def near(order):
+    """int [N, chunks]: the order, and those that it becomes by moving one chunk or swapping two."""
+    found, n = {tuple(order)}, len(order)
+    for i in range(n):
+        for j in range(n):
+            moved = [*order[:i], *order[i + 1 :]]
+            swapped = list(order)
+            swapped[i], swapped[j] = swapped[j], swapped[i]
+            found |= {(*moved[:j], order[i], *moved[j:]), tuple(swapped)}
+    return np.array(sorted(found))
+
+
+def best_known_s(window, chance):
+    """Up to 7 chunks the best of all orders; beyond, what moves and swaps without a limit lead to from where the search
+    ends and from random orders."""
+    chunking = window.chunkings[0]
+    if chunking.chunks <= 7:
+        return fastest_in_turn_s(window, chunking)
+    found = search(window)
+    starts = [next(one for one in found if not one.joined).chunk_order]
+    starts += [tuple(chance.sample(range(chunking.chunks), chunking.chunks)) for _ in range(3)]
+    best_s = np.inf
+    for order in starts:
+        here_s = np.inf
+        while True:
+            around = near(order)
+            each_s = [fastest_s(window, chunking, around[i : i + 1], around[i : i + 1]) for i in range(len(around))]
+            if min(each_s) >= here_s * (1 - ROUNDING):
+                break
+            here_s, order = min(each_s), tuple(around[int(np.argmin(each_s))])
+        best_s = min(best_s, here_s)
+    return best_s
+
+
+@pytest.mark.parametrize("chunks", [5, 6, 7, 10, 16])
+def test_proportional_chunks_are_within_a_thousandth_of_the_best_known_on_average(chunks):
+    chance = random.Random(f"proportional {chunks}")
+    regrets = []
+    for number in range(12 if chunks <= 7 else 3):
+        window = proportional_window(chance, chunks, number % 2 if chunks <= 7 else 0, PHASES[number // 2 % 2])
+        regrets.append(found_s(window) / best_known_s(window, chance) - 1)
+    assert min(regrets) >= -ROUNDING and sum(regrets) / len(regrets) <= 1e-3, regrets
+
+
+def test_five_proportional_chunks_that_swaps_did_not_find():
+    """From swaps of two chunks alone it was 2.4433."""
+    f = (0.1, 0.15, 0.06, 0.075, 0.3)
+    chunking = Chunking(chunks=5, by="experts", first_s=f, second_s=f, experts_s=(1 / 3, 0.5, 0.2, 0.25, 1.0))
+    window = Window(phase="forward", head_s=0.0, tail_s=0.0, chunkings=(chunking,))
+    assert found_s(window) == pytest.approx(2.41833, abs=1e-5)

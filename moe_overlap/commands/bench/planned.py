@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from moe_overlap.agreement.loads import Agreed
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.auto.calibrate import MAX_GROUPS, StepTimes, calibrate, distinct_shape, step_shape
 from moe_overlap.auto.planned import Planned, PlannedSchedule
@@ -36,7 +37,7 @@ class AsItIs(SchedulePair):
         """With all that `pair` has."""
         return cls(**{field.name: getattr(pair, field.name) for field in fields(pair)})
 
-    def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
+    def pair_for(self, exchange: Agreed) -> SchedulePair:
         return self
 
 

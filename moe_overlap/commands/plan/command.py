@@ -8,24 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from moe_overlap.commands.parser import check_folder
+from moe_overlap.commands.plan.alternatives import alternative_lines, alternatives
+from moe_overlap.commands.plan.elsewhere import elsewhere, elsewhere_lines
 from moe_overlap.commands.plan.machine import (
     OP_NAMES,
     WINDOW_OPS,
     agreement,
     agreement_s,
+    busiest,
     distinct_rows,
+    expert_params,
+    local_experts,
     metadata,
     routed,
     traffic_of,
     weights_read_s,
 )
 from moe_overlap.commands.plan.options import PlanOptions, parse
-from moe_overlap.commands.plan.picture import rate_text, write_png
-from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, sweep, total_s
+from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
+from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
+from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
 from moe_overlap.planning.explain import Change, explain, in_ms
+from moe_overlap.planning.machines import MACHINES
 from moe_overlap.planning.offload import OffloadShape, plan_offload
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
@@ -43,22 +50,46 @@ def main(argv: Sequence[str]) -> int:
     point = points[options.kinds[0]]
     if point.time_s <= 0:
         raise ConfigError("--cost-model", "figures that are all 0", "a step in which something takes time")
-    sections = [_heading(options, point), _assumptions(options, point), _kinds(points)]
+    whole = whole_model(options, point) if options.layers and options.cost_model is None else None
+    fit = "" if whole is None else fit_line(options, whole)
+    sections = [[fit]] if fit else []
+    sections += [_heading(options, point)]
+    if whole is not None:
+        sections.append(model_lines(options, whole))
+    sections += [_assumptions(options, point, whole), _kinds(points)]
+    if options.cost_model is None:
+        sections += _answers(options, point)
     if options.dedup != "off":
         sections.append(_deduplication(options, points))
     sections += [lines for lines in [_copies(options, point), _offload(options, point)] if lines]
     sections += [[text] for text in _explained(points, point)]
+    print("\n\n".join("\n".join(lines) for lines in sections), flush=True)  # before what takes longer
     found = sweep(options) if bandwidths(options) else None
-    if found is not None:
-        sections.append(_map(found, point))
     record = json.dumps(_record(options, points, found), indent=1, allow_nan=False)
     write_atomically(out / "plan.json", (record + "\n").encode())
     if found is not None:
+        print("\n" + "\n".join(_map(found, point)), flush=True)
         write_png(out / "plan.png", options, point, found)
-    print("\n\n".join("\n".join(lines) for lines in sections))
     written = OUTPUTS if found is not None else OUTPUTS[1:]
     print(f"\nwrote {', '.join(str(out / name) for name in written)}")
     return 0
+
+
+def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep) -> None:
+    """`picture.write_png`, which takes longer to load than all the rest takes."""
+    from moe_overlap.commands.plan.picture import write_png as write
+
+    write(path, options, point, found)
+
+
+def _answers(options: PlanOptions, point: Prediction) -> list[list[str]]:
+    """How sure it is, what else would give, and what it would be elsewhere: from figures of a machine alone."""
+    found = []
+    if options.draws:
+        found.append([certainty_line(certainty(options, point, draws=options.draws))])
+    found.append(alternative_lines(alternatives(options, point), point.time_s))
+    found.append(elsewhere_lines(elsewhere(options, point), point.time_s))
+    return [lines for lines in found if lines]
 
 
 def _heading(options: PlanOptions, point: Prediction) -> list[str]:
@@ -70,21 +101,47 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
     lines = [
         f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
         f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
-        f"To run it: {python_of(pair)}",
-        f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication; "
-        f"compute alone {in_ms(point.compute_s)}; bound of any order {in_ms(point.bound_s)}",
+        f"To run it: {python_of(pair)}" + (" with hierarchical=True" if _for_nodes(options, point) else ""),
+        f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication"
+        f"{_of_the_layer(point)}; "
+        f"compute alone {in_ms(point.compute_s)}{_agreeing(point)}; bound of any order {in_ms(point.bound_s)}",
         *legend(pair, [phase.phase for phase in point.phases]),
     ]
     return lines
 
 
-def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
-    lines = [
-        "Nothing was run. Assumed, beside the figures asked for:",
-        _rows_line(options, point),
-        "  no rank is late; memory is not checked",
-        "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
-    ]
+def _agreeing(point: Prediction) -> str:
+    """Of what is left without exchanges, the agreement on counts, where it is over 1 %: it is no compute."""
+    agree_s = point.model.agree_s
+    return f" ({in_ms(agree_s)} of it the agreement on counts)" if agree_s > 0.01 * point.compute_s else ""
+
+
+def _for_nodes(options: PlanOptions, point: Prediction) -> bool:
+    return options.dedup == "node" and point.deduplicated and len(point.at.peers) == 2
+
+
+def _of_the_layer(point: Prediction) -> str:
+    """The share of the experts' layer alone, which papers often name: without attention and MLP of the pair."""
+    whole_s = sum(phase.window.head_s + phase.window.tail_s + sum(phase.window.chunking(1, "tokens").experts_s)
+                  + sum(phase.window.chunking(1, "tokens").deferred_s) for phase in point.plain)  # fmt: skip
+    comm_s = point.serial_s - point.compute_s
+    return "" if not comm_s else f" ({100 * comm_s / (comm_s + whole_s):.0f} % of the experts' layer alone)"
+
+
+def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | None) -> list[str]:
+    lines = ["Nothing was run. Assumed, beside the figures asked for:", _rows_line(options, point)]
+    if whole is None:
+        lines += [
+            "  no rank is late; memory is not checked (--layers, --memory)",
+            "  not in the step: the all-reduce of dense gradients, the optimizer, everything outside the block pair",
+        ]
+    else:
+        lines.append("  no rank is late; the optimizer takes no time; stages are equal")
+    for flag, path in (("--model", options.model), ("--measured", options.measured)):
+        lines += [] if path is None else [f"  figures of {Path(path).name} ({flag}), where no option says otherwise"]
+    if options.machine is not None:
+        known = MACHINES[options.machine]
+        lines.append(f"  figures of {known.name}: {known.source}; how much of them is reached: docs/validation.md")
     if point.at.per_node < min(point.at.group, options.ranks_per_node):
         lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
@@ -103,8 +160,9 @@ def _assumptions(options: PlanOptions, point: Prediction) -> list[str]:
     lines += [
         f"  matmuls at {options.flops / 1e12:g} TFLOP/s (--flops); rows are moved at "
         f"{options.memory_bandwidth / 1e9:g} GB/s (--memory-bandwidth)",
-        f"  before its matmuls in a chunk, an expert's weights are read in {in_ms(weights_read_s(options))} "
-        "(--memory-bandwidth): by tokens once for every chunk, by expert groups once a step",
+        f"  {'beside' if options.weights == 'beside' else 'before'} its matmuls in a chunk, an expert's weights are "
+        f"read in {in_ms(weights_read_s(options))} (--weights, --memory-bandwidth): by tokens once for every chunk, by "
+        "expert groups once a step",
         f"  an exchange costs {_us(options.latency or 0)} (--latency) and {_us(options.message)} for each of its "
         f"{sum(point.at.peers.values())} messages (--message) beside its bytes",
         f"  the experts on one chunk, P and U cost {_us(options.launch)} beside their rows (--launch); starting an "
@@ -123,7 +181,7 @@ def _copies(options: PlanOptions, point: Prediction) -> list[str]:
     if not point.at.peers:
         return []
     phases: tuple[Phase, ...] = ("forward",) if options.phase == "infer" else ("forward", "backward")
-    row_bytes, params = options.hidden * options.dtype_bytes, 3 * options.hidden * options.ffn
+    row_bytes, params = options.hidden * options.dtype_bytes, expert_params(options)
     costs = costs_of(point.model, phases, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
     found = break_even(costs, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
     lines = break_even_text([one for one in found if one.wire in point.at.peers])
@@ -134,10 +192,11 @@ def _offload(options: PlanOptions, point: Prediction) -> list[str]:
     """Whether experts in host memory would be waited for."""
     if options.expert_offload is None:
         return []
-    experts, rows = options.experts // point.at.group, options.tokens * routed(options, point.kind)
-    expert_s = 0.0 if options.cost_model is not None else weights_read_s(options)
+    experts, rows = local_experts(options, point.at), options.tokens * routed(options, point.kind)
+    added = options.cost_model is None and options.weights == "added"
+    expert_s = weights_read_s(options) if added else 0.0  # beside the matmuls it is within their time
     rows_s = point.phases[0].window.chunking(1, "tokens").experts_s[0] - experts * expert_s
-    shape = OffloadShape(experts=experts, bytes_per_expert=3 * options.hidden * options.ffn * options.dtype_bytes,
+    shape = OffloadShape(experts=experts, bytes_per_expert=expert_params(options) * options.dtype_bytes,
                          bytes_per_s=options.expert_offload, rows_per_expert=rows / experts, row_s=rows_s / rows,
                          expert_s=expert_s)  # fmt: skip
     best, total_gb = plan_offload(shape)[0], 2e-9 * experts * shape.bytes_per_expert
@@ -154,7 +213,14 @@ def _offload(options: PlanOptions, point: Prediction) -> list[str]:
 def _rows_line(options: PlanOptions, point: Prediction) -> str:
     """Where the rows go."""
     if options.routing is None:
-        return "  every expert gets equally many rows"
+        most = busiest(options, point.at)
+        return (
+            "  every expert gets equally many rows"
+            if most == 1
+            else (
+                f"  the busiest rank has {most:.3g}x the mean rows (--skew, and experts that the ranks do not divide)"
+            )
+        )
     found = traffic_of(options, point.kind, point.at)
     return (
         f"  rows as in {Path(options.routing).name} (--routing): the most wanted expert has {found.max_over_mean:.2f}x "
@@ -167,8 +233,9 @@ def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
     """A warning where a chunk's experts read weights for longer than they compute."""
     phase = max(point.phases, key=lambda one: one.best.chunks if one.best.by == "tokens" else 1)
     chunks = phase.best.chunks if phase.best.by == "tokens" else 1
-    read_s = options.experts // point.at.group * weights_read_s(options)
-    matmul_s = (point.phases[0].window.chunking(1, "tokens").experts_s[0] - read_s) / chunks
+    read_s = local_experts(options, point.at) * weights_read_s(options)
+    rows = options.tokens * routed(options, point.kind) * busiest(options, point.at)
+    matmul_s = point.model.experts.beta_s * rows / chunks
     if read_s <= matmul_s:
         return []
     part = f" of one of {chunks} chunks" if chunks > 1 else ""

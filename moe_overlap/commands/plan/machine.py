@@ -1,16 +1,19 @@
 """From the figures of a machine and a model to the seconds of a step: a `CostModel` for any block pair and place.
 
-The timed unit is that of `moe-overlap bench layer`: attention, dense MLP, attention, experts; every MLP and expert is a
-SwiGLU of the same width. D hidden, F width, T tokens of a rank, S tokens that attention looks at, K experts per token.
+The timed unit is that of `moe-overlap bench layer`: attention, dense MLP, attention, experts; MLPs are SwiGLUs, experts
+too or of two matrices (M = 3 or 2). D hidden, F width (experts, MLP and shared expert may differ), T tokens of a rank,
+S tokens that attention looks at, K experts per token, g key heads for each query head.
 
-    matmul FLOPs forward   attention 8 T D^2 + 2 T S D (causal)   MLP 6 T D F   experts 6 D F for each row
+    matmul FLOPs forward   attention 4 (1 + g) T D^2 + 2 T S D (causal)   MLP 6 T D F   experts 2 M D F for each row
     backward               twice as many; of the experts half for the input, half for the weights
     rows moved             P, U and Pt read and write each row, Ut moves 3 D; the experts unpack and pack theirs
-    weights read           3 D F of every expert in every chunk, before its matmuls: chunks of tokens read all experts'
-                           weights each, chunks by expert groups only those of the group
+    weights read           M D F of every expert that has rows, in every chunk, beside its matmuls (the longer of both
+                           counts) or before them (--weights added): chunks of tokens read all experts' weights each,
+                           chunks by expert groups only those of the group
     deduplicated           rows moved follow from the rows for each choice; P, Ut, Pt, M and Mt also run small operators
                            on the ids, which were counted (SMALL_OPS, SMALL_BYTES), for a part of --launch each
-    exchange               latency + one message per peer + bytes / bandwidth, for each wire
+    exchange               latency + one message per peer + bytes / bandwidth, for each wire; a NIC of the node is
+                           shared by its ranks, and bytes for nodes beyond the first switch have --spine of the rate
     agreement              messages and bytes of `agreement/cost.py`, on the wire between nodes, before the rows move
 """
 
@@ -18,11 +21,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from moe_overlap.agreement.cost import AgreementCost, agreement_cost
-from moe_overlap.agreement.plan import ChunkBy
+from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
-from moe_overlap.commands.plan.traffic import Traffic, saved, traffic
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts, OpVerb
 from moe_overlap.planning.shapes import (
@@ -32,6 +35,8 @@ from moe_overlap.planning.shapes import (
     chance_of_none,
     distinct_ranks,
     metadata_bytes,
+    with_narrow_rows,
+    with_rows_for_nodes,
 )
 
 CHUNKS = (1, 2, 4, 8, 16)
@@ -60,21 +65,53 @@ class Place:
         found = {"inter": self.group - self.per_node, "intra": self.per_node - 1}
         return {wire: count for wire, count in found.items() if count}
 
+    @property
+    def nodes(self) -> int:
+        return self.group // self.per_node
+
+
+class Routed(Protocol):
+    """The traffic of a saved routing: `traffic.Traffic`, which knows torch."""
+
+    @property
+    def rows_per_token(self) -> float: ...
+    @property
+    def distinct_rows_per_token(self) -> float: ...
+    @property
+    def kept(self) -> float: ...
+    @property
+    def max_over_mean(self) -> float: ...
+    @property
+    def local_share(self) -> float: ...
+    def shape(self, chunks: int, by: ChunkBy, *, row_bytes: int, metadata: MetadataBytes | None) -> StepShape: ...
+    def to_json(self) -> dict[str, float]: ...
+
 
 def place(options: PlanOptions, *, ranks: int, bytes_per_s: float | None) -> Place:
     """With more ranks than experts, groups of as many ranks as there are experts exchange among themselves.
 
-    Where groups and nodes do not fit into each other, every rank has as few others on its node as the fewest.
+    Where groups and nodes do not fit into each other, every rank has as few others on its node as the fewest. Experts
+    that so many ranks do not divide: all ranks exchange, and some have an expert more (`local_experts`).
     """
-    group = math.gcd(ranks, options.experts)
+    group = ranks if ranks <= options.experts else math.gcd(ranks, options.experts)
     one_node = options.ranks_per_node >= ranks
     per_node = group if one_node else math.gcd(group, options.ranks_per_node)
     return Place(group=group, per_node=per_node, bytes_per_s=bytes_per_s)
 
 
+def local_experts(options: PlanOptions, at: Place) -> int:
+    """Of the rank that has most."""
+    return -(-options.experts // at.group)
+
+
 def routed(options: PlanOptions, kind: str) -> int:
     """Experts that a token is sent to."""
     return options.top_k if kind in ("top2", "calibrated") else options.top_k - 1
+
+
+def busiest(options: PlanOptions, at: Place) -> float:
+    """Rows of the busiest rank's experts over the mean: by the skew asked for, and by the experts that it has more."""
+    return options.skew * local_experts(options, at) * at.group / options.experts
 
 
 def op_verb(kind: str, model: CostModel) -> OpVerb:
@@ -100,14 +137,16 @@ def metadata(options: PlanOptions, kind: str) -> MetadataBytes:
 def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False) -> list[StepShape]:
     """One for every chunk count by tokens, and by expert groups where a rank has so many experts. `distinct`: of the
     deduplicated step."""
-    local = options.experts // at.group
+    local = local_experts(options, at)
+    for_nodes = distinct and options.dedup == "node" and len(at.peers) == 2
     cuts: list[tuple[int, ChunkBy]] = [(chunks, "tokens") for chunks in CHUNKS]
-    cuts += [(groups, "experts") for groups in GROUPS if groups <= local]
+    cuts += [(groups, "experts") for groups in GROUPS if groups <= local and not for_nodes]
     beside = metadata(options, kind) if distinct else None
     if options.routing is not None:
         found, row_bytes = traffic_of(options, kind, at), options.hidden * options.dtype_bytes
-        return [found.shape(chunks, by, row_bytes=row_bytes, metadata=beside) for chunks, by in cuts]
-    return [
+        saved_ones = [found.shape(chunks, by, row_bytes=row_bytes, metadata=beside) for chunks, by in cuts]
+        return [_narrowed(options, shape) for shape in saved_ones]
+    balanced = [
         balanced_shape(
             tokens=options.tokens,
             top_k=routed(options, kind),
@@ -119,13 +158,24 @@ def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False
             chunks=chunks,
             by=by,
             metadata=beside,
+            busiest=busiest(options, at),
         )
         for chunks, by in cuts
     ]
+    if for_nodes:
+        nodes = distinct_ranks(at.group * local, at.nodes, routed(options, kind)) * busiest(options, at)
+        balanced = [with_rows_for_nodes(shape, distinct_nodes=nodes, tokens=options.tokens) for shape in balanced]
+    return [_narrowed(options, shape) for shape in balanced]
 
 
-def traffic_of(options: PlanOptions, kind: str, at: Place) -> Traffic:
-    """The saved routing at a place."""
+def _narrowed(options: PlanOptions, shape: StepShape) -> StepShape:
+    return shape if options.dispatch_row_bytes is None else with_narrow_rows(shape, options.dispatch_row_bytes)
+
+
+def traffic_of(options: PlanOptions, kind: str, at: Place) -> Routed:
+    """The saved routing at a place, which is read with torch: a plan without one starts without it."""
+    from moe_overlap.commands.plan.traffic import saved, traffic
+
     assert options.routing is not None
     file = saved(options.routing, options.experts, options.top_k)
     return traffic(file, options.routing, experts=options.experts, top_k=routed(options, kind), tokens=options.tokens,
@@ -137,7 +187,7 @@ def distinct_rows(options: PlanOptions, kind: str, at: Place) -> float:
     likely."""
     if options.routing is not None:
         return traffic_of(options, kind, at).distinct_rows_per_token
-    return distinct_ranks(options.experts, at.group, routed(options, kind))
+    return distinct_ranks(at.group * local_experts(options, at), at.group, routed(options, kind))
 
 
 def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
@@ -146,7 +196,7 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         return replace(options.cost_model, exchange=_calibrated_wires(options, options.cost_model, at))
     flop_s, row_bytes = 1 / options.flops, options.hidden * options.dtype_bytes
     row_s = row_bytes / options.memory_bandwidth
-    matmul_s = 6 * options.hidden * options.ffn * flop_s
+    matmul_s = 2 * expert_params(options) * flop_s
     ops_s = backbone_s(options)
     inside = WINDOW_OPS[kind] if kind.startswith("scmoe") else 0
     whole_s = ops_s if kind.startswith("scmoe") else ops_s[:3]
@@ -180,7 +230,8 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         agree_s=agreement_s(options, at),
         distinct=_distinct_costs(options, kind, at, outside_s + router_s),
         outside_backward_s=2 * (outside_s + router_s),
-        issue_s=options.issue,
+        issue_s=options.issue if at.peers else 0.0,
+        weights_hidden=1.0 if options.weights == "beside" else 0.0,
         slowdown=options.slowdown,
         source="from numbers",
     )
@@ -189,10 +240,11 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
 def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float) -> DistinctCosts:
     """What differs where steps are deduplicated. outside_s: of forward, without the agreement."""
     row_s = options.hidden * options.dtype_bytes / options.memory_bandwidth
-    matmul_s = 6 * options.hidden * options.ffn / options.flops
+    matmul_s = 2 * expert_params(options) / options.flops
     top_k = routed(options, kind)
     # Rows for each choice, those that stay included: 1 where no two experts of a token are on one rank.
-    kept = at.group * (1 - chance_of_none(options.experts, options.experts // at.group, top_k)) / top_k
+    local = local_experts(options, at)
+    kept = at.group * (1 - chance_of_none(at.group * local, local, top_k)) / top_k
     if options.routing is not None and options.dedup != "off":
         kept = traffic_of(options, kind, at).kept
 
@@ -225,17 +277,17 @@ def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float
 def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     """Forward seconds of attention, MLP, attention, shared expert; the first three may have been given."""
     t, d = options.tokens, options.hidden
-    mlp_s = 6 * t * d * options.ffn / options.flops
+    mlp_s, shared_s = (6 * t * d * width / options.flops for width in (options.ffn, options.shared_width))
     if options.backbone is not None:
-        return (*options.backbone, mlp_s)
+        return (*options.backbone, shared_s)
     seen = min(options.sequence, t)
-    attention_s = (8 * t * d * d + 2 * t * seen * d) / options.flops
-    return attention_s, mlp_s, attention_s, mlp_s
+    attention_s = (4 * (1 + options.kv_share) * t * d * d + 2 * t * seen * d) / options.flops
+    return attention_s, mlp_s, attention_s, shared_s
 
 
 def agreement(options: PlanOptions, at: Place, *, distinct: bool = False) -> AgreementCost:
     """What it costs to agree on the counts of a step. `distinct`: of one that may be deduplicated."""
-    return agreement_cost(ranks=at.group, experts=options.experts, dedup=int(distinct))
+    return agreement_cost(ranks=at.group, experts=at.group * local_experts(options, at), dedup=int(distinct))
 
 
 def agreement_s(options: PlanOptions, at: Place, *, distinct: bool = False) -> float:
@@ -243,19 +295,33 @@ def agreement_s(options: PlanOptions, at: Place, *, distinct: bool = False) -> f
     if at.group == 1:
         return 0.0
     assert at.bytes_per_s is not None and options.intra_bandwidth is not None and options.latency is not None
-    rate = at.bytes_per_s if "inter" in at.peers else options.intra_bandwidth
+    rate = inter_rate(options, at) if "inter" in at.peers else options.intra_bandwidth
     cost = agreement(options, at, distinct=distinct)
     return cost.seconds(latency_s=options.latency, message_s=options.message, bytes_per_s=rate)
 
 
+def expert_params(options: PlanOptions) -> int:
+    """Numbers of one expert's weights."""
+    return options.matrices * options.hidden * options.expert_width
+
+
 def weights_read_s(options: PlanOptions) -> float:
-    """How long reading one expert's weights takes. It is added to the matmuls: with few rows little of it is hidden."""
-    return 3 * options.hidden * options.ffn * options.dtype_bytes / options.memory_bandwidth
+    """How long reading one expert's weights takes, beside its matmuls or before them (--weights)."""
+    return expert_params(options) * options.dtype_bytes / options.memory_bandwidth
+
+
+def inter_rate(options: PlanOptions, at: Place) -> float:
+    """Bytes per second of one rank to other nodes, all of them in use: its share of a NIC of the node, and less of it
+    for bytes that leave the first switch."""
+    assert at.bytes_per_s is not None
+    rate = at.bytes_per_s / (min(at.per_node, options.ranks_per_node) if options.nic == "node" else 1)
+    beyond = max(0, at.nodes - options.leaf) / max(1, at.nodes - 1)
+    return rate / (1 - beyond + beyond / options.spine)
 
 
 def _wires(options: PlanOptions, at: Place) -> dict[str, AlphaBeta]:
-    assert at.bytes_per_s is not None and options.intra_bandwidth is not None and options.latency is not None
-    rates = {"inter": at.bytes_per_s, "intra": options.intra_bandwidth}
+    assert options.intra_bandwidth is not None and options.latency is not None
+    rates = {"inter": inter_rate(options, at), "intra": options.intra_bandwidth}
     return {
         wire: AlphaBeta(alpha_s=options.latency + count * options.message, beta_s=1 / rates[wire])
         for wire, count in at.peers.items()

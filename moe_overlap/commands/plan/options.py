@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -11,24 +12,40 @@ from pathlib import Path
 from typing import Any
 
 from moe_overlap.commands.parser import OneLineParser, check_count, check_number, flag_of
-from moe_overlap.commands.plan.traffic import saved
+from moe_overlap.commands.plan.logs import measured_figures
+from moe_overlap.commands.plan.model_file import model_figures
+from moe_overlap.commands.plan.presets import machine_figures
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import read_regular
 from moe_overlap.planning.cost_model import CostModel
+from moe_overlap.planning.machines import MACHINES
 from moe_overlap.planning.window import Slowdown
-from moe_overlap.transport.link import LinkSpec
 
 KINDS = ("top2", "shared1", "scmoe_pos1", "scmoe_pos2", "scmoe_pos3")
-PHASES = ("infer", "train")
-DEDUP = ("off", "on", "auto")
+CHOICES = {
+    "dtype": ("bf16", "fp16", "fp32", "fp64"),
+    "phase": ("infer", "train"),
+    "dedup": ("off", "on", "node", "auto"),
+    "nic": ("rank", "node"),
+    "weights": ("beside", "added"),
+    "dispatch_dtype": ("same", "fp8"),
+    "optimizer": ("sharded", "whole", "none"),
+    "recompute": ("off", "on"),
+}
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MAX_FILE_BYTES = 1 << 20
 LONGEST_S = 3600.0
+MOST_DRAWS = 1000
+FASTEST_RATE = 1e15
 FASTEST_FLOPS = 1e24
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ns|us|ms|s)")
 _TIMES = {"ns": "e-9", "us": "e-6", "ms": "e-3", "s": ""}
 _FLOPS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([gtp])flops?(?:/s)?")
+_RATE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(kbit|mbit|gbit|kb|mb|gb)(?:/s|ps)?")
+_RATES = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([mgt])b")
+_SIZES = {"m": "e6", "g": "e9", "t": "e12"}
 _NEGATIVE = re.compile(r"-[.\d]")
 _FLOPS_UNITS = {"g": "e9", "t": "e12", "p": "e15"}
 
@@ -38,17 +55,28 @@ class PlanOptions:
     """One question. Rates are those of one rank, in bytes or FLOPs per second; times in seconds.
 
     `flops` to `backbone` are assumptions about the machine, which a `cost_model` replaces; beside one, None among the
-    wires' figures means what was calibrated. `kind` None: top2.
+    wires' figures means what was calibrated. `kind` None: top2. `expert_ffn`, `shared_ffn` 0: as `ffn`. `machine`,
+    `model` and `measured`: where figures came from; they are the other fields'.
     """
 
     ranks: int = 64
     ranks_per_node: int = 8
     tokens: int = 8192
+    model: str | None = None
+    machine: str | None = None
+    measured: str | None = None
     hidden: int = 4096
     ffn: int = 8192
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    matrices: int = 3
     experts: int = 64
     top_k: int = 2
+    heads: int = 1
+    kv_heads: int = 1
+    skew: float = 1.0
     dtype: str = "bf16"
+    dispatch_dtype: str = "same"
     kind: str | None = None
     phase: str = "train"
     dedup: str = "auto"
@@ -61,38 +89,90 @@ class PlanOptions:
     message: float = 1e-6
     launch: float = 20e-6
     issue: float = 5e-6
-    compute_slowdown: float = 1.1
-    wire_slowdown: float = 1.0
+    compute_slowdown: float = 1.2
+    wire_slowdown: float = 1.2
+    nic: str = "rank"
+    leaf: int = 16
+    spine: float = 1.0
+    weights: str = "beside"
     sequence: int = 4096
     backbone: tuple[float, ...] | None = None
     cost_model: CostModel | None = None
+    layers: int = 0
+    moe_layers: int = 0
+    vocab: int = 0
+    stages: int = 1
+    micro_batches: int = 1
+    optimizer: str = "sharded"
+    recompute: str = "off"
+    memory: float = 0.0
+    price: float = 0.0
+    draws: int = 20
     expert_offload: float | None = None
     out: str = "out/plan"
 
     def __post_init__(self) -> None:
-        for name in "ranks ranks_per_node tokens hidden ffn experts top_k sequence".split():
+        counts = (
+            "ranks ranks_per_node tokens hidden ffn experts top_k heads kv_heads leaf sequence stages micro_batches"
+        )
+        for name in counts.split():
             check_count(name, getattr(self, name))
-        larger, smaller = max(self.ranks, self.experts), min(self.ranks, self.experts)
-        if larger % smaller:
-            expected = f"a multiple or a divisor of --experts ({self.experts}): ranks have equally many experts"
+        for name in "expert_ffn shared_ffn layers moe_layers vocab draws".split():
+            if getattr(self, name):
+                check_count(name, getattr(self, name))
+        if self.ranks > self.experts and self.ranks % self.experts:
+            expected = f"at most --experts ({self.experts}), or a multiple: whole groups of ranks have all experts"
             raise ConfigError("--ranks", self.ranks, expected)
         if self.ranks_per_node < self.ranks and self.ranks % self.ranks_per_node:
             expected = f"a divisor of --ranks ({self.ranks}), or as many and more where one node has them all"
             raise ConfigError("--ranks-per-node", self.ranks_per_node, expected)
-        if self.dtype not in DTYPE_BYTES:
-            raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPE_BYTES)}")
-        if self.phase not in PHASES:
-            raise ConfigError("--phase", self.phase, f"one of {', '.join(PHASES)}")
-        if self.dedup not in DEDUP:
-            raise ConfigError("--dedup", self.dedup, f"one of {', '.join(DEDUP)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(flag_of(name), getattr(self, name), f"one of {', '.join(known)}")
+        if self.matrices not in (2, 3):
+            raise ConfigError("--matrices", self.matrices, "3 (SwiGLU) or 2 (one activation, no gate)")
+        if self.heads % self.kv_heads:
+            raise ConfigError("--kv-heads", self.kv_heads, f"a divisor of --heads ({self.heads})")
+        check_number("skew", self.skew, 1, 1e4)
+        check_number("spine", self.spine, 0.01, 1)
+        check_number("price", self.price, 0, 1e6)
+        self._check_model()
         if self.dedup == "on" and self.cost_model is not None and self.cost_model.distinct is None:
             expected = "off, or a --cost-model that was calibrated with --dedup"
             raise ConfigError("--dedup", self.dedup, expected)
         for name in ("compute_slowdown", "wire_slowdown"):
             check_number(name, getattr(self, name), 1, 100)
         self._check_kind()
+        self._check_together()
         if self.routing is not None:
+            from moe_overlap.commands.plan.traffic import saved  # with torch, which nothing else here needs
+
             saved(self.routing, self.experts, self.top_k)
+
+    def _check_model(self) -> None:
+        """What is asked about the model around the block pair."""
+        if self.moe_layers > self.layers:
+            raise ConfigError("--moe-layers", self.moe_layers, f"at most --layers ({self.layers})")
+        if self.draws > MOST_DRAWS:
+            raise ConfigError("--draws", self.draws, f"from 0 to {MOST_DRAWS}")
+        if not self.layers:
+            wrong = [name for name, value in (("stages", self.stages > 1), ("price", self.price > 0)) if value]
+            if wrong:
+                raise ConfigError(flag_of(wrong[0]), getattr(self, wrong[0]), "--layers (or --model) beside it")
+        elif self.layers % self.stages:
+            raise ConfigError("--stages", self.stages, f"a divisor of --layers ({self.layers})")
+
+    def _check_together(self) -> None:
+        """What does not go together."""
+        for name, value, default in (("skew", self.skew, 1.0), ("dedup", self.dedup == "node", False)):
+            if self.routing is not None and value != default:
+                raise ConfigError(flag_of(name), getattr(self, name), "no such value beside --routing")
+        if (self.routing is not None or self.cost_model is not None) and self.ranks <= self.experts:
+            if self.experts % self.ranks:
+                expected = f"a divisor of --experts ({self.experts}) beside --routing and --cost-model"
+                raise ConfigError("--ranks", self.ranks, expected)
+        if self.cost_model is not None and self.dedup == "node":
+            raise ConfigError("--dedup", "node", "off, on or auto beside --cost-model")
 
     def _check_kind(self) -> None:
         if self.cost_model is not None:
@@ -101,8 +181,11 @@ class PlanOptions:
             return
         if self.kind is not None and self.kind not in KINDS:
             raise ConfigError("--kind", self.kind, f"one of {', '.join(KINDS)}")
-        if not 2 <= self.top_k <= self.experts:
-            expected = f"an integer from 2 to --experts ({self.experts}); the shared-expert kinds route to one less"
+        least = 1 if self.kind in (None, "top2") else 2
+        if not least <= self.top_k <= self.experts + least - 1:
+            expected = (
+                f"an integer from {least} to --experts ({self.experts}); the shared-expert kinds route to one less"
+            )
             raise ConfigError("--top-k", self.top_k, expected)
 
     @property
@@ -111,6 +194,10 @@ class PlanOptions:
         if self.cost_model is not None:
             return ("calibrated",)
         asked = self.kind or KINDS[0]
+        if self.top_k == 1:
+            return (asked,)
+        if self.top_k > self.experts:  # all experts and a shared one: no kind without it can be compared
+            return (asked, *(kind for kind in KINDS[1:] if kind != asked))
         return (asked, *(kind for kind in KINDS if kind != asked))
 
     @property
@@ -118,8 +205,30 @@ class PlanOptions:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def expert_width(self) -> int:
+        return self.expert_ffn or self.ffn
+
+    @property
+    def shared_width(self) -> int:
+        return self.shared_ffn or self.ffn
+
+    @property
+    def kv_share(self) -> float:
+        return self.kv_heads / self.heads
+
+    @property
+    def dispatch_row_bytes(self) -> int | None:
+        """Of a row on its way to the experts, where that is narrower: a byte a number, a float32 scale for 128."""
+        return None if self.dispatch_dtype == "same" else self.hidden + 4 * -(-self.hidden // 128)
+
+    @property
     def slowdown(self) -> Slowdown:
         return Slowdown(compute=self.compute_slowdown, wire=self.wire_slowdown)
+
+    @property
+    def counted_moe_layers(self) -> int:
+        """Of `layers`, those with experts."""
+        return self.moe_layers or self.layers
 
     def to_json(self) -> dict[str, Any]:
         """The options as they were understood, in SI units."""
@@ -128,14 +237,11 @@ class PlanOptions:
 
 
 def _rate(flag: str, text: str) -> float:
-    expected = "a rate such as 400gbit or 50GB (kbit mbit gbit kB MB GB per second)"
-    try:
-        link = None if ":" in text else LinkSpec.parse(text)
-    except ConfigError:
-        link = None
-    if link is None:
-        raise ConfigError(flag, text, expected)
-    return link.bytes_per_s
+    match = _RATE.fullmatch(text.strip().lower()) if text.isascii() else None
+    rate = float(match[1]) * _RATES[match[2]] if match else 0.0
+    if not 1 <= rate <= FASTEST_RATE:
+        raise ConfigError(flag, text, "a rate such as 400gbit or 50GB (kbit mbit gbit kB MB GB per second)")
+    return rate
 
 
 def _rate_or_none(flag: str, text: str) -> float | None:
@@ -158,6 +264,13 @@ def _flops(flag: str, text: str) -> float:
             flag, text, f"a rate up to {FASTEST_FLOPS:g} a second, such as 400tflops (gflops tflops pflops)"
         )
     return flops
+
+
+def _bytes(flag: str, text: str) -> float:
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is None:
+        raise ConfigError(flag, text, "a size such as 80GB (MB GB TB)")
+    return float(match[1] + _SIZES[match[2]])
 
 
 def _backbone(flag: str, text: str) -> tuple[float, ...] | None:
@@ -193,6 +306,7 @@ TEXTS: dict[str, tuple[Any, str, str]] = {
     "launch": (_seconds, "20us", "assumed: fixed cost of the experts on one chunk, of P and of U"),
     "issue": (_seconds, "5us", "assumed: compute-lane time of starting an exchange, and of waiting for it"),
     "backbone": (_backbone, "auto", "auto (from FLOPs), or forward times of attention, MLP, attention: 1ms,2ms,1ms"),
+    "memory": (_bytes, "0GB", "of a rank's card, to say whether the model fits; 0GB: nobody asks"),
     "cost_model": (_cost_model, "", "calibrated JSON instead of --flops and the other assumptions about compute"),
     "expert_offload": (_rate_or_none, "", "experts in host memory, over a link of this rate in each direction (50GB)"),
 }
@@ -200,19 +314,44 @@ HELP = {
     "ranks": "ranks; with more than --experts, groups of --experts ranks exchange among themselves",
     "ranks_per_node": "ranks that share a node",
     "tokens": "tokens per rank",
+    "model": "config.json of a Hugging Face model: sizes, experts, shared expert and layers, where not given here",
+    "measured": "output of nccl-tests' alltoall_perf or DeepEP's tests, or a Kineto trace: rates and latency of wires, "
+    "where not given here",
+    "machine": "whose figures are taken where not given here: " + ", ".join(MACHINES),
     "hidden": "model width",
-    "ffn": "width of the dense MLP, the shared expert and each routed expert (SwiGLU)",
+    "ffn": "width of the dense MLP, and of the shared expert and each routed expert where not given (SwiGLU)",
+    "expert_ffn": "width of each routed expert; 0: --ffn",
+    "shared_ffn": "width of the shared expert; 0: --ffn",
+    "matrices": "of an expert: 3 (SwiGLU) or 2",
+    "heads": "query heads of attention, of which only the ratio to --kv-heads counts",
+    "kv_heads": "key and value heads (grouped-query attention)",
+    "skew": "assumed: rows of the busiest rank over the mean",
+    "dispatch_dtype": "of rows on their way to the experts in forward: same, or fp8 (with a scale for 128 numbers)",
+    "nic": "whose --bandwidth is: of each rank, or of its node, whose ranks share it (rank, node)",
+    "leaf": "assumed: nodes at one switch of the first level",
+    "spine": "assumed: share of --bandwidth left to bytes for nodes beyond that switch",
+    "weights": "assumed: experts' weights are read beside their matmuls (GPUs), or added before them (beside, added)",
     "experts": "routed experts over all ranks",
     "top_k": "routed experts per token of kind top2; the others route to one less and have a shared expert",
-    "dtype": "of weights and rows: " + ", ".join(DTYPE_BYTES),
+    "dtype": "of weights and rows: " + ", ".join(CHOICES["dtype"]),
     "kind": "block pair to explain: " + ", ".join(KINDS) + " (default top2; with --cost-model as calibrated)",
-    "dedup": "one row for each (token, rank): off, on, or auto (where it is predicted to be faster)",
+    "dedup": "one row for each (token, rank): off, on, node (one for each (token, node) between nodes), or auto (on "
+    "where that is predicted to be faster)",
     "routing": "saved routing (moe-overlap train --save-routing), whose tokens are taken instead of equally many rows "
     "for every expert",
     "phase": "infer (forward) or train (forward and backward)",
     "compute_slowdown": "assumed: how much longer compute takes while an exchange is under way (16 of 132 SMs: 1.14)",
     "wire_slowdown": "assumed: how much longer an exchange takes beside compute",
     "sequence": "assumed: tokens that attention looks at (causal; at most --tokens)",
+    "layers": "of the whole model, to forecast its step; 0: the block pair alone",
+    "moe_layers": "of --layers, those with experts, where not all have them; 0: all",
+    "vocab": "of the whole model: rows of its embedding and of its head",
+    "stages": "pipeline stages, which share the layers out (1F1B)",
+    "micro_batches": "of a step, each of --tokens tokens a rank",
+    "optimizer": "where Adam's 12 bytes a parameter lie: sharded over a parameter's replicas, whole on each, or none",
+    "recompute": "activations of a layer are computed again in backward: off, on",
+    "price": "of a rank for an hour, in whatever money, to say what tokens cost; 0: nobody asks",
+    "draws": "how often the assumptions are drawn anew to say how sure the gain is; 0: never",
     "out": "folder for plan.png and plan.json",
 }
 # Options about the wires, which replace what a cost model was calibrated with only where they are given.
@@ -220,7 +359,8 @@ WIRES = ("bandwidth", "latency", "intra_bandwidth")
 # Options that a cost model answers instead.
 CALIBRATED = (
     "flops", "memory_bandwidth", "message", "launch", "issue", "compute_slowdown", "wire_slowdown", "backbone", "kind",
-    "sequence",
+    "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "shared_ffn", "heads", "kv_heads",
+    "dispatch_dtype",
 )  # fmt: skip
 
 
@@ -230,28 +370,43 @@ def parse(argv: Sequence[str]) -> PlanOptions:
         prog="moe-overlap plan",
         description="Predict, from numbers alone, which schedule of a MoE block pair wins where.",
     )
-    defaults = PlanOptions()
     for field in fields(PlanOptions):
         if field.name in TEXTS:
             _, default, text = TEXTS[field.name]
-            parser.add_argument(flag_of(field.name), metavar="TEXT", help=f"{text} (default: {default or 'none'})")
+            parser.add_argument(flag_of(field.name), metavar="TEXT", default=argparse.SUPPRESS,
+                                help=f"{text} (default: {default or 'none'})")  # fmt: skip
         else:
-            value = getattr(defaults, field.name)
+            value = field.default
             said = HELP[field.name] if value is None else f"{HELP[field.name]} (default: {value})"
-            parser.add_argument(
-                flag_of(field.name), type=str if value is None else type(value), default=value, help=said
-            )
-    values = vars(parser.parse_args(_with_negative_values(argv)))
-    if values["cost_model"] == "":
+            parser.add_argument(flag_of(field.name), type=str if value is None else type(value),
+                                default=argparse.SUPPRESS, help=said)  # fmt: skip
+    return _filled_in(vars(parser.parse_args(_with_negative_values(argv))))
+
+
+def _filled_in(given: dict[str, Any]) -> PlanOptions:
+    """What was given, and for the rest the model's figures, the machine's, a calibrated model's, or the defaults."""
+    if given.get("cost_model") == "":
         raise ConfigError("--cost-model", "", "a file of moe-overlap calibrate --out")
-    calibrated = values["cost_model"] is not None
+    if given.get("nic") == "node" and not {"ranks_per_node", "machine"} & set(given):
+        raise ConfigError("--nic", "node", "--ranks-per-node (or --machine) beside it: the node's ranks share the rate")
+    calibrated = "cost_model" in given
     for name in CALIBRATED:
-        if calibrated and values[name] not in (None, getattr(defaults, name)):
-            raise ConfigError(flag_of(name), values[name], "no such option beside --cost-model, which says what it is")
-    for name, (read, default, _) in TEXTS.items():
-        if values[name] is None and calibrated and name in WIRES:
-            continue
-        values[name] = read(flag_of(name), default if values[name] is None else values[name])
+        if calibrated and name in given:
+            raise ConfigError(flag_of(name), given[name], "no such option beside --cost-model, which says what it is")
+    values = {name: read(flag_of(name), given.get(name, default)) for name, (read, default, _) in TEXTS.items()
+              if name in given or not (calibrated and name in WIRES)}  # fmt: skip
+    values |= {name: None for name in WIRES if name not in values}
+    values |= {name: value for name, value in given.items() if name not in TEXTS}
+    if "model" in given:
+        values = {name: value for name, value in model_figures(given["model"]).items() if not calibrated
+                  or name not in CALIBRATED} | values  # fmt: skip
+    if "machine" in given:
+        figures = machine_figures(given["machine"], dtype=values.get("dtype", "bf16"))
+        values |= {name: value for name, value in figures.items() if name not in given}
+    if "measured" in given:
+        per_node = values.get("ranks_per_node", PlanOptions.ranks_per_node)
+        figures = measured_figures(given["measured"], ranks_per_node=per_node)
+        values |= {name: value for name, value in figures.items() if name not in given}
     return PlanOptions(**values)
 
 

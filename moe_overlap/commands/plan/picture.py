@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_overlap.commands.plan.machine import CHUNKS, op_names
 from moe_overlap.commands.plan.options import PlanOptions
-from moe_overlap.commands.plan.sweep import PhasePlan, Prediction, Sweep, speedups_over
+from moe_overlap.commands.plan.sweep import PhasePlan, Prediction, Sweep, number_text, speedups_over, unit_of
 from moe_overlap.measure.picture import Panel, draw_panel, write_figure
 from moe_overlap.planning.search import timeline
 from moe_overlap.schedule.actions import Schedule
@@ -28,20 +28,6 @@ TALLEST = 3.5  # of compute alone: slower steps leave the upper left plot at its
 CODES = (
     "s serial   r4 four chunks   e4 four expert groups   k1 one op first   k* ops between the chunks   d deduplicated"
 )
-
-
-def rate_text(bytes_per_s: float) -> str:
-    """A rate as people say it: 50e9 bytes per second is "400 Gbit/s"."""
-    bits, unit = _unit(bytes_per_s)
-    return f"{_number(bits * bytes_per_s)} {unit}"
-
-
-def _unit(bytes_per_s: float) -> tuple[float, str]:
-    return (8e-9, "Gbit/s") if bytes_per_s >= 1.25e8 else (8e-6, "Mbit/s")
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def events_of(plan: PhasePlan) -> list[TimelineEvent]:
@@ -98,8 +84,8 @@ def _title(options: PlanOptions, point: Prediction) -> str:
 
 def _scale(found: Sweep) -> tuple[float, str, list[str]]:
     """(bits of that unit per byte, label, ticks) of the bandwidth axis, by the rate in its middle."""
-    bits, unit = _unit(found.bandwidths[len(found.bandwidths) // 2])
-    ticks = [_number(bits * rate) for rate in found.bandwidths]
+    bits, unit = unit_of(found.bandwidths[len(found.bandwidths) // 2])
+    ticks = [number_text(bits * rate) for rate in found.bandwidths]
     return bits, f"bandwidth of one rank to other nodes, {unit}", ticks
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from moe_overlap.agreement.plan import ChunkBy
-from moe_overlap.auto.pairs import pair_of
+from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, routed, shapes
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.explain import bound_s, name_of
+from moe_overlap.planning.pair import pair_of
 from moe_overlap.planning.search import TIE, Candidate, search
 from moe_overlap.planning.window import Window
 from moe_overlap.schedule.actions import Phase
@@ -87,7 +87,7 @@ class Prediction:
         """Whether the plan is: as asked for, or where that is faster."""
         if self.distinct is None or self.dedup == "off":
             return False
-        return self.dedup == "on" or total_s(self.distinct) < total_s(self.plain) * (1 - TIE)
+        return self.dedup in ("on", "node") or total_s(self.distinct) < total_s(self.plain) * (1 - TIE)
 
     @property
     def phases(self) -> tuple[PhasePlan, ...]:
@@ -188,7 +188,7 @@ def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float |
         return tuple(phases)
 
     could_pay = at.group > 1 and options.experts > at.group and routed(options, kind) > 1
-    asked_for = options.dedup == "on" or (options.dedup == "auto" and could_pay)
+    asked_for = options.dedup in ("on", "node") or (options.dedup == "auto" and could_pay)
     distinct = planned(distinct=True) if asked_for and at.group > 1 and model.distinct is not None else None
     return Prediction(kind=kind, ranks=ranks, at=at, model=model, dedup=options.dedup, plain=planned(distinct=False),
                       distinct=distinct)  # fmt: skip
@@ -261,3 +261,17 @@ def sweep(options: PlanOptions) -> Sweep:
 def speedups_over(sweep: Sweep, reference: Sequence[Prediction], kind: str) -> list[float]:
     """How much faster the planned `kind` is than the serial schedule of `reference`, at each bandwidth."""
     return [base.serial_s / one.time_s for base, one in zip(reference, sweep.lines[kind], strict=True)]
+
+
+def rate_text(bytes_per_s: float) -> str:
+    """A rate as people say it: 50e9 bytes per second is "400 Gbit/s"."""
+    bits, unit = unit_of(bytes_per_s)
+    return f"{number_text(bits * bytes_per_s)} {unit}"
+
+
+def unit_of(bytes_per_s: float) -> tuple[float, str]:
+    return (8e-9, "Gbit/s") if bytes_per_s >= 1.25e8 else (8e-6, "Mbit/s")
+
+
+def number_text(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

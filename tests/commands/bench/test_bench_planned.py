@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from moe_overlap import MoELayer
-from moe_overlap.auto.pairs import pair_of
 from moe_overlap.commands.bench.planned import AsItIs, mirrored
+from moe_overlap.planning.pair import pair_of
 from moe_overlap.planning.search import search
 from moe_overlap.planning.window import Chunking, Window
 from moe_overlap.schedule.builders import deduplicate, serial, shortcut

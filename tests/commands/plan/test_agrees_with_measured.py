@@ -25,7 +25,8 @@ RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "cpu-2core"
 FILES = sorted({*RESULTS.glob("*bench-*.jsonl"), *RESULTS.glob("*predict.jsonl"), *RESULTS.glob("*limit.jsonl")})
 CLOSE, MOST_OF_THEM, ANY = 0.10, 0.95, 0.15
 # Of this machine, the same for all rows: to start something, to move bytes, and how the wire suffers beside compute.
-MACHINE = {"launch": 1e-4, "issue": 1e-4, "memory_bandwidth": 1e10, "wire_slowdown": 1.05, "sequence": 256}
+MACHINE = {"launch": 1e-4, "issue": 1e-4, "memory_bandwidth": 1e10, "wire_slowdown": 1.05, "sequence": 256,
+           "weights": "added"}  # fmt: skip
 
 
 def options_of(row):

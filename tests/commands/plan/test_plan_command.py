@@ -10,8 +10,8 @@ import pytest
 from moe_overlap.commands.cli import main
 from moe_overlap.commands.plan.machine import cost_model, place, routed, shapes
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
-from moe_overlap.commands.plan.picture import events_of, rate_text
-from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, sweep
+from moe_overlap.commands.plan.picture import events_of
+from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, rate_text, sweep
 
 OPTIONS = PlanOptions()
 
@@ -35,11 +35,12 @@ def test_texts_are_read_in_si_units():
     ("words", "option"),
     [
         ("--ranks 0", "--ranks"),
-        ("--ranks 48", "--ranks"),
+        ("--ranks 96", "--ranks"),
+        ("--ranks 48 --skew 0", "--skew"),
         ("--ranks many", "--ranks"),
         ("--ranks-per-node 3", "--ranks-per-node"),
         ("--tokens 0", "--tokens"),
-        ("--top-k 1", "--top-k"),
+        ("--kind shared1 --top-k 1", "--top-k"),
         ("--top-k 65", "--top-k"),
         ("--kind top3", "--kind"),
         ("--phase decode", "--phase"),
@@ -140,7 +141,7 @@ def test_a_cost_model_from_numbers_by_hand():
 
 
 def test_the_serial_step_by_hand():
-    options = replace(OPTIONS, phase="infer", issue=1e-3, compute_slowdown=1.0)
+    options = replace(OPTIONS, phase="infer", issue=1e-3, compute_slowdown=1.0, weights="added")
     one = asked(options, "top2")
     model, shape = one.model, shapes(options, "top2", one.at)[0]
     (exchange_s,) = {model.exchange_s({wire: sizes[0] for wire, sizes in shape.bytes_by_lane.items()})}

@@ -1,4 +1,4 @@
-"""From what a search found to what a layer runs: candidates as a pair of schedules."""
+"""From what the search found to what runs: the pair of schedules of two candidates."""
 
 from __future__ import annotations
 

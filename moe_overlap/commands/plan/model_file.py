@@ -1,0 +1,81 @@
+"""The sizes of a model from the config.json that Hugging Face keeps beside its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_overlap.errors import ConfigError
+from moe_overlap.measure.files import read_regular
+
+FLAG = "--model"
+MOST_BYTES = 1 << 20
+# What models call the same thing; the first name that a config has counts.
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+EXPERT_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
+SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
+SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")
+EVERY = ("moe_layer_freq", "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
+DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+def model_figures(path: str) -> dict[str, Any]:
+    """Fields of `PlanOptions`, by name. A model with shared experts has kind shared1, whose top_k counts the shared one
+    too. Raises ConfigError("--model") for a file that is no config, or one without experts."""
+    config = _config(path)
+    experts, top_k = (_count(path, config, names) for names in (EXPERTS, TOP_K))
+    if experts is None or top_k is None:
+        expected = f"a config of a model with experts: one of {', '.join(EXPERTS)}, and one of {', '.join(TOP_K)}"
+        raise ConfigError(FLAG, path, expected)
+    hidden, width = (_count(path, config, names) for names in (("hidden_size", "d_model"), EXPERT_WIDTH))
+    if hidden is None or width is None:
+        raise ConfigError(FLAG, path, f"a config with hidden_size and one of {', '.join(EXPERT_WIDTH)}")
+    dense = _count(path, config, ("intermediate_size", "ffn_hidden_size"))
+    shared_count, shared_width = _count(path, config, SHARED_COUNT), _count(path, config, SHARED_WIDTH)
+    found: dict[str, Any] = {
+        "hidden": hidden, "ffn": dense or width, "expert_ffn": width, "experts": experts, "top_k": top_k,
+    }  # fmt: skip
+    if shared_count or shared_width:
+        shared = shared_width or width * (shared_count or 1)
+        found |= {"kind": "shared1", "top_k": top_k + 1, "shared_ffn": shared}
+    heads = _count(path, config, ("num_attention_heads",))
+    if heads:
+        found |= {"heads": heads, "kv_heads": _count(path, config, ("num_key_value_heads",)) or heads}
+    layers = _count(path, config, ("num_hidden_layers", "num_layers"))
+    if layers:
+        every, first = _count(path, config, EVERY) or 1, _count(path, config, DENSE_FIRST) or 0
+        found |= {"layers": layers, "moe_layers": -(-max(0, layers - first) // every)}
+    found["vocab"] = _count(path, config, ("vocab_size",)) or 0
+    dtype = config.get("torch_dtype", config.get("dtype"))
+    return found | ({"dtype": DTYPES[dtype]} if dtype in DTYPES else {})
+
+
+def _config(path: str) -> Mapping[str, Any]:
+    """The file's object; of a model of several parts, the text's."""
+    try:
+        config = json.loads(read_regular(Path(path), most_bytes=MOST_BYTES))
+    except OSError as error:
+        raise ConfigError(FLAG, path, f"a file that can be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(FLAG, path, "a config.json of a Hugging Face model") from None
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    if not isinstance(config, dict):
+        raise ConfigError(FLAG, path, "a config.json of a Hugging Face model: an object")
+    return config
+
+
+def _count(path: str, config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """The value of the first of these names that the config has; None where it has none of them."""
+    for name in names:
+        value = config.get(name)
+        if value is None or isinstance(value, list) or value is False:  # a pattern by layer: no count
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(FLAG, path, f"{name} an integer of at least 0, got {value!r}")
+        return value
+    return None
