@@ -161,7 +161,7 @@ def _with_wire(window: Window, factor: float) -> Window:
 def draw_to_scale(window: Window, candidate: Candidate, *, columns: int = COLUMNS) -> str:
     """The lanes on a time axis of `columns` characters. An action begins with its name; a dot is an idle lane."""
     schedule = Schedule.parse(candidate.order)
-    lanes = {lane: ["."] * columns for lane in LANES}
+    lanes = {lane: ["."] * columns for lane in LANES if lane != "copy" or any(one.lane == lane for one in schedule)}
     spans = _spans(window, candidate)
     per_s = columns / max(candidate.predicted_s, 1e-300)
     for action, (start_s, end_s) in zip(schedule, spans, strict=True):
