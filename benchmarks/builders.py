@@ -75,9 +75,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     options = LayerOptions(ranks=world.size, tokens=known.tokens, hidden=known.hidden, ffn=known.ffn,
                            experts=4 * world.size, dtype="fp32", link=known.link, repeats=known.repeats)  # fmt: skip
-    wires = Wires.open(world, options.timeout_s)
-    wires.emulate(LinkSpec.parse(known.link), 1)
-    rows = [row for phase in known.phases.split(",") for row in rows_of(world, options, wires, phase)]
+    rows = [row for phase in known.phases.split(",") for row in rows_of(world, options, phase)]
     if world.rank == 0:
         for row in rows:
             print(f"{row['phase']:5} {row['case']:10} {row['builder']:18} {row['time_ms_median']:7.2f} ms, "
@@ -88,12 +86,14 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     return 0
 
 
-def rows_of(world: World, options: LayerOptions, wires: Wires, phase: str) -> list[dict[str, Any]]:
+def rows_of(world: World, options: LayerOptions, phase: str) -> list[dict[str, Any]]:
     """The rows of one phase. Collective."""
     ids_TK, weights_TK = load("balanced", out=options.out, tokens=options.tokens, experts=options.experts,
                               top_k=options.top_k, rank=world.rank, ranks=world.size)  # fmt: skip
     variants = []
     for case, builders in BUILDERS.items():
+        wires = Wires.open(world, options.timeout_s)  # for each: a transport is open for layers of one form
+        wires.emulate(LinkSpec.parse(options.link), 1)
         model = BlockPair(case, options.sizes, ids_TK, weights_TK, wires.core, dtype=options.torch_dtype)
         for name, pair in builders.items():
             variants += [Variant(name=f"{case} {name}", model=model, pair=pair.join(joined), transport=wires.link)

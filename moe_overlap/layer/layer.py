@@ -94,6 +94,8 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     after `prepare(model)` that of their mean, which is what DDP and FSDP2 make of every other gradient.
     """
 
+    _ticket: weakref.ref[Ticket] | None = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -167,7 +169,6 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
             dtype=factory["dtype"] or torch.get_default_dtype(),
         )  # fmt: skip
         self._check_router()
-        self._ticket: weakref.ref[Ticket] | None = None
         self._forget()
 
     # ---------------------------------------------------------------- the layer as a sentence

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_overlap.auto.auto import MOST_MISFIT
 from moe_overlap.commands import calibrate
 from moe_overlap.commands.calibrate import main, parse
 from moe_overlap.errors import ConfigError
@@ -32,8 +33,13 @@ def test_measures_keeps_and_explains(tmp_path):
     assert done.returncode == 0, done.stderr
     model = CostModel.from_json(json.loads(out.read_text()))
     assert model.exchange["inter"](10_000) > 0.9 * 4e-3  # 10 kB at 20 Mbit/s; more where the machine is busy
-    (kept,) = set(tmp_path.glob("*.json")) - {out}
-    assert str(kept) in done.stdout and "chosen by the planner" in done.stdout and "-- backward --" in done.stdout
+    assert "chosen by the planner" in done.stdout and "-- backward --" in done.stdout
+    found = set(tmp_path.glob("*.json")) - {out}
+    if model.misfit > MOST_MISFIT:  # the machine was busy
+        assert not found and "not kept: it predicts" in done.stdout
+        return
+    (kept,) = found
+    assert str(kept) in done.stdout
     again = run(tmp_path)
     assert again.returncode == 0 and set(tmp_path.glob("*.json")) == {out, kept}
     assert json.loads(kept.read_text())["model"]["experts"] == model.to_json()["experts"]
