@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moe_overlap import MoELayer
 from moe_overlap.commands.bench.planned import AsItIs, mirrored
@@ -41,7 +42,7 @@ def test_a_plain_probe_stays_plain_where_a_pair_by_itself_would_not():
     """Else the wire's figures come from fewer bytes than they are held against."""
 
     def run(me):
-        layer = MoELayer(D, F, 8, 6, transport=me.transport(), dedup="on")
+        layer = MoELayer(D, F, 8, 6, transport=me.transport(), dedup="on", dtype=torch.float64)
         texts = []
         for pair in (serial(), AsItIs.of(serial()), AsItIs.of(deduplicate(serial()))):
             layer.schedule = pair
