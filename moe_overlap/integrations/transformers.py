@@ -127,7 +127,9 @@ def _forward(
 ) -> torch.Tensor:
     x_in, w_in, w_out, activation = recipe.arguments(experts, x_TD)
     y_TD = moe_forward(x_in, ids_TK, weights_TK, w_in, w_out, activation=activation, **options)
-    return y_TD[:, : x_TD.shape[1]].to(x_TD.dtype)
+    if y_TD.shape[1] != x_TD.shape[1]:
+        y_TD = y_TD[:, : x_TD.shape[1]].contiguous()  # FSDP2 warns of views that a module returns
+    return y_TD.to(x_TD.dtype)
 
 
 def _recipe(experts: nn.Module) -> Recipe:

@@ -179,3 +179,10 @@ def test_sizes_of_the_examples():
     assert ids.unique().numel() == E and ids.shape[1] == K and F != D
     h = torch.nn.functional.linear(tokens()[0], experts_of("deepseek_v4", "DeepseekV4Experts").gate_up_proj[0])
     assert (h.abs() > 1.5).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_result_is_no_view(family):
+    """FSDP2 warns of a module that returns one."""
+    y = experts_forward(experts_of(family, FAMILIES[family]), *tokens())
+    assert not y._is_view() and y.is_contiguous()
