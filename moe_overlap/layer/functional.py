@@ -148,7 +148,7 @@ class _Call:
         if not self.weights_TK.dtype.is_floating_point:
             raise ConfigError("topk_weights", str(self.weights_TK.dtype), "a floating-point dtype")
         self.weights_TK = self.weights_TK.to(torch.float64 if self.x_TD.dtype == torch.float64 else torch.float32)
-        check_routing(self.ids_TK.to(torch.int32), self.weights_TK, self.x_TD)
+        check_routing(self.ids_TK, self.weights_TK, self.x_TD, dtypes=ID_DTYPES)
         if self.unused_id is not None:
             known = num_experts + self.zero_experts
             if not isinstance(self.unused_id, int) or 0 <= self.unused_id < known:

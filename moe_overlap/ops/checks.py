@@ -34,7 +34,7 @@ def check_tensor(
     if not _fits(value.shape, shape):
         sizes = ", ".join("any" if want is None else str(want) for want in shape)
         raise ConfigError(field, f"shape {tuple(value.shape)}", f"{what} = ({sizes})")
-    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if value.dtype not in allowed:
         raise ConfigError(field, str(value.dtype), " or ".join(str(dtype) for dtype in allowed))
     if device is not None and value.device != device:
@@ -65,7 +65,8 @@ def check_values(field: str, value: torch.Tensor, low: int, high: int, *, why: s
     """Refuse an integer CPU tensor with an entry outside [low, high). Tensors elsewhere are not looked at."""
     if value.device.type != "cpu" or value.numel() == 0:
         return
-    least, most = (int(bound) for bound in torch.aminmax(value))
+    smallest, largest = torch.aminmax(value)
+    least, most = int(smallest), int(largest)
     if least < low or most >= high:
         raise ConfigError(field, least if least < low else most, f"entries in [{low}, {high}) ({why})")
 

@@ -58,7 +58,10 @@ def expert_mlp(
         ConfigError: naming the argument, its value and what was expected.
     """
     ExpertMlp(x, w_in, w_out, offs, kind, row_to_token, row_scale, num_sms).check()
-    return torch.ops.moe_overlap.expert_mlp.default(x, w_in, w_out, offs, kind, row_to_token, row_scale, num_sms)
+    args = (x, w_in, w_out, offs, kind, row_to_token, row_scale, num_sms)
+    if torch.compiler.is_compiling() or checks.inside_transform():
+        return torch.ops.moe_overlap.expert_mlp.default(*args)
+    return _compose(*args)  # which the dispatcher would call
 
 
 def _expert_mlp(call: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,11 +70,11 @@ def _expert_mlp(call: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor]:
     h_RF = workspace.empty((groups.num_rows, w_in.shape[1]), like=x) if call.save_h else None
     read = RowReader(x, call.row_to_token, groups, padded=True)
     rows_through_experts(groups, read, w_in, w_out, call.kind, _scale(call), y_RD, h_RF)
-    y_RD[groups.used :].zero_()
-    if h_RF is None:
-        return y_RD, call.new_h()
-    h_RF[groups.used :].zero_()
-    return y_RD, h_RF
+    if groups.used < groups.num_rows:
+        y_RD[groups.used :].zero_()
+        if h_RF is not None:
+            h_RF[groups.used :].zero_()
+    return y_RD, call.new_h() if h_RF is None else h_RF
 
 
 def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

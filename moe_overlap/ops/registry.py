@@ -111,7 +111,10 @@ def kernel(op: str) -> Callable[..., Any]:
     def run(first: Any, *args: Any) -> Any:
         candidates = _candidates(op, first.device, first.dtype)
         entry = candidates[0].entry
-        if entry.limit is not None or entry.misfit is not None:
+        # What `_best` asks of the first one, without its notes: this runs for every expert of every call.
+        if (entry.limit is not None and entry.limit(first, *args) is not None) or (
+            entry.misfit is not None and entry.misfit(first, *args) is not None
+        ):
             entry = _best(op, candidates, (first, *args))[0].entry
         return entry.call(first, *args)
 

@@ -29,6 +29,7 @@ class Groups:
     num_rows: int
     num_experts: int
     _ranges: list[tuple[int, int]] | None = field(default=None, init=False, repr=False)
+    _longest: int | None = field(default=None, init=False, repr=False)
 
     @property
     def on_host(self) -> bool:
@@ -59,7 +60,9 @@ class Groups:
     @property
     def longest(self) -> int:
         """Rows of the expert with the most."""
-        return max((end - begin for begin, end in self.ranges), default=0)
+        if self._longest is None:
+            self._longest = max([end - begin for begin, end in self.ranges], default=0)
+        return self._longest
 
     @property
     def total(self) -> int:

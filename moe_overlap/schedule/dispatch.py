@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
@@ -50,14 +51,21 @@ def current_phase() -> int:
     return 1
 
 
-def check_routing(ids_TK: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> None:
-    """Raises ConfigError unless a router's choice fits the tokens (`block_counts` looks at the values of the ids)."""
+def check_routing(
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    x_TD: torch.Tensor,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.int32,),
+) -> None:
+    """Raises ConfigError unless a router's choice fits the tokens (`block_counts` looks at the values of the ids).
+    dtypes: those that ids may have, where others than int32 are cast later on."""
     # Nothing is printed before it is wrong: a size in a text is a number to torch.compile, no longer any number.
     device = x_TD.device
-    if ids_TK.dim() != 2 or ids_TK.dtype != torch.int32 or ids_TK.device != device:
-        raise ConfigError("topk_ids", _kind(ids_TK), f"torch.int32 [{x_TD.shape[0]}, K] on {device}")
-    if ids_TK.shape[0] != x_TD.shape[0]:
-        raise ConfigError("topk_ids", _kind(ids_TK), f"torch.int32 [{x_TD.shape[0]}, K] on {device}")
+    known = ids_TK.dtype in dtypes
+    if ids_TK.dim() != 2 or not known or ids_TK.device != device or ids_TK.shape[0] != x_TD.shape[0]:
+        wanted = ids_TK.dtype if known else dtypes[0]
+        raise ConfigError("topk_ids", _kind(ids_TK), f"{wanted} [{x_TD.shape[0]}, K] on {device}")
     if weights_TK.shape != ids_TK.shape or weights_TK.device != device or weights_TK.dtype not in WEIGHT_DTYPES:
         expected = f"torch.float32 or torch.float64 {tuple(ids_TK.shape)} on {device}"
         raise ConfigError("topk_weights", _kind(weights_TK), expected)

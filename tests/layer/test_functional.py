@@ -77,3 +77,37 @@ def test_moe_forward_refuses_on_all_ranks(field, change):
         moe_forward(*good.values(), transport=transport)
 
     virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize("tokens_in_batch", [1, 11])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_the_bits_are_the_same(tokens_in_batch, autocast):
+    """Then operators skip autograd's Python (`one_rank`), of which nothing may be seen: also not by autocast."""
+    weights = [weight.detach().float().requires_grad_() for weight in make().expert_weights]
+    ids, routing = make_routing("with_unused", tokens_in_batch, E, K, seed=0, dtype=torch.float32)
+    x = tokens(tokens_in_batch, 0).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        want = moe_forward(x, ids, routing, *weights)
+        with torch.no_grad():
+            got = moe_forward(x, ids, routing, *weights)
+        with torch.inference_mode():
+            inferred = moe_forward(x, ids, routing, *weights)
+    assert want.requires_grad and not got.requires_grad and inferred.is_inference()
+    assert want.dtype == got.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert torch.equal(got, want) and torch.equal(inferred, want)
+
+
+def test_a_functional_gradient_beside_no_grad():
+    """What no_grad skips is there for torch.func."""
+    weights = [weight.detach() for weight in make().expert_weights]
+    ids, routing = make_routing("uniform", 5, E, K, seed=0, dtype=torch.float64)
+    x = tokens(5, 0)
+
+    def loss(x):
+        return moe_forward(x, ids, routing, *weights).square().sum()
+
+    want = torch.func.grad(loss)(x)
+    with torch.no_grad():
+        assert not moe_forward(x, ids, routing, *weights).requires_grad
+    leaf = x.clone().requires_grad_()
+    close(want, torch.autograd.grad(loss(leaf), leaf)[0])
