@@ -75,8 +75,8 @@ class Piece:
                 work()
 
     def backward(self, grad: torch.Tensor, beside: Work | None = None) -> torch.Tensor:
-        """The gradient of the leaf; `beside` is done while rows travel. Frees the piece. Without autocast, as a backward
-        is that stands behind the `with` of its forward."""
+        """The gradient of the leaf; `beside` is done while rows travel. Frees the piece. Without autocast,
+        as behind the `with` of a forward."""
         self.beside, self.autocast = beside, autocast_now(self.leaf.device)
         results, self.results = self.results, []
         results = results[:1] + [one for one in results[1:] if one.requires_grad]

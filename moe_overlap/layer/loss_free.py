@@ -79,7 +79,8 @@ class LossFreeBalancer:
         for layer in model.modules():
             if isinstance(layer, MoELayer) and _has_bias(layer.router):
                 layer.watch(self._counts_of(layer.router, layer).of_layer)
-            if isinstance(layer, TensorParallelMoE) and _has_bias(layer.router):  # each of a group counts all its tokens
+            if isinstance(layer, TensorParallelMoE) and _has_bias(layer.router):
+                # A rank counts all tokens of its group, as every other one of the group does.
                 layer.router.register_forward_hook(self._counts_of(layer.router, layer.moe).of_router)
         for router in model.modules():
             if router not in self._counted and _has_bias(router):

@@ -58,7 +58,7 @@ class TensorParallelMoE(nn.Module):
             raise ConfigError("tensor_ranks", tensor_ranks, f"a divisor of ffn_hidden_size, {ffn_hidden_size}")
         for name in WHOLE:
             if options.get(name) is not None:
-                raise NotImplementedError(f"TensorParallelMoE with {name}: its gradients would be of a share of the tokens")
+                raise NotImplementedError(f"TensorParallelMoE with {name}: gradients of a share of the tokens")
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         known = signature(MoELayer).parameters.keys() - ROUTER_DEFAULTS.keys()
         of_router = {name: options.pop(name) for name in options.keys() - known}
@@ -86,8 +86,8 @@ class TensorParallelMoE(nn.Module):
         return y.reshape(x.shape)
 
     def _decide(self, x: torch.Tensor, told: _Told) -> torch.Tensor:
-        """This rank's share of the tokens, with the decision for it in `told`; or x as it is, with what went wrong, which
-        the layer says to all ranks."""
+        """This rank's share of the tokens, with the decision for it in `told`; or x as it is, with what went wrong in
+        `told`, which the layer says to all ranks."""
         try:
             x_TD = x.reshape(-1, x.shape[-1])
             whole = as_decision(self.router(x_TD))
