@@ -73,8 +73,8 @@ class FarSkip(nn.Module):
             raise ConfigError("attention_beside", attention_beside, "'combine' or 'dispatch'")
         for moe in moes:
             if not isinstance(moe, MoELayer) or moe.shared_expert is not None:
-                given = "a layer with a shared expert" if isinstance(moe, MoELayer) else type(moe).__name__
-                raise ConfigError("moes", given, "MoELayers without a shared expert: give those as shared")
+                what = "a layer with a shared expert" if isinstance(moe, MoELayer) else type(moe).__name__
+                raise ConfigError("moes", what, "MoELayers without a shared expert: give those as shared")
         self.attentions = nn.ModuleList(map(as_module, attentions))
         self.shared = nn.ModuleList(map(as_module, shared))
         self.norms = nn.ModuleList(map(as_module, norms))
