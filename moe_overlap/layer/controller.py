@@ -175,19 +175,19 @@ class PlacementController:
         return sorted(changed)
 
     def _due(self, one: _Watched) -> tuple[np.ndarray, int] | None:
-        """The counts [W, E] to plan for, and of how many calls they are; None: not now."""
+        """The counts [W, E] to plan for, and of how many steps they are; None: not now."""
         recent_WE = self._spread(one, one.recent_E)
         if self.threshold is not None and one.recent:
             ratio = self._ratio(one, recent_WE)
             assert self.release is not None
             one.armed = one.armed or ratio <= self.release
             if one.armed and ratio > self.threshold:
-                return recent_WE, one.recent
+                return recent_WE, 1
         if one.since >= self.interval:
-            return self._spread(one, one.window_E + one.recent_E), one.seen + one.recent
+            return self._spread(one, one.window_E + one.recent_E), one.since
         return None
 
-    def _plan(self, one: _Watched, counts_WE: np.ndarray, calls: int) -> None:
+    def _plan(self, one: _Watched, counts_WE: np.ndarray, steps: int) -> None:
         current = one.layer.dispatcher.placement
         wanted = self.planner(counts_WE, current)
         one.progress.planned += 1
@@ -195,7 +195,7 @@ class PlacementController:
         expert_bytes = _expert_bytes(one.layer)
         ported = moves.link_bytes(expert_bytes, _STATES * expert_bytes)
         moved = int(max(ported.sum(axis=0).max(), ported.sum(axis=1).max()))
-        gain_s = (self._price(counts_WE, current) - self._price(counts_WE, wanted)) / calls
+        gain_s = (self._price(counts_WE, current) - self._price(counts_WE, wanted)) / steps
         move_s = moved / expert_bytes * max(line.beta_s for line in self.costs[0].copy)
         reason = None
         if wanted.digest == current.digest:

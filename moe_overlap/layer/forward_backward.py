@@ -13,7 +13,9 @@ Exchanges of backward are hidden by the ops of the one forward, exchanges of for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +26,21 @@ from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import Beside
 from moe_overlap.layer.interleaved import MoEBlock, check_blocks, fixed_window
+from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 
 Work = Callable[[], None]
+
+
+def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What enters the autocast that is on now, or its absence."""
+    return partial(
+        torch.autocast,
+        device.type,
+        dtype=torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=torch.is_autocast_cache_enabled(),
+    )
 
 
 class Meanwhile(torch.autograd.Function):
@@ -51,19 +65,23 @@ class Piece:
     leaf: torch.Tensor
     results: list[torch.Tensor] = field(default_factory=list)  # the first one is what the next piece reads
     beside: Work | None = None  # for `Meanwhile`
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None  # that of the caller, for `beside`
 
     def work_beside(self) -> None:
         work, self.beside = self.beside, None
         if work is not None:
-            with torch.enable_grad():  # nodes of backward run without
+            assert self.autocast is not None
+            with torch.enable_grad(), self.autocast():  # nodes of backward run without
                 work()
 
     def backward(self, grad: torch.Tensor, beside: Work | None = None) -> torch.Tensor:
-        """The gradient of the leaf; `beside` is done while rows travel. Frees the piece."""
-        self.beside = beside
+        """The gradient of the leaf; `beside` is done while rows travel. Frees the piece. Without autocast,
+        as behind the `with` of a forward."""
+        self.beside, self.autocast = beside, autocast_now(self.leaf.device)
         results, self.results = self.results, []
         results = results[:1] + [one for one in results[1:] if one.requires_grad]
-        torch.autograd.backward(results, [grad, *(torch.ones_like(one) for one in results[1:])])
+        with torch.autocast(self.leaf.device.type, enabled=False):
+            torch.autograd.backward(results, [grad, *(torch.ones_like(one) for one in results[1:])])
         self.work_beside()  # where there was no exchange to do it under
         return torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
 
@@ -84,9 +102,11 @@ class ForwardBackward(nn.Module):
 
     A schedule of micro-batches (1F1B) or of pipeline stages calls `forward_one`, `forward_and_backward` and
     `backward_one`, or `run` does it for one rank's model. Gradients are those of the micro-batches one after the other,
-    bit for bit, as long as nothing in the ops is random and no parameter is in two blocks. Between `forward_one` and
-    `backward_one` a micro-batch holds what autograd saves for it; side by side the two of them hold that of one
-    micro-batch and one block at most, as a block's backward frees its graphs before the other's is made whole.
+    bit for bit, as long as nothing in the ops is random and no parameter is in two blocks. These calls may stand inside
+    of autocast: what they run of backward runs without it. Between `forward_one` and `backward_one` a micro-batch holds
+    what autograd saves for it; side by side the two of them hold that of one micro-batch and one block at most, as a
+    block's backward frees its graphs before the other's is made whole. What a block begins with may not write into its
+    input, which is a leaf here. After an error in `forward_and_backward` neither micro-batch can go on.
 
     slot: whether the other's work stands under the dispatch (1) or under the combine (0) of forward, `backward_slot`
     likewise for backward (1: under the second exchange, 0: under the first). chunks, by: as elsewhere.
@@ -131,7 +151,7 @@ class ForwardBackward(nn.Module):
     def backward_one(self, held: Held, grad: torch.Tensor) -> torch.Tensor:
         """The backward of a micro-batch: grad [..., D] of its output -> gradient of its input. Auxiliary losses are in
         the total with the factor 1."""
-        grad = self._check_grad(held, grad)
+        self._check(held, grad)
         while held.pieces:
             grad = held.pieces.pop().backward(grad)
         return grad
@@ -139,7 +159,8 @@ class ForwardBackward(nn.Module):
     def forward_and_backward(self, h: torch.Tensor, held: Held, grad: torch.Tensor) -> tuple[Held, torch.Tensor]:
         """The forward of h and the backward of `held`, side by side: (what the one leaves, the gradient of the other's
         input). All ranks make the same calls in the same order."""
-        way = _Way(held.pieces, self._check_grad(held, grad))
+        self._check(held, grad)
+        way = _Way(held.pieces, grad)
         return self._side_by_side(h, way), way.grad
 
     # ---------------------------------------------------------------- all micro-batches of a step
@@ -170,17 +191,22 @@ class ForwardBackward(nn.Module):
 
     def _head(self, held: Held, loss_of: Callable[..., torch.Tensor], which: int) -> tuple[float, torch.Tensor]:
         output = held.output.requires_grad_()
-        with closing_on_error(self.blocks[-1].moe.transport, "the loss"), torch.enable_grad():  # type: ignore[union-attr,arg-type]
+        with closing_on_error(self._transport, "the loss"), torch.enable_grad():
             loss = loss_of(output, which)
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
                 raise ConfigError("loss_of", type(loss).__name__, "a scalar loss as a tensor")
-            loss.backward()
+            with torch.autocast(output.device.type, enabled=False):
+                loss.backward()
         grad = torch.zeros_like(output) if output.grad is None else output.grad
         return float(loss.detach()), grad
 
     # ---------------------------------------------------------------- details
 
     def _side_by_side(self, h: torch.Tensor, way: _Way | None = None) -> Held:
+        with closing_on_error(self._transport, "a micro-batch to go forward"):
+            if not isinstance(h, torch.Tensor) or not h.is_floating_point():
+                given = h.dtype if isinstance(h, torch.Tensor) else type(h).__name__
+                raise ConfigError("h", given, "a floating-point tensor [..., D]")
         pieces: list[Piece] = []
         aux = torch.zeros((), dtype=torch.float32, device=h.device)
         for block, pair in zip(self.blocks, self._pairs, strict=True):
@@ -217,14 +243,22 @@ class ForwardBackward(nn.Module):
         piece.results = [one for one in (out, after, loss) if one is not None]
         return out.detach()
 
-    @staticmethod
-    def _check_grad(held: Held, grad: torch.Tensor) -> torch.Tensor:
-        if not held.pieces:
-            raise ConfigError("held", "a micro-batch whose backward has run", "one whose forward alone has")
-        if not isinstance(grad, torch.Tensor) or grad.shape != held.output.shape:
-            shape = tuple(grad.shape) if isinstance(grad, torch.Tensor) else type(grad).__name__
-            raise ConfigError("grad", shape, f"a tensor {tuple(held.output.shape)}, as the output is")
-        return grad
+    def _check(self, held: Held, grad: torch.Tensor) -> None:
+        with closing_on_error(self._transport, "a micro-batch to go backward"):
+            if not held.pieces:
+                raise ConfigError("held", "a micro-batch whose backward has run", "one whose forward alone has")
+            if len(held.pieces) != 2 * len(self.blocks):
+                expected = f"one of {len(self.blocks)} blocks, as this model has, none of whose backward has run"
+                raise ConfigError("held", f"a micro-batch with {len(held.pieces) / 2:g} blocks left", expected)
+            if not isinstance(grad, torch.Tensor) or grad.shape != held.output.shape:
+                shape = tuple(grad.shape) if isinstance(grad, torch.Tensor) else type(grad).__name__
+                raise ConfigError("grad", shape, f"a tensor {tuple(held.output.shape)}, as the output is")
+
+    @property
+    def _transport(self) -> Transport:
+        block = self.blocks[-1]
+        assert isinstance(block, MoEBlock)
+        return block.moe.transport
 
 
 class _Way:

@@ -13,6 +13,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.stats import LastStep
+from moe_overlap.layer.tensor_parallel import TensorParallelMoE
 from moe_overlap.routing.decision import as_decision
 from moe_overlap.routing.loss_free import update_bias_
 from moe_overlap.transport.base import Transport
@@ -78,6 +79,9 @@ class LossFreeBalancer:
         for layer in model.modules():
             if isinstance(layer, MoELayer) and _has_bias(layer.router):
                 layer.watch(self._counts_of(layer.router, layer).of_layer)
+            if isinstance(layer, TensorParallelMoE) and _has_bias(layer.router):
+                # A rank counts all tokens of its group, as every other one of the group does.
+                layer.router.register_forward_hook(self._counts_of(layer.router, layer.moe).of_router)
         for router in model.modules():
             if router not in self._counted and _has_bias(router):
                 router.register_forward_hook(self._counts_of(router, None).of_router)

@@ -14,47 +14,57 @@ Letters: T tokens of a group, D hidden, F width, E experts, K choices, W ranks, 
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import _StopRecomputationError
 
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.errors import ConfigError
+from moe_overlap.layer.assembly import ROUTER_DEFAULTS, make_router
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.routing.decision import RoutingDecision, as_decision
-from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
+
+WHOLE = ("shared_expert", "shared_expert_size", "latent_size")  # parts that would read a rank's share of the tokens
 
 
 class TensorParallelMoE(nn.Module):
     """A MoE layer for tokens that the `tensor_ranks` ranks of a group all have: ranks [P g, P (g + 1)) are group g.
 
     Arguments as MoELayer's, for whole experts: ffn_hidden_size F is divided by P, and E by the groups. `router` is a
-    module [T, D] -> RoutingDecision, or None for a LinearRouter; it is dense, alike on all ranks, and reads all T
-    tokens, so that its gradients, like that of x, are whole on every rank of a group. `moe` is the layer of the parts,
-    with `experts` [m, ...] as `expert_parts` cuts them; their gradients are of the sum of the groups' losses.
+    module [T, D] -> RoutingDecision, or None or a score for a LinearRouter; it is dense, alike on all ranks, and reads
+    all T tokens, so that its gradients, like that of x, are whole on every rank of a group. `moe` is the layer of the
+    parts, with `experts` [m, ...] as `expert_parts` cuts them; their gradients are of the sum of the groups' losses.
 
     forward(x [..., D], the same on all ranks of a group) -> y, likewise. ConfigError for sizes that do not divide; a
-    group whose ranks have other numbers of tokens meets the errors of an exchange. NotImplementedError: a router with a
-    balance loss over all ranks, a state or zero-computation experts; gradients that are means over ranks (`prepare`).
+    group whose ranks have other numbers of tokens meets the errors of an exchange. NotImplementedError: a shared expert
+    and latent experts, whose gradients would be of a rank's share of the tokens; a router with a balance loss over all
+    ranks, a state or zero-computation experts; gradients that are means over ranks (`prepare`).
     """
 
     def __init__(
         self, hidden_size: int, ffn_hidden_size: int, num_experts: int, top_k: int, *, tensor_ranks: int,
-        router: nn.Module | None = None, **options: Any,
+        router: str | nn.Module | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if not isinstance(tensor_ranks, int) or tensor_ranks < 1 or ffn_hidden_size % tensor_ranks:
             raise ConfigError("tensor_ranks", tensor_ranks, f"a divisor of ffn_hidden_size, {ffn_hidden_size}")
+        for name in WHOLE:
+            if options.get(name) is not None:
+                raise NotImplementedError(f"TensorParallelMoE with {name}: gradients of a share of the tokens")
         factory: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
+        known = signature(MoELayer).parameters.keys() - ROUTER_DEFAULTS.keys()
+        of_router = {name: options.pop(name) for name in options.keys() - known}
         parts = num_experts * tensor_ranks, top_k * tensor_ranks
         self.moe = MoELayer(hidden_size, ffn_hidden_size // tensor_ranks, *parts, router=_Told(), **options)
-        self.router = LinearRouter(hidden_size, num_experts, top_k, **factory) if router is None else router
+        self.router = make_router(router, hidden_size, num_experts, top_k, of_router, factory)
         ranks = self.moe.transport.world_size
         if ranks % tensor_ranks or num_experts % (ranks // tensor_ranks):
             expected = f"a divisor of the {ranks} ranks, into groups whose number divides the {num_experts} experts"
@@ -64,14 +74,33 @@ class TensorParallelMoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.moe.ownership.grad_scale != 1.0:
             raise NotImplementedError("TensorParallelMoE with gradients that are means over ranks (prepare)")
-        x_TD = x.reshape(-1, x.shape[-1])
-        whole = as_decision(self.router(x_TD))
-        if whole.global_balance is not None or whole.state is not None or whole.zero_experts:
-            raise NotImplementedError("TensorParallelMoE with this router: balance over ranks, state, zero experts")
-        self.moe.router.told = self._mine(whole)  # type: ignore[assignment]
-        y_TD = self.moe(_Drop.apply(x_TD, self.moe.transport, self.tensor_ranks))
-        y: torch.Tensor = _Gather.apply(y_TD, self.moe.transport, self.tensor_ranks, x_TD.shape[0])
+        told = self.moe.router
+        assert isinstance(told, _Told)
+        try:
+            mine_TD = self._decide(x, told)
+            y_TD = self.moe(mine_TD)
+        finally:
+            told.of = None
+        tokens = x.shape[:-1].numel()
+        y: torch.Tensor = _Gather.apply(y_TD, self.moe.transport, self.tensor_ranks, tokens)
         return y.reshape(x.shape)
+
+    def _decide(self, x: torch.Tensor, told: _Told) -> torch.Tensor:
+        """This rank's share of the tokens, with the decision for it in `told`; or x as it is, with what went wrong in
+        `told`, which the layer says to all ranks."""
+        try:
+            x_TD = x.reshape(-1, x.shape[-1])
+            whole = as_decision(self.router(x_TD))
+            if whole.global_balance is not None or whole.state is not None or whole.zero_experts:
+                raise NotImplementedError("TensorParallelMoE with this router: balance over ranks, state, zero experts")
+            told.of = self._mine(whole)
+        except _StopRecomputationError:  # a checkpoint has what it needs, on all ranks alike
+            raise
+        except Exception as error:
+            told.of = error
+            return x
+        mine_TD: torch.Tensor = _Drop.apply(x_TD, self.moe.transport, self.tensor_ranks)
+        return mine_TD
 
     def _mine(self, whole: RoutingDecision) -> RoutingDecision:
         """The decision for this rank's share of the tokens, with all parts of each expert in the place of it."""
@@ -90,14 +119,16 @@ class TensorParallelMoE(nn.Module):
 
 
 class _Told(nn.Module):
-    """A router that decides what stands in `told`."""
+    """A router that decides what stands in `of`, or raises it."""
 
-    told: RoutingDecision | None = None
+    of: RoutingDecision | Exception | None = None
 
     def forward(self, x_TD: torch.Tensor) -> RoutingDecision:
-        told, self.told = self.told, None
-        assert told is not None, "call the TensorParallelMoE, not its layer"
-        return told
+        if isinstance(self.of, Exception):
+            raise self.of
+        if self.of is None:
+            raise RuntimeError("call the TensorParallelMoE, not its layer")
+        return self.of
 
 
 def expert_parts(

@@ -7,6 +7,7 @@ LongCat-Flash (arXiv 2509.01322) and Snowflake Arctic are one `ShortcutBlock` ea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.layer.tickets import Ticket
+from moe_overlap.schedule.user_ops import check_result
+from moe_overlap.transport.base import Transport
+from moe_overlap.transport.closing import closing_on_error
 
 
 def arctic_block(attention: Op, mlp: Op, moe: MoELayer, *, norm: Op | None = None, **options: Any) -> ShortcutBlock:
@@ -67,6 +71,10 @@ class FarSkip(nn.Module):
             raise ConfigError("moes", "the same layer twice", "layers of their own")
         if attention_beside not in ("combine", "dispatch"):
             raise ConfigError("attention_beside", attention_beside, "'combine' or 'dispatch'")
+        for moe in moes:
+            if not isinstance(moe, MoELayer) or moe.shared_expert is not None:
+                what = "a layer with a shared expert" if isinstance(moe, MoELayer) else type(moe).__name__
+                raise ConfigError("moes", what, "MoELayers without a shared expert: give those as shared")
         self.attentions = nn.ModuleList(map(as_module, attentions))
         self.shared = nn.ModuleList(map(as_module, shared))
         self.norms = nn.ModuleList(map(as_module, norms))
@@ -78,14 +86,15 @@ class FarSkip(nn.Module):
         before: tuple[MoELayer, Ticket] | None = None
         for attention, moe, shared, norm in zip(self.attentions, self.moes, self.shared, self.norms, strict=True):
             assert isinstance(moe, MoELayer)
-            a = attention(bare) if self.attention_beside == "combine" else None
+            own = partial(part, moe.transport)
+            a = own("attention", attention, bare) if self.attention_beside == "combine" else None
             if before is not None:
                 layer, ticket = before
                 full = bare + layer.finish(ticket)
-            h = norm(full)
+            h = own("norm", norm, full)
             ticket = moe.begin(h)
-            a = attention(bare) if a is None else a
-            bare = full + a + shared(h)
+            a = own("attention", attention, bare) if a is None else a
+            bare = full + a + own("shared", shared, h)
             moe.run_experts(ticket)
             before = moe, ticket
         if before is None:
@@ -93,3 +102,11 @@ class FarSkip(nn.Module):
         layer, ticket = before
         y: torch.Tensor = bare + layer.finish(ticket)
         return y
+
+
+def part(transport: Transport, name: str, op: Op, h: torch.Tensor) -> torch.Tensor:
+    """op(h), checked. A rank whose op fails closes its transport, as its peers are in the exchanges beside it."""
+    with closing_on_error(transport, name):
+        result = op(h)
+        check_result(name, result, h)
+    return result

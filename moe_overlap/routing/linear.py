@@ -344,6 +344,12 @@ class LinearRouter(ExpertMask):
         factor = self._capacity_factor
         return None if factor is None else expert_capacity(factor, len(choice.ids_TK), self.top_k, self.num_logits)
 
+    @property
+    def _drops(self) -> bool:
+        """Whether a token may have fewer than K choices or not all are dispatched. Counts that are agreed on are K a
+        token, or the sums of what is dispatched; else they are summed."""
+        return self._capacity_factor is not None or self.variable_k is not None or self.zero_experts > 0
+
     def _losses(
         self, logits_TE: torch.Tensor, choice: Choice, sequence_length: int | None, nodes: Nodes | None
     ) -> Losses:
@@ -357,9 +363,7 @@ class LinearRouter(ExpertMask):
         probs_TE = router_probabilities(logits_TE, self.score) if coef or mu else logits_TE
         if coef != 0.0:
             if self.balance == "global":
-                # Counts that are agreed on are K a token, or the sums of what is dispatched; else they are summed.
-                drops = self._capacity_factor is not None or self.variable_k is not None or self.zero_experts > 0
-                rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=drops)
+                rest = GlobalBalance.of(probs_TE, choice.counts_E, coef=coef, valid_T1=valid_T1, drops=self._drops)
             elif self.balance == "sequence":
                 length = max(logits_TE.shape[0], 1) if sequence_length is None else sequence_length
                 loss = loss + coef * sequence_balancing_loss(probs_TE, choice.ids_TK, length, valid_T1=valid_T1)

@@ -161,6 +161,10 @@ class LocMoEPlusRouter(LocMoERouter):
         return replace(choice, ids_TK=ids_TK, weights_TK=choice.weights_TK.masked_fill(enough_TK, 0.0),
                        counts_E=count_choices(ids_TK, self.num_experts))  # fmt: skip
 
+    @property
+    def _drops(self) -> bool:
+        return super()._drops or self.share is not None
+
     def _rank_by(self, x_TD: torch.Tensor, choice: Choice) -> torch.Tensor | None:
         with torch.no_grad():
             x_TD = x_TD.to(routing_dtype(x_TD))

@@ -31,8 +31,17 @@ def weighed(
     if norm is not None:
         p, eps = norm
         # What has no expert has weights 0, and a norm of 0 to be divided by.
-        total_T1 = torch.linalg.vector_norm(weights_TK, ord=p, dim=1, keepdim=True) + eps
+        total_T1 = _norm(weights_TK, p) + eps
         weights_TK = weights_TK * (scale / total_T1.clamp_min(torch.finfo(weights_TK.dtype).tiny))
     if expert_scale_E is not None:
         weights_TK = weights_TK * expert_scale_E.to(weights_TK.dtype)[choice.ids_TK.clamp_min(0).long()]
     return choice if weights_TK is choice.weights_TK else replace(choice, weights_TK=weights_TK)
+
+
+def _norm(weights_TK: torch.Tensor, p: float) -> torch.Tensor:
+    """[T, 1]: the p-norm of each token's weights."""
+    if p == 1:
+        return torch.linalg.vector_norm(weights_TK, ord=1, dim=1, keepdim=True)
+    # A weight of 1e-2 is 0 to the power of 30: the largest is taken out, and is a constant where its factor goes back.
+    most_T1 = weights_TK.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
+    return most_T1 * torch.linalg.vector_norm(weights_TK / most_T1, ord=p, dim=1, keepdim=True)

@@ -133,6 +133,31 @@ def test_plans_are_refused_that_do_not_pay_or_are_too_large(reason, options):
     virtual_world(2).run(rank)
 
 
+@pytest.mark.parametrize("options", [{"interval": 2}, {"interval": 100, "threshold": 1.01}])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_a_plan_saves_is_of_steps_and_not_of_their_calls(calls, options):
+    """With gradients of two calls accumulated, a step saves twice as much, and its weights move once all the same."""
+
+    def rank(me):
+        layer = skewed(me)
+        optimizer = torch.optim.Adam(layer.experts.parameters(), lr=0.05)
+        x, horizon = tokens(16, me.rank).abs(), 10
+        rows = 2 * len(x) * layer.router.top_k  # of one call on both ranks, a second saved for each
+        moved = 3 * E // 2  # the weights of each expert, and two states of an optimizer
+        costly = PhaseCosts(row_s=1.0, exchange=(line(0.0),) * 2, copy=(line(1.5 * horizon * rows / moved),) * 2)
+        controller = PlacementController(layer, swapped, [costly], optimizers=[optimizer], horizon=horizon, **options)
+        controller._price = lambda counts, placement: 0.0 if placement.slot_to_expert[0] else float(counts.sum())
+        for _ in range(2):
+            for _ in range(calls):
+                layer(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            controller.step()
+        return controller.progress[0].changed, controller.progress[0].refused
+
+    assert virtual_world(2).run(rank) == [(0, {"does not pay": 1}) if calls == 1 else (1, {})] * 2
+
+
 def test_a_byte_budget_commits_layer_by_layer():
     def rank(me):
         layers = torch.nn.ModuleList([skewed(me), skewed(me)])

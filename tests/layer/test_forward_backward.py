@@ -187,17 +187,90 @@ def test_a_micro_batch_is_freed_block_by_block():
     assert alone <= most(6, 3) <= alone + 1.5 * block
 
 
-def test_two_steps_and_what_they_refuse():
+def test_two_steps():
     model = stack(None)
     held = model.forward_one(tokens(5))
-    with pytest.raises(ConfigError, match="grad"):
-        model.backward_one(held, torch.ones(4, D))
     dx = model.backward_one(held, torch.ones(5, D, dtype=torch.float64))
     h = tokens(5).requires_grad_()
     model(h).sum().backward()
     same_bits(dx, h.grad)
-    with pytest.raises(ConfigError, match="held"):
+    with pytest.raises(ConfigError, match="whose backward has run"):
         model.backward_one(held, torch.ones(5, D))
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_a_micro_batch_of_other_blocks_is_refused(blocks):
+    held = stack(None, blocks=blocks).forward_one(tokens(5))
+    grad = torch.ones(5, D, dtype=torch.float64)
+    for call in (lambda model: model.forward_and_backward(tokens(6), held, grad),
+                 lambda model: model.backward_one(held, grad)):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"with {blocks} blocks left"):
+            call(stack(None))
+
+
+WRONG = {
+    "integers": (lambda h, grad: (h.long(), grad), "h"),
+    "no tensor": (lambda h, grad: (None, grad), "h"),
+    "another gradient": (lambda h, grad: (h, grad[1:]), "grad"),
+    "no gradient": (lambda h, grad: (h, None), "grad"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_one_rank_gives_wrongly_is_heard_by_all(wrong):
+    change, field = WRONG[wrong]
+
+    def rank(me):
+        model = stack(me.transport())
+        given = tokens(6), torch.ones(5, D, dtype=torch.float64)
+        h, grad = change(*given) if me.rank else given
+        with pytest.raises(ConfigError if me.rank else RemoteAbort, match=f"{field} = "):
+            model.forward_and_backward(h, model.forward_one(tokens(5)), grad)
+
+    virtual_world(2).run(rank)
+
+
+class HalfInFloat32(nn.Module):
+    """A part under autocast, and one that says it is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.outside = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, h):
+        h = h + torch.tanh(self.inside(h))
+        with torch.autocast("cpu", enabled=False):
+            return h + torch.tanh(self.outside(h.float()))
+
+
+@pytest.mark.parametrize("ops", [1, 0])
+def test_autocast_is_for_the_forwards(ops):
+    """Side by side a backward runs where autocast is on; its matmuls are those of a backward outside of it."""
+
+    def stacked(me):
+        torch.manual_seed(5)
+        blocks = [
+            MoEBlock([HalfInFloat32()] * ops, make(me.transport(), dtype=torch.float32), norm=nn.LayerNorm(D))
+            for _ in range(2)
+        ]
+        return ForwardBackward(blocks), [tokens(6, seed=3 * me.rank + at).float().requires_grad_() for at in range(3)]
+
+    def loss(y, _):
+        return (y.float() @ torch.ones(D, D)).square().sum()
+
+    def rank(me):
+        model, batches = stacked(me)
+        with torch.autocast("cpu", torch.bfloat16):
+            model.run(batches, loss)
+        other, others = stacked(me)
+        for h in others:
+            with torch.autocast("cpu", torch.bfloat16):
+                one = loss(other(h), 0)
+            one.backward()
+        for a, b in zip([*batches, *model.parameters()], [*others, *other.parameters()], strict=True):
+            same_bits(a.grad, b.grad)
+
+    virtual_world(2).run(rank)
 
 
 def test_auxiliary_losses_are_told():

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moe_overlap import MoELayer, ShortcutBlock, aux_loss, moe_forward, prepare
-from moe_overlap.routing import LinearRouter, RoutingDecision
+from moe_overlap.routing import LinearRouter, LocMoEPlusRouter, Nodes, RoutingDecision
 from tests.layers import D, E, F, make, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close
@@ -249,3 +249,29 @@ def test_plain_data_parallel():
     _, want, _ = one_process(4, aux_loss_coef=0.3)
     for found in gloo_pool(4).run(under_ddp):
         close(found, want)
+
+
+def test_tokens_that_take_fewer_experts_than_top_k_are_counted():
+    """LocMoE+'s share, in eval mode without a capacity: the counts of the exchange are not K a token."""
+    options = {"share": 0.5, "gate": "linear", "mu": 0.0, "eval_capacity_factor": None, "aux_loss_coef": 0.3}
+    given = all_tokens(2)
+
+    def rank(me):
+        router = LocMoEPlusRouter(D, E, 2, dtype=torch.float64, **options)
+        layer = make(me.transport(), router=router, ranks_per_node=1).eval()
+        with torch.no_grad():
+            router.weight.copy_(20 * make().router.weight)
+        x = given[me.rank].requires_grad_()
+        layer(x)
+        loss = aux_loss(layer) / 2
+        return loss.detach(), *torch.autograd.grad(loss, [router.weight, x])
+
+    results = virtual_world(2).run(rank)
+    x = torch.cat(given).detach().requires_grad_()
+    router = LocMoEPlusRouter(D, E, 2, dtype=torch.float64, **options).eval()
+    with torch.no_grad():
+        router.weight.copy_(20 * make().router.weight)
+    decision = router(x, local_experts=Nodes(of_expert=(0,) * E, num_nodes=1, own=0))
+    assert 0 < (decision.topk_ids_TK < 0).sum() < len(x)
+    loss = decision.aux_loss if decision.global_balance is None else decision.global_balance.alone()
+    check_sum(results, (loss.detach(), *torch.autograd.grad(loss, [router.weight, x])))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap import ConfigError, MoELayer
+from moe_overlap import ConfigError, LossFreeBalancer, MoELayer, aux_loss
 from moe_overlap.layer.tensor_parallel import TensorParallelMoE, expert_parts
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.builders import chunked
@@ -138,3 +138,77 @@ def test_what_does_not_divide_is_refused():
     with pytest.raises(NotImplementedError, match="zero experts"):
         layer(torch.randn(3, D))
     assert isinstance(layer.moe, MoELayer)
+
+
+def small(transport, **options):
+    torch.manual_seed(3)
+    return TensorParallelMoE(D, F, E, K, tensor_ranks=2, transport=transport, dtype=torch.float64, **options)
+
+
+def test_auto_asks_the_router_for_its_probes_too():
+    def rank(me):
+        x = inputs(me.rank // 2)[0]
+        return small(me.transport(), schedule="auto")(x), small(me.transport())(x)
+
+    for one, other in virtual_world(4).run(rank):
+        close(one, other)
+
+
+def test_the_router_is_built_from_its_options():
+    def rank(me):
+        x = inputs(me.rank // 2)[0]
+        options = {"aux_loss_coef": 0.1, "capacity_factor": 1.0, "bad_logits": "drop"}
+        torch.manual_seed(3)
+        router = LinearRouter(D, E, K, score="sigmoid", dtype=torch.float64, **options)
+        built, given = small(me.transport(), router="sigmoid", **options), small(me.transport(), router=router)
+        with torch.no_grad():
+            given.router.weight.copy_(built.router.weight)
+            for one, other in zip(given.moe.experts.parameters(), built.moe.experts.parameters(), strict=True):
+                one.copy_(other)
+        same_bits(built(x), given(x))
+        same_bits(aux_loss(built), aux_loss(given))
+        return aux_loss(built) is not None
+
+    assert all(virtual_world(2).run(rank))
+
+
+def test_what_the_router_of_one_rank_refuses_is_heard_by_all_and_the_layer_goes_on():
+    def rank(me):
+        layer, x = small(me.transport()), inputs(me.rank // 2)[0]
+        with pytest.raises(ConfigError, match="hidden_size"):
+            layer(x[:, 1:] if me.rank == 1 else x)
+        assert layer.moe.router.of is None
+        return layer(x)
+
+    results = virtual_world(4).run(rank)
+    same_bits(results[0], results[1])
+
+
+def test_a_balancer_sums_over_the_groups():
+    """A router by itself is one rank's alone: biases of groups with other tokens would part."""
+
+    def biases(me, size):
+        torch.manual_seed(3)
+        layer = TensorParallelMoE(D, F, E, K, tensor_ranks=size, transport=me.transport(), bias=True)
+        balancer = LossFreeBalancer(layer, update_rate=0.5)
+        for _ in range(3):
+            layer(inputs(me.rank // size)[0].float())
+            balancer.step()
+        return layer.router.expert_bias_E
+
+    whole = virtual_world(2).run(lambda me: biases(me, 1))
+    for bias in virtual_world(4).run(lambda me: biases(me, 2)):
+        same_bits(bias, whole[0])
+    assert whole[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("options", [{"shared_expert_size": 4}, {"latent_size": 4}])
+def test_parts_that_would_read_a_share_of_the_tokens_are_refused(options):
+    with pytest.raises(NotImplementedError, match="share of the tokens"):
+        TensorParallelMoE(D, F, E, K, tensor_ranks=1, **options)
+
+
+def test_the_layer_of_the_parts_is_not_called_alone():
+    layer = TensorParallelMoE(D, F, E, K, tensor_ranks=1)
+    with pytest.raises(RuntimeError, match="call the TensorParallelMoE"):
+        layer.moe(torch.randn(3, D))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_overlap import ConfigError, MoELayer
+from moe_overlap import ConfigError, MoELayer, RemoteAbort
 from moe_overlap.layer.wirings import FarSkip, arctic_block, longcat_block
 from moe_overlap.schedule.published import arctic, longcat
 from moe_overlap.schedule.recorder import record
@@ -112,5 +112,24 @@ def test_numbers_of_parts_are_checked():
         FarSkip([op, op], [layer, layer], [op, op], [op, op])
     with pytest.raises(ConfigError, match="attention_beside"):
         FarSkip([op], [layer], [op], [op], attention_beside="both")
+    for wrong in (op, MoELayer(D, F, E, K, shared_expert_size=4)):
+        with pytest.raises(ConfigError, match="moes"):
+            FarSkip([op], [wrong], [op], [op])
     x = torch.randn(2, D)
     assert FarSkip([], [], [], [])(x) is x
+
+
+@pytest.mark.parametrize("part", ["attentions", "shared", "norms"])
+@pytest.mark.parametrize("wrong", [nn.Linear(D + 1, D), nn.Linear(D, 1, dtype=torch.float64)])
+def test_a_part_that_fails_on_one_rank_is_heard_by_all(part, wrong):
+    """Too wide an input raises; a result of width 1 would be broadcast."""
+
+    def rank(me):
+        model, _ = make(me, "farskip-combine")
+        if me.rank:
+            getattr(model, part)[1] = wrong
+        with pytest.raises((RuntimeError, ConfigError) if me.rank else RemoteAbort) as caught:
+            model(torch.randn(3, D, dtype=torch.float64))
+        return str(caught.value)
+
+    assert part.rstrip("s") in virtual_world(2).run(rank)[0]

@@ -103,6 +103,19 @@ def test_p_norms(p, eps, score):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("p", [1.5, 20.0, 40.0, 300.0])
+def test_norms_whose_powers_float32_cannot_hold(p):
+    """As of 128 experts, whose weights are about 1e-2."""
+    torch.manual_seed(0)
+    router = LinearRouter(D, 128, 4, renormalize=True, renormalize_p=p)
+    decision = router(_x(torch.float32))
+    chosen = (_x() @ router.weight.T.double()).softmax(dim=1).gather(1, decision.topk_ids_TK.long())
+    norm = chosen.amax(dim=1, keepdim=True) * torch.norm(chosen / chosen.amax(dim=1, keepdim=True), p=p, dim=1)[:, None]
+    for got, wanted in zip(_weights_and_grads(decision.topk_weights_TK, router),
+                           _weights_and_grads((chosen / norm).float(), router), strict=True):  # fmt: skip
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3 if p > 100 else 1e-5)
+
+
 def test_a_token_without_experts_has_no_norm_to_divide_by():
     router = _router(renormalize=True, renormalize_p=2.0, bad_logits="drop")
     x = _x()
