@@ -133,12 +133,16 @@ class LastCall:
         last, computes = self._last_step, self._computes(verbose=verbose)
         if last is not None:
             text = explain(last.pair, last.events, self.transport, computes=computes, last=last)
-            more = offload_text(self.host_link, self.expert_weights, last)
+            more = self._offload_text(last)
             return "\n".join([text, *copies_text(self.dispatcher, lambda: self.expert_weights), *more])
         if isinstance(schedule, AutoSchedule):
             return 'Nothing is chosen yet: with schedule "auto" the first forward call calibrates, then chooses.'
         text = explain(schedule, [], self.transport, computes=computes)
-        return "\n".join([text, *offload_text(self.host_link, self.expert_weights)])
+        return "\n".join([text, *self._offload_text(None)])
+
+    def _offload_text(self, last: LastStep | None) -> list[str]:
+        """Of experts in host memory; weights are looked at where there are such alone, as they may be computed."""
+        return [] if self.host_link is None else offload_text(self.host_link, self.expert_weights, last)
 
     @property
     def expert_weights(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,12 +12,8 @@ from moe_overlap.schedule.actions import SLOTS
 from moe_overlap.transport.host_link import HostLink
 
 
-def offload_text(
-    link: HostLink | None, weights: tuple[torch.Tensor, torch.Tensor], last: LastStep | None = None
-) -> list[str]:
+def offload_text(link: HostLink, weights: tuple[torch.Tensor, torch.Tensor], last: LastStep | None = None) -> list[str]:
     """Where what is kept, and from how many rows an expert on the copies hide, by the times of the last step."""
-    if link is None:
-        return []
     total = sum(weight.nbytes for weight in weights)
     lines = [
         "",

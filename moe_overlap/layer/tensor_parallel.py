@@ -104,7 +104,7 @@ class TensorParallelMoE(nn.Module):
 
     def _mine(self, whole: RoutingDecision) -> RoutingDecision:
         """The decision for this rank's share of the tokens, with all parts of each expert in the place of it."""
-        begin, end = _share(self.moe.transport.rank % self.tensor_ranks, self.tensor_ranks, len(whole.topk_ids_TK))
+        begin, end = _share(self.moe.transport.rank % self.tensor_ranks, self.tensor_ranks, whole.topk_ids_TK.shape[0])
         ids_TK = whole.topk_ids_TK[begin:end]
         first_TK = ids_TK // self.each * self.tensor_ranks * self.each + ids_TK % self.each
         part_P = torch.arange(self.tensor_ranks, device=ids_TK.device, dtype=torch.int32) * self.each

@@ -342,7 +342,7 @@ class LinearRouter(ExpertMask):
     def _capacity(self, choice: Choice, rank_by_TK: torch.Tensor | None) -> int | torch.Tensor | None:
         """Slots of one expert of this rank, an integer or an int64 scalar on the device; None: no limit."""
         factor = self._capacity_factor
-        return None if factor is None else expert_capacity(factor, len(choice.ids_TK), self.top_k, self.num_logits)
+        return None if factor is None else expert_capacity(factor, choice.ids_TK.shape[0], self.top_k, self.num_logits)
 
     @property
     def _drops(self) -> bool:

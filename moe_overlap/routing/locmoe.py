@@ -102,7 +102,7 @@ class LocMoERouter(LinearRouter):
         capacity = super()._capacity(choice, rank_by_TK)
         if capacity is None or self.bound is None:
             return capacity
-        return max(capacity, clamp_capacity(self.bound, len(choice.ids_TK)))
+        return max(capacity, clamp_capacity(self.bound, choice.ids_TK.shape[0]))
 
 
 class LocMoEPlusRouter(LocMoERouter):
@@ -177,5 +177,7 @@ class LocMoEPlusRouter(LocMoERouter):
         if capacity is None or rank_by_TK is None or self.measured_form is None:
             return capacity
         chosen_TK = rank_by_TK.masked_fill(choice.ids_TK < 0, 0.0)
-        floor = measured_floor(chosen_TK, self.num_experts, self.hidden_size, len(chosen_TK), form=self.measured_form)
+        floor = measured_floor(
+            chosen_TK, self.num_experts, self.hidden_size, chosen_TK.shape[0], form=self.measured_form
+        )
         return floor.clamp_min(capacity)
