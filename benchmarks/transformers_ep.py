@@ -305,12 +305,13 @@ def main() -> None:
     if options.batch % dist.get_world_size() or not 0 < options.share < 1:
         sys.exit("--batch has to be a multiple of the ranks, --share between 0 and 1")
     with tempfile.TemporaryDirectory() as own:  # of rank 0, for all
-        shared = [own]
-        dist.broadcast_object_list(shared)
+        name = torch.tensor([*own.encode().ljust(256)], dtype=torch.uint8)
+        dist.broadcast(name, src=0)
+        folder = bytes(name.tolist()).decode().rstrip()
         if dist.get_rank() == 0:
-            save(options, own)
+            save(options, folder)
         dist.barrier()
-        rows = compared(options, shared[0])
+        rows = compared(options, folder)
         dist.barrier()
     for row in rows if dist.get_rank() == 0 else []:
         print("{way:12s} {step_ms:9.2f} ms a step, {x_all_reduce:.2f}x all_reduce, {bytes_a_step_and_rank} bytes, loss "
