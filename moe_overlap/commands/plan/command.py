@@ -24,6 +24,7 @@ from moe_overlap.commands.plan.machine import (
     traffic_of,
     weights_read_s,
 )
+from moe_overlap.commands.plan.offload import offload_lines
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
 from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
@@ -33,7 +34,6 @@ from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
 from moe_overlap.planning.explain import Change, explain, in_ms
 from moe_overlap.planning.machines import MACHINES
-from moe_overlap.planning.offload import OffloadShape, plan_offload
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         sections += _answers(options, point)
     if options.dedup != "off":
         sections.append(_deduplication(options, points))
-    sections += [lines for lines in [_copies(options, point), _offload(options, point)] if lines]
+    sections += [lines for lines in [_copies(options, point), offload_lines(options, point)] if lines]
     sections += [[text] for text in _explained(points, point)]
     print("\n\n".join("\n".join(lines) for lines in sections), flush=True)  # before what takes longer
     found = sweep(options) if bandwidths(options) else None
@@ -148,7 +148,7 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
     cost = agreement(options, point.at, distinct=point.deduplicated)
     lines.append(
         f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
-        f"{cost.bytes} bytes"
+        f"{cost.bytes} bytes" + _takes(options, point)
     )
     if options.cost_model is not None:
         return [
@@ -156,7 +156,6 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
             f"  compute, exchanges and slowdowns as in the cost model, {options.cost_model.source}",
             "  times of backbone ops are those calibrated; --tokens, --top-k, --hidden and --dtype give rows and bytes",
         ]
-    agrees_s = agreement_s(options, point.at, distinct=point.deduplicated)
     lines += [
         f"  matmuls at {options.flops / 1e12:g} TFLOP/s (--flops); rows are moved at "
         f"{options.memory_bandwidth / 1e9:g} GB/s (--memory-bandwidth)",
@@ -169,11 +168,18 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
         f"exchange, and waiting for it, {_us(options.issue)} (--issue)",
         f"  compute is {options.compute_slowdown:g}x as slow beside an exchange (--compute-slowdown), an exchange "
         f"{options.wire_slowdown:g}x beside compute (--wire-slowdown)",
-        f"  that takes {_us(agrees_s)} (--latency a round, --message); backward has twice the "
-        "FLOPs of forward"
+        "  backward has twice the FLOPs of forward"
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
     return lines + _memory_bound(options, point)
+
+
+def _takes(options: PlanOptions, point: Prediction) -> str:
+    """How long the agreement takes; nothing beside a cost model, which has it among what was measured."""
+    if options.cost_model is not None:
+        return ""
+    seconds = agreement_s(options, point.at, distinct=point.deduplicated)
+    return f", which takes {_us(seconds)} (--latency a round, --message)"
 
 
 def _copies(options: PlanOptions, point: Prediction) -> list[str]:
@@ -186,28 +192,6 @@ def _copies(options: PlanOptions, point: Prediction) -> list[str]:
     found = break_even(costs, row_bytes=row_bytes, expert_params=params, param_bytes=options.dtype_bytes)
     lines = break_even_text([one for one in found if one.wire in point.at.peers])
     return ["Where an expert is wanted more than others:", *(f"  {line}" for line in lines)] if lines else []
-
-
-def _offload(options: PlanOptions, point: Prediction) -> list[str]:
-    """Whether experts in host memory would be waited for."""
-    if options.expert_offload is None:
-        return []
-    experts, rows = local_experts(options, point.at), options.tokens * routed(options, point.kind)
-    added = options.cost_model is None and options.weights == "added"
-    expert_s = weights_read_s(options) if added else 0.0  # beside the matmuls it is within their time
-    rows_s = point.phases[0].window.chunking(1, "tokens").experts_s[0] - experts * expert_s
-    shape = OffloadShape(experts=experts, bytes_per_expert=expert_params(options) * options.dtype_bytes,
-                         bytes_per_s=options.expert_offload, rows_per_expert=rows / experts, row_s=rows_s / rows,
-                         expert_s=expert_s)  # fmt: skip
-    best, total_gb = plan_offload(shape)[0], 2e-9 * experts * shape.bytes_per_expert
-    return [
-        f"Experts in host memory over {rate_text(options.expert_offload)} (--expert-offload):",
-        f"  a copy hides from {shape.crossover_rows:.0f} rows an expert on; here each has {shape.rows_per_expert:.0f}",
-        f'  best: MoELayer(..., schedule="{best.text}", expert_offload="host"): {in_ms(best.step_s)} for forward and '
-        f"backward of the experts, {in_ms(best.resident_s)} if they were resident",
-        f"  {best.device_bytes / 1e9:.3g} GB of experts on the device at a time beside {total_gb:.3g} GB of weights "
-        f"and gradients, which the host pins; the optimizer's state is the host's too",
-    ]
 
 
 def _rows_line(options: PlanOptions, point: Prediction) -> str:

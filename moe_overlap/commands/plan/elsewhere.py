@@ -1,5 +1,6 @@
 """What the same step would take in libraries that people have, with the flags to set. They have other schedules: none
-cuts a layer into chunks but Tutel, and none orders actions; what they have is forecast with the same figures.
+cuts a layer into chunks but Tutel, and none orders actions; what they have is forecast with the same figures, with
+rows for every choice, as Megatron's all-to-all, DeepSpeed and Tutel send them.
 
 Flags as of Megatron-LM d98e8a6, DeepSpeed edaa722, Tutel 82af7aa, vLLM 0.11 and SGLang 0.5.
 """
@@ -29,15 +30,20 @@ def elsewhere(options: PlanOptions, point: Prediction) -> list[Elsewhere]:
     """Those that have the phase; for shortcuts none: they are another model there."""
     if point.kind.startswith("scmoe"):
         return []
-    beside = point.of_chunks(1) if point.kind == "shared1" else None
+    beside = _plain_s(point, 1) if point.kind == "shared1" else None
     wire_s = point.serial_s - point.compute_s
     two_s = interleaved_s(point.compute_s, wire_s, point.model.slowdown)
     return _training(point, beside, two_s) if options.phase == "train" else _inference(point, two_s)
 
 
+def _plain_s(point: Prediction, chunks: int) -> float:
+    """Of so many chunks of tokens, whether or not the plan is deduplicated."""
+    return sum(phase.of_chunks(chunks, "tokens") for phase in point.plain)
+
+
 def _training(point: Prediction, beside_s: float | None, two_s: float) -> list[Elsewhere]:
     size = point.at.group
-    by_degree = {1: point.serial_s} | {degree: point.of_chunks(degree, "tokens") for degree in TUTEL_DEGREES}
+    by_degree = {1: point.serial_s} | {degree: _plain_s(point, degree) for degree in TUTEL_DEGREES}
     degree = min(by_degree, key=lambda each: (by_degree[each], each))
     flags = f"--expert-model-parallel-size {size} --moe-token-dispatcher-type alltoall"
     found = [Elsewhere(library="Megatron-LM", what="serial", flags=flags, seconds=point.serial_s)]

@@ -2,9 +2,10 @@
 
 The timed unit is that of `moe-overlap bench layer`: attention, dense MLP, attention, experts; MLPs are SwiGLUs, experts
 too or of two matrices (M = 3 or 2). D hidden, F width (experts, MLP and shared expert may differ), T tokens of a rank,
-S tokens that attention looks at, K experts per token, g key heads for each query head.
+S tokens that attention looks at, A the width of all its query heads, K experts per token, g key heads for each query
+head.
 
-    matmul FLOPs forward   attention 4 (1 + g) T D^2 + 2 T S D (causal)   MLP 6 T D F   experts 2 M D F for each row
+    matmul FLOPs forward   attention 4 (1 + g) T D A + 2 T S A (causal)   MLP 6 T D F   experts 2 M D F for each row
     backward               twice as many; of the experts half for the input, half for the weights
     rows moved             P, U and Pt read and write each row, Ut moves 3 D; the experts unpack and pack theirs
     weights read           M D F of every expert that has rows, in every chunk, beside its matmuls (the longer of both
@@ -281,7 +282,7 @@ def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     if options.backbone is not None:
         return (*options.backbone, shared_s)
     seen = min(options.sequence, t)
-    attention_s = (4 * (1 + options.kv_share) * t * d * d + 2 * t * seen * d) / options.flops
+    attention_s = (4 * (1 + options.kv_share) * t * d + 2 * t * seen) * options.attention / options.flops
     return attention_s, mlp_s, attention_s, shared_s
 
 

@@ -23,9 +23,10 @@ DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_ind
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
-def model_figures(path: str) -> dict[str, Any]:
+def model_figures(path: str, *, layers: int | None = None) -> dict[str, Any]:
     """Fields of `PlanOptions`, by name. A model with shared experts has kind shared1, whose top_k counts the shared one
-    too. Raises ConfigError("--model") for a file that is no config, or one without experts."""
+    too. layers: so many in the place of the config's; 0: nothing about a whole model. Raises ConfigError("--model") for
+    a file that is no config, or one without experts, ConfigError("--layers") for too few to have some."""
     config = _config(path)
     experts, top_k = (_count(path, config, names) for names in (EXPERTS, TOP_K))
     if experts is None or top_k is None:
@@ -45,11 +46,17 @@ def model_figures(path: str) -> dict[str, Any]:
     heads = _count(path, config, ("num_attention_heads",))
     if heads:
         found |= {"heads": heads, "kv_heads": _count(path, config, ("num_key_value_heads",)) or heads}
-    layers = _count(path, config, ("num_hidden_layers", "num_layers"))
-    if layers:
+        size = _count(path, config, ("head_dim",))
+        if size and "kv_lora_rank" not in config:  # with latent keys it is that of a part of a head
+            found["attention_width"] = heads * size
+    if layers is None:
+        layers = _count(path, config, ("num_hidden_layers", "num_layers"))
+    if layers and layers > 0:
         every, first = _count(path, config, EVERY) or 1, _count(path, config, DENSE_FIRST) or 0
-        found |= {"layers": layers, "moe_layers": -(-max(0, layers - first) // every)}
-    found["vocab"] = _count(path, config, ("vocab_size",)) or 0
+        if layers <= first:
+            raise ConfigError("--layers", layers, f"more than the {first} without experts that {path} begins with")
+        found |= {"layers": layers, "moe_layers": -(-(layers - first) // every)}
+        found["vocab"] = _count(path, config, ("vocab_size",)) or 0
     dtype = config.get("torch_dtype", config.get("dtype"))
     return found | ({"dtype": DTYPES[dtype]} if dtype in DTYPES else {})
 

@@ -32,6 +32,9 @@ CHOICES = {
     "optimizer": ("sharded", "whole", "none"),
     "recompute": ("off", "on"),
 }
+# What is asked about a whole model alone, with what says that nobody asks.
+WHOLE_MODEL = {"moe_layers": 0, "vocab": 0, "stages": 1, "micro_batches": 1, "optimizer": "sharded", "recompute": "off",
+               "price": 0.0}  # fmt: skip
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MAX_FILE_BYTES = 1 << 20
 LONGEST_S = 3600.0
@@ -55,8 +58,9 @@ class PlanOptions:
     """One question. Rates are those of one rank, in bytes or FLOPs per second; times in seconds.
 
     `flops` to `backbone` are assumptions about the machine, which a `cost_model` replaces; beside one, None among the
-    wires' figures means what was calibrated. `kind` None: top2. `expert_ffn`, `shared_ffn` 0: as `ffn`. `machine`,
-    `model` and `measured`: where figures came from; they are the other fields'.
+    wires' figures means what was calibrated. `kind` None: top2. `expert_ffn`, `shared_ffn` 0: as `ffn`;
+    `attention_width` 0: as `hidden`. `machine`, `model` and `measured`: where figures came from; they are the other
+    fields'.
     """
 
     ranks: int = 64
@@ -74,6 +78,7 @@ class PlanOptions:
     top_k: int = 2
     heads: int = 1
     kv_heads: int = 1
+    attention_width: int = 0
     skew: float = 1.0
     dtype: str = "bf16"
     dispatch_dtype: str = "same"
@@ -117,7 +122,7 @@ class PlanOptions:
         )
         for name in counts.split():
             check_count(name, getattr(self, name))
-        for name in "expert_ffn shared_ffn layers moe_layers vocab draws".split():
+        for name in "expert_ffn shared_ffn attention_width layers moe_layers vocab draws".split():
             if getattr(self, name):
                 check_count(name, getattr(self, name))
         if self.ranks > self.experts and self.ranks % self.experts:
@@ -151,14 +156,14 @@ class PlanOptions:
 
     def _check_model(self) -> None:
         """What is asked about the model around the block pair."""
-        if self.moe_layers > self.layers:
+        if self.layers and self.moe_layers > self.layers:
             raise ConfigError("--moe-layers", self.moe_layers, f"at most --layers ({self.layers})")
         if self.draws > MOST_DRAWS:
             raise ConfigError("--draws", self.draws, f"from 0 to {MOST_DRAWS}")
         if not self.layers:
-            wrong = [name for name, value in (("stages", self.stages > 1), ("price", self.price > 0)) if value]
-            if wrong:
-                raise ConfigError(flag_of(wrong[0]), getattr(self, wrong[0]), "--layers (or --model) beside it")
+            for name, default in WHOLE_MODEL.items():
+                if getattr(self, name) != default:
+                    raise ConfigError(flag_of(name), getattr(self, name), "--layers (or --model) beside it")
         elif self.layers % self.stages:
             raise ConfigError("--stages", self.stages, f"a divisor of --layers ({self.layers})")
 
@@ -211,6 +216,11 @@ class PlanOptions:
     @property
     def shared_width(self) -> int:
         return self.shared_ffn or self.ffn
+
+    @property
+    def attention(self) -> int:
+        """Width of all query heads together."""
+        return self.attention_width or self.hidden
 
     @property
     def kv_share(self) -> float:
@@ -325,6 +335,7 @@ HELP = {
     "matrices": "of an expert: 3 (SwiGLU) or 2",
     "heads": "query heads of attention, of which only the ratio to --kv-heads counts",
     "kv_heads": "key and value heads (grouped-query attention)",
+    "attention_width": "query heads times the size of one; 0: --hidden",
     "skew": "assumed: rows of the busiest rank over the mean",
     "dispatch_dtype": "of rows on their way to the experts in forward: same, or fp8 (with a scale for 128 numbers)",
     "nic": "whose --bandwidth is: of each rank, or of its node, whose ranks share it (rank, node)",
@@ -356,11 +367,11 @@ HELP = {
 }
 # Options about the wires, which replace what a cost model was calibrated with only where they are given.
 WIRES = ("bandwidth", "latency", "intra_bandwidth")
-# Options that a cost model answers instead.
+# Options that a cost model answers instead, or that ask what it does not say.
 CALIBRATED = (
     "flops", "memory_bandwidth", "message", "launch", "issue", "compute_slowdown", "wire_slowdown", "backbone", "kind",
     "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "shared_ffn", "heads", "kv_heads",
-    "dispatch_dtype",
+    "dispatch_dtype", "attention_width", "layers", "memory", "draws", *WHOLE_MODEL,
 )  # fmt: skip
 
 
@@ -392,13 +403,16 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
     calibrated = "cost_model" in given
     for name in CALIBRATED:
         if calibrated and name in given:
-            raise ConfigError(flag_of(name), given[name], "no such option beside --cost-model, which says what it is")
+            raise ConfigError(flag_of(name), given[name], "no such option beside --cost-model")
     values = {name: read(flag_of(name), given.get(name, default)) for name, (read, default, _) in TEXTS.items()
               if name in given or not (calibrated and name in WIRES)}  # fmt: skip
     values |= {name: None for name in WIRES if name not in values}
     values |= {name: value for name, value in given.items() if name not in TEXTS}
     if "model" in given:
-        values = {name: value for name, value in model_figures(given["model"]).items() if not calibrated
+        figures = model_figures(given["model"], layers=given.get("layers"))
+        if calibrated and "kind" in figures:
+            figures["top_k"] -= 1  # routed experts alone: the shared one is in the cost model
+        values = {name: value for name, value in figures.items() if not calibrated
                   or name not in CALIBRATED} | values  # fmt: skip
     if "machine" in given:
         figures = machine_figures(given["machine"], dtype=values.get("dtype", "bf16"))
@@ -407,6 +421,10 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
         per_node = values.get("ranks_per_node", PlanOptions.ranks_per_node)
         figures = measured_figures(given["measured"], ranks_per_node=per_node)
         values |= {name: value for name, value in figures.items() if name not in given}
+        if "bandwidth" in figures and not {"bandwidth", "nic"} & set(given):
+            values["nic"] = "rank"  # measured while all ranks of a node sent: each has what it has
+    if given.keys() & {"memory"} and not values.get("layers"):
+        raise ConfigError("--memory", given["memory"], "--layers (or --model) beside it")
     return PlanOptions(**values)
 
 

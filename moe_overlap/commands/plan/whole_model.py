@@ -6,7 +6,8 @@ head           2 T D V FLOPs forward
 pipeline       1F1B: (micro-batches + stages - 1) times the longest stage, which has as many layers as the others
 all-reduce     2 (n - 1) / n of the gradients of what n ranks hold alike, after the last backward, not hidden
 memory         weights, gradients, Adam's 12 bytes a parameter, and what backward needs of each micro-batch under
-               way; the optimizer's part by replicas where it is sharded
+               way; the optimizer's part by replicas where it is sharded; of experts in host memory only the groups
+               that are on the device at a time
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_overlap.commands.plan.machine import backbone_s, expert_params, inter_rate, local_experts, routed
+from moe_overlap.commands.plan.offload import offloaded
 from moe_overlap.commands.plan.options import PlanOptions
-from moe_overlap.commands.plan.sweep import Prediction
+from moe_overlap.commands.plan.sweep import Prediction, number_text
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.machines import MACHINES
+from moe_overlap.planning.offload import OffloadPlan
 
 ADAM_BYTES = 12  # float32 weights and two moments
 
@@ -82,14 +85,14 @@ def _forward_flops(options: PlanOptions, point: Prediction) -> float:
     moe, layers = options.counted_moe_layers, options.layers
     active = routed(options, point.kind) * expert_params(options) + shared
     return (2 * (layers * attention + (layers - moe) * mlp + moe * active + options.vocab * options.hidden)
-            + layers * 2 * seen * options.hidden)  # fmt: skip
+            + layers * 2 * seen * options.attention)  # fmt: skip
 
 
 def _params(options: PlanOptions, point: Prediction) -> tuple[float, float, float, float]:
     """Numbers of attention, of a dense MLP, of what stands beside the experts of a layer, and of a rank's experts."""
     d = options.hidden
     shared = 0.0 if point.kind in ("top2", "calibrated") else 3.0 * d * options.shared_width
-    return (2 * (1 + options.kv_share) * d * d, 3.0 * d * options.ffn, shared,
+    return (2 * (1 + options.kv_share) * d * options.attention, 3.0 * d * options.ffn, shared,
             float(local_experts(options, point.at) * expert_params(options)))  # fmt: skip
 
 
@@ -115,18 +118,21 @@ def _reduce_s(options: PlanOptions, point: Prediction) -> float:
 
 def _held(options: PlanOptions, point: Prediction) -> dict[str, float]:
     dense, experts = _by_replicas(options, point)
-    size = options.dtype_bytes
+    size, host = options.dtype_bytes, offloaded(options, point)
+    if host is not None:
+        experts = 0.0
     held = {"weights": (dense + experts) * size}
     if options.phase == "infer":
-        kept = 2 * options.kv_share * options.hidden * options.tokens * options.layers / options.stages * size
-        return held | {"keys and values": kept, "activations": float(_moe_activations(options, point))}
+        kept = 2 * options.kv_share * options.attention * options.tokens * options.layers / options.stages * size
+        return _with_host(held, host) | {
+            "keys and values": kept, "activations": float(_moe_activations(options, point))}  # fmt: skip
     held["gradients"] = held["weights"]
     if options.optimizer != "none":
         replicas = (point.ranks, point.ranks // point.at.group) if options.optimizer == "sharded" else (1, 1)
         held["optimizer"] = ADAM_BYTES * (dense / replicas[0] + experts / replicas[1])
     d, tokens, moe, layers = options.hidden, options.tokens, options.counted_moe_layers, options.layers
     # Saved by attention: its input, that of its norm, q, k, v, what it gives; by an MLP: its input, gate, up, product.
-    attention = tokens * size * d * (4 + 2 * options.kv_share)
+    attention = tokens * size * (2 * d + 2 * (1 + options.kv_share) * options.attention)
     mlp = tokens * size * (2 * d + 3 * options.ffn)
     whole = layers * attention + (layers - moe) * mlp + moe * _moe_activations(options, point)
     if options.recompute == "on":
@@ -134,7 +140,11 @@ def _held(options: PlanOptions, point: Prediction) -> dict[str, float]:
     under_way = min(options.stages, options.micro_batches)
     held["activations"] = whole / options.stages * under_way
     held["logits"] = 4.0 * tokens * options.vocab
-    return held
+    return _with_host(held, host)
+
+
+def _with_host(held: dict[str, float], host: OffloadPlan | None) -> dict[str, float]:
+    return held if host is None else held | {"groups of experts": float(host.device_bytes)}
 
 
 def _moe_activations(options: PlanOptions, point: Prediction) -> float:
@@ -150,16 +160,21 @@ def model_lines(options: PlanOptions, whole: WholeModel) -> list[str]:
     """What `moe-overlap plan` says of it."""
     parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in whole.held.items())
     lines = [
-        f"The whole model, {options.layers} layers ({options.counted_moe_layers} with experts) in {options.stages} "
-        f"stages, {options.micro_batches} micro-batches: a step takes {whole.step_s:.4g} s",
+        f"The whole model, {options.layers} layers ({options.counted_moe_layers} with experts) in "
+        f"{_counted(options.stages, 'stage')}, {_counted(options.micro_batches, 'micro-batch', 'es')}: a step takes "
+        f"{whole.step_s:.4g} s",
         f"  layers {whole.layers_s:.4g} s, pipeline bubble {whole.bubble_s:.4g} s, all-reduce of gradients "
         f"{whole.reduce_s:.4g} s (taken as not hidden)",
-        f"  {whole.tokens_per_s:.4g} tokens/s"
+        f"  {number_text(whole.tokens_per_s)} tokens/s"
         + ("" if whole.mfu is None else f", {100 * whole.mfu:.1f} % of the machine's peak (MFU)")
         + ("" if whole.money is None else f", {whole.money:.4g} for a million tokens (--price)"),
         f"  a rank's card holds {whole.bytes / 1e9:.4g} GB: {parts}",
     ]
     return lines
+
+
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{'' if count == 1 else plural}"
 
 
 def fit_line(options: PlanOptions, whole: WholeModel) -> str:

@@ -101,6 +101,25 @@ def test_alternatives_are_questions_of_their_own():
     assert {"groups of 16 ranks", "groups of 64 ranks"} <= set(found)
 
 
+def test_other_libraries_send_a_row_for_every_choice():
+    plain = PlanOptions(ranks=8, experts=64, top_k=8, dedup="off")
+    saving = replace(plain, dedup="on")
+    by_name = [
+        {(one.library, one.what.split(" (")[0]): one.seconds for one in elsewhere(options, asked(options, "top2"))}
+        for options in (plain, saving)
+    ]
+    assert asked(saving, "top2").time_s < asked(plain, "top2").time_s
+    assert by_name[0] == pytest.approx(by_name[1])
+
+
+def test_experts_in_host_memory_are_not_on_the_card():
+    host = replace(SMALL, expert_offload=50e9)
+    resident, held = (whole_model(options, asked(options, "top2")).held for options in (SMALL, host))
+    expert = 3 * 1024 * 2048
+    assert resident["weights"] - held["weights"] == 2 * 4 * expert
+    assert 0 < held["groups of experts"] <= 2 * 2 * expert * 2
+
+
 def test_other_libraries_have_serial_or_a_schedule_of_theirs():
     options = PlanOptions(ranks=32, experts=64, top_k=3)
     train = asked(options, "shared1")

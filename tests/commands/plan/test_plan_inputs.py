@@ -11,6 +11,7 @@ from moe_overlap.commands.cli import main
 from moe_overlap.commands.plan.machine import backbone_s, cost_model, expert_params, inter_rate, place, shapes
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
 from moe_overlap.commands.plan.sweep import asked
+from moe_overlap.errors import ConfigError
 from moe_overlap.planning.machines import MACHINES
 
 DEEPSEEK = {
@@ -57,6 +58,29 @@ def test_a_config_without_shared_experts_and_options_that_overrule_it(tmp_path):
     assert options.kv_share == 0.25 and options.kinds == ("top2",)
 
 
+QWEN = {
+    "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "vocab_size": 151936,
+}  # fmt: skip
+
+
+def test_heads_of_a_size_of_their_own_make_attention_as_wide_as_they_are(tmp_path):
+    """Qwen3-30B: 32 heads of 128 beside a hidden size of 2048."""
+    options = parse(["--model", config(tmp_path, QWEN), "--tokens", "1024", "--sequence", "1024"])
+    assert options.attention == 4096
+    flops = 4 * (1 + 4 / 32) * 1024 * 2048 * 4096 + 2 * 1024 * 1024 * 4096
+    assert backbone_s(options)[0] == pytest.approx(flops / options.flops)
+
+
+def test_layers_beside_a_config_count_in_its_place(tmp_path):
+    path = config(tmp_path, DEEPSEEK)
+    assert parse(["--model", path, "--layers", "8"]).counted_moe_layers == 5
+    assert parse(["--model", path, "--layers", "0"]).layers == 0
+    with pytest.raises(ConfigError, match="--layers"):
+        parse(["--model", path, "--layers", "3"])
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -82,6 +106,8 @@ def test_a_config_that_is_none(content, said, tmp_path, capsys):
         ("--layers 4 --moe-layers 5", "--moe-layers"), ("--memory 80", "--memory"), ("--draws 100000", "--draws"),
         ("--measured /nowhere", "--measured"), ("--spine 0", "--spine"), ("--optimizer adam", "--optimizer"),
         ("--layers 4 --kind scmoe_pos1", "--moe-layers"),
+        ("--moe-layers 4", "--moe-layers"), ("--vocab 100", "--vocab"), ("--recompute on", "--recompute"),
+        ("--micro-batches 4", "--micro-batches"), ("--optimizer whole", "--optimizer"), ("--memory 80GB", "--memory"),
     ],
 )  # fmt: skip
 def test_bad_values_are_one_line(words, option, capsys, tmp_path):
