@@ -1,7 +1,8 @@
 """The command `moe-overlap`: `info`, `kernels`, `plan`, `place`, `train`, `calibrate`, `verify` and `bench`.
 
 Exit status: 0 done, 1 a correctness check or a rank failed, 2 bad input, said in one line that names the option, the
-value and what was expected, or a file or memory that could not be had, 130 interrupted.
+value and what was expected, or a file or memory that could not be had, 130 interrupted, 141 (without a word) nobody
+reads on, as behind `head`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ COMMANDS = {
     "bench": ("moe_overlap.commands.bench", "measure schedules against each other: moe-overlap bench layer"),
 }
 
+EXIT_NO_READER = 128 + 13  # as of a program that a closed pipe ends
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: without the program's name; None: sys.argv."""
@@ -50,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.split(".")[0] == "moe_overlap":
             raise
         return _complain(command, f"needs the package {error.name}: pip install 'moe-overlap[cli]'")
+    except BrokenPipeError:
+        _drop_output()
+        return EXIT_NO_READER
     except Exception as error:
         text = complaint(error)
         if text is None:

@@ -132,6 +132,18 @@ def test_a_rank_that_cannot_write_says_so_in_one_line():
     assert done.stderr.splitlines() == ["test: error: rank 1: No space left on device: somewhere"]
 
 
+def test_nobody_reads_on():
+    """As behind `head`: no word, and the status of a program that a closed pipe ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "moe_overlap", "plan", "--ranks", "8", "--experts", "8", "--tokens", "64"]
+    try:
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (cli.EXIT_NO_READER, "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_output_that_nobody_takes_is_one_line():
     with open("/dev/full", "w") as full:
