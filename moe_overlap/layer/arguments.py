@@ -151,10 +151,10 @@ def check_choice(ids_TK: torch.Tensor, num_experts: int, status: torch.Tensor | 
         if status is not None:
             torch._assert_async(~(status != 0).any(), logits_text)
         return
-    # Few kernels, and one read of a device.
+    # Few kernels, and one read.
     words = [] if status is None else [status.max()]
     words += torch.aminmax(ids_TK) if ids_TK.numel() else []
-    said = [int(word) for word in (torch.stack(words) if words and not ids_TK.is_cpu else words)]
+    said = torch.stack(words).tolist() if words else []
     bad_logits = said.pop(0) if status is not None else 0
     if said and (said[0] < -1 or said[1] >= num_experts):
         bad = ids_TK[(ids_TK < -1) | (ids_TK >= num_experts)]
