@@ -61,58 +61,10 @@ _MODULES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = [
-    "CapacityExceeded",
-    "ConfigError",
-    "Experts",
-    "ForwardBackward",
-    "GradScaler",
-    "Interleaved",
-    "LayerStats",
-    "LinearRouter",
-    "LossFreeBalancer",
-    "MoEBlock",
-    "MoELayer",
-    "MoeTransportError",
-    "OverlapTooLow",
-    "PeerFailed",
-    "PlanMismatch",
-    "RemoteAbort",
-    "RoutingLog",
-    "RoutingRecorder",
-    "RoutingReplay",
-    "SharedExpert",
-    "ShortcutBlock",
-    "TrafficMonitor",
-    "TrafficReport",
-    "TransportClosed",
-    "TransportTimeout",
-    "assert_overlap",
-    "aux_loss",
-    "clip_grad_norm_",
-    "experts_in_order",
-    "functional",
-    "gather_events",
-    "grad_norm",
-    "gradients_are_finite",
-    "ignore_experts_for_ddp",
-    "load_optimizer_state_dict",
-    "load_safetensors",
-    "mark_experts",
-    "migrate",
-    "moe_forward",
-    "no_sync",
-    "ops",
-    "optimizer_state_dict",
-    "param_groups",
-    "prepare",
-    "record",
-    "reopen",
-    "sac_policy",
-    "save_safetensors",
-    "set_placement",
-    "why_slow",
-]
+_ERRORS = (CapacityExceeded, ConfigError, MoeTransportError, PeerFailed, PlanMismatch, RemoteAbort, TransportClosed,
+           TransportTimeout)  # fmt: skip
+
+__all__ = sorted([error.__name__ for error in _ERRORS] + list(_HOME_OF) + ["functional", "ops"])
 
 
 def __getattr__(name: str) -> Any:

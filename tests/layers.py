@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from moe_overlap import MoELayer
+from moe_overlap import MoEBlock, MoELayer
 
 D, F, E, K = 16, 24, 8, 2
 
@@ -17,3 +18,24 @@ def make(transport=None, **options):
 
 def tokens(count, seed=0, dtype=torch.float64):
     return torch.randn(count, D, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+class Op(nn.Module):
+    """h + tanh(h w)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D, dtype=torch.float64)
+
+    def forward(self, h):
+        return h + torch.tanh(self.linear(h))
+
+
+def block_stack(kind, transport, *, blocks, ops=1, op=Op, layer=None, **options):
+    """kind(blocks, **options) of `blocks` blocks, each of `ops` ops, a norm and a layer; `layer`: its options."""
+    torch.manual_seed(5)
+    made = []
+    for _ in range(blocks):
+        dense = [op() for _ in range(ops)]
+        made.append(MoEBlock(dense, make(transport, **(layer or {})), norm=nn.LayerNorm(D, dtype=torch.float64)))
+    return kind(made, **options)

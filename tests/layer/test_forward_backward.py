@@ -10,33 +10,15 @@ from moe_overlap import ConfigError, RemoteAbort, aux_loss
 from moe_overlap.layer.forward_backward import ForwardBackward
 from moe_overlap.layer.interleaved import MoEBlock
 from moe_overlap.schedule.recorder import record
-from tests.layers import D, make, tokens
+from tests.layers import D, block_stack, make, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close, same_bits
 
 BATCHES = 3
 
 
-class Op(nn.Module):
-    """h + tanh(h w)."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(D, D, dtype=torch.float64)
-
-    def forward(self, h):
-        return h + torch.tanh(self.linear(h))
-
-
-def stack(transport, *, blocks=3, ops=1, layer=None, **options):
-    torch.manual_seed(5)
-    made = [
-        MoEBlock(
-            [Op() for _ in range(ops)], make(transport, **(layer or {})), norm=nn.LayerNorm(D, dtype=torch.float64)
-        )
-        for _ in range(blocks)
-    ]
-    return ForwardBackward(made, **options)
+def stack(transport, *, blocks=3, **options):
+    return block_stack(ForwardBackward, transport, blocks=blocks, **options)
 
 
 def inputs(rank):

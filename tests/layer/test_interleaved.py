@@ -8,22 +8,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ConfigError, RemoteAbort, aux_loss
-from moe_overlap.layer.interleaved import Interleaved, MoEBlock
+from moe_overlap.layer.interleaved import Interleaved
 from moe_overlap.schedule.recorder import record
-from tests.layers import D, make, tokens
+from tests.layers import D, block_stack, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close, same_bits
-
-
-class Op(nn.Module):
-    """h + tanh(h w)."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(D, D, dtype=torch.float64)
-
-    def forward(self, h):
-        return h + torch.tanh(self.linear(h))
 
 
 class Causal(nn.Module):
@@ -39,15 +28,8 @@ class Causal(nn.Module):
         return h + 0.1 * mine, mine[-1:]
 
 
-def stack(transport, *, blocks=2, ops=1, op=Op, layer=None, **options):
-    torch.manual_seed(5)
-    made = [
-        MoEBlock(
-            [op() for _ in range(ops)], make(transport, **(layer or {})), norm=nn.LayerNorm(D, dtype=torch.float64)
-        )
-        for _ in range(blocks)
-    ]
-    return Interleaved(made, **options)
+def stack(transport, *, blocks=2, **options):
+    return block_stack(Interleaved, transport, blocks=blocks, **options)
 
 
 def step(model, rank, how):

@@ -31,6 +31,7 @@ QUEUE = "10s"  # of waiting bytes: nothing is dropped
 NODES = 2
 GRACE_S = 5.0
 POLL_S = 0.05
+ASK_S = 30.0  # for ip and tc
 TEXT_LIMIT = 200
 
 
@@ -67,11 +68,10 @@ def nodes() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in names:
-            left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
-            for pid in left.stdout.split():  # a rank whose torchrun was killed
+            for pid in _ask("ip", "netns", "pids", name).stdout.split():  # a rank whose torchrun was killed
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            _ask("ip", "netns", "del", name)
 
 
 def shape(device: str, link: LinkSpec | None, ranks_per_node: int, *, namespace: str | None = None) -> None:
@@ -79,7 +79,7 @@ def shape(device: str, link: LinkSpec | None, ranks_per_node: int, *, namespace:
     another. OSError where the kernel refuses."""
     where = [] if namespace is None else ["-n", namespace]
     if link is None:
-        subprocess.run(["tc", *where, "qdisc", "del", "dev", device, "root"], capture_output=True, check=False)
+        _ask("tc", *where, "qdisc", "del", "dev", device, "root")
         return
     rate = round(link.bytes_per_s * 8 * ranks_per_node)
     _run("tc", *where, "qdisc", "replace", "dev", device, "root", "tbf", "rate", f"{rate}bit", "burst", BUCKET,
@@ -106,7 +106,8 @@ def torchrun(words: Sequence[str], *, ranks_per_node: int, threads: int) -> int:
 
 
 def _watch(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all, or for the first failure, which the others are not waited for."""
+    """Wait for all, or for the first failure, which the others are not waited for. Without a limit of its own: torchrun
+    has one for its nodes to meet, and every wait of a rank has one."""
     while True:
         status = [child.poll() for child in children]
         failed = [one for one in status if one]
@@ -130,9 +131,17 @@ def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
                 continue
 
 
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """What a program of the kernel's answers, whatever it is. OSError where it does not."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{command[0]}: no answer within {ASK_S:g} s") from error
+
+
 def _run(*command: str) -> None:
     """OSError with what the program said, on one line."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _ask(*command)
     if done.returncode:
         text = " ".join((done.stderr or done.stdout).split())[:TEXT_LIMIT]
         raise OSError(f"{command[0]}: {text}")

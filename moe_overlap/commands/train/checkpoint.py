@@ -148,6 +148,18 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**said, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def find_folder(path: str) -> Path:
+    """The folder of the checkpoint that `path` means; nothing in it is looked at. ConfigError where there is none."""
+    if not path:
+        raise ConfigError(FIELD, path, "a folder")
+    root = Path(path)
+    folder = root if (root / MANIFEST).is_file() else _newest(root) or _newest(root / CHECKPOINTS)
+    if folder is None:
+        expected = f"a checkpoint folder ({MANIFEST} and its shards), a folder of them, or an --out with some"
+        raise ConfigError(FIELD, path, f"{expected} (a run saves them with --checkpoint-every)")
+    return folder
+
+
 def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
     """The checkpoint at `path`, or the newest complete one in it or in the --out that it is, after checking that it
     belongs to `run`.
@@ -155,14 +167,7 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
     ConfigError naming --resume when there is none, when it belongs to another run, or when a shard is missing,
     truncated or altered.
     """
-    if not path:
-        raise ConfigError(FIELD, path, "a folder")
-    root = Path(path)
-    folder = root if (root / MANIFEST).is_file() else _newest(root) or _newest(root / CHECKPOINTS)
-    if folder is None:
-        raise ConfigError(
-            FIELD, path, f"a checkpoint folder ({MANIFEST} and its shards), a folder of them, or an --out with some"
-        )
+    folder = find_folder(path)
     manifest = read_json(folder / MANIFEST, field=FIELD)
     if manifest.get("format") not in FORMATS:
         expected = f"a checkpoint of format {' or '.join(map(str, FORMATS))} (it has {manifest.get('format')!r})"

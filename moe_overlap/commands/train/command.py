@@ -14,11 +14,12 @@ import torch
 
 from moe_overlap import config
 from moe_overlap.commands.parser import check_folder, check_output
-from moe_overlap.commands.train.checkpoint import CHECKPOINTS, find_checkpoint, identity
+from moe_overlap.commands.train.checkpoint import CHECKPOINTS, find_checkpoint, find_folder, identity
 from moe_overlap.commands.train.domains import split_by_domain
 from moe_overlap.commands.train.loop import Trained, evaluate, train
 from moe_overlap.commands.train.model import moe_layers, split_parameters
 from moe_overlap.commands.train.options import IDENTITY, TrainOptions, parse
+from moe_overlap.commands.train.placing import left_behind
 from moe_overlap.commands.train.report import RunLog
 from moe_overlap.commands.train.routing_file import save_routing
 from moe_overlap.commands.train.sample import sample
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(words, ranks=torchrun)
     if not config.torchrun("RANK"):  # rank 0 alone writes
         _check_outputs(options)
+    if options.resume is not None:
+        find_folder(options.resume)  # before a tokenizer is trained
     if torchrun is None:  # before any rank is started
         corpus = _corpus(options)
         if options.resume is not None:
@@ -101,7 +104,7 @@ def _run(options: TrainOptions, corpus: Corpus, world: World) -> int:
             return _compare(options, corpus, world, log)
         if checkpoint is not None:
             log.say(f"resuming {checkpoint.folder}: step {first} of {options.steps}, on {world.size} rank(s); it was "
-                    f"saved on {len(checkpoint.files)}")  # fmt: skip
+                    f"saved on {len(checkpoint.files)}{left_behind(checkpoint.placements, options)}")  # fmt: skip
         log.begin_bar(f"{options.kind}, overlap {options.overlap}", first)
         trained = train(options, corpus, world, log.step, checkpoint=checkpoint)
         log.end_bar()

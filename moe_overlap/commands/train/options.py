@@ -285,7 +285,7 @@ _TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, 
 
 
 EXAMPLES = """examples:
-  moe-overlap train --kind scmoe_pos2 --steps 200
+  moe-overlap train --kind scmoe_pos2 --steps 200 --checkpoint-every 200
   moe-overlap train --resume out/train --steps 400
   moe-overlap train --resume out/train --steps 400 --sample 200
   torchrun --nproc-per-node 2 -m moe_overlap train --kind top2"""

@@ -82,10 +82,23 @@ def take_placements(
 ) -> None:
     """Go on with the placements of a checkpoint, where they are of as many ranks and fit the slots of this run; else
     the model stays as it is. Experts are in order before. Collective."""
-    slots = _slots(options)
-    fits = all(one.world_size == options.ranks and max(one.slots_by_rank) <= slots for one in saved)
-    if saved and fits:
+    if saved and not left_behind(saved, options):
         migrate(model, list(saved), optimizer)
+
+
+def left_behind(saved: Sequence[Placement], options: TrainOptions) -> str:
+    """What is said where a run does not go on with the placements of its checkpoint; "" where it does."""
+    if not saved:
+        return ""
+    if options.placement == "static":
+        why = "--placement static"
+    elif any(one.world_size != options.ranks for one in saved):
+        why = "it is one of other ranks"
+    elif any(max(one.slots_by_rank) > _slots(options) for one in saved):
+        why = "it needs more --placement-slots"
+    else:
+        return ""
+    return f"; the placement of its experts is left behind ({why}), they go on in order"
 
 
 def _planned(planner: Planner, topology: Topology, options: TrainOptions, counts_WE: np.ndarray,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_overlap.commands.train import model
+from moe_overlap.commands.train import command, model
 from moe_overlap.commands.train.checkpoint import MANIFEST, find_checkpoint, load_checkpoint, save_checkpoint, sealed
 from moe_overlap.commands.train.command import run_rank
 from moe_overlap.commands.train.files import read_tensors, write_atomically, write_json, write_tensors
@@ -288,6 +288,13 @@ def shard_elsewhere(folder):
 
 def not_an_object(folder):
     (folder / MANIFEST).write_text("[]")
+
+
+def test_a_folder_without_a_checkpoint_is_refused_before_the_text_is_read(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_corpus", None)
+    with pytest.raises(ConfigError, match="--checkpoint-every") as caught:
+        run(text, tmp_path / "new", "--ranks", 2, "--resume", tmp_path)
+    assert caught.value.field == "--resume"
 
 
 DAMAGES = [truncate, flip_a_bit, remove_a_shard, truncate_manifest, remove_manifest, other_format, experts_twice,

@@ -1,16 +1,17 @@
 """Experts that move and are copied while the job trains."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moe_overlap.commands.train.checkpoint import MANIFEST, sealed
-from moe_overlap.commands.train.placing import moves, say_moves
+from moe_overlap.commands.train.placing import left_behind, moves, say_moves
 from moe_overlap.commands.train.report import RunLog
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
-from tests.commands.train.jobs import events, losses, run, run_on_two
+from tests.commands.train.jobs import SMALL, events, losses, run, run_on_two
 from tests.tolerances import close
 
 CHOSEN = ("--kind", "top2", "--layers", 4, "--experts", 8, "--steps", 20)
@@ -68,6 +69,22 @@ def test_what_became_of_a_placement_is_said(tmp_path, capsys):
         log.begin_bar("title", 0)
         log.step({"step": 4, "loss": 1.0, "tokens_per_s": 1.0, "placement": [found | {"bytes": 2e6}]})
     assert capsys.readouterr().err == said + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"placement_slots": 1}, ""),
+        ({"placement_slots": 0}, "--placement-slots"),
+        ({"placement": "static"}, "--placement static"),
+        ({"ranks": 4}, "other ranks"),
+    ],
+)
+def test_what_a_resumed_run_leaves_behind_is_said(options, said):
+    saved = [Placement.of_ranks([[0, 1, 2], [2, 3]], homes=[0, 0, 1, 1])]
+    text = left_behind(saved, replace(SMALL, **{"ranks": 2, "placement": "flex"} | options))
+    assert said in text and bool(text) == bool(said)
+    assert left_behind([], SMALL) == ""
 
 
 @pytest.mark.parametrize("option, value", [("--placement", "magic"), ("--placement-every", 0),
