@@ -39,3 +39,11 @@ def block_stack(kind, transport, *, blocks, ops=1, op=Op, layer=None, **options)
         dense = [op() for _ in range(ops)]
         made.append(MoEBlock(dense, make(transport, **(layer or {})), norm=nn.LayerNorm(D, dtype=torch.float64)))
     return kind(made, **options)
+
+
+def executed(events, phase):
+    """What a rank did in a phase, in order: "P", and of an exchange of rows "D0.wire", its start, and "D0.wait"."""
+    rows = ("D", "C")
+    mine = [e for e in sorted(events, key=lambda e: e.start_s) if e.phase == phase]
+    mine = [e for e in mine if e.lane == "comp" or e.action.startswith(rows)]
+    return [e.action if e.lane == "comp" else f"{e.action}.{e.lane}" for e in mine]

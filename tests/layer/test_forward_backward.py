@@ -10,7 +10,7 @@ from moe_overlap import ConfigError, RemoteAbort, aux_loss
 from moe_overlap.layer.forward_backward import ForwardBackward
 from moe_overlap.layer.interleaved import MoEBlock
 from moe_overlap.schedule.recorder import record
-from tests.layers import D, block_stack, make, tokens
+from tests.layers import D, block_stack, executed, make, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close, same_bits
 
@@ -132,13 +132,16 @@ def test_ops_of_one_run_while_rows_of_the_other_travel():
         said.clear()
         with record() as events:
             model.forward_and_backward(tokens(6), held, torch.ones(5, D, dtype=torch.float64))
-        order = [f"{e.action} {e.phase}" for e in sorted(events, key=lambda e: e.start_s) if e.lane == "comp"]
-        return said, order
+        return said, events
 
-    said, order = virtual_world(2).run(rank)[0]
+    said, events = virtual_world(2).run(rank)[0]
     assert said == ["op 0 forward", "op 1 backward", "op 1 forward", "op 0 backward"]
-    backward = ["Ut backward", "Bt0 backward", "Ed0 backward", "Ew0 backward", "Pt backward"]
-    assert order == [*backward, "P forward", "B0 forward", "E0 forward", "U forward"] * 2
+    forward = ["P", "D0.wire", "B0", "D0.wait", "E0", "C0.wire", "C0.wait", "U"]
+    assert executed(events, "forward") == forward * 2
+    backward = ["Ut", "Ct0.wire", "Bt0", "Ct0.wait", "Ed0", "Dt0.wire", "Ew0", "Dt0.wait", "Pt"]
+    assert executed(events, "backward") == backward * 2
+    in_turn = [e.phase for e in sorted(events, key=lambda e: e.start_s) if e.action in ("Ut", "U") and e.lane == "comp"]
+    assert in_turn == ["backward", "forward"] * 2
 
 
 def test_a_micro_batch_is_freed_block_by_block():
