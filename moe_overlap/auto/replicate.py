@@ -80,6 +80,18 @@ class ReplicationRule:
         self.last = decide(load, self.phases, most_copies=self.most_copies, margin=self.margin)
         return base if self.last.left else placement_of(load, self.last, base)
 
+    def slots_for_copies(self, base: Placement) -> int:
+        """Of a rank, at most."""
+        return self.spare
+
+    def told(self) -> str:
+        """What the last step did, for `explain()`; "" before the first."""
+        one = self.last
+        if one is None:
+            return ""
+        what = "left as it is" if one.left else f"{len(one.seats) - self.seats_before} new copies, rows shared out anew"
+        return f"{what}; predicted {1e3 * one.predicted_s:.3g} ms, {1e3 * one.left_s:.3g} ms if left"
+
 
 def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per_node: int) -> Load:
     """counts: int64 [W, BLOCKS, E]. The seats are the slots of `base`, homes first, with the rows that its selector
@@ -93,15 +105,18 @@ def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per
     )
 
 
+def with_copies(base: Placement, copies: Sequence[Sequence[int]]) -> Placement:
+    """`base` with copies of the experts given for each rank; the homes stay."""
+    ranks = zip(base.experts_of_ranks(), copies, strict=True)
+    return Placement.of_ranks([[*own, *sorted(more)] for own, more in ranks], homes=base.home_ranks)
+
+
 def placement_of(load: Load, decision: Decision, base: Placement) -> Placement:
     """`base` with the decision's copies, and rows shared out as it says."""
     copies: list[list[int]] = [[] for _ in range(base.world_size)]
     for expert, rank in decision.copies(load):
         copies[rank].append(expert)
-    own = base.experts_of_ranks()
-    placed = Placement.of_ranks(
-        [experts + sorted(more) for experts, more in zip(own, copies, strict=True)], homes=base.home_ranks
-    )
+    placed = with_copies(base, copies)
     shares = np.zeros((placed.world_size, placed.num_slots), dtype=np.int64)
     shares[:, list(placed.home_slots)] = 1  # where a rank has no rows of an expert, and where there is one slot
     seats = zip(placed.slot_to_expert, placed.rank_of_slots.tolist(), strict=True)

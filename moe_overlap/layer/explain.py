@@ -8,6 +8,7 @@ import torch
 
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.calibrate import step_shape
+from moe_overlap.auto.parallelism import ParallelismSwitch
 from moe_overlap.auto.planned import Planned, PlannedSchedule
 from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.layer.stats import LastStep
@@ -77,9 +78,10 @@ def explain(
 def copies_text(dispatcher: Dispatcher, weights_of: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
     """The memory of a rank's copies of experts; where a rule makes them, what it decided on in the last step, and from
     how many rows on a copy pays. Nothing where there are none."""
-    rule, kept = dispatcher.rule, len(dispatcher.seats.copies[dispatcher.transport.rank])
-    spare = rule.spare if isinstance(rule, ReplicationRule) else 0
-    if not dispatcher.seats.has_copies and not spare:
+    kept = len(dispatcher.seats.copies[dispatcher.transport.rank])
+    rule = dispatcher.rule if isinstance(dispatcher.rule, ReplicationRule | ParallelismSwitch) else None
+    spare = 0 if rule is None else rule.slots_for_copies(dispatcher.placement)
+    if rule is None and not dispatcher.seats.has_copies:
         return []
     w_in, w_out = weights_of()
     size, width = w_in.element_size(), row_width(w_in, w_out)
@@ -91,15 +93,12 @@ def copies_text(dispatcher: Dispatcher, weights_of: Callable[[], tuple[torch.Ten
         f"  slots on this rank: {slots}, {mib:.3g} MiB of weights each, {(kept + spare) * mib:.3g} MiB together; what "
         f"one step alone uses is shared by all layers; {grad_mib:.3g} MiB of gradient each while they go home",
     ]
-    if not isinstance(rule, ReplicationRule):
+    if rule is None:
         return lines
     found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=width, param_bytes=size)
     lines += [f"  {line}" for line in break_even_text(found)]
-    if rule.last is not None:
-        one = rule.last
-        what = "left as it is" if one.left else f"{len(one.seats) - rule.seats_before} new copies, rows shared out anew"
-        lines.append(f"  last step: {what}; predicted {in_ms(one.predicted_s)}, {in_ms(one.left_s)} if left")
-    return lines
+    told = rule.told()
+    return [*lines, f"  last step: {told}"] if told else lines
 
 
 def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from moe_overlap.agreement.seats import StepRule
+from moe_overlap.auto.parallelism import ParallelismSwitch
 from moe_overlap.auto.replicate import ReplicationRule, load_of
 from moe_overlap.commands.bench.balance_options import KEPT, BalanceOptions
 from moe_overlap.commands.bench.routing import ForcedRouter
@@ -127,7 +129,7 @@ class Planned:
     planner: str
     schedule: str
     pair: SchedulePair
-    rule: ReplicationRule | ShadowRule | None = None
+    rule: StepRule | None = None
     kept: Placement | None = None
 
 
@@ -162,11 +164,13 @@ def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec, history
     found = []
     for planner in options.planners:
         for schedule in options.schedules:
-            rule: ReplicationRule | ShadowRule | None = None
+            rule: StepRule | None = None
             kept = kept_placement(planner, options, history_WE, forward) if planner in KEPT else None
+            phases = costs(options, sleep, link, schedule.removesuffix("_exposed"))  # the same copies
             if planner == "replicate":
-                phases = costs(options, sleep, link, schedule.removesuffix("_exposed"))  # the same copies
                 rule = ReplicationRule(phases=phases, spare=options.slots, ranks_per_node=options.ranks_per_node)
+            elif planner == "switch":
+                rule = ParallelismSwitch(phases=phases, ranks_per_node=options.ranks_per_node)
             elif planner == "shadow":
                 rule = shadow
             pair = pair_of(schedule, options.chunks)

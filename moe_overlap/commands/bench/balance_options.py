@@ -15,7 +15,7 @@ from moe_overlap.commands.parser import OneLineParser, check_count, check_number
 from moe_overlap.errors import ConfigError
 
 KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of earlier steps; homes stay
-PLANNERS = ("static", "replicate", "shadow", *KEPT)
+PLANNERS = ("static", "replicate", "switch", "shadow", *KEPT)
 # The dense op runs before the layer, or beside it (ScMoE); with "exposed" copies alone are waited for where they start.
 SCHEDULES = ("serial", "chunked", "shortcut", "shortcut_exposed")
 MOST_SEED = 2**31 - 1

@@ -81,15 +81,17 @@ def test_bad_options_are_one_line(words, tmp_path, capsys):
 def test_a_small_run_has_a_row_for_everything(tmp_path, capsys):
     words = "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 4 --ffn 32 --compute-ms 8 --latency-us 50 --repeats 1"
     words += " --top-k 1 --workloads one_hot_expert --comm-share 0.2"
-    words += " --planners static,replicate,shadow,flex,eplb,proportional"
+    words += " --planners static,replicate,switch,shadow,flex,eplb,proportional"
     assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 7 and all(list(row) == KEYS for row in rows)
+    assert len(rows) == 2 * 8 and all(list(row) == KEYS for row in rows)
     by_name = {(row["planner"], row["schedule"]): row for row in rows}
     static, replicate = by_name["static", "serial"], by_name["replicate", "serial"]
     assert static["copies"] == 0 and static["weight_bytes"] == 0 and static["max_over_mean"] > 1.25
     assert replicate["copies"] > 0 and replicate["weight_bytes"] > 0
     assert replicate["max_over_mean"] < static["max_over_mean"] == static["static_max_over_mean"]
+    switch = by_name["switch", "serial"]
+    assert switch["max_over_mean"] == 1.0 and switch["payload_bytes"] == 0 < switch["weight_bytes"]  # data parallelism
     assert by_name["forced_balanced", "chunked"]["max_over_mean"] == 1.0
     assert all(row["max_rel_err"] < 1e-5 for row in rows) and (tmp_path / "balance.png").stat().st_size > 1000
 
