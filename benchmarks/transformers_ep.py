@@ -1,7 +1,7 @@
 """A Qwen3-MoE trained on several ranks: this library against transformers' own expert parallelism, interleaved.
 
     OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/transformers_ep.py
-        [--steps 50] [--schedule "chunked(2)"] [--top-k 2] [--dedup off] [--share 0.6] [--out rows.jsonl]
+        [--steps 50] [--schedule "chunked(2)"] [--top-k 2] [--dedup off] [--share 0.6] [--compute slept] [--out FILE]
 
 One file of random weights is trained in three ways, a step of each in turn, on the same batches:
   moe_overlap  tokens travel to their experts by this library's schedules; batches apart, what is not experts by FSDP2
@@ -19,6 +19,10 @@ for, one after the other: FSDP2's own overlap is left out, and its real time is 
 The rate is such that a step of all_reduce spends --share of its time on the link: measured first, without a link.
 A row for each way: losses, the largest difference from those of all_reduce, bytes a step and rank put on the link, the
 median step, the median of the ratios all_reduce / way of the rounds, and who repeats the attention.
+
+--compute slept is for more ranks than cores (transformers_ep_slept.py): what computes sleeps for as long. Such a row
+has no losses, `slept_ms` (a step's sleeps, mean of the ranks), and is flagged "cpu" where `cpu_ms` (CPU time in a step,
+of the rank with the most: Python, collectives, permutations) is above 5 % of the step.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -41,12 +47,17 @@ from transformers.distributed import DistributedConfig, expert_parallel, paralle
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from moe_overlap.agreement.header import Header
-from moe_overlap.integrations import transformers as ours
-from moe_overlap.measure.machine import commit, hardware
-from moe_overlap.transport import EmulatedLinkTransport
-from moe_overlap.transport.link import LinkSpec, NodeTopology
-from moe_overlap.transport.opening import open_transport
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.transformers_ep_slept import IMPLEMENTATION, Slept, draw_choices, measure  # noqa: E402
+from moe_overlap.agreement.header import Header  # noqa: E402
+from moe_overlap.commands.bench.slept import slept_experts  # noqa: E402
+from moe_overlap.integrations import transformers as ours  # noqa: E402
+from moe_overlap.measure.machine import commit, hardware  # noqa: E402
+from moe_overlap.transport import EmulatedLinkTransport  # noqa: E402
+from moe_overlap.transport.link import LinkSpec, NodeTopology  # noqa: E402
+from moe_overlap.transport.opening import open_transport  # noqa: E402
 
 ATTENTION = {
     "moe_overlap": "once: each rank has a batch of its own",
@@ -56,6 +67,7 @@ ATTENTION = {
 WAYS = tuple(ATTENTION)
 FREE = LinkSpec(bytes_per_s=1e15)
 WARM = 2
+MOST_CPU = 0.05  # of a slept step: a larger share, and the ranks wait for each other's cores
 
 
 class Counted(EmulatedLinkTransport):
@@ -84,7 +96,7 @@ class Link:
         self.transport = self.around(link, dist.group.WORLD)
         self.transport.open(Header(num_experts=self.world, num_slots=self.world, hidden=1, ffn_hidden=1, top_k=1,
                                    weight_dtype=0, activation=0))  # fmt: skip
-        ours.open_transport = lambda group, **_: self.around(link, group)  # type: ignore[assignment]
+        ours.open_transport = lambda group, **_: self.around(link, group)
 
     def pay(self, num_bytes: int, steps: int = 1) -> None:
         """Sleep until the link has brought these."""
@@ -163,13 +175,14 @@ def whole_plan() -> dict[str, str]:
     refuses the empty plan that its documentation has for this."""
     parallel_utils.ALL_PARALLEL_STYLES.register("whole", TensorParallelLayer())
     names = [f"model.{name}" for name in Qwen3MoeConfig.base_model_tp_plan]
-    return dict.fromkeys([*names, *Qwen3MoeForCausalLM._tp_plan], "whole")
+    # The rule of the embedding is in no plan of the model's.
+    return dict.fromkeys([*names, "model.embed_tokens", *Qwen3MoeForCausalLM._tp_plan], "whole")
 
 
 class Trained:
-    """A model of one way, and its steps."""
+    """A model of one way, and its steps. slept: its compute sleeps."""
 
-    def __init__(self, way: str, folder: str, options: argparse.Namespace) -> None:
+    def __init__(self, way: str, folder: str, options: argparse.Namespace, slept: Slept | None) -> None:
         world = dist.get_world_size()
         if way == "moe_overlap":
             ours.register(schedule=options.schedule, dedup=options.dedup)
@@ -178,15 +191,22 @@ class Trained:
             spread = DistributedConfig(tp_size=world, tp_plan=whole_plan(), ep_size=world, ep_implementation=way)
         else:
             spread = DistributedConfig(fsdp_size=world, ep_size=world, ep_implementation=way)
-        experts = "moe_overlap" if way == "moe_overlap" else "grouped_mm"
+        theirs = "grouped_mm" if slept is None else IMPLEMENTATION
+        experts = "moe_overlap" if way == "moe_overlap" else theirs
         self.model = Qwen3MoeForCausalLM.from_pretrained(
             folder, experts_implementation=experts, distributed_config=spread
         )
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=False)
-        self.whole = way == "all_reduce"
+        self.whole, self.slept = way == "all_reduce", slept
+        if slept is not None:
+            tokens = options.batch * options.length // (1 if self.whole else world)
+            first = 0 if self.whole else dist.get_rank() * tokens
+            slept.put_into(self.model, slice(first, first + tokens))
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.slept_s: list[float] = []
+        self.cpu_s: list[float] = []
         self.bytes: list[int] = []
 
     def step(self, ids: torch.Tensor) -> None:
@@ -194,13 +214,19 @@ class Trained:
         rank, world = dist.get_rank(), dist.get_world_size()
         ids = ids if self.whole else ids.chunk(world)[rank]
         dist.barrier()
-        start_s, before = time.perf_counter(), Counted.total
+        start_s, cpu_s, before = time.perf_counter(), time.process_time(), Counted.total
+        slept_s = self.slept.asked_s if self.slept else 0.0
         loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        self.optimizer.step()
+        if self.slept is None:
+            self.optimizer.step()
+        else:
+            self.slept.optimize(self.model)
         self.optimizer.zero_grad()
         dist.barrier()
         self.seconds.append(time.perf_counter() - start_s)
+        self.cpu_s.append(time.process_time() - cpu_s)
+        self.slept_s.append(self.slept.asked_s - slept_s if self.slept else 0.0)
         self.bytes.append(Counted.total - before)
         mean = loss.detach().clone()
         dist.all_reduce(mean)
@@ -232,9 +258,9 @@ def save(options: argparse.Namespace, folder: str) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
-def link_for(options: argparse.Namespace, folder: str, link: Link, given: list[torch.Tensor]) -> LinkSpec:
+def link_for(options: argparse.Namespace, folder: str, given: list[torch.Tensor], slept: Slept | None) -> LinkSpec:
     """The link on which a step of all_reduce takes 1 / (1 - share) of its time without one; the same on all ranks."""
-    trained = Trained("all_reduce", folder, options)
+    trained = Trained("all_reduce", folder, options, slept)
     for ids in given:
         trained.step(ids)
     alone_s = torch.tensor(median(trained.seconds[WARM:]), dtype=torch.float64)
@@ -245,23 +271,40 @@ def link_for(options: argparse.Namespace, folder: str, link: Link, given: list[t
     return LinkSpec(bytes_per_s=round(trained.bytes[-1] / max(wire_s, 1e-4), -3), latency_s=latency_s)
 
 
+def losses_of(mine: list[float], theirs: list[float]) -> dict[str, Any]:
+    off = max(abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True))
+    return {"loss_first": mine[0], "loss_last": mine[-1], "max_rel_loss_difference": off,
+            "losses": [round(loss, 6) for loss in mine]}  # fmt: skip
+
+
+def sleeps_of(slept: Slept, slept_s: float, cpu_s: float, step_s: float) -> dict[str, Any]:
+    """In the place of losses, which mean nothing then."""
+    found = dict.fromkeys(("loss_first", "loss_last", "max_rel_loss_difference", "losses"))
+    return found | {"slept_ms": round(1e3 * slept_s, 3), "slept_seconds": asdict(slept.seconds),
+                    "flagged": "cpu" if cpu_s > MOST_CPU * step_s else None}  # fmt: skip
+
+
 def row_of(way: str, trained: dict[str, Trained], options: argparse.Namespace, link: LinkSpec) -> dict[str, Any]:
-    mine, theirs = trained[way], trained["all_reduce"]
-    off = max(abs(a - b) / abs(b) for a, b in zip(mine.losses, theirs.losses, strict=True))
+    mine, theirs, world = trained[way], trained["all_reduce"], dist.get_world_size()
     ratios = [b / a for a, b in zip(mine.seconds[WARM:], theirs.seconds[WARM:], strict=True)]
-    sent = torch.tensor([float(median(mine.bytes))], dtype=torch.float64)
-    dist.all_reduce(sent)
+    step_s = median(mine.seconds[WARM:])
+    means = torch.tensor([float(median(mine.bytes)), median(mine.slept_s)], dtype=torch.float64) / world
+    cpu_s = torch.tensor(median(mine.cpu_s[WARM:]), dtype=torch.float64)
+    dist.all_reduce(means)
+    dist.all_reduce(cpu_s, dist.ReduceOp.MAX)
     own = {"schedule": options.schedule, "dedup": options.dedup}
     sizes = {
         name: getattr(options, name) for name in ("hidden", "ffn", "experts", "top_k", "layers", "vocab", "length")
     }
     return {
         "way": way, **(own if way == "moe_overlap" else {}),
-        "attention": ATTENTION[way], "step_ms": round(1e3 * median(mine.seconds[WARM:]), 2),
-        "x_all_reduce": round(median(ratios), 3), "bytes_a_step_and_rank": int(sent) // dist.get_world_size(),
-        "loss_first": mine.losses[0], "loss_last": mine.losses[-1], "max_rel_loss_difference": off,
-        "losses": [round(loss, 6) for loss in mine.losses], "steps": options.steps, "link": f"emulated {link}",
-        "share": options.share, "ranks": dist.get_world_size(), "tokens": options.batch * options.length,
+        "attention": ATTENTION[way], "step_ms": round(1e3 * step_s, 2),
+        "x_all_reduce": round(median(ratios), 3), "bytes_a_step_and_rank": int(means[0]),
+        **(sleeps_of(mine.slept, float(means[1]), float(cpu_s), step_s) if mine.slept else
+           losses_of(mine.losses, theirs.losses)),
+        "cpu_ms": round(1e3 * float(cpu_s), 3), "compute": options.compute,
+        "steps": options.steps, "link": f"emulated {link}", "share": options.share,
+        "ranks": world, "tokens": options.batch * options.length,
         "seed": options.seed, **sizes, "threads": torch.get_num_threads(), "hardware": hardware(),
         "torch": torch.__version__, "commit": commit(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -272,14 +315,25 @@ def compared(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     link = Link(FREE)
     attach(link)
     given = batches(options, WARM + max(options.steps, options.probes))
-    emulated = link_for(options, folder, link, given[: WARM + options.probes])
+    slept = sleeping(options, folder) if options.compute == "slept" else None
+    emulated = link_for(options, folder, given[: WARM + options.probes], slept)
     link.become(emulated)
     names = [way for way in WAYS if way == "all_reduce" or way in options.ways.split(",")]
-    trained = {way: Trained(way, folder, options) for way in names}
-    for number, ids in enumerate(given[: WARM + options.steps]):
-        for way in names[number % len(names) :] + names[: number % len(names)]:
-            trained[way].step(ids)
+    trained = {way: Trained(way, folder, options, slept) for way in names}
+    with slept_experts(slept.seconds, slept.sleep) if slept else nullcontext():
+        for number, ids in enumerate(given[: WARM + options.steps]):
+            for way in names[number % len(names) :] + names[: number % len(names)]:
+                trained[way].step(ids)
     return [row_of(way, trained, options, emulated) for way in names]
+
+
+def sleeping(options: argparse.Namespace, folder: str) -> Slept:
+    """Sleeps of what was measured; the same on all ranks."""
+    seconds = measure(folder, Qwen3MoeConfig.from_pretrained(folder), batch=options.batch, length=options.length,
+                      ranks=dist.get_world_size())  # fmt: skip
+    choices = draw_choices(layers=options.layers, tokens=options.batch * options.length, experts=options.experts,
+                           top_k=options.top_k, seed=options.seed)  # fmt: skip
+    return Slept(seconds, choices)
 
 
 def arguments() -> argparse.Namespace:
@@ -288,6 +342,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", default=",".join(WAYS), help="of which all_reduce is always run")
     parser.add_argument("--schedule", default="chunked(2)", help="of moe_overlap; auto measures first")
     parser.add_argument("--dedup", default="off", help="of moe_overlap")
+    parser.add_argument("--compute", default="real", choices=("real", "slept"), help="slept: more ranks than cores")
     parser.add_argument("--share", type=float, default=0.6, help="of a step of all_reduce that the link takes")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the losses, relative")
     sizes = {"steps": 50, "batch": 8, "length": 512, "hidden": 128, "ffn": 512, "experts": 8, "top-k": 2, "layers": 2,
@@ -295,6 +350,13 @@ def arguments() -> argparse.Namespace:
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()
+
+
+def line_of(row: dict[str, Any]) -> str:
+    begin = "{way:12s} {step_ms:9.2f} ms a step, {x_all_reduce:.2f}x all_reduce, {bytes_a_step_and_rank} bytes, "
+    losses = "loss {loss_first:.4f} -> {loss_last:.4f} (off by {max_rel_loss_difference:.1e})"
+    sleeps = "slept {slept_ms:.1f} ms, CPU {cpu_ms:.1f} ms, flagged {flagged}"
+    return (begin + (losses if row["losses"] else sleeps) + "; attention {attention}").format(**row)
 
 
 def main() -> None:
@@ -314,14 +376,12 @@ def main() -> None:
         rows = compared(options, folder)
         dist.barrier()
     for row in rows if dist.get_rank() == 0 else []:
-        print("{way:12s} {step_ms:9.2f} ms a step, {x_all_reduce:.2f}x all_reduce, {bytes_a_step_and_rank} bytes, loss "
-              "{loss_first:.4f} -> {loss_last:.4f} (off by {max_rel_loss_difference:.1e}); attention "
-              "{attention}".format(**row), flush=True)  # fmt: skip
+        print(line_of(row), flush=True)
         if options.out is not None:
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
     dist.destroy_process_group()
-    if any(row["max_rel_loss_difference"] > options.tolerance for row in rows):
+    if any((row["max_rel_loss_difference"] or 0.0) > options.tolerance for row in rows):
         sys.exit(f"losses differ by more than {options.tolerance}")
 
 

@@ -14,13 +14,15 @@ pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--steps", "2", "--probes", "1", "--batch", "4", "--length", "16", "--hidden", "32", "--ffn", "32"]
+RANKS, TOKENS, D, F, LAYERS, K, E, V = 2, 4 * 16, 32, 32, 2, 2, 8, 256
 
 
-def test_the_same_losses_and_a_row_for_each_way(tmp_path):
+def _rows(tmp_path, *words):
+    """By way."""
     out = tmp_path / "rows.jsonl"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
-        [*launch, str(ROOT / "benchmarks/transformers_ep.py"), *SIZES, "--out", str(out)],
+        [*launch, str(ROOT / "benchmarks/transformers_ep.py"), *SIZES, *words, "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
@@ -28,12 +30,35 @@ def test_the_same_losses_and_a_row_for_each_way(tmp_path):
     assert "view tensor" not in ended.stderr, "FSDP2 found a view among the results of experts"
     rows = {row["way"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert set(rows) == {"moe_overlap", "all_reduce", "all_to_all"}
+    # A ring of two ranks sends every byte once: y and the gradients of x and of the weights, of each layer.
+    assert rows["all_reduce"]["bytes_a_step_and_rank"] == 4 * TOKENS * (2 * D + K) * LAYERS
+    return rows
+
+
+def test_the_same_losses_and_a_row_for_each_way(tmp_path):
+    rows = _rows(tmp_path)
     theirs = rows["all_reduce"]
     assert len(theirs["losses"]) == 4 and theirs["losses"][-1] < theirs["losses"][0]
-    tokens, hidden, layers, top_k = 4 * 16, 32, 2, 2
-    # A ring of two ranks sends every byte once: y and the gradients of x and of the weights, of each layer.
-    assert theirs["bytes_a_step_and_rank"] == 4 * tokens * (2 * hidden + top_k) * layers
     for row in rows.values():
         assert row["max_rel_loss_difference"] < 1e-5 and row["step_ms"] > 0
         assert row["attention"].startswith("repeated" if row is theirs else "once")
     assert rows["moe_overlap"]["bytes_a_step_and_rank"] > 0
+
+
+def test_each_way_sleeps_for_what_it_computes(tmp_path):
+    head_dim = D // 4
+    attention = 2 * D * D + 2 * D * (D // 2) + 2 * head_dim  # q, o; k, v of half the heads; norms of q and k
+    dense = LAYERS * (attention + 2 * D + E * D) + 2 * V * D + D
+    experts = LAYERS * E * 3 * F * D
+    rows = TOKENS * K // RANKS  # of a rank, whoever brings them
+    for way, row in _rows(tmp_path, "--compute", "slept").items():
+        tokens, held = (TOKENS, dense) if way == "all_reduce" else (TOKENS // RANKS, dense // RANKS)
+        s = row["slept_seconds"]
+        want_s = LAYERS * tokens * (s["layer_forward_s"] + s["layer_backward_s"])
+        want_s += LAYERS * rows * (s["expert_row_s"] + s["dgrad_row_s"] + s["wgrad_row_s"])
+        want_s += tokens * (s["around_forward_s"] + s["around_backward_s"])
+        want_s += (held + experts // RANKS) * s["parameter_s"]
+        assert all(value > 0 for value in s.values())
+        assert row["slept_ms"] == pytest.approx(1e3 * want_s, abs=2e-3)
+        assert row["losses"] is row["max_rel_loss_difference"] is None and row["compute"] == "slept"
+        assert row["flagged"] == ("cpu" if row["cpu_ms"] > 0.05 * row["step_ms"] else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -27,16 +27,22 @@ REPEATS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Seconds that this machine's ops take: of the backbone per call, of the experts per row."""
+class ExpertSeconds:
+    """Seconds that this machine's experts take for a row: in forward, and in each half of backward."""
+
+    expert_row_s: float
+    dgrad_row_s: float
+    wgrad_row_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(ExpertSeconds):
+    """And those of the backbone's ops, per call."""
 
     attention_forward_s: float
     attention_backward_s: float
     mlp_forward_s: float
     mlp_backward_s: float
-    expert_row_s: float
-    dgrad_row_s: float
-    wgrad_row_s: float
 
     def wrap(self, name: str, op: nn.Module) -> nn.Module:
         """The op that sleeps instead of `op`, by its name in the block pair."""
@@ -87,35 +93,35 @@ def _measure(options: LayerOptions) -> dict[str, float]:
     named = {"attention": Attention(hidden, dtype=dtype), "mlp": Branch(hidden, ffn, dtype=dtype)}
     for name, op in named.items():
         with torch.no_grad():
-            found[f"{name}_forward_s"] = _median_s(partial(op, x_TD))
+            found[f"{name}_forward_s"] = median_s(partial(op, x_TD))
         h_TD = x_TD.clone().requires_grad_()
 
         def both(op: nn.Module = op, h_TD: torch.Tensor = h_TD) -> None:
             op.zero_grad(set_to_none=True)
             op(h_TD).backward(x_TD)
 
-        found[f"{name}_backward_s"] = max(0.0, _median_s(both) - found[f"{name}_forward_s"])
+        found[f"{name}_backward_s"] = max(0.0, median_s(both) - found[f"{name}_forward_s"])
     local = options.experts // options.ranks
     rows = max(1, options.tokens // local) * local
-    ends = [rows // local * (i + 1) for i in range(local)]
-    w_in, w_out = torch.randn(local, 2 * ffn, hidden).to(dtype), torch.randn(local, hidden, ffn).to(dtype)
+    return found | asdict(expert_seconds(rows, local, hidden=hidden, ffn=ffn, dtype=dtype))
+
+
+def expert_seconds(rows: int, experts: int, *, hidden: int, ffn: int, dtype: torch.dtype) -> ExpertSeconds:
+    """Measured here and now, with so many rows on so many experts."""
+    ends = [rows // experts * (i + 1) for i in range(experts)]
+    w_in, w_out = torch.randn(experts, 2 * ffn, hidden).to(dtype), torch.randn(experts, hidden, ffn).to(dtype)
     x_RD = torch.randn(rows, hidden).to(dtype)
     y, h = ops.expert_mlp_forward(x_RD, w_in, w_out, ends, kind=ACTIVATION)
     dx, dh, a, _ = ops.expert_mlp_dgrad(x_RD, h, w_in, w_out, ends, kind=ACTIVATION)
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    found["expert_row_s"] = _median_s(
-        lambda: ops.expert_mlp_forward(x_RD, w_in, w_out, ends, kind=ACTIVATION, y=y, h=h)
-    ) / rows  # fmt: skip
-    found["dgrad_row_s"] = _median_s(
-        lambda: ops.expert_mlp_dgrad(x_RD, h, w_in, w_out, ends, kind=ACTIVATION, dx=dx, dh=dh, a=a)
-    ) / rows  # fmt: skip
-    found["wgrad_row_s"] = _median_s(
-        lambda: ops.expert_mlp_wgrad(x_RD, x_RD, dh, a, ends, dw_in=dw_in, dw_out=dw_out)
-    ) / rows  # fmt: skip
-    return found
+    forward_s = median_s(lambda: ops.expert_mlp_forward(x_RD, w_in, w_out, ends, kind=ACTIVATION, y=y, h=h))
+    dgrad_s = median_s(lambda: ops.expert_mlp_dgrad(x_RD, h, w_in, w_out, ends, kind=ACTIVATION, dx=dx, dh=dh, a=a))
+    wgrad_s = median_s(lambda: ops.expert_mlp_wgrad(x_RD, x_RD, dh, a, ends, dw_in=dw_in, dw_out=dw_out))
+    return ExpertSeconds(expert_row_s=forward_s / rows, dgrad_row_s=dgrad_s / rows, wgrad_row_s=wgrad_s / rows)
 
 
-def _median_s(body: Callable[[], object]) -> float:
+def median_s(body: Callable[[], object]) -> float:
+    """Seconds of `body`, the median of REPEATS calls after one that warms up."""
     body()
     seconds = []
     for _ in range(REPEATS):
@@ -126,8 +132,8 @@ def _median_s(body: Callable[[], object]) -> float:
 
 
 @contextmanager
-def slept_experts(calibration: Calibration | None) -> Iterator[None]:
-    """Inside, the experts of every layer of this process sleep; None changes nothing."""
+def slept_experts(calibration: ExpertSeconds | None, sleep: Callable[[float], object] = time.sleep) -> Iterator[None]:
+    """Inside, the experts of every layer of this process `sleep` for seconds; None changes nothing."""
     if calibration is None:
         yield
         return
@@ -137,17 +143,17 @@ def slept_experts(calibration: Calibration | None) -> Iterator[None]:
         return int(sum(ends.tolist()) - sum(starts.tolist())) if starts is not None else int(ends[-1])
 
     def forward(x: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, y: Any, h: Any, **_: Any) -> Any:
-        time.sleep(calibration.expert_row_s * rows_of(ends, starts))
+        sleep(calibration.expert_row_s * rows_of(ends, starts))
         return y, h
 
     def dgrad(dy: Any, h: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, dx: Any, dh: Any, a: Any,
               dscale: Any = None, **_: Any) -> Any:  # fmt: skip
-        time.sleep(calibration.dgrad_row_s * rows_of(ends, starts))
+        sleep(calibration.dgrad_row_s * rows_of(ends, starts))
         return DgradResult(dx, dh, a, dscale)
 
     def wgrad(x: Any, dy: Any, dh: Any, a: Any, ends: Any, *, experts: Any = None, **_: Any) -> None:
         first, last = (0, len(ends)) if experts is None else experts
-        time.sleep(calibration.wgrad_row_s * (int(ends[last - 1]) - (int(ends[first - 1]) if first else 0)))
+        sleep(calibration.wgrad_row_s * (int(ends[last - 1]) - (int(ends[first - 1]) if first else 0)))
 
     try:
         ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad = forward, dgrad, wgrad  # type: ignore[assignment]
