@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().print_help()
         return EXIT_BAD_INPUT
     command, rest = words[0], words[1:]
+    said = " ".join(words[:2]) if command == "bench" else command  # the name in what is said
     print_anything()
     try:
         module = importlib.import_module(COMMANDS[command][0])
@@ -47,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where it is said that it cannot be
     except KeyboardInterrupt:
         if not config.torchrun("RANK"):  # one line, however many ranks torchrun has interrupted
-            print(f"moe-overlap {command}: interrupted", file=sys.stderr)
+            print(f"moe-overlap {said}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "moe_overlap":
             raise
-        return _complain(command, f"needs the package {error.name}: pip install 'moe-overlap[cli]'")
+        return _complain(said, f"needs the package {error.name}: pip install 'moe-overlap[cli]'")
     except BrokenPipeError:
         _drop_output()
         return EXIT_NO_READER
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError):
             _drop_output()
-        return _complain(command, text)
+        return _complain(said, text)
     return status or 0
 
 

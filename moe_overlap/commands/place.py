@@ -30,6 +30,10 @@ OUTPUTS = ("place.json", "place.png")
 MOST_BYTES = 1 << 26  # of a trace
 MOST_RANKS, MOST_EXPERTS = 1024, 4096
 STEPS_OF_FILE = 16  # that the tokens of a saved routing are cut into
+LEGEND = """\
+step ms: of the slowest rank, with its experts, the rows it sends and receives, and the gradients of copies
+x before: step ms of the row "before" (every expert once, in order) over that of this row: 2.00 is a step of half the
+time, and below 1 a longer one, where what copies and crossing rows cost is more than what even loads save"""
 HELP = {
     "trace": "JSON lines, each the counts of a step: [E] or [ranks][E], or an object with them as tokens_per_expert",
     "routing": "in the place of a trace: a file of moe-overlap train --save-routing (with --experts, --top-k)",
@@ -119,7 +123,8 @@ def main(argv: Sequence[str]) -> int:
     write_atomically(out / "place.json", (json.dumps([row for row, _ in found], indent=1) + "\n").encode())
     write_png(out / "place.png", [(row["planner"], placement) for row, placement in found], steps)
     print("\n".join(_table([row for row, _ in found])))
-    print(f"\npredicted, nothing was run: judged on {len(steps) - len(steps) // 2} of {len(steps)} steps")
+    print(f"\n{LEGEND}")
+    print(f"predicted, nothing was run: judged on {len(steps) - len(steps) // 2} of {len(steps)} steps")
     print(f"wrote {', '.join(str(out / name) for name in OUTPUTS)}")
     return 0
 

@@ -313,11 +313,15 @@ def _bounds(window: Window, chosen: Candidate) -> list[str]:
     least = min(window.chunkings, key=lambda one: bound_s(window, one))
     least_s = bound_s(window, least)
     above = chosen.predicted_s / own_s - 1 if own_s else 0.0
-    said = f"Bound of the window: no order with {_count(chosen.chunks)} takes less than {in_ms(own_s)}; this one "
+    said = f"Bound of the window: no order with {_named_cut(chosen)} takes less than {in_ms(own_s)}; this one "
     said += f"is {100 * above:.1f} % above." if above > 5e-4 else "reaches it."
     if least_s < own_s * (1 - NOTABLE / 4):
-        said += f" With {_count(least.chunks)} the bound is {in_ms(least_s)}, the smallest of any cut."
+        said += f" With {_named_cut(least)} the bound is {in_ms(least_s)}, the smallest of any cut."
     return [said]
+
+
+def _named_cut(cut: Candidate | Chunking) -> str:
+    return "1 chunk" if cut.chunks == 1 else f"{cut.chunks} chunks by {cut.by}"
 
 
 def _count(chunks: int) -> str:

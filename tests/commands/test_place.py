@@ -36,6 +36,10 @@ def test_its_figures(tmp_path, capsys):
     assert (tmp_path / "out" / "place.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "max/mean" in said and "judged on 1 of 2 steps" in said
+    # The last column is what the legend says of it.
+    name, *_, step_ms, versus = next(line for line in said.splitlines() if line.split()[:1] == ["eplb"]).split()
+    assert versus == f"{rows['before']['step_ms'] / rows['eplb']['step_ms']:.2f}" and float(versus) > 1
+    assert 'x before: step ms of the row "before"' in said
 
 
 def test_a_budget_of_nothing_moves_nothing(tmp_path):

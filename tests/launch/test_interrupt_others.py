@@ -52,6 +52,6 @@ def test_one_line_and_130(command, all_processes, tmp_path):
     status, said = interrupted([*command.split(), *COMMANDS[command]], tmp_path, all_processes)
     assert status == 130, said
     assert "Traceback" not in said
-    assert [line for line in said.splitlines() if "interrupted" in line] == [
-        f"moe-overlap {command.split()[0]}: interrupted"
-    ], said
+    assert [line for line in said.splitlines() if "interrupted" in line] == [f"moe-overlap {command}: interrupted"], (
+        said
+    )

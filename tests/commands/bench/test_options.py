@@ -66,6 +66,12 @@ def test_bad_input_is_one_line_naming_the_option_and_exit_2(words, option, capsy
     assert len(said.strip().splitlines()) == 1 and option in said and words.split()[-1] in said, said
 
 
+@pytest.mark.parametrize("words", ["ops --ops softmax", "overlap --ranks 1", "layer --repeats 0", "balance --ranks 0"])
+def test_bad_input_names_the_benchmark(words, capsys):
+    assert main(["bench", *words.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"moe-overlap bench {words.split()[0]}: error: {words.split()[1]}")
+
+
 def test_a_missing_benchmark_is_exit_2(capsys):
     with pytest.raises(SystemExit) as error:
         main(["bench"])
