@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_overlap.agreement.header import WEIGHTS_AT as WEIGHTS_AT
 from moe_overlap.agreement.record import DTYPES
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.beside import Op
@@ -17,7 +18,6 @@ from moe_overlap.transport.host_link import HostLink
 AnySchedule = SchedulePair | AutoSchedule
 Given = Mapping[str, torch.Tensor | None]  # what a layer's caller has for its router, by name
 DEDUP = ("off", "auto", "on")
-WEIGHTS_AT = ("output", "input")
 MODES = ("host", "static")
 NOT_TRACEABLE = "exchanges and the order of backward are not traceable: one graph break"
 

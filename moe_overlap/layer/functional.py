@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -62,7 +61,7 @@ def moe_forward(
     (transformers uses E). zero_experts: so many ids from E on return the token itself, which is not sent. token_mask:
     bool [T], False = padding, all of whose ids are unused. weights_at: "input": experts read weight * token, and their
     results are summed as they are (Llama4); each choice then is a row of its own before it is sent. transport: None for
-    one rank; it belongs to this shape of call, with deduplication of K too.
+    one rank; it belongs to this shape of call and to one `weights_at`, with deduplication of K too.
     For latent experts (see MoELayer) hidden_TD are the latents and D is their width: project before the call, and its
     result after it.
 
@@ -72,40 +71,42 @@ def moe_forward(
     check_dedup(dedup)
     if weights_at not in WEIGHTS_AT:
         raise ConfigError("weights_at", weights_at, f"one of {WEIGHTS_AT}")
-    if weights_at == "input":
-        return _weights_at_input(
-            hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, token_mask, zero_experts,
-            activation=activation, schedule=schedule, overlap=overlap, dedup=dedup, unused_id=unused_id,
-            transport=transport)  # fmt: skip
     if gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise ConfigError(
             "gate_up_proj", tuple(gate_up_proj.shape), "three dimensions, [e, 2F, D], as down_proj [e, D, F]"
         )
     check_zero_experts(zero_experts)
     call = _Call(hidden_TD, topk_ids_TK, topk_weights_TK, gate_up_proj, down_proj, activation, unused_id, zero_experts,
-                 token_mask)  # fmt: skip
+                 token_mask, weights_at)  # fmt: skip
+    run = _forward if weights_at == "output" else _weights_at_input
+    return run(call, schedule, overlap, dedup, transport)
+
+
+def _forward(
+    call: _Call, schedule: str | SchedulePair, overlap: bool, dedup: str, transport: Transport | None
+) -> torch.Tensor:
     if (transport is None or transport.name == "local") and schedule in INLINE:
         return _inline(call)
     return _scheduled(call, schedule, overlap, dedup, transport or LocalTransport())
 
 
 def _weights_at_input(
-    x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor,
-    token_mask: torch.Tensor | None, zero_experts: int, **options: Any,
-) -> torch.Tensor:  # fmt: skip
-    """`moe_forward` whose rows are weight * token: one for each choice, so that each has one expert and weight 1."""
-    if zero_experts:
-        raise ConfigError("zero_experts", zero_experts, '0 beside weights_at="input": they return weight * token')
-    given = (x_TD, ids_TK, weights_TK)
+    call: _Call, schedule: str | SchedulePair, overlap: bool, dedup: str, transport: Transport | None
+) -> torch.Tensor:
+    """`_forward` whose rows are weight * token: one for each choice, so that each has one expert and weight 1."""
+    if call.zero_experts:
+        raise ConfigError("zero_experts", call.zero_experts, '0 beside weights_at="input": they return weight * token')
+    given = x_TD, ids_TK, weights_TK = call.x_TD, call.ids_TK, call.weights_TK
     if not all(isinstance(one, torch.Tensor) and one.dim() == 2 for one in given) or not (
         x_TD.shape[0] == ids_TK.shape[0] and ids_TK.shape == weights_TK.shape
     ):
-        return moe_forward(*given, w_in, w_out, token_mask=token_mask, **options)  # refuses, on all ranks alike
-    rows = (x_TD[:, None] * weights_TK[:, :, None].to(x_TD.dtype)).flatten(0, 1)
-    if isinstance(token_mask, torch.Tensor):
-        token_mask = token_mask.repeat_interleave(ids_TK.shape[1], dim=0)
-    ones = torch.ones(rows.shape[0], 1, dtype=torch.float32, device=rows.device)
-    y = moe_forward(rows, ids_TK.reshape(-1, 1), ones, w_in, w_out, token_mask=token_mask, **options)
+        return _forward(call, schedule, overlap, dedup, transport)  # refuses, on all ranks alike
+    call.x_TD = (x_TD[:, None] * weights_TK[:, :, None].to(x_TD.dtype)).flatten(0, 1)
+    call.ids_TK = ids_TK.reshape(-1, 1)
+    call.weights_TK = torch.ones(call.x_TD.shape[0], 1, dtype=torch.float32, device=x_TD.device)
+    if isinstance(call.token_mask, torch.Tensor):
+        call.token_mask = call.token_mask.repeat_interleave(ids_TK.shape[1], dim=0)
+    y = _forward(call, schedule, overlap, dedup, transport)
     return y.view(*ids_TK.shape, y.shape[1]).sum(dim=1)
 
 
@@ -122,6 +123,7 @@ class _Call:
     unused_id: int | None
     zero_experts: int
     token_mask: torch.Tensor | None
+    weights_at: str
     identity: Identity | None = None
 
     def fit(self, num_experts: int, *, inline: bool) -> None:
@@ -221,6 +223,7 @@ def _scheduled(
         activation=call.activation,
         dtype=call.w_in.dtype,
         dedup=int(distinct),
+        weights_at=call.weights_at,
     )
     calls: _Calls | None = getattr(transport, _CALLS, None)
     if calls is None or calls.dispatcher.header != dispatcher.header:

@@ -166,7 +166,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         self.dispatcher = assembly.make_dispatcher(
             dispatcher, placement, self.transport, bad_logits, self.rows, static, hidden=row_width,
             ffn_hidden=ffn_hidden_size, top_k=top_k, activation=activation, payload_dtype=payload_dtype,
-            dtype=factory["dtype"] or torch.get_default_dtype(),
+            dtype=factory["dtype"] or torch.get_default_dtype(), weights_at=weights_at,
         )  # fmt: skip
         self._check_router()
         self._forget()

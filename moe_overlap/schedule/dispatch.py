@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from moe_overlap.agreement.cost import GATHERED_RANKS
 from moe_overlap.agreement.counts import BLOCKS, MOST, Said, block_counts, block_counts_of_rows, check_counts
-from moe_overlap.agreement.header import Header
+from moe_overlap.agreement.header import WEIGHTS_AT, Header
 from moe_overlap.agreement.plan import CHUNK_BY, ExchangePlan
 from moe_overlap.agreement.record import DTYPES, NOT_SENT, REFUSALS, StepRecord, digest, dtype_code
 from moe_overlap.agreement.seats import Seats, StepRule, seats_of
@@ -104,8 +104,9 @@ class Dispatcher:
     """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
     opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too.
     `dedup`: a position in `record.DEDUP`; `ranks_per_node`: so many ranks in a row share a node (0: not known);
-    `hierarchical`: one row for each (token, node) crosses nodes. `copy_store`: the copies that this rank has of other
-    ranks' experts; `rule`: which copies there are in a step, decided when its counts are known."""
+    `hierarchical`: one row for each (token, node) crosses nodes. `weights_at`: in `header.WEIGHTS_AT`, for the ranks to
+    compare. `copy_store`: the copies that this rank has of other ranks' experts; `rule`: which copies there are in a
+    step, decided when its counts are known."""
 
     transport: Transport
     placement: Placement
@@ -123,6 +124,7 @@ class Dispatcher:
     dedup: int = 0
     ranks_per_node: int = 0
     hierarchical: bool = False
+    weights_at: str = "output"
     copy_store: CopyStore = field(default_factory=CopyStore)
     weights_require_grad: bool = False
     rule: StepRule | None = None
@@ -145,6 +147,7 @@ class Dispatcher:
             activation=_activation_number(self.activation),
             dedup=int(self.dedup == 1),
             nodes=self._counted_nodes,
+            weights_at=WEIGHTS_AT.index(self.weights_at),
         )
 
     @property

@@ -11,7 +11,7 @@ import torch
 from moe_overlap.agreement.agree import Exchanged, agree_on
 from moe_overlap.agreement.cost import GATHERED_RANKS, record_capacity
 from moe_overlap.agreement.counts import BLOCKS, MOST
-from moe_overlap.agreement.header import HEADER_WORDS, Header
+from moe_overlap.agreement.header import HEADER_WORDS, Header, difference
 from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, compare, digest
@@ -116,7 +116,8 @@ class Endpoint(Speaker):
         different = (table != table[0]).any(dim=1).nonzero()
         if len(different):
             odd = int(different[0])
-            text = f"rank {odd} opened this transport for another configuration than rank 0; nothing was sent"
+            named = difference(table, odd)
+            text = f"rank {odd} opened this transport for another configuration than rank 0 ({named}); nothing was sent"
             peer = odd if odd != self.rank else 0
             raise self._poisoned(PlanMismatch(text, rank=self.rank, peer=peer, action="open"))
         self._header, self._opened_in = header, self.life.generation

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_overlap import ConfigError, moe_forward
+from moe_overlap import ConfigError, PlanMismatch, moe_forward
 from moe_overlap.transport.local import LocalTransport
 from tests.ranks import virtual_world
 
@@ -59,6 +59,30 @@ def test_two_ranks(schedule):
     ranks = zip(*virtual_world(2).run(lambda me: _step(2, me.transport(), schedule)), strict=True)
     for got, want in zip(ranks, _step(2, LocalTransport()), strict=True):
         torch.testing.assert_close(torch.cat(list(got)), want, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_that_weigh_in_other_places_are_told_so():
+    def step(me):
+        transport = me.transport()
+        x, ids, weights, w_in, w_out = _inputs(1, me.rank, 2)
+        given = {"transport": transport, "weights_at": ("output", "input")[me.rank]}
+        with pytest.raises(PlanMismatch, match="weights_at: output and input"):
+            moe_forward(x, ids, weights, w_in, w_out, **given)
+        transport.reopen()
+        moe_forward(x, ids, weights, w_in, w_out, transport=transport)
+
+    virtual_world(2).run(step)
+
+
+def test_a_transport_is_for_one_of_the_two():
+    def step(me):
+        x, ids, weights, w_in, w_out = _inputs(1, me.rank, 2)
+        given = {"transport": me.transport()}
+        moe_forward(x, ids, weights, w_in, w_out, **given)
+        with pytest.raises(ConfigError, match="header"):
+            moe_forward(x, ids, weights, w_in, w_out, weights_at="input", **given)
+
+    virtual_world(2).run(step)
 
 
 def test_a_mask_and_unused_ids():

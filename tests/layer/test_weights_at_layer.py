@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_overlap import ConfigError, MoELayer, ShortcutBlock
+from moe_overlap import ConfigError, MoELayer, PlanMismatch, ShortcutBlock
 from tests.ranks import virtual_world
 
 D, F, E, T = 12, 8, 4, 18
@@ -109,6 +109,15 @@ def test_padding_may_hold_anything():
     without = kept - want.shared_expert(x[mask])
     torch.testing.assert_close(y[mask], without, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer.router.weight.grad, want.router.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_that_weigh_in_other_places_are_told_so():
+    def step(me):
+        layer = _layer(me.rank, 2, transport=me.transport(), weights_at=("output", "input")[me.rank])
+        with pytest.raises(PlanMismatch, match="weights_at: output and input"):
+            layer(_x())
+
+    virtual_world(2).run(step)
 
 
 def test_what_it_cannot_do():
