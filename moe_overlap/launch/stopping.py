@@ -1,14 +1,17 @@
-"""Ctrl-C as a question: a loop that can save its work asks whether to stop, and is not broken off in the middle."""
+"""Ctrl-C as a question: a loop that can save its work asks whether to stop, and is not broken off in the middle. And
+Ctrl-C at once, where a call would else keep it waiting."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
+T = TypeVar("T")
 STOP = signal.SIGUSR1  # a parent's question: as the first SIGINT, however often it comes
 
 
@@ -43,3 +46,25 @@ def stopping() -> Iterator[Stop]:
     finally:
         for number, handler in before:
             signal.signal(number, handler)
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """What `work` returns or raises. It runs in a thread of its own, so that Ctrl-C is heard although `work` spends
+    minutes in a call of compiled code: KeyboardInterrupt is raised here, and the thread ends with the process."""
+    found: list[T] = []
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            over.set()
+
+    threading.Thread(target=run, name="moe_overlap interruptible", daemon=True).start()
+    over.wait()
+    if errors:
+        raise errors[0]
+    return found[0]

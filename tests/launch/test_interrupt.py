@@ -7,32 +7,34 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from moe_overlap.launch.stopping import STOP, stopping
+from moe_overlap.launch.stopping import STOP, interruptible, stopping
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120.0
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SIZES = "--batch 4 --seq 32 --layers 2 --hidden 32 --ffn 48 --experts 4 --vocab 300 --threads 1 --steps 1000000".split()
 
 
-def interruptible():
+def interruptible_by_a_signal():
     """A process that is started in the background ignores SIGINT, and those that it starts do too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def interrupted_after_a_step(out, *words, event="step", all_processes=False):
+def interrupted_after_a_step(out, *words, event="step", all_processes=False, launcher=()):
     """(exit status, stderr) of a training run that is interrupted once it has logged an event. all_processes: as a
     terminal does it."""
     log = out / "train.jsonl"
     before = len(log.read_text().splitlines()) if log.exists() else 0
-    command = [sys.executable, "-m", "moe_overlap", "train", *SIZES, "--out", str(out), *words]
+    command = [sys.executable, *launcher, "-m", "moe_overlap", "train", *SIZES, "--out", str(out), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, cwd=out, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True, preexec_fn=interruptible) as process:  # fmt: skip
+                          start_new_session=True, preexec_fn=interruptible_by_a_signal) as process:  # fmt: skip
         until_s = time.monotonic() + LIMIT_S
         while time.monotonic() < until_s and process.poll() is None:
             if log.exists() and f'"{event}", ' in "".join(log.read_text().splitlines(keepends=True)[before:]):
@@ -69,6 +71,74 @@ def test_an_interrupted_run_goes_on_from_its_folder(tmp_path, text, all_processe
     events = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     steps = [event["step"] for event in events if event["event"] == "step"]
     assert steps == list(range(len(steps))), "the second run begins where the first one ended"
+
+
+def test_under_torchrun_the_ranks_save_and_say_one_line(tmp_path, text):
+    """torchrun itself ends with 1 and a traceback, of its own."""
+    status, said = interrupted_after_a_step(tmp_path, "--text", str(text), all_processes=True, launcher=TORCHRUN)
+    assert status == 1 and said.count("Traceback") == 1 and "SignalException" in said.splitlines()[-1]
+    assert str(ROOT) not in said.replace(f"--resume {ROOT}", ""), "no frame of ours"
+    lines = [line for line in said.splitlines() if "interrupted" in line]
+    assert len(lines) == 1 and f"--resume {tmp_path}" in lines[0]
+    events = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "interrupted"
+    assert (tmp_path / "checkpoints" / f"step-{events[-1]['step']:06d}").is_dir()
+
+
+TRAINS_A_TOKENIZER = """
+import sys, time
+from moe_overlap.commands import cli
+from moe_overlap.commands.train import text
+
+def as_compiled_code(*_):
+    print("training", file=sys.stderr, flush=True)
+    until_s = time.monotonic() + 60
+    while time.monotonic() < until_s:
+        try:
+            time.sleep(1)
+        except KeyboardInterrupt:
+            print("heard by nobody", file=sys.stderr, flush=True)
+
+text._train_and_encode = as_compiled_code
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_while_a_tokenizer_is_trained(tmp_path, text):
+    command = [sys.executable, "-c", TRAINS_A_TOKENIZER, "train", "--text", str(text), "--out", str(tmp_path / "out")]
+    command += "--ranks 1 --batch 1 --seq 32".split()
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=interruptible_by_a_signal) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline() == "training\n"
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, rest) == (130, "moe-overlap train: interrupted\n")
+
+
+def test_work_that_hears_nothing_is_left_behind():
+    release, over = threading.Event(), threading.Event()
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            release.wait(LIMIT_S)
+        except KeyboardInterrupt:  # as of a call that ends by itself
+            return
+        finally:
+            over.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work)
+    assert not over.is_set()
+    release.set()
+    assert over.wait(LIMIT_S)
+
+
+def test_work_gives_what_it_returns_and_raises_what_it_raises():
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)
 
 
 def test_a_run_that_compares_is_broken_off_and_says_so(tmp_path, text):

@@ -19,6 +19,7 @@ import torch
 from moe_overlap.commands.train.files import read_tensors, write_tensors
 from moe_overlap.commands.train.seeds import generator
 from moe_overlap.errors import ConfigError
+from moe_overlap.launch.stopping import interruptible
 from moe_overlap.measure.files import read_regular, write_atomically
 
 SUFFIXES = (".txt", ".rst", ".md", ".py", ".c", ".h", ".html", ".tex")
@@ -162,7 +163,7 @@ def _token_stream(documents: list[bytes], out: Path, vocab: int, key: str) -> to
         return cached
     texts = [document.decode("utf-8", errors="replace") for document in documents]
     with _saying(f"training a tokenizer of {vocab} tokens on {sum(map(len, documents)):,} bytes of text"):
-        tokenizer_json, stream = _train_and_encode(texts, vocab)
+        tokenizer_json, stream = interruptible(lambda: _train_and_encode(texts, vocab))
     write_atomically(tokenizer_file, tokenizer_json.encode())
     write_tensors(tokens_file, {"tokens": stream}, _digests(stream, tokenizer_json.encode()))
     return stream
