@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 
 from moe_overlap.ops import expert_mlp_choice, registry, workspace
-from moe_overlap.ops.activation import backward_into, forward_into, same_memory
+from moe_overlap.ops.activation import COMPILED_KINDS, backward_into, forward_into, same_memory
 from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.ops.expert_mlp_contract import Dgrad, DgradResult, Forward, Wgrad
-from moe_overlap.ops.row_groups import Bounds, Groups, RowReader, weight_gradient
+from moe_overlap.ops.row_groups import ALIGNMENT_BYTES, Bounds, Groups, RowReader, weight_gradient
+
+FEW_ELEMENTS = 1 << 15  # of h: with more, what an operator's call costs does not count
 
 
 def expert_mlp_forward(
@@ -144,6 +146,9 @@ def rows_through_experts(
     h_RF: torch.Tensor | None,
 ) -> None:
     """Writes y of every group, and h where a buffer is given."""
+    if _few_rows(groups, w_in, w_out, kind):
+        _few_rows_through_experts(groups, read, w_in, w_out, kind, scale_R, y_RD, h_RF)
+        return
     a_nF = workspace.empty((groups.longest, w_out.shape[2]), like=y_RD)
     h_nF = workspace.empty((groups.longest, w_in.shape[1]), like=y_RD) if h_RF is None else h_RF
     for i, (begin, end) in enumerate(groups.ranges):
@@ -154,6 +159,41 @@ def rows_through_experts(
             torch.mm(read(begin, end), w_in[i].t(), out=h)
             forward_into(h, kind, a, None if scale_R is None else scale_R[begin:end])
             torch.mm(a, w_out[i].t(), out=y_RD[begin:end])
+
+
+def _few_rows(groups: Groups, w_in: torch.Tensor, w_out: torch.Tensor, kind: str) -> bool:
+    """Whether one activation for the rows of all experts has the bits of one for each: rows without gaps, of a kind
+    whose rows do not depend on each other (the vector code of erf has other bits at the end of a block), and each
+    beginning where a matmul may read."""
+    return (
+        groups.starts is None
+        and kind in COMPILED_KINDS
+        and groups.used * w_in.shape[1] <= FEW_ELEMENTS
+        and w_out.shape[2] * w_out.element_size() % ALIGNMENT_BYTES == 0
+    )
+
+
+def _few_rows_through_experts(
+    groups: Groups,
+    read: RowReader,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    kind: str,
+    scale_R: torch.Tensor | None,
+    y_RD: torch.Tensor,
+    h_RF: torch.Tensor | None,
+) -> None:
+    """As `rows_through_experts` with fewer operators, whose calls are what few rows cost."""
+    used = groups.used
+    h = workspace.empty((used, w_in.shape[1]), like=y_RD) if h_RF is None else h_RF[:used]
+    a = workspace.empty((used, w_out.shape[2]), like=y_RD)
+    hit = [(i, begin, end) for i, (begin, end) in enumerate(groups.ranges) if begin < end]
+    w_in_EDF, w_out_EFD = w_in.transpose(1, 2), w_out.transpose(1, 2)
+    for i, begin, end in hit:
+        torch.mm(read(begin, end), w_in_EDF[i], out=h[begin:end])
+    forward_into(h, kind, a, None if scale_R is None else scale_R[:used])
+    for i, begin, end in hit:
+        torch.mm(a[begin:end], w_out_EFD[i], out=y_RD[begin:end])
 
 
 def hidden_gradient(

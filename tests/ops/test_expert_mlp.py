@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops import expert_loop
 from tests import oracle, tolerances
 from tests.ops.cases import DTYPES, KINDS, randn, weights
 
@@ -311,3 +312,31 @@ def test_raw_pieces_refuse_another_number_of_groups(ends, starts) -> None:
     x, (w_in, w_out) = torch.zeros(4, 3), weights(2, 3, 5, "gelu", torch.float32)
     with pytest.raises(ConfigError, match="one entry per expert, 2"):
         ops.expert_mlp_forward(x, w_in, w_out, ends, starts=starts, kind="gelu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["swiglu", "relu", "gelu"])
+@pytest.mark.parametrize("save_h", [False, True])
+def test_few_rows_have_the_bits_of_many(dtype, kind, save_h, monkeypatch) -> None:
+    """All experts' activations are one call then: not of gelu, nor where rows begin at no multiple of 64 bytes."""
+    calls = []
+
+    def counted(h, *rest):
+        calls.append(h.shape[0])
+        activate(h, *rest)
+
+    activate = expert_loop.forward_into
+    monkeypatch.setattr(expert_loop, "forward_into", counted)
+    for ffn in (32, 33):
+        w_in, w_out = weights(5, 24, ffn, kind, dtype, grad=save_h)
+        x, offs = randn(7, 24, dtype=dtype), torch.tensor([1, 1, 3, 3, 6], dtype=torch.int32)
+        scale = randn(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=3)
+        found = []
+        for few in (1 << 15, 0):
+            monkeypatch.setattr(expert_loop, "FEW_ELEMENTS", few)
+            calls.clear()
+            found.append([ops.expert_mlp(x, w_in, w_out, offs, kind=kind, row_scale=one) for one in (None, scale)])
+            merged = few and ffn == 32 and kind != "gelu"
+            assert calls == [6, 6] if merged else calls == [1, 2, 3, 1, 2, 3]
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
