@@ -5,7 +5,7 @@ which is the model's business and not ours), a token need not come home after an
 any rank. So a layer has a dispatch and no combine, and with experts placed by affinity (`placement.Affinity`) most
 tokens are where they have to be.
 
-Only h travels, and 16 bytes beside it (`hop.py`). The norm in front of router and experts is applied to it on both sides;
+Only h travels, and 16 bytes beside it (`hop.py`). The norm in front of router and experts is applied to h on both ends;
 what follows the experts (weight, shared expert, residual) is computed where they are. A token that no expert takes (id
 -1) stays where it is.
 
