@@ -117,9 +117,10 @@ class CoherentLayer:
             raise ConfigError("tokens", type(tokens).__name__, "CoherentTokens: begin(x), or what a layer returned")
         if tokens.rank != rank:
             raise ConfigError("tokens.rank", tokens.rank, f"{rank}, this rank")
-        shape = tuple(tokens.h_ND.shape)
-        if shape != (*tokens.index_N.shape, width):
-            raise ConfigError("tokens.h_ND", shape, f"[{tokens.index_N.shape[0]}, {width}]")
+        shape, count = tuple(tokens.h_ND.shape), tokens.index_N.numel()
+        if shape != (count, width) or tokens.source_N.shape != tokens.index_N.shape:
+            raise ConfigError("tokens.h_ND", shape, f"{(count, width)}, and as many of source_N and index_N")
+        dtype_code(tokens.h_ND.dtype)  # raises for one that rows cannot have
         return tokens
 
     def _input(self, h_ND: torch.Tensor) -> torch.Tensor:

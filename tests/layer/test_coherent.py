@@ -374,7 +374,7 @@ def refusing(me, call, step):
     return caught.value.field
 
 
-@pytest.mark.parametrize("mistake", ["gradients", "tokens", "tokens.rank", "norm", "x.shape[-1]", "replay"])
+@pytest.mark.parametrize("mistake", ["gradients", "tokens", "tokens.rank", "norm", "tokens.h_ND", "x.dtype", "replay"])
 def test_one_rank_that_refuses_makes_all_refuse_and_nothing_is_sent(mistake):
     def rank(me):
         ((layer, norm),) = model([me.transport()], me.rank)
@@ -391,13 +391,14 @@ def test_one_rank_that_refuses_makes_all_refuse_and_nothing_is_sent(mistake):
                 with RoutingRecorder(layer):
                     step(good)
             else:
-                step({"tokens": 3, "tokens.rank": replace(good, rank=0)}.get(mistake, step.begin(tokens(3)[:, :3])))
+                bad = {"tokens": 3, "tokens.rank": replace(good, rank=0), "tokens.h_ND": step.begin(tokens(3)[:, :3]),
+                       "x.dtype": step.begin(tokens(3).to(torch.complex64))}  # fmt: skip
+                CoherentLayer(layer, norm=lambda h: norm(h.real.double()))(bad[mistake])
 
         with torch.no_grad():
             return refusing(me, call, step)
 
-    fields = virtual_world(2).run(rank)
-    assert fields[1] == ("tokens.h_ND" if mistake == "x.shape[-1]" else mistake)
+    assert virtual_world(2).run(rank)[1] == mistake
 
 
 def test_rows_that_are_missing_at_the_end_are_said_on_all_ranks():
