@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_overlap import CoherentLayer, MoELayer, RoutingRecorder
-from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch
+from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, TransportTimeout
 from moe_overlap.placement import LocalFirst, Placement
 from moe_overlap.placement.planners import affinity_layers
 from moe_overlap.placement.topology import Topology
@@ -462,3 +462,22 @@ def test_a_rank_that_fails_after_the_agreement_closes_the_transport(where):
     names = virtual_world(2).run(rank)
     assert names[0] == "RemoteAbort"
     assert names[1] == ("KeyboardInterrupt" if where == "norm" else "ConfigError")
+
+
+@pytest.mark.parametrize("stops", ["step", "home"])
+def test_nobody_waits_for_ever_for_a_rank_that_does_not_come(stops):
+    def rank(me):
+        ((layer, norm),) = model([me.transport()], me.rank)
+        step = CoherentLayer(layer, norm=norm)
+        with torch.no_grad():
+            here = step.begin(brought(me.rank))
+            if me.rank == 1 and stops == "step":
+                return
+            here = step(here) if stops == "home" else here
+            if me.rank == 1:
+                return
+            with pytest.raises(TransportTimeout) as caught:
+                step.home(here) if stops == "home" else step(here)
+            assert (caught.value.rank, caught.value.peer) == (0, 1)
+
+    virtual_world(2).run(rank)
