@@ -22,7 +22,7 @@ import torch
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
 from moe_overlap.auto.beside import why_not_kept
-from moe_overlap.auto.calibrate import MAX_GROUPS, calibrate, gathered
+from moe_overlap.auto.calibrate import calibrate, gathered
 from moe_overlap.auto.cost_cache import cache_file, cache_key, hosts_of, load, store
 from moe_overlap.auto.planned import PlannedSchedule, Settled
 from moe_overlap.auto.probes import ProbeInputs, Probes, probe_pair
@@ -177,6 +177,7 @@ class AutoSchedule(Settled):
                         cache_file(key), cached.measured_rows, busiest_rows(exchange))  # fmt: skip
             cached = None
         metadata = None if self.dedup == "off" else probes.metadata
+        offload = probes.inputs.host_link is not None
         model = shared_model(transport, cached, device)
         self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
@@ -185,10 +186,11 @@ class AutoSchedule(Settled):
                 probes.run,
                 probes.pair,
                 transport,
-                groups=min(MAX_GROUPS, probes.w_in.shape[0]),
+                groups=exchange.num_slots // exchange.world_size,
                 row_bytes=probes.row_bytes,
                 nodes=nodes,
                 metadata=metadata,
+                expert_bytes=probes.expert_bytes[0] if offload else 0,
                 device=device,
                 source=source,
             )
@@ -205,7 +207,8 @@ class AutoSchedule(Settled):
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
                                    nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
                                    max_in_flight_bytes=self.max_in_flight_bytes,
-                                   num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes)  # fmt: skip
+                                   num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes,
+                                   offload=offload)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

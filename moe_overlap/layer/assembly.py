@@ -294,9 +294,10 @@ def make_schedule(
     overlap: bool,
     rows: Rows,
     max_in_flight_bytes: int | None,
+    offload: bool,
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
-    name, and there is nothing to deduplicate."""
+    name, and there is nothing to deduplicate; but with experts in host memory (`offload`) there are copies to plan."""
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
@@ -318,7 +319,7 @@ def make_schedule(
     else:
         pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
         return pair if overlap else pair.join()
-    if ranks > 1:
+    if ranks > 1 or offload:
         return auto
     pair = replace(layer_schedule("serial", shared=shared), name=ONE_RANK)
     return pair if auto.overlap else pair.join()

@@ -150,7 +150,7 @@ class Interleaved(nn.Module):
         block: MoEBlock, ops: int, slot: int | None, backward_slot: int | None, chunks: int, by: ChunkBy, auto: bool,
         overlap: bool,
     ) -> AnySchedule:  # fmt: skip
-        if auto and block.moe.transport.world_size > 1:
+        if auto and block.moe.plans:
             return AutoSchedule(op_verb="B", num_ops=ops, overlap=overlap, dedup=block.moe.rows.dedup)
         return fixed_window(block.moe, ops, slot, backward_slot, chunks, by).join(not overlap)
 

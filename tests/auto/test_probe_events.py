@@ -7,7 +7,8 @@ from unittest.mock import patch
 import pytest
 
 from moe_overlap.auto import calibrate as measuring
-from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED, StepTimes, _rest, _seconds
+from moe_overlap.auto.calibrate import StepTimes, _rest, _seconds
+from moe_overlap.auto.probe_pairs import CHUNKS, OVERLAPPED
 from moe_overlap.measure.timeline import TimelineEvent
 from moe_overlap.schedule.actions import Schedule
 from tests.auto.planted import OPS, SHAPES, build, cost_model, exchange, planted, step
