@@ -54,13 +54,14 @@ class Unplanned(Settled):
     max_in_flight_bytes: int | None
     dedup: str = "off"
     num_ahead: int = 0
+    offload: bool = False
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
     @property
     def digest(self) -> int:
         settings = (self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes, self.dedup, self.num_ahead)
-        return digest("auto calibrates", *settings)
+        return digest("auto calibrates", *settings, self.offload)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """Joined: a step without rows runs so, as it tells nothing."""
@@ -120,6 +121,7 @@ class AutoSchedule(Settled):
     max_in_flight_bytes: int | None = None
     dedup: str = "off"  # as the layer's: with "auto" plain schedules and deduplicated ones are compared
     num_ahead: int = 0  # fixed, since what follows is chosen from what was agreed
+    offload: bool = False  # experts are in host memory; a layer says so of the one that it was given
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
     not_kept: str | None = None  # why there is none
@@ -131,7 +133,7 @@ class AutoSchedule(Settled):
         """What a step says before there is a choice."""
         return Unplanned(op_verb=self.op_verb, num_ops=self.num_ops, overlap=self.overlap,
                          max_in_flight_bytes=self.max_in_flight_bytes, dedup=self.dedup,
-                         num_ahead=self.num_ahead)  # fmt: skip
+                         num_ahead=self.num_ahead, offload=self.offload)  # fmt: skip
 
     def get(self, opening: int, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
@@ -177,7 +179,6 @@ class AutoSchedule(Settled):
                         cache_file(key), cached.measured_rows, busiest_rows(exchange))  # fmt: skip
             cached = None
         metadata = None if self.dedup == "off" else probes.metadata
-        offload = probes.inputs.host_link is not None
         model = shared_model(transport, cached, device)
         self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
@@ -190,7 +191,7 @@ class AutoSchedule(Settled):
                 row_bytes=probes.row_bytes,
                 nodes=nodes,
                 metadata=metadata,
-                expert_bytes=probes.expert_bytes[0] if offload else 0,
+                expert_bytes=probes.expert_bytes[0] if self.offload else 0,
                 device=device,
                 source=source,
             )
@@ -208,7 +209,7 @@ class AutoSchedule(Settled):
                                    nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
                                    max_in_flight_bytes=self.max_in_flight_bytes,
                                    num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes,
-                                   offload=offload)  # fmt: skip
+                                   offload=self.offload)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

@@ -311,11 +311,11 @@ def make_schedule(
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
         if schedule.taken:
             raise ConfigError("schedule", "an AutoSchedule of another layer", "one for each layer: it keeps the costs")
-        schedule.taken = True
+        schedule.taken, schedule.offload = True, offload
         auto = schedule
     elif schedule == "auto":
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
-                            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+                            max_in_flight_bytes=max_in_flight_bytes, offload=offload)  # fmt: skip
     else:
         pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
         return pair if overlap else pair.join()
