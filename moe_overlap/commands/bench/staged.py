@@ -100,8 +100,12 @@ def main(argv: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:
         (out / name).unlink(missing_ok=True)
-    about = {"date": datetime.date.today().isoformat(), "commit": commit(), "torch": torch.__version__,
-             "device": torch.cuda.get_device_name(0)}  # fmt: skip
+    about: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(0),
+    }
     rows: list[dict[str, Any]] = []
 
     def write(**row: Any) -> None:
