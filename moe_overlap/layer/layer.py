@@ -84,8 +84,8 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
     AutoSchedule too), placement (homes of the experts, copies elsewhere), dispatcher (with transport and placement).
-    expert_offload: "host", or a HostLink: experts' weights lie in host memory and come up for their chunk's rows; "auto"
-    measures these copies too, and plans on one rank as well.
+    expert_offload: "host", or a HostLink: experts' weights lie in host memory and come up for their chunk's rows;
+    schedule="auto" measures and plans these copies too, on one rank as well.
 
     forward(x [..., D]) -> one tensor of x's shape; dtype of the experts' weights, or autocast's. The parameters are
     those of `router`, `experts` (this rank's only), `shared_expert`, `latent_in` [L, D] and `latent_out` [D, L]; state
