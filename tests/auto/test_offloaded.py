@@ -303,6 +303,12 @@ def test_of_equal_rows_the_prediction_is_exact(own_clock):
     assert planned.pair.chunks > 1
     for phase in ("forward", "backward"):
         assert seconds_of(layer, phase) == pytest.approx(planned.best(phase).predicted_s)
+    # What is waited for the weights is not the experts' time: these have that of their rows.
+    forward = [event for event in layer.last_events if event.phase == "forward"]
+    experts = [event.end_s - event.start_s for event in forward if event.action in [f"E{c}" for c in range(E)]]
+    assert experts == pytest.approx([ROW_S * 64 / planned.pair.chunks] * planned.pair.chunks)
+    waited_s = sum(event.end_s - event.start_s for event in forward if event.lane == "wait" and event.action != "N")
+    assert waited_s == pytest.approx(planned.best("forward").predicted_s - ROW_S * 64) and waited_s > 0
 
 
 # ---------------------------------------------------------------- the same answer
