@@ -16,6 +16,7 @@ from moe_overlap.commands.plan.machine import cost_model, local_experts, place, 
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.commands.plan.presets import figures_of
 from moe_overlap.commands.plan.sweep import asked
+from moe_overlap.planning.attention import latent
 from moe_overlap.planning.cost_model import window
 from moe_overlap.planning.interleaved import interleaved_s
 from moe_overlap.planning.machines import MACHINES, Reached
@@ -116,8 +117,17 @@ def eps_moe(reached: Reached) -> list[float]:
 
 # ---------------------------------------------------------------- DeepSeek-V3's prefill
 
-MLA = 2 * 187.1e6  # matmul FLOPs of its attention for a token (arXiv 2412.19437, 4.2)
-MLA_CORE = 2 * 2048 * 128 * (192 + 128)  # and of the attention itself over 4096 tokens, causal
+_V3 = latent(
+    hidden=7168,
+    heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)  # arXiv 2412.19437, 4.2
+MLA = 2 * _V3.params  # matmul FLOPs of its attention for a token
+MLA_CORE = 4096 * _V3.core  # and of the attention itself over 4096 tokens, causal
 
 
 def deepseek(reached: Reached) -> list[float]:

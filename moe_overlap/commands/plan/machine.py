@@ -282,7 +282,7 @@ def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     if options.backbone is not None:
         return (*options.backbone, shared_s)
     seen = min(options.sequence, t)
-    attention_s = (4 * (1 + options.kv_share) * t * d + 2 * t * seen) * options.attention / options.flops
+    attention_s = options.attention_block.flops(t, seen) / options.flops
     return attention_s, mlp_s, attention_s, shared_s
 
 
