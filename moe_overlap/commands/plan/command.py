@@ -48,23 +48,21 @@ def main(argv: Sequence[str]) -> int:
     out = check_folder("--out", options.out, OUTPUTS)
     points = {kind: asked(options, kind) for kind in options.kinds}
     point = points[options.kinds[0]]
-    if point.time_s <= 0:
+    if point.time_s <= 0 and options.tokens:
         raise ConfigError("--cost-model", "figures that are all 0", "a step in which something takes time")
     whole = whole_model(options, point) if options.layers and options.cost_model is None else None
     fit = "" if whole is None else fit_line(options, whole)
     sections = [[fit]] if fit else []
     sections += [_heading(options, point)]
+    if not options.tokens:
+        sections.append(_idle(point))
     if whole is not None:
         sections.append(model_lines(options, whole))
     sections += [_assumptions(options, point, whole), _kinds(points)]
-    if options.cost_model is None:
-        sections += _answers(options, point)
-    if options.dedup != "off":
-        sections.append(_deduplication(options, points))
-    sections += [lines for lines in [_copies(options, point), offload_lines(options, point)] if lines]
-    sections += [[text] for text in _explained(points, point)]
+    if options.tokens:
+        sections += _of_tokens(options, points)
     print("\n\n".join("\n".join(lines) for lines in sections), flush=True)  # before what takes longer
-    found = sweep(options) if bandwidths(options) else None
+    found = sweep(options) if options.tokens and bandwidths(options) else None
     record = json.dumps(_record(options, points, found), indent=1, allow_nan=False)
     write_atomically(out / "plan.json", (record + "\n").encode())
     if found is not None:
@@ -73,6 +71,27 @@ def main(argv: Sequence[str]) -> int:
     written = OUTPUTS if found is not None else OUTPUTS[1:]
     print(f"\nwrote {', '.join(str(out / name) for name in written)}")
     return 0
+
+
+def _of_tokens(options: PlanOptions, points: dict[str, Prediction]) -> list[list[str]]:
+    """What there is to say of a step in which something moves."""
+    point, sections = points[options.kinds[0]], []
+    if options.cost_model is None:
+        sections += _answers(options, point)
+    if options.dedup != "off":
+        sections.append(_deduplication(options, points))
+    sections += [lines for lines in [_copies(options, point), offload_lines(options, point)] if lines]
+    return sections + [[text] for text in _explained(points, point)]
+
+
+def _idle(point: Prediction) -> list[str]:
+    """Of a step in which no rank has a token."""
+    left = f"what is left takes {in_ms(point.time_s)}, {in_ms(point.model.agree_s)} of it the agreement on the counts"
+    return [
+        f"No rank has a token: nothing is exchanged and no expert computes; {left}.",
+        "A rank without tokens beside ranks that have some is in every exchange, and its experts work for them: its "
+        "step takes as long as theirs. Ask for it with their --tokens.",
+    ]
 
 
 def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep) -> None:
@@ -220,7 +239,7 @@ def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
     read_s = local_experts(options, point.at) * weights_read_s(options)
     rows = options.tokens * routed(options, point.kind) * busiest(options, point.at)
     matmul_s = point.model.experts.beta_s * rows / chunks
-    if read_s <= matmul_s:
+    if read_s <= matmul_s or not rows:
         return []
     part = f" of one of {chunks} chunks" if chunks > 1 else ""
     return [
@@ -235,7 +254,7 @@ def _kinds(points: dict[str, Prediction]) -> list[str]:
     rows = [("block pair", "serial ms", "planned ms", "x serial", "x serial top2", "comm", "bound ms", "schedule")]
     for kind, one in points.items():
         names = ("dedup: " if one.deduplicated else "") + " | ".join(phase.name for phase in one.phases)
-        versus = f"{base.serial_s / one.time_s:.2f}" if base is not None else "-"
+        versus = "-" if base is None else f"{base.serial_s / one.time_s if one.time_s else 1:.2f}"
         rows.append((kind, f"{1e3 * one.serial_s:.3f}", f"{1e3 * one.time_s:.3f}", f"{one.speedup:.2f}", versus,
                      f"{100 * one.comm_share:.0f} %", f"{1e3 * one.bound_s:.3f}", names))  # fmt: skip
     lines = _aligned(rows)

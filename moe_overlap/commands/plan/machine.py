@@ -5,12 +5,14 @@ too or of two matrices (M = 3 or 2). D hidden, F width (experts, MLP and shared 
 S tokens that attention looks at, A the width of all its query heads, K experts per token, g key heads for each query
 head.
 
-    matmul FLOPs forward   attention 4 (1 + g) T D A + 2 T S A (causal)   MLP 6 T D F   experts 2 M D F for each row
+    matmul FLOPs forward   attention 4 (1 + g) T D A + 2 T S A (causal), or as in `planning/attention.py` with latents;
+                           MLP 6 T D F   experts 2 M D F for each row
     backward               twice as many; of the experts half for the input, half for the weights
     rows moved             P, U and Pt read and write each row, Ut moves 3 D; the experts unpack and pack theirs
     weights read           M D F of every expert that has rows, in every chunk, beside its matmuls (the longer of both
                            counts) or before them (--weights added): chunks of tokens read all experts' weights each,
                            chunks by expert groups only those of the group
+                           of an op that all tokens pass, where that takes longer than its FLOPs
     deduplicated           rows moved follow from the rows for each choice; P, Ut, Pt, M and Mt also run small operators
                            on the ids, which were counted (SMALL_OPS, SMALL_BYTES), for a part of --launch each
     exchange               latency + one message per peer + bytes / bandwidth, for each wire; a NIC of the node is
@@ -194,7 +196,8 @@ def distinct_rows(options: PlanOptions, kind: str, at: Place) -> float:
 def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
     """The calibrated model with the rates asked for, or one from the figures of a machine."""
     if options.cost_model is not None:
-        return replace(options.cost_model, exchange=_calibrated_wires(options, options.cost_model, at))
+        issue_s = options.cost_model.issue_s if options.tokens else 0.0
+        return replace(options.cost_model, exchange=_calibrated_wires(options, options.cost_model, at), issue_s=issue_s)
     flop_s, row_bytes = 1 / options.flops, options.hidden * options.dtype_bytes
     row_s = row_bytes / options.memory_bandwidth
     matmul_s = 2 * expert_params(options) * flop_s
@@ -231,7 +234,7 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         agree_s=agreement_s(options, at),
         distinct=_distinct_costs(options, kind, at, outside_s + router_s),
         outside_backward_s=2 * (outside_s + router_s),
-        issue_s=options.issue if at.peers else 0.0,
+        issue_s=options.issue if at.peers and options.tokens else 0.0,  # without rows nothing is started
         weights_hidden=1.0 if options.weights == "beside" else 0.0,
         slowdown=options.slowdown,
         source="from numbers",
@@ -277,13 +280,22 @@ def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float
 
 def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     """Forward seconds of attention, MLP, attention, shared expert; the first three may have been given."""
-    t, d = options.tokens, options.hidden
-    mlp_s, shared_s = (6 * t * d * width / options.flops for width in (options.ffn, options.shared_width))
+    t, attention = options.tokens, options.attention_block
+    mlp_s, shared_s = (
+        dense_s(options, 2 * t * params, params)
+        for params in (3 * options.hidden * width for width in (options.ffn, options.shared_width))
+    )
     if options.backbone is not None:
         return (*options.backbone, shared_s)
-    seen = min(options.sequence, t)
-    attention_s = options.attention_block.flops(t, seen) / options.flops
+    attention_s = dense_s(options, attention.flops(t, min(options.sequence, t)), attention.params)
     return attention_s, mlp_s, attention_s, shared_s
+
+
+def dense_s(options: PlanOptions, flops: float, params: float) -> float:
+    """Seconds of an op that all tokens of a rank pass: of its FLOPs, or of reading its weights where that takes longer,
+    as with the few tokens of a decoder; none where there are no tokens."""
+    read_s = params * options.dtype_bytes / options.memory_bandwidth
+    return max(flops / options.flops, read_s) if options.tokens else 0.0
 
 
 def agreement(options: PlanOptions, at: Place, *, distinct: bool = False) -> AgreementCost:

@@ -108,11 +108,10 @@ class PlanOptions:
     out: str = "out/plan"
 
     def __post_init__(self) -> None:
-        counts = (
-            "ranks ranks_per_node tokens hidden ffn experts top_k heads kv_heads leaf sequence stages micro_batches"
-        )
+        counts = "ranks ranks_per_node hidden ffn experts top_k heads kv_heads leaf sequence stages micro_batches"
         for name in counts.split():
             check_count(name, getattr(self, name))
+        check_count("tokens", self.tokens, least=0)
         for name in (*("expert_ffn shared_ffn attention_width layers moe_layers vocab draws".split()), *LATENT):
             if getattr(self, name):
                 check_count(name, getattr(self, name))
@@ -176,6 +175,8 @@ class PlanOptions:
 
     def _check_together(self) -> None:
         """What does not go together."""
+        if not self.tokens and self.expert_offload is not None:
+            raise ConfigError("--tokens", 0, "at least 1 beside --expert-offload: without rows no expert is fetched")
         for name, value, default in (("skew", self.skew, 1.0), ("dedup", self.dedup == "node", False)):
             if self.routing is not None and value != default:
                 raise ConfigError(flag_of(name), getattr(self, name), "no such value beside --routing")
@@ -263,7 +264,7 @@ class PlanOptions:
 HELP = {
     "ranks": "ranks; with more than --experts, groups of --experts ranks exchange among themselves",
     "ranks_per_node": "ranks that share a node",
-    "tokens": "tokens per rank",
+    "tokens": "tokens per rank; 0: a step in which no rank has any",
     "model": "config.json of a Hugging Face model: sizes, experts, shared expert and layers, where not given here",
     "measured": "output of nccl-tests' alltoall_perf or DeepEP's tests, or a Kineto trace: rates and latency of wires, "
     "where not given here",

@@ -122,12 +122,12 @@ class Prediction:
 
     @property
     def speedup(self) -> float:
-        return self.serial_s / self.time_s
+        return self.serial_s / self.time_s if self.time_s else 1.0  # on one rank, a step without tokens
 
     @property
     def comm_share(self) -> float:
         """Share of the serial time that exchanges add."""
-        return (self.serial_s - self.compute_s) / self.serial_s
+        return (self.serial_s - self.compute_s) / self.serial_s if self.serial_s else 0.0
 
     @property
     def code(self) -> str:
@@ -187,9 +187,10 @@ def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float |
                                     outside_s=known.outside(phase)))  # fmt: skip
         return tuple(phases)
 
+    moves = at.group > 1 and options.tokens > 0
     could_pay = at.group > 1 and options.experts > at.group and routed(options, kind) > 1
     asked_for = options.dedup in ("on", "node") or (options.dedup == "auto" and could_pay)
-    distinct = planned(distinct=True) if asked_for and at.group > 1 and model.distinct is not None else None
+    distinct = planned(distinct=True) if asked_for and moves and model.distinct is not None else None
     return Prediction(kind=kind, ranks=ranks, at=at, model=model, dedup=options.dedup, plain=planned(distinct=False),
                       distinct=distinct)  # fmt: skip
 

@@ -53,13 +53,13 @@ class Traffic:
     @property
     def rows_per_token(self) -> float:
         """Choices for other ranks."""
-        return _away(self.choices_WW) / self.tokens
+        return _away(self.choices_WW) / max(1, self.tokens)
 
     @property
     def distinct_rows_per_token(self) -> float:
         """Other ranks that a token goes to."""
         assert self.distinct_WW is not None
-        return _away(self.distinct_WW) / self.tokens
+        return _away(self.distinct_WW) / max(1, self.tokens)
 
     @property
     def kept(self) -> float:

@@ -2,7 +2,7 @@
 
 layers         M pairs (attention, MLP, attention, experts) and L - 2 M layers of attention and MLP; where experts
                stand in more than every second layer, so many fewer of the latter
-head           2 T D V FLOPs forward
+head           2 T D V FLOPs forward, or reading its weights where that takes longer
 pipeline       1F1B: (micro-batches + stages - 1) times the longest stage, which has as many layers as the others
 all-reduce     2 (n - 1) / n of the gradients of what n ranks hold alike, after the last backward, not hidden
 memory         weights, gradients, Adam's 12 bytes a parameter, and what backward needs of each micro-batch under
@@ -14,7 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_overlap.commands.plan.machine import backbone_s, expert_params, inter_rate, local_experts, routed
+from moe_overlap.commands.plan.machine import (
+    backbone_s,
+    dense_s,
+    expert_params,
+    inter_rate,
+    local_experts,
+    routed,
+)
 from moe_overlap.commands.plan.offload import offloaded
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.commands.plan.sweep import Prediction, number_text
@@ -37,7 +44,7 @@ class Parameters:
 @dataclass(frozen=True, kw_only=True)
 class WholeModel:
     """Seconds of a step and its parts, rates, and bytes of one rank's card by what they are for. `mfu`: of the
-    machine's peak, None where no machine was named. `money`: of a million tokens, None without a price."""
+    machine's peak, None where no machine was named. `money`: of a million tokens, None without a price or tokens."""
 
     step_s: float
     layers_s: float
@@ -68,7 +75,8 @@ def whole_model(options: PlanOptions, point: Prediction) -> WholeModel:
     passes = 3 if train else 1  # of forward's FLOPs
     attention_s, mlp_s = backbone_s(options)[:2]
     layers_s = moe * point.time_s + (layers - 2 * moe) * passes * (attention_s + mlp_s)
-    layers_s += passes * 2 * options.tokens * options.hidden * options.vocab / options.flops
+    head = options.hidden * options.vocab
+    layers_s += passes * dense_s(options, 2 * options.tokens * head, head)
     if train and options.recompute == "on":
         layers_s += layers_s / 3
     stage_s = layers_s / options.stages
@@ -76,14 +84,14 @@ def whole_model(options: PlanOptions, point: Prediction) -> WholeModel:
     reduce_s = _reduce_s(options, point) if train else 0.0
     step_s = options.micro_batches * stage_s + bubble_s + reduce_s
     ranks = point.ranks * options.stages
-    tokens_per_s = options.tokens * options.micro_batches * point.ranks / step_s
+    tokens_per_s = options.tokens * options.micro_batches * point.ranks / step_s if options.tokens else 0.0
     flops = passes * _forward_flops(options, point)
     machine = MACHINES.get(options.machine or "")
     peak = None if machine is None else ranks * machine.flops[options.dtype]
     return WholeModel(
         step_s=step_s, layers_s=options.micro_batches * stage_s, bubble_s=bubble_s, reduce_s=reduce_s,
         tokens_per_s=tokens_per_s, mfu=None if peak is None else flops * tokens_per_s / peak,
-        money=options.price * ranks / 3600 / tokens_per_s * 1e6 if options.price else None,
+        money=options.price * ranks / 3600 / tokens_per_s * 1e6 if options.price and tokens_per_s else None,
         parameters=parameters(options, point), held=_held(options, point),
     )  # fmt: skip
 

@@ -131,3 +131,10 @@ def test_files_that_do_not_fit_are_refused(file, tmp_path):
     with pytest.raises(ConfigError, match="no expert twice"):
         asked(options_of(twice), "top2")
     assert asked(options_of(twice, dedup="off"), "top2").time_s > 0
+
+
+def test_no_tokens_of_a_routing_are_nothing_to_exchange(file, tmp_path):
+    words = ["--routing", file, "--ranks", "4", "--experts", "8", "--top-k", "3", "--tokens", "0"]
+    assert main(["plan", *words, "--out", str(tmp_path / "out")]) == 0
+    point = json.loads((tmp_path / "out" / "plan.json").read_text())["point"][0]
+    assert point["routing"]["rows_per_token"] == 0 and point["speedup_vs_serial"] == 1.0
