@@ -6,7 +6,7 @@ Each is the question again with something changed, planned anew. Tokens a rank s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moe_overlap.commands.plan.machine import backbone_s, expert_params, local_experts
@@ -80,10 +80,11 @@ def _whole_racks(options: PlanOptions, point: Prediction) -> Iterator[tuple[str,
             return
 
 
-def alternative_lines(found: list[Alternative], here_s: float) -> list[str]:
-    if not found:
+def alternative_lines(found: list[Alternative], here_s: float, more: Sequence[str] = ()) -> list[str]:
+    """more: lines of the same kind that others have to say."""
+    if not found and not more:
         return []
     return ["What else would give, for a block pair at the same tokens a rank:"] + [
         f"  {one.what}: {1e3 * one.seconds:.3f} ms ({here_s / one.seconds:.2f}x as fast), experts "
         f"{one.weights / 1e9:.3g} GB a layer and rank" for one in found
-    ]  # fmt: skip
+    ] + list(more)  # fmt: skip

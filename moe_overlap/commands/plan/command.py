@@ -26,6 +26,7 @@ from moe_overlap.commands.plan.machine import (
 )
 from moe_overlap.commands.plan.offload import offload_lines
 from moe_overlap.commands.plan.options import PlanOptions, parse
+from moe_overlap.commands.plan.replicas import replica_line
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
 from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
 from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         sections.append(model_lines(options, whole))
     sections += [_assumptions(options, point, whole), _kinds(points)]
     if options.tokens:
-        sections += _of_tokens(options, points)
+        sections += _of_tokens(options, points, whole)
     print("\n\n".join("\n".join(lines) for lines in sections), flush=True)  # before what takes longer
     found = sweep(options) if options.tokens and bandwidths(options) else None
     record = json.dumps(_record(options, points, found), indent=1, allow_nan=False)
@@ -73,11 +74,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _of_tokens(options: PlanOptions, points: dict[str, Prediction]) -> list[list[str]]:
+def _of_tokens(options: PlanOptions, points: dict[str, Prediction], whole: WholeModel | None) -> list[list[str]]:
     """What there is to say of a step in which something moves."""
     point, sections = points[options.kinds[0]], []
     if options.cost_model is None:
-        sections += _answers(options, point)
+        sections += _answers(options, point, whole)
     if options.dedup != "off":
         sections.append(_deduplication(options, points))
     sections += [lines for lines in [_copies(options, point), offload_lines(options, point)] if lines]
@@ -101,12 +102,13 @@ def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep)
     write(path, options, point, found)
 
 
-def _answers(options: PlanOptions, point: Prediction) -> list[list[str]]:
+def _answers(options: PlanOptions, point: Prediction, whole: WholeModel | None) -> list[list[str]]:
     """How sure it is, what else would give, and what it would be elsewhere: from figures of a machine alone."""
     found = []
     if options.draws:
         found.append([certainty_line(certainty(options, point, draws=options.draws))])
-    found.append(alternative_lines(alternatives(options, point), point.time_s))
+    copies = replica_line(options, point, whole)
+    found.append(alternative_lines(alternatives(options, point), point.time_s, [copies] if copies else []))
     found.append(elsewhere_lines(elsewhere(options, point), point.time_s))
     return [lines for lines in found if lines]
 

@@ -26,6 +26,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from moe_overlap.agreement.cost import AgreementCost, agreement_cost
 from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.commands.plan.options import PlanOptions
@@ -80,6 +82,8 @@ class Routed(Protocol):
     def rows_per_token(self) -> float: ...
     @property
     def distinct_rows_per_token(self) -> float: ...
+    @property
+    def rows_WE(self) -> np.ndarray: ...
     @property
     def kept(self) -> float: ...
     @property
@@ -137,16 +141,18 @@ def metadata(options: PlanOptions, kind: str) -> MetadataBytes:
     return metadata_bytes(routed(options, kind), max(4, options.dtype_bytes))  # weights are float32, or as fp64 rows
 
 
-def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False) -> list[StepShape]:
+def shapes(
+    options: PlanOptions, kind: str, at: Place, *, distinct: bool = False, routing: Routed | None = None
+) -> list[StepShape]:
     """One for every chunk count by tokens, and by expert groups where a rank has so many experts. `distinct`: of the
-    deduplicated step."""
+    deduplicated step. routing: in the place of the saved one, the same with copies of experts."""
     local = local_experts(options, at)
     for_nodes = distinct and options.dedup == "node" and len(at.peers) == 2
     cuts: list[tuple[int, ChunkBy]] = [(chunks, "tokens") for chunks in CHUNKS]
     cuts += [(groups, "experts") for groups in GROUPS if groups <= local and not for_nodes]
     beside = metadata(options, kind) if distinct else None
     if options.routing is not None:
-        found, row_bytes = traffic_of(options, kind, at), options.hidden * options.dtype_bytes
+        found, row_bytes = routing or traffic_of(options, kind, at), options.hidden * options.dtype_bytes
         saved_ones = [found.shape(chunks, by, row_bytes=row_bytes, metadata=beside) for chunks, by in cuts]
         return [_narrowed(options, shape) for shape in saved_ones]
     balanced = [
@@ -175,14 +181,15 @@ def _narrowed(options: PlanOptions, shape: StepShape) -> StepShape:
     return shape if options.dispatch_row_bytes is None else with_narrow_rows(shape, options.dispatch_row_bytes)
 
 
-def traffic_of(options: PlanOptions, kind: str, at: Place) -> Routed:
-    """The saved routing at a place, which is read with torch: a plan without one starts without it."""
+def traffic_of(options: PlanOptions, kind: str, at: Place, *, seats: object = None) -> Routed:
+    """The saved routing at a place, which is read with torch: a plan without one starts without it. seats: where the
+    experts are (`agreement.seats.Seats`); None: in order."""
     from moe_overlap.commands.plan.traffic import saved, traffic
 
     assert options.routing is not None
     file = saved(options.routing, options.experts, options.top_k)
     return traffic(file, options.routing, experts=options.experts, top_k=routed(options, kind), tokens=options.tokens,
-                   ranks=at.group, per_node=at.per_node, distinct=options.dedup != "off")  # fmt: skip
+                   ranks=at.group, per_node=at.per_node, distinct=options.dedup != "off", seats=seats)  # fmt: skip
 
 
 def distinct_rows(options: PlanOptions, kind: str, at: Place) -> float:

@@ -104,6 +104,7 @@ class PlanOptions:
     memory: float = 0.0
     price: float = 0.0
     draws: int = 20
+    replica_slots: int = 1
     expert_offload: float | None = None
     out: str = "out/plan"
 
@@ -112,7 +113,10 @@ class PlanOptions:
         for name in counts.split():
             check_count(name, getattr(self, name))
         check_count("tokens", self.tokens, least=0)
-        for name in (*("expert_ffn shared_ffn attention_width layers moe_layers vocab draws".split()), *LATENT):
+        for name in (
+            *("expert_ffn shared_ffn attention_width layers moe_layers vocab draws replica_slots".split()),
+            *LATENT,
+        ):
             if getattr(self, name):
                 check_count(name, getattr(self, name))
         if self.ranks > self.experts and self.ranks % self.experts:
@@ -247,6 +251,11 @@ class PlanOptions:
         return None if self.dispatch_dtype == "same" else self.hidden + 4 * -(-self.hidden // 128)
 
     @property
+    def uneven(self) -> bool:
+        """Whether some ranks' experts are wanted more than others'."""
+        return self.skew > 1 or self.routing is not None
+
+    @property
     def slowdown(self) -> Slowdown:
         return Slowdown(compute=self.compute_slowdown, wire=self.wire_slowdown)
 
@@ -309,6 +318,8 @@ HELP = {
     "recompute": "activations of a layer are computed again in backward: off, on",
     "price": "of a rank for an hour, in whatever money, to say what tokens cost; 0: nobody asks",
     "draws": "how often the assumptions are drawn anew to say how sure the gain is; 0: never",
+    "replica_slots": "of a rank, for copies of experts that are wanted more than others, to say what they would give "
+    "beside --skew or --routing; 0: nobody asks",
     "out": "folder for plan.png and plan.json",
 }
 # Options about the wires, which replace what a cost model was calibrated with only where they are given.
@@ -317,7 +328,8 @@ WIRES = ("bandwidth", "latency", "intra_bandwidth")
 CALIBRATED = (
     "flops", "memory_bandwidth", "message", "launch", "issue", "compute_slowdown", "wire_slowdown", "backbone", "kind",
     "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "shared_ffn", "heads", "kv_heads",
-    "dispatch_dtype", "attention_width", *LATENT, "layers", "memory", "draws", *WHOLE_MODEL,
+    "dispatch_dtype", "attention_width", *LATENT, "layers", "memory", "draws",
+    "replica_slots", *WHOLE_MODEL,
 )  # fmt: skip
 
 
@@ -371,7 +383,11 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
             values["nic"] = "rank"  # measured while all ranks of a node sent: each has what it has
     if given.keys() & {"memory"} and not values.get("layers"):
         raise ConfigError("--memory", given["memory"], "--layers (or --model) beside it")
-    return PlanOptions(**values)
+    options = PlanOptions(**values)
+    if given.get("replica_slots") and not options.uneven:
+        expected = "--skew or --routing beside it: where all experts are wanted alike no copy helps"
+        raise ConfigError("--replica-slots", options.replica_slots, expected)
+    return options
 
 
 def _with_negative_values(argv: Sequence[str]) -> list[str]:

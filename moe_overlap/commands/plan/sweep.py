@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from moe_overlap.agreement.loads import ChunkBy
-from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, routed, shapes
+from moe_overlap.commands.plan.machine import Place, Routed, cost_model, op_verb, place, routed, shapes
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.explain import bound_s, name_of
@@ -171,14 +171,16 @@ def total_s(phases: Sequence[PhasePlan]) -> float:
     return sum(phase.outside_s + phase.best.predicted_s for phase in phases)
 
 
-def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float | None) -> Prediction:
-    """Plan one block pair with so many ranks over a link of this rate (None: as calibrated)."""
+def predict(
+    options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float | None, routing: Routed | None = None
+) -> Prediction:
+    """Plan one block pair with so many ranks over a link of this rate (None: as calibrated). routing: see `shapes`."""
     at = place(options, ranks=ranks, bytes_per_s=bytes_per_s)
     model = cost_model(options, kind, at)
     wanted: tuple[Phase, ...] = ("forward", "backward") if options.phase == "train" else ("forward",)
 
     def planned(*, distinct: bool) -> tuple[PhasePlan, ...]:
-        cuts = shapes(options, kind, at, distinct=distinct)
+        cuts = shapes(options, kind, at, distinct=distinct, routing=routing)
         known = model.deduplicated if distinct else model
         phases = []
         for phase in wanted:
