@@ -21,6 +21,7 @@ from moe_overlap.commands.plan.machine import (
     local_experts,
     metadata,
     routed,
+    shapes,
     traffic_of,
     weights_read_s,
 )
@@ -33,7 +34,7 @@ from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_li
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
-from moe_overlap.planning.explain import Change, explain, in_ms
+from moe_overlap.planning.explain import Change, explain, in_mb, in_ms
 from moe_overlap.planning.machines import MACHINES
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
@@ -166,6 +167,8 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
     if point.at.per_node < min(point.at.group, options.ranks_per_node):
         lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
+    if _for_nodes(options, point):
+        lines.append(_gateways(options, point))
     cost = agreement(options, point.at, distinct=point.deduplicated)
     lines.append(
         f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
@@ -193,6 +196,15 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
     return lines + _memory_bound(options, point)
+
+
+def _gateways(options: PlanOptions, point: Prediction) -> str:
+    """What those do who pass rows on inside their nodes."""
+    (one, *_) = shapes(options, point.kind, point.at, distinct=True)
+    assert one.distinct is not None and one.distinct.gateway is not None
+    moved, seconds = sum(one.distinct.gateway.moved), sum(point.model.inside_s(one, "forward"))
+    return (f"  both wires of an exchange are pipelined; a gateway reads and writes {in_mb(moved)} for the rows that it "
+            f"passes on and adds up, {in_ms(seconds)} a phase in one chunk (--memory-bandwidth)")  # fmt: skip
 
 
 def _takes(options: PlanOptions, point: Prediction) -> str:
