@@ -129,6 +129,14 @@ class DistinctCosts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hops:
+    """Seconds of what stays inside the nodes, by chunk: of rows passed on to ranks, and of those back to a gateway."""
+
+    out: tuple[float, ...]
+    back: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CostModel:
     """What each part of a step costs on the slowest rank, in seconds.
 
@@ -194,19 +202,29 @@ class CostModel:
         return replace(self, distinct=None, **{n: one for n, one in vars(self.distinct).items() if n not in apart})
 
     def inside_s(self, shape: StepShape, phase: Phase) -> tuple[float, ...]:
-        """Seconds of the exchanges inside the nodes around the experts of each chunk, M and Mt with the first and with
-        the last of them; and of what gateways move in memory."""
-        known, costs, found = shape.distinct, self.distinct, [0.0] * shape.chunks
-        if known is None or costs is None:
-            return tuple(found)
-        if known.inside is not None:
-            line, inside = costs.inside, known.inside
-            found = [line(out) + line(back) for out, back in zip(inside.out, inside.back, strict=True)]
-            beside = (0, inside.metadata) if phase == "forward" else (-1, inside.gradients)
-            found[beside[0]] += line(beside[1])
-        if known.gateway is not None and known.gateway.moved:
-            found = [one + costs.gateway_byte_s * moved for one, moved in zip(found, known.gateway.moved, strict=True)]
+        """Seconds of the exchanges inside the nodes around the experts of each chunk, and of what gateways move in
+        memory."""
+        hops = self.hops_s(shape, phase)
+        found = [out + back for out, back in zip(hops.out, hops.back, strict=True)]
+        gateway = None if shape.distinct is None else shape.distinct.gateway
+        if gateway is not None and gateway.moved and self.distinct is not None:
+            byte_s = self.distinct.gateway_byte_s
+            found = [one + byte_s * moved for one, moved in zip(found, gateway.moved, strict=True)]
         return tuple(found)
+
+    def hops_s(self, shape: StepShape, phase: Phase) -> Hops:
+        """Seconds of the exchanges inside the nodes, of each chunk; M with the first one, and Mt with the last."""
+        inside = None if shape.distinct is None else shape.distinct.inside
+        if inside is None or self.distinct is None:
+            return Hops(out=(0.0,) * shape.chunks, back=(0.0,) * shape.chunks)
+        line, forward = self.distinct.inside, phase == "forward"
+        sizes = inside.narrow_out if forward and inside.narrow_out is not None else inside.out
+        out, back = [line(size) for size in sizes], [line(size) for size in inside.back]
+        if forward:
+            out[0] += line(inside.metadata)
+        else:
+            back[-1] += line(inside.gradients)
+        return Hops(out=tuple(out), back=tuple(back))
 
     def exchange_s(self, bytes_by_lane: Mapping[str, int]) -> float:
         """Seconds of one exchange of so many bytes on each wire. ConfigError for a wire without a model."""

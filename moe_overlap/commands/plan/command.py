@@ -203,8 +203,8 @@ def _gateways(options: PlanOptions, point: Prediction) -> str:
     (one, *_) = shapes(options, point.kind, point.at, distinct=True)
     assert one.distinct is not None and one.distinct.gateway is not None
     moved, seconds = sum(one.distinct.gateway.moved), sum(point.model.inside_s(one, "forward"))
-    return (f"  both wires of an exchange are pipelined; a gateway reads and writes {in_mb(moved)} for the rows it "
-            f"passes on and adds up, {in_ms(seconds)} a phase in one chunk (--memory-bandwidth)")  # fmt: skip
+    return (f"  compute waits for rows that are passed on inside nodes; a gateway reads and writes {in_mb(moved)} for "
+            f"those and to add them up: {in_ms(seconds)} a phase in one chunk")  # fmt: skip
 
 
 def _takes(options: PlanOptions, point: Prediction) -> str:

@@ -15,8 +15,8 @@ head.
                            of an op that all tokens pass, where that takes longer than its FLOPs
     deduplicated           rows moved follow from the rows for each choice; P, Ut, Pt, M and Mt also run small operators
                            on the ids, which were counted (SMALL_OPS, SMALL_BYTES), for a part of --launch each
-    gateways               with --dedup node, rows that are passed on and added up are read and written in memory,
-                           beside the experts
+    inside nodes           with --dedup node, rows are passed on by the wire inside a node and added up on their way
+                           back, read and written in memory; compute waits for that
     exchange               latency + one message per peer + bytes / bandwidth, for each wire; a NIC of the node is
                            shared by its ranks, and bytes for nodes beyond the first switch have --spine of the rate
     agreement              messages and bytes of `agreement/cost.py`, on the wire between nodes, before the rows move
@@ -175,7 +175,8 @@ def shapes(
     ]
     if for_nodes:
         nodes = distinct_ranks(at.group * local, at.nodes, routed(options, kind)) * busiest(options, at)
-        balanced = [with_rows_for_nodes(shape, distinct_nodes=nodes, tokens=options.tokens) for shape in balanced]
+        balanced = [with_rows_for_nodes(shape, distinct_nodes=nodes, tokens=options.tokens,
+                                        ranks_per_node=at.per_node) for shape in balanced]  # fmt: skip
     return [_narrowed(options, shape) for shape in balanced]
 
 
@@ -284,6 +285,9 @@ def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float
         permute_backward=rows(2, "Pt"),
         outside_s=outside_s + agreement_s(options, at, distinct=True) + beside_s("M"),
         outside_backward_s=2 * outside_s + beside_s("Mt"),
+        inside=_wires(options, at)["intra"]
+        if options.dedup == "node" and len(at.peers) == 2
+        else AlphaBeta.measured(0, 0),
         gateway_byte_s=1 / options.memory_bandwidth,
     )
 
