@@ -177,13 +177,13 @@ def test_compute_waits_for_the_wire_inside_a_node_by_hand():
     rows = round(distinct_ranks(256, 32, 8) / 31 * 24 * 1000) * 7 // 8
     each_s = 1e-5 + 7e-6
     hops = model.hops_s(shape, "forward")
-    assert hops.back[0] == pytest.approx(each_s + rows * 1024 / 1e11, rel=1e-4)
-    assert hops.out[0] == pytest.approx(2 * each_s + rows * (1024 + 64) / 1e11, rel=1e-4)
+    assert hops.back[0] == pytest.approx(each_s + rows * 1024 / 1e11, rel=1e-3)
+    assert hops.out[0] == pytest.approx(2 * each_s + rows * (1024 + 64) / 1e11, rel=1e-3)
     backward = model.hops_s(shape, "backward")
-    assert backward.back[0] == pytest.approx(2 * each_s + rows * (1024 + 32) / 1e11, rel=1e-4)
+    assert backward.back[0] == pytest.approx(2 * each_s + rows * (1024 + 32) / 1e11, rel=1e-3)
     narrow = shapes(replace(options, dispatch_dtype="fp8"), "top2", at, distinct=True)[0]
     fewer = model.hops_s(narrow, "forward")
-    assert hops.out[0] - fewer.out[0] == pytest.approx(rows * (1024 - 528) / 1e11, rel=1e-4)
+    assert hops.out[0] - fewer.out[0] == pytest.approx(rows * (1024 - 528) / 1e11, rel=1e-3)
     assert fewer.back == hops.back and model.hops_s(narrow, "backward") == backward
     direct = shapes(replace(options, dedup="on"), "top2", at, distinct=True)[0]
     assert shape.bytes_by_lane["intra"] == direct.bytes_by_lane["intra"], "rows of the own node go there directly"
