@@ -287,7 +287,8 @@ def _deduplication(options: PlanOptions, points: dict[str, Prediction]) -> list[
     for kind, one in points.items():
         found = _savings(options, one)
         beside = f"{found['metadata_out_bytes']}+{found['metadata_back_bytes']} B of {found['row_bytes']}"
-        times = ["-", "", "no: no two experts of a token are on one rank"]
+        why = "no two experts of a token are on one rank" if found["rows_per_token"] else "no row leaves its rank"
+        times = ["-", "", f"no: {why}"]
         if one.distinct is not None:
             percent = 100 * (total_s(one.distinct) / total_s(one.plain) - 1)
             times = [f"{1e3 * total_s(one.distinct):.3f}", f"{percent:+.1f} %", "yes" if one.deduplicated else "no"]

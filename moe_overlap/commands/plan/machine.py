@@ -206,8 +206,7 @@ def distinct_rows(options: PlanOptions, kind: str, at: Place) -> float:
 def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
     """The calibrated model with the rates asked for, or one from the figures of a machine."""
     if options.cost_model is not None:
-        issue_s = options.cost_model.issue_s if options.tokens else 0.0
-        return replace(options.cost_model, exchange=_calibrated_wires(options, options.cost_model, at), issue_s=issue_s)
+        return replace(options.cost_model, exchange=_calibrated_wires(options, options.cost_model, at))
     flop_s, row_bytes = 1 / options.flops, options.hidden * options.dtype_bytes
     row_s = row_bytes / options.memory_bandwidth
     matmul_s = 2 * expert_params(options) * flop_s
@@ -244,7 +243,7 @@ def cost_model(options: PlanOptions, kind: str, at: Place) -> CostModel:
         agree_s=agreement_s(options, at),
         distinct=_distinct_costs(options, kind, at, outside_s + router_s),
         outside_backward_s=2 * (outside_s + router_s),
-        issue_s=options.issue if at.peers and options.tokens else 0.0,  # without rows nothing is started
+        issue_s=options.issue if at.peers else 0.0,
         weights_hidden=1.0 if options.weights == "beside" else 0.0,
         slowdown=options.slowdown,
         source="from numbers",

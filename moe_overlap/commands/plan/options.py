@@ -387,6 +387,8 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
     if given.get("replica_slots") and not options.uneven:
         expected = "--skew or --routing beside it: where all experts are wanted alike no copy helps"
         raise ConfigError("--replica-slots", options.replica_slots, expected)
+    if given.get("replica_slots") and min(options.ranks, options.experts) == 1:
+        raise ConfigError("--replica-slots", options.replica_slots, "several --ranks that share the --experts out")
     return options
 
 

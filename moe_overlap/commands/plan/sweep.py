@@ -179,8 +179,13 @@ def predict(
     model = cost_model(options, kind, at)
     wanted: tuple[Phase, ...] = ("forward", "backward") if options.phase == "train" else ("forward",)
 
+    plain = shapes(options, kind, at, routing=routing)
+    moves = any(size for cut in plain for sizes in cut.bytes_by_lane.values() for size in sizes)
+    if not moves:
+        model = replace(model, issue_s=0.0)  # a transport starts nothing where no row leaves its rank
+
     def planned(*, distinct: bool) -> tuple[PhasePlan, ...]:
-        cuts = shapes(options, kind, at, distinct=distinct, routing=routing)
+        cuts = shapes(options, kind, at, distinct=True, routing=routing) if distinct else plain
         known = model.deduplicated if distinct else model
         phases = []
         for phase in wanted:
@@ -189,7 +194,6 @@ def predict(
                                     outside_s=known.outside(phase)))  # fmt: skip
         return tuple(phases)
 
-    moves = at.group > 1 and options.tokens > 0
     could_pay = at.group > 1 and options.experts > at.group and routed(options, kind) > 1
     asked_for = options.dedup in ("on", "node") or (options.dedup == "auto" and could_pay)
     distinct = planned(distinct=True) if asked_for and moves and model.distinct is not None else None

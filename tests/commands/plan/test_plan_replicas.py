@@ -142,6 +142,7 @@ def test_the_command_says_it_where_something_is_uneven(capsys, tmp_path):
         ("--replica-slots 2", "--replica-slots = 2: expected --skew or --routing"),
         ("--replica-slots 1", "--replica-slots = 1: expected --skew or --routing"),
         ("--skew 2 --replica-slots -1", "--replica-slots = -1"),
+        ("--skew 2 --ranks 1 --replica-slots 2", "--replica-slots = 2: expected several --ranks"),
     ],
 )
 def test_slots_that_nobody_can_use_are_one_line(words, said, capsys):
