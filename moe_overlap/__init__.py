@@ -23,6 +23,9 @@ __version__ = VERSION
 
 # Module -> its names here.
 _HOMES = {
+    "moe_overlap.auto.parallelism": "ParallelismSwitch",
+    "moe_overlap.auto.replicate": "ReplicationRule",
+    "moe_overlap.layer.controller": "PlacementController",
     "moe_overlap.layer.experts": "Experts",
     "moe_overlap.layer.forward_backward": "ForwardBackward",
     "moe_overlap.layer.functional": "moe_forward",

@@ -31,6 +31,8 @@ PROGRAMS = {
     "torchtitan.md": "tests/integrations/test_torchtitan.py",
     "index.md": "tests/test_documents.py",
     "no_overlap.md": "tests/test_documents.py",
+    "balance.md": "tests/test_pages_of_ranks.py",
+    "routing.md": "tests/test_pages_of_ranks.py",
 }
 INDENTED = re.compile(r"^    ```python\n(.*?)^    ```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
