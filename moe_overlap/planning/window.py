@@ -65,7 +65,8 @@ class Chunking:
 
     `deferred_s`: one per weight-gradient group in backward; in forward none, or that of Or. `chunk_bytes`: what one
     exchange of each chunk holds in buffers; empty where nobody asks. `fetch_s`: of Hf (Hb), `return_s`: of Hg, where
-    experts are in host memory; empty where they are not.
+    experts are in host memory; empty where they are not. `kept_bytes`: what is held beside the buffers for as long as
+    the window lasts, whatever the schedule.
     """
 
     chunks: int
@@ -77,6 +78,7 @@ class Chunking:
     chunk_bytes: tuple[int, ...] = ()
     fetch_s: tuple[float, ...] = ()
     return_s: tuple[float, ...] = ()
+    kept_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.chunks <= BLOCKS:
@@ -91,6 +93,8 @@ class Chunking:
             _check_seconds(f"chunking.{name}", *getattr(self, name))
         if any(held < 0 for held in self.chunk_bytes):
             raise ConfigError("chunking.chunk_bytes", self.chunk_bytes, "bytes >= 0")
+        if self.kept_bytes < 0:
+            raise ConfigError("chunking.kept_bytes", self.kept_bytes, "bytes >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
