@@ -176,12 +176,13 @@ def _refuse_unread(experts: nn.Module, w_in: str) -> None:
 
 def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None, group: Any) -> Ownership:
     """What the experts of this rank are to the other ranks."""
-    ids = seats_of(placement).homes[transport.rank]
+    seats = seats_of(placement)
     guard_optimizers()
     mesh = group if getattr(group, "ndim", 1) == 2 else None
     return Ownership(
-        transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas, mesh=mesh
-    )
+        transport=transport, expert_ids=seats.homes[transport.rank], num_experts=placement.num_experts,
+        in_order=seats.homes_in_order, replicas=replicas, mesh=mesh,
+    )  # fmt: skip
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:
