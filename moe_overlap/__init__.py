@@ -25,7 +25,7 @@ __version__ = VERSION
 _HOMES = {
     "moe_overlap.auto.parallelism": "ParallelismSwitch",
     "moe_overlap.auto.replicate": "ReplicationRule",
-    "moe_overlap.layer.controller": "PlacementController",
+    "moe_overlap.layer.controller": "PlacementController copies_planner",
     "moe_overlap.layer.experts": "Experts",
     "moe_overlap.layer.forward_backward": "ForwardBackward",
     "moe_overlap.layer.functional": "moe_forward",
@@ -34,6 +34,7 @@ _HOMES = {
     "moe_overlap.layer.loss_free": "LossFreeBalancer",
     "moe_overlap.layer.model": "aux_loss",
     "moe_overlap.layer.moving": "experts_in_order migrate set_placement",
+    "moe_overlap.layer.prices": "measured_costs",
     "moe_overlap.layer.recorded": "gather_events",
     "moe_overlap.layer.replay": "RoutingRecorder RoutingReplay",
     "moe_overlap.layer.routing_log": "RoutingLog",
@@ -49,6 +50,7 @@ _HOMES = {
     "moe_overlap.parallel.prepare": "ignore_experts_for_ddp no_sync param_groups prepare reopen",
     "moe_overlap.parallel.sharded_files": "load_safetensors save_safetensors",
     "moe_overlap.parallel.state": "mark_experts",
+    "moe_overlap.planning.copy_costs": "nominal_costs",
     "moe_overlap.routing.linear": "LinearRouter",
     "moe_overlap.schedule.recorder": "record",
 }
