@@ -55,6 +55,11 @@ def test_what_is_no_rule(made):
     raised(ConfigError, has(made), match="rule = .*ReplicationRule\\(...\\)")
 
 
+def test_a_rule_in_the_wrong_place():
+    with pytest.raises(ConfigError, match="layer.dispatcher.rule"):
+        make().rule = rule()
+
+
 def test_what_is_no_rule_on_one_rank_is_heard_on_the_other():
     def rank(me):
         layer = make(me.transport())
