@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def make_router(
         return router
     if router is not None and not isinstance(router, str):
         raise ConfigError("router", type(router).__name__, "None, a score, or a module that returns a RoutingDecision")
+    known = signature(LinearRouter).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"MoELayer() got an unexpected keyword argument {name!r}, which LinearRouter lacks too")
     return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
 
 
