@@ -14,10 +14,12 @@ from moe_overlap.errors import (
     TransportTimeout,
 )
 from moe_overlap.layer import functional
+from moe_overlap.layer.coherent import CoherentLayer
 from moe_overlap.layer.controller import PlacementController, copies_planner
 from moe_overlap.layer.experts import Experts
 from moe_overlap.layer.forward_backward import ForwardBackward
 from moe_overlap.layer.functional import moe_forward
+from moe_overlap.layer.hop import CoherentTokens
 from moe_overlap.layer.interleaved import Interleaved, MoEBlock
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
@@ -48,6 +50,8 @@ __version__ = VERSION
 
 __all__ = [
     "CapacityExceeded",
+    "CoherentLayer",
+    "CoherentTokens",
     "ConfigError",
     "Experts",
     "ForwardBackward",
