@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def make_router(
         return router
     if router is not None and not isinstance(router, str):
         raise ConfigError("router", type(router).__name__, "None, a score, or a module that returns a RoutingDecision")
+    known = signature(LinearRouter).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"MoELayer() got an unexpected keyword argument {name!r}, which LinearRouter lacks too")
     return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
 
 
@@ -176,12 +181,13 @@ def _refuse_unread(experts: nn.Module, w_in: str) -> None:
 
 def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None, group: Any) -> Ownership:
     """What the experts of this rank are to the other ranks."""
-    ids = seats_of(placement).homes[transport.rank]
+    seats = seats_of(placement)
     guard_optimizers()
     mesh = group if getattr(group, "ndim", 1) == 2 else None
     return Ownership(
-        transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas, mesh=mesh
-    )
+        transport=transport, expert_ids=seats.homes[transport.rank], num_experts=placement.num_experts,
+        in_order=seats.homes_in_order, replicas=replicas, mesh=mesh,
+    )  # fmt: skip
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:
@@ -294,9 +300,10 @@ def make_schedule(
     overlap: bool,
     rows: Rows,
     max_in_flight_bytes: int | None,
+    offload: bool,
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
-    name, and there is nothing to deduplicate."""
+    name, and there is nothing to deduplicate; but with experts in host memory (`offload`) there are copies to plan."""
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
@@ -310,15 +317,15 @@ def make_schedule(
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
         if schedule.taken:
             raise ConfigError("schedule", "an AutoSchedule of another layer", "one for each layer: it keeps the costs")
-        schedule.taken = True
+        schedule.taken, schedule.offload = True, offload
         auto = schedule
     elif schedule == "auto":
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
-                            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+                            max_in_flight_bytes=max_in_flight_bytes, offload=offload)  # fmt: skip
     else:
         pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
         return pair if overlap else pair.join()
-    if ranks > 1:
+    if ranks > 1 or offload:
         return auto
     pair = replace(layer_schedule("serial", shared=shared), name=ONE_RANK)
     return pair if auto.overlap else pair.join()

@@ -1,8 +1,8 @@
 """What schedules take in a step that has copies of experts: an exact simulation of each with the copies' actions in it.
 
-Weights (Wf) go ahead of all rows, and their gradients (Wd, Wg) follow the last rows home, where they are added (Wa), as
-`schedule.builders.with_copies` has them. Wd and Wa count as nothing: the rows of copies are in the figures of Ew, and
-what is added is small beside what was computed.
+Weights (Wf) go ahead of all rows. Their gradients (Wd, Wg) follow the last rows home, and the rows that stay (Od), and
+are added there (Wa), as `schedule.builders.with_copies` has them. Wd and Wa count as nothing: the rows of copies are in
+the figures of Ew, and what is added is small beside what was computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _whole_s(window: Window, candidate: Candidate, wire_s: float) -> float:
     if window.phase == "forward":
         words.insert(0, "Wf0")
     else:
-        last = max(place for place, word in enumerate(words) if word.startswith("Dt"))
+        last = max(place for place, word in enumerate(words) if word.startswith("Dt") or word == "Od")
         words[last + 1 : last + 1] = ["Wd", "Wg"]
         words.append("Wa")
         more_s = {"Wd": 0.0, "Wg": wire_s, "Wa": 0.0}

@@ -306,13 +306,14 @@ def with_copies(pair: SchedulePair, fetches: int, returns: bool) -> SchedulePair
     `fetches` groups of weights are fetched (Wf; 0: all copies are valid) as soon as the counts are known: ahead of the
     rows on the wire, which is one behind the other, so that the experts of the first chunk need not wait for all
     chunks; in a shortcut's window both are under the backbone's ops. `returns`: the gradients of the copies are made
-    first (Wd) and on their way home (Wg) beside the weight gradients of the homes (Ew), which add them up last (Wa).
+    first (Wd), once the rows that stay are done (Od), and on their way home (Wg) beside the weight gradients of the
+    homes (Ew), which add them up last (Wa).
     """
     forward, backward = list(pair.forward), list(pair.backward)
     begin = forward.index(Action("P"))
     forward[begin:begin] = _actions("Wf", range(fetches))
     if returns:
-        begin = _last(backward, "Dt") + 1
+        begin = max(place for place, action in enumerate(backward) if action.verb in ("Dt", "Od")) + 1
         backward[begin:begin] = [Action("Wd"), Action("Wg")]
         backward.append(Action("Wa"))
     return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
