@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace moe_overlap {
+#include "relays.h"
 
-constexpr size_t kWires = 2;  // inter, intra
+namespace moe_overlap {
 
 // Seconds of one phase; see PhaseCosts in moe_overlap/planning/copy_costs.py.
 struct PhaseCosts {
@@ -26,9 +26,11 @@ struct PhaseCosts {
   double chunks;
   bool joined;
   bool exposed_copies;
+  bool relays;
 
-  double window_s(double compute_s, const std::array<int64_t, kWires>& rows,
-                  const std::array<int64_t, kWires>& copies) const;
+  // Of one exchange of copies.
+  double copies_s(const Ports& copies) const;
+  double window_s(double compute_s, const Ports& rows, double copy_s) const;
 };
 
 // `rows` of `expert` are computed on `rank`.
@@ -54,12 +56,13 @@ struct Load {
   double margin;
 };
 
-// seats: those given, with new rows, and behind them the new copies.
+// seats: those given, with new rows, and behind them the new copies. relayed: weights go from rank to rank.
 struct Decision {
   double left_s;
   double predicted_s;
   bool left;
   std::vector<Seat> seats;
+  bool relayed;
 };
 
 // Throws std::invalid_argument for lists of wrong lengths and for ranks, experts and rows that cannot be.

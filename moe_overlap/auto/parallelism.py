@@ -41,8 +41,8 @@ class ParallelismSwitch:
 
     phases: what is paid for a step, forward alone or both (`costs_of`). degrees: those to choose from, divisors of the
     ranks; None: all of them; with one alone there is no choice. margin: by what part a degree has to be faster than the
-    lowest one. `last`: what the last call chose, `seconds` what it priced each degree at. The layer's placement has one
-    slot for each expert.
+    lowest one. `last`: what the last call chose, `seconds` what it priced each degree at; copies count as coming from
+    their homes. The layer's placement has one slot for each expert.
     """
 
     phases: Sequence[PhaseCosts]

@@ -34,7 +34,8 @@ class PhaseCosts:
     wire (inter, intra) over the rows that leave or enter the busiest rank, of one of the two exchanges. `copy`: by wire
     over the experts that leave or enter the busiest rank as copies (in backward: their gradients). `beside_s`: other
     work of the same window. `chunks`, `joined`: of the schedule. `exposed_copies`: copies are waited for where they
-    start, whatever else the schedule overlaps.
+    start, whatever else the schedule overlaps. `relays`: copies of this phase may go from rank to rank, in two
+    exchanges (`agreement/relays.py`): those of weights, as gradients go home directly.
     """
 
     row_s: float
@@ -45,18 +46,21 @@ class PhaseCosts:
     chunks: int = 1
     joined: bool = False
     exposed_copies: bool = False
+    relays: bool = False
 
-    def window_s(self, compute_s: float, rows: Sequence[int], copies: Sequence[int]) -> float:
+    def window_s(self, compute_s: float, rows: Sequence[int], *copies: Sequence[int]) -> float:
         """Of a step whose busiest rank computes for `compute_s` and moves so many rows and experts by wire (inter,
-        intra). With r chunks, from `measure/overlap.py`'s closed forms: a chunk of the wire stands before the first
-        experts and after the last, unless other work fills it, and one of compute within the wire's time."""
+        intra); copies: of each exchange of them. With r chunks, from `measure/overlap.py`'s closed forms: a chunk of
+        the wire stands before the first experts and after the last, unless other work fills it, and one of compute
+        within the wire's time."""
         wire_s, copy_s = 0.0, 0.0
         for lane in range(len(WIRES)):
-            sent, copied = self.exchange[lane], self.copy[lane]
+            sent = self.exchange[lane]
             if rows[lane]:
                 wire_s = max(wire_s, 2.0 * (self.chunks * sent.alpha_s + sent.beta_s * rows[lane]))
-            if copies[lane]:
-                copy_s = max(copy_s, copied.alpha_s + copied.beta_s * copies[lane])
+        for group in copies:
+            lines = zip(self.copy, group, strict=True)
+            copy_s += max((line.alpha_s + line.beta_s * count for line, count in lines if count), default=0.0)
         if self.joined:
             return compute_s + wire_s + self.beside_s + copy_s
         exposed_s = copy_s if self.exposed_copies else 0.0
@@ -69,7 +73,7 @@ class PhaseCosts:
         """In the order in which the compiled decision takes them."""
         lines = (*self.exchange, *self.copy)
         return (self.row_s, self.expert_s, *(x for line in lines for x in (line.alpha_s, line.beta_s)), self.beside_s,
-                float(self.chunks), float(self.joined), float(self.exposed_copies))  # fmt: skip
+                float(self.chunks), float(self.joined), float(self.exposed_copies), float(self.relays))  # fmt: skip
 
 
 def costs_of(
@@ -83,12 +87,13 @@ def costs_of(
     joined: bool = False,
     beside: bool = True,
     exposed_copies: bool = False,
+    relays: bool = True,
 ) -> tuple[PhaseCosts, ...]:
     """The costs of a layer call from a calibrated model.
 
     expert_params: numbers of one expert's weights, each of param_bytes; its gradients travel in float32. `beside`: the
-    model's backbone ops and shared expert run in the window. A wire that the model does not have costs nothing: no
-    ranks are joined by it.
+    model's backbone ops and shared expert run in the window. `relays`: weights may go from rank to rank where that is
+    faster; gradients never do. A wire that the model does not have costs nothing: no ranks are joined by it.
     """
     for name, value in (("row_bytes", row_bytes), ("expert_params", expert_params), ("param_bytes", param_bytes)):
         if value < 1:
@@ -110,6 +115,7 @@ def costs_of(
                 chunks=chunks,
                 joined=joined,
                 exposed_copies=exposed_copies,
+                relays=relays and forward,
             )
         )
     return tuple(found)

@@ -39,12 +39,14 @@ class SchedulePair:
     slot: int | None = None
     joined: bool = False
     joined_copies: bool = False  # weights of copies and their gradients alone are waited for where they start
+    relayed_copies: bool | None = None  # weights of copies go from rank to rank, in two groups; None: as the rule says
 
     @property
     def digest(self) -> int:
         """Equal on all ranks that will issue the same exchanges in the same order."""
         cuts = (self.chunks, self.by, self.backward_chunks, self.backward_by)
-        return digest(self.forward.text, self.backward.text, *cuts)
+        relayed = () if self.relayed_copies is None else (self.relayed_copies,)
+        return digest(self.forward.text, self.backward.text, *cuts, *relayed)
 
     @property
     def num_ops(self) -> int:
@@ -303,19 +305,35 @@ def split_own(pair: SchedulePair) -> SchedulePair:
 def with_copies(pair: SchedulePair, fetches: int, returns: bool) -> SchedulePair:
     """The same strategy in a step that has copies of experts.
 
-    `fetches` groups of weights are fetched (Wf; 0: all copies are valid) as soon as the counts are known: ahead of the
-    rows on the wire, which is one behind the other, so that the experts of the first chunk need not wait for all
-    chunks; in a shortcut's window both are under the backbone's ops. `returns`: the gradients of the copies are made
-    first (Wd) and on their way home (Wg) beside the weight gradients of the homes (Ew), which add them up last (Wa).
+    `fetches` groups of weights are fetched (`fetching`). `returns`: the gradients of the copies are made first (Wd) and
+    on their way home (Wg) beside the weight gradients of the homes (Ew), which add them up last (Wa).
     """
-    forward, backward = list(pair.forward), list(pair.backward)
-    begin = forward.index(Action("P"))
-    forward[begin:begin] = _actions("Wf", range(fetches))
+    backward = list(pair.backward)
     if returns:
         begin = _last(backward, "Dt") + 1
         backward[begin:begin] = [Action("Wd"), Action("Wg")]
         backward.append(Action("Wa"))
-    return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
+    return replace(pair, forward=fetching(pair.forward, fetches), backward=Schedule(tuple(backward)))
+
+
+def fetching(forward: Schedule, groups: int) -> Schedule:
+    """A forward schedule that fetches weights, in no group (all copies are valid), one, or two.
+
+    Wf0 stands where the counts are known: ahead of the rows on the wire, which is one behind the other, so that the
+    experts of the first chunk need not wait for all chunks; in a shortcut's window both are under the backbone's ops.
+    Wf1 begins when Wf0 has been waited for: right behind P, or, where several of the user's ops stand before the first
+    experts, in their middle, so that one part hides Wf0 and the other Wf1.
+    """
+    found = list(forward)
+    if groups > 1:
+        begin = found.index(Action("P"))
+        until = next(place for place, action in enumerate(found) if action.verb in ("O", "E"))
+        ops = [place for place in range(begin, until) if found[place].verb in ("B", "S")]
+        behind = ops[len(ops) // 2 - 1] if len(ops) > 1 else begin
+        found.insert(behind + 1, Action("Wf", 1))
+    if groups:
+        found.insert(found.index(Action("P")), Action("Wf", 0))
+    return Schedule(tuple(found))
 
 
 def _last(actions: list[Action], verb: str) -> int:

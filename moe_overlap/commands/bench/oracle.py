@@ -25,8 +25,8 @@ def oracle_s(load: Load, phases: Sequence[PhaseCosts], *, whole_copies: bool = F
     """Seconds of all phases. whole_copies: copies are whole (exact, but for what is said above; branch and bound, for
     small shapes: what is proven after so many `seconds` counts), else a lower bound of it.
 
-    No latency is in it, nor what an expert costs by itself. ConfigError without scipy, and for a load that has copies
-    already.
+    No latency is in it, nor what an expert costs by itself. ConfigError without scipy, for a load that has copies
+    already, and for copies that may go from rank to rank.
     """
     try:
         from scipy import optimize
@@ -34,6 +34,8 @@ def oracle_s(load: Load, phases: Sequence[PhaseCosts], *, whole_copies: bool = F
         raise ConfigError("oracle", "no scipy", "scipy installed (pip install scipy)") from None
     if len(load.seats) != load.counts.shape[1]:
         raise ConfigError("seats", len(load.seats), "the homes alone")
+    if any(phase.relays for phase in phases):
+        raise ConfigError("phases", "relays", "copies that come from their homes")
     programme = _Programme(load, phases)
     constraints = optimize.LinearConstraint(*programme.constraints())
     found = optimize.milp(
