@@ -16,9 +16,10 @@ MOVED = [name for name in PLACEMENTS if name != "identity"]
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_overlap_on_equals_off_and_the_oracle(world, shift, dedup):
-    """Each case of the matrix with two of the placements."""
+    """Each case of the matrix with two of the placements, every second turn with copies that go from rank to rank."""
     for seed, plain in enumerate(pairwise_cases(world, dedup)):
-        case = replace(plain, placement=MOVED[(seed + shift) % len(MOVED)])
+        turn, place = divmod(seed + shift, len(MOVED))
+        case = replace(plain, placement=MOVED[place], relayed=turn % 2 == 1)
         results = virtual_world(world, seed=seed).run(
             lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
         )
