@@ -11,13 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.seats import seats_of
+from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.errors import MoeTransportError, PlanMismatch
 from moe_overlap.placement import LocalFirst, Placement
+from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.cost_model import AlphaBeta
 from moe_overlap.schedule.builders import SchedulePair, fetching, parse_choice, window, with_copies
 from moe_overlap.schedule.check import check, makespan_s
 from tests.layers import D, E, F, make, tokens
 from tests.ranks import virtual_world
-from tests.tolerances import same_bits
+from tests.tolerances import close, same_bits
 
 RANKS = 4
 # Expert 0 is everywhere: its home sends it once, and the rank that got it passes it on; expert 3 is also on rank 0.
@@ -128,6 +131,25 @@ def test_the_schedule_says_it_or_else_the_rule(of_schedule, of_rule, groups):
         layer(tokens(9, me.rank)).sum().backward()
         fetched = [event.action for event in layer.last_events if event.lane == "wire" and event.action[:2] == "Wf"]
         assert fetched == [f"Wf{group}" for group in range(groups)]
+
+    virtual_world(RANKS).run(rank)
+
+
+@pytest.mark.parametrize("relays", [False, True])
+def test_the_decision_of_a_step_relays_what_it_copies(relays):
+    line = AlphaBeta(alpha_s=0.0, beta_s=0.1)
+    forward = PhaseCosts(row_s=1.0, exchange=(line, line), copy=(line, line), joined=True, relays=relays)
+
+    def rank(me):
+        layer, twin = (placed(me, relayed=None, placement=Placement.identity(E, RANKS)) for _ in range(2))
+        x = tokens(32, me.rank).abs()  # positive: expert 0 is wanted by all
+        with torch.no_grad():
+            for one in (layer, twin):
+                one.router.weight[0] += 3.0
+            layer.dispatcher.rule = rule = ReplicationRule(phases=[forward, replace(forward, relays=False)], spare=1)
+            close(layer(x), twin(x))
+        assert rule.last.relayed == relays == layer.stats().schedule.startswith("Wf0 P Wf1 ")
+        assert ("copies go from rank to rank, in two groups" in layer.explain()) == relays
 
     virtual_world(RANKS).run(rank)
 

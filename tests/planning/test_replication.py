@@ -49,6 +49,7 @@ def random_phase(rng):
         row_s=prices[0], expert_s=prices[1], exchange=(line(prices[2], prices[3]), line(prices[4])),
         copy=(line(20 * prices[5], prices[6]), line(20 * prices[7])), beside_s=20 * prices[8],
         chunks=int(rng.integers(1, 5)), joined=bool(rng.integers(2)), exposed_copies=bool(rng.integers(2)),
+        relays=bool(rng.integers(2)),
     )  # fmt: skip
 
 
@@ -139,6 +140,34 @@ def test_a_copy_under_other_work_costs_nothing_until_that_is_used_up():
     assert decide(load, [replace(under[0], exposed_copies=True)]).left
 
 
+def hot_expert():
+    """64 rows, all for expert 0, on 8 ranks."""
+    counts = np.zeros((8, 8), dtype=int)
+    counts[:, 0] = 8
+    return Load.at_home(counts, range(8), [1] * 8)
+
+
+def test_copies_go_from_rank_to_rank_where_that_is_faster():
+    load, joined = hot_expert(), phase(copy_s=3.0, joined=True)
+    one, two = decide(load, [joined]), decide(load, [replace(joined, relays=True)])
+    # From home: three copies, 16 + 3 * 3. From rank to rank all seven, 8 + 3 * (1 + 3).
+    assert (one.predicted_s, len(one.copies(load)), one.relayed) == (25.0, 3, False)
+    assert (two.predicted_s, len(two.copies(load)), two.relayed) == (20.0, 7, True)
+    assert two == decide_reference(load, [replace(joined, relays=True)], most_copies=8, margin=0.01)
+    # Each group pays its latency; gradients go home directly.
+    late = replace(joined, relays=True, copy=(line(3.0, 40.0),) * 2)
+    assert priced(load, two.seats, [replace(joined, relays=True), joined]) == 20.0 + 8 + 3 * 7
+    assert priced(load, two.seats, [late]) == 8 + 40.0 + 3 * 7
+
+
+def test_copies_that_are_hidden_come_from_their_homes():
+    load = hot_expert()
+    hidden = phase(copy_s=1.0, beside_s=50.0, relays=True)
+    found = decide(load, [hidden])
+    assert len(found.copies(load)) > 1 and not found.relayed
+    assert decide(load, [replace(hidden, exposed_copies=True)]).relayed
+
+
 def test_rows_move_to_a_copy_that_exists_before_another_is_made():
     counts = np.array([[12, 0], [12, 0]])
     load = Load(counts=counts, seats=((0, 0, 24), (1, 1, 0), (0, 1, 0)), spare=(1, 1))
@@ -195,7 +224,9 @@ def test_costs_come_from_the_calibrated_model():
     assert (forward.row_s, forward.expert_s, forward.beside_s, forward.chunks) == (1e-6, 4e-6, 0.4, 3)
     assert forward.exchange == (line(1e-8, 2e-5), FREE) and forward.copy[0].beta_s == pytest.approx(2e-7)
     assert backward.row_s == pytest.approx(5e-6) and backward.copy[0].beta_s == pytest.approx(4e-7)
-    assert backward.beside_s == 0.2
+    assert backward.beside_s == 0.2 and forward.relays and not backward.relays
+    assert not any(one.relays for one in costs_of(model, ("forward",), row_bytes=1, expert_params=1, param_bytes=1,
+                                                  relays=False))  # fmt: skip
     with pytest.raises(ConfigError, match="row_bytes = 0"):
         costs_of(model, ("forward",), row_bytes=0, expert_params=1, param_bytes=1)
 
