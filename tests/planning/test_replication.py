@@ -66,6 +66,20 @@ def test_the_compiled_decision_is_the_reference_to_the_last_bit(seed):
     assert found == decide_reference(load, phases, most_copies=most, margin=margin)
 
 
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_the_compiled_decision_relays_as_the_reference_does(per_node):
+    if native.planner() is None:
+        pytest.skip("not built")
+    rng, relayed = np.random.default_rng(per_node), 0
+    for _ in range(20):
+        load = replace(drawn(rng, 8, 6, per_node, copies=6), spare=(3,) * 8)
+        phases = [replace(random_phase(rng), relays=True, exposed_copies=True), random_phase(rng)]
+        found = decide(load, phases, margin=0.0)
+        assert found == decide_reference(load, phases, most_copies=24, margin=0.0)
+        relayed += found.relayed
+    assert 0 < relayed < 20
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_decision_keeps_every_row_and_every_limit(seed):
     rng = np.random.default_rng(100 + seed)
@@ -150,14 +164,14 @@ def hot_expert():
 def test_copies_go_from_rank_to_rank_where_that_is_faster():
     load, joined = hot_expert(), phase(copy_s=3.0, joined=True)
     one, two = decide(load, [joined]), decide(load, [replace(joined, relays=True)])
-    # From home: three copies, 16 + 3 * 3. From rank to rank all seven, 8 + 3 * (1 + 3).
-    assert (one.predicted_s, len(one.copies(load)), one.relayed) == (25.0, 3, False)
-    assert (two.predicted_s, len(two.copies(load)), two.relayed) == (20.0, 7, True)
+    # From home three copies, of 17 rows at most: 17 + 3 * 3. From rank to rank five, of 11: 11 + 3 * (1 + 2).
+    assert (one.predicted_s, len(one.copies(load)), one.relayed) == (26.0, 3, False)
+    assert (two.predicted_s, len(two.copies(load)), two.relayed) == (20.0, 5, True)
     assert two == decide_reference(load, [replace(joined, relays=True)], most_copies=8, margin=0.01)
     # Each group pays its latency; gradients go home directly.
     late = replace(joined, relays=True, copy=(line(3.0, 40.0),) * 2)
-    assert priced(load, two.seats, [replace(joined, relays=True), joined]) == 20.0 + 8 + 3 * 7
-    assert priced(load, two.seats, [late]) == 8 + 40.0 + 3 * 7
+    assert priced(load, two.seats, [replace(joined, relays=True), joined]) == 20.0 + 11 + 3 * 5
+    assert priced(load, two.seats, [late]) == 11 + 40.0 + 3 * 5
 
 
 def test_copies_that_are_hidden_come_from_their_homes():
