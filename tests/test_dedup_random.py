@@ -150,7 +150,7 @@ def expected(step: Step, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
 
 
 class Drawn:
-    """Copies of any experts anywhere, others for other counts; sometimes none; in every second step from rank to rank."""
+    """Copies of any experts anywhere, others for other counts; sometimes none; every second time from rank to rank."""
 
     def __init__(self, seed: int) -> None:
         self.digest = seed

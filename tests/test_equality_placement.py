@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
-from tests.equality import PLACEMENTS, WORLDS, check_right, pairwise_cases, run_both
-from tests.ranks import virtual_world
+from tests.equality import DTYPES, PLACEMENTS, WORLDS, Case, check_right, pairwise_cases, run_both, run_on_gloo
+from tests.ranks import gloo_pool, virtual_world
 
 MOVED = [name for name in PLACEMENTS if name != "identity"]
 
@@ -23,4 +23,19 @@ def test_overlap_on_equals_off_and_the_oracle(world, shift, dedup):
         results = virtual_world(world, seed=seed).run(
             lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
         )
+        check_right(case, results)
+
+
+def test_copies_from_rank_to_rank_on_gloo():
+    cases = [
+        Case(4, schedule, 3, dtype, "uneven", dedup, placement=placement, relayed=True)
+        for (schedule, dtype), dedup in zip(
+            [("chunked-tokens", DTYPES[0]), ("chunked-experts", DTYPES[1]), ("shortcut-pos3", DTYPES[2])],
+            ["off", "on", "on"],
+            strict=True,
+        )
+        for placement in ("copied", "local", "decided")
+    ]
+    by_rank = gloo_pool(4).run(run_on_gloo, [astuple(case) for case in cases], limit_s=150.0)
+    for case, *results in zip(cases, *by_rank, strict=True):
         check_right(case, results)
