@@ -141,7 +141,8 @@ def test_the_decision_of_a_step_relays_what_it_copies(relays):
     forward = PhaseCosts(row_s=1.0, exchange=(line, line), copy=(line, line), joined=True, relays=relays)
 
     def rank(me):
-        layer, twin = (placed(me, relayed=None, placement=Placement.identity(E, RANKS)) for _ in range(2))
+        options = {"placement": Placement.identity(E, RANKS), "top_k": 1}
+        layer, twin = (placed(me, relayed=None, **options) for _ in range(2))
         x = tokens(32, me.rank).abs()  # positive: expert 0 is wanted by all
         with torch.no_grad():
             for one in (layer, twin):

