@@ -10,7 +10,7 @@ import pytest
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_costs import PhaseCosts, break_even, break_even_text, costs_of
+from moe_overlap.planning.copy_costs import PhaseCosts, break_even, break_even_text, costs_of, nominal_costs
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
 from moe_overlap.planning.replication import Load, decide, decide_reference, priced, rank_rows, split_rows
 
@@ -280,3 +280,30 @@ def test_the_binding_checks_what_it_is_given():
     for place, bad in ((0, np.zeros(3)), (1, 0), (2, [(0, 0, 16)]), (2, [(0, 0, 16), (1, 2, 0)]), (3, [1]), (5, [])):
         with pytest.raises(ValueError):
             planner.decide_replication(*good[:place], bad, *good[place + 1 :])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
+    hidden, ffn, numbers = 64, 256, 3 * 64 * 256
+    found = nominal_costs(hidden=hidden, ffn=ffn, flop_per_s=1e12, inter_bytes_per_s=1e9, intra_bytes_per_s=1e11,
+                          dtype_bytes=dtype_bytes, training=training)  # fmt: skip
+    forward = found[0]
+    assert len(found) == 1 + training and forward.row_s == 2 * numbers / 1e12
+    if training:
+        assert found[1].row_s == 2 * forward.row_s and found[1].copy[0](1) == pytest.approx(4 * numbers / 1e9)
+    even = 0.75 * ffn * (1 + 4 / dtype_bytes) if training else 1.5 * ffn
+    for one in break_even(found, row_bytes=hidden * dtype_bytes, expert_params=numbers, param_bytes=dtype_bytes):
+        assert one.bytes_rows == even
+        crossings_s = 2 * sum(phase.exchange[one.wire == "intra"].beta_s for phase in found)
+        assert one.copy_s == pytest.approx(even * crossings_s)
+
+
+@pytest.mark.parametrize("bad", [
+    {"hidden": 0}, {"ffn": True}, {"dtype_bytes": 0.5}, {"matrices": 0}, {"chunks": 0}, {"flop_per_s": 0.0},
+    {"inter_bytes_per_s": float("inf")}, {"intra_bytes_per_s": float("nan")},
+])  # fmt: skip
+def test_nominal_costs_refuse_what_is_no_figure(bad):
+    good = {"hidden": 64, "ffn": 256, "flop_per_s": 1e12, "inter_bytes_per_s": 1e9, "intra_bytes_per_s": 1e9}
+    with pytest.raises(ConfigError, match=list(bad)[0]):
+        nominal_costs(**{**good, **bad})
