@@ -138,7 +138,7 @@ def nominal_costs(
 
     Experts of `matrices` matrices [hidden, ffn] (3: SwiGLU) take two operations a number and row, twice as many in
     backward; rows of `hidden` numbers and weights have dtype_bytes each, gradients of copies four. Rates are those of
-    one rank, to other nodes and inside its node.
+    one rank, to other nodes and inside its node. Weights may go from rank to rank, as with `costs_of`.
     """
     for name, value in (("hidden", hidden), ("ffn", ffn), ("dtype_bytes", dtype_bytes), ("matrices", matrices),
                         ("chunks", chunks)):  # fmt: skip
@@ -155,7 +155,8 @@ def nominal_costs(
 
     numbers, row = matrices * hidden * ffn, over(dtype_bytes * hidden)
     row_s = 2 * numbers / flop_per_s
-    forward = PhaseCosts(row_s=row_s, exchange=row, copy=over(dtype_bytes * numbers), chunks=chunks)
+    forward = PhaseCosts(row_s=row_s, exchange=row, copy=over(dtype_bytes * numbers), chunks=chunks,
+                         relays=True)  # fmt: skip
     backward = PhaseCosts(row_s=2 * row_s, exchange=row, copy=over(GRADIENT_BYTES * numbers), chunks=chunks)
     return (forward, backward) if training else (forward,)
 
