@@ -13,10 +13,13 @@ from moe_overlap.agreement.seats import seats_of
 from moe_overlap.auto.copied import CopiesKind, copies_kind
 from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.placement import Placement
-from moe_overlap.planning.search import _seconds, evaluate
+from moe_overlap.planning.copied import with_copies_priced
+from moe_overlap.planning.pair import pair_of
+from moe_overlap.planning.search import _seconds, evaluate, search
+from moe_overlap.planning.window import Chunking, Window
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.builders import chunked, with_copies
-from moe_overlap.schedule.check import makespan_s
+from moe_overlap.schedule.check import makespan_s, problems
 from tests.auto.planted import cost_model, exchange
 from tests.layers import make, tokens
 from tests.ranks import virtual_world
@@ -147,3 +150,17 @@ def test_only_what_travels_is_priced(changes, phases):
 
 def test_ranks_that_price_copies_otherwise_are_told_apart():
     assert planned().digest != planned(expert_bytes=(1, 2)).digest
+
+
+def test_gradients_of_copies_wait_for_the_rows_that_stay():
+    """Deduplicated and with nothing else to put beside the last exchange, a search leaves these rows for it."""
+    cut = Chunking(chunks=1, by="tokens", first_s=(0.2,), experts_s=(1.0,), second_s=(1.0,), deferred_s=(0.3,))
+    window = Window(phase="backward", head_s=0.1, tail_s=0.1, ops_s=(0.5,), metadata_s=0.1, chunkings=(cut,))
+    best = search(window)[0]
+    assert best.order.split().index("Od") > best.order.split().index("Dt0")
+    (priced, *_) = with_copies_priced(window, [best], [[10.0]])
+    # Head, Ct, Ed, Mt and Dt, behind which Wg has the wire; Ew and Pt are done before it is.
+    assert priced.predicted_s == pytest.approx(0.1 + 0.2 + 1.0 + 0.1 + 1.0 + 10.0)
+    backward = with_copies(pair_of(replace(best, order="P D0 E0 C0 U"), best, num_ops=0, op_verb="B"), 0, True).backward
+    assert [action.text for action in backward] == "Ut Ct0 Ed0 Mt Dt0 Od Wd Wg Ew0 Pt Wa".split()
+    assert not problems(backward, chunks=1)

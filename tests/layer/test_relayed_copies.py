@@ -16,8 +16,9 @@ from moe_overlap.errors import MoeTransportError, PlanMismatch
 from moe_overlap.placement import LocalFirst, Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
 from moe_overlap.planning.cost_model import AlphaBeta
-from moe_overlap.schedule.builders import SchedulePair, fetching, parse_choice, window, with_copies
+from moe_overlap.schedule.builders import SchedulePair, parse_choice, window, with_copies
 from moe_overlap.schedule.check import check, makespan_s
+from moe_overlap.schedule.fetching import fetching
 from tests.layers import D, E, F, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
