@@ -101,9 +101,10 @@ PYBIND11_MODULE(_planner, module) {
       py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"), py::arg("deferred_s"),
       py::arg("ahead_s") = std::vector<double>{}, py::arg("last_s") = std::vector<double>{},
       "(predicted_s, joined, chunk_order, ops_before) of every candidate for one way of cutting the exchange.");
-  module.def("decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
-             py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),
-             "(left_s, predicted_s, left, seats (expert, rank, rows), relayed): leave rows, move them, or copy experts.");
+  module.def(
+      "decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
+      py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),
+      "(left_s, predicted_s, left, seats (expert, rank, rows), relayed): leave rows, move them, or copy experts.");
   using Ints = std::vector<int64_t>;
   module.def(
       "eplb",

@@ -98,9 +98,8 @@ size_t first_to_last(std::vector<CopyOrder>& orders, int64_t ranks_per_node) {
   };
   const auto is_head = [&](const CopyOrder& one) {
     if (node(one) == home / ranks_per_node) return false;
-    return std::none_of(orders.begin(), orders.end(), [&](const CopyOrder& other) {
-      return node(other) == node(one) && away(other) < away(one);
-    });
+    return std::none_of(orders.begin(), orders.end(),
+                        [&](const CopyOrder& other) { return node(other) == node(one) && away(other) < away(one); });
   };
   std::vector<CopyOrder> heads;
   std::vector<CopyOrder> rest;

@@ -243,7 +243,8 @@ class Decider {
         compute_s[i] = std::max(compute_s[i], rank_s);
       }
     }
-    // Weights in these groups, where a phase relays them; gradients, and weights that it does not, from and to the homes.
+    // Weights in these groups, where a phase relays them; gradients, and weights that it does not, from and to the
+    // homes.
     const auto total_s = [&](const Ports* groups, size_t count) {
       double total = 0;
       for (size_t i = 0; i < compute_s.size(); ++i) {
