@@ -15,7 +15,7 @@ from moe_overlap.errors import (
 )
 from moe_overlap.layer import functional
 from moe_overlap.layer.coherent import CoherentLayer
-from moe_overlap.layer.controller import PlacementController
+from moe_overlap.layer.controller import PlacementController, copies_planner
 from moe_overlap.layer.experts import Experts
 from moe_overlap.layer.forward_backward import ForwardBackward
 from moe_overlap.layer.functional import moe_forward
@@ -25,6 +25,7 @@ from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
 from moe_overlap.layer.model import aux_loss
 from moe_overlap.layer.moving import experts_in_order, migrate, set_placement
+from moe_overlap.layer.prices import measured_costs
 from moe_overlap.layer.recorded import gather_events
 from moe_overlap.layer.replay import RoutingRecorder, RoutingReplay
 from moe_overlap.layer.routing_log import RoutingLog
@@ -41,6 +42,7 @@ from moe_overlap.parallel.optimizer_state import load_optimizer_state_dict, opti
 from moe_overlap.parallel.prepare import ignore_experts_for_ddp, no_sync, param_groups, prepare, reopen
 from moe_overlap.parallel.sharded_files import load_safetensors, save_safetensors
 from moe_overlap.parallel.state import mark_experts
+from moe_overlap.planning.copy_costs import nominal_costs
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.recorder import record
 
@@ -80,6 +82,7 @@ __all__ = [
     "assert_overlap",
     "aux_loss",
     "clip_grad_norm_",
+    "copies_planner",
     "experts_in_order",
     "functional",
     "gather_events",
@@ -89,9 +92,11 @@ __all__ = [
     "load_optimizer_state_dict",
     "load_safetensors",
     "mark_experts",
+    "measured_costs",
     "migrate",
     "moe_forward",
     "no_sync",
+    "nominal_costs",
     "ops",
     "optimizer_state_dict",
     "param_groups",

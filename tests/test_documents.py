@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import moe_overlap
 from moe_overlap import routing
@@ -87,7 +88,10 @@ def test_command_lines_are_taken(line, tmp_path, monkeypatch, capsys):
         line = line + ["--text", str(text)] if line[0] == "train" else line
         if "--resume" in line:
             del line[line.index("--resume") : line.index("--resume") + 2]
-    (tmp_path / "counts.jsonl").write_text("[8, 1, 2, 3, 4, 5, 6, 7]\n")
+    if line[0] == "place":
+        (tmp_path / "counts.jsonl").write_text("[9, 2, 1, 1, 1, 1, 1, 1]\n" * 2)
+        ids = torch.arange(8, dtype=torch.int32).repeat(4).view(16, 2)
+        save_file({"ids": ids, "weights": torch.ones(16, 2)}, tmp_path / "r.safetensors", {"E": "8"})
     with without_work(command):
         assert cli.main(line) == 0, capsys.readouterr().err
 

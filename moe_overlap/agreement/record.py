@@ -53,6 +53,7 @@ REFUSALS: dict[int, tuple[str, str]] = {
     15: ("replay.layers", "a recording of as many MoE layers as the model has"),
     16: ("replay.file", "a file that a RoutingLog, or moe-overlap train --save-routing, wrote"),
     17: ("replay.weights", "'recorded', beside a router that cannot weigh experts that it did not choose"),
+    18: ("rule", "None, or a rule that goes with the layer (the message of the refusing rank says what is wrong)"),
 }
 DTYPE_REFUSAL = 3  # its value is a position in DTYPES
 NOT_SENT = -(1 << 62)  # the value is no integer: only the refusing rank's message has it
@@ -158,6 +159,18 @@ DIGEST_HINT = (
     '; they have other schedules, or other ops or settings beside schedule="auto", or only one has measured already'
 )
 
+CONFIG_HINT = (
+    "; their layers have other activations, widths, payload_dtype, bad_logits or placements, or one of them has a "
+    "dispatcher.rule and another has none, or one with other prices or options"
+)
+EPOCH_HINT = "; set_placement, migrate and PlacementController.step are for all ranks alike"
+HINTS = {
+    "schedule_digest": DIGEST_HINT,
+    "router_state": ROUTER_HINT,
+    "config_digest": CONFIG_HINT,
+    "placement_epoch": EPOCH_HINT,
+}
+
 
 def _said(name: str, value: int) -> str:
     """A field's value in an error."""
@@ -190,7 +203,7 @@ def compare(records: torch.Tensor, *, rank: int) -> dict[str, np.ndarray]:
             here, there = (_said(name, int(values[at])) for at in (0, other))
             raise PlanMismatch(
                 f"the ranks disagree about {name}: rank 0 has {here}, rank {other} has {there}; nothing was sent"
-                + {"schedule_digest": DIGEST_HINT, "router_state": ROUTER_HINT}.get(name, ""),
+                + HINTS.get(name, ""),
                 rank=rank,
                 peer=other if other != rank else 0,
                 step=step,

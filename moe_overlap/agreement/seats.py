@@ -66,6 +66,13 @@ class Seats:
         """Whether seat i is slot i, and there is no other seat."""
         return self._as_slots and self.num_seats == self.placement.num_slots
 
+    @property
+    def homes_in_order(self) -> bool:
+        """Whether each rank is home to as many experts, the first rank to the first ones, in whatever order there."""
+        each, left = divmod(self.num_experts, self.world_size)
+        parts = [list(range(each * rank, each * rank + each)) for rank in range(self.world_size)]
+        return not left and [sorted(own) for own in self.homes] == parts
+
     def of_ids(self, ids_TK: torch.Tensor, rank: int) -> torch.Tensor:
         """The seats of the choices of this rank's tokens, [T, K] logical experts, -1 = unused; same dtype.
 

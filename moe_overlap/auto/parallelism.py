@@ -21,7 +21,7 @@ from moe_overlap.auto.replicate import Shares, with_copies
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import MARGIN, check_options
+from moe_overlap.planning.replication import MARGIN, check_count, check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,11 @@ class Degree:
 class ParallelismSwitch:
     """A `StepRule`: the degree of data parallelism of each step, by its counts and by costs equal on all ranks.
 
-    phases: what is paid for a step, forward alone or both (`costs_of`). degrees: those to choose from, divisors of the
-    ranks; None: all of them; with one alone there is no choice. margin: by what part a degree has to be faster than the
-    lowest one. `last`: what the last call chose, `seconds` what it priced each degree at; copies count as coming from
-    their homes. The layer's placement has one slot for each expert.
+    phases: what is paid for a step, forward alone or both (`measured_costs`, `nominal_costs`), equal on all ranks.
+    degrees: those to choose from, divisors of the ranks; None: all of them; with one alone there is no choice. margin:
+    by what part a degree has to be faster than the lowest one. ranks_per_node: as the layer has it. `last`: what the
+    last call chose, `seconds` what it priced each degree at, with copies from their homes: so one rule for each layer.
+    The layer's placement has one slot for each expert.
     """
 
     phases: Sequence[PhaseCosts]
@@ -58,8 +59,7 @@ class ParallelismSwitch:
         )
         if bad:
             raise ConfigError("degrees", self.degrees, "None, or integers of at least 1")
-        if self.ranks_per_node < 1:
-            raise ConfigError("ranks_per_node", self.ranks_per_node, "at least 1")
+        check_count("ranks_per_node", self.ranks_per_node, least=1)
         check_options(self.phases, None, self.margin)
 
     @cached_property
@@ -94,7 +94,8 @@ class ParallelismSwitch:
     def _degrees(self, base: Placement) -> list[int]:
         ranks = base.world_size
         if base.has_replicas:
-            raise ConfigError("placement", f"{base.num_slots} slots", f"one for each of the {base.num_experts} experts")
+            expected = f"one for each of the {base.num_experts} experts, beside a ParallelismSwitch"
+            raise ConfigError("placement", f"{base.num_slots} slots", expected)
         if ranks % self.ranks_per_node:
             raise ConfigError("ranks_per_node", self.ranks_per_node, f"a divisor of {ranks}")
         if self.degrees is None:

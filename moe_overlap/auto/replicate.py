@@ -13,10 +13,9 @@ from functools import cached_property
 
 import numpy as np
 
-from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import MARGIN, Decision, Load, check_options, decide, split_rows
+from moe_overlap.planning.replication import MARGIN, Decision, Load, check_count, check_options, decide, split_rows
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,10 @@ class Shares:
 class ReplicationRule:
     """A `StepRule`: leave rows at the layer's own slots, move them among these, or copy experts for this step.
 
-    phases: what is paid for a step, forward alone or both (`costs_of`). spare: slots for copies on each rank, beside
-    those of the layer's placement. `last`: the decision of the last call, for whoever asks, and `seats_before` it;
-    `relayed`: whether copies go from rank to rank by it.
+    phases: what is paid for a step, forward alone or both (`measured_costs`, `nominal_costs`), equal on all ranks.
+    spare: slots for copies on each rank, beside those of the layer's placement. ranks_per_node: as the layer has it.
+    `last`: the decision of the last call, for whoever asks, `seats_before` it, and `relayed`, whether its copies go
+    from rank to rank: so one rule for each layer.
     """
 
     phases: Sequence[PhaseCosts]
@@ -57,10 +57,8 @@ class ReplicationRule:
     relayed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if self.spare < 0:
-            raise ConfigError("spare", self.spare, "at least 0 slots for copies on each rank")
-        if self.ranks_per_node < 1:
-            raise ConfigError("ranks_per_node", self.ranks_per_node, "at least 1")
+        check_count("spare", self.spare, least=0)
+        check_count("ranks_per_node", self.ranks_per_node, least=1)
         check_options(self.phases, self.most_copies, self.margin)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def make_router(
         return router
     if router is not None and not isinstance(router, str):
         raise ConfigError("router", type(router).__name__, "None, a score, or a module that returns a RoutingDecision")
+    known = signature(LinearRouter).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"MoELayer() got an unexpected keyword argument {name!r}, which LinearRouter lacks too")
     return LinearRouter(hidden_size, num_experts, top_k, score=router or "softmax", **options, **factory)
 
 
@@ -176,12 +181,13 @@ def _refuse_unread(experts: nn.Module, w_in: str) -> None:
 
 def make_ownership(placement: Placement, transport: Transport, replicas: Replicas | None, group: Any) -> Ownership:
     """What the experts of this rank are to the other ranks."""
-    ids = seats_of(placement).homes[transport.rank]
+    seats = seats_of(placement)
     guard_optimizers()
     mesh = group if getattr(group, "ndim", 1) == 2 else None
     return Ownership(
-        transport=transport, expert_ids=ids, num_experts=placement.num_experts, replicas=replicas, mesh=mesh
-    )
+        transport=transport, expert_ids=seats.homes[transport.rank], num_experts=placement.num_experts,
+        in_order=seats.homes_in_order, replicas=replicas, mesh=mesh,
+    )  # fmt: skip
 
 
 def activation_of(experts: nn.Module | None, activation: str | None) -> str:

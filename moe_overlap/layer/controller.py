@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from moe_overlap.layer.moving import migrate, set_placement
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import decide, priced, rank_rows
+from moe_overlap.planning.replication import MARGIN, check_count, check_options, decide, priced, rank_rows
 from moe_overlap.schedule.weights import row_width
 
 # counts int64 [W, E] of a window, the placement now -> the placement wanted.
@@ -37,7 +38,11 @@ Planner = Callable[[np.ndarray, Placement], Placement]
 
 
 def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: int = 1) -> Planner:
-    """The cheapest copies of experts on `spare` slots of each rank beside the homes, which stay (`planning.decide`)."""
+    """The cheapest copies of experts on `spare` slots of each rank beside the homes, which stay (`planning.decide`).
+    Raises ConfigError."""
+    check_options(costs, None, MARGIN)
+    check_count("spare", spare, least=0)
+    check_count("ranks_per_node", ranks_per_node, least=1)
 
     direct = _from_home(costs)
 
@@ -123,9 +128,10 @@ class PlacementController:
         patience: int = 1000,
         ranks_per_node: int = 1,
     ) -> None:
-        for name, value in (("interval", interval), ("horizon", horizon), ("patience", patience)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(name, value, "an integer of at least 1")
+        check_options(costs, None, MARGIN)
+        counts = {"interval": interval, "horizon": horizon, "patience": patience, "ranks_per_node": ranks_per_node}
+        for name, value in counts.items():
+            check_count(name, value, least=1)
         if threshold is not None and not threshold > 1:
             raise ConfigError("threshold", threshold, "None, or a ratio above 1")
         self.release = threshold if release is None else release
@@ -136,9 +142,14 @@ class PlacementController:
         self.planner, self.costs, self.optimizers = planner, _from_home(costs), list(optimizers)
         self.interval, self.threshold, self.horizon = interval, threshold, horizon
         self.budget_bytes, self.patience, self.ranks_per_node = budget_bytes, patience, ranks_per_node
+        _check_planner(planner)
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         if not layers or layers[0].dispatcher.placement.world_size == 1:
             raise ConfigError("model", type(model).__name__, "a module with MoE layers on several ranks")
+        for layer in layers:
+            if layer.dispatcher.ranks_per_node not in (0, ranks_per_node):
+                known = f"{layer.dispatcher.ranks_per_node}, as the layers have"
+                raise ConfigError("ranks_per_node", ranks_per_node, known)
         if len({id(layer.experts) for layer in layers}) < len(layers):
             raise ConfigError("model", "layers that share their experts", "experts of its own in each: placements "
                               "change layer by layer")  # fmt: skip
@@ -261,6 +272,18 @@ class PlacementController:
 def _from_home(costs: Sequence[PhaseCosts]) -> tuple[PhaseCosts, ...]:
     """Kept copies come from their homes under every schedule but "auto", which looks at both forms."""
     return tuple(replace(one, relays=False) for one in costs)
+
+
+def _check_planner(planner: object) -> None:
+    """Raises ConfigError for what cannot be called with two arguments, such as a planner of `placement.planners`."""
+    try:
+        signature(planner).bind(None, None)  # type: ignore[arg-type]
+    except TypeError:
+        expected = (
+            "a function (counts, placement now) -> Placement: copies_planner(costs, spare=...); of a planner such as "
+            "Flex() lambda counts, now: Flex()(counts, topology, slots=..., current=now)"
+        )
+        raise ConfigError("planner", type(planner).__name__, expected) from None
 
 
 _STATES = 2  # an optimizer's tensors beside a weight, as of Adam

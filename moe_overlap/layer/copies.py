@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.layer.experts import take_old_names
 from moe_overlap.parallel.entering import adopt
 from moe_overlap.parallel.ownership import Ownership
@@ -44,6 +45,8 @@ class Copies(nn.Module):
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rule":
+            raise ConfigError("layer.rule", type(value).__name__, "layer.dispatcher.rule = ...: nobody reads it here")
         super().__setattr__(name, value)
         if name == "experts":  # the first ones, or those that an adapter library puts in their place
             self.ownership = adopt(value, self.ownership)

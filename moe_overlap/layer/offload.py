@@ -87,4 +87,6 @@ def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool
         raise ConfigError("dedup", "on or auto", '"off" beside expert_offload')
     if dispatcher.placement.has_replicas:
         raise ConfigError("placement", "copies of experts", "one slot of each beside expert_offload")
+    if dispatcher.rule is not None:
+        raise ConfigError("rule", type(dispatcher.rule).__name__, "None beside expert_offload, which has no copies")
     check_cut(schedule)

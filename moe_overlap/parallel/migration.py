@@ -73,7 +73,7 @@ def migrated(
     def commit() -> None:
         for put in commits:
             put()
-        ownership.expert_ids = ids
+        ownership.expert_ids, ownership.in_order = ids, new.homes_in_order
         ownership.shown_on.clear()
         if hasattr(module, "expert_ids"):
             setattr(module, "expert_ids", ids)  # noqa: B010 - no tensor, whatever modules declare

@@ -32,7 +32,8 @@ class Ownership:
     """What the experts of one layer are to the ranks of a job; layers with tied experts share it.
 
     transport: over the ranks that share the layer's experts out among them; expert_ids: those held here, in the order
-    of the weights; num_experts: of the whole layer; replicas: the ranks that hold the same ones, None where this rank
+    of the weights; num_experts: of the whole layer; in_order: whether all ranks hold equal parts, in the order of the
+    ranks, which a state dict of the whole asks for; replicas: the ranks that hold the same ones, None where this rank
     alone does; mesh: the DeviceMesh (replicas, experts) that the layer was made with, if it was.
 
     Gradients of experts are, by definition, those of the sum over all ranks of the ranks' losses, or of the mean where
@@ -43,6 +44,7 @@ class Ownership:
     transport: Transport
     expert_ids: tuple[int, ...]
     num_experts: int
+    in_order: bool = True
     replicas: Replicas | None = None
     mean: bool = False
     prepared: bool = False

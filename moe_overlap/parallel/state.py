@@ -210,10 +210,10 @@ def _partial(name: str, value: torch.Tensor, ours: tuple[int, ...]) -> ConfigErr
 
 
 def _mesh(name: str, ownership: Ownership, device: str, replicas: Any) -> Any:
-    """The mesh on which tensors are shown; None where there is none."""
+    """The mesh on which tensors are shown; None where there is none, on all ranks alike where experts have moved."""
     group: Any = getattr(ownership.transport, "group", None)
     rank, count = ownership.transport.rank, len(ownership.expert_ids)
-    if sorted(ownership.expert_ids) != list(range(rank * count, (rank + 1) * count)) or not _is_alive(group):
+    if not ownership.in_order or not _is_alive(group):
         return None
     if device == "meta":
         device = getattr(ownership.transport, "device", torch.device("cpu")).type
@@ -284,7 +284,10 @@ def _keep_away(tensor: torch.Tensor) -> torch.Tensor:
 def refuse_to_write(name: str, *_: object) -> NoReturn:
     """Raises ConfigError."""
     given = "a part of the experts, of one rank, that does not stand for the whole"
-    expected = "what state_dict() has of experts on ranks of torch.distributed, or a file for each rank by torch.save"
+    expected = (
+        "what state_dict() has of experts in order on ranks of torch.distributed (where a placement has moved them: "
+        "inside of moe_overlap.experts_in_order(model, optimizers)), or a file for each rank by torch.save"
+    )
     raise ConfigError(name, given, expected)
 
 

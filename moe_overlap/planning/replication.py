@@ -117,12 +117,20 @@ def decide(
 
 def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin: float) -> None:
     """Raises ConfigError for options of `decide` that say nothing."""
-    if not phases:
-        raise ConfigError("phases", phases, "the costs of forward, or of both phases")
-    if most_copies is not None and most_copies < 0:
-        raise ConfigError("most_copies", most_copies, "None, or at least 0")
+    given = [type(one).__name__ for one in phases] if isinstance(phases, Sequence) else type(phases).__name__
+    if not phases or not isinstance(given, list) or not all(isinstance(one, PhaseCosts) for one in phases):
+        expected = "the PhaseCosts of forward, or of both phases: what nominal_costs and measured_costs return"
+        raise ConfigError("phases", given, expected)
+    if most_copies is not None:
+        check_count("most_copies", most_copies, least=0)
     if not 0 <= margin < 1:
         raise ConfigError("margin", margin, "a part of the time, from 0 to below 1")
+
+
+def check_count(name: str, value: object, *, least: int) -> None:
+    """Raises ConfigError for what is no integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(name, value, f"an integer of at least {least}")
 
 
 def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: int, margin: float) -> Decision:

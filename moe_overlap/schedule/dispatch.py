@@ -200,10 +200,28 @@ class Dispatcher:
             return agreement.wait()
 
     def look_at_weights(self, *weights: torch.Tensor) -> None:
-        """This rank's expert weights as a call reads them, where others have copies of them."""
-        if not torch.compiler.is_compiling() and (self.seats.has_copies or self.rule is not None):
+        """This rank's expert weights as a call reads them, where others have copies of them. Raises ConfigError for a
+        rule that cannot act here."""
+        if torch.compiler.is_compiling():
+            return
+        if self.rule is not None:
+            self.check_rule(self.rule)
+        if self.seats.has_copies or self.rule is not None:
             self.copy_store.look_at(*weights)
             self.weights_require_grad = any(weight.requires_grad for weight in weights)
+
+    def check_rule(self, rule: object) -> None:
+        """Raises ConfigError for what is no `StepRule`, and for one beside what it cannot act on."""
+        if isinstance(rule, type) or not callable(rule) or not hasattr(rule, "digest"):
+            name = rule.__name__ if isinstance(rule, type) else type(rule).__name__
+            raise ConfigError("rule", name, "None, or a rule: ReplicationRule(...) or ParallelismSwitch(...)")
+        if self.hierarchical or self.placement.world_size > GATHERED_RANKS:
+            expected = "None beside hierarchical exchanges, or with more than "
+            raise ConfigError("rule", type(rule).__name__,
+                              f"{expected}{GATHERED_RANKS} ranks, of which no rank hears all counts")  # fmt: skip
+        nodes = getattr(rule, "ranks_per_node", self.ranks_per_node)
+        if self.ranks_per_node and nodes != self.ranks_per_node:
+            raise ConfigError("rule.ranks_per_node", nodes, f"{self.ranks_per_node}, as the layer has")
 
     def end_step(self) -> None:
         """At the end of a forward that is no recompute: everything was agreed on."""
@@ -254,9 +272,6 @@ class Dispatcher:
         router_state: int = 0,
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
-        if self.rule is not None and (self.hierarchical or self.placement.world_size > GATHERED_RANKS):
-            expected = "None beside hierarchical exchanges, or with more than "
-            raise ConfigError("rule", "given", f"{expected}{GATHERED_RANKS} ranks, of which no rank hears all counts")
         self.open()
         self.steps += phase == 0
         grad = torch.is_grad_enabled()
@@ -279,7 +294,7 @@ class Dispatcher:
                 self.ffn_hidden,
                 self.placement.digest,
                 self.payload_dtype,
-                0 if self.rule is None else self.rule.digest,
+                getattr(self.rule, "digest", 0),  # a refused step says so with any rule
             ),
             schedule_digest=schedule.digest,
             counts=tables[0],

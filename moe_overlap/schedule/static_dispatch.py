@@ -104,6 +104,10 @@ class StaticDispatcher(Dispatcher):
             layout=layout, key_TK=placed.key_TK, place_TK=placed.place_TK,
         ))  # fmt: skip
 
+    def check_rule(self, rule: object) -> None:
+        """Raises ConfigError: counts of a step are not known on the host, so nothing could be decided by them."""
+        raise ConfigError("rule", type(rule).__name__, 'None beside mode="static", where no rank hears the counts')
+
     def refuse(self, error: BaseException, schedule: Schedules) -> NoReturn:
         """Raise `error`. In the first step all ranks hear of it, as ever; later there is no record that it could stand
         in, and the transport is closed. What came out of the last step all ranks know."""

@@ -232,3 +232,8 @@ def test_parts_that_do_not_fit_are_refused_by_name(case):
     with pytest.raises(ConfigError) as caught:
         MoELayer(D, F, E, K, **({"dtype": DOUBLE} if "experts" not in options else {}) | options)
     assert caught.value.field == field
+
+
+def test_an_argument_that_nobody_has_is_named_as_the_layers():
+    with pytest.raises(TypeError, match=r"MoELayer\(\) got an unexpected keyword argument 'aux_loss'"):
+        make(aux_loss=0.1)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from moe_overlap import experts_in_order, load_optimizer_state_dict, migrate, optimizer_state_dict
+from moe_overlap import (
+    ConfigError,
+    experts_in_order,
+    load_optimizer_state_dict,
+    migrate,
+    optimizer_state_dict,
+    save_safetensors,
+)
 from moe_overlap.placement import Placement
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.layers import make, tokens
@@ -76,3 +84,25 @@ def test_two_ranks_save_and_four_in_another_placement_resume(tmp_path):
             assert len(tensors) == 6
             for mine, wanted in zip(tensors, saved[expert], strict=True):
                 same_bits(mine, wanted)
+
+
+def whole_files(folder):
+    """What each rank is told when it writes a whole model whose experts have moved, evenly and not, and what is written
+    where they are in order. Rank 0 holds the first experts in both: it has to refuse for the sake of the others."""
+    model, optimizer = trained(Placement.identity(8, dist.get_world_size()), 1)
+    told = []
+    for homes in ([0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 2, 1, 2, 3, 3]):
+        migrate(model, Placement.of_ranks([[e for e in range(8) if homes[e] == rank] for rank in range(4)]), optimizer)
+        with pytest.raises(ConfigError, match="experts_in_order") as refused:
+            save_safetensors(model, folder)
+        with pytest.raises(dcp.CheckpointException, match="experts_in_order"):
+            dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+        told.append(str(refused.value))
+    with experts_in_order(model, optimizer):
+        save_safetensors(model, folder + "/ordered")
+    return told
+
+
+def test_moved_experts_are_refused_by_all_ranks_alike_where_a_file_is_of_the_whole(tmp_path):
+    told = gloo_pool(4).run(whole_files, str(tmp_path / "whole"))
+    assert all(one == told[0] for one in told)

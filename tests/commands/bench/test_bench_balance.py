@@ -90,8 +90,10 @@ def test_a_small_run_has_a_row_for_everything(tmp_path, capsys):
     assert static["copies"] == 0 and static["weight_bytes"] == 0 and static["max_over_mean"] > 1.25
     assert replicate["copies"] > 0 and replicate["weight_bytes"] > 0
     assert replicate["max_over_mean"] < static["max_over_mean"] == static["static_max_over_mean"]
-    switch = by_name["switch", "serial"]
-    assert switch["max_over_mean"] == 1.0 and switch["payload_bytes"] == 0 < switch["weight_bytes"]  # data parallelism
+    for schedule in ("serial", "chunked"):  # which degree it is hangs on what was calibrated
+        switch = by_name["switch", schedule]
+        assert (switch["copies"] > 0) == (switch["weight_bytes"] > 0) == (switch["payload_bytes"] == 0)
+        assert switch["max_over_mean"] == (1.0 if switch["copies"] else static["max_over_mean"])
     assert by_name["forced_balanced", "chunked"]["max_over_mean"] == 1.0
     assert all(row["max_rel_err"] < 1e-5 for row in rows) and (tmp_path / "balance.png").stat().st_size > 1000
 
@@ -103,10 +105,11 @@ def test_copies_beside_the_dense_op_and_exposed(tmp_path, capsys):
     assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     by_name = {(row["planner"], row["schedule"]): row for row in rows}
-    hidden, exposed = (by_name["replicate", name] for name in ("shortcut", "shortcut_exposed"))
-    assert hidden["copies"] > 0 and hidden["predicted_ms"] <= exposed["predicted_ms"]
+    priced = {name: row["predicted_ms"] - row["outside_ms"] for name, row in by_name.items()}
+    assert by_name["replicate", "shortcut"]["copies"] > 0
+    assert priced["replicate", "shortcut"] <= priced["replicate", "shortcut_exposed"] + 0.01
     assert all(row["max_rel_err"] < 1e-5 for row in rows)
-    assert by_name["static", "shortcut"]["predicted_ms"] == by_name["static", "shortcut_exposed"]["predicted_ms"]
+    assert priced["static", "shortcut"] == pytest.approx(priced["static", "shortcut_exposed"], abs=0.01)
 
 
 def test_a_placement_that_follows_the_load_over_some_steps(tmp_path, capsys):
