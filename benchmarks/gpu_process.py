@@ -119,11 +119,9 @@ class Part:
 
 def no_gpu() -> str | None:
     """Why nothing can be run here, or None."""
-    import torch
+    from moe_overlap.commands.bench import cuda_timing
 
-    if torch.version.cuda is None:
-        return f"no CUDA device: torch {torch.__version__} is a build without CUDA"
-    return None if torch.cuda.is_available() else "no CUDA device found"
+    return cuda_timing.no_gpu()
 
 
 def find_tool(name: str) -> str | None:

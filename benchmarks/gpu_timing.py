@@ -1,4 +1,5 @@
-"""How the GPU benchmarks measure: CUDA graphs, input sets that do not fit into the cache, medians; JSON lines."""
+"""How the GPU benchmarks measure: CUDA graphs, input sets that do not fit into the cache, medians; JSON lines. What
+`moe-overlap bench layer --link staged` needs of it is in moe_overlap/commands/bench/cuda_timing.py."""
 
 from __future__ import annotations
 
@@ -7,37 +8,29 @@ import cProfile
 import datetime
 import json
 import pstats
-import statistics
+import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-Key = TypeVar("Key", bound=Hashable)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from moe_overlap.commands.bench.cuda_timing import Phases, Time, host_s, once, two_phases  # noqa: E402
+
+__all__ = ["CACHE_BYTES", "HOLD_CYCLES", "Phases", "Results", "Time", "broken", "copy_bytes_per_s", "graph_of",
+           "host_profile", "host_s", "interleaved", "kernel_times", "once", "options", "peak_bytes", "rounds_needed",
+           "sets_needed", "two_phases"]  # fmt: skip
+
 CACHE_BYTES = 64 << 20
 """More than the L2 cache of the chips in question (60 MB on the H200)."""
 
 
 HOLD_CYCLES = 200_000
 """Some 0.1 ms: longer than a graph needs from the host to the GPU."""
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds of one call: median, and the 10th and 90th percentile over the repeats."""
-
-    median_s: float
-    p10_s: float
-    p90_s: float
-
-    @staticmethod
-    def of(samples_s: Sequence[float]) -> Time:
-        ordered = sorted(samples_s)
-        place = [round(share * (len(ordered) - 1)) for share in (0.1, 0.9)]
-        return Time(statistics.median(ordered), ordered[place[0]], ordered[place[1]])
 
 
 def sets_needed(bytes_moved: int) -> int:
@@ -85,36 +78,6 @@ def interleaved(contenders: dict[str, Sequence[Callable[[], Any]]], *, repeats: 
     return {name: Time.of(values) for name, values in samples.items()}
 
 
-Phases = tuple[Callable[[], tuple[Any, Any]], Callable[[Any], Any]]
-"""forward() -> (result, what backward needs); backward(that)."""
-
-_LEAD_CYCLES = 2_000_000
-
-
-def two_phases(contenders: Mapping[Key, Phases], *, repeats: int = 10) -> dict[Key, tuple[Time, Time]]:
-    """The times of forward and of the backward that follows it, of each contender in turns with the others.
-
-    Without graphs, as not everything can be captured: the GPU is held for about a millisecond first, so that the host
-    is ahead of it by as much, and no launch of short work is timed.
-    """
-    samples: dict[Key, tuple[list[float], list[float]]] = {key: ([], []) for key in contenders}
-    for repeat in range(repeats + 2):
-        for key, (forward, backward) in contenders.items():
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-            torch.cuda._sleep(_LEAD_CYCLES)
-            marks[0].record()
-            result, saved = forward()
-            marks[1].record()
-            gradients = backward(saved)
-            marks[2].record()
-            marks[2].synchronize()
-            del result, saved, gradients
-            if repeat >= 2:
-                for phase in range(2):
-                    samples[key][phase].append(marks[phase].elapsed_time(marks[phase + 1]) * 1e-3)
-    return {key: (Time.of(first), Time.of(second)) for key, (first, second) in samples.items()}
-
-
 def kernel_times(call: Callable[[], Any], *, repeats: int = 5) -> dict[str, list[float]]:
     """kernel -> [launches in a call, microseconds of all of them]; the longest first. By torch's profiler."""
     call()
@@ -131,19 +94,6 @@ def kernel_times(call: Callable[[], Any], *, repeats: int = 5) -> dict[str, list
             entry[1] += one.self_device_time_total / repeats
     rows = sorted(found.items(), key=lambda item: -item[1][1])
     return {name: [round(count, 1), round(us, 1)] for name, (count, us) in rows}
-
-
-def host_s(call: Callable[[], Any], *, repeats: int = 5) -> float:
-    """Seconds until a call is back on the host, while the GPU has other work: what it costs to say what is to be done,
-    or to wait for the GPU where it does."""
-    samples = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin_s = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - begin_s)
-    torch.cuda.synchronize()
-    return statistics.median(samples)
 
 
 def host_profile(call: Callable[[], Any], *, repeats: int = 20, most: int = 30) -> dict[str, list[float]]:
@@ -170,20 +120,6 @@ def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
     result = call()
     torch.cuda.synchronize()
     return result, torch.cuda.max_memory_allocated() - before
-
-
-def once(call: Callable[[], Any], *, repeats: int = 10) -> Time:
-    """The time of a call that is long enough to be timed by itself."""
-    call()
-    samples = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e-3)
-    return Time.of(samples)
 
 
 def broken() -> bool:

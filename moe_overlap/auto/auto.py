@@ -22,7 +22,7 @@ import torch
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
 from moe_overlap.auto.beside import why_not_kept
-from moe_overlap.auto.calibrate import MAX_GROUPS, calibrate, gathered
+from moe_overlap.auto.calibrate import calibrate, gathered
 from moe_overlap.auto.cost_cache import cache_file, cache_key, hosts_of, load, store
 from moe_overlap.auto.planned import PlannedSchedule, Settled
 from moe_overlap.auto.probes import ProbeInputs, Probes, probe_pair
@@ -54,13 +54,14 @@ class Unplanned(Settled):
     max_in_flight_bytes: int | None
     dedup: str = "off"
     num_ahead: int = 0
+    offload: bool = False
     chunks: int = field(default=0, init=False)
     by: ChunkBy = field(default="tokens", init=False)
 
     @property
     def digest(self) -> int:
         settings = (self.op_verb, self.num_ops, self.overlap, self.max_in_flight_bytes, self.dedup, self.num_ahead)
-        return digest("auto calibrates", *settings)
+        return digest("auto calibrates", *settings, self.offload)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """Joined: a step without rows runs so, as it tells nothing."""
@@ -120,6 +121,7 @@ class AutoSchedule(Settled):
     max_in_flight_bytes: int | None = None
     dedup: str = "off"  # as the layer's: with "auto" plain schedules and deduplicated ones are compared
     num_ahead: int = 0  # fixed, since what follows is chosen from what was agreed
+    offload: bool = False  # experts are in host memory; a layer says so of the one that it was given
     found: dict[tuple[int, bool, torch.dtype], PlannedSchedule] = field(default_factory=dict)
     kept_in: Path | None = None  # the file of the last cost model, on rank 0
     not_kept: str | None = None  # why there is none
@@ -131,7 +133,7 @@ class AutoSchedule(Settled):
         """What a step says before there is a choice."""
         return Unplanned(op_verb=self.op_verb, num_ops=self.num_ops, overlap=self.overlap,
                          max_in_flight_bytes=self.max_in_flight_bytes, dedup=self.dedup,
-                         num_ahead=self.num_ahead)  # fmt: skip
+                         num_ahead=self.num_ahead, offload=self.offload)  # fmt: skip
 
     def get(self, opening: int, dtype: torch.dtype) -> PlannedSchedule | None:
         """The schedules for the coming step, or None before the calibration."""
@@ -185,10 +187,11 @@ class AutoSchedule(Settled):
                 probes.run,
                 probes.pair,
                 transport,
-                groups=min(MAX_GROUPS, probes.w_in.shape[0]),
+                groups=exchange.num_slots // exchange.world_size,
                 row_bytes=probes.row_bytes,
                 nodes=nodes,
                 metadata=metadata,
+                expert_bytes=probes.expert_bytes[0] if self.offload else 0,
                 device=device,
                 source=source,
             )
@@ -205,7 +208,8 @@ class AutoSchedule(Settled):
         schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
                                    nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
                                    max_in_flight_bytes=self.max_in_flight_bytes,
-                                   num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes)  # fmt: skip
+                                   num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes,
+                                   offload=self.offload)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

@@ -11,6 +11,10 @@ Every probe runs once to warm up, then round by round, as often as fits the budg
 warm-up and a round of all would not fit it, the probes in 16 chunks, by expert groups and deduplicated in 1 chunk are
 left out: six steps are the least that a model is made from, eight with deduplication.
 
+Where experts are in host memory all cuts are by experts, in 1, 4 and 16 groups of them or as many as there are, joined,
+and in 4 overlapped. Their copies are measured in these steps, of the slowest rank, each alone on its link; what is
+waited for them is noted beside the experts' own time.
+
 Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
 waited for the transfer alone. The quicker half of the rounds counts, since what disturbs a round only slows it; and a
 sum of medians is less than the median of a sum, so compute is scaled to what the whole step took.
@@ -26,24 +30,21 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import KINDS, LANES, Counts, Nodes, moves
-from moe_overlap.agreement.plan import ChunkBy, ChunkPlan, ExchangePlan, RowLayout
+from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.auto.fit import Probe, fit
+from moe_overlap.auto.probe_pairs import CHUNKS, PairOf, offloaded_pairs, plain_pairs
 from moe_overlap.measure.timeline import TimelineEvent, overlap
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.shapes import MetadataBytes, StepShape, experts_per_chunk, without_own
 from moe_overlap.schedule.actions import Action, Phase
-from moe_overlap.schedule.builders import SchedulePair, deduplicate
+from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.lanes import RETURNING
 from moe_overlap.transport.base import Transport
 
 BUDGET_S = 15.0  # seconds that the probes may take; the limit of the whole is 20 s
 ROUNDS = (1, 9)  # fewest and most timed rounds
-CHUNKS = (1, 4, BLOCKS)
-OVERLAPPED = 4
-MAX_GROUPS = 4
 ALONE = 5  # most rounds of the exchanges within the nodes
 
 
@@ -60,8 +61,11 @@ class StepTimes:
 RunStep = Callable[[SchedulePair], StepTimes]
 
 
-def step_shape(plan: ChunkPlan, *, row_bytes: int, nodes: Nodes | None = None, joined: bool = False) -> StepShape:
+def step_shape(
+    plan: ChunkPlan, *, row_bytes: int, nodes: Nodes | None = None, joined: bool = False, expert_bytes: int = 0
+) -> StepShape:
     """The integers of one step that durations depend on. `nodes`: the node of each rank (None: each has its own).
+    expert_bytes: of an expert in host memory, 0 where they are not there.
 
     `joined`: the ranks meet after every exchange, so each chunk has the rows of its own busiest rank. Otherwise a rank
     with much in one chunk has less in others, and the busiest rank of the whole step counts, its rows spread over the
@@ -86,6 +90,7 @@ def step_shape(plan: ChunkPlan, *, row_bytes: int, nodes: Nodes | None = None, j
         bytes_by_lane=lanes,
         slots_rows=plan.exchange.counts.most_sent,
         row_bytes=row_bytes,
+        expert_bytes=expert_bytes,
     )
 
 
@@ -155,7 +160,7 @@ def wires(world: int, nodes: Sequence[int] | None) -> tuple[str, ...]:
 
 def calibrate(
     run: RunStep,
-    pair_of: Callable[[int, ChunkBy], SchedulePair],
+    pair_of: PairOf,
     transport: Transport,
     *,
     groups: int,
@@ -164,21 +169,27 @@ def calibrate(
     source: str,
     nodes: Nodes | None = None,
     metadata: MetadataBytes | None = None,
+    expert_bytes: int = 0,
     budget_s: float = BUDGET_S,
 ) -> CostModel:
     """The cost model of the step that `run` executes. Collective: all ranks call it alike and get the same model.
 
-    pair_of(chunks, by): the schedules of the step in so many chunks. groups: into how many groups a rank's experts are
-    cut for the probe of that (1: no such probe). row_bytes: bytes of one exchanged row. source: where it was measured,
-    in words. metadata: of a row of a deduplicated step, which `run` executes too then. Ends within `budget_s` seconds
-    and a third, or with two runs of the fewest probes where these take longer.
+    pair_of(chunks, by): the schedules of the step in so many chunks. groups: the most groups of experts that there may
+    be, the slots of a rank. row_bytes: bytes of one exchanged row. source: where it was measured, in words. metadata:
+    of a row of a deduplicated step, which `run` executes too then. expert_bytes: of the weights of one expert, where
+    they are in host memory. Ends within `budget_s` seconds and a third, or with two runs of the fewest probes where
+    these take longer.
     """
-    pairs, more = _pairs(pair_of, groups, dedup=metadata is not None)
+    if expert_bytes:
+        pairs, more = offloaded_pairs(pair_of, groups)
+    else:
+        pairs, more = plain_pairs(pair_of, groups, dedup=metadata is not None)
     runs = _run_probes(run, pairs, more, transport, device=device, budget_s=budget_s)
     probes = [
-        _probe(pair, found, transport, row_bytes=row_bytes, device=device, nodes=nodes, metadata=metadata)
+        _probe(pair, found, transport, row_bytes=row_bytes, device=device, nodes=nodes, metadata=metadata,
+               expert_bytes=expert_bytes)
         for pair, found in runs
-    ]
+    ]  # fmt: skip
     distinct = [probe for probe in probes if probe.pair.deduplicated]
     one, four, overlapped, *others = (probe for probe in probes if not probe.pair.deduplicated)
     joined = [one, four, *others[:1]]
@@ -187,16 +198,6 @@ def calibrate(
                          cuts=[probe.chunks for probe in joined], rounds=min(len(first), ALONE))  # fmt: skip
     return fit(joined, overlapped, others[1] if others[1:] else None, distinct=distinct, within_node=alone,
                source=source)  # fmt: skip
-
-
-def _pairs(
-    pair_of: Callable[[int, ChunkBy], SchedulePair], groups: int, *, dedup: bool
-) -> tuple[list[SchedulePair], list[SchedulePair]]:
-    """The probes without which there is no model, and those that run where the budget allows them."""
-    one, four, sixteen = (pair_of(chunks, "tokens").join() for chunks in CHUNKS)
-    by_groups = [pair_of(groups, "experts").join()] if groups > 1 else []
-    fewest, more = [one, four, pair_of(OVERLAPPED, "tokens")], [sixteen, *by_groups]
-    return (fewest + [deduplicate(four)], more + [deduplicate(one)]) if dedup else (fewest, more)
 
 
 def _run_probes(
@@ -310,6 +311,7 @@ def _probe(
     device: torch.device,
     nodes: Nodes | None,
     metadata: MetadataBytes | None = None,
+    expert_bytes: int = 0,
 ) -> Probe:
     """Gather one probe's runs. Collective."""
     backward = runs[0].backward_s > 0
@@ -326,7 +328,7 @@ def _probe(
     phases: tuple[Phase, ...] = ("forward", "backward") if backward else ("forward",)
     plan = runs[0].exchange.chunked(pair.chunks, pair.by)
     shape = (
-        step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=pair.joined)
+        step_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=pair.joined, expert_bytes=expert_bytes)
         if metadata is None or not pair.deduplicated
         else distinct_shape(plan, row_bytes=row_bytes, nodes=nodes, joined=pair.joined, metadata=metadata)
     )
@@ -345,8 +347,8 @@ def _probe(
 
 
 def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
-    """Seconds of each action of one run: compute, or the time its bytes were under way (else that of the wait), inside
-    the nodes too."""
+    """Seconds of each action of one run: compute, a copy, or the time its bytes were under way (else that of the wait),
+    inside the nodes too."""
     lanes: dict[tuple[str, str], float] = {}
     for event in run.events:
         key = (event.action, event.lane)
@@ -354,7 +356,7 @@ def _seconds(run: StepTimes, actions: Sequence[Action]) -> list[float]:
     return [
         lanes.get((action.text, "wire"), 0.0) or lanes.get((action.text, "wait"), 0.0)
         if action.lane == "wire"
-        else lanes.get((action.text, "comp"), 0.0)
+        else lanes.get((action.text, action.lane), 0.0)
         for action in actions
     ]
 

@@ -32,7 +32,7 @@ from moe_overlap.transport.control import host_name
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 MOST_BYTES = 1 << 20  # of a file
 _NAME = re.compile(r"[0-9a-f]{24}\.json")  # of `cache_file`: whatever else lies in the folder is left alone
 

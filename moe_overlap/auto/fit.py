@@ -14,7 +14,7 @@ from moe_overlap.planning.cost_model import AlphaBeta, CostModel, DistinctCosts,
 from moe_overlap.planning.predict import predict
 from moe_overlap.planning.shapes import StepShape
 from moe_overlap.planning.window import Slowdown
-from moe_overlap.schedule.actions import VERBS, Phase
+from moe_overlap.schedule.actions import COMP, VERBS, Phase
 from moe_overlap.schedule.builders import SchedulePair
 
 MAX_SLOWDOWN = 3.0
@@ -63,7 +63,8 @@ def fit(
     `grouped` by expert groups, `distinct` joined and deduplicated. within_node: (bytes, seconds) of exchanges that
     stayed within the nodes."""
     phases = list(joined[0].host_s)
-    issue_s = figure(sum(_slope([(p.chunks, p.host_s[phase]) for p in joined]) / 4 for phase in phases) / len(phases))
+    issues = (_slope([(_issues(p, phase), p.host_s[phase]) for p in joined]) for phase in phases)
+    issue_s = figure(sum(issues) / len(phases))
     parts = _Parts(joined, issue_s)
     scale, median_of, per_row, outside = parts.scale, parts.median_of, parts.per_row, parts.outside
 
@@ -80,11 +81,13 @@ def fit(
         expert_s=expert_s,
         experts_dgrad=experts_dgrad,
         expert_dgrad_s=expert_dgrad_s,
-        experts_wgrad=per_row("Ew0", sum(joined[0].shape.rows)),
+        experts_wgrad=AlphaBeta.measured(0.0, parts.all_of("Ew") / max(1, sum(joined[0].shape.rows))),
         permute=per_row("P", slots_rows),
         unpermute=per_row("U", slots_rows),
         unpermute_backward=per_row("Ut", slots_rows),
         permute_backward=per_row("Pt", slots_rows),
+        host_up=_copies(joined, ("Hf", "Hb")),
+        host_down=_copies(joined, ("Hg",)),
         backbone_s=ops,
         backbone_backward_s=chain("Bt") or (0.0,) * len(ops),
         shared_s=median_of("S"),
@@ -125,6 +128,11 @@ class _Parts:
 
     def median_of(self, word: str) -> float:
         return figure(median(p.seconds.get(word, 0.0) for p in self.joined) * self.scale[_phase(word)])
+
+    def all_of(self, verb: str) -> float:
+        """Of all actions of a verb together, in the steps with any."""
+        sums = [sum(seconds for word, seconds in p.seconds.items() if _verb(word) == verb) for p in self.joined]
+        return figure(median(sums) * self.scale[VERBS[verb].phase])
 
     def per_row(self, word: str, rows: int) -> AlphaBeta:
         return AlphaBeta.measured(0.0, self.median_of(word) / max(1, rows))
@@ -200,20 +208,25 @@ def _scale(probe: Probe, phase: Phase, issue_s: float) -> float:
         return 1.0
     parts = [(word, seconds) for word, seconds in probe.seconds.items() if _phase(word) == phase]
     issues_s = _issues_s(probe, phase, issue_s)
-    wire_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane == "wire") + issues_s
-    compute_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane != "wire")
+    wire_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane != COMP) + issues_s
+    compute_s = sum(seconds for word, seconds in parts if VERBS[_verb(word)].lane == COMP)
     compute_s += max(0.0, probe.host_s[phase] - issues_s)
     return min(max((probe.whole_s[phase] - wire_s) / compute_s, 1.0), MAX_SCALE) if compute_s > 0 else 1.0
 
 
 def _issues_s(probe: Probe, phase: Phase, issue_s: float) -> float:
     """Seconds that starting the exchanges of one phase takes, and waiting for them."""
+    return issue_s * _issues(probe, phase)
+
+
+def _issues(probe: Probe, phase: Phase) -> int:
+    """How many starts of exchanges, and of copies of experts in host memory, and waits for them a phase has."""
     schedule = probe.pair.forward if phase == "forward" else probe.pair.backward
-    return 2 * issue_s * sum(action.lane == "wire" for action in schedule)
+    return 2 * sum(action.lane != COMP for action in schedule)
 
 
 def _slope(points: Sequence[tuple[int, float]]) -> float:
-    """Seconds per chunk, from the fewest chunks to the most; never negative."""
+    """Seconds of one more, from the fewest to the most; never negative."""
     (few, first), (many, last) = points[0], points[-1]
     return max(0.0, (last - first) / (many - few))
 
@@ -241,6 +254,17 @@ def _experts(joined: Sequence[Probe], grouped: Probe | None, verb: str, scale: f
     expert_s = figure(min((line.alpha_s - rest) / (all_experts - few), line.alpha_s / all_experts))
     # All of alpha may be the experts': the rest is then nothing, but for rounding.
     return AlphaBeta.measured(line.alpha_s - expert_s * all_experts, line.beta_s), expert_s
+
+
+def _copies(joined: Sequence[Probe], verbs: Sequence[str]) -> AlphaBeta:
+    """The line of the copies of experts from the host's memory, or to it; nothing where there are none."""
+    points = [
+        (p.shape.experts[action.index or 0] * p.shape.expert_bytes, p.seconds.get(action.text, 0.0))
+        for p in joined
+        for action in (*p.pair.forward, *p.pair.backward)
+        if action.verb in verbs
+    ]
+    return _line(points)
 
 
 def _exchange(probes: Sequence[Probe], within_node: Sequence[tuple[float, float]]) -> dict[str, AlphaBeta]:

@@ -37,6 +37,7 @@ from moe_overlap.schedule.check import check
 
 CUTS = (1, 2, 4, 8, BLOCKS)
 GROUPS = (2, 4, 8)
+OFFLOADED = (2, 4, 8, BLOCKS)  # groups of experts, where these are in host memory
 REMEMBERED = 256  # kinds of steps whose schedules are kept
 DIGITS = 5  # leading binary digits that rounding keeps: 3 % at most
 SHARE_UNITS = 4  # an expert group's share of the rows is rounded to this part of an equal share
@@ -72,6 +73,7 @@ class Settled:
     op_verb: OpVerb
     num_ahead: int
     overlap: bool
+    dedup: str
 
     @property
     def ahead(self) -> tuple[Action, ...]:
@@ -91,7 +93,8 @@ class PlannedSchedule(Settled):
     hold in buffers on one rank; ConfigError in a step of which no schedule keeps within it. dedup: "on": one row for
     each (token, rank) travels in every step; "auto": where that is predicted to be faster; both need `metadata`, the
     bytes of what goes beside such a row, and a model of deduplicated steps. num_ahead: the first so many of the ops run
-    while ranks agree, in no window of forward. expert_bytes: by which copies of experts are priced.
+    while ranks agree, in no window of forward. expert_bytes: by which copies of experts are priced. offload: experts
+    are in host memory, so that cuts are by experts alone, and their copies are in the windows.
     """
 
     model: CostModel
@@ -105,6 +108,7 @@ class PlannedSchedule(Settled):
     metadata: MetadataBytes | None = None
     num_ahead: int = 0
     expert_bytes: ExpertBytes = (0, 0)
+    offload: bool = False
     _found: dict[tuple[StepKind, ...], Planned] = field(default_factory=dict, init=False, repr=False)
     tally: Counter[str] = field(default_factory=Counter, init=False, repr=False)  # "steps", and those "searched" for
     chunks: int = field(default=0, init=False)
@@ -113,7 +117,7 @@ class PlannedSchedule(Settled):
     @cached_property
     def digest(self) -> int:
         settings = (self.num_ops, self.op_verb, self.row_bytes, self.nodes, self.overlap, self.max_in_flight_bytes)
-        more = (self.dedup, self.metadata, self.num_ahead, self.expert_bytes)
+        more = (self.dedup, self.metadata, self.num_ahead, self.expert_bytes, self.offload)
         return digest("auto", self.model.to_json(), *settings, *more)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
@@ -134,7 +138,8 @@ class PlannedSchedule(Settled):
 
     def _kinds(self, exchange: ExchangePlan) -> tuple[StepKind, ...]:
         """The kinds of one step that may run, plain first."""
-        kind = step_kind(exchange, row_bytes=self.row_bytes, nodes=self.nodes)
+        kind = step_kind(exchange, row_bytes=self.row_bytes, nodes=self.nodes,
+                         host_bytes=self.expert_bytes[0] if self.offload else 0)  # fmt: skip
         if self.metadata is None:
             return (kind,)
         distinct = distinct_kind(kind, exchange, nodes=self.nodes, metadata=self.metadata)
@@ -177,6 +182,7 @@ class StepKind:
     leaves or enters the busiest rank on each wire. `local_experts`: of a rank. `shares`: for every number of expert
     groups, the rows of each group over all ranks, in SHARE_UNITS-ths of an equal share. `distinct`: where the step is
     deduplicated; `rows` are then those of others, and the bytes those of distinct rows. `copies`: of experts.
+    `host_bytes`: of an expert's weights, where they are in host memory; 0: they are on the device.
     """
 
     grad: bool
@@ -188,10 +194,12 @@ class StepKind:
     row_bytes: int
     distinct: DistinctKind | None = None
     copies: CopiesKind | None = None
+    host_bytes: int = 0
 
     def shapes(self) -> list[StepShape]:
-        """The step, cut in every way that is considered: tokens into equal chunks, experts into groups."""
-        equal = [(1,) * chunks for chunks in CUTS]
+        """The step, cut in every way that is considered: tokens into equal chunks, experts into groups. Where experts
+        are in host memory tokens are not cut: each chunk would fetch all of them."""
+        equal = [(1,) * chunks for chunks in (CUTS[:1] if self.host_bytes else CUTS)]
         travels = [self.shares] * 4
         if self.distinct is not None:
             both = (self.distinct, self.distinct.inside or self.distinct)
@@ -212,6 +220,7 @@ class StepKind:
             bytes_by_lane={lane: _parts(count, out) for lane, count in self.bytes_by_lane},
             slots_rows=self.slots_rows,
             row_bytes=self.row_bytes,
+            expert_bytes=self.host_bytes,
         )
         if self.distinct is None:
             return shape
@@ -237,8 +246,8 @@ def _parts(count: int, shares: Shares) -> tuple[int, ...]:
     return tuple(after - before for before, after in pairwise([0, *cuts]))
 
 
-def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None) -> StepKind:
-    """The kind of a step: a pure function of the agreed counts."""
+def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None, host_bytes: int = 0) -> StepKind:
+    """The kind of a step: a pure function of the agreed counts. host_bytes: see `StepKind`."""
     whole = step_shape(exchange.chunked(1, "tokens"), row_bytes=row_bytes, nodes=nodes)
     local = exchange.num_slots // exchange.world_size
     return StepKind(
@@ -247,9 +256,10 @@ def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None) ->
         slots_rows=rounded(whole.slots_rows),
         bytes_by_lane=tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items()),
         local_experts=local,
-        shares=_all_shares(exchange.counts, exchange.world_size),
+        shares=_all_shares(exchange.counts, exchange.world_size, OFFLOADED if host_bytes else GROUPS),
         row_bytes=row_bytes,
         copies=copies_kind(exchange, nodes),
+        host_bytes=host_bytes,
     )
 
 
@@ -278,10 +288,10 @@ def distinct_kind(plain: StepKind, exchange: ExchangePlan, *, nodes: Nodes | Non
     )
 
 
-def _all_shares(counts: Counts, world_size: int) -> tuple[Shares, ...]:
+def _all_shares(counts: Counts, world_size: int, cuts: Sequence[int] = GROUPS) -> tuple[Shares, ...]:
     """For every number of expert groups, the rows of each."""
     rows_of = counts.totals.reshape(world_size, -1).sum(axis=0)
-    return tuple(_shares(rows_of, groups) for groups in GROUPS if groups <= len(rows_of))
+    return tuple(_shares(rows_of, groups) for groups in cuts if groups <= len(rows_of))
 
 
 def _shares(rows_of: np.ndarray, groups: int) -> Shares:

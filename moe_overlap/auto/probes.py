@@ -29,6 +29,7 @@ from moe_overlap.schedule.recorder import record
 from moe_overlap.schedule.run import Step
 from moe_overlap.schedule.weights import ExpertWeights, row_width
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.host_link import HostLink
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,7 +39,8 @@ class ProbeInputs:
     x_TD: this rank's tokens; latents: [T, L], what their rows hold where that is not x. w_in, w_out: the experts'
     weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`); told:
     its arguments by name. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
-    router_input: what the router reads instead of x.
+    router_input: what the router reads instead of x. host_link: what the weights come up by, where they are in the
+    host's memory.
     """
 
     dispatcher: Dispatcher
@@ -52,6 +54,7 @@ class ProbeInputs:
     backbone: Sequence[Op] = ()
     shared: Op | None = None
     router_input: torch.Tensor | None = None
+    host_link: HostLink | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,6 +156,7 @@ class Probes:
             "experts": d.placement.num_experts,
             "top_k": self.ids_TK.shape[1],
             "activation": d.activation,
+            "expert_offload": None if inputs.host_link is None else inputs.host_link.text,
             "dedup": d.dedup,
             "hierarchical": d.ranks_per_node if d.hierarchical else 0,
             "dtype": str(self.x_TD.dtype),
@@ -179,7 +183,7 @@ class Probes:
         start = clock.now()
         weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation)
         step = Step(self.transport, weights, phase=PHASES[0], probe=True, caller=self.dispatcher.caller,
-                    payload_dtype=self.dispatcher.payload_dtype)  # fmt: skip
+                    payload_dtype=self.dispatcher.payload_dtype, host_link=self.inputs.host_link)  # fmt: skip
         x_rows, x_shared = step.enter(x_TD, w_in, w_out, copies=2)
         leaves = [step.anchor, x_TD, w_in, w_out, weights_TK, *([] if h is None else [h])]
         if self.shared_TD is not None:

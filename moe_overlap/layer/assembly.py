@@ -300,9 +300,10 @@ def make_schedule(
     overlap: bool,
     rows: Rows,
     max_in_flight_bytes: int | None,
+    offload: bool,
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
-    name, and there is nothing to deduplicate."""
+    name, and there is nothing to deduplicate; but with experts in host memory (`offload`) there are copies to plan."""
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
@@ -316,15 +317,15 @@ def make_schedule(
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
         if schedule.taken:
             raise ConfigError("schedule", "an AutoSchedule of another layer", "one for each layer: it keeps the costs")
-        schedule.taken = True
+        schedule.taken, schedule.offload = True, offload
         auto = schedule
     elif schedule == "auto":
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
-                            max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+                            max_in_flight_bytes=max_in_flight_bytes, offload=offload)  # fmt: skip
     else:
         pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
         return pair if overlap else pair.join()
-    if ranks > 1:
+    if ranks > 1 or offload:
         return auto
     pair = replace(layer_schedule("serial", shared=shared), name=ONE_RANK)
     return pair if auto.overlap else pair.join()

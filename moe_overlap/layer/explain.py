@@ -105,7 +105,8 @@ def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
     """The first sentence: whether communication is hidden, where, by whose choice; and what to do where it is not."""
     if pair.forward.count("Hf") and transport.world_size == 1:
         how = "waited for where they start" if pair.joined else "beside compute"
-        return f"One rank: the weights of its experts come up from host memory, {how}."
+        who = 'as schedule="auto" predicts to be fastest' if planned else f"as the schedule {pair.name!r} says"
+        return f"One rank: the weights of its experts come up from host memory, {how}, {who}."
     if transport.world_size == 1 and transport.name in (LocalTransport.name, NoCommTransport.name):
         return "One rank exchanges nothing, so there is nothing to overlap: ops run in a row."
     used = [phase for phase in ("forward", "backward") if overlaps(pair, phase)]

@@ -150,8 +150,9 @@ class Interleaved(nn.Module):
         block: MoEBlock, ops: int, slot: int | None, backward_slot: int | None, chunks: int, by: ChunkBy, auto: bool,
         overlap: bool,
     ) -> AnySchedule:  # fmt: skip
-        if auto and block.moe.transport.world_size > 1:
-            return AutoSchedule(op_verb="B", num_ops=ops, overlap=overlap, dedup=block.moe.rows.dedup)
+        if auto and block.moe.plans:
+            return AutoSchedule(op_verb="B", num_ops=ops, overlap=overlap, dedup=block.moe.rows.dedup,
+                                offload=block.moe.host_link is not None)  # fmt: skip
         return fixed_window(block.moe, ops, slot, backward_slot, chunks, by).join(not overlap)
 
     def forward(self, first: torch.Tensor, second: torch.Tensor | None = None) -> Any:

@@ -84,7 +84,8 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
     Parts that can be given instead of built: router, experts (a module with the attributes of `Experts`: its weights
     and its activation are used, not its forward), shared_expert (a module [T, D] -> [T, D]), transport, schedule (an
     AutoSchedule too), placement (homes of the experts, copies elsewhere), dispatcher (with transport and placement).
-    expert_offload: "host", or a HostLink: experts' weights lie in host memory and come up for their chunk's rows.
+    expert_offload: "host", or a HostLink: experts' weights lie in host memory and come up for their chunk's rows;
+    schedule="auto" measures and plans these copies too, on one rank as well.
 
     forward(x [..., D]) -> one tensor of x's shape; dtype of the experts' weights, or autocast's. The parameters are
     those of `router`, `experts` (this rank's only), `shared_expert`, `latent_in` [L, D] and `latent_out` [D, L]; state
@@ -156,7 +157,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=self.transport.world_size, overlap=overlap,
-            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes)  # fmt: skip
+            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes, offload=self.host_link is not None)  # fmt: skip
         placement = assembly.make_placement(dispatcher, placement, num_experts, self.transport.world_size)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
@@ -218,20 +219,20 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
             told = self._told(x, given)
             tokens = Tokens.of(x_TD, self.latent_in if late is None else None, self.dispatcher.hidden, w_out.dtype)
             read_TD = None if router_input is None else check_router_input(router_input, x)
+            host_link = self._offload(known, w_in, w_out)
         except BaseException as error:
             self.dispatcher.refuse(error, known)
         if isinstance(schedule, AutoSchedule):
             ops, h = ((), None) if beside is None else (beside.backbone, beside.hidden)
             inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=told, x_TD=x_TD, w_in=w_in,
                                  w_out=w_out, latents=tokens.latents, h=h, backbone=ops, shared=self.shared_expert,
-                                 router_input=read_TD)  # fmt: skip
+                                 router_input=read_TD, host_link=host_link)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
                                     grad_scale=self.ownership.grad_scale)  # fmt: skip
             step = Step(self.transport, weights, phase=PHASES[phase], caller=self.dispatcher.caller,
-                        payload_dtype=self.dispatcher.payload_dtype,
-                        host_link=self._offload(known, w_in, w_out))  # fmt: skip
+                        payload_dtype=self.dispatcher.payload_dtype, host_link=host_link)  # fmt: skip
             x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
             if read_TD is not None:
                 x_router = Tie.apply(read_TD, x_router)

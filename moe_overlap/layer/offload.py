@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_overlap.agreement.copies import COUNTED
+from moe_overlap.auto.planned import Settled
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.balance import sums_over_replicas
@@ -24,6 +25,7 @@ from moe_overlap.schedule.offload import check_cut
 from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.host_link import HostLink, open_host_link
+from moe_overlap.transport.staged import StagedTransport
 
 Offload = str | HostLink | None
 
@@ -54,6 +56,11 @@ class Offloads:
     transport: Transport
 
     @property
+    def plans(self) -> bool:
+        """Whether a schedule can be faster than another: there are exchanges, or copies of experts from the host."""
+        return self.transport.world_size > 1 or self.host_link is not None
+
+    @property
     def _runs_inline(self) -> bool:
         whole = self.ownership.grad_scale == 1.0 and not sums_over_replicas(self.router, self.ownership)
         return whole and self.host_link is None and runs_inline(self.transport, self.schedule)
@@ -77,16 +84,18 @@ class Offloads:
 
 def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool) -> None:
     """Raises for what is not there beside expert_offload."""
-    if not isinstance(schedule, SchedulePair):
-        raise NotImplementedError('schedule="auto" beside expert_offload: `moe-overlap plan --expert-offload` searches')
     if isinstance(dispatcher, StaticDispatcher):
         raise NotImplementedError('mode="static" beside expert_offload')
     if replicas:
         raise NotImplementedError("replicas of experts (replicate_group) beside expert_offload")
-    if dispatcher.dedup:
+    if dispatcher.dedup or (isinstance(schedule, Settled) and schedule.dedup != "off"):
         raise ConfigError("dedup", "on or auto", '"off" beside expert_offload')
     if dispatcher.placement.has_replicas:
         raise ConfigError("placement", "copies of experts", "one slot of each beside expert_offload")
     if dispatcher.rule is not None:
         raise ConfigError("rule", type(dispatcher.rule).__name__, "None beside expert_offload, which has no copies")
-    check_cut(schedule)
+    if isinstance(schedule, SchedulePair):
+        check_cut(schedule)
+    elif dispatcher.transport.world_size == 1 and isinstance(dispatcher.transport, StagedTransport):
+        raise NotImplementedError('the transport "staged" with schedule="auto" beside expert_offload: its exchanges of '
+                                  "one rank have no prices")  # fmt: skip

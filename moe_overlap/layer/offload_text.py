@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.layer.explain import measured_durations
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.planning.explain import in_ms
@@ -26,11 +27,15 @@ def offload_text(link: HostLink, weights: tuple[torch.Tensor, torch.Tensor], las
             *lines,
             "  from how many rows an expert on copies hide is known after a timed step (on CUDA: inside record())",
         ]
+    lines.append(
+        f"  a copy hides from {shape.crossover_rows:.0f} rows an expert on ({shape.bytes_per_s / 1e9:.3g} GB/s, "
+        f"{shape.row_s * 1e6:.3g} us a row); this step had {shape.rows_per_expert:.4g}"
+    )
+    if last is not None and isinstance(last.schedule, PlannedSchedule):
+        return [*lines, "  the number of groups is the planner's, whose predictions above have the copies in them"]
     best = plan_offload(shape)[0]
     return [
         *lines,
-        f"  a copy hides from {shape.crossover_rows:.0f} rows an expert on ({shape.bytes_per_s / 1e9:.3g} GB/s, "
-        f"{shape.row_s * 1e6:.3g} us a row); this step had {shape.rows_per_expert:.4g}",
         f"  predicted best of equal loads: {best.text}, {in_ms(best.step_s)} forward and backward, "
         f"{in_ms(best.resident_s)} if weights were resident, {best.device_bytes} bytes on the device",
     ]

@@ -151,9 +151,10 @@ class ShortcutBlock(nn.Module):
         planned = schedule == "auto"
         if planned and is_static(moe.dispatcher):
             raise ConfigError("schedule", schedule, 'None and a slot=, with mode="static"')
-        if planned and moe.transport.world_size > 1:
+        if planned and moe.plans:
             self.schedule = AutoSchedule(op_verb="B", num_ops=num_ops, overlap=overlap, dedup=moe.rows.dedup,
-                                         max_in_flight_bytes=max_in_flight_bytes, num_ahead=ahead)  # fmt: skip
+                                         max_in_flight_bytes=max_in_flight_bytes, num_ahead=ahead,
+                                         offload=moe.host_link is not None)  # fmt: skip
         else:
             pair = schedule if isinstance(schedule, SchedulePair) else window(
                 num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,

@@ -149,6 +149,7 @@ class CostModel:
     it was made from. `outside_s`: everything of the timed unit that is in no window
     (router, agreement, ops before the tap, the combination of the branches); `agree_s`: of it the agreement, when
     its last rank has come. `issue_s`: compute-lane time of starting an exchange, and again of waiting for it.
+    `host_up`, `host_down`: of a copy to the device and back, over bytes, where experts are in the host's memory.
     `weights_hidden`: from 0 to 1, how much of the time that experts cost by themselves, which is mostly that of reading
     their weights, passes beside the matmuls of their rows: 1 makes the larger of both of their sum, as on GPUs.
     `slowdown`: of each lane while the other is busy. `distinct`: what differs in deduplicated steps; None: nobody
@@ -163,6 +164,8 @@ class CostModel:
     unpermute: AlphaBeta
     unpermute_backward: AlphaBeta
     permute_backward: AlphaBeta
+    host_up: AlphaBeta = AlphaBeta(alpha_s=0.0, beta_s=0.0)
+    host_down: AlphaBeta = AlphaBeta(alpha_s=0.0, beta_s=0.0)
     backbone_s: tuple[float, ...] = ()
     backbone_backward_s: tuple[float, ...] = ()
     expert_s: float = 0.0
@@ -375,6 +378,9 @@ def _chunking(
                           else shape.narrow_by_lane)  # fmt: skip
     # The busiest rank may be another one in each chunk; the sum over chunks is then an upper bound of any rank's rows.
     all_rows = sum(shape.rows) + (0 if distinct is None else distinct.own_rows)
+    # Experts in host memory have weight gradients chunk by chunk.
+    copied = [count * shape.expert_bytes for count in shape.experts] if shape.expert_bytes else []
+    deferred_s = tuple(map(model.experts_wgrad, shape.rows if copied else (all_rows / weight_groups,) * weight_groups))
     return Chunking(
         chunks=shape.chunks,
         by=shape.by,
@@ -384,8 +390,10 @@ def _chunking(
             for rows, count, beside_s in zip(shape.rows, shape.experts, inside_s, strict=True)
         ),
         second_s=exchanges_s(shape.bytes_by_lane if distinct is None else distinct.back_by_lane),
-        deferred_s=() if phase == "forward" else (model.experts_wgrad(all_rows / weight_groups),) * weight_groups,
+        deferred_s=() if phase == "forward" else deferred_s,
         chunk_bytes=_chunk_bytes(shape, phase),
+        fetch_s=tuple(map(model.host_up, copied)),
+        return_s=() if phase == "forward" else tuple(map(model.host_down, copied)),
         kept_bytes=0 if distinct is None or distinct.gateway is None else distinct.gateway.kept,
     )
 

@@ -109,12 +109,18 @@ def wire_of(window: Window, chunking: Chunking) -> float:
     return sum(chunking.first_s) + sum(chunking.second_s) + (window.metadata_s or 0.0)
 
 
+def copies_of(chunking: Chunking) -> float:
+    """Seconds of all copies of experts from and to the host's memory."""
+    return sum(chunking.fetch_s) + sum(chunking.return_s)
+
+
 def bound_s(window: Window, chunking: Chunking) -> float:
     """Seconds that no order of these actions can beat, with the rows that stay in one part or in two.
 
     Compute has all of its work to do, and the wire all of its own between head and tail. With one chunk nothing of its
     own exchanges can run beside the experts, which gives ScMoE's T_exp + max(sum S, T_disp + T_comb); S are the ops and
-    what is deferred.
+    what is deferred. The link to the host's memory has all weights to bring before the last experts, and in backward
+    begins with the gradients when the experts are over.
     """
     cut = chunking.chunks, chunking.by
     return min(_bound_s(form, chunking if form is window else form.chunking(*cut)) for form in window.forms)
@@ -129,7 +135,19 @@ def _bound_s(window: Window, chunking: Chunking) -> float:
     else:
         chain_s = min(chunking.first_s) + experts_s + min(chunking.second_s) + (window.metadata_s or 0.0)
         inner_s = max(experts_s + free_s, wire_s, chain_s)
-    return window.head_s + inner_s + window.tail_s
+    return max(window.head_s + inner_s + window.tail_s, _copies_bound_s(window, chunking))
+
+
+def _copies_bound_s(window: Window, chunking: Chunking) -> float:
+    """What no order beats where experts are in host memory: chunks are taken in their own order there."""
+    if not window.in_host_memory:
+        return 0.0
+    up_s, last_s = sum(chunking.fetch_s), chunking.experts_s[-1]
+    if window.phase == "forward":
+        return up_s + last_s + chunking.second_s[-1] + window.tail_s
+    experts_end_s = window.head_s + max(up_s + last_s, chunking.fetch_s[0] + sum(chunking.experts_s))
+    return experts_end_s + max(chunking.deferred_s[0] + sum(chunking.return_s),
+                               sum(chunking.deferred_s) + chunking.return_s[-1])  # fmt: skip
 
 
 def usual_changes(window: Window) -> list[Change]:
@@ -138,6 +156,9 @@ def usual_changes(window: Window) -> list[Change]:
     if any(wire_of(window, chunking) for chunking in window.chunkings):
         found.append(Change(label="a link twice as fast", window=_with_wire(window, 0.5)))
         found.append(Change(label="a link that takes no time", window=_with_wire(window, 0.0)))
+    if any(copies_of(chunking) for chunking in window.chunkings):
+        found.append(Change(label="a link to the host twice as fast", window=_with_host_link(window, 0.5)))
+        found.append(Change(label="experts on the device", window=_with_host_link(window, 0.0)))
     if window.op_verb == "B" and window.user_ops_s:
         own_s = window.ops_s[: len(window.ops_s) - len(window.user_ops_s)]
         halves = tuple(seconds / 2 for seconds in window.user_ops_s for _ in range(2))
@@ -156,6 +177,15 @@ def _with_wire(window: Window, factor: float) -> Window:
     )
     metadata_s = None if window.metadata_s is None else factor * window.metadata_s
     return replace(window, chunkings=chunkings, metadata_s=metadata_s)
+
+
+def _with_host_link(window: Window, factor: float) -> Window:
+    def scaled(seconds: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(factor * one for one in seconds)
+
+    chunkings = tuple(replace(one, fetch_s=scaled(one.fetch_s), return_s=scaled(one.return_s))
+                      for one in window.chunkings)  # fmt: skip
+    return replace(window, chunkings=chunkings)
 
 
 def draw_to_scale(window: Window, candidate: Candidate, *, columns: int = COLUMNS) -> str:
@@ -232,8 +262,8 @@ def _why(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -> 
     """Where the time goes, and why overlap is used or not."""
     window = window.form_of(chosen.order)
     chunking = window.chunking(chosen.chunks, chosen.by)
-    wire_s = wire_of(window, chunking)
-    if not wire_s:
+    wire_s, copies_s = wire_of(window, chunking), copies_of(chunking)
+    if not wire_s and not copies_s:
         return ["Nothing leaves a rank, so there is nothing to hide."]
     backward, deferred_s = window.phase == "backward", sum(chunking.deferred_s)
     parts = {
@@ -243,12 +273,14 @@ def _why(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -> 
         "weight gradients": deferred_s if backward else 0,
     }
     beside = ", ".join(f"{in_ms(seconds)} of {name}" for name, seconds in parts.items() if seconds) or "nothing"
-    said = [f"The exchanges take {in_ms(wire_s)}; to put beside them there is {beside}."]
+    moved = [f"exchanges take {in_ms(wire_s)}"] if wire_s else []
+    moved += [f"copies of experts from and to the host take {in_ms(copies_s)}"] if copies_s else []
+    said = [f"The {', the '.join(moved)}; to put beside them there is {beside}."]
     if chosen.joined:
         return said + _why_not(window, candidates, chosen)
     waits = _waits(window, chosen)
     waited_s = sum(seconds for seconds, _ in waits)
-    hidden = min(1.0, max(0.0, 1 - waited_s / wire_s))
+    hidden = min(1.0, max(0.0, 1 - waited_s / (wire_s + copies_s)))
     notable_s = NOTABLE * chosen.predicted_s
     longest = [f"{in_ms(seconds)} {words}" for seconds, words in sorted(waits, reverse=True)[:3] if seconds > notable_s]
     said.append(f"{100 * hidden:.0f} % of that is hidden: compute stands still for {in_ms(waited_s)}"
@@ -258,6 +290,8 @@ def _why(window: Window, candidates: Sequence[Candidate], chosen: Candidate) -> 
         said.append(f"Compute itself takes {in_ms(slower_s)} longer: starting, waiting, working beside an exchange.")
     if wire_s + window.head_s + window.tail_s >= chosen.predicted_s - notable_s:
         said.append("The wire is busy all the time: only fewer bytes or a faster link can help.")
+    elif copies_s + window.head_s + window.tail_s >= chosen.predicted_s - notable_s:
+        said.append("The link to the host is busy all the time: only more rows an expert or a faster link can help.")
     elif waited_s <= notable_s:
         said.append("Compute is busy all the time: there is next to nothing left to hide.")
     return said
@@ -276,13 +310,18 @@ def _why_not(window: Window, candidates: Sequence[Candidate], chosen: Candidate)
     for name, before_s, after_s in (
         ("exchanges", sum(one.first_s) + sum(one.second_s), sum(cut.first_s) + sum(cut.second_s)),
         ("experts", sum(one.experts_s), sum(cut.experts_s)),
-        ("starting and waiting", 2 * 2 * one.chunks * window.issue_s, 2 * 2 * cut.chunks * window.issue_s),
+        ("starting and waiting", _issues_s(window, one), _issues_s(window, cut)),
     ):
         if after_s > before_s:
             costs.append(f"{name} {in_ms(after_s)} instead of {in_ms(before_s)}")
     if costs:
         said.append(f"Cutting into {best.chunks} has its price: {', '.join(costs)}.")
     return said
+
+
+def _issues_s(window: Window, chunking: Chunking) -> float:
+    """Of both exchanges of each chunk, and of its copies."""
+    return 2 * window.issue_s * (2 * chunking.chunks + len(chunking.fetch_s) + len(chunking.return_s))
 
 
 def _waits(window: Window, chosen: Candidate) -> list[tuple[float, str]]:
@@ -293,7 +332,7 @@ def _waits(window: Window, chosen: Candidate) -> list[tuple[float, str]]:
     last_end_s, issues = 0.0, 0
     pending: set[int] = set()
     for position, (action, needs) in enumerate(zip(schedule, dependencies(schedule), strict=True)):
-        if action.lane == "wire":
+        if action.lane != "comp":
             pending.add(position)
             issues += 1
             continue

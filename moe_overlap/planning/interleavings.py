@@ -9,13 +9,15 @@ durations gives a few to begin with, others go by the chunks' total: shortest fi
 the middle. Taking a chunk out and putting it in elsewhere improves the best of them: a heuristic, within 0.1 % of the
 best known order on average (tests/planning/test_search_orders.py). Deduplicated steps
 take their chunks in their own order: a row arrives with the first group of experts that needs it and leaves with the
-last, and chunks of tokens are alike.
+last, and chunks of tokens are alike. So do those with experts in host memory, whose weights come up in one order; there
+a chunk counts as having arrived when both its rows and its weights would have, each on a lane without the other.
 
 Durations here are at one speed per lane, full or slowed; what is found is simulated by the caller.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 from moe_overlap.planning.window import Chunking, Slowdown, Window
@@ -36,9 +38,12 @@ End = tuple[float, bool, int, Order, OpsBefore]
 
 def best_interleavings(window: Window, chunking: Chunking, factor: Slowdown) -> list[tuple[Order, OpsBefore]]:
     """The best (chunk_order, ops_before), best first, when every duration of a lane is multiplied by its factor."""
-    orders = [tuple(range(chunking.chunks))] if window.deduplicated else _chunk_orders(chunking)
+    in_turn = window.deduplicated or window.in_host_memory
+    if window.in_host_memory:
+        chunking = replace(chunking, first_s=tuple(map(max, chunking.first_s, chunking.fetch_s)))
+    orders = [tuple(range(chunking.chunks))] if in_turn else _chunk_orders(chunking)
     ends = [end for order in orders for end in _ends(window, chunking, factor, order)]
-    if not window.deduplicated and chunking.chunks > ALL_ORDERS and not _equal_chunks(chunking):
+    if not in_turn and chunking.chunks > ALL_ORDERS and not _equal_chunks(chunking):
         ends += _after_moves(window, chunking, factor, min(ends))
     return [(chunk_order, ops_before) for _, _, _, chunk_order, ops_before in sorted(ends)[:KEPT]]
 

@@ -7,13 +7,15 @@ from moe_overlap.planning.window import OpVerb
 from moe_overlap.schedule.actions import Action, Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair, chunked, deduplicate, first_ops
 from moe_overlap.schedule.builders import window as shortcut_window
+from moe_overlap.schedule.offload import without_host_experts
 
 
 def pair_of(
     forward: Candidate, backward: Candidate | None, *, num_ops: int, op_verb: OpVerb, num_ahead: int = 0
 ) -> SchedulePair:
     """The pair that runs two candidates; without one for backward, the mirror with the same chunks. num_ahead: ops that
-    the one for forward does not have, as they run before it."""
+    the one for forward does not have, as they run before it. Copies of experts in host memory are left out: a step puts
+    them where the candidates have them (`schedule/offload.py`)."""
     joined = forward.joined and (backward is None or backward.joined)
     if op_verb == "S":
         mirror = chunked(forward.chunks, forward.by, shared=True)
@@ -28,7 +30,7 @@ def pair_of(
     if begin:
         later = (Action("B", a.index + num_ahead) if a.verb == "B" and a.index is not None else a for a in rest)
         rest = Schedule((Action("N"), *begin, *later))
-    return SchedulePair(
+    pair = SchedulePair(
         name="auto",
         forward=rest,
         backward=mirror.backward if backward is None else _schedule(backward, joined, "backward"),
@@ -38,6 +40,7 @@ def pair_of(
         backward_by=forward.by if backward is None else backward.by,
         joined=joined,
     )
+    return without_host_experts(pair)
 
 
 def _schedule(candidate: Candidate, joined: bool, phase: Phase) -> Schedule:

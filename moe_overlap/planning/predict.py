@@ -15,7 +15,8 @@ from moe_overlap.schedule.builders import SchedulePair
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One phase: seconds of the whole timed unit, and how long compute stands still for exchanges in its window."""
+    """One phase: seconds of the whole timed unit, and how long compute stands still for exchanges, and for copies of
+    experts in host memory, in its window."""
 
     whole_s: float
     waited_s: float
@@ -33,7 +34,7 @@ def predict(model: CostModel, pair: SchedulePair, shapes: Mapping[Phase, StepSha
         times = timeline(problem, schedule, chunks=chunks, by=shape.by, joined=pair.joined)
         end_s = max(end_s for _, end_s in times)
         busy_s = sum(end - start for action, (start, end) in zip(schedule, times, strict=True) if action.lane == "comp")
-        exchanges = sum(action.lane == "wire" for action in schedule)
+        exchanges = sum(action.lane != "comp" for action in schedule)  # and copies of experts in host memory
         waited_s = end_s - busy_s - 2 * exchanges * model.issue_s
         known = model if shape.distinct is None else model.deduplicated
         found[phase] = Prediction(whole_s=known.outside(phase, num_ops) + end_s, waited_s=waited_s)

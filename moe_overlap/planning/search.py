@@ -24,6 +24,10 @@ experts (`ops_before`). `interleavings.py` finds the best of these: exactly for 
 heuristic over the chunk orders beyond, and approximately where lanes slow each other down. Every figure that leaves
 this module is an exact simulation of the very schedule it stands beside.
 
+Where experts are in host memory, their copies stand where `schedule/offload.py` puts them, in every candidate; chunks
+are taken in their own order, as the weights come up in it. The choices that are left are proposed as if a chunk's rows
+came as late as its weights do, and each is simulated with its copies. This runs in Python on either core.
+
 Bytes in flight: an exchange holds its buffers from its start to the first action that reads it. The tail alone reads
 the second exchanges, so at the end of any schedule all of them are held: no order needs less than the sum over the
 chunks, and rule 1 needs no more. Only joining (waiting for every exchange where it starts) makes do with one chunk's.
@@ -44,6 +48,7 @@ from moe_overlap.planning.interleavings import OpsBefore, Order, best_interleavi
 from moe_overlap.planning.window import Chunking, Slowdown, Window
 from moe_overlap.schedule.actions import Schedule, dependencies
 from moe_overlap.schedule.check import LANES, problems
+from moe_overlap.schedule.offload import half_with_host_experts
 from moe_overlap.schedule.simulate import simulate
 
 __all__ = ["Candidate", "Chunking", "Slowdown", "Window", "cut_arguments", "evaluate", "joined_form", "search",
@@ -95,7 +100,7 @@ def search(
 
     ConfigError where no schedule keeps within `max_in_flight_bytes`, or where the window has no bytes to compare.
     """
-    planner = native.planner()
+    planner = None if window.in_host_memory else native.planner()
     if planner is None:
         return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
     found = [
@@ -117,9 +122,10 @@ def search_reference(
 def evaluate(window: Window, schedule: Schedule, *, chunks: int, by: ChunkBy, joined: bool = False) -> float:
     """Predicted seconds of any schedule of this window, from the start of its head to the end of its tail.
 
-    An exchange is three actions: its start (compute lane, `issue_s`), its transfer (wire, not before the start has
-    ended) and the wait for it (compute lane, `issue_s`, right before the first action that reads it, or right after
-    the start where `joined`). Otherwise a lane runs its actions one at a time, in the order of the schedule.
+    An exchange, or a copy of experts from or to the host's memory, is three actions: its start (compute lane,
+    `issue_s`), its transfer (a lane of its own, not before the start has ended) and the wait for it (compute lane,
+    `issue_s`, right before the first action that reads it, or right after the start where `joined`). Otherwise a lane
+    runs its actions one at a time, in the order of the schedule.
 
     ConfigError where the schedule cannot run, or has other ops or weight-gradient groups than the window.
     """
@@ -222,7 +228,10 @@ def _order(window: Window, chunking: Chunking, chunk_order: Order, ops_before: O
     if window.deduplicated and not done:  # deferred work reads what Od writes
         words.append(ops[0])
         done = 1
-    return " ".join([*words, *_deferred_words(window, chunking), *ops[done:], tail])
+    text = " ".join([*words, *_deferred_words(window, chunking), *ops[done:], tail])
+    if not window.in_host_memory:
+        return text
+    return half_with_host_experts(Schedule.parse(text), window.phase, chunking.chunks).text
 
 
 def _deferred_words(window: Window, chunking: Chunking) -> list[str]:
@@ -243,6 +252,9 @@ def _seconds(window: Window, chunking: Chunking) -> dict[str, float]:
         (second, chunking.second_s),
     ):
         seconds |= {f"{verb}{index}": duration_s for index, duration_s in enumerate(durations_s)}
+    fetch = "Hf" if window.phase == "forward" else "Hb"
+    seconds |= {f"{fetch}{index}": duration_s for index, duration_s in enumerate(chunking.fetch_s)}
+    seconds |= {f"Hg{index}": duration_s for index, duration_s in enumerate(chunking.return_s)}
     seconds |= dict(zip(_deferred_words(window, chunking), chunking.deferred_s, strict=True))
     return seconds | dict(zip(_op_words(window), window.ops_s, strict=True))
 

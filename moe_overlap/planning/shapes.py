@@ -62,6 +62,7 @@ class StepShape:
     with most tokens. `row_bytes`: of one row, for the bytes that an exchange holds in buffers. `distinct`: where the
     step is deduplicated; `rows` are then those of others, and `bytes_by_lane` those of distinct rows. `narrow_by_lane`:
     bytes of the first exchanges of forward, where rows have a narrower dtype on that way; None: they do not.
+    `expert_bytes`: of one expert's weights, where they lie in the host's memory; 0: they are on the device.
     """
 
     chunks: int
@@ -73,6 +74,7 @@ class StepShape:
     row_bytes: int
     distinct: DistinctShape | None = None
     narrow_by_lane: Mapping[str, tuple[int, ...]] | None = None
+    expert_bytes: int = 0
 
     def __post_init__(self) -> None:
         back = () if self.distinct is None else self.distinct.back_by_lane.items()

@@ -15,6 +15,11 @@ first exchange and Mt of the last one; O and Od need nothing but the head, as th
 In forward one half of the experts may be left for the time after the last chunk's (Or), where a schedule without other
 ops has nothing else to put beside the last combine. Then O is the other half: a window of its own (`forms`).
 
+Where experts are in host memory, their copies are actions of a lane of their own (`schedule/offload.py`). Where they
+stand follows from the rest, so they are no choice of the search; chunks are taken in their own order:
+
+    forward    Hf_c for each E_c          backward    Hb_c for each Ed_c, and Hg_c after each Ew_c, one for each chunk
+
 Every duration is in seconds, finite and >= 0. Everything here raises ConfigError for what is not.
 """
 
@@ -59,8 +64,9 @@ class Chunking:
     """The durations for one way of cutting the exchange, in seconds, one per chunk.
 
     `deferred_s`: one per weight-gradient group in backward; in forward none, or that of Or. `chunk_bytes`: what one
-    exchange of each chunk holds in buffers; empty where nobody asks. `kept_bytes`: what is held beside them for as long
-    as the window lasts, whatever the schedule.
+    exchange of each chunk holds in buffers; empty where nobody asks. `fetch_s`: of Hf (Hb), `return_s`: of Hg, where
+    experts are in host memory; empty where they are not. `kept_bytes`: what is held beside the buffers for as long as
+    the window lasts, whatever the schedule.
     """
 
     chunks: int
@@ -70,6 +76,8 @@ class Chunking:
     second_s: tuple[float, ...]
     deferred_s: tuple[float, ...] = ()
     chunk_bytes: tuple[int, ...] = ()
+    fetch_s: tuple[float, ...] = ()
+    return_s: tuple[float, ...] = ()
     kept_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -77,11 +85,11 @@ class Chunking:
             raise ConfigError("chunking.chunks", self.chunks, f"an integer from 1 to {BLOCKS}")
         if self.by not in CHUNK_BY:
             raise ConfigError("chunking.by", self.by, f"one of {CHUNK_BY}")
-        for name in ("first_s", "experts_s", "second_s", "chunk_bytes"):
+        for name in ("first_s", "experts_s", "second_s", "chunk_bytes", "fetch_s", "return_s"):
             values = getattr(self, name)
-            if len(values) != self.chunks and (values or name != "chunk_bytes"):
+            if len(values) != self.chunks and (values or name in ("first_s", "experts_s", "second_s")):
                 raise ConfigError(f"chunking.{name}", values, f"{self.chunks} values, one per chunk")
-        for name in ("first_s", "experts_s", "second_s", "deferred_s"):
+        for name in ("first_s", "experts_s", "second_s", "deferred_s", "fetch_s", "return_s"):
             _check_seconds(f"chunking.{name}", *getattr(self, name))
         if any(held < 0 for held in self.chunk_bytes):
             raise ConfigError("chunking.chunk_bytes", self.chunk_bytes, "bytes >= 0")
@@ -136,6 +144,26 @@ class Window:
             if wrong and not (self.deduplicated and len(chunking.deferred_s) == 1):  # Or
                 expected = "one duration per weight-gradient group, at least one, in backward; none in forward"
                 raise ConfigError("chunking.deferred_s", chunking.deferred_s, expected)
+            self._check_copies(chunking)
+
+    def _check_copies(self, chunking: Chunking) -> None:
+        if bool(chunking.fetch_s) != self.in_host_memory:
+            raise ConfigError("chunking.fetch_s", chunking.fetch_s, "seconds in every cut of a window, or in none")
+        if not self.in_host_memory:
+            return
+        if self.deduplicated:
+            raise ConfigError("window.metadata_s", self.metadata_s, "None where experts are in host memory")
+        if chunking.chunks > 1 and chunking.by != "experts":
+            raise ConfigError("chunking.by", chunking.by, "'experts' where these are in host memory")
+        groups = chunking.chunks if self.phase == "backward" else 0
+        if (len(chunking.deferred_s), len(chunking.return_s)) != (groups, groups):
+            expected = f"{groups} durations, as of deferred_s, where experts are in host memory"
+            raise ConfigError("chunking.return_s", chunking.return_s, expected)
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether weights come up for each chunk."""
+        return bool(self.chunkings[0].fetch_s)
 
     @property
     def deduplicated(self) -> bool:

@@ -94,6 +94,7 @@ class Backward:
             raise ConfigError("checkpoint", "use_reentrant=True", "torch.utils.checkpoint.checkpoint(..., "
                               "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
         self.lanes.close_op()
+        self._wait_for_host(node.action)
         with self.lanes.acting(node.action.text, self._empty.device.type, timed=node.action.lane == COMP):
             result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
         return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
@@ -171,9 +172,19 @@ class Backward:
         """Those of one half of the step, where experts are in host memory."""
         if self._host_link is None:
             return None
-        note = None if self.lanes.clock is None else self.lanes.note
         return HostExperts(self._host_link, (w_in, w_out), slots=plan.local_slots, chunks=plan.chunks,
-                           joined=self.pair.joined, note=note)  # fmt: skip
+                           joined=self.pair.joined, lanes=self.lanes)  # fmt: skip
+
+    def _wait_for_host(self, action: Action) -> None:
+        """Where experts are in host memory: wait for what an action needs, ahead of its own time."""
+        if self._loaded is None or action.verb not in ("E", "Ed", "Ew"):
+            return
+        with self.lanes.acting(action.text, self._empty.device.type, timed=False):
+            if action.verb != "Ew":
+                assert action.index is not None
+                self._loaded.arrive(action.index)
+            elif self._need_dw:
+                self._loaded.make_room()
 
     def _hb(self, ctx: Any, c: int, _: Any) -> Tensors:
         assert self._loaded is not None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from moe_overlap.schedule.actions import SLOTS
+from moe_overlap.schedule.lanes import Lanes
 from moe_overlap.schedule.weights import Part
 from moe_overlap.transport.host_link import HostCopy, HostLink, Slot
 
 ALIGNED = 256  # bytes: where the second weight begins in a slot
-Note = Callable[[str, str, Any, Any], None]  # action, lane, and the stamps of begin and end
 
 
 class Group(NamedTuple):
@@ -27,8 +27,8 @@ class Group(NamedTuple):
 class HostExperts:
     """The stacked weights of a rank's experts, w_in [e, F', D] and w_out [e, D, F], on the host.
 
-    slots: of this rank, e and those without an expert; chunks: how the half is cut, by experts. note: takes each copy
-    for the timeline (None: it is not timed). joined: copies are waited for where they start (overlap off).
+    slots: of this rank, e and those without an expert; chunks: how the half is cut, by experts. lanes: where each copy
+    is noted, and each wait for one. joined: copies are waited for where they start (overlap off).
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class HostExperts:
         slots: int,
         chunks: int,
         joined: bool,
-        note: Note | None,
+        lanes: Lanes,
     ) -> None:
-        self._link, self._slots, self._chunks, self._joined, self._note = link, slots, chunks, joined, note
+        self._link, self._slots, self._chunks, self._joined, self._lanes = link, slots, chunks, joined, lanes
+        self._timing = lanes.clock is not None
         self._weights = tuple(weights)
         self._here: dict[int, tuple[str, HostCopy, Group]] = {}
         self._last: HostCopy | None = None
@@ -57,15 +58,21 @@ class HostExperts:
         experts = self._experts_of(chunk)
         group = self._group(experts)
         pairs = [(into, weight[experts]) for into, weight in zip(group[1:3], self._weights, strict=True)]
-        self._last = copy = self._link.up(pairs, timing=self._note is not None)
+        self._last = copy = self._link.up(pairs, timing=self._timing)
         self._here[chunk] = action, copy, group
         if self._joined:
-            self._link.wait(copy)
+            self._stand_still(action, copy)
+
+    def arrive(self, chunk: int) -> None:
+        """What is computed from now on sees the weights of the experts of a chunk."""
+        action, copy, _ = self._here[chunk]
+        if not self._joined:
+            self._stand_still(action, copy)
 
     def parts(self, chunk: int) -> Iterator[Part]:
-        """The weights of the experts of a chunk, which are on the device until the caller asks for the next part."""
+        """The weights of the experts of a chunk, after `arrive`; they are on the device until the caller asks for the
+        next part."""
         action, copy, group = self._here.pop(chunk)
-        self._link.wait(copy)
         self._say(action, copy)
         if group.experts.start < group.experts.stop:
             yield Part(group.first, group.second, group.experts)
@@ -78,17 +85,19 @@ class HostExperts:
 
     # ---------------------------------------------------------------- gradients
 
+    def make_room(self) -> None:
+        """A slot is written again when what was in it has gone down."""
+        if len(self._leaving) >= SLOTS and not self._joined:
+            action, copy, _ = self._leaving[-SLOTS]
+            self._stand_still(action, copy)
+
     def weigh(self, rows: Any, number: int, first: int, last: int) -> None:
-        """Ew: the weight gradients of experts first .. last-1 into a slot. rows: a `BackwardRows`. A slot is written
-        again when what was in it has gone down."""
+        """Ew: the weight gradients of experts first .. last-1 into a slot, after `make_room`. rows: a
+        `BackwardRows`."""
         if not self._gradients:
             self._gradients = tuple(self._link.host_empty(one.shape, one.dtype) for one in self._weights)
-        if len(self._leaving) >= SLOTS:
-            _, copy, before = self._leaving[-SLOTS]
-            self._link.wait(copy)
-            group = self._group(slice(first, last), before.slot)
-        else:
-            group = self._group(slice(first, last))
+        used = self._leaving[-SLOTS][2].slot if len(self._leaving) >= SLOTS else None
+        group = self._group(slice(first, last), used)
         if first < last:
             rows.group_gradient(first, last, group.first, group.second)
         self._made[number] = group
@@ -97,10 +106,10 @@ class HostExperts:
         """Hg: a group of gradients goes down."""
         group = self._made.pop(number)
         pairs = [(whole[group.experts], one) for whole, one in zip(self._gradients, group[1:3], strict=True)]
-        copy = self._link.down(pairs, timing=self._note is not None)
+        copy = self._link.down(pairs, timing=self._timing)
         self._leaving.append((action, copy, group))
         if self._joined:
-            self._link.wait(copy)
+            self._stand_still(action, copy)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(dw_in, dw_out) on the host, which waits for them; None where none were asked for."""
@@ -136,5 +145,10 @@ class HostExperts:
         return Group(slot, first, second, experts)
 
     def _say(self, action: str, copy: HostCopy) -> None:
-        if self._note is not None:
-            self._note(action, "copy", copy.begin, copy.end)
+        self._lanes.note(action, "copy", copy.begin, copy.end)
+
+    def _stand_still(self, action: str, copy: HostCopy) -> None:
+        """Wait for a copy, and note the time that takes, which is not that of the experts."""
+        begin = self._lanes.now()
+        self._link.wait(copy)
+        self._lanes.note(action, "wait", begin, self._lanes.now())

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.schedule.actions import SLOTS, Action, Schedule
+from moe_overlap.schedule.actions import SLOTS, Action, Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 
 VERBS = ("Hf", "Hb", "Hg")
@@ -44,17 +44,28 @@ def with_host_experts(pair: SchedulePair) -> SchedulePair:
     The weights of the first SLOTS chunks are on their way before the rows are (Hf), in backward right after its first
     action (Hb); those of each later one set out when the experts of an earlier chunk have been computed, whose place
     they take. Weight gradients are made in as many groups as backward has chunks (Ew), and each goes down as soon as
-    it is there (Hg). Raises ConfigError for a cut that has not these groups.
+    it is there (Hg). A pair that has these actions already stays as it is. Raises ConfigError for a cut that has not
+    these groups.
     """
+    if pair.forward.count("Hf"):
+        return pair
     check_cut(pair)
-    forward = _fetching(list(pair.forward), "E", "Hf", before="P")
-    backward: list[Action] = []
-    for action in _fetching(list(pair.backward), "Ed", "Hb", before=None):
+    forward = half_with_host_experts(pair.forward, "forward", pair.chunks)
+    backward = half_with_host_experts(pair.backward, "backward", pair.backward_chunks)
+    return replace(pair, forward=forward, backward=backward)
+
+
+def half_with_host_experts(schedule: Schedule, phase: Phase, chunks: int) -> Schedule:
+    """One phase of it, in so many chunks."""
+    if phase == "forward":
+        return Schedule(tuple(_fetching(list(schedule), "E", "Hf", before="P")))
+    found: list[Action] = []
+    for action in _fetching(list(schedule), "Ed", "Hb", before=None):
         if action.verb != "Ew":
-            backward.append(action)
+            found.append(action)
         elif action.index == 0:
-            backward += [Action(verb, group) for group in range(pair.backward_chunks) for verb in ("Ew", "Hg")]
-    return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
+            found += [Action(verb, group) for group in range(chunks) for verb in ("Ew", "Hg")]
+    return Schedule(tuple(found))
 
 
 def without_host_experts(pair: SchedulePair) -> SchedulePair:

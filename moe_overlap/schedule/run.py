@@ -192,6 +192,7 @@ class Step(Backward):
             if actions[need].lane == "wire" and need not in self._waited:
                 self._waited.add(need)
                 self._forward(actions[need], "wait")
+        self._wait_for_host(action)
         self._forward(action, "start" if action.lane == "wire" else "")
         self._position += 1
 

@@ -43,9 +43,11 @@ class HostCopy:
 
 
 class HostLink:
-    """What both kinds have in common. `device`: where rows are computed. `stats`: see `HostLinkStats`."""
+    """What both kinds have in common. `device`: where rows are computed. `text`: what the link is, in words; of two
+    with one text and one device a copy takes the same time."""
 
     device: torch.device
+    text = "host link"
 
     def __init__(self) -> None:
         self.fetched_bytes = 0
@@ -116,6 +118,7 @@ class CudaHostLink(HostLink):
     def __init__(self, device: torch.device | str | None = None, *, limit_bytes: int | None = None) -> None:
         super().__init__()
         self._engine = Engine(device)
+        self.text = "pinned memory"
         self.device = self._engine.device
         self._up, self._down = self._engine.stream(), self._engine.stream()
         self.limit_bytes = host_memory_bytes() // 2 if limit_bytes is None else limit_bytes
@@ -171,6 +174,7 @@ class EmulatedHostLink(HostLink):
             raise ConfigError("bytes_per_s", bytes_per_s, "None or a finite number above 0")
         self.device = torch.device("cpu")
         self.bytes_per_s = math.inf if bytes_per_s is None else float(bytes_per_s)
+        self.text = f"emulated, {self.bytes_per_s} bytes/s"
         self._busy_s = {True: 0.0, False: 0.0}
 
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

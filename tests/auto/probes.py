@@ -37,6 +37,11 @@ def seconds_of(model: CostModel, pair: SchedulePair, shape) -> dict[str, float]:
         elif verb in ("O", "Od"):
             line_of_rows, expert_s = rows["E" if verb == "O" else "Ed"]
             found[action.text] = line_of_rows(distinct.own_rows) + expert_s * distinct.own_experts
+        elif verb in ("Hf", "Hb", "Hg"):
+            copied = model.host_down if verb == "Hg" else model.host_up
+            found[action.text] = copied(shape.experts[index] * shape.expert_bytes)
+        elif verb == "Ew" and shape.expert_bytes:
+            found[action.text] = model.experts_wgrad(shape.rows[index])
         elif verb == "Ew":
             found[action.text] = model.experts_wgrad(sum(shape.rows) + (distinct.own_rows if distinct else 0))
         elif verb in ("M", "Mt"):
@@ -65,17 +70,18 @@ def inside_of(model: CostModel, shape) -> dict[str, float]:
 
 
 def probe(model: CostModel, chunks: int, *, pair_of=None, noise=lambda s: s, hidden_s=0.0, compute_s=0.0, plan=None,
-          by="tokens", waited_s=0.0, nodes=None, distinct=False):  # fmt: skip
+          by="tokens", waited_s=0.0, nodes=None, distinct=False, expert_bytes=0):  # fmt: skip
     cut = (plan or exchange()).chunked(chunks, by)
-    shape = step_shape(cut, row_bytes=ROW_BYTES, nodes=nodes, joined=True)
+    shape = step_shape(cut, row_bytes=ROW_BYTES, nodes=nodes, joined=True, expert_bytes=expert_bytes)
     pair = (pair_of or (lambda chunks: window(2, 1, chunks=chunks)))(chunks)
     if distinct:
         shape = distinct_shape(cut, row_bytes=ROW_BYTES, nodes=nodes, joined=True, metadata=BESIDE)
         pair = deduplicate(pair)
     seconds = {text: noise(s) for text, s in seconds_of(model, pair, shape).items()}
     known = model.deduplicated if distinct else model
-    issues_s = (4 * chunks + (2 if distinct else 0)) * model.issue_s
-    host_s = {"forward": known.outside_s + issues_s, "backward": known.outside_backward_s + issues_s}
+    forward_s, backward_s = (2 * model.issue_s * sum(action.lane != "comp" for action in half)
+                             for half in (pair.forward, pair.backward))  # fmt: skip
+    host_s = {"forward": known.outside_s + forward_s, "backward": known.outside_backward_s + backward_s}
     forward = {action.text for action in pair.forward}
     whole_s = {"forward": sum(s for text, s in seconds.items() if text in forward) + host_s["forward"]}
     whole_s["backward"] = sum(seconds.values()) - whole_s["forward"] + host_s["forward"] + host_s["backward"]

@@ -15,8 +15,9 @@ import torch
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
-from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED, StepTimes, _probe, step_shape
+from moe_overlap.auto.calibrate import StepTimes, _probe, step_shape
 from moe_overlap.auto.fit import MAX_SCALE, MAX_SLOWDOWN, NOISE, _compute_slowdown, _scale, fit, with_wire
+from moe_overlap.auto.probe_pairs import CHUNKS, OVERLAPPED
 from moe_overlap.measure.timeline import TimelineEvent
 from moe_overlap.planning.predict import predict
 from moe_overlap.planning.window import Slowdown

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED
 from moe_overlap.auto.fit import _compute_slowdown, fit
+from moe_overlap.auto.probe_pairs import CHUNKS, OVERLAPPED
 from moe_overlap.schedule.actions import VERBS
 from moe_overlap.schedule.builders import window
 from tests.auto.probes import TRUE, probe

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moe_overlap.auto import calibrate as measuring
-from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED, StepTimes
+from moe_overlap.auto.calibrate import StepTimes
 from moe_overlap.auto.fit import fit
+from moe_overlap.auto.probe_pairs import CHUNKS, OVERLAPPED
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.predict import predict
 from moe_overlap.schedule.builders import chunked

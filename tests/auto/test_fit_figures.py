@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from moe_overlap.auto.calibrate import CHUNKS, OVERLAPPED
 from moe_overlap.auto.fit import Probe, _experts, fit
+from moe_overlap.auto.probe_pairs import CHUNKS, OVERLAPPED
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import LEAST, MOST, AlphaBeta, CostModel, figure
 from moe_overlap.planning.predict import predict

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moe_overlap import MoELayer
+from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.transport.host_link import CudaHostLink
 from tests.tolerances import same_bits
 
@@ -38,3 +41,19 @@ def test_the_bits_of_experts_on_the_card_and_two_groups_of_them(schedule: str) -
     groups = 1 if schedule == "serial" else int(schedule[8])
     assert link.device_bytes == min(2, groups) * EXPERTS // groups * 3 * FFN * HIDDEN * 2
     assert all(weight.device.type == "cpu" and weight.is_pinned() for weight in away.expert_weights)
+
+
+def test_auto_measures_the_link_and_has_the_bits_of_what_it_chose() -> None:
+    options = {"device": "cuda", "dtype": torch.bfloat16, "expert_offload": "host"}
+    layer = MoELayer(HIDDEN, FFN, EXPERTS, TOP_K, schedule="auto", **options)
+    got = step_of(layer)
+    assert isinstance(layer.schedule, AutoSchedule)
+    (planned,) = layer.schedule.found.values()
+    expert_bytes = 3 * FFN * HIDDEN * 2
+    assert planned.model.host_up(expert_bytes) > 0 and planned.model.host_down(expert_bytes) > 0
+    pair = replace(planned.planned(layer.last_exchange).pair, name="as chosen")
+    fixed = MoELayer(HIDDEN, FFN, EXPERTS, TOP_K, schedule=pair, **options)
+    fixed.load_state_dict(layer.state_dict())
+    for one, other in zip(got, step_of(fixed), strict=True):
+        same_bits(one, other)
+    assert "copies of experts from and to the host take" in layer.explain()

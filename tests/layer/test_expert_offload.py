@@ -224,11 +224,10 @@ def test_what_does_not_go_with_it_is_refused_by_all_ranks(field, options):
     assert virtual_world(2).run(rank) == [field] * 2
 
 
-@pytest.mark.parametrize("options", [{"schedule": "auto"}, {"mode": "static", "static_capacity": 2.0}])
-def test_what_is_not_there_says_so(options):
+def test_what_is_not_there_says_so():
     def rank(me):
         with pytest.raises(NotImplementedError, match="expert_offload"):
-            make(me.transport(), expert_offload="host", **options)(tokens(4))
+            make(me.transport(), expert_offload="host", mode="static", static_capacity=2.0)(tokens(4))
 
     virtual_world(2).run(rank)
 

@@ -1,8 +1,8 @@
 """`moe-overlap bench`: measurements that anyone can repeat. `layer.py` is the command and `phase.py` its course,
 `cases.py` what is timed, `timing.py` how, `check.py` what must be true before, `wires.py` what carries the rows,
-`rows.py` what is reported, `slept.py` the mode in which compute sleeps. `overlap.py` sweeps it, with `overlap_*.py` and
-`shaped.py`. `balance.py` is another command, with `balance_*.py`, `workloads.py` and `oracle.py`; `ops.py` the last,
-with `ops_*.py`."""
+`rows.py` what is reported, `slept.py` the mode in which compute sleeps; on one card it is `staged.py`, with
+`staged_*.py` and `cuda_timing.py`. `overlap.py` sweeps it, with `overlap_*.py` and `shaped.py`. `balance.py` is another
+command, with `balance_*.py`, `workloads.py` and `oracle.py`; `ops.py` the last, with `ops_*.py`."""
 
 from __future__ import annotations
 

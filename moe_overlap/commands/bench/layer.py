@@ -1,7 +1,7 @@
 """`moe-overlap bench layer`: from the command line to rows, a picture and a trace.
 
 Per phase: solve for the link (with --comm-share), find each shortcut's best slot, check every row, measure every
-exchange alone, then time all rows interleaved.
+exchange alone, then time all rows interleaved. `--device cuda` is another course (`staged.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from moe_overlap import config
-from moe_overlap.commands.bench.options import LayerOptions, parse
+from moe_overlap.commands.bench import staged
+from moe_overlap.commands.bench.options import LayerOptions, given_options, parse
 from moe_overlap.commands.bench.phase import CheckFailed, PhaseResult, measure_phase
 from moe_overlap.commands.bench.routing import load, read_file, routing_file
 from moe_overlap.commands.bench.setting import Setting
@@ -32,6 +33,8 @@ OUTPUTS = ("results.jsonl", "timeline.png", "trace.json")
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
+    if staged.is_asked(given_options(argv)):
+        return staged.main(argv)
     options = parse(argv, ranks=torchrun_world_size())
     path = routing_file(options.routing, options.out)
     if path is not None:

@@ -131,7 +131,7 @@ HELP = {
     "top_k": "routed experts per token of case top2; the others route to one less and have a shared expert",
     "dtype": "fp32, bf16 or fp64",
     "dedup": "rows that travel: off (one for each expert), on (for each rank) or hierarchical (one to each node)",
-    "link": "none, or RATE[:LATENCY] of an emulated link, e.g. 400mbit:50us or 1.5GB",
+    "link": "none, RATE[:LATENCY] of an emulated link, e.g. 400mbit:50us or 1.5GB, or staged, with --device cuda",
     "comm_share": "solve for the link rate at which communication is this share of serial top2, per phase",
     "schedules": "rows to measure, comma-separated: "
     + ", ".join(SCHEDULES)
@@ -149,22 +149,42 @@ HELP = {
 EXAMPLES = """examples:
   moe-overlap bench layer --link 400mbit:50us
   moe-overlap bench layer --comm-share 0.6 --phases infer --repeats 5
-  moe-overlap bench layer --ranks 8 --compute slept --schedules serial,shortcut,auto"""
+  moe-overlap bench layer --ranks 8 --compute slept --schedules serial,shortcut,auto
+  moe-overlap bench layer --device cuda --link staged
+                             (one card, its exchanges over PCIe with the bytes of --ranks, default 8;
+                             --cases qwen3,mixtral; --schedules serial,chunked(2),chunked(4),chunked(8),shortcut)"""
 
 
 def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
-    """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
+    """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks.
+    Those of `--device cuda` are `staged.py`'s, which asks before."""
+    parser = _parser()
+    add_options(parser, LayerOptions(), HELP)
+    values = vars(parser.parse_args(argv))
+    del values["device"]
+    if ranks is not None:
+        values["ranks"] = ranks
+    return LayerOptions(**values)
+
+
+def given_options(argv: Sequence[str]) -> dict[str, Any]:
+    """The options that a command line has, by their fields, without any that it leaves out."""
+    parser = _parser()
+    add_options(parser, LayerOptions(), HELP)
+    nothing = argparse.Namespace(**dict.fromkeys(("device", *HELP), argparse.SUPPRESS))
+    return {name: value for name, value in vars(parser.parse_args(argv, nothing)).items() if value != argparse.SUPPRESS}
+
+
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="moe-overlap bench layer",
         description="Measure schedules of a Mixture-of-Experts block pair against each other.",
         formatter_class=TypedDefaults,
         epilog=EXAMPLES,
     )
-    add_options(parser, LayerOptions(), HELP)
-    values = vars(parser.parse_args(argv))
-    if ranks is not None:
-        values["ranks"] = ranks
-    return LayerOptions(**values)
+    text = "cuda: a whole layer on one card, with --link staged"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
+    return parser
 
 
 def add_options(parser: argparse.ArgumentParser, defaults: Any, texts: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from moe_overlap.agreement.loads import Agreed
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
-from moe_overlap.auto.calibrate import MAX_GROUPS, StepTimes, calibrate, distinct_shape, step_shape
+from moe_overlap.auto.calibrate import StepTimes, calibrate, distinct_shape, step_shape
 from moe_overlap.auto.planned import Planned, PlannedSchedule
 from moe_overlap.commands.bench.cases import BlockPair
 from moe_overlap.commands.bench.rows import RowPlan
@@ -107,7 +107,7 @@ def plan_case(runner: Runner, model: BlockPair, transport: Transport) -> CasePla
         run,
         pair_of,
         transport,
-        groups=min(MAX_GROUPS, model.moe.expert_weights[1].shape[0]),
+        groups=model.moe.expert_weights[1].shape[0],
         row_bytes=row_bytes,
         nodes=nodes,
         metadata=metadata,
