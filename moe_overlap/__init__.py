@@ -23,9 +23,14 @@ __version__ = VERSION
 
 # Module -> its names here.
 _HOMES = {
+    "moe_overlap.auto.parallelism": "ParallelismSwitch",
+    "moe_overlap.auto.replicate": "ReplicationRule",
+    "moe_overlap.layer.coherent": "CoherentLayer",
+    "moe_overlap.layer.controller": "PlacementController",
     "moe_overlap.layer.experts": "Experts",
     "moe_overlap.layer.forward_backward": "ForwardBackward",
     "moe_overlap.layer.functional": "moe_forward",
+    "moe_overlap.layer.hop": "CoherentTokens",
     "moe_overlap.layer.interleaved": "Interleaved MoEBlock",
     "moe_overlap.layer.layer": "MoELayer",
     "moe_overlap.layer.loss_free": "LossFreeBalancer",

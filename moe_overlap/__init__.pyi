@@ -1,6 +1,8 @@
 """Communication/compute overlap for Mixture-of-Experts in PyTorch."""
 
 from moe_overlap import ops
+from moe_overlap.auto.parallelism import ParallelismSwitch
+from moe_overlap.auto.replicate import ReplicationRule
 from moe_overlap.errors import (
     CapacityExceeded,
     ConfigError,
@@ -12,9 +14,12 @@ from moe_overlap.errors import (
     TransportTimeout,
 )
 from moe_overlap.layer import functional
+from moe_overlap.layer.coherent import CoherentLayer
+from moe_overlap.layer.controller import PlacementController
 from moe_overlap.layer.experts import Experts
 from moe_overlap.layer.forward_backward import ForwardBackward
 from moe_overlap.layer.functional import moe_forward
+from moe_overlap.layer.hop import CoherentTokens
 from moe_overlap.layer.interleaved import Interleaved, MoEBlock
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.loss_free import LossFreeBalancer
@@ -43,6 +48,8 @@ __version__ = VERSION
 
 __all__ = [
     "CapacityExceeded",
+    "CoherentLayer",
+    "CoherentTokens",
     "ConfigError",
     "Experts",
     "ForwardBackward",
@@ -55,9 +62,12 @@ __all__ = [
     "MoELayer",
     "MoeTransportError",
     "OverlapTooLow",
+    "ParallelismSwitch",
     "PeerFailed",
+    "PlacementController",
     "PlanMismatch",
     "RemoteAbort",
+    "ReplicationRule",
     "RoutingLog",
     "RoutingRecorder",
     "RoutingReplay",

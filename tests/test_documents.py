@@ -31,6 +31,8 @@ PROGRAMS = {
     "torchtitan.md": "tests/integrations/test_torchtitan.py",
     "index.md": "tests/test_documents.py",
     "no_overlap.md": "tests/test_documents.py",
+    "balance.md": "tests/test_pages_of_ranks.py",
+    "routing.md": "tests/test_pages_of_ranks.py",
 }
 INDENTED = re.compile(r"^    ```python\n(.*?)^    ```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -85,6 +87,7 @@ def test_command_lines_are_taken(line, tmp_path, monkeypatch, capsys):
         line = line + ["--text", str(text)] if line[0] == "train" else line
         if "--resume" in line:
             del line[line.index("--resume") : line.index("--resume") + 2]
+    (tmp_path / "counts.jsonl").write_text("[8, 1, 2, 3, 4, 5, 6, 7]\n")
     with without_work(command):
         assert cli.main(line) == 0, capsys.readouterr().err
 

@@ -56,7 +56,10 @@ def relays_of(copies: tuple[Order, ...], ranks_per_node: int = 1) -> Relays | No
     for one in copies:
         by_expert.setdefault(one.expert, []).append(one)
     twice = any(len({found[0].home, *(one.rank for one in found)}) <= len(found) for found in by_expert.values())
-    if twice or all(len(found) < 2 for found in by_expert.values()):
+    direct = direct_ports(copies, ranks_per_node)
+    most_wanted = max(Counter(one.rank for one in copies).values(), default=0)  # what a rank gets it gets in any form
+    alone = all(len(found) < 2 for found in by_expert.values())
+    if twice or alone or (ranks_per_node == 1 and most_wanted >= direct[INTER]):
         return None
     loads, hops = _Loads(ranks_per_node), dict[Order, Hop]()
     for expert in sorted(by_expert, key=lambda expert: (-len(by_expert[expert]), expert)):
@@ -64,7 +67,7 @@ def relays_of(copies: tuple[Order, ...], ranks_per_node: int = 1) -> Relays | No
         choices = [(_cost(loads, orders, first), first) for first in _firsts(orders, ranks_per_node)]
         _, first = min(choices)
         hops |= zip(orders, loads.sent(orders, first), strict=True)
-    if loads.cost >= direct_ports(copies, ranks_per_node):
+    if loads.cost >= direct:
         return None
     return Relays(hops=tuple(hops[one] for one in copies), ports=(loads.ports(0), loads.ports(1)))
 

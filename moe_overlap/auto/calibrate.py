@@ -110,16 +110,24 @@ def distinct_shape(
     total, *away = (loads.total(kind, chunks, by) for kind in KINDS)
     stay = total - sum(away)
     others = tuple(int(n - n * stay[c] // max(1, total[c])) for c, n in enumerate(shape.rows))
+    out_by_lane = shape_of(first).bytes_by_lane
     return without_own(
         shape,
         own_rows=sum(shape.rows) - sum(others),
         rows=others,
-        out_by_lane=shape_of(first).bytes_by_lane,
+        out_by_lane=out_by_lane,
         back_by_lane=shape_of(last).bytes_by_lane,
         metadata=metadata,
         inside=None if node_rows is None else (_inside(shape_of(node_rows.inside[0])),
                                                 _inside(shape_of(node_rows.inside[1]))),
+        kept=gateways_keep(exchange, sum(out_by_lane.get("inter", ())), row_bytes),
     )  # fmt: skip
+
+
+def gateways_keep(exchange: ExchangePlan, crossing: int, row_bytes: int) -> int:
+    """Bytes that the busiest gateway keeps in a step of several chunks, at most: the rows that came across, of which
+    `crossing` bytes leave or enter the busiest rank, and the sums of those that it passes on, its own experts' too."""
+    return 0 if exchange.node_rows is None else crossing + exchange.node_rows.inside[1].most_sent * row_bytes
 
 
 def travelling(exchange: ExchangePlan) -> tuple[Counts, Counts]:

@@ -22,7 +22,7 @@ from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import Counts, Nodes
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
 from moe_overlap.agreement.record import digest
-from moe_overlap.auto.calibrate import distinct_shape, step_shape, travelling
+from moe_overlap.auto.calibrate import distinct_shape, gateways_keep, step_shape, travelling
 from moe_overlap.auto.copied import CopiesKind, ExpertBytes, copies_kind
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.copied import with_copies_priced
@@ -161,9 +161,10 @@ class DistinctKind:
 @dataclass(frozen=True, kw_only=True)
 class InsideKind:
     """Of the rows that are passed on inside nodes: bytes of the busiest rank, and `out_shares` and `back_shares` as
-    those of `DistinctKind`."""
+    those of `DistinctKind`. `kept`: bytes that gateways keep from chunk to chunk, where there are several."""
 
     bytes: int
+    kept: int
     out_shares: tuple[Shares, ...]
     back_shares: tuple[Shares, ...]
 
@@ -225,6 +226,7 @@ class StepKind:
             inside=None
             if passed_on is None
             else (_parts(passed_on.bytes, inside[0]), _parts(passed_on.bytes, inside[1])),
+            kept=0 if passed_on is None else passed_on.kept,
         )
 
 
@@ -260,7 +262,8 @@ def distinct_kind(plain: StepKind, exchange: ExchangePlan, *, nodes: Nodes | Non
     passed_on = None
     if inside is not None and exchange.node_rows is not None:
         out, back = (_all_shares(counts, world) for counts in exchange.node_rows.inside)
-        passed_on = InsideKind(bytes=rounded(sum(inside.out)), out_shares=out, back_shares=back)
+        kept = gateways_keep(exchange, whole.bytes_by_lane["inter"][0], plain.row_bytes)
+        passed_on = InsideKind(bytes=rounded(sum(inside.out)), kept=rounded(kept), out_shares=out, back_shares=back)
     return replace(
         plain,
         rows=rounded(whole.rows[0]),

@@ -1,9 +1,10 @@
 """What schedules take in a step that has copies of experts: an exact simulation of each with the copies' actions in it.
 
-Weights (Wf) go ahead of all rows, and their gradients (Wd, Wg) follow the last rows home, where they are added (Wa), as
-`schedule.builders.with_copies` has them. Weights that can go from rank to rank are looked at in both forms: one group,
-all from their homes, and two, of which the second begins when the first has been waited for. Wd and Wa count as
-nothing: the rows of copies are in the figures of Ew, and what is added is small beside what was computed.
+Weights (Wf) go ahead of all rows. Their gradients (Wd, Wg) follow the last rows home, and the rows that stay (Od), and
+are added there (Wa), as `schedule.builders.with_copies` has them. Weights that can go from rank to rank are looked at
+in both forms: one group, all from their homes, and two, of which the second begins when the first has been waited for.
+Wd and Wa count as nothing: the rows of copies are in the figures of Ew, and what is added is small beside what was
+computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 from moe_overlap.planning.search import FAR, TIE, Candidate, simulated
 from moe_overlap.planning.window import Window
 from moe_overlap.schedule.actions import Schedule
-from moe_overlap.schedule.builders import fetching
+from moe_overlap.schedule.fetching import fetching
 
 CONSIDERED = 16  # of a search's candidates: what copies change is which of the best is the best
 
@@ -46,7 +47,7 @@ def _whole_s(window: Window, candidate: Candidate, groups_s: Sequence[float]) ->
         more_s = {f"Wf{group}": seconds for group, seconds in enumerate(groups_s)}
     else:
         words, (wire_s,) = candidate.order.split(), groups_s
-        last = max(place for place, word in enumerate(words) if word.startswith("Dt"))
+        last = max(place for place, word in enumerate(words) if word.startswith("Dt") or word == "Od")
         words[last + 1 : last + 1] = ["Wd", "Wg"]
         words.append("Wa")
         schedule, more_s = Schedule.parse(" ".join(words)), {"Wd": 0.0, "Wg": wire_s, "Wa": 0.0}

@@ -15,6 +15,7 @@ as well, and a copy under other work costs nothing until that work is used up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,6 +161,45 @@ def costs_of(
             )
         )
     return tuple(found)
+
+
+def nominal_costs(
+    *,
+    hidden: int,
+    ffn: int,
+    flop_per_s: float,
+    inter_bytes_per_s: float,
+    intra_bytes_per_s: float,
+    dtype_bytes: int = 2,
+    matrices: int = 3,
+    chunks: int = 1,
+    training: bool = True,
+) -> tuple[PhaseCosts, ...]:
+    """The costs of a layer call from a machine's figures, where none were measured: forward, and in training backward.
+
+    Experts of `matrices` matrices [hidden, ffn] (3: SwiGLU) take two operations a number and row, twice as many in
+    backward; rows of `hidden` numbers and weights have dtype_bytes each, gradients of copies four. Rates are those of
+    one rank, to other nodes and inside its node. Weights may go from rank to rank, as with `costs_of`.
+    """
+    for name, value in (("hidden", hidden), ("ffn", ffn), ("dtype_bytes", dtype_bytes), ("matrices", matrices),
+                        ("chunks", chunks)):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(name, value, "an integer of at least 1")
+    rates = {"inter_bytes_per_s": inter_bytes_per_s, "intra_bytes_per_s": intra_bytes_per_s}
+    for name, rate in {"flop_per_s": flop_per_s, **rates}.items():
+        if not 0 < rate < math.inf:
+            raise ConfigError(name, rate, "a finite number above 0")
+
+    def over(size: int) -> tuple[AlphaBeta, AlphaBeta]:
+        inter, intra = (AlphaBeta(alpha_s=0.0, beta_s=size / rate) for rate in rates.values())
+        return inter, intra
+
+    numbers, row = matrices * hidden * ffn, over(dtype_bytes * hidden)
+    row_s = 2 * numbers / flop_per_s
+    forward = PhaseCosts(row_s=row_s, exchange=row, copy=over(dtype_bytes * numbers), chunks=chunks, relays=True)
+    backward = PhaseCosts(row_s=2 * row_s, wgrad_row_s=row_s, exchange=row, copy=over(GRADIENT_BYTES * numbers),
+                          chunks=chunks)  # fmt: skip
+    return (forward, backward) if training else (forward,)
 
 
 def _per(line: AlphaBeta, size: int) -> AlphaBeta:

@@ -92,7 +92,8 @@ class DistinctCosts:
     Experts read their rows through a map, multiply by the router's weights and sum: over the rows that they compute,
     and for the rows that stay alike (O, Od). P and U make and use the maps. `outside_s` has what M and Mt take beside
     the wire. `inside`: of an exchange inside the nodes, over the bytes that leave or enter the busiest rank in it;
-    it is waited for on the compute lane. What gateways add up and move beside it is in `outside_s`.
+    it is waited for on the compute lane. `gateway_byte_s`: of a byte that gateways read or write beside it; 0 where
+    what they do was measured, in `outside_s`.
     """
 
     experts: AlphaBeta
@@ -107,6 +108,7 @@ class DistinctCosts:
     outside_s: float = 0.0
     outside_backward_s: float = 0.0
     inside: AlphaBeta = AlphaBeta(alpha_s=0.0, beta_s=0.0)
+    gateway_byte_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in _names(DistinctCosts, "float"):
@@ -117,11 +119,21 @@ class DistinctCosts:
 
     @classmethod
     def from_json(cls, data: object) -> DistinctCosts:
-        """ConfigError names a key that is missing, unknown, or holds something else."""
+        """ConfigError names a key that is missing, unknown, or holds something else; files older than `gateway_byte_s`
+        have none."""
+        data = {"gateway_byte_s": 0.0, **data} if isinstance(data, Mapping) else data
         given = dict(_object("distinct", data, [field.name for field in fields(cls)]))
         for name in _names(cls, "AlphaBeta"):
             given[name] = AlphaBeta(**_object(f"distinct.{name}", given[name], _LINE))
         return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hops:
+    """Seconds of what stays inside the nodes, by chunk: of rows passed on to ranks, and of those back to a gateway."""
+
+    out: tuple[float, ...]
+    back: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,19 +198,33 @@ class CostModel:
         """The figures of deduplicated steps. ConfigError where there are none."""
         if self.distinct is None:
             raise ConfigError("distinct", None, "the figures of deduplicated steps")
-        return replace(self, distinct=None, **{n: one for n, one in vars(self.distinct).items() if n != "inside"})
+        apart = ("inside", "gateway_byte_s")
+        return replace(self, distinct=None, **{n: one for n, one in vars(self.distinct).items() if n not in apart})
 
     def inside_s(self, shape: StepShape, phase: Phase) -> tuple[float, ...]:
-        """Seconds of the exchanges inside the nodes around the experts of each chunk; M and Mt with the first and with
-        the last of them."""
+        """Seconds of the exchanges inside the nodes around the experts of each chunk, and of what gateways move in
+        memory."""
+        hops = self.hops_s(shape, phase)
+        found = [out + back for out, back in zip(hops.out, hops.back, strict=True)]
+        gateway = None if shape.distinct is None else shape.distinct.gateway
+        if gateway is not None and gateway.moved and self.distinct is not None:
+            byte_s = self.distinct.gateway_byte_s
+            found = [one + byte_s * moved for one, moved in zip(found, gateway.moved, strict=True)]
+        return tuple(found)
+
+    def hops_s(self, shape: StepShape, phase: Phase) -> Hops:
+        """Seconds of the exchanges inside the nodes, of each chunk; M with the first one, and Mt with the last."""
         inside = None if shape.distinct is None else shape.distinct.inside
         if inside is None or self.distinct is None:
-            return (0.0,) * shape.chunks
-        line = self.distinct.inside
-        found = [line(out) + line(back) for out, back in zip(inside.out, inside.back, strict=True)]
-        beside = (0, inside.metadata) if phase == "forward" else (-1, inside.gradients)
-        found[beside[0]] += line(beside[1])
-        return tuple(found)
+            return Hops(out=(0.0,) * shape.chunks, back=(0.0,) * shape.chunks)
+        line, forward = self.distinct.inside, phase == "forward"
+        sizes = inside.narrow_out if forward and inside.narrow_out is not None else inside.out
+        out, back = [line(size) for size in sizes], [line(size) for size in inside.back]
+        if forward:
+            out[0] += line(inside.metadata)
+        else:
+            back[-1] += line(inside.gradients)
+        return Hops(out=tuple(out), back=tuple(back))
 
     def exchange_s(self, bytes_by_lane: Mapping[str, int]) -> float:
         """Seconds of one exchange of so many bytes on each wire. ConfigError for a wire without a model."""
@@ -360,6 +386,7 @@ def _chunking(
         second_s=exchanges_s(shape.bytes_by_lane if distinct is None else distinct.back_by_lane),
         deferred_s=() if phase == "forward" else (model.experts_wgrad(all_rows / weight_groups),) * weight_groups,
         chunk_bytes=_chunk_bytes(shape, phase),
+        kept_bytes=0 if distinct is None or distinct.gateway is None else distinct.gateway.kept,
     )
 
 
@@ -389,16 +416,20 @@ def _halves_s(model: CostModel, distinct: DistinctShape) -> tuple[float, float] 
 
 def _chunk_bytes(shape: StepShape, phase: Phase) -> tuple[int, ...]:
     """What one exchange of each chunk holds on the busiest rank: all rows of its experts, or, deduplicated, what
-    crosses the wires, with the metadata beside the chunk that they go with."""
+    crosses the wires, and is passed on inside nodes behind that, with the metadata beside the chunk that they go
+    with."""
     distinct = shape.distinct
     if distinct is None:
         return tuple(rows * shape.row_bytes for rows in shape.rows)
     ways = (shape.bytes_by_lane, distinct.back_by_lane)
-    held = [max(sum(sizes[c] for sizes in way.values()) for way in ways) for c in range(shape.chunks)]
+    none, inside = (0,) * shape.chunks, distinct.inside
+    passed_on = (none, none) if inside is None else (inside.out, inside.back)
+    held = [max(sum(sizes[c] for sizes in way.values()) + more[c] for way, more in zip(ways, passed_on, strict=True))
+            for c in range(shape.chunks)]  # fmt: skip
     if phase == "forward":
-        held[0] += sum(distinct.metadata_by_lane.values())
+        held[0] += sum(distinct.metadata_by_lane.values()) + (0 if inside is None else inside.metadata)
     else:
-        held[-1] += sum(distinct.gradients_by_lane.values())
+        held[-1] += sum(distinct.gradients_by_lane.values()) + (0 if inside is None else inside.gradients)
     return tuple(held)
 
 

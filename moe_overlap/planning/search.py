@@ -326,5 +326,6 @@ def _ranked(
 
 
 def _in_flight_bytes(chunking: Chunking, joined: bool) -> int:
-    """One chunk's where every exchange is joined; else all, as the module says."""
-    return max(chunking.chunk_bytes, default=0) if joined else sum(chunking.chunk_bytes)
+    """One chunk's where every exchange is joined; else all, as the module says; and what is kept in either case."""
+    held = max(chunking.chunk_bytes, default=0) if joined else sum(chunking.chunk_bytes)
+    return held + chunking.kept_bytes

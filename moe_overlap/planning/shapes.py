@@ -15,12 +15,24 @@ from moe_overlap.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class InsideShape:
     """Bytes that leave or enter the busiest rank inside its node, after an exchange across and before one: of the first
-    exchange of each chunk and of the second one, and of M and Mt."""
+    exchange of each chunk and of the second one, and of M and Mt. `narrow_out`: of the first exchanges of forward,
+    where rows have a narrower dtype on that way; None: they do not."""
 
     out: tuple[int, ...]
     back: tuple[int, ...]
     metadata: int
     gradients: int
+    narrow_out: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayShape:
+    """Of the busiest gateway, where rows cross nodes once, in bytes. `kept`: of the buffers in which it keeps the rows
+    of all chunks until the last rank has them, and their sums until the last one has come; 0 in one chunk. `moved`:
+    what it reads and writes in memory for each chunk; empty where nobody prices it apart."""
+
+    kept: int
+    moved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +40,8 @@ class DistinctShape:
     """What a deduplicated step has beside its chunks. `own_rows`: rows of the busiest rank's experts that stay there;
     `own_experts`: how many compute them. `back_by_lane`: bytes of the second exchanges, as `bytes_by_lane` of the first
     ones: by groups of experts a row goes with another chunk than it comes back with. `metadata_by_lane`: bytes of M,
-    and `gradients_by_lane` of Mt. `inside`: where rows cross nodes once, what is passed on inside them."""
+    and `gradients_by_lane` of Mt. `inside`: where rows cross nodes once, what is passed on inside them;
+    `gateway`: what those do who pass it on."""
 
     own_rows: int
     own_experts: int
@@ -36,6 +49,7 @@ class DistinctShape:
     metadata_by_lane: Mapping[str, int]
     gradients_by_lane: Mapping[str, int]
     inside: InsideShape | None = None
+    gateway: GatewayShape | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +196,11 @@ def without_own(
     back_by_lane: Mapping[str, tuple[int, ...]],
     metadata: MetadataBytes,
     inside: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    kept: int = 0,
 ) -> StepShape:
     """The deduplicated form of a shape: `own_rows` stay, each chunk's experts have `rows` of others, and what travels
-    is `out_by_lane` and, the other way, `back_by_lane`; inside nodes, where rows cross them once, `inside`."""
+    is `out_by_lane` and, the other way, `back_by_lane`; inside nodes, where rows cross them once, `inside`, and what
+    gateways keep from chunk to chunk, where there are several."""
 
     def beside(row_bytes: int) -> dict[str, int]:
         return {lane: sum(sizes) // shape.row_bytes * row_bytes for lane, sizes in out_by_lane.items()}
@@ -202,6 +218,7 @@ def without_own(
         metadata_by_lane=beside(metadata.out),
         gradients_by_lane=beside(metadata.back),
         inside=passed_on,
+        gateway=None if inside is None else GatewayShape(kept=kept if shape.chunks > 1 else 0),
     )
     return replace(shape, rows=rows, bytes_by_lane=out_by_lane, distinct=distinct)
 
@@ -225,34 +242,61 @@ def hit_experts(count: int, experts: int, top_k: int, tokens: int) -> int:
 
 def with_narrow_rows(shape: StepShape, row_bytes: int) -> StepShape:
     """The shape where rows have `row_bytes` on their way to the experts in forward."""
-    narrow = {
-        lane: tuple(-(-size * row_bytes // shape.row_bytes) for size in sizes)
-        for lane, sizes in shape.bytes_by_lane.items()
-    }
-    return replace(shape, narrow_by_lane=narrow)
+
+    def narrowed(sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(-(-size * row_bytes // shape.row_bytes) for size in sizes)
+
+    narrow, distinct = {lane: narrowed(sizes) for lane, sizes in shape.bytes_by_lane.items()}, shape.distinct
+    if distinct is not None and distinct.inside is not None:
+        inside = replace(distinct.inside, narrow_out=narrowed(distinct.inside.out))
+        distinct = replace(distinct, inside=inside)
+    return replace(shape, narrow_by_lane=narrow, distinct=distinct)
 
 
-def with_rows_for_nodes(shape: StepShape, *, distinct_nodes: float, tokens: int) -> StepShape:
-    """A deduplicated shape where one row for each (token, node) crosses nodes, and is handed on to ranks there by the
-    wire inside the node: it carries as many rows more as crossed nodes before. distinct_nodes: of a token, others.
-    By chunks of tokens alone."""
+def with_rows_for_nodes(shape: StepShape, *, distinct_nodes: float, tokens: int, ranks_per_node: int) -> StepShape:
+    """A deduplicated shape where one row for each (token, node) crosses nodes, and is passed on there to each rank that
+    wants it, which was what crossed before: of `ranks_per_node` one needs no wire, as it is the gateway itself.
+    distinct_nodes: of a token, others. By chunks of tokens alone. What gateways move in memory: `gateway_bytes`."""
     if shape.distinct is None or shape.by != "tokens":
         raise ConfigError("shape", shape.by, "a deduplicated shape by tokens")
-    before = shape.bytes_by_lane["inter"]
-    total = sum(before)
+    before, known, several = shape.bytes_by_lane["inter"], shape.distinct, shape.chunks > 1
+    total = max(1, sum(before))
     crossing = round(distinct_nodes * tokens) * shape.row_bytes
-    inter = tuple(min(size, size * crossing // max(1, total)) for size in before)
-    own = shape.bytes_by_lane.get("intra", (0,) * shape.chunks)
-    by_lane = {"inter": inter, "intra": tuple(size + more for size, more in zip(own, before, strict=True))}
-    share = sum(inter) / max(1, total)
+    inter = tuple(min(size, size * crossing // total) for size in before)
+    by_lane = {**shape.bytes_by_lane, "inter": inter}
+    there = tuple(size * (ranks_per_node - 1) // ranks_per_node for size in before)
 
     def of_nodes(sizes: Mapping[str, int]) -> dict[str, int]:
-        return {"inter": round(share * sizes["inter"]), "intra": sizes["inter"] + sizes.get("intra", 0)}
+        return {**sizes, "inter": round(sum(inter) / total * sizes["inter"])}
 
-    known = shape.distinct
-    distinct = replace(known, back_by_lane=by_lane, metadata_by_lane=of_nodes(known.metadata_by_lane),
+    def passed_on(sizes: Mapping[str, int]) -> int:
+        return sizes["inter"] * (ranks_per_node - 1) // ranks_per_node
+
+    inside = InsideShape(out=there, back=there, metadata=passed_on(known.metadata_by_lane),
+                         gradients=passed_on(known.gradients_by_lane))  # fmt: skip
+    gateway = GatewayShape(
+        kept=sum(inter) + sum(before) if several else 0,
+        moved=tuple(gateway_bytes(*sizes, keeps=several) for sizes in zip(inter, before, strict=True)),
+    )
+    distinct = replace(known, inside=inside, gateway=gateway, back_by_lane=by_lane,
+                       metadata_by_lane=of_nodes(known.metadata_by_lane),
                        gradients_by_lane=of_nodes(known.gradients_by_lane))  # fmt: skip
     return replace(shape, bytes_by_lane=by_lane, distinct=distinct)
+
+
+def gateway_bytes(crossing: int, passed_on: int, *, keeps: bool) -> int:
+    """Bytes that a gateway reads and writes in memory for the rows of one chunk, on their way to the experts and back.
+
+    crossing: of the rows that come across, one for each token. passed_on: of those that it makes of them, one for each
+    rank of the node that wants the token. Each of these is read and written; on the way back their sums are read, added
+    up, and one for each token is written. keeps: there are several chunks, so both go through a buffer. Bringing rows
+    into another order, as every exchange does, is not in it.
+
+    >>> gateway_bytes(100, 250, keeps=False), gateway_bytes(100, 250, keeps=True)
+    (850, 1550)
+    """
+    moved = 2 * passed_on + passed_on + crossing
+    return moved + 2 * (crossing + passed_on) if keeps else moved
 
 
 def chance_of_none(experts: int, of_these: int, top_k: int) -> float:

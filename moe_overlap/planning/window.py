@@ -59,7 +59,8 @@ class Chunking:
     """The durations for one way of cutting the exchange, in seconds, one per chunk.
 
     `deferred_s`: one per weight-gradient group in backward; in forward none, or that of Or. `chunk_bytes`: what one
-    exchange of each chunk holds in buffers; empty where nobody asks.
+    exchange of each chunk holds in buffers; empty where nobody asks. `kept_bytes`: what is held beside them for as long
+    as the window lasts, whatever the schedule.
     """
 
     chunks: int
@@ -69,6 +70,7 @@ class Chunking:
     second_s: tuple[float, ...]
     deferred_s: tuple[float, ...] = ()
     chunk_bytes: tuple[int, ...] = ()
+    kept_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.chunks <= BLOCKS:
@@ -83,6 +85,8 @@ class Chunking:
             _check_seconds(f"chunking.{name}", *getattr(self, name))
         if any(held < 0 for held in self.chunk_bytes):
             raise ConfigError("chunking.chunk_bytes", self.chunk_bytes, "bytes >= 0")
+        if self.kept_bytes < 0:
+            raise ConfigError("chunking.kept_bytes", self.kept_bytes, "bytes >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from moe_overlap.agreement.loads import CHUNK_BY, Agreed, ChunkBy, pays
 from moe_overlap.agreement.sizes import BLOCKS, digest
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, Schedule
+from moe_overlap.schedule.fetching import fetching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,35 +306,16 @@ def split_own(pair: SchedulePair) -> SchedulePair:
 def with_copies(pair: SchedulePair, fetches: int, returns: bool) -> SchedulePair:
     """The same strategy in a step that has copies of experts.
 
-    `fetches` groups of weights are fetched (`fetching`). `returns`: the gradients of the copies are made first (Wd) and
-    on their way home (Wg) beside the weight gradients of the homes (Ew), which add them up last (Wa).
+    `fetches` groups of weights are fetched (`fetching`). `returns`: the gradients of the copies are made first (Wd),
+    once the rows that stay are done (Od), and on their way home (Wg) beside the weight gradients of the homes (Ew),
+    which add them up last (Wa).
     """
     backward = list(pair.backward)
     if returns:
-        begin = _last(backward, "Dt") + 1
+        begin = max(place for place, action in enumerate(backward) if action.verb in ("Dt", "Od")) + 1
         backward[begin:begin] = [Action("Wd"), Action("Wg")]
         backward.append(Action("Wa"))
     return replace(pair, forward=fetching(pair.forward, fetches), backward=Schedule(tuple(backward)))
-
-
-def fetching(forward: Schedule, groups: int) -> Schedule:
-    """A forward schedule that fetches weights, in no group (all copies are valid), one, or two.
-
-    Wf0 stands where the counts are known: ahead of the rows on the wire, which is one behind the other, so that the
-    experts of the first chunk need not wait for all chunks; in a shortcut's window both are under the backbone's ops.
-    Wf1 begins when Wf0 has been waited for: right behind P, or, where several of the user's ops stand before the first
-    experts, in their middle, so that one part hides Wf0 and the other Wf1.
-    """
-    found = list(forward)
-    if groups > 1:
-        begin = found.index(Action("P"))
-        until = next(place for place, action in enumerate(found) if action.verb in ("O", "E"))
-        ops = [place for place in range(begin, until) if found[place].verb in ("B", "S")]
-        behind = ops[len(ops) // 2 - 1] if len(ops) > 1 else begin
-        found.insert(behind + 1, Action("Wf", 1))
-    if groups:
-        found.insert(found.index(Action("P")), Action("Wf", 0))
-    return Schedule(tuple(found))
 
 
 def _last(actions: list[Action], verb: str) -> int:

@@ -1,4 +1,4 @@
-"""Copies from rank to rank: who has an expert when it is to be passed on, what the ports carry, and how near the best."""
+"""Copies from rank to rank: who has an expert when it is to be passed on, what the ports carry, how near the best."""
 
 from __future__ import annotations
 

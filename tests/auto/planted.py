@@ -56,7 +56,8 @@ def exchange(counts: Any = None, *, world: int = 2, slots: int = 8, rows: int = 
 
 def distinct_costs(model: CostModel, **given: Any) -> CostModel:
     """The model with figures of deduplicated steps: those of plain ones, but for the given ones."""
-    same = {field.name: getattr(model, field.name) for field in fields(DistinctCosts) if field.name != "inside"}
+    apart = ("inside", "gateway_byte_s")
+    same = {field.name: getattr(model, field.name) for field in fields(DistinctCosts) if field.name not in apart}
     return replace(model, distinct=DistinctCosts(**(same | given)))
 
 

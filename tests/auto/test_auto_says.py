@@ -19,7 +19,9 @@ from tests.auto.planted import (
     SHAPES,
     build,
     cost_model,
+    distinct_costs,
     layer_of,
+    line,
     planted,
     same,
     step,
@@ -173,3 +175,29 @@ def test_a_loss_is_attached_after_an_evaluation_that_calibrates():
 def test_a_recompute_with_another_cut_of_backward_is_told_from_one_with_the_same():
     rows = torch.arange(8).reshape(4, 2)
     assert routing_digest(rows, cut=4) == routing_digest(rows, cut=4) != routing_digest(rows, cut=5)
+
+
+def test_a_budget_that_buffers_of_gateways_exceed_leaves_one_chunk():
+    """Rows cross nodes once: several chunks keep rows and sums at their gateways, one chunk does not."""
+
+    def rank(me):
+        def run(budget):
+            torch.manual_seed(0)
+            layer = MoELayer(64, 12, 8, 4, transport=me.transport(), schedule="auto", dedup="on", hierarchical=True,
+                             ranks_per_node=2, max_in_flight_bytes=budget)  # fmt: skip
+            y = layer(torch.randn(64, 64, generator=torch.Generator().manual_seed(me.rank))).detach()
+            (schedule,) = layer.schedule.found.values()
+            return y, layer._last_step.pair, schedule.planned(layer.last_exchange).candidates["forward"]
+
+        y, pair, candidates = run(None)
+        held = {one.in_flight_bytes for one in candidates if one.chunks == 1}
+        assert pair.chunks > 1 and candidates[0].in_flight_bytes > max(held), "buffers beside the same rows"
+        tight_y, tight, kept = run(max(held))
+        assert tight.chunks == 1 and all(one.in_flight_bytes <= max(held) for one in kept)
+        torch.testing.assert_close(y, tight_y)
+        with pytest.raises(ConfigError, match="max_in_flight_bytes"):
+            run(min(held) - 1)
+        return True
+
+    with planted(distinct_costs(cost_model(exchange={"inter": line(1e-6), "intra": line(1e-8)}))):
+        assert virtual_world(4).run(rank) == [True] * 4

@@ -212,6 +212,39 @@ def test_bytes_of_rows_that_cross_nodes_once_are_those_of_both_exchanges(chunks,
     assert (inside.metadata, inside.gradients) == (sum(inside.out) * BESIDE.out, sum(inside.out) * BESIDE.back)
 
 
+@pytest.mark.parametrize(("chunks", "by"), [(1, "tokens"), (4, "tokens"), (3, "experts")])
+def test_what_gateways_keep_is_no_less_than_their_buffers(chunks, by):
+    """`Gateway._rows` and `Gateway._sums` of every rank; the bound adds up the most of both."""
+    steps = [agreed(world=4, tokens=37, top_k=5, slots=16, rank=rank, nodes=2) for rank in range(4)]
+    nodes, plans = (0, 0, 1, 1), [rows_plan(one, chunks, by) for one in steps]
+    kept = {distinct_shape(one.chunked(chunks, by), row_bytes=8, metadata=BESIDE, nodes=nodes).distinct.gateway.kept
+            for one in steps}  # fmt: skip
+    rows = [plan.gateway_arrivals[-1] for plan in plans]
+    sums = [sum(map(sum, plan.inside.back[0])) for plan in plans]
+    crossing = [sum(plan.exchange.off_node(plan.counts(c, reverse=reverse)[way]) for c in range(chunks))
+                for plan in plans for reverse in (False, True) for way in (0, 1)]  # fmt: skip
+    assert kept == {8 * (max(crossing) + max(sums)) if chunks > 1 else 0}
+    assert chunks == 1 or (max(rows) > 0 and min(kept) >= 8 * max(a + b for a, b in zip(rows, sums, strict=True)))
+
+
+def test_buffers_of_gateways_count_in_the_budget():
+    """Of what a schedule in several chunks holds; one chunk keeps nothing."""
+    step = routed([choices(64, 5, seed=rank) for rank in range(4)], nodes=2)
+    schedule = planned(distinct_costs(cost_model()), dedup="on")
+    found = schedule.planned(step)
+    assert all(cut.kept_bytes > 0 for cut in found.windows["forward"].chunkings if cut.chunks > 1)
+    for phase, candidates in found.candidates.items():
+        for one in candidates:
+            cut = found.windows[phase].chunking(one.chunks, one.by)
+            under_way = max(cut.chunk_bytes) if one.joined else sum(cut.chunk_bytes)
+            assert one.in_flight_bytes == under_way + cut.kept_bytes and (one.chunks > 1) == (cut.kept_bytes > 0)
+    least = min(one.in_flight_bytes for one in found.candidates["forward"])
+    tight = planned(distinct_costs(cost_model()), dedup="on", max_in_flight_bytes=least).planned(step)
+    assert {one.in_flight_bytes for one in tight.candidates["forward"]} == {least}
+    with pytest.raises(ConfigError, match="max_in_flight_bytes"):
+        planned(distinct_costs(cost_model()), dedup="on", max_in_flight_bytes=least - 1).planned(step)
+
+
 def test_what_is_passed_on_may_cost_more_than_it_saves():
     """Dear exchanges inside the nodes: the plain step is faster."""
     step = routed([choices(64, 5, seed=rank) for rank in range(4)], nodes=2)

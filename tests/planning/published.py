@@ -6,7 +6,7 @@ what they do not say is assumed and stands in the row. The layer alone is asked 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -16,7 +16,8 @@ from moe_overlap.commands.plan.machine import cost_model, local_experts, place, 
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.commands.plan.presets import figures_of
 from moe_overlap.commands.plan.sweep import asked
-from moe_overlap.planning.cost_model import window
+from moe_overlap.planning.attention import latent
+from moe_overlap.planning.cost_model import AlphaBeta, window
 from moe_overlap.planning.interleaved import interleaved_s
 from moe_overlap.planning.machines import MACHINES, Reached
 from moe_overlap.planning.search import search
@@ -116,8 +117,17 @@ def eps_moe(reached: Reached) -> list[float]:
 
 # ---------------------------------------------------------------- DeepSeek-V3's prefill
 
-MLA = 2 * 187.1e6  # matmul FLOPs of its attention for a token (arXiv 2412.19437, 4.2)
-MLA_CORE = 2 * 2048 * 128 * (192 + 128)  # and of the attention itself over 4096 tokens, causal
+_V3 = latent(
+    hidden=7168,
+    heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+)  # arXiv 2412.19437, 4.2
+MLA = 2 * _V3.params  # matmul FLOPs of its attention for a token
+MLA_CORE = 4096 * _V3.core  # and of the attention itself over 4096 tokens, causal
 
 
 def deepseek(reached: Reached) -> list[float]:
@@ -131,13 +141,26 @@ def deepseek(reached: Reached) -> list[float]:
                        phase="infer", dispatch_dtype="fp8", **changes)  # fmt: skip
     at = place(question, ranks=32, bytes_per_s=question.bandwidth)
     model = cost_model(question, "top2", at)
-    first = next(one for one in shapes(question, "top2", at, distinct=True) if one.chunks == 1)
+    (first, *_) = shapes(question, "top2", at, distinct=True)
+    inside = first.distinct.inside
+    # DeepEP's kernels pass rows on and add them up within an exchange: both wires are pipelined, and compute does not
+    # wait for that.
+    model = replace(
+        model, distinct=replace(model.distinct, gateway_byte_s=0.0, inside=AlphaBeta(alpha_s=0.0, beta_s=0.0))
+    )
     forward = window(model, [first], "forward")
-    one = forward.chunkings[0]
-    dispatch_s = one.first_s[0] + (forward.metadata_s or 0.0)
-    combine_s = one.second_s[0]
-    compute_s = model.deduplicated.outside("forward") + forward.head_s + sum(forward.ops_s) + sum(one.experts_s)
-    compute_s += forward.tail_s
+
+    def both_s(across: Mapping[str, int], passed_on: int) -> float:
+        return model.exchange_s({"inter": across["inter"], "intra": across["intra"] + passed_on})
+
+    def of_chunk(by_lane: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        return {lane: sizes[0] for lane, sizes in by_lane.items()}
+
+    dispatch_s = both_s(of_chunk(first.narrow_by_lane), inside.narrow_out[0])
+    dispatch_s += both_s(first.distinct.metadata_by_lane, inside.metadata)
+    combine_s = both_s(of_chunk(first.distinct.back_by_lane), inside.back[0])
+    compute_s = model.deduplicated.outside("forward") + forward.head_s + sum(forward.ops_s)
+    compute_s += sum(forward.chunkings[0].experts_s) + forward.tail_s
     overlapped_s = interleaved_s(compute_s, dispatch_s + combine_s, question.slowdown)
     return [1e3 * s for s in (dispatch_s, combine_s, overlapped_s, compute_s + dispatch_s + combine_s)]
 

@@ -10,7 +10,14 @@ import pytest
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_costs import Computed, PhaseCosts, break_even, break_even_text, costs_of
+from moe_overlap.planning.copy_costs import (
+    Computed,
+    PhaseCosts,
+    break_even,
+    break_even_text,
+    costs_of,
+    nominal_costs,
+)
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
 from moe_overlap.planning.replication import Load, decide, decide_reference, priced, rank_rows, split_rows
 from moe_overlap.schedule.actions import Schedule
@@ -52,6 +59,7 @@ def random_phase(rng):
         expert_s=prices[1], exchange=(line(prices[2], prices[3]), line(prices[4])),
         copy=(line(20 * prices[5], prices[6]), line(20 * prices[7])), beside_s=20 * prices[8],
         chunks=int(rng.integers(1, 5)), joined=bool(rng.integers(2)), exposed_copies=bool(rng.integers(2)),
+        relays=bool(rng.integers(2)),
     )  # fmt: skip
 
 
@@ -66,6 +74,20 @@ def test_the_compiled_decision_is_the_reference_to_the_last_bit(seed):
     most, margin = int(rng.integers(0, 12)), float(rng.choice([0.0, 0.01, 0.2]))
     found = decide(load, phases, most_copies=most, margin=margin)
     assert found == decide_reference(load, phases, most_copies=most, margin=margin)
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_the_compiled_decision_relays_as_the_reference_does(per_node):
+    if native.planner() is None:
+        pytest.skip("not built")
+    rng, relayed = np.random.default_rng(per_node), 0
+    for _ in range(20):
+        load = replace(drawn(rng, 8, 6, per_node, copies=6), spare=(3,) * 8)
+        phases = [replace(random_phase(rng), relays=True, exposed_copies=True), random_phase(rng)]
+        found = decide(load, phases, margin=0.0)
+        assert found == decide_reference(load, phases, most_copies=24, margin=0.0)
+        relayed += found.relayed
+    assert relayed > 3
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -142,6 +164,34 @@ def test_a_copy_under_other_work_costs_nothing_until_that_is_used_up():
     assert decide(load, [replace(under[0], exposed_copies=True)]).left
 
 
+def hot_expert():
+    """64 rows, all for expert 0, on 8 ranks."""
+    counts = np.zeros((8, 8), dtype=int)
+    counts[:, 0] = 8
+    return Load.at_home(counts, range(8), [1] * 8)
+
+
+def test_copies_go_from_rank_to_rank_where_that_is_faster():
+    load, joined = hot_expert(), phase(copy_s=3.0, joined=True)
+    one, two = decide(load, [joined]), decide(load, [replace(joined, relays=True)])
+    # From home three copies, of 17 rows at most: 17 + 3 * 3. From rank to rank five, of 11: 11 + 3 * (1 + 2).
+    assert (one.predicted_s, len(one.copies(load)), one.relayed) == (26.0, 3, False)
+    assert (two.predicted_s, len(two.copies(load)), two.relayed) == (20.0, 5, True)
+    assert two == decide_reference(load, [replace(joined, relays=True)], most_copies=8, margin=0.01)
+    # Each group pays its latency; gradients go home directly.
+    late = replace(joined, relays=True, copy=(line(3.0, 40.0),) * 2)
+    assert priced(load, two.seats, [replace(joined, relays=True), joined]) == 20.0 + 11 + 3 * 5
+    assert priced(load, two.seats, [late]) == 11 + 40.0 + 3 * 5
+
+
+def test_copies_that_are_hidden_come_from_their_homes():
+    load = hot_expert()
+    hidden = phase(copy_s=1.0, beside_s=50.0, relays=True)
+    found = decide(load, [hidden])
+    assert len(found.copies(load)) > 1 and not found.relayed
+    assert decide(load, [replace(hidden, exposed_copies=True)]).relayed
+
+
 def test_rows_move_to_a_copy_that_exists_before_another_is_made():
     counts = np.array([[12, 0], [12, 0]])
     load = Load(counts=counts, seats=((0, 0, 24), (1, 1, 0), (0, 1, 0)), spare=(1, 1))
@@ -198,7 +248,9 @@ def test_costs_come_from_the_calibrated_model():
     assert (forward.row_s, forward.expert_s, forward.beside_s, forward.chunks) == (1e-6, 4e-6, 0.4, 3)
     assert forward.exchange == (line(1e-8, 2e-5), FREE) and forward.copy[0].beta_s == pytest.approx(2e-7)
     assert backward.row_s == pytest.approx(5e-6) and backward.copy[0].beta_s == pytest.approx(4e-7)
-    assert backward.beside_s == 0.2
+    assert backward.beside_s == 0.2 and forward.relays and not backward.relays
+    assert not any(one.relays for one in costs_of(model, ("forward",), row_bytes=1, expert_params=1, param_bytes=1,
+                                                  relays=False))  # fmt: skip
     with pytest.raises(ConfigError, match="row_bytes = 0"):
         costs_of(model, ("forward",), row_bytes=0, expert_params=1, param_bytes=1)
 
@@ -289,3 +341,32 @@ def test_weights_are_waited_for_by_all_experts_and_gradients_go_home_beside_thos
     assert backward.window_s(copied, free, (2, 0)) == 10.0 + 7.0 + 6.0, "three weight gradients are at home"
     assert replace(backward, beside_s=3.0).window_s(copied, free, (2, 0)) == 20.0 + 3.0
     assert replace(backward, exposed_copies=True).window_s(copied, free, (2, 0)) == 20.0 + 6.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
+    hidden, ffn, numbers = 64, 256, 3 * 64 * 256
+    found = nominal_costs(hidden=hidden, ffn=ffn, flop_per_s=1e12, inter_bytes_per_s=1e9, intra_bytes_per_s=1e11,
+                          dtype_bytes=dtype_bytes, training=training)  # fmt: skip
+    forward = found[0]
+    assert len(found) == 1 + training and forward.row_s == 2 * numbers / 1e12
+    if training:
+        assert found[1].row_s == 2 * forward.row_s == 2 * found[1].wgrad_row_s and found[1].copy[0](1) == pytest.approx(
+            4 * numbers / 1e9
+        )
+    even = 0.75 * ffn * (1 + 4 / dtype_bytes) if training else 1.5 * ffn
+    for one in break_even(found, row_bytes=hidden * dtype_bytes, expert_params=numbers, param_bytes=dtype_bytes):
+        assert one.bytes_rows == even
+        crossings_s = 2 * sum(phase.exchange[one.wire == "intra"].beta_s for phase in found)
+        assert one.copy_s == pytest.approx(even * crossings_s)
+
+
+@pytest.mark.parametrize("bad", [
+    {"hidden": 0}, {"ffn": True}, {"dtype_bytes": 0.5}, {"matrices": 0}, {"chunks": 0}, {"flop_per_s": 0.0},
+    {"inter_bytes_per_s": float("inf")}, {"intra_bytes_per_s": float("nan")},
+])  # fmt: skip
+def test_nominal_costs_refuse_what_is_no_figure(bad):
+    good = {"hidden": 64, "ffn": 256, "flop_per_s": 1e12, "inter_bytes_per_s": 1e9, "intra_bytes_per_s": 1e9}
+    with pytest.raises(ConfigError, match=list(bad)[0]):
+        nominal_costs(**{**good, **bad})

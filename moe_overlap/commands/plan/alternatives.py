@@ -6,13 +6,22 @@ Each is the question again with something changed, planned anew. Tokens a rank s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moe_overlap.commands.plan.machine import backbone_s, expert_params, local_experts
+from moe_overlap.commands.plan.machine import (
+    Place,
+    backbone_s,
+    cost_model,
+    expert_params,
+    local_experts,
+    op_verb,
+    shapes,
+)
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.commands.plan.sweep import Prediction, predict
 from moe_overlap.errors import ConfigError
+from moe_overlap.planning.three_lanes import three_lanes_s
 
 LATENT = 4  # experts of this part of the width, as in LatentMoE
 
@@ -35,9 +44,26 @@ def alternatives(options: PlanOptions, point: Prediction) -> list[Alternative]:
         except ConfigError:
             continue  # no such place: experts that cannot be shared out like that
         one = predict(other, point.kind, ranks=other.ranks, bytes_per_s=other.bandwidth)
-        experts = local_experts(other, one.at) * expert_params(other) * other.dtype_bytes
-        found.append(Alternative(what=what, seconds=one.time_s, weights=float(experts)))
+        found.append(Alternative(what=what, seconds=one.time_s, weights=_weights(other, one.at)))
+    if len(point.at.peers) == 2 and options.routing is None:
+        found.append(_beside_compute(replace(options, dedup="node"), point))
     return found
+
+
+def _beside_compute(options: PlanOptions, point: Prediction) -> Alternative:
+    """One row for each (token, node) between nodes, passed on there by a lane of its own."""
+    at, verb = point.at, op_verb(point.kind, point.model)
+    model = cost_model(options, point.kind, at)
+    cuts = [cut for cut in shapes(options, point.kind, at, distinct=True) if cut.by == "tokens"]
+    seconds = sum(model.deduplicated.outside(phase.phase)
+                  + min(three_lanes_s(model, cut, phase.phase, op_verb=verb) for cut in cuts)
+                  for phase in point.phases)  # fmt: skip
+    what = "one row for each (token, node), passed on inside nodes beside compute (FSMoE; no schedule here does)"
+    return Alternative(what=what, seconds=seconds, weights=_weights(options, at))
+
+
+def _weights(options: PlanOptions, at: Place) -> float:
+    return float(local_experts(options, at) * expert_params(options) * options.dtype_bytes)
 
 
 def _changes(options: PlanOptions, point: Prediction) -> Iterator[tuple[str, dict[str, object]]]:
@@ -80,10 +106,11 @@ def _whole_racks(options: PlanOptions, point: Prediction) -> Iterator[tuple[str,
             return
 
 
-def alternative_lines(found: list[Alternative], here_s: float) -> list[str]:
-    if not found:
+def alternative_lines(found: list[Alternative], here_s: float, more: Sequence[str] = ()) -> list[str]:
+    """more: lines of the same kind that others have to say."""
+    if not found and not more:
         return []
     return ["What else would give, for a block pair at the same tokens a rank:"] + [
         f"  {one.what}: {1e3 * one.seconds:.3f} ms ({here_s / one.seconds:.2f}x as fast), experts "
         f"{one.weights / 1e9:.3g} GB a layer and rank" for one in found
-    ]  # fmt: skip
+    ] + list(more)  # fmt: skip

@@ -21,18 +21,20 @@ from moe_overlap.commands.plan.machine import (
     local_experts,
     metadata,
     routed,
+    shapes,
     traffic_of,
     weights_read_s,
 )
 from moe_overlap.commands.plan.offload import offload_lines
 from moe_overlap.commands.plan.options import PlanOptions, parse
+from moe_overlap.commands.plan.replicas import replica_line
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
 from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
 from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import write_atomically
 from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_of
-from moe_overlap.planning.explain import Change, explain, in_ms
+from moe_overlap.planning.explain import Change, explain, in_mb, in_ms
 from moe_overlap.planning.machines import MACHINES
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.words import legend, python_of
@@ -48,23 +50,21 @@ def main(argv: Sequence[str]) -> int:
     out = check_folder("--out", options.out, OUTPUTS)
     points = {kind: asked(options, kind) for kind in options.kinds}
     point = points[options.kinds[0]]
-    if point.time_s <= 0:
+    if point.time_s <= 0 and options.tokens:
         raise ConfigError("--cost-model", "figures that are all 0", "a step in which something takes time")
     whole = whole_model(options, point) if options.layers and options.cost_model is None else None
     fit = "" if whole is None else fit_line(options, whole)
     sections = [[fit]] if fit else []
     sections += [_heading(options, point)]
+    if not options.tokens:
+        sections.append(_idle(point))
     if whole is not None:
         sections.append(model_lines(options, whole))
     sections += [_assumptions(options, point, whole), _kinds(points)]
-    if options.cost_model is None:
-        sections += _answers(options, point)
-    if options.dedup != "off":
-        sections.append(_deduplication(options, points))
-    sections += [lines for lines in [_copies(options, point), offload_lines(options, point)] if lines]
-    sections += [[text] for text in _explained(points, point)]
+    if options.tokens:
+        sections += _of_tokens(options, points, whole)
     print("\n\n".join("\n".join(lines) for lines in sections), flush=True)  # before what takes longer
-    found = sweep(options) if bandwidths(options) else None
+    found = sweep(options) if options.tokens and bandwidths(options) else None
     record = json.dumps(_record(options, points, found), indent=1, allow_nan=False)
     write_atomically(out / "plan.json", (record + "\n").encode())
     if found is not None:
@@ -75,6 +75,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _of_tokens(options: PlanOptions, points: dict[str, Prediction], whole: WholeModel | None) -> list[list[str]]:
+    """What there is to say of a step in which something moves."""
+    point, sections = points[options.kinds[0]], []
+    if options.cost_model is None:
+        sections += _answers(options, point, whole)
+    if options.dedup != "off":
+        sections.append(_deduplication(options, points))
+    sections += [lines for lines in [_copies(options, point), offload_lines(options, point)] if lines]
+    return sections + [[text] for text in _explained(points, point)]
+
+
+def _idle(point: Prediction) -> list[str]:
+    """Of a step in which no rank has a token."""
+    left = f"what is left takes {in_ms(point.time_s)}, {in_ms(point.model.agree_s)} of it the agreement on the counts"
+    return [
+        f"No rank has a token: nothing is exchanged and no expert computes; {left}.",
+        "A rank without tokens beside ranks that have some is in every exchange, and its experts work for them: its "
+        "step takes as long as theirs. Ask for it with their --tokens.",
+    ]
+
+
 def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep) -> None:
     """`picture.write_png`, which takes longer to load than all the rest takes."""
     from moe_overlap.commands.plan.picture import write_png as write
@@ -82,12 +103,13 @@ def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep)
     write(path, options, point, found)
 
 
-def _answers(options: PlanOptions, point: Prediction) -> list[list[str]]:
+def _answers(options: PlanOptions, point: Prediction, whole: WholeModel | None) -> list[list[str]]:
     """How sure it is, what else would give, and what it would be elsewhere: from figures of a machine alone."""
     found = []
     if options.draws:
         found.append([certainty_line(certainty(options, point, draws=options.draws))])
-    found.append(alternative_lines(alternatives(options, point), point.time_s))
+    copies = replica_line(options, point, whole)
+    found.append(alternative_lines(alternatives(options, point), point.time_s, [copies] if copies else []))
     found.append(elsewhere_lines(elsewhere(options, point), point.time_s))
     return [lines for lines in found if lines]
 
@@ -145,6 +167,8 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
     if point.at.per_node < min(point.at.group, options.ranks_per_node):
         lines.append(f"  groups of {point.at.group} ranks do not fit nodes of {options.ranks_per_node}: taken as "
                      f"{point.at.per_node} of a group per node, the fewest that any node has")  # fmt: skip
+    if _for_nodes(options, point):
+        lines.append(_gateways(options, point))
     cost = agreement(options, point.at, distinct=point.deduplicated)
     lines.append(
         f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
@@ -172,6 +196,15 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
         + (f"; attention over {options.sequence} tokens (--sequence)" if options.backbone is None else ""),
     ]
     return lines + _memory_bound(options, point)
+
+
+def _gateways(options: PlanOptions, point: Prediction) -> str:
+    """What those do who pass rows on inside their nodes."""
+    (one, *_) = shapes(options, point.kind, point.at, distinct=True)
+    assert one.distinct is not None and one.distinct.gateway is not None
+    moved, seconds = sum(one.distinct.gateway.moved), sum(point.model.inside_s(one, "forward"))
+    return (f"  compute waits for rows that are passed on inside nodes; a gateway reads and writes {in_mb(moved)} for "
+            f"those and to add them up: {in_ms(seconds)} a phase in one chunk")  # fmt: skip
 
 
 def _takes(options: PlanOptions, point: Prediction) -> str:
@@ -220,7 +253,7 @@ def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
     read_s = local_experts(options, point.at) * weights_read_s(options)
     rows = options.tokens * routed(options, point.kind) * busiest(options, point.at)
     matmul_s = point.model.experts.beta_s * rows / chunks
-    if read_s <= matmul_s:
+    if read_s <= matmul_s or not rows:
         return []
     part = f" of one of {chunks} chunks" if chunks > 1 else ""
     return [
@@ -235,7 +268,7 @@ def _kinds(points: dict[str, Prediction]) -> list[str]:
     rows = [("block pair", "serial ms", "planned ms", "x serial", "x serial top2", "comm", "bound ms", "schedule")]
     for kind, one in points.items():
         names = ("dedup: " if one.deduplicated else "") + " | ".join(phase.name for phase in one.phases)
-        versus = f"{base.serial_s / one.time_s:.2f}" if base is not None else "-"
+        versus = "-" if base is None else f"{base.serial_s / one.time_s if one.time_s else 1:.2f}"
         rows.append((kind, f"{1e3 * one.serial_s:.3f}", f"{1e3 * one.time_s:.3f}", f"{one.speedup:.2f}", versus,
                      f"{100 * one.comm_share:.0f} %", f"{1e3 * one.bound_s:.3f}", names))  # fmt: skip
     lines = _aligned(rows)
@@ -254,7 +287,8 @@ def _deduplication(options: PlanOptions, points: dict[str, Prediction]) -> list[
     for kind, one in points.items():
         found = _savings(options, one)
         beside = f"{found['metadata_out_bytes']}+{found['metadata_back_bytes']} B of {found['row_bytes']}"
-        times = ["-", "", "no: no two experts of a token are on one rank"]
+        why = "no two experts of a token are on one rank" if found["rows_per_token"] else "no row leaves its rank"
+        times = ["-", "", f"no: {why}"]
         if one.distinct is not None:
             percent = 100 * (total_s(one.distinct) / total_s(one.plain) - 1)
             times = [f"{1e3 * total_s(one.distinct):.3f}", f"{percent:+.1f} %", "yes" if one.deduplicated else "no"]

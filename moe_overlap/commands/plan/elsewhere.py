@@ -33,7 +33,7 @@ def elsewhere(options: PlanOptions, point: Prediction) -> list[Elsewhere]:
     beside = _plain_s(point, 1) if point.kind == "shared1" else None
     wire_s = point.serial_s - point.compute_s
     two_s = interleaved_s(point.compute_s, wire_s, point.model.slowdown)
-    return _training(point, beside, two_s) if options.phase == "train" else _inference(point, two_s)
+    return _training(point, beside, two_s) if options.phase == "train" else _inference(point, options.tokens, two_s)
 
 
 def _plain_s(point: Prediction, chunks: int) -> float:
@@ -61,13 +61,15 @@ def _training(point: Prediction, beside_s: float | None, two_s: float) -> list[E
     ]  # fmt: skip
 
 
-def _inference(point: Prediction, two_s: float) -> list[Elsewhere]:
+def _inference(point: Prediction, tokens: int, two_s: float) -> list[Elsewhere]:
     flags = {"vLLM": "--enable-expert-parallel --all2all-backend deepep_high_throughput",
              "SGLang": f"--ep-size {point.at.group} --moe-a2a-backend deepep"}  # fmt: skip
     two = {"vLLM": " --enable-dbo", "SGLang": " --enable-two-batch-overlap"}
     found = []
     for library, words in flags.items():
         found.append(Elsewhere(library=library, what="serial", flags=words, seconds=point.serial_s))
+        if tokens < 2:
+            continue  # there is nothing to make two batches of
         found.append(Elsewhere(library=library, what="two batches interleaved, at best", flags=words + two[library],
                                seconds=two_s))  # fmt: skip
     return found

@@ -5,14 +5,18 @@ too or of two matrices (M = 3 or 2). D hidden, F width (experts, MLP and shared 
 S tokens that attention looks at, A the width of all its query heads, K experts per token, g key heads for each query
 head.
 
-    matmul FLOPs forward   attention 4 (1 + g) T D A + 2 T S A (causal)   MLP 6 T D F   experts 2 M D F for each row
+    matmul FLOPs forward   attention 4 (1 + g) T D A + 2 T S A (causal), or as in `planning/attention.py` with latents;
+                           MLP 6 T D F   experts 2 M D F for each row
     backward               twice as many; of the experts half for the input, half for the weights
     rows moved             P, U and Pt read and write each row, Ut moves 3 D; the experts unpack and pack theirs
     weights read           M D F of every expert that has rows, in every chunk, beside its matmuls (the longer of both
                            counts) or before them (--weights added): chunks of tokens read all experts' weights each,
                            chunks by expert groups only those of the group
+                           of an op that all tokens pass, where that takes longer than its FLOPs
     deduplicated           rows moved follow from the rows for each choice; P, Ut, Pt, M and Mt also run small operators
                            on the ids, which were counted (SMALL_OPS, SMALL_BYTES), for a part of --launch each
+    inside nodes           with --dedup node, rows are passed on by the wire inside a node and added up on their way
+                           back, read and written in memory; compute waits for that
     exchange               latency + one message per peer + bytes / bandwidth, for each wire; a NIC of the node is
                            shared by its ranks, and bytes for nodes beyond the first switch have --spine of the rate
     agreement              messages and bytes of `agreement/cost.py`, on the wire between nodes, before the rows move
@@ -23,6 +27,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+import numpy as np
 
 from moe_overlap.agreement.cost import AgreementCost, agreement_cost
 from moe_overlap.agreement.loads import ChunkBy
@@ -78,6 +84,8 @@ class Routed(Protocol):
     def rows_per_token(self) -> float: ...
     @property
     def distinct_rows_per_token(self) -> float: ...
+    @property
+    def rows_WE(self) -> np.ndarray: ...
     @property
     def kept(self) -> float: ...
     @property
@@ -135,16 +143,18 @@ def metadata(options: PlanOptions, kind: str) -> MetadataBytes:
     return metadata_bytes(routed(options, kind), max(4, options.dtype_bytes))  # weights are float32, or as fp64 rows
 
 
-def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False) -> list[StepShape]:
+def shapes(
+    options: PlanOptions, kind: str, at: Place, *, distinct: bool = False, routing: Routed | None = None
+) -> list[StepShape]:
     """One for every chunk count by tokens, and by expert groups where a rank has so many experts. `distinct`: of the
-    deduplicated step."""
+    deduplicated step. routing: in the place of the saved one, the same with copies of experts."""
     local = local_experts(options, at)
     for_nodes = distinct and options.dedup == "node" and len(at.peers) == 2
     cuts: list[tuple[int, ChunkBy]] = [(chunks, "tokens") for chunks in CHUNKS]
     cuts += [(groups, "experts") for groups in GROUPS if groups <= local and not for_nodes]
     beside = metadata(options, kind) if distinct else None
     if options.routing is not None:
-        found, row_bytes = traffic_of(options, kind, at), options.hidden * options.dtype_bytes
+        found, row_bytes = routing or traffic_of(options, kind, at), options.hidden * options.dtype_bytes
         saved_ones = [found.shape(chunks, by, row_bytes=row_bytes, metadata=beside) for chunks, by in cuts]
         return [_narrowed(options, shape) for shape in saved_ones]
     balanced = [
@@ -165,7 +175,8 @@ def shapes(options: PlanOptions, kind: str, at: Place, *, distinct: bool = False
     ]
     if for_nodes:
         nodes = distinct_ranks(at.group * local, at.nodes, routed(options, kind)) * busiest(options, at)
-        balanced = [with_rows_for_nodes(shape, distinct_nodes=nodes, tokens=options.tokens) for shape in balanced]
+        balanced = [with_rows_for_nodes(shape, distinct_nodes=nodes, tokens=options.tokens,
+                                        ranks_per_node=at.per_node) for shape in balanced]  # fmt: skip
     return [_narrowed(options, shape) for shape in balanced]
 
 
@@ -173,14 +184,15 @@ def _narrowed(options: PlanOptions, shape: StepShape) -> StepShape:
     return shape if options.dispatch_row_bytes is None else with_narrow_rows(shape, options.dispatch_row_bytes)
 
 
-def traffic_of(options: PlanOptions, kind: str, at: Place) -> Routed:
-    """The saved routing at a place, which is read with torch: a plan without one starts without it."""
+def traffic_of(options: PlanOptions, kind: str, at: Place, *, seats: object = None) -> Routed:
+    """The saved routing at a place, which is read with torch: a plan without one starts without it. seats: where the
+    experts are (`agreement.seats.Seats`); None: in order."""
     from moe_overlap.commands.plan.traffic import saved, traffic
 
     assert options.routing is not None
     file = saved(options.routing, options.experts, options.top_k)
     return traffic(file, options.routing, experts=options.experts, top_k=routed(options, kind), tokens=options.tokens,
-                   ranks=at.group, per_node=at.per_node, distinct=options.dedup != "off")  # fmt: skip
+                   ranks=at.group, per_node=at.per_node, distinct=options.dedup != "off", seats=seats)  # fmt: skip
 
 
 def distinct_rows(options: PlanOptions, kind: str, at: Place) -> float:
@@ -272,18 +284,31 @@ def _distinct_costs(options: PlanOptions, kind: str, at: Place, outside_s: float
         permute_backward=rows(2, "Pt"),
         outside_s=outside_s + agreement_s(options, at, distinct=True) + beside_s("M"),
         outside_backward_s=2 * outside_s + beside_s("Mt"),
+        inside=_wires(options, at)["intra"]
+        if options.dedup == "node" and len(at.peers) == 2
+        else AlphaBeta.measured(0, 0),
+        gateway_byte_s=1 / options.memory_bandwidth,
     )
 
 
 def backbone_s(options: PlanOptions) -> tuple[float, ...]:
     """Forward seconds of attention, MLP, attention, shared expert; the first three may have been given."""
-    t, d = options.tokens, options.hidden
-    mlp_s, shared_s = (6 * t * d * width / options.flops for width in (options.ffn, options.shared_width))
+    t, attention = options.tokens, options.attention_block
+    mlp_s, shared_s = (
+        dense_s(options, 2 * t * params, params)
+        for params in (3 * options.hidden * width for width in (options.ffn, options.shared_width))
+    )
     if options.backbone is not None:
         return (*options.backbone, shared_s)
-    seen = min(options.sequence, t)
-    attention_s = (4 * (1 + options.kv_share) * t * d + 2 * t * seen) * options.attention / options.flops
+    attention_s = dense_s(options, attention.flops(t, min(options.sequence, t)), attention.params)
     return attention_s, mlp_s, attention_s, shared_s
+
+
+def dense_s(options: PlanOptions, flops: float, params: float) -> float:
+    """Seconds of an op that all tokens of a rank pass: of its FLOPs, or of reading its weights where that takes longer,
+    as with the few tokens of a decoder; none where there are no tokens."""
+    read_s = params * options.dtype_bytes / options.memory_bandwidth
+    return max(flops / options.flops, read_s) if options.tokens else 0.0
 
 
 def agreement(options: PlanOptions, at: Place, *, distinct: bool = False) -> AgreementCost:

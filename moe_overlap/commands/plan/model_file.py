@@ -20,6 +20,8 @@ SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "
 SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")
 EVERY = ("moe_layer_freq", "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
 DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# Of latent attention (MLA); configs and options have the same names.
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -45,10 +47,7 @@ def model_figures(path: str, *, layers: int | None = None) -> dict[str, Any]:
         found |= {"kind": "shared1", "top_k": top_k + 1, "shared_ffn": shared}
     heads = _count(path, config, ("num_attention_heads",))
     if heads:
-        found |= {"heads": heads, "kv_heads": _count(path, config, ("num_key_value_heads",)) or heads}
-        size = _count(path, config, ("head_dim",))
-        if size and "kv_lora_rank" not in config:  # with latent keys it is that of a part of a head
-            found["attention_width"] = heads * size
+        found |= {"heads": heads} | _attention(path, config, heads)
     if layers is None:
         layers = _count(path, config, ("num_hidden_layers", "num_layers"))
     if layers and layers > 0:
@@ -59,6 +58,19 @@ def model_figures(path: str, *, layers: int | None = None) -> dict[str, Any]:
         found["vocab"] = _count(path, config, ("vocab_size",)) or 0
     dtype = config.get("torch_dtype", config.get("dtype"))
     return found | ({"dtype": DTYPES[dtype]} if dtype in DTYPES else {})
+
+
+def _attention(path: str, config: Mapping[str, Any], heads: int) -> dict[str, int]:
+    """The widths of latent attention where the config has them, else those of grouped queries."""
+    widths = {name: _count(path, config, (name,)) or 0 for name in LATENT}
+    if widths["kv_lora_rank"]:
+        missing = [name for name in ("qk_nope_head_dim", "v_head_dim") if not widths[name]]
+        if missing:
+            raise ConfigError(FLAG, path, f"a config with {missing[0]} of at least 1 beside kv_lora_rank")
+        return widths
+    size = _count(path, config, ("head_dim",))
+    kv_heads = _count(path, config, ("num_key_value_heads",)) or heads
+    return {"kv_heads": kv_heads} | ({"attention_width": heads * size} if size else {})
 
 
 def _config(path: str) -> Mapping[str, Any]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from moe_overlap.commands.parser import OneLineParser, check_count, check_number, flag_of
 from moe_overlap.commands.plan.logs import measured_figures
-from moe_overlap.commands.plan.model_file import model_figures
+from moe_overlap.commands.plan.model_file import LATENT, model_figures
 from moe_overlap.commands.plan.presets import machine_figures
+from moe_overlap.commands.plan.texts import TEXTS
 from moe_overlap.errors import ConfigError
-from moe_overlap.measure.files import read_regular
+from moe_overlap.planning.attention import Attention, grouped_query, latent
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.machines import MACHINES
 from moe_overlap.planning.window import Slowdown
@@ -36,21 +34,9 @@ CHOICES = {
 WHOLE_MODEL = {"moe_layers": 0, "vocab": 0, "stages": 1, "micro_batches": 1, "optimizer": "sharded", "recompute": "off",
                "price": 0.0}  # fmt: skip
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-MAX_FILE_BYTES = 1 << 20
-LONGEST_S = 3600.0
 MOST_DRAWS = 1000
-FASTEST_RATE = 1e15
-FASTEST_FLOPS = 1e24
 
-_TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ns|us|ms|s)")
-_TIMES = {"ns": "e-9", "us": "e-6", "ms": "e-3", "s": ""}
-_FLOPS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([gtp])flops?(?:/s)?")
-_RATE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(kbit|mbit|gbit|kb|mb|gb)(?:/s|ps)?")
-_RATES = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6, "kb": 1e3, "mb": 1e6, "gb": 1e9}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([mgt])b")
-_SIZES = {"m": "e6", "g": "e9", "t": "e12"}
 _NEGATIVE = re.compile(r"-[.\d]")
-_FLOPS_UNITS = {"g": "e9", "t": "e12", "p": "e15"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +45,8 @@ class PlanOptions:
 
     `flops` to `backbone` are assumptions about the machine, which a `cost_model` replaces; beside one, None among the
     wires' figures means what was calibrated. `kind` None: top2. `expert_ffn`, `shared_ffn` 0: as `ffn`;
-    `attention_width` 0: as `hidden`. `machine`, `model` and `measured`: where figures came from; they are the other
-    fields'.
+    `attention_width` 0: as `hidden`. `kv_lora_rank` 0: attention is not latent (MLA). `machine`, `model` and
+    `measured`: where figures came from; they are the other fields'.
     """
 
     ranks: int = 64
@@ -79,6 +65,11 @@ class PlanOptions:
     heads: int = 1
     kv_heads: int = 1
     attention_width: int = 0
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
     skew: float = 1.0
     dtype: str = "bf16"
     dispatch_dtype: str = "same"
@@ -113,16 +104,19 @@ class PlanOptions:
     memory: float = 0.0
     price: float = 0.0
     draws: int = 20
+    replica_slots: int = 1
     expert_offload: float | None = None
     out: str = "out/plan"
 
     def __post_init__(self) -> None:
-        counts = (
-            "ranks ranks_per_node tokens hidden ffn experts top_k heads kv_heads leaf sequence stages micro_batches"
-        )
+        counts = "ranks ranks_per_node hidden ffn experts top_k heads kv_heads leaf sequence stages micro_batches"
         for name in counts.split():
             check_count(name, getattr(self, name))
-        for name in "expert_ffn shared_ffn attention_width layers moe_layers vocab draws".split():
+        check_count("tokens", self.tokens, least=0)
+        for name in (
+            *("expert_ffn shared_ffn attention_width layers moe_layers vocab draws replica_slots".split()),
+            *LATENT,
+        ):
             if getattr(self, name):
                 check_count(name, getattr(self, name))
         if self.ranks > self.experts and self.ranks % self.experts:
@@ -138,6 +132,7 @@ class PlanOptions:
             raise ConfigError("--matrices", self.matrices, "3 (SwiGLU) or 2 (one activation, no gate)")
         if self.heads % self.kv_heads:
             raise ConfigError("--kv-heads", self.kv_heads, f"a divisor of --heads ({self.heads})")
+        self._check_attention()
         check_number("skew", self.skew, 1, 1e4)
         check_number("spine", self.spine, 0.01, 1)
         check_number("price", self.price, 0, 1e6)
@@ -154,6 +149,21 @@ class PlanOptions:
 
             saved(self.routing, self.experts, self.top_k)
 
+    def _check_attention(self) -> None:
+        """Latent attention has all of its widths, or none."""
+        if not self.kv_lora_rank:
+            for name in LATENT:
+                if getattr(self, name):
+                    raise ConfigError(flag_of(name), getattr(self, name), "--kv-lora-rank beside it")
+            return
+        for name in ("qk_nope_head_dim", "v_head_dim"):
+            check_count(name, getattr(self, name))
+        if self.attention_width:
+            raise ConfigError("--attention-width", self.attention_width, "no such width beside --kv-lora-rank")
+        if self.kv_heads not in (1, self.heads):
+            expected = f"as many as --heads ({self.heads}) beside --kv-lora-rank, or none said"
+            raise ConfigError("--kv-heads", self.kv_heads, expected)
+
     def _check_model(self) -> None:
         """What is asked about the model around the block pair."""
         if self.layers and self.moe_layers > self.layers:
@@ -169,6 +179,8 @@ class PlanOptions:
 
     def _check_together(self) -> None:
         """What does not go together."""
+        if not self.tokens and self.expert_offload is not None:
+            raise ConfigError("--tokens", 0, "at least 1 beside --expert-offload: without rows no expert is fetched")
         for name, value, default in (("skew", self.skew, 1.0), ("dedup", self.dedup == "node", False)):
             if self.routing is not None and value != default:
                 raise ConfigError(flag_of(name), getattr(self, name), "no such value beside --routing")
@@ -223,6 +235,13 @@ class PlanOptions:
         return self.attention_width or self.hidden
 
     @property
+    def attention_block(self) -> Attention:
+        """What attention of one layer has and does."""
+        if not self.kv_lora_rank:
+            return grouped_query(hidden=self.hidden, width=self.attention, kv_share=self.kv_share)
+        return latent(hidden=self.hidden, heads=self.heads, **{name: getattr(self, name) for name in LATENT})
+
+    @property
     def kv_share(self) -> float:
         return self.kv_heads / self.heads
 
@@ -230,6 +249,11 @@ class PlanOptions:
     def dispatch_row_bytes(self) -> int | None:
         """Of a row on its way to the experts, where that is narrower: a byte a number, a float32 scale for 128."""
         return None if self.dispatch_dtype == "same" else self.hidden + 4 * -(-self.hidden // 128)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some ranks' experts are wanted more than others'."""
+        return self.skew > 1 or self.routing is not None
 
     @property
     def slowdown(self) -> Slowdown:
@@ -246,84 +270,10 @@ class PlanOptions:
         return found | {"cost_model": None if self.cost_model is None else self.cost_model.to_json()}
 
 
-def _rate(flag: str, text: str) -> float:
-    match = _RATE.fullmatch(text.strip().lower()) if text.isascii() else None
-    rate = float(match[1]) * _RATES[match[2]] if match else 0.0
-    if not 1 <= rate <= FASTEST_RATE:
-        raise ConfigError(flag, text, "a rate such as 400gbit or 50GB (kbit mbit gbit kB MB GB per second)")
-    return rate
-
-
-def _rate_or_none(flag: str, text: str) -> float | None:
-    return _rate(flag, text) if text else None
-
-
-def _seconds(flag: str, text: str) -> float:
-    match = _TIME.fullmatch(text.strip().lower())
-    seconds = float(match[1] + _TIMES[match[2]]) if match else math.inf  # as text, so that 10us is 1e-5 exactly
-    if seconds > LONGEST_S:
-        raise ConfigError(flag, text, f"a time from 0 to {LONGEST_S:g}s, such as 10us (ns us ms s)")
-    return seconds
-
-
-def _flops(flag: str, text: str) -> float:
-    match = _FLOPS.fullmatch(text.strip().lower())
-    flops = float(match[1] + _FLOPS_UNITS[match[2]]) if match else math.inf
-    if not 1 <= flops <= FASTEST_FLOPS:
-        raise ConfigError(
-            flag, text, f"a rate up to {FASTEST_FLOPS:g} a second, such as 400tflops (gflops tflops pflops)"
-        )
-    return flops
-
-
-def _bytes(flag: str, text: str) -> float:
-    match = _SIZE.fullmatch(text.strip().lower())
-    if match is None:
-        raise ConfigError(flag, text, "a size such as 80GB (MB GB TB)")
-    return float(match[1] + _SIZES[match[2]])
-
-
-def _backbone(flag: str, text: str) -> tuple[float, ...] | None:
-    if text == "auto":
-        return None
-    words = text.split(",")
-    if len(words) != 3:
-        raise ConfigError(flag, text, "auto, or the times of attention, MLP, attention, such as 1.2ms,0.8ms,1.2ms")
-    return tuple(_seconds(flag, word) for word in words)
-
-
-def _cost_model(flag: str, path: str) -> CostModel | None:
-    if not path:
-        return None
-    try:
-        return CostModel.from_json(json.loads(read_regular(Path(path), most_bytes=MAX_FILE_BYTES)))
-    except OSError as error:
-        raise ConfigError(flag, path, f"a file that can be read ({error.strerror})") from None
-    except ConfigError as error:
-        raise ConfigError(flag, path, f"a cost model: {error}") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(flag, path, "a JSON file of moe-overlap calibrate") from None
-
-
-# Option -> (how its text is read, default as text, help).
-TEXTS: dict[str, tuple[Any, str, str]] = {
-    "bandwidth": (_rate, "400gbit", "of one rank to other nodes"),
-    "latency": (_seconds, "10us", "of one exchange, whatever its size"),
-    "intra_bandwidth": (_rate, "450GB", "of one rank to the ranks of its node"),
-    "flops": (_flops, "400tflops", "assumed: rate that matmuls reach beside nothing, not the peak"),
-    "memory_bandwidth": (_rate, "2500GB", "assumed: for permuting, packing and combining rows"),
-    "message": (_seconds, "1us", "assumed: of each message of an exchange, one per peer"),
-    "launch": (_seconds, "20us", "assumed: fixed cost of the experts on one chunk, of P and of U"),
-    "issue": (_seconds, "5us", "assumed: compute-lane time of starting an exchange, and of waiting for it"),
-    "backbone": (_backbone, "auto", "auto (from FLOPs), or forward times of attention, MLP, attention: 1ms,2ms,1ms"),
-    "memory": (_bytes, "0GB", "of a rank's card, to say whether the model fits; 0GB: nobody asks"),
-    "cost_model": (_cost_model, "", "calibrated JSON instead of --flops and the other assumptions about compute"),
-    "expert_offload": (_rate_or_none, "", "experts in host memory, over a link of this rate in each direction (50GB)"),
-}
 HELP = {
     "ranks": "ranks; with more than --experts, groups of --experts ranks exchange among themselves",
     "ranks_per_node": "ranks that share a node",
-    "tokens": "tokens per rank",
+    "tokens": "tokens per rank; 0: a step in which no rank has any",
     "model": "config.json of a Hugging Face model: sizes, experts, shared expert and layers, where not given here",
     "measured": "output of nccl-tests' alltoall_perf or DeepEP's tests, or a Kineto trace: rates and latency of wires, "
     "where not given here",
@@ -333,9 +283,14 @@ HELP = {
     "expert_ffn": "width of each routed expert; 0: --ffn",
     "shared_ffn": "width of the shared expert; 0: --ffn",
     "matrices": "of an expert: 3 (SwiGLU) or 2",
-    "heads": "query heads of attention, of which only the ratio to --kv-heads counts",
+    "heads": "query heads of attention, of which only the ratio to --kv-heads counts, unless it is latent",
     "kv_heads": "key and value heads (grouped-query attention)",
     "attention_width": "query heads times the size of one; 0: --hidden",
+    "q_lora_rank": "latent attention: numbers of the latent that queries are made of; 0: of the hidden state itself",
+    "kv_lora_rank": "latent attention (MLA): numbers of the latent that keys and values are made of; 0: not latent",
+    "qk_nope_head_dim": "latent attention: of a head's query and key, the part that does not turn with the position",
+    "qk_rope_head_dim": "latent attention: the part that does, one key of it for all heads",
+    "v_head_dim": "latent attention: width of a head's value",
     "skew": "assumed: rows of the busiest rank over the mean",
     "dispatch_dtype": "of rows on their way to the experts in forward: same, or fp8 (with a scale for 128 numbers)",
     "nic": "whose --bandwidth is: of each rank, or of its node, whose ranks share it (rank, node)",
@@ -363,6 +318,8 @@ HELP = {
     "recompute": "activations of a layer are computed again in backward: off, on",
     "price": "of a rank for an hour, in whatever money, to say what tokens cost; 0: nobody asks",
     "draws": "how often the assumptions are drawn anew to say how sure the gain is; 0: never",
+    "replica_slots": "of a rank, for copies of experts that are wanted more than others, to say what they would give "
+    "beside --skew or --routing; 0: nobody asks",
     "out": "folder for plan.png and plan.json",
 }
 # Options about the wires, which replace what a cost model was calibrated with only where they are given.
@@ -371,7 +328,8 @@ WIRES = ("bandwidth", "latency", "intra_bandwidth")
 CALIBRATED = (
     "flops", "memory_bandwidth", "message", "launch", "issue", "compute_slowdown", "wire_slowdown", "backbone", "kind",
     "sequence", "machine", "measured", "weights", "spine", "leaf", "nic", "skew", "shared_ffn", "heads", "kv_heads",
-    "dispatch_dtype", "attention_width", "layers", "memory", "draws", *WHOLE_MODEL,
+    "dispatch_dtype", "attention_width", *LATENT, "layers", "memory", "draws",
+    "replica_slots", *WHOLE_MODEL,
 )  # fmt: skip
 
 
@@ -425,7 +383,13 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
             values["nic"] = "rank"  # measured while all ranks of a node sent: each has what it has
     if given.keys() & {"memory"} and not values.get("layers"):
         raise ConfigError("--memory", given["memory"], "--layers (or --model) beside it")
-    return PlanOptions(**values)
+    options = PlanOptions(**values)
+    if given.get("replica_slots") and not options.uneven:
+        expected = "--skew or --routing beside it: where all experts are wanted alike no copy helps"
+        raise ConfigError("--replica-slots", options.replica_slots, expected)
+    if given.get("replica_slots") and min(options.ranks, options.experts) == 1:
+        raise ConfigError("--replica-slots", options.replica_slots, "several --ranks that share the --experts out")
+    return options
 
 
 def _with_negative_values(argv: Sequence[str]) -> list[str]:

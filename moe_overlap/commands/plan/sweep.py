@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from moe_overlap.agreement.loads import ChunkBy
-from moe_overlap.commands.plan.machine import Place, cost_model, op_verb, place, routed, shapes
+from moe_overlap.commands.plan.machine import Place, Routed, cost_model, op_verb, place, routed, shapes
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.explain import bound_s, name_of
@@ -122,12 +122,12 @@ class Prediction:
 
     @property
     def speedup(self) -> float:
-        return self.serial_s / self.time_s
+        return self.serial_s / self.time_s if self.time_s else 1.0  # on one rank, a step without tokens
 
     @property
     def comm_share(self) -> float:
         """Share of the serial time that exchanges add."""
-        return (self.serial_s - self.compute_s) / self.serial_s
+        return (self.serial_s - self.compute_s) / self.serial_s if self.serial_s else 0.0
 
     @property
     def code(self) -> str:
@@ -171,14 +171,21 @@ def total_s(phases: Sequence[PhasePlan]) -> float:
     return sum(phase.outside_s + phase.best.predicted_s for phase in phases)
 
 
-def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float | None) -> Prediction:
-    """Plan one block pair with so many ranks over a link of this rate (None: as calibrated)."""
+def predict(
+    options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float | None, routing: Routed | None = None
+) -> Prediction:
+    """Plan one block pair with so many ranks over a link of this rate (None: as calibrated). routing: see `shapes`."""
     at = place(options, ranks=ranks, bytes_per_s=bytes_per_s)
     model = cost_model(options, kind, at)
     wanted: tuple[Phase, ...] = ("forward", "backward") if options.phase == "train" else ("forward",)
 
+    plain = shapes(options, kind, at, routing=routing)
+    moves = any(size for cut in plain for sizes in cut.bytes_by_lane.values() for size in sizes)
+    if not moves:
+        model = replace(model, issue_s=0.0)  # a transport starts nothing where no row leaves its rank
+
     def planned(*, distinct: bool) -> tuple[PhasePlan, ...]:
-        cuts = shapes(options, kind, at, distinct=distinct)
+        cuts = shapes(options, kind, at, distinct=True, routing=routing) if distinct else plain
         known = model.deduplicated if distinct else model
         phases = []
         for phase in wanted:
@@ -189,7 +196,7 @@ def predict(options: PlanOptions, kind: str, *, ranks: int, bytes_per_s: float |
 
     could_pay = at.group > 1 and options.experts > at.group and routed(options, kind) > 1
     asked_for = options.dedup in ("on", "node") or (options.dedup == "auto" and could_pay)
-    distinct = planned(distinct=True) if asked_for and at.group > 1 and model.distinct is not None else None
+    distinct = planned(distinct=True) if asked_for and moves and model.distinct is not None else None
     return Prediction(kind=kind, ranks=ranks, at=at, model=model, dedup=options.dedup, plain=planned(distinct=False),
                       distinct=distinct)  # fmt: skip
 

@@ -16,9 +16,13 @@ import torch
 from moe_overlap.agreement.counts import block_counts, block_counts_of_rows
 from moe_overlap.agreement.loads import Counts
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
+from moe_overlap.agreement.seats import Seats, seats_of
 from moe_overlap.auto.calibrate import distinct_shape, step_shape
+from moe_overlap.auto.replicate import placement_of
 from moe_overlap.commands.bench.routing import RoutingFile, read_file
 from moe_overlap.errors import ConfigError
+from moe_overlap.placement import Placement
+from moe_overlap.planning.replication import Decision, Load
 from moe_overlap.planning.shapes import MetadataBytes, StepShape
 
 FLAG = "--routing"
@@ -45,21 +49,28 @@ class Traffic:
     @property
     def choices_WW(self) -> np.ndarray:
         """int64 [W, W], choices of a rank for the experts of another one."""
-        table, ranks = self.exchange.counts.table, len(self.nodes)
+        ranks = len(self.nodes)
+        found: np.ndarray = self.rows_WE.reshape(ranks, ranks, -1).sum(axis=2)
+        return found
+
+    @property
+    def rows_WE(self) -> np.ndarray:
+        """int64 [W, E], choices of each rank's tokens for each expert; experts in order, without copies."""
+        table = self.exchange.counts.table
         assert table is not None
-        found: np.ndarray = table.sum(axis=1).reshape(ranks, ranks, -1).sum(axis=2)
+        found: np.ndarray = table.sum(axis=1)
         return found
 
     @property
     def rows_per_token(self) -> float:
         """Choices for other ranks."""
-        return _away(self.choices_WW) / self.tokens
+        return _away(self.choices_WW) / max(1, self.tokens)
 
     @property
     def distinct_rows_per_token(self) -> float:
         """Other ranks that a token goes to."""
         assert self.distinct_WW is not None
-        return _away(self.distinct_WW) / self.tokens
+        return _away(self.distinct_WW) / max(1, self.tokens)
 
     @property
     def kept(self) -> float:
@@ -96,19 +107,23 @@ def saved(path: str, experts: int, top_k: int) -> RoutingFile:
 
 @lru_cache(maxsize=256)
 def traffic(
-    file: RoutingFile, path: str, *, experts: int, top_k: int, tokens: int, ranks: int, per_node: int, distinct: bool
-) -> Traffic:
+    file: RoutingFile, path: str, *, experts: int, top_k: int, tokens: int, ranks: int, per_node: int, distinct: bool,
+    seats: Seats | None = None,
+) -> Traffic:  # fmt: skip
     """Of `tokens` tokens on each of so many ranks, top_k choices each. distinct: of rows for each (token, rank) too.
-    Raises ConfigError("--routing") where a token then has an expert twice."""
+    seats: where the experts are, copies too; None: in order. Raises ConfigError("--routing") where a token then has an
+    expert twice."""
+    slots = experts if seats is None else seats.num_seats
     tables: list[tuple[torch.Tensor, ...]] = []
     distinct_WW = np.zeros((ranks, ranks), dtype=np.int64)
     for rank in range(ranks):
         ids_TK, _ = file.of_rank(rank, ranks, tokens=tokens, top_k=top_k)
+        ids_TK = ids_TK if seats is None else seats.of_ids(ids_TK, rank)
         if not distinct:
-            tables.append((block_counts(ids_TK, experts),))
+            tables.append((block_counts(ids_TK, slots),))
             continue
         try:
-            counts, first, last = block_counts_of_rows(ids_TK, experts, ranks)
+            counts, first, last = block_counts_of_rows(ids_TK, slots, ranks)
         except ConfigError:
             raise ConfigError(FLAG, path, "no expert twice in a token, beside --dedup") from None
         tables.append((counts, first, last))
@@ -117,7 +132,14 @@ def traffic(
     exchange = ExchangePlan(
         rank=0, world_size=ranks, step=1, phase="forward", grad_enabled=True, x_requires_grad=True, counts=found[0],
         dedup=int(distinct), first=found[1] if distinct else None, last=found[2] if distinct else None,
-        ranks_per_node=per_node,
+        ranks_per_node=per_node, seats=seats,
     )  # fmt: skip
     return Traffic(exchange=exchange, nodes=tuple(rank // per_node for rank in range(ranks)), tokens=ranks * tokens,
                    distinct_WW=distinct_WW if distinct else None)  # fmt: skip
+
+
+def seats_with_copies(load: Load, decision: Decision) -> Seats:
+    """Experts in order on their ranks, beside them the copies of a decision, among which rows are shared out as it
+    says."""
+    ranks, experts = load.counts.shape
+    return seats_of(placement_of(load, decision, Placement.identity(experts, ranks)))

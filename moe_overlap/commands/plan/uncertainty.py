@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from moe_overlap.commands.plan.machine import cost_model, op_verb, shapes
+from moe_overlap.commands.plan.machine import op_verb, shapes
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.commands.plan.sweep import PhasePlan, Prediction, predict
 from moe_overlap.planning.cost_model import window
@@ -59,7 +59,7 @@ def _drawn(options: PlanOptions, chance: random.Random) -> PlanOptions:
 
 def _chosen_s(options: PlanOptions, point: Prediction, other: Prediction) -> float:
     """Seconds of the schedules of `point` under other assumptions."""
-    model = cost_model(options, point.kind, other.at)
+    model = other.model
     known = model.deduplicated if point.deduplicated else model
     cuts = shapes(options, point.kind, other.at, distinct=point.deduplicated)
     seconds = 0.0

@@ -2,7 +2,7 @@
 
 layers         M pairs (attention, MLP, attention, experts) and L - 2 M layers of attention and MLP; where experts
                stand in more than every second layer, so many fewer of the latter
-head           2 T D V FLOPs forward
+head           2 T D V FLOPs forward, or reading its weights where that takes longer
 pipeline       1F1B: (micro-batches + stages - 1) times the longest stage, which has as many layers as the others
 all-reduce     2 (n - 1) / n of the gradients of what n ranks hold alike, after the last backward, not hidden
 memory         weights, gradients, Adam's 12 bytes a parameter, and what backward needs of each micro-batch under
@@ -14,7 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_overlap.commands.plan.machine import backbone_s, expert_params, inter_rate, local_experts, routed
+from moe_overlap.commands.plan.machine import (
+    backbone_s,
+    dense_s,
+    expert_params,
+    inter_rate,
+    local_experts,
+    routed,
+)
 from moe_overlap.commands.plan.offload import offloaded
 from moe_overlap.commands.plan.options import PlanOptions
 from moe_overlap.commands.plan.sweep import Prediction, number_text
@@ -26,9 +33,18 @@ ADAM_BYTES = 12  # float32 weights and two moments
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of a whole model, with a head apart from the embedding. `active`: those that a token is multiplied by,
+    so without the embedding, of which it takes a row. Norms and biases are not counted."""
+
+    total: float
+    active: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class WholeModel:
     """Seconds of a step and its parts, rates, and bytes of one rank's card by what they are for. `mfu`: of the
-    machine's peak, None where no machine was named. `money`: of a million tokens, None without a price."""
+    machine's peak, None where no machine was named. `money`: of a million tokens, None without a price or tokens."""
 
     step_s: float
     layers_s: float
@@ -37,6 +53,7 @@ class WholeModel:
     tokens_per_s: float
     mfu: float | None
     money: float | None
+    parameters: Parameters
     held: dict[str, float]
 
     @property
@@ -58,7 +75,8 @@ def whole_model(options: PlanOptions, point: Prediction) -> WholeModel:
     passes = 3 if train else 1  # of forward's FLOPs
     attention_s, mlp_s = backbone_s(options)[:2]
     layers_s = moe * point.time_s + (layers - 2 * moe) * passes * (attention_s + mlp_s)
-    layers_s += passes * 2 * options.tokens * options.hidden * options.vocab / options.flops
+    head = options.hidden * options.vocab
+    layers_s += passes * dense_s(options, 2 * options.tokens * head, head)
     if train and options.recompute == "on":
         layers_s += layers_s / 3
     stage_s = layers_s / options.stages
@@ -66,33 +84,39 @@ def whole_model(options: PlanOptions, point: Prediction) -> WholeModel:
     reduce_s = _reduce_s(options, point) if train else 0.0
     step_s = options.micro_batches * stage_s + bubble_s + reduce_s
     ranks = point.ranks * options.stages
-    tokens_per_s = options.tokens * options.micro_batches * point.ranks / step_s
+    tokens_per_s = options.tokens * options.micro_batches * point.ranks / step_s if options.tokens else 0.0
     flops = passes * _forward_flops(options, point)
     machine = MACHINES.get(options.machine or "")
     peak = None if machine is None else ranks * machine.flops[options.dtype]
     return WholeModel(
         step_s=step_s, layers_s=options.micro_batches * stage_s, bubble_s=bubble_s, reduce_s=reduce_s,
         tokens_per_s=tokens_per_s, mfu=None if peak is None else flops * tokens_per_s / peak,
-        money=options.price * ranks / 3600 / tokens_per_s * 1e6 if options.price else None,
-        held=_held(options, point),
+        money=options.price * ranks / 3600 / tokens_per_s * 1e6 if options.price and tokens_per_s else None,
+        parameters=parameters(options, point), held=_held(options, point),
     )  # fmt: skip
 
 
 def _forward_flops(options: PlanOptions, point: Prediction) -> float:
     """Matmul FLOPs of a token, attention's own included."""
-    attention, mlp, shared, _ = _params(options, point)
     seen = min(options.sequence, options.tokens)
-    moe, layers = options.counted_moe_layers, options.layers
-    active = routed(options, point.kind) * expert_params(options) + shared
-    return (2 * (layers * attention + (layers - moe) * mlp + moe * active + options.vocab * options.hidden)
-            + layers * 2 * seen * options.attention)  # fmt: skip
+    return 2 * parameters(options, point).active + options.layers * seen * options.attention_block.core
+
+
+def parameters(options: PlanOptions, point: Prediction) -> Parameters:
+    """Of all ranks and stages together; `options.layers` must not be 0."""
+    attention, mlp, shared, _ = _params(options, point)
+    moe, layers, d = options.counted_moe_layers, options.layers, options.hidden
+    dense = layers * attention + (layers - moe) * mlp + moe * (shared + d * options.experts) + options.vocab * d
+    expert = expert_params(options)
+    return Parameters(total=dense + options.vocab * d + moe * options.experts * expert,
+                      active=dense + moe * routed(options, point.kind) * expert)  # fmt: skip
 
 
 def _params(options: PlanOptions, point: Prediction) -> tuple[float, float, float, float]:
     """Numbers of attention, of a dense MLP, of what stands beside the experts of a layer, and of a rank's experts."""
     d = options.hidden
     shared = 0.0 if point.kind in ("top2", "calibrated") else 3.0 * d * options.shared_width
-    return (2 * (1 + options.kv_share) * d * options.attention, 3.0 * d * options.ffn, shared,
+    return (options.attention_block.params, 3.0 * d * options.ffn, shared,
             float(local_experts(options, point.at) * expert_params(options)))  # fmt: skip
 
 
@@ -123,7 +147,7 @@ def _held(options: PlanOptions, point: Prediction) -> dict[str, float]:
         experts = 0.0
     held = {"weights": (dense + experts) * size}
     if options.phase == "infer":
-        kept = 2 * options.kv_share * options.attention * options.tokens * options.layers / options.stages * size
+        kept = options.attention_block.cached * options.tokens * options.layers / options.stages * size
         return _with_host(held, host) | {
             "keys and values": kept, "activations": float(_moe_activations(options, point))}  # fmt: skip
     held["gradients"] = held["weights"]
@@ -132,7 +156,7 @@ def _held(options: PlanOptions, point: Prediction) -> dict[str, float]:
         held["optimizer"] = ADAM_BYTES * (dense / replicas[0] + experts / replicas[1])
     d, tokens, moe, layers = options.hidden, options.tokens, options.counted_moe_layers, options.layers
     # Saved by attention: its input, that of its norm, q, k, v, what it gives; by an MLP: its input, gate, up, product.
-    attention = tokens * size * (2 * d + 2 * (1 + options.kv_share) * options.attention)
+    attention = tokens * size * (2 * d + options.attention_block.saved)
     mlp = tokens * size * (2 * d + 3 * options.ffn)
     whole = layers * attention + (layers - moe) * mlp + moe * _moe_activations(options, point)
     if options.recompute == "on":
@@ -159,10 +183,12 @@ def _moe_activations(options: PlanOptions, point: Prediction) -> float:
 def model_lines(options: PlanOptions, whole: WholeModel) -> list[str]:
     """What `moe-overlap plan` says of it."""
     parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in whole.held.items())
+    size = whole.parameters
     lines = [
         f"The whole model, {options.layers} layers ({options.counted_moe_layers} with experts) in "
         f"{_counted(options.stages, 'stage')}, {_counted(options.micro_batches, 'micro-batch', 'es')}: a step takes "
         f"{whole.step_s:.4g} s",
+        f"  {size.total / 1e9:.4g} billion parameters, {size.active / 1e9:.3g} billion of them in use for a token",
         f"  layers {whole.layers_s:.4g} s, pipeline bubble {whole.bubble_s:.4g} s, all-reduce of gradients "
         f"{whole.reduce_s:.4g} s (taken as not hidden)",
         f"  {number_text(whole.tokens_per_s)} tokens/s"

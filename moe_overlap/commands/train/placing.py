@@ -21,14 +21,13 @@ from moe_overlap.layer.moving import migrate
 from moe_overlap.placement import Placement
 from moe_overlap.placement.planners import Eplb, Flex, Planner, Proportional
 from moe_overlap.placement.topology import Topology
-from moe_overlap.planning.copy_costs import GRADIENT_BYTES, PhaseCosts
-from moe_overlap.planning.cost_model import AlphaBeta
+from moe_overlap.planning.copy_costs import PhaseCosts, nominal_costs
 from moe_overlap.transport import LinkSpec
 
 PLANNERS: dict[str, Planner] = {"flex": Flex(), "eplb": Eplb(), "proportional": Proportional()}
 MATRICES = 3  # of a SwiGLU expert, each D x F
 SIZE = 4  # bytes of float32, the model's weights and rows
-FLOP_S, BYTES_PER_S = 1e-10, 1e9  # of the nominal machine: 10 GFLOP/s a rank, 1 GB/s between ranks
+FLOP_PER_S, BYTES_PER_S = 1e10, 1e9  # of the nominal machine: 10 GFLOP/s a rank, 1 GB/s between ranks
 
 
 class Placing:
@@ -121,7 +120,7 @@ def _rate(options: TrainOptions) -> float:
 
 def _row_s(options: TrainOptions) -> float:
     """A row's forward: two operations for each number of an expert."""
-    return 2 * MATRICES * options.hidden * options.ffn * FLOP_S
+    return 2 * MATRICES * options.hidden * options.ffn / FLOP_PER_S
 
 
 def _topology(options: TrainOptions) -> Topology:
@@ -132,17 +131,8 @@ def _topology(options: TrainOptions) -> Topology:
     )  # fmt: skip
 
 
-def _costs(options: TrainOptions) -> tuple[PhaseCosts, PhaseCosts]:
-    """Forward and backward (twice the operations; gradients of copies come home in float32)."""
-    numbers = MATRICES * options.hidden * options.ffn
-    rates = (_rate(options), BYTES_PER_S)
-
-    def over(size: int) -> tuple[AlphaBeta, AlphaBeta]:
-        inter, intra = (AlphaBeta(alpha_s=0.0, beta_s=size / rate) for rate in rates)
-        return inter, intra
-
-    row = over(SIZE * options.hidden)
-    return (
-        PhaseCosts(row_s=_row_s(options), exchange=row, copy=over(SIZE * numbers)),
-        PhaseCosts(row_s=2 * _row_s(options), exchange=row, copy=over(GRADIENT_BYTES * numbers)),
-    )
+def _costs(options: TrainOptions) -> tuple[PhaseCosts, ...]:
+    return nominal_costs(
+        hidden=options.hidden, ffn=options.ffn, flop_per_s=FLOP_PER_S, dtype_bytes=SIZE, matrices=MATRICES,
+        inter_bytes_per_s=_rate(options), intra_bytes_per_s=BYTES_PER_S,
+    )  # fmt: skip

@@ -39,7 +39,7 @@ def test_texts_are_read_in_si_units():
         ("--ranks 48 --skew 0", "--skew"),
         ("--ranks many", "--ranks"),
         ("--ranks-per-node 3", "--ranks-per-node"),
-        ("--tokens 0", "--tokens"),
+        ("--tokens -1", "--tokens"),
         ("--kind shared1 --top-k 1", "--top-k"),
         ("--top-k 65", "--top-k"),
         ("--kind top3", "--kind"),

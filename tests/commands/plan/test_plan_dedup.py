@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from moe_overlap.commands.cli import main
+from moe_overlap.commands.plan.command import _assumptions
 from moe_overlap.commands.plan.machine import SMALL_OPS, agreement_s, cost_model, place, shapes
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.sweep import asked, total_s
+from moe_overlap.planning.cost_model import CostModel, window
 from moe_overlap.planning.shapes import distinct_ranks
 
 TOP8 = PlanOptions(ranks=16, experts=128, top_k=8)
@@ -122,3 +124,66 @@ def test_a_cost_model_with_and_without_such_figures(capsys, tmp_path):
 def test_a_word_that_is_none(capsys):
     status, said = run(["--dedup", "maybe"], capsys)
     assert status == 2 and "--dedup" in said.err and "off, on, node, auto" in said.err
+
+
+def test_the_work_of_gateways_is_memory_traffic_by_hand():
+    """4 nodes of 8 ranks, 8 of 256 experts: every token crosses to each other node that has one of its experts, and is
+    passed on there to each rank that has one."""
+    options = PlanOptions(ranks=32, experts=256, top_k=8, tokens=1000, hidden=512, dedup="node", phase="infer",
+                          memory_bandwidth=1e12)  # fmt: skip
+    at = place(options, ranks=32, bytes_per_s=options.bandwidth)
+    model = cost_model(options, "top2", at)
+    cuts = shapes(options, "top2", at, distinct=True)
+    crossing = round(distinct_ranks(256, 4, 8) * 1000) * 1024
+    passed_on = round(distinct_ranks(256, 32, 8) / 31 * 24 * 1000) * 1024
+    one, four = cuts[0], next(cut for cut in cuts if cut.chunks == 4)
+
+    def work_s(shape, phase="forward"):
+        hops = model.hops_s(shape, phase)
+        return sum(model.inside_s(shape, phase)) - sum(hops.out) - sum(hops.back)
+
+    read_s, written_s = 2 * passed_on / 1e12, (passed_on + crossing) / 1e12  # passed on: both; added up: one of each
+    assert work_s(one) == pytest.approx(read_s + written_s, rel=1e-3)
+    assert work_s(one) == pytest.approx(work_s(one, "backward")) and one.distinct.gateway.kept == 0
+    kept = four.distinct.gateway.kept
+    assert kept == pytest.approx(crossing + passed_on, rel=1e-2)
+    assert work_s(four) == pytest.approx(read_s + written_s + 2 * kept / 1e12, rel=1e-2)
+    free = replace(model, distinct=replace(model.distinct, gateway_byte_s=0.0))
+    worked, idle = (window(each, [one], "forward").chunkings[0] for each in (model, free))
+    assert worked.experts_s[0] - idle.experts_s[0] == pytest.approx(work_s(one))
+    assert (worked.first_s, worked.second_s) == (idle.first_s, idle.second_s)
+    direct = shapes(replace(options, dedup="on"), "top2", at, distinct=True)[0]
+    assert model.inside_s(direct, "forward") == (0.0,), "no gateways"
+    record = model.to_json()
+    assert CostModel.from_json(record) == model
+    del record["distinct"]["gateway_byte_s"]
+    assert CostModel.from_json(record) == free, "as files had it before"
+
+
+def test_it_is_said_what_gateways_do():
+    for dedup, expected in (("node", True), ("on", False)):
+        options = replace(TOP8, ranks=32, dedup=dedup)
+        said = "\n".join(_assumptions(options, asked(options, "top2"), None))
+        assert ("a gateway reads and writes" in said) == expected
+
+
+def test_compute_waits_for_the_wire_inside_a_node_by_hand():
+    """Of the rows that a gateway passes on, those of its own experts need no wire: 7 of 8. Ids and weights go with the
+    first ones; narrower rows are narrower here too."""
+    options = PlanOptions(ranks=32, experts=256, top_k=8, tokens=1000, hidden=512, dedup="node", phase="infer",
+                          intra_bandwidth=1e11, latency=1e-5, message=1e-6)  # fmt: skip
+    at = place(options, ranks=32, bytes_per_s=options.bandwidth)
+    model, shape = cost_model(options, "top2", at), shapes(options, "top2", at, distinct=True)[0]
+    rows = round(distinct_ranks(256, 32, 8) / 31 * 24 * 1000) * 7 // 8
+    each_s = 1e-5 + 7e-6
+    hops = model.hops_s(shape, "forward")
+    assert hops.back[0] == pytest.approx(each_s + rows * 1024 / 1e11, rel=1e-3)
+    assert hops.out[0] == pytest.approx(2 * each_s + rows * (1024 + 64) / 1e11, rel=1e-3)
+    backward = model.hops_s(shape, "backward")
+    assert backward.back[0] == pytest.approx(2 * each_s + rows * (1024 + 32) / 1e11, rel=1e-3)
+    narrow = shapes(replace(options, dispatch_dtype="fp8"), "top2", at, distinct=True)[0]
+    fewer = model.hops_s(narrow, "forward")
+    assert hops.out[0] - fewer.out[0] == pytest.approx(rows * (1024 - 528) / 1e11, rel=1e-3)
+    assert fewer.back == hops.back and model.hops_s(narrow, "backward") == backward
+    direct = shapes(replace(options, dedup="on"), "top2", at, distinct=True)[0]
+    assert shape.bytes_by_lane["intra"] == direct.bytes_by_lane["intra"], "rows of the own node go there directly"

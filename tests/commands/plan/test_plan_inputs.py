@@ -8,9 +8,19 @@ from dataclasses import replace
 import pytest
 
 from moe_overlap.commands.cli import main
-from moe_overlap.commands.plan.machine import backbone_s, cost_model, expert_params, inter_rate, place, shapes
+from moe_overlap.commands.plan.elsewhere import elsewhere
+from moe_overlap.commands.plan.machine import (
+    agreement_s,
+    backbone_s,
+    cost_model,
+    expert_params,
+    inter_rate,
+    place,
+    shapes,
+)
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
 from moe_overlap.commands.plan.sweep import asked
+from moe_overlap.commands.plan.whole_model import whole_model
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.machines import MACHINES
 
@@ -106,6 +116,7 @@ def test_a_config_that_is_none(content, said, tmp_path, capsys):
         ("--layers 4 --moe-layers 5", "--moe-layers"), ("--memory 80", "--memory"), ("--draws 100000", "--draws"),
         ("--measured /nowhere", "--measured"), ("--spine 0", "--spine"), ("--optimizer adam", "--optimizer"),
         ("--layers 4 --kind scmoe_pos1", "--moe-layers"),
+        ("--tokens -1", "--tokens"), ("--tokens 0 --expert-offload 50GB", "--tokens"),
         ("--moe-layers 4", "--moe-layers"), ("--vocab 100", "--vocab"), ("--recompute on", "--recompute"),
         ("--micro-batches 4", "--micro-batches"), ("--optimizer whole", "--optimizer"), ("--memory 80GB", "--memory"),
     ],
@@ -198,13 +209,55 @@ def test_where_nothing_is_exchanged_nothing_is_gained(kind, weights, tokens, pha
     assert one.bound_s <= one.time_s * (1 + 1e-12) and one.phases[0].best.chunks == 1
 
 
-def test_zero_tokens_take_no_time_in_the_window():
+def test_chunks_without_tokens_take_no_time_in_the_window():
     options = PlanOptions(ranks=8, experts=16, tokens=1)
     at_8, model = at(options), cost_model(options, "top2", at(options))
-    empty = replace(options, tokens=1)
-    shape = shapes(empty, "top2", at_8)[4]  # one token in 16 chunks: 15 of them are empty
+    shape = shapes(options, "top2", at_8)[4]  # one token in 16 chunks: 15 of them are empty
     assert shape.chunks == 16 and sum(shape.rows) == 2 and sum(n > 0 for n in shape.experts) == 1
     assert model.exchange_s({"intra": 0}) == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dedup", ["auto", "on", "off", "node"])
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+@pytest.mark.parametrize("phase", ["infer", "train"])
+def test_a_step_without_tokens_is_its_agreement(kind, dedup, ranks, phase):
+    options = PlanOptions(ranks=ranks, tokens=0, kind=kind, dedup=dedup, phase=phase)
+    one = asked(options, kind)
+    assert one.time_s == one.serial_s == agreement_s(options, at(options)) and one.speedup == 1.0
+    assert one.comm_share == 0.0 and not one.deduplicated and {phase.name for phase in one.phases} == {"serial"}
+
+
+@pytest.mark.parametrize("words", ["", "--ranks 1", "--machine h100x8 --layers 8 --price 2 --ranks 8", "--phase infer"])
+def test_the_command_without_tokens_says_what_an_idle_rank_waits_for(words, capsys, tmp_path):
+    assert main(["plan", "--tokens", "0", *words.split(), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "No rank has a token" in said and "takes as long as theirs" in said and "1.00x serial" in said
+    assert "What else would give" not in said and "How sure" not in said and "nan" not in said
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert record["options"]["tokens"] == 0 and {one["speedup_vs_serial"] for one in record["point"]} == {1.0}
+    assert not (tmp_path / "plan.png").exists()
+
+
+def test_ops_of_few_tokens_read_their_weights():
+    """One token: attention, MLP, head and experts are bound by memory, and with no other cost that is the step."""
+    free = dict.fromkeys(("launch", "issue", "latency", "message"), 0.0)
+    options = PlanOptions(ranks=8, experts=16, tokens=1, phase="infer", layers=4, vocab=1000, dedup="off", **free)
+    attention_s, mlp_s, _, _ = backbone_s(options)
+    assert attention_s == 4 * 4096**2 * 2 / options.memory_bandwidth
+    assert mlp_s == 3 * 4096 * 8192 * 2 / options.memory_bandwidth
+    whole = whole_model(options, asked(options, "top2"))
+    weights_s = (whole.held["weights"] - 2 * 4096 * 1000) / options.memory_bandwidth  # not the embedding
+    assert whole.step_s == pytest.approx(weights_s, rel=0.001)
+    many = replace(options, tokens=8192)
+    assert backbone_s(many)[1] == 6 * 8192 * 4096 * 8192 / options.flops
+
+
+def test_one_token_makes_no_two_batches():
+    options = PlanOptions(ranks=8, experts=16, tokens=1, phase="infer")
+    for tokens, expected in ((1, {"serial"}), (2, {"serial", "two batches interleaved, at best"})):
+        other = replace(options, tokens=tokens)
+        assert {one.what for one in elsewhere(other, asked(other, "top2"))} == expected
 
 
 def test_weights_beside_matmuls_leave_chunks_their_gain():

@@ -131,3 +131,21 @@ def test_files_that_do_not_fit_are_refused(file, tmp_path):
     with pytest.raises(ConfigError, match="no expert twice"):
         asked(options_of(twice), "top2")
     assert asked(options_of(twice, dedup="off"), "top2").time_s > 0
+
+
+def test_no_tokens_of_a_routing_are_nothing_to_exchange(file, tmp_path):
+    words = ["--routing", file, "--ranks", "4", "--experts", "8", "--top-k", "3", "--tokens", "0"]
+    assert main(["plan", *words, "--out", str(tmp_path / "out")]) == 0
+    point = json.loads((tmp_path / "out" / "plan.json").read_text())["point"][0]
+    assert point["routing"]["rows_per_token"] == 0 and point["speedup_vs_serial"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["top2", "shared1", "scmoe_pos2"])
+@pytest.mark.parametrize("dedup", ["off", "on", "auto"])
+def test_a_routing_that_stays_on_its_rank_gains_nothing(kind, dedup, tmp_path):
+    """Four choices of eight experts, all on the token's own rank: sent once or not, nothing is sent."""
+    ids = (torch.arange(64) // 32)[:, None].to(torch.int32) * 4 + torch.arange(4, dtype=torch.int32)
+    options = options_of(saved(tmp_path, ids), ranks=2, ranks_per_node=1, tokens=32, top_k=4, kind=kind, dedup=dedup)
+    one = asked(options, kind)
+    assert one.speedup == pytest.approx(1.0, abs=1e-12) and one.comm_share == pytest.approx(0.0, abs=1e-12)
+    assert one.distinct is None and {phase.best.chunks for phase in one.phases} == {1}
