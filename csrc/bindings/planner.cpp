@@ -24,7 +24,7 @@ using Seats = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
 
 std::tuple<double, double, bool, Seats, bool> decide_replication(
     const py::array_t<int64_t, py::array::c_style | py::array::forcecast>& counts, int64_t ranks_per_node,
-    const Seats& seats, std::vector<int64_t> spare, bool refetched, const std::vector<std::array<double, 15>>& phases,
+    const Seats& seats, std::vector<int64_t> spare, bool refetched, const std::vector<std::array<double, 16>>& phases,
     int64_t most_copies, double margin) {
   if (counts.ndim() != 2) throw std::invalid_argument("counts must be [ranks, experts]");
   moe_overlap::Load load{};
@@ -38,13 +38,14 @@ std::tuple<double, double, bool, Seats, bool> decide_replication(
   for (const auto& p : phases) {
     load.phases.push_back({p[0],
                            p[1],
-                           {{{p[2], p[3]}, {p[4], p[5]}}},
-                           {{{p[6], p[7]}, {p[8], p[9]}}},
-                           p[10],
+                           p[2],
+                           {{{p[3], p[4]}, {p[5], p[6]}}},
+                           {{{p[7], p[8]}, {p[9], p[10]}}},
                            p[11],
-                           p[12] != 0,
+                           p[12],
                            p[13] != 0,
-                           p[14] != 0});
+                           p[14] != 0,
+                           p[15] != 0});
   }
   load.most_copies = most_copies;
   load.margin = margin;

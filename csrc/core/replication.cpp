@@ -207,12 +207,13 @@ class Decider {
     Lanes copies_out{Rows(ranks, 0), Rows(ranks, 0)};
     Lanes copies_in = copies_out;
     std::vector<CopyOrder> orders;
-    Rows hosted(ranks, 0);
+    Computed computed{seats.loads, Rows(ranks, 0), Rows(ranks, 0)};
     for (size_t i = 0; i < seats.all.size(); ++i) {
       const Seat& seat = seats.all[i];
       if (seat.rows == 0) continue;
-      ++hosted[static_cast<size_t>(seat.rank)];
+      ++computed.experts[static_cast<size_t>(seat.rank)];
       const bool copy = i >= static_cast<size_t>(load_.experts);
+      if (copy) computed.copied[static_cast<size_t>(seat.rank)] += seat.rows;
       if (copy && (load_.refetched || i >= load_.seats.size())) {
         const int64_t home = load_.seats[static_cast<size_t>(seat.expert)].rank;
         const size_t wire = lane(home, seat.rank);
@@ -234,28 +235,18 @@ class Decider {
         copies[wire] = std::max({copies[wire], copies_out[wire][rank], copies_in[wire][rank]});
       }
     }
-    std::vector<double> compute_s(load_.phases.size(), 0);
-    for (size_t i = 0; i < compute_s.size(); ++i) {
-      const PhaseCosts& phase = load_.phases[i];
-      for (size_t rank = 0; rank < ranks; ++rank) {
-        const double rank_s =
-            phase.row_s * static_cast<double>(seats.loads[rank]) + phase.expert_s * static_cast<double>(hosted[rank]);
-        compute_s[i] = std::max(compute_s[i], rank_s);
-      }
-    }
     // Weights in these groups, where a phase relays them; gradients, and weights that it does not, from and to the
     // homes.
     const auto total_s = [&](const Ports* groups, size_t count) {
       double total = 0;
-      for (size_t i = 0; i < compute_s.size(); ++i) {
-        const PhaseCosts& phase = load_.phases[i];
+      for (const PhaseCosts& phase : load_.phases) {
         double copy_s = 0;
         if (phase.relays) {
           for (size_t group = 0; group < count; ++group) copy_s += phase.copies_s(groups[group]);
         } else {
           copy_s += phase.copies_s(copies);
         }
-        total += phase.window_s(compute_s[i], rows, copy_s);
+        total += phase.window_s(computed, rows, copy_s);
       }
       return total;
     };
@@ -372,7 +363,24 @@ double PhaseCosts::copies_s(const Ports& copies) const {
   return most;
 }
 
-double PhaseCosts::window_s(double compute_s, const Ports& rows, double copy_s) const {
+double PhaseCosts::last_gradients_s(const Computed& computed, double copy_s) const {
+  double most = 0;
+  for (size_t rank = 0; rank < computed.rows.size(); ++rank) {
+    const auto n = static_cast<double>(computed.rows[rank]);
+    const auto copied = static_cast<double>(computed.copied[rank]);
+    const double before =
+        (row_s - wgrad_row_s) * n + expert_s * static_cast<double>(computed.experts[rank]) + wgrad_row_s * copied;
+    most = std::max(most, before + std::max(wgrad_row_s * (n - copied) + beside_s, copy_s));
+  }
+  return most;
+}
+
+double PhaseCosts::window_s(const Computed& computed, const Ports& rows, double copy_s) const {
+  double busy_s = 0;
+  for (size_t rank = 0; rank < computed.rows.size(); ++rank) {
+    busy_s = std::max(busy_s, row_s * static_cast<double>(computed.rows[rank]) +
+                                  expert_s * static_cast<double>(computed.experts[rank]));
+  }
   double wire_s = 0;
   for (size_t wire = 0; wire < kWires; ++wire) {
     if (rows[wire] != 0) {
@@ -380,11 +388,21 @@ double PhaseCosts::window_s(double compute_s, const Ports& rows, double copy_s) 
       wire_s = std::max(wire_s, 2.0 * (chunks * sent.alpha_s + sent.beta_s * static_cast<double>(rows[wire])));
     }
   }
-  if (joined) return compute_s + wire_s + beside_s + copy_s;
+  if (joined) return busy_s + wire_s + beside_s + copy_s;
   const double exposed_s = exposed_copies ? copy_s : 0;
-  const double busy_s = wire_s + (copy_s - exposed_s);
-  const double by_compute = compute_s + std::max(beside_s, wire_s / chunks);
-  return std::max(by_compute, busy_s + compute_s / chunks) + exposed_s;
+  copy_s -= exposed_s;
+  const double moved_s = wire_s + copy_s;
+  const double chunk_s = wire_s / (2 * chunks);
+  if (wgrad_row_s == 0) {
+    const double before_s = std::max(beside_s, copy_s + 2 * chunk_s);
+    return std::max(busy_s + before_s, moved_s + busy_s / chunks) + exposed_s;
+  }
+  const double dgrad_s = busy_s * (1 - wgrad_row_s / row_s);
+  double total_s = std::max(busy_s + std::max(beside_s, chunk_s), moved_s + dgrad_s / chunks);
+  if (copy_s != 0) {
+    total_s = std::max(total_s, last_gradients_s(computed, copy_s) + std::max(chunk_s - beside_s, 0.0));
+  }
+  return total_s + exposed_s;
 }
 
 Decision decide(const Load& load) {

@@ -12,6 +12,13 @@
 
 namespace moe_overlap {
 
+// What the ranks compute: rows, those of them at copies, experts that have rows.
+struct Computed {
+  std::vector<int64_t> rows;
+  std::vector<int64_t> copied;
+  std::vector<int64_t> experts;
+};
+
 // Seconds of one phase; see PhaseCosts in moe_overlap/planning/copy_costs.py.
 struct PhaseCosts {
   struct Line {
@@ -19,6 +26,7 @@ struct PhaseCosts {
     double beta_s;
   };
   double row_s;
+  double wgrad_row_s;
   double expert_s;
   std::array<Line, kWires> exchange;
   std::array<Line, kWires> copy;
@@ -30,7 +38,9 @@ struct PhaseCosts {
 
   // Of one exchange of copies.
   double copies_s(const Ports& copies) const;
-  double window_s(double compute_s, const Ports& rows, double copy_s) const;
+  double window_s(const Computed& computed, const Ports& rows, double copy_s) const;
+  // Until the gradients of copies are home, from the first of a rank's rows on.
+  double last_gradients_s(const Computed& computed, double copy_s) const;
 };
 
 // `rows` of `expert` are computed on `rank`.

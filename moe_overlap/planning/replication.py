@@ -27,7 +27,7 @@ import numpy as np
 from moe_overlap.agreement.relays import Order, Ports, direct_ports, relays_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 
 TARGETS, REFINED = 12, 4
 TIE = 1e-9  # relative; rounding must not choose
@@ -270,10 +270,11 @@ def price(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> tu
     into: Lanes = ([0] * ranks, [0] * ranks)
     copies: list[Order] = []
     of_expert: list[list[tuple[int, int]]] = [[] for _ in range(experts)]
-    loads, hosted = rank_rows(seats, ranks), [0] * ranks
+    copied, hosted = [0] * ranks, [0] * ranks
     for number, (expert, rank, rows) in enumerate(seats):
         of_expert[expert].append((rank, rows))
         hosted[rank] += rows > 0
+        copied[rank] += rows if number >= experts else 0
         if number >= experts and rows and (load.refetched or number >= len(load.seats)):
             copies.append(Order(expert, load.seats[expert][1], rank))
     for expert, places in enumerate(of_expert):
@@ -283,18 +284,15 @@ def price(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> tu
                 out[lane][source] += rows
                 into[lane][to] += rows
     busiest = [max(*out[lane], *into[lane]) for lane in (INTER, INTRA)]
-    compute_s = [
-        max(phase.row_s * rows + phase.expert_s * count for rows, count in zip(loads, hosted, strict=True))
-        for phase in phases
-    ]
+    computed = Computed(rows=rank_rows(seats, ranks), copied=copied, experts=hosted)
 
     direct = direct_ports(copies, load.ranks_per_node)
 
     def seconds(*weights: Ports) -> float:
         """With weights in these groups where a phase relays them, and all else between the homes and the copies."""
-        total = 0.0
-        for phase, busy_s in zip(phases, compute_s, strict=True):
-            total += phase.window_s(busy_s, busiest, *(weights if phase.relays else [direct]))
+        total = 0.0  # sum() would not round as the compiled form does (Python 3.12)
+        for phase in phases:
+            total += phase.window_s(computed, busiest, *(weights if phase.relays else [direct]))
         return total
 
     direct_s = seconds(direct)

@@ -10,9 +10,18 @@ import pytest
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_costs import PhaseCosts, break_even, break_even_text, costs_of, nominal_costs
+from moe_overlap.planning.copy_costs import (
+    Computed,
+    PhaseCosts,
+    break_even,
+    break_even_text,
+    costs_of,
+    nominal_costs,
+)
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
 from moe_overlap.planning.replication import Load, decide, decide_reference, priced, rank_rows, split_rows
+from moe_overlap.schedule.actions import Schedule
+from moe_overlap.schedule.check import makespan_s
 
 FREE = AlphaBeta(alpha_s=0.0, beta_s=0.0)
 
@@ -46,7 +55,8 @@ def drawn(rng, ranks, experts, per_node, *, copies=0):
 def random_phase(rng):
     prices = rng.uniform(0, 1, 9)
     return PhaseCosts(
-        row_s=prices[0], expert_s=prices[1], exchange=(line(prices[2], prices[3]), line(prices[4])),
+        row_s=prices[0], wgrad_row_s=prices[0] * float(rng.choice([0.0, 0.5])),
+        expert_s=prices[1], exchange=(line(prices[2], prices[3]), line(prices[4])),
         copy=(line(20 * prices[5], prices[6]), line(20 * prices[7])), beside_s=20 * prices[8],
         chunks=int(rng.integers(1, 5)), joined=bool(rng.integers(2)), exposed_copies=bool(rng.integers(2)),
         relays=bool(rng.integers(2)),
@@ -282,6 +292,57 @@ def test_the_binding_checks_what_it_is_given():
             planner.decide_replication(*good[:place], bad, *good[place + 1 :])
 
 
+def simulated_s(phase, computed, rows, copy_s):
+    """An exact simulation of equal chunks on two ranks' lanes: all of compute is one rank's, and the wire's."""
+    r, wire_s = phase.chunks, 2.0 * phase.exchange[0].beta_s * rows
+    chunk_s = wire_s / 2 / r
+    (n,), (copied,), _ = computed.rows, computed.copied, computed.experts
+    chunks = range(r)
+    if not phase.wgrad_row_s:
+        text = " ".join(["Wf0", "P", *(f"D{i}" for i in chunks), *(f"E{i} C{i}" for i in chunks), "U"])
+        seconds = {"Wf0": copy_s, "P": 0.0, "U": 0.0, **{f"D{i}": chunk_s for i in chunks},
+                   **{f"C{i}": chunk_s for i in chunks}, **{f"E{i}": phase.row_s * n / r for i in chunks}}  # fmt: skip
+    else:
+        dgrad_s, wgrad_s = (phase.row_s - phase.wgrad_row_s) * n, phase.wgrad_row_s
+        text = " ".join(["Ut", *(f"Ct{i}" for i in chunks), *(f"Ed{i} Dt{i}" for i in chunks), "Wd Wg Ew0 Pt Wa"])
+        seconds = {"Ut": 0.0, "Pt": 0.0, "Wa": 0.0, "Wd": wgrad_s * copied, "Wg": copy_s, "Ew0": wgrad_s * (n - copied),
+                   **{f"Ct{i}": chunk_s for i in chunks}, **{f"Dt{i}": chunk_s for i in chunks},
+                   **{f"Ed{i}": dgrad_s / r for i in chunks}}  # fmt: skip
+    return makespan_s(Schedule.parse(text), seconds)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_price_is_near_an_exact_simulation(backward):
+    rng = np.random.default_rng(5)
+    ratios = []
+    for _ in range(300):
+        n = int(rng.integers(100, 1000))
+        computed = Computed(rows=[n], copied=[int(rng.integers(0, n + 1))], experts=[0])
+        one = phase(row_s=1.0, wire_s=1.0, chunks=int(rng.integers(1, 6)), wgrad_row_s=0.5 if backward else 0.0)
+        rows, copies = int(rng.integers(1, 1000)), int(rng.integers(0, 1000))
+        one = replace(one, copy=(line(1.0), FREE))
+        price_s = one.window_s(computed, (rows, 0), (copies, 0))
+        ratios.append(price_s / simulated_s(one, computed, rows, float(copies)))
+    ratios = np.array(ratios)
+    assert 0.98 < ratios.min() and ratios.max() < 1.25
+    assert np.mean(np.abs(ratios - 1) < 0.1) > (0.95 if backward else 0.8) and abs(np.median(ratios) - 1) < 0.03
+
+
+def test_weights_are_waited_for_by_all_experts_and_gradients_go_home_beside_those_of_the_homes():
+    """A rank computes for 10 s in forward and 20 s in backward; what travels for copies takes 6 s, rows nothing."""
+    computed, free = Computed(rows=[10, 2], copied=[0, 0], experts=[1, 1]), (0, 0)
+    forward = phase(copy_s=3.0, chunks=4)
+    backward = replace(forward, row_s=2.0, wgrad_row_s=1.0)
+    assert forward.window_s(computed, free, (2, 0)) == 10.0 + 6.0
+    assert replace(forward, beside_s=4.0).window_s(computed, free, (2, 0)) == 10.0 + 6.0
+    assert replace(forward, beside_s=9.0).window_s(computed, free, (2, 0)) == 10.0 + 9.0
+    assert backward.window_s(computed, free, (2, 0)) == 20.0, "under ten weight gradients"
+    copied = replace(computed, copied=[7, 0])
+    assert backward.window_s(copied, free, (2, 0)) == 10.0 + 7.0 + 6.0, "three weight gradients are at home"
+    assert replace(backward, beside_s=3.0).window_s(copied, free, (2, 0)) == 20.0 + 3.0
+    assert replace(backward, exposed_copies=True).window_s(copied, free, (2, 0)) == 20.0 + 6.0
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
 def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
@@ -291,7 +352,9 @@ def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
     forward = found[0]
     assert len(found) == 1 + training and forward.row_s == 2 * numbers / 1e12
     if training:
-        assert found[1].row_s == 2 * forward.row_s and found[1].copy[0](1) == pytest.approx(4 * numbers / 1e9)
+        assert found[1].row_s == 2 * forward.row_s == 2 * found[1].wgrad_row_s and found[1].copy[0](1) == pytest.approx(
+            4 * numbers / 1e9
+        )
     even = 0.75 * ffn * (1 + 4 / dtype_bytes) if training else 1.5 * ffn
     for one in break_even(found, row_bytes=hidden * dtype_bytes, expert_params=numbers, param_bytes=dtype_bytes):
         assert one.bytes_rows == even

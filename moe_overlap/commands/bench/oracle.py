@@ -123,8 +123,18 @@ class _Programme:
             return
         exposed = 1.0 if phase.exposed_copies else 0.0
         self._at_least(window, {compute: 1.0, copy: exposed}, phase.beside_s)
-        self._at_least(window, {compute: 1.0, wire: part, copy: exposed})
-        self._at_least(window, {compute: part, wire: 1.0, copy: 1.0})
+        if not phase.wgrad_row_s:
+            self._at_least(window, {compute: 1.0, wire: part, copy: 1.0})
+            self._at_least(window, {compute: part, wire: 1.0, copy: 1.0})
+            return
+        dgrad = 1.0 - phase.wgrad_row_s / phase.row_s
+        self._at_least(window, {compute: 1.0, wire: part / 2, copy: exposed})
+        self._at_least(window, {compute: part * dgrad, wire: 1.0, copy: 1.0})
+        for r in ranks if not phase.exposed_copies else ():  # gradients of copies, after those of their weights
+            first = {i: phase.row_s - phase.wgrad_row_s * (self.load.seats[e][1] == r)
+                     for (_, e, to), i in self.x.items() if to == r}  # fmt: skip
+            self._at_least(window, {**first, copy: 1.0})
+            self._at_least(window, {**first, copy: 1.0, wire: part / 2}, -phase.beside_s)
 
     def _at_least(self, variable: int, terms: dict[int, float], constant: float = 0.0) -> None:
         """variable >= sum of terms + constant."""
