@@ -83,6 +83,9 @@ class Decides:
 
     digest = 11
 
+    def __init__(self, *, relayed: bool = False) -> None:
+        self.relayed = relayed
+
     def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
         wanted = counts.sum(axis=(0, 1))
         ranks = base.experts_of_ranks()
@@ -103,10 +106,12 @@ class Case:
     dedup: str = "off"  # "hierarchical": "on", and so; "static": off, and mode="static"
     node: int = 0  # ranks of a node, 0: not known
     placement: str = "identity"  # one of PLACEMENTS
+    relayed: bool = False  # copies go from rank to rank, where the placement has several of an expert
 
     def __str__(self) -> str:
         dedup = f"{self.dedup}-{self.node}" if self.node else self.dedup
-        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}-{dedup}-{self.placement}"
+        placement = self.placement + "-relayed" * self.relayed
+        return f"{self.world}-{self.schedule}-{self.chunks}-{str(self.dtype)[6:]}-{self.load}-{dedup}-{placement}"
 
     @property
     def experts(self) -> int:
@@ -255,7 +260,7 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
                    hierarchical=hierarchical, shared_expert_size=shared, dtype=case.dtype)  # fmt: skip
     model: nn.Module = moe
     if case.placement == "decided":
-        moe.dispatcher.rule = Decides()
+        moe.dispatcher.rule = Decides(relayed=case.relayed)
     if name == "shortcut":
         position = int(variant[-1])
         branch = nn.Linear(D, D, bias=False, dtype=case.dtype)
@@ -265,6 +270,8 @@ def build(case: Case, transport: Transport, rank: int, *, overlap: bool) -> nn.M
         model = ShortcutBlock([Op(case.dtype) for _ in range(3)], moe, tap=tap, slot=1, **ahead,
                               backward_slot=position % 2, shared_expert=branch, combine="gated", chunks=case.chunks,
                               backward_chunks=case.chunks % 5 + 1, overlap=overlap)  # fmt: skip
+    if case.relayed and case.placement != "decided":
+        model.schedule = replace(model.schedule, relayed_copies=True)
     full = weights(case)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -315,7 +322,7 @@ def expected(case: Case) -> list[dict[str, Tensor]]:
     """The float64 oracle: per rank, what `run_rank` must return; dense gradients are one rank's own."""
     model = case.schedule if case.schedule.startswith("shortcut") else case.schedule.partition("-")[0]
     plain = {"serial": "serial", "chunked": "serial", "shared_expert": "shared_expert-0"}.get(model, model)
-    return _expected(replace(case, schedule=plain, chunks=1))
+    return _expected(replace(case, schedule=plain, chunks=1, relayed=False))
 
 
 @lru_cache(maxsize=64)

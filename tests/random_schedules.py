@@ -71,7 +71,7 @@ def _shuffled(chance: random.Random, edges: dict[str, set[str]]) -> list[str]:
 def _forward(chance: random.Random, s: Shape) -> list[str]:
     fetched = {f"Wf{g}" for g in range(s.fetches)}
     chunks = range(s.chunks)
-    edges: dict[str, set[str]] = {"P": set(), **{word: set() for word in fetched}}
+    edges: dict[str, set[str]] = {"P": set(), **{f"Wf{g}": {f"Wf{g - 1}"} if g else set() for g in range(s.fetches)}}
     edges |= {f"D{c}": {"P"} for c in chunks}
     edges |= {f"E{c}": {f"D{c}", *fetched} for c in chunks}
     edges |= {f"C{c}": {f"E{c}"} for c in chunks}
@@ -213,9 +213,8 @@ class _Forward(_Walk):
     def M(self, _: None) -> None:
         self.need("P")
 
-    def Wf(self, _: int) -> None:
-        if self.count["N"]:
-            self.need("N")
+    def Wf(self, group: int) -> None:
+        self.need(*(["N"] if self.count["N"] else []), *([f"Wf{group - 1}"] if group else []))
 
     def D(self, c: int) -> None:
         self.extend("D", c, "P")

@@ -150,10 +150,11 @@ def expected(step: Step, w_in: Tensor, w_out: Tensor) -> list[list[Tensor]]:
 
 
 class Drawn:
-    """Copies of any experts anywhere, others for other counts; sometimes none."""
+    """Copies of any experts anywhere, others for other counts; sometimes none; every second time from rank to rank."""
 
     def __init__(self, seed: int) -> None:
         self.digest = seed
+        self.relayed = False  # of the call that was the last one of any rank: who calls reads it at once
 
     def __call__(self, counts, base: Placement) -> Placement:
         draw = random.Random(f"{self.digest} {counts.tolist()}")
@@ -162,6 +163,7 @@ class Drawn:
         for rank, expert in itertools.product(range(base.world_size), range(base.num_experts)):
             if rank != base.home_ranks[expert] and draw.random() < chance:
                 ranks[rank].append(expert)
+        self.relayed = draw.random() < 0.5
         if sum(map(len, ranks)) == base.num_slots:
             return base
         return Placement.of_ranks(ranks, homes=base.home_ranks, selector=selector)

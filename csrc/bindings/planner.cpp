@@ -22,9 +22,9 @@ namespace {
 
 using Seats = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
 
-std::tuple<double, double, bool, Seats> decide_replication(
+std::tuple<double, double, bool, Seats, bool> decide_replication(
     const py::array_t<int64_t, py::array::c_style | py::array::forcecast>& counts, int64_t ranks_per_node,
-    const Seats& seats, std::vector<int64_t> spare, bool refetched, const std::vector<std::array<double, 14>>& phases,
+    const Seats& seats, std::vector<int64_t> spare, bool refetched, const std::vector<std::array<double, 16>>& phases,
     int64_t most_copies, double margin) {
   if (counts.ndim() != 2) throw std::invalid_argument("counts must be [ranks, experts]");
   moe_overlap::Load load{};
@@ -38,19 +38,21 @@ std::tuple<double, double, bool, Seats> decide_replication(
   for (const auto& p : phases) {
     load.phases.push_back({p[0],
                            p[1],
-                           {{{p[2], p[3]}, {p[4], p[5]}}},
-                           {{{p[6], p[7]}, {p[8], p[9]}}},
-                           p[10],
+                           p[2],
+                           {{{p[3], p[4]}, {p[5], p[6]}}},
+                           {{{p[7], p[8]}, {p[9], p[10]}}},
                            p[11],
-                           p[12] != 0,
-                           p[13] != 0});
+                           p[12],
+                           p[13] != 0,
+                           p[14] != 0,
+                           p[15] != 0});
   }
   load.most_copies = most_copies;
   load.margin = margin;
   const moe_overlap::Decision found = moe_overlap::decide(load);
   Seats chosen;
   for (const moe_overlap::Seat& seat : found.seats) chosen.emplace_back(seat.expert, seat.rank, seat.rows);
-  return {found.left_s, found.predicted_s, found.left, std::move(chosen)};
+  return {found.left_s, found.predicted_s, found.left, std::move(chosen), found.relayed};
 }
 
 }  // namespace
@@ -100,9 +102,10 @@ PYBIND11_MODULE(_planner, module) {
       py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"), py::arg("deferred_s"),
       py::arg("ahead_s") = std::vector<double>{}, py::arg("last_s") = std::vector<double>{},
       "(predicted_s, joined, chunk_order, ops_before) of every candidate for one way of cutting the exchange.");
-  module.def("decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
-             py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),
-             "(left_s, predicted_s, left, seats (expert, rank, rows)): leave rows, move them, or copy experts.");
+  module.def(
+      "decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
+      py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),
+      "(left_s, predicted_s, left, seats (expert, rank, rows), relayed): leave rows, move them, or copy experts.");
   using Ints = std::vector<int64_t>;
   module.def(
       "eplb",

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace moe_overlap {
 namespace {
@@ -105,8 +106,8 @@ class Decider {
   }
 
   Decision decide() {
-    const double left_s = priced(given_);
-    double best_s = left_s;
+    const Price left = priced(given_);
+    Price best_price = left;
     std::vector<Seat> best = load_.seats;
     int64_t best_target = -1;
     int64_t best_copies = load_.most_copies;
@@ -117,9 +118,9 @@ class Decider {
     for (int64_t j = 0; j < kTargets; ++j) targets.push_back(mean + (most - mean) * j * j / (kTargets * kTargets));
     const auto attempt = [&](int64_t target, int64_t copies) {
       const Seats seats = fill(target, copies);
-      const double seconds = priced(seats);
-      if (!(seconds < best_s * (1 - kTie))) return false;
-      best_s = seconds;
+      const Price price = priced(seats);
+      if (!(price.seconds < best_price.seconds * (1 - kTie))) return false;
+      best_price = price;
       best = seats.all;
       return true;
     };
@@ -137,12 +138,19 @@ class Decider {
       const int64_t high = best_target + 1 < kTargets ? targets[static_cast<size_t>(best_target + 1)] : most;
       for (int64_t i = 1; i <= kRefined; ++i) attempt(low + (high - low) * i / (kRefined + 1), best_copies);
     }
-    if (!(best_s < left_s * (1 - load_.margin))) return {left_s, left_s, true, load_.seats};
-    return {left_s, best_s, false, std::move(best)};
+    if (!(best_price.seconds < left.seconds * (1 - load_.margin))) {
+      return {left.seconds, left.seconds, true, load_.seats, left.relayed};
+    }
+    return {left.seconds, best_price.seconds, false, std::move(best), best_price.relayed};
   }
 
  private:
   using Lanes = std::array<Rows, kWires>;
+
+  struct Price {
+    double seconds;
+    bool relayed;
+  };
 
   int64_t count(int64_t rank, int64_t expert) const { return load_.counts[rank * load_.experts + expert]; }
 
@@ -192,23 +200,26 @@ class Decider {
     }
   }
 
-  double priced(const Seats& seats) const {
+  Price priced(const Seats& seats) const {
     const auto ranks = static_cast<size_t>(load_.ranks);
     Lanes out = base_out_;
     Lanes into = base_in_;
     Lanes copies_out{Rows(ranks, 0), Rows(ranks, 0)};
     Lanes copies_in = copies_out;
-    Rows hosted(ranks, 0);
+    std::vector<CopyOrder> orders;
+    Computed computed{seats.loads, Rows(ranks, 0), Rows(ranks, 0)};
     for (size_t i = 0; i < seats.all.size(); ++i) {
       const Seat& seat = seats.all[i];
       if (seat.rows == 0) continue;
-      ++hosted[static_cast<size_t>(seat.rank)];
+      ++computed.experts[static_cast<size_t>(seat.rank)];
       const bool copy = i >= static_cast<size_t>(load_.experts);
+      if (copy) computed.copied[static_cast<size_t>(seat.rank)] += seat.rows;
       if (copy && (load_.refetched || i >= load_.seats.size())) {
         const int64_t home = load_.seats[static_cast<size_t>(seat.expert)].rank;
         const size_t wire = lane(home, seat.rank);
         ++copies_out[wire][static_cast<size_t>(home)];
         ++copies_in[wire][static_cast<size_t>(seat.rank)];
+        orders.push_back({seat.expert, home, seat.rank});
       }
     }
     for (int64_t expert = 0; expert < load_.experts; ++expert) {
@@ -216,25 +227,36 @@ class Decider {
       if (given_.next[static_cast<size_t>(expert)] < 0) add_home(expert, -1, out, into);
       add_split(seats, expert, out, into);
     }
-    std::array<int64_t, kWires> rows{};
-    std::array<int64_t, kWires> copies{};
+    Ports rows{};
+    Ports copies{};
     for (size_t wire = 0; wire < kWires; ++wire) {
       for (size_t rank = 0; rank < ranks; ++rank) {
         rows[wire] = std::max({rows[wire], out[wire][rank], into[wire][rank]});
         copies[wire] = std::max({copies[wire], copies_out[wire][rank], copies_in[wire][rank]});
       }
     }
-    double seconds = 0;
-    for (const PhaseCosts& phase : load_.phases) {
-      double compute_s = 0;
-      for (size_t rank = 0; rank < ranks; ++rank) {
-        const double rank_s =
-            phase.row_s * static_cast<double>(seats.loads[rank]) + phase.expert_s * static_cast<double>(hosted[rank]);
-        compute_s = std::max(compute_s, rank_s);
+    // Weights in these groups, where a phase relays them; gradients, and weights that it does not, from and to the
+    // homes.
+    const auto total_s = [&](const Ports* groups, size_t count) {
+      double total = 0;
+      for (const PhaseCosts& phase : load_.phases) {
+        double copy_s = 0;
+        if (phase.relays) {
+          for (size_t group = 0; group < count; ++group) copy_s += phase.copies_s(groups[group]);
+        } else {
+          copy_s += phase.copies_s(copies);
+        }
+        total += phase.window_s(computed, rows, copy_s);
       }
-      seconds += phase.window_s(compute_s, rows, copies);
-    }
-    return seconds;
+      return total;
+    };
+    const double direct_s = total_s(&copies, 1);
+    if (!(total_s(nullptr, 0) < direct_s * (1 - kTie))) return {direct_s, false};
+    const auto groups = relayed_ports(std::move(orders), load_.ranks, load_.ranks_per_node, copies);
+    if (!groups) return {direct_s, false};
+    const double relayed_s = total_s(groups->data(), groups->size());
+    if (relayed_s < direct_s * (1 - kTie)) return {relayed_s, true};
+    return {direct_s, false};
   }
 
   Seats fill(int64_t target, int64_t most_copies) const {
@@ -332,24 +354,55 @@ class Decider {
 
 }  // namespace
 
-double PhaseCosts::window_s(double compute_s, const std::array<int64_t, kWires>& rows,
-                            const std::array<int64_t, kWires>& copies) const {
+double PhaseCosts::copies_s(const Ports& copies) const {
+  double most = 0;
+  for (size_t wire = 0; wire < kWires; ++wire) {
+    if (copies[wire] == 0) continue;
+    most = std::max(most, copy[wire].alpha_s + copy[wire].beta_s * static_cast<double>(copies[wire]));
+  }
+  return most;
+}
+
+double PhaseCosts::last_gradients_s(const Computed& computed, double copy_s) const {
+  double most = 0;
+  for (size_t rank = 0; rank < computed.rows.size(); ++rank) {
+    const auto n = static_cast<double>(computed.rows[rank]);
+    const auto copied = static_cast<double>(computed.copied[rank]);
+    const double before =
+        (row_s - wgrad_row_s) * n + expert_s * static_cast<double>(computed.experts[rank]) + wgrad_row_s * copied;
+    most = std::max(most, before + std::max(wgrad_row_s * (n - copied) + beside_s, copy_s));
+  }
+  return most;
+}
+
+double PhaseCosts::window_s(const Computed& computed, const Ports& rows, double copy_s) const {
+  double busy_s = 0;
+  for (size_t rank = 0; rank < computed.rows.size(); ++rank) {
+    busy_s = std::max(busy_s, row_s * static_cast<double>(computed.rows[rank]) +
+                                  expert_s * static_cast<double>(computed.experts[rank]));
+  }
   double wire_s = 0;
-  double copy_s = 0;
   for (size_t wire = 0; wire < kWires; ++wire) {
     if (rows[wire] != 0) {
       const Line& sent = exchange[wire];
       wire_s = std::max(wire_s, 2.0 * (chunks * sent.alpha_s + sent.beta_s * static_cast<double>(rows[wire])));
     }
-    if (copies[wire] != 0) {
-      copy_s = std::max(copy_s, copy[wire].alpha_s + copy[wire].beta_s * static_cast<double>(copies[wire]));
-    }
   }
-  if (joined) return compute_s + wire_s + beside_s + copy_s;
+  if (joined) return busy_s + wire_s + beside_s + copy_s;
   const double exposed_s = exposed_copies ? copy_s : 0;
-  const double busy_s = wire_s + (copy_s - exposed_s);
-  const double by_compute = compute_s + std::max(beside_s, wire_s / chunks);
-  return std::max(by_compute, busy_s + compute_s / chunks) + exposed_s;
+  copy_s -= exposed_s;
+  const double moved_s = wire_s + copy_s;
+  const double chunk_s = wire_s / (2 * chunks);
+  if (wgrad_row_s == 0) {
+    const double before_s = std::max(beside_s, copy_s + 2 * chunk_s);
+    return std::max(busy_s + before_s, moved_s + busy_s / chunks) + exposed_s;
+  }
+  const double dgrad_s = busy_s * (1 - wgrad_row_s / row_s);
+  double total_s = std::max(busy_s + std::max(beside_s, chunk_s), moved_s + dgrad_s / chunks);
+  if (copy_s != 0) {
+    total_s = std::max(total_s, last_gradients_s(computed, copy_s) + std::max(chunk_s - beside_s, 0.0));
+  }
+  return total_s + exposed_s;
 }
 
 Decision decide(const Load& load) {

@@ -8,9 +8,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "relays.h"
+
 namespace moe_overlap {
 
-constexpr size_t kWires = 2;  // inter, intra
+// What the ranks compute: rows, those of them at copies, experts that have rows.
+struct Computed {
+  std::vector<int64_t> rows;
+  std::vector<int64_t> copied;
+  std::vector<int64_t> experts;
+};
 
 // Seconds of one phase; see PhaseCosts in moe_overlap/planning/copy_costs.py.
 struct PhaseCosts {
@@ -19,6 +26,7 @@ struct PhaseCosts {
     double beta_s;
   };
   double row_s;
+  double wgrad_row_s;
   double expert_s;
   std::array<Line, kWires> exchange;
   std::array<Line, kWires> copy;
@@ -26,9 +34,13 @@ struct PhaseCosts {
   double chunks;
   bool joined;
   bool exposed_copies;
+  bool relays;
 
-  double window_s(double compute_s, const std::array<int64_t, kWires>& rows,
-                  const std::array<int64_t, kWires>& copies) const;
+  // Of one exchange of copies.
+  double copies_s(const Ports& copies) const;
+  double window_s(const Computed& computed, const Ports& rows, double copy_s) const;
+  // Until the gradients of copies are home, from the first of a rank's rows on.
+  double last_gradients_s(const Computed& computed, double copy_s) const;
 };
 
 // `rows` of `expert` are computed on `rank`.
@@ -54,12 +66,13 @@ struct Load {
   double margin;
 };
 
-// seats: those given, with new rows, and behind them the new copies.
+// seats: those given, with new rows, and behind them the new copies. relayed: weights go from rank to rank.
 struct Decision {
   double left_s;
   double predicted_s;
   bool left;
   std::vector<Seat> seats;
+  bool relayed;
 };
 
 // Throws std::invalid_argument for lists of wrong lengths and for ranks, experts and rows that cannot be.

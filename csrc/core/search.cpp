@@ -148,12 +148,10 @@ std::vector<Indices> by_total(const std::vector<double>& totals_s) {
   const auto total_s = [&](int64_t job) { return totals_s[static_cast<size_t>(job)]; };
   Indices rising = in_turn(totals_s.size());
   Indices falling = rising;
-  std::sort(rising.begin(), rising.end(), [&](int64_t a, int64_t b) {
-    return std::make_pair(total_s(a), a) < std::make_pair(total_s(b), b);
-  });
-  std::sort(falling.begin(), falling.end(), [&](int64_t a, int64_t b) {
-    return std::make_pair(-total_s(a), a) < std::make_pair(-total_s(b), b);
-  });
+  std::sort(rising.begin(), rising.end(),
+            [&](int64_t a, int64_t b) { return std::make_pair(total_s(a), a) < std::make_pair(total_s(b), b); });
+  std::sort(falling.begin(), falling.end(),
+            [&](int64_t a, int64_t b) { return std::make_pair(-total_s(a), a) < std::make_pair(-total_s(b), b); });
   Indices pyramid;
   for (size_t i = 0; i < rising.size(); i += 2) pyramid.push_back(rising[i]);
   const size_t odd = rising.size() / 2;

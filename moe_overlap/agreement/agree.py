@@ -49,14 +49,14 @@ def agree_on(records: torch.Tensor, *, rank: int, num_slots: int, seats: Seats |
         bad |= impossible(pairs, tables[1:])
         node_rows = NodeCounts.of(pairs, tables[1:], rank)
     _require_possible(np.nonzero(bad)[0], column, rank)
-    kept = True
+    kept, relayed = True, False
     if rule is not None and seats is not None:
-        base, seats = seats, seats_of_step(rule, logical, seats)
+        base, (seats, relayed) = seats, seats_of_step(rule, logical, seats)
         kept = seats is base
         if not kept:  # deduplicated: first and last follow, `second_gather.py`
             tables = [seats.counts(logical, range(world_size))]
     return _plan(column, [Counts.of(one, rank) for one in tables], rank=rank, node_rows=node_rows, seats=seats,
-                 kept=kept)  # fmt: skip
+                 kept=kept, relayed=relayed)  # fmt: skip
 
 
 class Exchanged:
@@ -166,6 +166,7 @@ def _plan(
     column: dict[str, np.ndarray], tables: list[Counts], *, rank: int, node_rows: NodeCounts | None,
     seats: Seats | None,
     kept: bool = True,
+    relayed: bool = False,
 ) -> ExchangePlan:  # fmt: skip
     phase = int(column["phase"][0])
     return ExchangePlan(
@@ -183,6 +184,7 @@ def _plan(
         node_rows=node_rows,
         seats=seats,
         copies_kept=kept,
+        copies_relayed=relayed,
         weight_versions=tuple(column["weight_version"].tolist()),
         weights_require_grad=bool(column["weights_require_grad"].any()),
     )

@@ -3,7 +3,9 @@
 A copy is weights alone; the parameters, their optimizer state and the sum of the gradients are at the expert's home.
 A rank's copy is valid for (expert, version of its home's weights). Every rank says the version of its weights in the
 record of the step, so all ranks know alike which copies of which ranks are not valid any more: those are fetched (Wf),
-and where there are none nothing is. The gradients of all copies return in every backward (Wg).
+and where there are none nothing is. They come from their homes, or, relayed, in two groups from rank to rank
+(`relays.py`). The gradients of all copies return in every backward (Wg), home directly: that is where they are added,
+in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan
+from moe_overlap.agreement.relays import GROUPS, Hop, Order, Relays, relays_of
 from moe_overlap.agreement.seats import Copy
 
 Wanted = tuple[tuple[Copy, ...], ...]  # by rank, in the order of its seats
@@ -32,28 +35,35 @@ def count_steps(parameters: Iterable[object]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CopyPlan(ChunkPlan):
-    """The exchange of the weights of `wanted` copies, in `chunks` groups; its adjoint is that of their gradients.
+    """The exchange of the weights of `wanted` copies: in one group, all from their homes, whose adjoint is that of
+    their gradients, or in two, where a rank that got a copy in the first passes it on in the second. hops: by rank and
+    copy, how it comes.
 
     A row is one expert. Send order of a rank: group, rank of the copy, then as that rank has them. Receive order:
-    group, home, expert: that of the copies' seats.
+    group, sender, then the order of the copies' seats, which is (home, expert).
     """
 
     wanted: Wanted
+    hops: tuple[tuple[Hop, ...], ...]
 
     def group(self, rank: int, chunk: int) -> tuple[Copy, ...]:
-        """The copies of `rank` in a group."""
-        mine = self.wanted[rank]
-        return mine[len(mine) * chunk // self.chunks : len(mine) * (chunk + 1) // self.chunks]
+        """The copies of `rank` in a group, as they arrive."""
+        return tuple(one for _, one in self._arrivals[chunk][rank])
 
     def sent_experts(self, chunk: int) -> tuple[int, ...]:
         """The experts of the rows that this rank sends."""
-        ranks = range(self.world_size)
-        return tuple(one.expert for rank in ranks for one in self.group(rank, chunk) if one.home == self.rank)
+        arrivals = self._arrivals[chunk]
+        return tuple(one.expert for found in arrivals for sender, one in found if sender == self.rank)
 
     def counts(self, chunk: int, *, reverse: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        rows = self._rows[chunk]
+        rows = self.rows(chunk)
         send, recv = tuple(rows[self.rank].tolist()), tuple(rows[:, self.rank].tolist())
         return (recv, send) if reverse else (send, recv)
+
+    def rows(self, chunk: int) -> np.ndarray:
+        """int64 [W, W]: copies of a group, from sender to rank."""
+        found: np.ndarray = self._rows[chunk]
+        return found
 
     @cached_property
     def stays_local(self) -> tuple[bool, ...]:
@@ -61,19 +71,41 @@ class CopyPlan(ChunkPlan):
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        """int64 [C, W, W]: rows from home to rank."""
+        """int64 [C, W, W]."""
         rows = np.zeros((self.chunks, self.world_size, self.world_size), dtype=np.int64)
-        for chunk in range(self.chunks):
-            for rank in range(self.world_size):
-                for one in self.group(rank, chunk):
-                    rows[chunk, one.home, rank] += 1
+        for chunk, arrivals in enumerate(self._arrivals):
+            for rank, found in enumerate(arrivals):
+                for sender, _ in found:
+                    rows[chunk, sender, rank] += 1
         return rows
 
+    @cached_property
+    def _arrivals(self) -> list[list[list[tuple[int, Copy]]]]:
+        """[C][W]: (sender, copy) of the rows that a rank gets, in their order."""
+        found: list[list[list[tuple[int, Copy]]]] = [[] for _ in range(self.chunks)]
+        for wanted, hops in zip(self.wanted, self.hops, strict=True):
+            for chunk, arrivals in enumerate(found):
+                mine = [(hop.sender, one) for one, hop in zip(wanted, hops, strict=True) if hop.group == chunk]
+                arrivals.append(sorted(mine, key=lambda pair: pair[0]))
+        return found
 
-def copy_plan(exchange: ExchangePlan, wanted: Wanted, chunks: int = 1) -> CopyPlan:
-    """Of a step."""
+
+def copy_plan(exchange: ExchangePlan, wanted: Wanted, *, relayed: bool = False) -> CopyPlan:
+    """Of a step. relayed: in two groups, where that makes less of the busiest port's work."""
+    found = relays_of_copies(wanted, exchange.ranks_per_node) if relayed else None
+    hops = [[Hop(0, one.home) for one in copies] for copies in wanted]
+    if found is not None:
+        every = iter(found.hops)
+        hops = [[next(every) for _ in copies] for copies in wanted]
     nothing = np.zeros(0, dtype=np.int64)
-    return CopyPlan(exchange=exchange, chunks=chunks, by="tokens", sent=nothing, received=nothing, wanted=wanted)
+    return CopyPlan(exchange=exchange, chunks=1 if found is None else GROUPS, by="tokens", sent=nothing,
+                    received=nothing, wanted=wanted, hops=tuple(map(tuple, hops)))  # fmt: skip
+
+
+def relays_of_copies(wanted: Wanted, ranks_per_node: int) -> Relays | None:
+    """`relays_of` the copies of all ranks, rank by rank; ranks_per_node: 0 where it is not known."""
+    orders = tuple(Order(one.expert, one.home, rank) for rank, copies in enumerate(wanted) for one in copies)
+    return relays_of(orders, ranks_per_node or 1)
 
 
 class CopyBook:

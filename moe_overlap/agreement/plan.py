@@ -50,7 +50,8 @@ class ExchangePlan:
     a step whose seats were chosen from its counts). `ranks_per_node`: so many ranks
     in a row share a node, 0 where that is not known; `node_rows`: the (token, node) pairs, where a row crosses to each
     node once. `seats`: where the experts are in this step (None: expert i in slot i); `copies_kept`: those of
-    the layer, whose copies outlive the step while they are valid; `weight_versions`: of each rank's
+    the layer, whose copies outlive the step while they are valid; `copies_relayed`: the rule of the step wants copies
+    to go from rank to rank; `weight_versions`: of each rank's
     expert weights, numbers that change with them; `weights_require_grad`: whether any rank's gradients are wanted.
     """
 
@@ -68,6 +69,7 @@ class ExchangePlan:
     node_rows: NodeCounts | None = None
     seats: Seats | None = None
     copies_kept: bool = True
+    copies_relayed: bool = False
     weight_versions: tuple[int, ...] = ()
     weights_require_grad: bool = False
 

@@ -111,7 +111,8 @@ class Seats:
 
 class StepRule(Protocol):
     """Where the experts are in a step, decided when its counts are known. The homes are those of the layer's own
-    placement; copies that it has not are fetched for this step alone."""
+    placement; copies that it has not are fetched for this step alone. A rule may have `relayed`, a bool that is looked
+    at after each call: copies go from rank to rank (`relays.py`), where the schedule leaves that open."""
 
     @property
     def digest(self) -> int:
@@ -122,16 +123,17 @@ class StepRule(Protocol):
         function of both, as each rank, and a recompute, calls it by itself."""
 
 
-def seats_of_step(rule: StepRule, counts: np.ndarray, base: Seats) -> Seats:
-    """The seats that a rule decides on. Raises ConfigError where it would move a home."""
+def seats_of_step(rule: StepRule, counts: np.ndarray, base: Seats) -> tuple[Seats, bool]:
+    """The seats that a rule decides on; whether copies are relayed. Raises ConfigError where it would move a home."""
     placement = rule(counts, base.placement)
+    relayed = bool(getattr(rule, "relayed", False))
     if placement is base.placement:
-        return base
+        return base, relayed
     seats = seats_of(placement)
     if seats.homes != base.homes:
         given = f"a placement with the homes {seats.homes}"
         raise ConfigError("rule", given, f"{base.homes}, those of the layer: migrate() moves homes")
-    return seats
+    return seats, relayed
 
 
 @lru_cache(maxsize=256)

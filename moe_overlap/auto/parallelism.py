@@ -20,7 +20,7 @@ import numpy as np
 from moe_overlap.auto.replicate import Shares, with_copies
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
-from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 from moe_overlap.planning.replication import MARGIN, check_count, check_options
 
 
@@ -42,8 +42,8 @@ class ParallelismSwitch:
     phases: what is paid for a step, forward alone or both (`measured_costs`, `nominal_costs`), equal on all ranks.
     degrees: those to choose from, divisors of the ranks; None: all of them; with one alone there is no choice. margin:
     by what part a degree has to be faster than the lowest one. ranks_per_node: as the layer has it. `last`: what the
-    last call chose, `seconds` what it priced each degree at: so one rule for each layer. The layer's placement has one
-    slot for each expert.
+    last call chose, `seconds` what it priced each degree at, with copies from their homes: so one rule for each layer.
+    The layer's placement has one slot for each expert.
     """
 
     phases: Sequence[PhaseCosts]
@@ -109,7 +109,8 @@ class ParallelismSwitch:
         ranks, experts = counts_WE.shape
         group = ranks // degree
         homes_E = np.asarray(base.home_ranks)
-        wanted_dE = counts_WE.reshape(degree, group, experts).sum(axis=1) > 0
+        rows_dE = counts_WE.reshape(degree, group, experts).sum(axis=1)
+        wanted_dE = rows_dE > 0
         hosts_dE = np.arange(degree)[:, None] * group + homes_E % group
         in_group_Eg = homes_E[:, None] % group == np.arange(group)
         own_group_WW = np.arange(ranks)[:, None] // group == np.arange(ranks) // group
@@ -121,10 +122,10 @@ class ParallelismSwitch:
         loads_W = rows_WW.sum(axis=0)
         np.fill_diagonal(rows_WW, 0)
         rows, copies = self._busiest(rows_WW), self._busiest(copies_WW)
-        seconds = 0.0
-        for phase in self.phases:
-            compute_s = float((phase.row_s * loads_W + phase.expert_s * hosted_W).max())
-            seconds += phase.window_s(compute_s, rows, copies)
+        own_W = np.zeros(ranks, dtype=np.int64)
+        np.add.at(own_W, homes_E, rows_dE[homes_E // group, np.arange(experts)])
+        computed = Computed(rows=loads_W.tolist(), copied=(loads_W - own_W).tolist(), experts=hosted_W.tolist())
+        seconds = sum(phase.window_s(computed, rows, copies) for phase in self.phases)
         hosts_dE = np.where(wanted_dE, hosts_dE, -1)
         return Degree(degree=degree, hosts=hosts_dE, copies=int(copies_WW.sum()), seconds=seconds)
 

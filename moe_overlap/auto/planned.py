@@ -338,10 +338,9 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
     candidates = {phase: search(found, max_in_flight_bytes=budget) for phase, found in windows.items()}
     copied: dict[Phase, tuple[Candidate, ...]] = {}
     for phase in phases:
-        copies = kind.copies
-        wire_s = None if copies is None else copies.wire_s(schedule.model, phase, schedule.expert_bytes)
-        if wire_s is not None:
-            copied[phase] = with_copies_priced(windows[phase], candidates[phase], wire_s)
+        wires_s = [] if kind.copies is None else kind.copies.wires_s(schedule.model, phase, schedule.expert_bytes)
+        if wires_s:
+            copied[phase] = with_copies_priced(windows[phase], candidates[phase], wires_s)
     chosen = candidates | copied
     pair = pair_of(
         chosen["forward"][0],
@@ -357,6 +356,8 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
         for phase in phases
     }
     pair = pair if schedule.overlap else pair.join()
+    if kind.copies is not None:
+        pair = replace(pair, relayed_copies=chosen["forward"][0].relayed)
     return Planned(pair=pair, windows=windows, candidates=candidates, outside_s=outside_s, copied=copied)
 
 

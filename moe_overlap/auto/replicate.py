@@ -43,7 +43,8 @@ class ReplicationRule:
 
     phases: what is paid for a step, forward alone or both (`measured_costs`, `nominal_costs`), equal on all ranks.
     spare: slots for copies on each rank, beside those of the layer's placement. ranks_per_node: as the layer has it.
-    `last`: the decision of the last call, for whoever asks, and `seats_before` it: so one rule for each layer.
+    `last`: the decision of the last call, for whoever asks, `seats_before` it, and `relayed`, whether its copies go
+    from rank to rank: so one rule for each layer.
     """
 
     phases: Sequence[PhaseCosts]
@@ -53,6 +54,7 @@ class ReplicationRule:
     margin: float = MARGIN
     last: Decision | None = field(default=None, init=False)
     seats_before: int = field(default=0, init=False)
+    relayed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_count("spare", self.spare, least=0)
@@ -76,6 +78,7 @@ class ReplicationRule:
         load = load_of(counts, base, [self.spare] * base.world_size, self.ranks_per_node)
         self.seats_before = len(load.seats)
         self.last = decide(load, self.phases, most_copies=self.most_copies, margin=self.margin)
+        self.relayed = self.last.relayed
         return base if self.last.left else placement_of(load, self.last, base)
 
     def slots_for_copies(self, base: Placement) -> int:
@@ -88,7 +91,8 @@ class ReplicationRule:
         if one is None:
             return ""
         what = "left as it is" if one.left else f"{len(one.seats) - self.seats_before} new copies, rows shared out anew"
-        return f"{what}; predicted {1e3 * one.predicted_s:.3g} ms, {1e3 * one.left_s:.3g} ms if left"
+        how = "; copies go from rank to rank, in two groups" if one.relayed else ""
+        return f"{what}{how}; predicted {1e3 * one.predicted_s:.3g} ms, {1e3 * one.left_s:.3g} ms if left"
 
 
 def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per_node: int) -> Load:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 
@@ -44,10 +44,12 @@ def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: i
     check_count("spare", spare, least=0)
     check_count("ranks_per_node", ranks_per_node, least=1)
 
+    direct = _from_home(costs)
+
     def plan(counts_WE: np.ndarray, current: Placement) -> Placement:
         base = Placement.of_ranks(seats_of(current).homes, homes=current.home_ranks)
         load = load_of(counts_WE[:, None, :], base, [spare] * base.world_size, ranks_per_node)
-        found = decide(load, costs)
+        found = decide(load, direct)
         return base if found.left else placement_of(load, found, base)
 
     return plan
@@ -137,7 +139,7 @@ class PlacementController:
             raise ConfigError("release", release, "None, or a ratio from 1 to the threshold")
         if budget_bytes is not None and budget_bytes < 1:
             raise ConfigError("budget_bytes", budget_bytes, "None, or at least 1")
-        self.planner, self.costs, self.optimizers = planner, tuple(costs), list(optimizers)
+        self.planner, self.costs, self.optimizers = planner, _from_home(costs), list(optimizers)
         self.interval, self.threshold, self.horizon = interval, threshold, horizon
         self.budget_bytes, self.patience, self.ranks_per_node = budget_bytes, patience, ranks_per_node
         _check_planner(planner)
@@ -265,6 +267,11 @@ class PlacementController:
     def _price(self, counts_WE: np.ndarray, placement: Placement) -> float:
         load = load_of(counts_WE[:, None, :], placement, [0] * placement.world_size, self.ranks_per_node)
         return priced(load, load.seats, self.costs)
+
+
+def _from_home(costs: Sequence[PhaseCosts]) -> tuple[PhaseCosts, ...]:
+    """Kept copies come from their homes under every schedule but "auto", which looks at both forms."""
+    return tuple(replace(one, relays=False) for one in costs)
 
 
 def _check_planner(planner: object) -> None:

@@ -154,7 +154,8 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
         )
         lines += ["", f"-- {phase} --", text]
         if phase in planned.copied:
-            lines.append(f"\nCopies of experts are in none of these figures; with them this schedule takes "
+            how = "from rank to rank, in two groups" if best.relayed else "directly, in one group"
+            lines.append(f"\nCopies of experts are in none of these figures; with them, {how}, this schedule takes "
                          f"{in_ms(best.predicted_s)}, the least of the first {CONSIDERED}.")  # fmt: skip
         outside_s = planned.outside_s[phase]
         lines.append(f"\nOutside this window, in none of these figures: {in_ms(outside_s)} in the calibration.")

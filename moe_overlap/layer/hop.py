@@ -103,7 +103,7 @@ class Hop:
         self.slots_TK = ids_TK if seats is None else seats.of_ids(ids_TK, exchange.rank)
         self.copies: StepCopies | None = None
         if seats is not None and seats.has_copies:
-            self.copies = StepCopies(exchange, weights, dispatcher.copy_store, groups=1)
+            self.copies = StepCopies(exchange, weights, dispatcher.copy_store, relayed=False)
         count = sum(self.plan.recv_rows)
         self.rows = h.new_empty(count, layout.width)
         self.x = weights.w_out.new_empty(count, dispatcher.hidden)
@@ -145,13 +145,13 @@ class Hop:
 
     def _fetch(self) -> None:
         """Wf: the weights of copies that are not valid any more."""
-        if self.copies is not None and self.copies.fetches:
+        if self.copies is not None and self.copies.groups:
             rows = self.copies.outgoing(0)
             self.lanes.start(Action("Wf", 0), rows, layout=self.copies.layout, plan=self.copies.fetch)
 
     def _fetched(self) -> None:
         """The copies are there, before the first experts compute."""
-        if self.copies is not None and self.copies.fetches:
+        if self.copies is not None and self.copies.groups:
             self.copies.arrived(0, self.lanes.wait(Action("Wf", 0)))
 
     def _arrived(self, chunk: int) -> None:

@@ -31,7 +31,7 @@ def decide_replication(
     phases: Sequence[tuple[float, ...]],
     most_copies: int,
     margin: float,
-) -> tuple[float, float, bool, list[tuple[int, int, int]]]: ...
+) -> tuple[float, float, bool, list[tuple[int, int, int]], bool]: ...
 def eplb(
     loads: Sequence[Sequence[float]],
     slots: Sequence[int],

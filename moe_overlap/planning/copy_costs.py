@@ -28,17 +28,30 @@ FREE = AlphaBeta(alpha_s=0.0, beta_s=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Computed:
+    """What the ranks compute in a step, [W] each: rows; those of them at copies of other ranks' experts; experts that
+    have rows."""
+
+    rows: Sequence[int]
+    copied: Sequence[int]
+    experts: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseCosts:
     """One phase of a layer call, in seconds.
 
-    `row_s`: of a row of the busiest rank's experts; `expert_s`: of each of its experts that has rows. `exchange`: by
-    wire (inter, intra) over the rows that leave or enter the busiest rank, of one of the two exchanges. `copy`: by wire
-    over the experts that leave or enter the busiest rank as copies (in backward: their gradients). `beside_s`: other
-    work of the same window. `chunks`, `joined`: of the schedule. `exposed_copies`: copies are waited for where they
-    start, whatever else the schedule overlaps.
+    `row_s`: of a row of the busiest rank's experts; `wgrad_row_s`: of that, its weight gradients (0: a forward);
+    `expert_s`: of each expert that has rows. `exchange`: by wire (inter, intra) over the rows that leave or enter the
+    busiest rank, of one of the two exchanges. `copy`: by wire over the experts that leave or enter the busiest rank as
+    copies (in backward: their gradients). `beside_s`: other work of the same window. `chunks`, `joined`: of the
+    schedule. `exposed_copies`: copies are waited for where they start, whatever else the schedule overlaps. `relays`:
+    copies of this phase may go from rank to rank, in two exchanges (`agreement/relays.py`): those of weights, as
+    gradients go home directly.
     """
 
     row_s: float
+    wgrad_row_s: float = 0.0
     expert_s: float = 0.0
     exchange: tuple[AlphaBeta, AlphaBeta]
     copy: tuple[AlphaBeta, AlphaBeta]
@@ -46,31 +59,62 @@ class PhaseCosts:
     chunks: int = 1
     joined: bool = False
     exposed_copies: bool = False
+    relays: bool = False
 
-    def window_s(self, compute_s: float, rows: Sequence[int], copies: Sequence[int]) -> float:
-        """Of a step whose busiest rank computes for `compute_s` and moves so many rows and experts by wire (inter,
-        intra). With r chunks, from `measure/overlap.py`'s closed forms: a chunk of the wire stands before the first
-        experts and after the last, unless other work fills it, and one of compute within the wire's time."""
+    def window_s(self, computed: Computed, rows: Sequence[int], *copies: Sequence[int]) -> float:
+        """Of a step whose busiest rank moves so many rows and experts by wire (inter, intra); copies: of each exchange
+        of them.
+
+        With r chunks, from `measure/overlap.py`'s closed forms: a chunk of the wire stands before the first experts and
+        after the last, unless other work fills it, and one of compute within the wire's time. Copies of weights travel
+        before the rows, and all experts wait for them: beside them is other work alone. Their gradients come last, and
+        travel beside other work and the weight gradients of the experts that are at home.
+        """
+        busy_s = max(self.row_s * n + self.expert_s * e for n, e in zip(computed.rows, computed.experts, strict=True))
         wire_s, copy_s = 0.0, 0.0
         for lane in range(len(WIRES)):
-            sent, copied = self.exchange[lane], self.copy[lane]
+            sent = self.exchange[lane]
             if rows[lane]:
                 wire_s = max(wire_s, 2.0 * (self.chunks * sent.alpha_s + sent.beta_s * rows[lane]))
-            if copies[lane]:
-                copy_s = max(copy_s, copied.alpha_s + copied.beta_s * copies[lane])
+        for group in copies:
+            lines = zip(self.copy, group, strict=True)
+            copy_s += max((line.alpha_s + line.beta_s * count for line, count in lines if count), default=0.0)
         if self.joined:
-            return compute_s + wire_s + self.beside_s + copy_s
+            return busy_s + wire_s + self.beside_s + copy_s
         exposed_s = copy_s if self.exposed_copies else 0.0
-        busy_s = wire_s + (copy_s - exposed_s)
-        by_compute = compute_s + max(self.beside_s, wire_s / self.chunks)
-        return max(by_compute, busy_s + compute_s / self.chunks) + exposed_s
+        copy_s -= exposed_s
+        moved_s, chunk_s = wire_s + copy_s, wire_s / (2 * self.chunks)
+        if not self.wgrad_row_s:
+            before_s = max(self.beside_s, copy_s + 2 * chunk_s)
+            return max(busy_s + before_s, moved_s + busy_s / self.chunks) + exposed_s
+        dgrad_s = busy_s * (1 - self.wgrad_row_s / self.row_s)
+        total_s = max(busy_s + max(self.beside_s, chunk_s), moved_s + dgrad_s / self.chunks)
+        if copy_s:
+            total_s = max(total_s, self._last_gradients_s(computed, copy_s) + max(chunk_s - self.beside_s, 0.0))
+        return total_s + exposed_s
+
+    def _last_gradients_s(self, computed: Computed, copy_s: float) -> float:
+        """Until the gradients of copies are home, from the first of a rank's rows on."""
+        return max(
+            (self.row_s - self.wgrad_row_s) * n + self.expert_s * e + self.wgrad_row_s * copied
+            + max(self.wgrad_row_s * (n - copied) + self.beside_s, copy_s)
+            for n, copied, e in zip(computed.rows, computed.copied, computed.experts, strict=True)
+        )  # fmt: skip
 
     @property
     def numbers(self) -> tuple[float, ...]:
         """In the order in which the compiled decision takes them."""
-        lines = (*self.exchange, *self.copy)
-        return (self.row_s, self.expert_s, *(x for line in lines for x in (line.alpha_s, line.beta_s)), self.beside_s,
-                float(self.chunks), float(self.joined), float(self.exposed_copies))  # fmt: skip
+        lines = (x for line in (*self.exchange, *self.copy) for x in (line.alpha_s, line.beta_s))
+        words = (self.joined, self.exposed_copies, self.relays)
+        return (
+            self.row_s,
+            self.wgrad_row_s,
+            self.expert_s,
+            *lines,
+            self.beside_s,
+            float(self.chunks),
+            *map(float, words),
+        )
 
 
 def costs_of(
@@ -84,12 +128,13 @@ def costs_of(
     joined: bool = False,
     beside: bool = True,
     exposed_copies: bool = False,
+    relays: bool = True,
 ) -> tuple[PhaseCosts, ...]:
     """The costs of a layer call from a calibrated model.
 
     expert_params: numbers of one expert's weights, each of param_bytes; its gradients travel in float32. `beside`: the
-    model's backbone ops and shared expert run in the window. A wire that the model does not have costs nothing: no
-    ranks are joined by it.
+    model's backbone ops and shared expert run in the window. `relays`: weights may go from rank to rank where that is
+    faster; gradients never do. A wire that the model does not have costs nothing: no ranks are joined by it.
     """
     for name, value in (("row_bytes", row_bytes), ("expert_params", expert_params), ("param_bytes", param_bytes)):
         if value < 1:
@@ -104,6 +149,7 @@ def costs_of(
         found.append(
             PhaseCosts(
                 row_s=experts.beta_s + (0.0 if forward else model.experts_wgrad.beta_s),
+                wgrad_row_s=0.0 if forward else model.experts_wgrad.beta_s,
                 expert_s=model.expert_s if forward else model.expert_dgrad_s,
                 exchange=(_per(wires[0], row_bytes), _per(wires[1], row_bytes)),
                 copy=(_per(wires[0], expert_bytes), _per(wires[1], expert_bytes)),
@@ -111,6 +157,7 @@ def costs_of(
                 chunks=chunks,
                 joined=joined,
                 exposed_copies=exposed_copies,
+                relays=relays and forward,
             )
         )
     return tuple(found)
@@ -132,7 +179,7 @@ def nominal_costs(
 
     Experts of `matrices` matrices [hidden, ffn] (3: SwiGLU) take two operations a number and row, twice as many in
     backward; rows of `hidden` numbers and weights have dtype_bytes each, gradients of copies four. Rates are those of
-    one rank, to other nodes and inside its node.
+    one rank, to other nodes and inside its node. Weights may go from rank to rank, as with `costs_of`.
     """
     for name, value in (("hidden", hidden), ("ffn", ffn), ("dtype_bytes", dtype_bytes), ("matrices", matrices),
                         ("chunks", chunks)):  # fmt: skip
@@ -149,8 +196,9 @@ def nominal_costs(
 
     numbers, row = matrices * hidden * ffn, over(dtype_bytes * hidden)
     row_s = 2 * numbers / flop_per_s
-    forward = PhaseCosts(row_s=row_s, exchange=row, copy=over(dtype_bytes * numbers), chunks=chunks)
-    backward = PhaseCosts(row_s=2 * row_s, exchange=row, copy=over(GRADIENT_BYTES * numbers), chunks=chunks)
+    forward = PhaseCosts(row_s=row_s, exchange=row, copy=over(dtype_bytes * numbers), chunks=chunks, relays=True)
+    backward = PhaseCosts(row_s=2 * row_s, wgrad_row_s=row_s, exchange=row, copy=over(GRADIENT_BYTES * numbers),
+                          chunks=chunks)  # fmt: skip
     return (forward, backward) if training else (forward,)
 
 

@@ -10,7 +10,9 @@ then, less the copy itself. It takes the rows above the target, or all of its ra
 the wire's sake alone, from a rank below every target, is never made.) Targets lie between the mean and the fullest
 rank, denser near the mean, where the number of copies grows (12, and 4 more around the best). Each is priced exactly:
 rows of every rank, rows that leave and enter each rank on both wires, copies that leave and enter it. Among an expert's
-seats, rows stay on their rank first, then on their node (`split_rows`).
+seats, rows stay on their rank first, then on their node (`split_rows`). Where the costs allow it (`PhaseCosts.relays`),
+each is priced with its copies from their homes and with the same copies from rank to rank (`agreement/relays.py`), and
+has the lower price; the first where they tie.
 
 The compiled form (csrc/core/replication.cpp) and the reference here give the same doubles.
 """
@@ -22,9 +24,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_overlap.agreement.relays import Order, Ports, direct_ports, relays_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 
 TARGETS, REFINED = 12, 4
 TIE = 1e-9  # relative; rounding must not choose
@@ -83,12 +86,13 @@ class Load:
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """seats: those of the load in their order, then new copies, each with the rows that it computes. `left`: nothing
-    changes. `left_s`, `predicted_s`: the seconds of leaving it and of this."""
+    changes. `left_s`, `predicted_s`: the seconds of leaving it and of this. `relayed`: weights go from rank to rank."""
 
     left: bool
     left_s: float
     predicted_s: float
     seats: tuple[Seat, ...]
+    relayed: bool = False
 
     def copies(self, load: Load) -> tuple[tuple[int, int], ...]:
         """(expert, rank) of the new copies."""
@@ -105,10 +109,10 @@ def decide(
     planner = native.planner()
     if planner is None:
         return decide_reference(load, phases, most_copies=most, margin=margin)
-    left_s, predicted_s, left, seats = planner.decide_replication(
+    left_s, predicted_s, left, seats, relayed = planner.decide_replication(
         load.counts, load.ranks_per_node, load.seats, load.spare, load.refetched, [phase.numbers for phase in phases],
         most, margin)  # fmt: skip
-    return Decision(left=left, left_s=left_s, predicted_s=predicted_s, seats=tuple(seats))
+    return Decision(left=left, left_s=left_s, predicted_s=predicted_s, seats=tuple(seats), relayed=relayed)
 
 
 def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin: float) -> None:
@@ -131,8 +135,9 @@ def check_count(name: str, value: object, *, least: int) -> None:
 
 def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: int, margin: float) -> Decision:
     """`decide` in plain Python: the definition the compiled one is tested against."""
-    left_s = priced(load, load.seats, phases)
-    best_s, best_seats, best_target, best_copies = left_s, load.seats, -1, most_copies
+    left_s, left_relayed = price(load, load.seats, phases)
+    best_s, best_seats, best_relayed = left_s, load.seats, left_relayed
+    best_target, best_copies = -1, most_copies
     loads = rank_rows(load.seats, len(load.counts))
     most, mean = max(loads), -(-sum(loads) // len(loads))
     squares = TARGETS * TARGETS
@@ -141,20 +146,20 @@ def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: i
     for copies in allowed:
         for j in reversed(range(TARGETS)):
             seats = fill(load, phases, targets[j], copies)
-            seconds = priced(load, seats, phases)
+            seconds, relayed = price(load, seats, phases)
             if seconds < best_s * (1 - TIE):
-                best_s, best_seats, best_target, best_copies = seconds, seats, j, copies
+                best_s, best_seats, best_relayed, best_target, best_copies = seconds, seats, relayed, j, copies
     if best_target >= 0:
         low = targets[max(0, best_target - 1)]
         high = targets[best_target + 1] if best_target + 1 < TARGETS else most
         for i in range(1, REFINED + 1):
             seats = fill(load, phases, low + (high - low) * i // (REFINED + 1), best_copies)
-            seconds = priced(load, seats, phases)
+            seconds, relayed = price(load, seats, phases)
             if seconds < best_s * (1 - TIE):
-                best_s, best_seats = seconds, seats
+                best_s, best_seats, best_relayed = seconds, seats, relayed
     if not best_s < left_s * (1 - margin):
-        return Decision(left=True, left_s=left_s, predicted_s=left_s, seats=load.seats)
-    return Decision(left=False, left_s=left_s, predicted_s=best_s, seats=best_seats)
+        return Decision(left=True, left_s=left_s, predicted_s=left_s, seats=load.seats, relayed=left_relayed)
+    return Decision(left=False, left_s=left_s, predicted_s=best_s, seats=best_seats, relayed=best_relayed)
 
 
 def rank_rows(seats: Sequence[Seat], ranks: int) -> list[int]:
@@ -255,21 +260,23 @@ def _lane(one: int, other: int, ranks_per_node: int) -> int:
 
 def priced(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> float:
     """Seconds of all phases when the rows are computed at `seats`."""
+    return price(load, seats, phases)[0]
+
+
+def price(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> tuple[float, bool]:
+    """(seconds of all phases when the rows are computed at `seats`, whether copies are relayed then)."""
     ranks, experts = load.counts.shape
     out: Lanes = ([0] * ranks, [0] * ranks)
     into: Lanes = ([0] * ranks, [0] * ranks)
-    copies_out: Lanes = ([0] * ranks, [0] * ranks)
-    copies_in: Lanes = ([0] * ranks, [0] * ranks)
+    copies: list[Order] = []
     of_expert: list[list[tuple[int, int]]] = [[] for _ in range(experts)]
-    loads, hosted = rank_rows(seats, ranks), [0] * ranks
+    copied, hosted = [0] * ranks, [0] * ranks
     for number, (expert, rank, rows) in enumerate(seats):
         of_expert[expert].append((rank, rows))
         hosted[rank] += rows > 0
+        copied[rank] += rows if number >= experts else 0
         if number >= experts and rows and (load.refetched or number >= len(load.seats)):
-            home = load.seats[expert][1]
-            lane = _lane(home, rank, load.ranks_per_node)
-            copies_out[lane][home] += 1
-            copies_in[lane][rank] += 1
+            copies.append(Order(expert, load.seats[expert][1], rank))
     for expert, places in enumerate(of_expert):
         for source, to, rows in split_rows(load.counts[:, expert].tolist(), places, load.ranks_per_node):
             if source != to:
@@ -277,12 +284,23 @@ def priced(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> f
                 out[lane][source] += rows
                 into[lane][to] += rows
     busiest = [max(*out[lane], *into[lane]) for lane in (INTER, INTRA)]
-    copied = [max(*copies_out[lane], *copies_in[lane]) for lane in (INTER, INTRA)]
-    seconds = 0.0
-    for phase in phases:
-        compute_s = max(phase.row_s * rows + phase.expert_s * count for rows, count in zip(loads, hosted, strict=True))
-        seconds += phase.window_s(compute_s, busiest, copied)
-    return seconds
+    computed = Computed(rows=rank_rows(seats, ranks), copied=copied, experts=hosted)
+
+    direct = direct_ports(copies, load.ranks_per_node)
+
+    def seconds(*weights: Ports) -> float:
+        """With weights in these groups where a phase relays them, and all else between the homes and the copies."""
+        total = 0.0  # sum() would not round as the compiled form does (Python 3.12)
+        for phase in phases:
+            total += phase.window_s(computed, busiest, *(weights if phase.relays else [direct]))
+        return total
+
+    direct_s = seconds(direct)
+    if not seconds() < direct_s * (1 - TIE):  # copies that may be relayed are hidden, or there are none
+        return direct_s, False
+    found = relays_of(tuple(copies), load.ranks_per_node)
+    relayed_s = direct_s if found is None else seconds(*found.ports)
+    return (relayed_s, True) if relayed_s < direct_s * (1 - TIE) else (direct_s, False)
 
 
 def split_rows(

@@ -73,7 +73,8 @@ class Candidate:
     `joined`: every exchange is waited for where it starts (overlap off). `chunk_order`: the chunks as they are taken.
     `ops_before[i]`: how many ops stand before the experts of the i-th chunk taken, never decreasing; the rest stands
     after the last. `order`: the schedule's text, for `Schedule.parse`. `in_flight_bytes`: the most that exchanges under
-    way hold at once (0 where the window has no bytes).
+    way hold at once (0 where the window has no bytes). `relayed`: of a step with copies of experts, which go from rank
+    to rank (`planning/copied.py`).
     """
 
     chunks: int
@@ -84,6 +85,7 @@ class Candidate:
     order: str
     predicted_s: float
     in_flight_bytes: int
+    relayed: bool = False
 
 
 def search(
@@ -176,7 +178,7 @@ def simulated(
     pending: set[int] = set()  # positions of exchanges that are not waited for yet
     for position, (action, needs) in enumerate(zip(schedule, dependencies(schedule), strict=True)):
         for need in needs:
-            if need in pending and action.lane == "comp":
+            if need in pending:  # also where an exchange reads another one's result (Wf1)
                 pending.remove(need)
                 ready[need] = add("comp", window.issue_s, own[need])
         needed = [ready[need] for need in needs]

@@ -89,7 +89,16 @@ VERBS: dict[str, VerbSpec] = {
         ),
         _spec("D", "forward", WIRE, (_one("send"),), (_same("recv"),), "exchange", "dispatch a chunk"),
         _spec("M", "forward", WIRE, (_one("send"),), (_one("meta"),), "fixed", "ids and weights of the rows"),
-        _spec("Wf", "forward", WIRE, (_one("counts"),), (_same("copies"),), "weights", "fetch weights for copies"),
+        # A rank passes on in the second group what it got in the first.
+        _spec(
+            "Wf",
+            "forward",
+            WIRE,
+            (_one("counts"), _same("copies", -1)),
+            (_same("copies"),),
+            "weights",
+            "fetch weights for copies",
+        ),  # fmt: skip
         # Experts in host memory; `freed`: a place on the device is free again.
         _spec("Hf", "forward", COPY, (_same("freed", -SLOTS),), (_same("loaded"),), "weights", "weights from the host"),
         _spec(

@@ -20,6 +20,7 @@ from moe_overlap.agreement.loads import CHUNK_BY, Agreed, ChunkBy, pays
 from moe_overlap.agreement.sizes import BLOCKS, digest
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action, Schedule
+from moe_overlap.schedule.fetching import fetching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +40,14 @@ class SchedulePair:
     slot: int | None = None
     joined: bool = False
     joined_copies: bool = False  # weights of copies and their gradients alone are waited for where they start
+    relayed_copies: bool | None = None  # weights of copies go from rank to rank, in two groups; None: as the rule says
 
     @property
     def digest(self) -> int:
         """Equal on all ranks that will issue the same exchanges in the same order."""
         cuts = (self.chunks, self.by, self.backward_chunks, self.backward_by)
-        return digest(self.forward.text, self.backward.text, *cuts)
+        relayed = () if self.relayed_copies is None else (self.relayed_copies,)
+        return digest(self.forward.text, self.backward.text, *cuts, *relayed)
 
     @property
     def num_ops(self) -> int:
@@ -303,20 +306,16 @@ def split_own(pair: SchedulePair) -> SchedulePair:
 def with_copies(pair: SchedulePair, fetches: int, returns: bool) -> SchedulePair:
     """The same strategy in a step that has copies of experts.
 
-    `fetches` groups of weights are fetched (Wf; 0: all copies are valid) as soon as the counts are known: ahead of the
-    rows on the wire, which is one behind the other, so that the experts of the first chunk need not wait for all
-    chunks; in a shortcut's window both are under the backbone's ops. `returns`: the gradients of the copies are made
-    first (Wd), once the rows that stay are done (Od), and on their way home (Wg) beside the weight gradients of the
-    homes (Ew), which add them up last (Wa).
+    `fetches` groups of weights are fetched (`fetching`). `returns`: the gradients of the copies are made first (Wd),
+    once the rows that stay are done (Od), and on their way home (Wg) beside the weight gradients of the homes (Ew),
+    which add them up last (Wa).
     """
-    forward, backward = list(pair.forward), list(pair.backward)
-    begin = forward.index(Action("P"))
-    forward[begin:begin] = _actions("Wf", range(fetches))
+    backward = list(pair.backward)
     if returns:
         begin = max(place for place, action in enumerate(backward) if action.verb in ("Dt", "Od")) + 1
         backward[begin:begin] = [Action("Wd"), Action("Wg")]
         backward.append(Action("Wa"))
-    return replace(pair, forward=Schedule(tuple(forward)), backward=Schedule(tuple(backward)))
+    return replace(pair, forward=fetching(pair.forward, fetches), backward=Schedule(tuple(backward)))
 
 
 def _last(actions: list[Action], verb: str) -> int:

@@ -179,7 +179,8 @@ def spans(
     """(start_s, end_s) of every action by exact event simulation.
 
     `durations_s`: by action text (`D0`) or by verb (`D`); or one number for all. Lanes run their actions in issue
-    order, one at a time. `joined`: every action after an exchange also waits for it (overlap off).
+    order, one at a time. `joined`: every action after an exchange also waits for it (overlap off). An exchange that
+    reads the result of another one (Wf1 that of Wf0) is started behind the wait for it, and so is what follows.
     """
     actions = schedule.actions
     if isinstance(durations_s, Mapping):
@@ -187,6 +188,13 @@ def spans(
     else:
         seconds = [float(durations_s)] * len(actions)
     needs = [list(found) for found in dependencies(schedule)]
+    waited: list[int] = []
+    for position, action in enumerate(actions):
+        if action.lane == "wire":
+            waited += [need for need in needs[position] if actions[need].lane == "wire"]
+        elif action.lane == "comp":
+            needs[position] = sorted({*needs[position], *waited})
+            waited = []
     if joined:
         last_wire: int | None = None
         for position, action in enumerate(actions):

@@ -16,7 +16,7 @@ from moe_overlap.agreement.copies import COUNTED, CopyBook, CopyPlan, copy_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.ops import workspace
 from moe_overlap.ops.checks import accumulation_dtype
-from moe_overlap.schedule.weights import ExpertWeights, as_rows, of_rows, row_width
+from moe_overlap.schedule.weights import ExpertWeights, as_rows, fill_row, of_rows, row_width
 
 
 class CopyStore:
@@ -56,21 +56,22 @@ class CopyStore:
 
 
 class StepCopies:
-    """The copies of one step on this rank."""
+    """The copies of one step on this rank. relayed: those that are fetched go from rank to rank, in two groups, where
+    that helps; `groups`: of Wf, 0 where nothing is fetched."""
 
-    def __init__(self, exchange: ExchangePlan, weights: ExpertWeights, store: CopyStore, *, groups: int) -> None:
+    def __init__(self, exchange: ExchangePlan, weights: ExpertWeights, store: CopyStore, *, relayed: bool) -> None:
         assert exchange.seats is not None
         self.seats, self.rank, self._store, self._weights = exchange.seats, exchange.rank, store, weights
         self._exchange = exchange
         wanted = store.book.wanted(exchange, weights.w_in.dtype)
-        self.fetch = copy_plan(exchange, wanted, groups)
-        self.fetches = any(wanted)
+        self.fetch = copy_plan(exchange, wanted, relayed=relayed)
+        self.groups = self.fetch.chunks if any(wanted) else 0
         mine = self.seats.copies[self.rank]
         if mine:
-            as_kept = not self.fetches and store.experts == tuple(one.expert for one in mine)
+            as_kept = not self.groups and store.experts == tuple(one.expert for one in mine)
             weights.copied = store.held if as_kept else self._new_buffers(len(mine))
-        self._waiting = groups
-        if not self.fetches:
+        self._waiting = self.groups
+        if not self.groups:
             self._keep()
 
     @property
@@ -80,10 +81,17 @@ class StepCopies:
         return RowLayout(width=row_width(w.w_in, w.w_out), dtype=w.w_in.dtype, weights=True)
 
     def outgoing(self, group: int) -> torch.Tensor:
-        """Wf: the weights of this rank's experts that others want."""
-        places = {expert: place for place, expert in enumerate(self.seats.homes[self.rank])}
-        w = self._weights
-        return as_rows(w.w_in, w.w_out, [places[expert] for expert in self.fetch.sent_experts(group)])
+        """Wf: the weights of experts that others get from this rank: of its own ones, and of copies that came in the
+        group before."""
+        w, experts = self._weights, self.fetch.sent_experts(group)
+        places = {one.expert: (w.copied, place) for place, one in enumerate(self.seats.copies[self.rank])}
+        places |= {expert: ((w.w_in, w.w_out), place) for place, expert in enumerate(self.seats.homes[self.rank])}
+        rows = w.w_in.new_empty(len(experts), self.layout.width)
+        for row, expert in zip(rows, experts, strict=True):
+            stacks, place = places[expert]
+            assert stacks is not None
+            fill_row(row, stacks[0][place], stacks[1][place])
+        return rows
 
     def arrived(self, group: int, rows: torch.Tensor) -> None:
         """Wf: to their seats; after the last group they are kept."""

@@ -138,10 +138,11 @@ class Step(Backward):
             return with_host_experts(pair)
         if exchange.seats is None or not exchange.seats.has_copies:
             return pair
-        self._copies = StepCopies(exchange, self._weights, self._store, groups=1)
+        relayed = exchange.copies_relayed if pair.relayed_copies is None else pair.relayed_copies
+        self._copies = StepCopies(exchange, self._weights, self._store, relayed=relayed)
         self._give_back = copy_plan(exchange, exchange.seats.copies)
         returns = exchange.grad_enabled and exchange.weights_require_grad
-        return with_copies(pair, int(self._copies.fetches), returns)
+        return with_copies(pair, self._copies.groups, returns)
 
     # ---------------------------------------------------------------- forward: the walk
 

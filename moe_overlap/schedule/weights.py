@@ -67,11 +67,15 @@ def row_width(w_in: torch.Tensor, w_out: torch.Tensor) -> int:
 def as_rows(w_in: torch.Tensor, w_out: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
     """[len(experts), width]: the weights of some experts of a stack, w_in first."""
     rows = w_in.new_empty(len(experts), row_width(w_in, w_out))
-    split = w_in.shape[1] * w_in.shape[2]
     for row, expert in zip(rows, experts, strict=True):
-        row[:split].view(w_in.shape[1:]).copy_(w_in[expert])
-        row[split:].view(w_out.shape[1:]).copy_(w_out[expert])
+        fill_row(row, w_in[expert], w_out[expert])
     return rows
+
+
+def fill_row(row: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> None:
+    """The weights of one expert, [F', D] and [D, F], into its row."""
+    row[: w_in.numel()].view(w_in.shape).copy_(w_in)
+    row[w_in.numel() :].view(w_out.shape).copy_(w_out)
 
 
 def of_rows(rows: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

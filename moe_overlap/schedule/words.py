@@ -54,7 +54,7 @@ def _without_copies(pair: SchedulePair) -> SchedulePair:
         Schedule(tuple(action for action in schedule if action.verb not in ("Wf", "Wd", "Wg", "Wa")))
         for schedule in (pair.forward, pair.backward)
     )
-    return replace(pair, forward=forward, backward=backward)
+    return replace(pair, forward=forward, backward=backward, relayed_copies=None)
 
 
 def overlaps(pair: SchedulePair, phase: str) -> bool:

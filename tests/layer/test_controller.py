@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -298,3 +299,12 @@ def test_a_rule_gives_each_seat_the_rows_that_it_decided_on():
     again = rule(counts, base)
     assert again == placed and hash(again) == hash(placed)
     assert rule.digest != ReplicationRule(phases=costs(), spare=1, ranks_per_node=2).digest
+
+
+def test_kept_copies_are_priced_as_they_travel_from_their_homes():
+    counts_WE = np.zeros((8, 8), dtype=np.int64)
+    counts_WE[:, 0] = 8
+    one = PhaseCosts(row_s=1.0, exchange=(line(0.0),) * 2, copy=(line(3.0),) * 2, joined=True)
+    base = Placement.identity(8, 8)
+    plans = [copies_planner([replace(one, relays=relays)], spare=1)(counts_WE, base) for relays in (False, True)]
+    assert plans[0] == plans[1] and plans[0].num_slots == 8 + 3

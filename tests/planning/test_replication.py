@@ -10,9 +10,18 @@ import pytest
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_costs import PhaseCosts, break_even, break_even_text, costs_of, nominal_costs
+from moe_overlap.planning.copy_costs import (
+    Computed,
+    PhaseCosts,
+    break_even,
+    break_even_text,
+    costs_of,
+    nominal_costs,
+)
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
 from moe_overlap.planning.replication import Load, decide, decide_reference, priced, rank_rows, split_rows
+from moe_overlap.schedule.actions import Schedule
+from moe_overlap.schedule.check import makespan_s
 
 FREE = AlphaBeta(alpha_s=0.0, beta_s=0.0)
 
@@ -46,9 +55,11 @@ def drawn(rng, ranks, experts, per_node, *, copies=0):
 def random_phase(rng):
     prices = rng.uniform(0, 1, 9)
     return PhaseCosts(
-        row_s=prices[0], expert_s=prices[1], exchange=(line(prices[2], prices[3]), line(prices[4])),
+        row_s=prices[0], wgrad_row_s=prices[0] * float(rng.choice([0.0, 0.5])),
+        expert_s=prices[1], exchange=(line(prices[2], prices[3]), line(prices[4])),
         copy=(line(20 * prices[5], prices[6]), line(20 * prices[7])), beside_s=20 * prices[8],
         chunks=int(rng.integers(1, 5)), joined=bool(rng.integers(2)), exposed_copies=bool(rng.integers(2)),
+        relays=bool(rng.integers(2)),
     )  # fmt: skip
 
 
@@ -63,6 +74,20 @@ def test_the_compiled_decision_is_the_reference_to_the_last_bit(seed):
     most, margin = int(rng.integers(0, 12)), float(rng.choice([0.0, 0.01, 0.2]))
     found = decide(load, phases, most_copies=most, margin=margin)
     assert found == decide_reference(load, phases, most_copies=most, margin=margin)
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_the_compiled_decision_relays_as_the_reference_does(per_node):
+    if native.planner() is None:
+        pytest.skip("not built")
+    rng, relayed = np.random.default_rng(per_node), 0
+    for _ in range(20):
+        load = replace(drawn(rng, 8, 6, per_node, copies=6), spare=(3,) * 8)
+        phases = [replace(random_phase(rng), relays=True, exposed_copies=True), random_phase(rng)]
+        found = decide(load, phases, margin=0.0)
+        assert found == decide_reference(load, phases, most_copies=24, margin=0.0)
+        relayed += found.relayed
+    assert relayed > 3
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -139,6 +164,34 @@ def test_a_copy_under_other_work_costs_nothing_until_that_is_used_up():
     assert decide(load, [replace(under[0], exposed_copies=True)]).left
 
 
+def hot_expert():
+    """64 rows, all for expert 0, on 8 ranks."""
+    counts = np.zeros((8, 8), dtype=int)
+    counts[:, 0] = 8
+    return Load.at_home(counts, range(8), [1] * 8)
+
+
+def test_copies_go_from_rank_to_rank_where_that_is_faster():
+    load, joined = hot_expert(), phase(copy_s=3.0, joined=True)
+    one, two = decide(load, [joined]), decide(load, [replace(joined, relays=True)])
+    # From home three copies, of 17 rows at most: 17 + 3 * 3. From rank to rank five, of 11: 11 + 3 * (1 + 2).
+    assert (one.predicted_s, len(one.copies(load)), one.relayed) == (26.0, 3, False)
+    assert (two.predicted_s, len(two.copies(load)), two.relayed) == (20.0, 5, True)
+    assert two == decide_reference(load, [replace(joined, relays=True)], most_copies=8, margin=0.01)
+    # Each group pays its latency; gradients go home directly.
+    late = replace(joined, relays=True, copy=(line(3.0, 40.0),) * 2)
+    assert priced(load, two.seats, [replace(joined, relays=True), joined]) == 20.0 + 11 + 3 * 5
+    assert priced(load, two.seats, [late]) == 11 + 40.0 + 3 * 5
+
+
+def test_copies_that_are_hidden_come_from_their_homes():
+    load = hot_expert()
+    hidden = phase(copy_s=1.0, beside_s=50.0, relays=True)
+    found = decide(load, [hidden])
+    assert len(found.copies(load)) > 1 and not found.relayed
+    assert decide(load, [replace(hidden, exposed_copies=True)]).relayed
+
+
 def test_rows_move_to_a_copy_that_exists_before_another_is_made():
     counts = np.array([[12, 0], [12, 0]])
     load = Load(counts=counts, seats=((0, 0, 24), (1, 1, 0), (0, 1, 0)), spare=(1, 1))
@@ -195,7 +248,9 @@ def test_costs_come_from_the_calibrated_model():
     assert (forward.row_s, forward.expert_s, forward.beside_s, forward.chunks) == (1e-6, 4e-6, 0.4, 3)
     assert forward.exchange == (line(1e-8, 2e-5), FREE) and forward.copy[0].beta_s == pytest.approx(2e-7)
     assert backward.row_s == pytest.approx(5e-6) and backward.copy[0].beta_s == pytest.approx(4e-7)
-    assert backward.beside_s == 0.2
+    assert backward.beside_s == 0.2 and forward.relays and not backward.relays
+    assert not any(one.relays for one in costs_of(model, ("forward",), row_bytes=1, expert_params=1, param_bytes=1,
+                                                  relays=False))  # fmt: skip
     with pytest.raises(ConfigError, match="row_bytes = 0"):
         costs_of(model, ("forward",), row_bytes=0, expert_params=1, param_bytes=1)
 
@@ -237,6 +292,57 @@ def test_the_binding_checks_what_it_is_given():
             planner.decide_replication(*good[:place], bad, *good[place + 1 :])
 
 
+def simulated_s(phase, computed, rows, copy_s):
+    """An exact simulation of equal chunks on two ranks' lanes: all of compute is one rank's, and the wire's."""
+    r, wire_s = phase.chunks, 2.0 * phase.exchange[0].beta_s * rows
+    chunk_s = wire_s / 2 / r
+    (n,), (copied,), _ = computed.rows, computed.copied, computed.experts
+    chunks = range(r)
+    if not phase.wgrad_row_s:
+        text = " ".join(["Wf0", "P", *(f"D{i}" for i in chunks), *(f"E{i} C{i}" for i in chunks), "U"])
+        seconds = {"Wf0": copy_s, "P": 0.0, "U": 0.0, **{f"D{i}": chunk_s for i in chunks},
+                   **{f"C{i}": chunk_s for i in chunks}, **{f"E{i}": phase.row_s * n / r for i in chunks}}  # fmt: skip
+    else:
+        dgrad_s, wgrad_s = (phase.row_s - phase.wgrad_row_s) * n, phase.wgrad_row_s
+        text = " ".join(["Ut", *(f"Ct{i}" for i in chunks), *(f"Ed{i} Dt{i}" for i in chunks), "Wd Wg Ew0 Pt Wa"])
+        seconds = {"Ut": 0.0, "Pt": 0.0, "Wa": 0.0, "Wd": wgrad_s * copied, "Wg": copy_s, "Ew0": wgrad_s * (n - copied),
+                   **{f"Ct{i}": chunk_s for i in chunks}, **{f"Dt{i}": chunk_s for i in chunks},
+                   **{f"Ed{i}": dgrad_s / r for i in chunks}}  # fmt: skip
+    return makespan_s(Schedule.parse(text), seconds)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_price_is_near_an_exact_simulation(backward):
+    rng = np.random.default_rng(5)
+    ratios = []
+    for _ in range(300):
+        n = int(rng.integers(100, 1000))
+        computed = Computed(rows=[n], copied=[int(rng.integers(0, n + 1))], experts=[0])
+        one = phase(row_s=1.0, wire_s=1.0, chunks=int(rng.integers(1, 6)), wgrad_row_s=0.5 if backward else 0.0)
+        rows, copies = int(rng.integers(1, 1000)), int(rng.integers(0, 1000))
+        one = replace(one, copy=(line(1.0), FREE))
+        price_s = one.window_s(computed, (rows, 0), (copies, 0))
+        ratios.append(price_s / simulated_s(one, computed, rows, float(copies)))
+    ratios = np.array(ratios)
+    assert 0.98 < ratios.min() and ratios.max() < 1.25
+    assert np.mean(np.abs(ratios - 1) < 0.1) > (0.95 if backward else 0.8) and abs(np.median(ratios) - 1) < 0.03
+
+
+def test_weights_are_waited_for_by_all_experts_and_gradients_go_home_beside_those_of_the_homes():
+    """A rank computes for 10 s in forward and 20 s in backward; what travels for copies takes 6 s, rows nothing."""
+    computed, free = Computed(rows=[10, 2], copied=[0, 0], experts=[1, 1]), (0, 0)
+    forward = phase(copy_s=3.0, chunks=4)
+    backward = replace(forward, row_s=2.0, wgrad_row_s=1.0)
+    assert forward.window_s(computed, free, (2, 0)) == 10.0 + 6.0
+    assert replace(forward, beside_s=4.0).window_s(computed, free, (2, 0)) == 10.0 + 6.0
+    assert replace(forward, beside_s=9.0).window_s(computed, free, (2, 0)) == 10.0 + 9.0
+    assert backward.window_s(computed, free, (2, 0)) == 20.0, "under ten weight gradients"
+    copied = replace(computed, copied=[7, 0])
+    assert backward.window_s(copied, free, (2, 0)) == 10.0 + 7.0 + 6.0, "three weight gradients are at home"
+    assert replace(backward, beside_s=3.0).window_s(copied, free, (2, 0)) == 20.0 + 3.0
+    assert replace(backward, exposed_copies=True).window_s(copied, free, (2, 0)) == 20.0 + 6.0
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
 def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
@@ -246,7 +352,9 @@ def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
     forward = found[0]
     assert len(found) == 1 + training and forward.row_s == 2 * numbers / 1e12
     if training:
-        assert found[1].row_s == 2 * forward.row_s and found[1].copy[0](1) == pytest.approx(4 * numbers / 1e9)
+        assert found[1].row_s == 2 * forward.row_s == 2 * found[1].wgrad_row_s and found[1].copy[0](1) == pytest.approx(
+            4 * numbers / 1e9
+        )
     even = 0.75 * ffn * (1 + 4 / dtype_bytes) if training else 1.5 * ffn
     for one in break_even(found, row_bytes=hidden * dtype_bytes, expert_params=numbers, param_bytes=dtype_bytes):
         assert one.bytes_rows == even

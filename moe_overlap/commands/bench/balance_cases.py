@@ -80,11 +80,13 @@ def costs(options: BalanceOptions, sleep: Calibration, link: LinkSpec, schedule:
     forward = PhaseCosts(
         row_s=sleep.expert_row_s, exchange=row, copy=over(expert * size), joined=joined,
         chunks=1 if joined else options.chunks, exposed_copies=schedule == "shortcut_exposed",
-        beside_s=sleep.mlp_forward_s if shortcut else 0.0,
+        beside_s=sleep.mlp_forward_s if shortcut else 0.0, relays=True,
     )  # fmt: skip
     backward_s = sleep.mlp_backward_s if shortcut else 0.0
-    return forward, replace(forward, row_s=sleep.dgrad_row_s + sleep.wgrad_row_s, copy=over(expert * GRADIENT_BYTES),
-                            beside_s=backward_s)  # fmt: skip
+    return forward, replace(
+        forward, row_s=sleep.dgrad_row_s + sleep.wgrad_row_s, wgrad_row_s=sleep.wgrad_row_s,
+        copy=over(expert * GRADIENT_BYTES), beside_s=backward_s, relays=False,
+    )  # fmt: skip
 
 
 def pair_of(schedule: str, chunks: int) -> SchedulePair:

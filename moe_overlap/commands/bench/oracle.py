@@ -25,8 +25,8 @@ def oracle_s(load: Load, phases: Sequence[PhaseCosts], *, whole_copies: bool = F
     """Seconds of all phases. whole_copies: copies are whole (exact, but for what is said above; branch and bound, for
     small shapes: what is proven after so many `seconds` counts), else a lower bound of it.
 
-    No latency is in it, nor what an expert costs by itself. ConfigError without scipy, and for a load that has copies
-    already.
+    No latency is in it, nor what an expert costs by itself. ConfigError without scipy, for a load that has copies
+    already, and for copies that may go from rank to rank.
     """
     try:
         from scipy import optimize
@@ -34,6 +34,8 @@ def oracle_s(load: Load, phases: Sequence[PhaseCosts], *, whole_copies: bool = F
         raise ConfigError("oracle", "no scipy", "scipy installed (pip install scipy)") from None
     if len(load.seats) != load.counts.shape[1]:
         raise ConfigError("seats", len(load.seats), "the homes alone")
+    if any(phase.relays for phase in phases):
+        raise ConfigError("phases", "relays", "copies that come from their homes")
     programme = _Programme(load, phases)
     constraints = optimize.LinearConstraint(*programme.constraints())
     found = optimize.milp(
@@ -121,8 +123,18 @@ class _Programme:
             return
         exposed = 1.0 if phase.exposed_copies else 0.0
         self._at_least(window, {compute: 1.0, copy: exposed}, phase.beside_s)
-        self._at_least(window, {compute: 1.0, wire: part, copy: exposed})
-        self._at_least(window, {compute: part, wire: 1.0, copy: 1.0})
+        if not phase.wgrad_row_s:
+            self._at_least(window, {compute: 1.0, wire: part, copy: 1.0})
+            self._at_least(window, {compute: part, wire: 1.0, copy: 1.0})
+            return
+        dgrad = 1.0 - phase.wgrad_row_s / phase.row_s
+        self._at_least(window, {compute: 1.0, wire: part / 2, copy: exposed})
+        self._at_least(window, {compute: part * dgrad, wire: 1.0, copy: 1.0})
+        for r in ranks if not phase.exposed_copies else ():  # gradients of copies, after those of their weights
+            first = {i: phase.row_s - phase.wgrad_row_s * (self.load.seats[e][1] == r)
+                     for (_, e, to), i in self.x.items() if to == r}  # fmt: skip
+            self._at_least(window, {**first, copy: 1.0})
+            self._at_least(window, {**first, copy: 1.0, wire: part / 2}, -phase.beside_s)
 
     def _at_least(self, variable: int, terms: dict[int, float], constant: float = 0.0) -> None:
         """variable >= sum of terms + constant."""

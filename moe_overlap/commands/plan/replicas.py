@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_overlap.agreement.relays import Order, Ports, direct_ports, relays_of
 from moe_overlap.commands.plan.machine import (
     busiest,
     distinct_rows,
@@ -26,6 +27,7 @@ from moe_overlap.commands.plan.sweep import Prediction, predict
 from moe_overlap.commands.plan.whole_model import WholeModel
 from moe_overlap.planning.copied import with_copies_priced
 from moe_overlap.planning.copy_costs import FREE, GRADIENT_BYTES, PhaseCosts, costs_of
+from moe_overlap.planning.cost_model import WIRES
 from moe_overlap.planning.replication import Decision, Load, decide, rank_rows
 
 STEEPEST, HALVINGS = 50.0, 60  # exponents of Zipf's law that are looked at
@@ -150,26 +152,22 @@ def _replanned_s(options: PlanOptions, point: Prediction, load: Load, found: Dec
     other = predict(options, point.kind, ranks=point.ranks, bytes_per_s=at.bytes_per_s, routing=routing)
     if options.phase == "infer":
         return other.time_s
-    by_lane = _busiest_copies(load, found)
+    orders = tuple(Order(expert, load.seats[expert][1], rank) for expert, rank in found.copies(load))
+    direct, relays = direct_ports(orders, load.ranks_per_node), relays_of(orders, load.ranks_per_node)
     seconds = 0.0
     for phase in other.phases:
         size = expert_params(options) * (options.dtype_bytes if phase.phase == "forward" else GRADIENT_BYTES)
-        wire_s = point.model.exchange_s({lane: count * size for lane, count in by_lane.items()})
-        seconds += phase.outside_s + with_copies_priced(phase.window, phase.candidates, wire_s)[0].predicted_s
+        ways: list[Sequence[Ports]] = [[direct]]
+        if phase.phase == "forward" and relays is not None:
+            ways.append(relays.ports)
+        wires_s = [[_exchange_s(point, ports, size) for ports in groups] for groups in ways]
+        seconds += phase.outside_s + with_copies_priced(phase.window, phase.candidates, wires_s)[0].predicted_s
     return seconds
 
 
-def _busiest_copies(load: Load, found: Decision) -> dict[str, int]:
-    """By wire, the copies that leave or enter the busiest rank."""
-    ranks = len(load.counts)
-    ports = {lane: (np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)) for lane in ("inter", "intra")}
-    for expert, rank in found.copies(load):
-        home = load.seats[expert][1]
-        out, into = ports["intra" if home // load.ranks_per_node == rank // load.ranks_per_node else "inter"]
-        out[home] += 1
-        into[rank] += 1
-    most = {lane: int(max(out.max(), into.max())) for lane, (out, into) in ports.items()}
-    return {lane: count for lane, count in most.items() if count}
+def _exchange_s(point: Prediction, ports: Ports, size: int) -> float:
+    """Of so many copies through the busiest port, by wire (inter, intra), each of `size` bytes."""
+    return point.model.exchange_s({wire: count * size for wire, count in zip(WIRES, ports, strict=True) if count})
 
 
 def replica_line(options: PlanOptions, point: Prediction, whole: WholeModel | None) -> str:

@@ -111,3 +111,5 @@ def test_the_oracle_wants_the_homes_alone():
     load = Load(counts=np.array([[2, 0], [0, 0]]), seats=((0, 0, 1), (1, 1, 0), (0, 1, 1)), spare=(0, 0))
     with pytest.raises(ConfigError, match="seats"):
         oracle_s(load, [phase(1.0)])
+    with pytest.raises(ConfigError, match="phases"):
+        oracle_s(Load.at_home(np.array([[2, 0], [0, 0]]), [0, 1], [0, 0]), [phase(1.0, relays=True)])

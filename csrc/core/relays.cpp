@@ -1,0 +1,155 @@
+#include "relays.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace moe_overlap {
+namespace {
+
+constexpr size_t kInter = 0;
+constexpr size_t kIntra = 1;
+
+// Copies by group, wire, direction and rank, and the most of each group and wire.
+class Loads {
+ public:
+  using Most = std::array<Ports, kGroups>;
+
+  Loads(int64_t ranks, int64_t ranks_per_node)
+      : ranks_(static_cast<size_t>(ranks)), size_(ranks_per_node), of_(kGroups * kWires * 2 * ranks_, 0) {}
+
+  const Most& most() const { return most_; }
+
+  Ports cost() const { return {most_[0][kInter] + most_[1][kInter], most_[0][kIntra] + most_[1][kIntra]}; }
+
+  // The copies of one expert, the first `first` from its home in group 0, the others in group 1.
+  void send(const std::vector<CopyOrder>& orders, size_t first) {
+    holders_.assign(1, orders.front().home);
+    sent_.clear();
+    for (size_t number = 0; number < orders.size(); ++number) {
+      const int64_t rank = orders[number].rank;
+      const bool later = number >= first;
+      const int64_t sender = later ? nearest(rank) : orders.front().home;
+      add(later ? 1 : 0, sender, rank);
+      if (!later) holders_.push_back(rank);
+    }
+  }
+
+  // What `send` would cost.
+  Ports cost_of(const std::vector<CopyOrder>& orders, size_t first) {
+    const Most before = most_;
+    send(orders, first);
+    const Ports found = cost();
+    for (const size_t place : sent_) --of_[place];
+    most_ = before;
+    return found;
+  }
+
+ private:
+  size_t wire(int64_t one, int64_t other) const { return one / size_ == other / size_ ? kIntra : kInter; }
+
+  size_t place(size_t group, size_t wire, size_t direction, int64_t rank) const {
+    return ((group * kWires + wire) * 2 + direction) * ranks_ + static_cast<size_t>(rank);
+  }
+
+  void add(size_t group, int64_t sender, int64_t rank) {
+    const size_t lane = wire(sender, rank);
+    for (const size_t at : {place(group, lane, 0, sender), place(group, lane, 1, rank)}) {
+      sent_.push_back(at);
+      most_[group][lane] = std::max(most_[group][lane], ++of_[at]);
+    }
+  }
+
+  // Of those that have the expert, one of the same node if there is one, with least to do; the first of those that tie.
+  int64_t nearest(int64_t rank) const {
+    int64_t best = holders_.front();
+    bool best_far = wire(best, rank) == kInter;
+    int64_t best_load = of_[place(1, wire(best, rank), 0, best)];
+    for (const int64_t holder : holders_) {
+      const size_t lane = wire(holder, rank);
+      const bool far = lane == kInter;
+      const int64_t load = of_[place(1, lane, 0, holder)];
+      if (far < best_far || (far == best_far && load < best_load)) {
+        best = holder;
+        best_far = far;
+        best_load = load;
+      }
+    }
+    return best;
+  }
+
+  size_t ranks_;
+  int64_t size_;
+  std::vector<int64_t> of_;
+  Most most_{};
+  std::vector<int64_t> holders_;
+  std::vector<size_t> sent_;
+};
+
+// One rank of each other node, the first from the home's place in its own, then the others, both in the order of a ring
+// that begins at the home; how many of the first there are.
+size_t first_to_last(std::vector<CopyOrder>& orders, int64_t ranks_per_node) {
+  const int64_t home = orders.front().home;
+  std::sort(orders.begin(), orders.end(), [home](const CopyOrder& a, const CopyOrder& b) {
+    return (a.rank < home) != (b.rank < home) ? b.rank < home : a.rank < b.rank;
+  });
+  const auto node = [&](const CopyOrder& one) { return one.rank / ranks_per_node; };
+  const auto away = [&](const CopyOrder& one) {
+    return (one.rank % ranks_per_node - home % ranks_per_node + ranks_per_node) % ranks_per_node;
+  };
+  const auto is_head = [&](const CopyOrder& one) {
+    if (node(one) == home / ranks_per_node) return false;
+    return std::none_of(orders.begin(), orders.end(),
+                        [&](const CopyOrder& other) { return node(other) == node(one) && away(other) < away(one); });
+  };
+  std::vector<CopyOrder> heads;
+  std::vector<CopyOrder> rest;
+  for (const CopyOrder& one : orders) (is_head(one) ? heads : rest).push_back(one);
+  const size_t nodes = heads.size();
+  heads.insert(heads.end(), rest.begin(), rest.end());
+  orders = std::move(heads);
+  return nodes;
+}
+
+// isqrt(count + 1) - 1: the best first group of one expert alone.
+size_t best_alone(size_t count) {
+  size_t root = 1;
+  while ((root + 1) * (root + 1) <= count + 1) ++root;
+  return root - 1;
+}
+
+}  // namespace
+
+std::optional<std::array<Ports, kGroups>> relayed_ports(std::vector<CopyOrder> copies, int64_t ranks,
+                                                        int64_t ranks_per_node, const Ports& direct) {
+  std::stable_sort(copies.begin(), copies.end(),
+                   [](const CopyOrder& a, const CopyOrder& b) { return a.expert < b.expert; });
+  std::vector<std::vector<CopyOrder>> experts;
+  for (const CopyOrder& one : copies) {
+    if (experts.empty() || experts.back().front().expert != one.expert) experts.emplace_back();
+    experts.back().push_back(one);
+  }
+  std::stable_sort(experts.begin(), experts.end(), [](const auto& a, const auto& b) { return a.size() > b.size(); });
+  if (experts.empty() || experts.front().size() < 2) return std::nullopt;
+  Loads loads(ranks, ranks_per_node);
+  for (std::vector<CopyOrder>& orders : experts) {
+    const size_t nodes = first_to_last(orders, ranks_per_node);
+    const size_t count = orders.size();
+    const size_t alone = best_alone(count);
+    std::array<size_t, 5> choices{0, alone, std::min(count, alone + 1), nodes, count};
+    std::sort(choices.begin(), choices.end());
+    size_t best = 0;
+    Ports best_cost = loads.cost_of(orders, 0);
+    for (const size_t first : choices) {
+      const Ports cost = loads.cost_of(orders, first);
+      if (cost < best_cost) {
+        best = first;
+        best_cost = cost;
+      }
+    }
+    loads.send(orders, best);
+  }
+  if (!(loads.cost() < direct)) return std::nullopt;
+  return loads.most();
+}
+
+}  // namespace moe_overlap
