@@ -154,7 +154,7 @@ def draw_panel(axes: Any, panel: Panel, limit_ms: float) -> set[str]:
     axes.set_yticks(range(len(lanes)), [f"rank {rank} {'compute' if lane == 'comp' else 'wire'}"
                                         for rank, lane in lanes], fontsize=8)  # fmt: skip
     axes.set_ylim(len(lanes) - 0.5, -0.55)
-    axes.set_xlim(0, limit_ms * 1.01)
+    axes.set_xlim(0, 1.01 * limit_ms or 1.0)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.grid(axis="x", color="#E5E5E5", zorder=0)
     axes.set_axisbelow(True)

@@ -9,6 +9,7 @@ each.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moe_overlap.schedule.builders import chunked
@@ -34,8 +35,10 @@ class OffloadShape:
 
     @property
     def crossover_rows(self) -> float:
-        """Rows an expert from which on its copy takes no longer than its computation."""
-        return max(0.0, self.bytes_per_expert / self.bytes_per_s - self.expert_s) / self.row_s
+        """Rows an expert from which on its copy takes no longer than its computation; infinity where rows take no time
+        and their experts less than a copy."""
+        bare_s = max(0.0, self.bytes_per_expert / self.bytes_per_s - self.expert_s)
+        return bare_s / self.row_s if self.row_s else math.inf if bare_s else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def alternatives(options: PlanOptions, point: Prediction) -> list[Alternative]:
             continue  # no such place: experts that cannot be shared out like that
         one = predict(other, point.kind, ranks=other.ranks, bytes_per_s=other.bandwidth)
         found.append(Alternative(what=what, seconds=one.time_s, weights=_weights(other, one.at)))
-    if len(point.at.peers) == 2 and options.routing is None:
+    if len(point.at.peers) == 2 and options.routing is None and options.expert_offload is None:
         found.append(_beside_compute(replace(options, dedup="node"), point))
     return found
 
@@ -76,7 +76,7 @@ def _changes(options: PlanOptions, point: Prediction) -> Iterator[tuple[str, dic
         yield "one row for each (token, node) between nodes (--dedup node)", {"dedup": "node"}
     if group > 1 and options.dispatch_dtype == "same":
         yield "fp8 rows to the experts (--dispatch-dtype fp8)", {"dispatch_dtype": "fp8"}
-    if options.skew > 1:
+    if options.skew > 1 and options.expert_offload is None:
         yield "replicas of wanted experts that even the load out", {"skew": 1.0}
     if options.routing is None:
         for size in (group // 2, group * 2):

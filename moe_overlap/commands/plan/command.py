@@ -80,7 +80,7 @@ def _of_tokens(options: PlanOptions, points: dict[str, Prediction], whole: Whole
     point, sections = points[options.kinds[0]], []
     if options.cost_model is None:
         sections += _answers(options, point, whole)
-    if options.dedup != "off":
+    if options.dedup != "off" and options.expert_offload is None:
         sections.append(_deduplication(options, points))
     sections += [lines for lines in [_copies(options, point), offload_lines(options, point)] if lines]
     return sections + [[text] for text in _explained(points, point)]
@@ -217,7 +217,7 @@ def _takes(options: PlanOptions, point: Prediction) -> str:
 
 def _copies(options: PlanOptions, point: Prediction) -> list[str]:
     """From how many rows on an expert's weights had better travel than they."""
-    if not point.at.peers:
+    if not point.at.peers or options.expert_offload is not None:  # of experts in host memory a layer has no copies
         return []
     phases: tuple[Phase, ...] = ("forward",) if options.phase == "infer" else ("forward", "backward")
     row_bytes, params = options.hidden * options.dtype_bytes, expert_params(options)

@@ -179,8 +179,13 @@ class PlanOptions:
 
     def _check_together(self) -> None:
         """What does not go together."""
-        if not self.tokens and self.expert_offload is not None:
-            raise ConfigError("--tokens", 0, "at least 1 beside --expert-offload: without rows no expert is fetched")
+        if self.expert_offload is not None:
+            if not self.tokens:
+                raise ConfigError(
+                    "--tokens", 0, "at least 1 beside --expert-offload: without rows no expert is fetched"
+                )
+            if self.dedup in ("on", "node"):
+                raise ConfigError("--dedup", self.dedup, "off or auto beside --expert-offload, as layers have it")
         for name, value, default in (("skew", self.skew, 1.0), ("dedup", self.dedup == "node", False)):
             if self.routing is not None and value != default:
                 raise ConfigError(flag_of(name), getattr(self, name), "no such value beside --routing")
@@ -302,7 +307,7 @@ HELP = {
     "dtype": "of weights and rows: " + ", ".join(CHOICES["dtype"]),
     "kind": "block pair to explain: " + ", ".join(KINDS) + " (default top2; with --cost-model as calibrated)",
     "dedup": "one row for each (token, rank): off, on, node (one for each (token, node) between nodes), or auto (on "
-    "where that is predicted to be faster)",
+    "where that is predicted to be faster; off beside --expert-offload)",
     "routing": "saved routing (moe-overlap train --save-routing), whose tokens are taken instead of equally many rows "
     "for every expert",
     "phase": "infer (forward) or train (forward and backward)",
@@ -367,7 +372,7 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
     values |= {name: None for name in WIRES if name not in values}
     values |= {name: value for name, value in given.items() if name not in TEXTS}
     if "model" in given:
-        figures = model_figures(given["model"], layers=given.get("layers"))
+        figures = _without_other_attention(model_figures(given["model"], layers=given.get("layers")), given)
         if calibrated and "kind" in figures:
             figures["top_k"] -= 1  # routed experts alone: the shared one is in the cost model
         values = {name: value for name, value in figures.items() if not calibrated
@@ -389,7 +394,21 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
         raise ConfigError("--replica-slots", options.replica_slots, expected)
     if given.get("replica_slots") and min(options.ranks, options.experts) == 1:
         raise ConfigError("--replica-slots", options.replica_slots, "several --ranks that share the --experts out")
+    if given.get("replica_slots") and options.expert_offload is not None:
+        expected = "no such option beside --expert-offload: a layer has no copies of experts in host memory"
+        raise ConfigError("--replica-slots", options.replica_slots, expected)
     return options
+
+
+def _without_other_attention(figures: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A model's figures without its kind of attention, where --kv-lora-rank asks for the other. What was latent has a
+    key for each head then."""
+    asked = given.get("kv_lora_rank")
+    if asked is None or bool(asked) == bool(figures.get("kv_lora_rank")):
+        return figures
+    dropped = ("kv_heads", "attention_width") if asked else LATENT
+    kept = {name: value for name, value in figures.items() if name not in dropped}
+    return kept if asked else kept | {"kv_heads": figures["heads"]}
 
 
 def _with_negative_values(argv: Sequence[str]) -> list[str]:

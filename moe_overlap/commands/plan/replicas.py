@@ -171,8 +171,11 @@ def _exchange_s(point: Prediction, ports: Ports, size: int) -> float:
 
 
 def replica_line(options: PlanOptions, point: Prediction, whole: WholeModel | None) -> str:
-    """What `moe-overlap plan` says of it, among what else would give; "" where nobody asks or nothing is uneven."""
-    if not options.replica_slots or not options.uneven or point.at.group == 1:
+    """What `moe-overlap plan` says of it, among what else would give; "" where nobody asks, where nothing is uneven, or
+    experts are in host memory, of which a layer has no copies."""
+    if options.expert_offload is not None or not options.replica_slots:
+        return ""
+    if not options.uneven or point.at.group == 1:
         return ""
     slots = options.replica_slots
     asked = f"  {slots} slot{'s' if slots > 1 else ''} a rank for copies of wanted experts (--replica-slots)"

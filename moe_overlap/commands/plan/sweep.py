@@ -195,6 +195,7 @@ def predict(
         return tuple(phases)
 
     could_pay = at.group > 1 and options.experts > at.group and routed(options, kind) > 1
+    could_pay = could_pay and options.expert_offload is None  # beside which a layer refuses it
     asked_for = options.dedup in ("on", "node") or (options.dedup == "auto" and could_pay)
     distinct = planned(distinct=True) if asked_for and moves and model.distinct is not None else None
     return Prediction(kind=kind, ranks=ranks, at=at, model=model, dedup=options.dedup, plain=planned(distinct=False),

@@ -6,9 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moe_overlap.commands.cli import main
 from moe_overlap.commands.plan.machine import cost_model, place, routed, shapes
+from moe_overlap.commands.plan.offload import offload_shape
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
 from moe_overlap.commands.plan.picture import events_of
 from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, rate_text, sweep
@@ -328,3 +331,38 @@ def test_experts_in_host_memory_are_answered_beforehand(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "a copy hides from 5897 rows an expert on; here each has 1024" in text
     assert 'schedule="chunked(16,experts)", expert_offload="host"' in text and "0.0189 GB of experts" in text
+
+
+def test_the_crossover_of_a_copy_is_one_of_rows_whoever_has_more_of_them(tmp_path):
+    """A row takes as long on a rank that has twice as many, and where a layer without offload would send it once."""
+    even = PlanOptions(ranks=2, ranks_per_node=2, experts=16, top_k=8, intra_bandwidth=2e9, expert_offload=50e9)
+    crossover = offload_shape(even, asked(even, "top2")).crossover_rows
+    launch_s = {"launch": 0.0}  # which a rank has once, for all of its rows
+    for changes in ({"skew": 2.0}, {"dedup": "off"}, {"phase": "infer"}):
+        options, same = replace(even, **changes, **launch_s), replace(even, **launch_s)
+        found = offload_shape(options, asked(options, "top2"))
+        assert found.crossover_rows == pytest.approx(offload_shape(same, asked(same, "top2")).crossover_rows)
+        assert found.rows_per_expert == pytest.approx(8192 * changes.get("skew", 1.0))
+    assert crossover < offload_shape(same, asked(same, "top2")).crossover_rows
+
+
+def test_beside_experts_in_host_memory_nothing_is_forecast_that_a_layer_refuses(tmp_path, capsys):
+    words = "--ranks 4 --ranks-per-node 2 --experts 16 --top-k 8 --skew 2 --bandwidth 1gbit --draws 0 --out"
+    offload = [*words.split(), str(tmp_path), "--expert-offload", "50GB"]
+    assert main(["plan", *offload]) == 0
+    text = capsys.readouterr().out
+    for word in ("dedup=", "--dedup", "dedup ms", "replica", "copies of wanted", "one row for", "wanted more"):
+        assert word not in text, word
+    for refused in (["--dedup", "on"], ["--dedup", "node"], ["--replica-slots", "1"]):
+        assert main(["plan", *offload, *refused]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and refused[0] in error and "--expert-offload" in error
+
+
+def test_a_routing_without_a_choice_has_nothing_that_hides_copies(tmp_path, capsys):
+    path = tmp_path / "r.safetensors"
+    save_file({"ids": torch.full((4, 1), -1, dtype=torch.int32), "weights": torch.ones(4, 1)}, str(path),
+              metadata={"E": "8"})  # fmt: skip
+    words = f"--routing {path} --experts 8 --top-k 1 --ranks 2 --ranks-per-node 2 --tokens 2 --expert-offload 50GB"
+    assert main(["plan", *words.split(), "--draws", "0", "--out", str(tmp_path)]) == 0
+    assert "here each has 0" in capsys.readouterr().out
