@@ -144,7 +144,7 @@ def _rank_tokens(metadata: Mapping[str, str], tokens: int) -> tuple[int, ...] | 
     try:
         given = json.loads(metadata.get("rank_tokens", "null"))
         counts = tuple(int(count) for count in given)
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         return None
     return counts if sum(counts) == tokens and min(counts, default=-1) >= 0 else None
 

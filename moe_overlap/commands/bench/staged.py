@@ -74,7 +74,8 @@ def options_of(given: Mapping[str, Any]) -> StagedOptions:
     for name, value in values.items():
         if name not in known:
             expected = f"no {flag_of(name)} beside --link {LINK}, whose layers are those of --cases, in bfloat16"
-            raise ConfigError(flag_of(name), value, expected)
+            said = ",".join(value) if isinstance(value, tuple) else value
+            raise ConfigError(flag_of(name), said, expected)
     if torchrun_world_size() is not None:
         raise ConfigError("--link", LINK, "one process, not those of torchrun: --ranks says whose bytes travel")
     return StagedOptions(**values)

@@ -20,6 +20,7 @@ SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "
 SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")
 EVERY = ("moe_layer_freq", "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
 DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+DENSE = "mlp_only_layers"  # of Qwen: those without experts, beside decoder_sparse_step
 # Of latent attention (MLA); configs and options have the same names.
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -51,13 +52,33 @@ def model_figures(path: str, *, layers: int | None = None) -> dict[str, Any]:
     if layers is None:
         layers = _count(path, config, ("num_hidden_layers", "num_layers"))
     if layers and layers > 0:
-        every, first = _count(path, config, EVERY) or 1, _count(path, config, DENSE_FIRST) or 0
-        if layers <= first:
-            raise ConfigError("--layers", layers, f"more than the {first} without experts that {path} begins with")
-        found |= {"layers": layers, "moe_layers": -(-(layers - first) // every)}
+        found |= {"layers": layers, "moe_layers": _with_experts(path, config, layers)}
         found["vocab"] = _count(path, config, ("vocab_size",)) or 0
     dtype = config.get("torch_dtype", config.get("dtype"))
-    return found | ({"dtype": DTYPES[dtype]} if dtype in DTYPES else {})
+    return found | ({"dtype": DTYPES[dtype]} if isinstance(dtype, str) and dtype in DTYPES else {})
+
+
+def _with_experts(path: str, config: Mapping[str, Any], layers: int) -> int:
+    """How many of the first `layers` layers have experts: by a list of 0 and 1 for each where the config has one, else
+    by every how many, but for those that it begins with and those that it names as dense."""
+    pattern = next((config[name] for name in EVERY if isinstance(config.get(name), list)), None)
+    if pattern is not None:
+        if len(pattern) < layers or not all(one in (0, 1) for one in pattern):
+            raise ConfigError(FLAG, path, f"a layer's 0 or 1 for each of {layers} layers in {', '.join(EVERY)}")
+        if not any(pattern[:layers]):
+            raise ConfigError("--layers", layers, f"as many as {path} has up to the first with experts")
+        return sum(map(int, pattern[:layers]))
+    every, first = _count(path, config, EVERY) or 1, _count(path, config, DENSE_FIRST) or 0
+    if layers <= first:
+        raise ConfigError("--layers", layers, f"more than the {first} without experts that {path} begins with")
+    named = config.get(DENSE)
+    dense = {one for one in named if isinstance(one, int) and first <= one < layers} if isinstance(named, list) else ()
+    found = -(-(layers - first) // every) - sum((one + 1) % every == 0 for one in dense)
+    if found < 1:
+        raise ConfigError(
+            FLAG, path, f"a config of a model with experts: {DENSE} names all layers that could have some"
+        )
+    return found
 
 
 def _attention(path: str, config: Mapping[str, Any], heads: int) -> dict[str, int]:

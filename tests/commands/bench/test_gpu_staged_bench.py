@@ -210,6 +210,7 @@ def test_a_row_without_overlap_eff_has_its_note_in_the_table() -> None:
         ("--device cuda --link 1gbit", ["--device", "--link staged"]),
         ("--device cuda --link staged --tokens 9", ["--tokens", "--link staged"]),
         ("--device cuda --link staged --compute slept", ["--compute", "--link staged"]),
+        ("--device cuda --link staged --phases infer,train", ["--phases = 'infer,train'", "--link staged"]),
         ("--device cuda --link staged --repeats 20", ["--repeats", "--link staged"]),
         ("--device cuda --link staged --cases top2", ["--cases", "qwen3, mixtral"]),
         ("--device cuda --link staged --schedules auto", ["--schedules", "--link staged"]),

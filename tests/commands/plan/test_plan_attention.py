@@ -104,3 +104,16 @@ def test_a_config_with_half_of_the_widths_is_one_line(tmp_path, capsys):
     assert main(["plan", "--model", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--model" in error and "v_head_dim" in error
+
+
+def test_an_option_asks_for_another_attention_than_the_config_has(tmp_path):
+    """What the config says of the one that it has is not held against the other."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V3))
+    grouped = parse(["--model", str(path), "--kv-lora-rank", "0"])
+    assert grouped.q_lora_rank == grouped.v_head_dim == 0
+    assert grouped.attention_block == grouped_query(hidden=V3["hidden_size"], width=V3["hidden_size"], kv_share=1.0)
+    path.write_text(json.dumps({key: value for key, value in V3.items() if key not in MLA | {"q_lora_rank": 0}}
+                               | {"head_dim": 64, "num_key_value_heads": 8}))  # fmt: skip
+    words = ["--kv-lora-rank", "512", "--qk-nope-head-dim", "128", "--v-head-dim", "128"]
+    assert parse(["--model", str(path), *words]).attention_block.cached == 512

@@ -92,6 +92,32 @@ def test_layers_beside_a_config_count_in_its_place(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "with_experts"),
+    [
+        ({"moe_layer_freq": [0, *[1] * 60]}, 61 - 1),  # as MiMo-V2
+        ({"moe_layer_freq": [0, 1] * 31, "first_k_dense_replace": None}, 30),
+        ({"first_k_dense_replace": 0, "mlp_only_layers": [0, 5]}, 59),  # as Qwen
+        ({"first_k_dense_replace": 0, "decoder_sparse_step": 2, "moe_layer_freq": None, "num_hidden_layers": 60,
+          "mlp_only_layers": [0, 5]}, 29),  # layer 0 has none anyway
+    ],
+)  # fmt: skip
+def test_layers_with_experts_may_be_listed(changes, with_experts, tmp_path):
+    assert parse(["--model", config(tmp_path, DEEPSEEK | changes)]).counted_moe_layers == with_experts
+
+
+@pytest.mark.parametrize("pattern", [[1, 1], [2] * 61, [None] * 61, [[]] * 61])
+def test_a_list_of_layers_that_is_none_is_one_line(pattern, tmp_path):
+    with pytest.raises(ConfigError, match="--model"):
+        parse(["--model", config(tmp_path, DEEPSEEK | {"moe_layer_freq": pattern})])
+
+
+@pytest.mark.parametrize("dtype", [[], {}, ["bfloat16"], 16, None, "int4"])
+def test_a_dtype_that_is_none_of_ours_is_passed_over(dtype, tmp_path):
+    options = parse(["--model", config(tmp_path, DEEPSEEK | {"torch_dtype": dtype})])
+    assert options.dtype == "bf16" == PlanOptions.dtype
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         ({"hidden_size": 64, "intermediate_size": 128}, "experts"),
