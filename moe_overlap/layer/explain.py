@@ -54,7 +54,7 @@ def explain(
     """A page of text; see `MoELayer.explain`. `computes`: the registry's lines; `last`: the step that ran `pair`."""
     planned = last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule)
     lines = [
-        answer(pair, transport, planned=planned),
+        answer(pair, transport, planned=planned, off=_is_off(pair, last)),
         f"To run exactly this in every step: {python_of(pair)}",
         "",
         *legend(pair),
@@ -101,18 +101,28 @@ def copies_text(dispatcher: Dispatcher, weights_of: Callable[[], tuple[torch.Ten
     return [*lines, f"  last step: {told}"] if told else lines
 
 
-def answer(pair: SchedulePair, transport: Transport, *, planned: bool) -> str:
-    """The first sentence: whether communication is hidden, where, by whose choice; and what to do where it is not."""
+def _is_off(pair: SchedulePair, last: LastStep | None) -> bool:
+    """Whether every exchange is joined by overlap=False, and not because that is the schedule, or predicted best."""
+    if last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule):
+        return not last.schedule.overlap
+    return pair.joined and pair.name != "serial"
+
+
+def answer(pair: SchedulePair, transport: Transport, *, planned: bool, off: bool) -> str:
+    """The first sentence: whether communication is hidden, where, by whose choice; and what to do where it is not. off:
+    it is not, by overlap=False."""
+    who = f"as the schedule {pair.name!r} says"
+    if planned:
+        who = 'in the order that schedule="auto" would overlap' if off else 'as schedule="auto" predicts to be fastest'
     if pair.forward.count("Hf") and transport.world_size == 1:
         how = "waited for where they start" if pair.joined else "beside compute"
-        who = 'as schedule="auto" predicts to be fastest' if planned else f"as the schedule {pair.name!r} says"
-        return f"One rank: the weights of its experts come up from host memory, {how}, {who}."
+        begin = "One rank, overlap is off (overlap=False)" if off else "One rank"
+        return f"{begin}: the weights of its experts come up from host memory, {how}, {who}."
     if transport.world_size == 1 and transport.name in (LocalTransport.name, NoCommTransport.name):
         return "One rank exchanges nothing, so there is nothing to overlap: ops run in a row."
     used = [phase for phase in ("forward", "backward") if overlaps(pair, phase)]
-    who = 'as schedule="auto" predicts to be fastest' if planned else f"as the schedule {pair.name!r} says"
     where = f"on {transport.world_size} ranks, {who}"
-    if not used and pair.joined and pair.name != "serial" and not planned:
+    if not used and pair.joined and off:
         return f"Overlap is off (overlap=False): every exchange is waited for where it starts, {where}."
     if not used:
         advice = "" if planned else '; schedule="auto" measures and uses overlap where that pays'

@@ -15,7 +15,7 @@ from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.builders import window
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.words import from_text
-from tests.auto.planted import cost_model, planted
+from tests.auto.planted import cost_model, line, planted
 from tests.layers import D, K, make, tokens
 from tests.ranks import virtual_world
 
@@ -107,9 +107,21 @@ def test_the_answer_comes_first_and_says_what_runs():
     on, _ = explained()
     off, _ = explained(overlap=False)
     assert on.startswith("Exchanges run beside compute in ") and 'as schedule="auto" predicts' in on.splitlines()[0]
-    assert off.startswith("Nothing is overlapped: ") and "overlap on" not in on + off
+    assert off.startswith("Overlap is off (overlap=False): ") and "overlap on" not in on + off
+    assert "predicts to be fastest" not in off.splitlines()[0]
     assert on.splitlines()[1].startswith("To run exactly this in every step: MoELayer(")
     assert on.splitlines()[3] == "letters:" and "D dispatch a chunk" in on
+
+
+@pytest.mark.parametrize(("overlap", "schedule"), [(False, "auto"), (True, "auto"), (False, "chunked(2,experts)")])
+def test_of_one_rank_with_experts_in_host_memory_it_says_who_turned_overlap_off(overlap, schedule):
+    slow = {"experts": line(1e-6), "host_up": line(1e-6), "host_down": line(1e-6), "exchange": {}}
+    with planted(cost_model(**slow)):
+        layer = make(schedule=schedule, overlap=overlap, expert_offload="host")
+        layer(tokens(8))
+    first = layer.explain().splitlines()[0]
+    assert ("overlap is off (overlap=False)" in first, "predicts to be fastest" in first) == (not overlap, overlap)
+    assert ("waited for where they start" in first) == (not overlap)
 
 
 def test_what_the_planner_leaves_joined_is_not_called_overlap():
