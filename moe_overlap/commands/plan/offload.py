@@ -45,4 +45,6 @@ def offload_lines(options: PlanOptions, point: Prediction) -> list[str]:
         f"backward of the experts, {in_ms(best.resident_s)} if they were resident",
         f"  {best.device_bytes / 1e9:.3g} GB of experts on the device at a time beside {total_gb:.3g} GB of weights "
         f"and gradients, which the host pins; the optimizer's state is the host's too",
+        "  all other times here are of experts on the device, and rows for every choice: beside experts in host memory "
+        "a layer has no deduplication and no copies",
     ]
