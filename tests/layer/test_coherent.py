@@ -374,8 +374,10 @@ def refusing(me, call, step):
     return caught.value.field
 
 
-@pytest.mark.parametrize("mistake", ["gradients", "tokens", "tokens.rank", "norm", "tokens.h_ND", "tokens.source_N", "x.dtype",
-                                     "replay"])  # fmt: skip
+@pytest.mark.parametrize(
+    "mistake",
+    ["gradients", "tokens", "tokens.rank", "norm", "tokens.h_ND", "tokens.source_N", "x.dtype", "replay"],
+)
 def test_one_rank_that_refuses_makes_all_refuse_and_nothing_is_sent(mistake):
     def rank(me):
         ((layer, norm),) = model([me.transport()], me.rank)
