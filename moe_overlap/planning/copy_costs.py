@@ -217,7 +217,7 @@ def _check_counts(**counts: object) -> None:
 
 
 def _check_number(name: str, value: object, expected: str, *, least: float = sys.float_info.min) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < math.inf:
         raise ConfigError(name, value, expected)
 
 
