@@ -91,8 +91,8 @@ class ReplicationRule:
         if one is None:
             return ""
         what = "left as it is" if one.left else f"{len(one.seats) - self.seats_before} new copies, rows shared out anew"
-        how = "; copies go from rank to rank, in two groups" if one.relayed else ""
-        return f"{what}{how}; predicted {1e3 * one.predicted_s:.3g} ms, {1e3 * one.left_s:.3g} ms if left"
+        how = " with copies that go from rank to rank" if one.relayed else ""
+        return f"{what}; predicted {1e3 * one.predicted_s:.3g} ms{how}, {1e3 * one.left_s:.3g} ms if left"
 
 
 def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per_node: int) -> Load:

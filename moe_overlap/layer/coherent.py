@@ -37,6 +37,8 @@ from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.schedule.weights import ExpertWeights
 from moe_overlap.transport.closing import closing_on_error
 
+MIX = -0x61C8864680B583EB  # odd: 2^64 over the golden ratio, as int64
+
 
 class CoherentLayer:
     """A layer's part in context-coherent inference: `tokens = coherent(tokens)`, and `home(tokens)` at the end.
@@ -93,8 +95,9 @@ class CoherentLayer:
     def home(self, tokens: CoherentTokens) -> torch.Tensor:
         """Every row to the rank that brought it: h [..., D] of the x that this rank began with, in order.
 
-        The ranks tell each other how many rows of whom they have (a sum over ranks, int64 [W, W + 2]), then there is
-        one exchange. Raises ConfigError on all ranks where rows are missing or have several dtypes; nothing was sent.
+        The ranks tell each other which rows of whom they have (a sum over ranks, int64 [W, 2W + 3]), then there is one
+        exchange. Raises ConfigError on all ranks where rows are missing, are there twice in place of others, or have
+        several dtypes; nothing was sent.
         """
         transport = self.layer.transport
         with closing_on_error(transport, "home"):
@@ -120,6 +123,8 @@ class CoherentLayer:
         shape, count = tuple(tokens.h_ND.shape), tokens.index_N.numel()
         if shape != (count, width) or tokens.source_N.shape != tokens.index_N.shape:
             raise ConfigError("tokens.h_ND", shape, f"{(count, width)}, and as many of source_N and index_N")
+        if {tokens.source_N.dtype, tokens.index_N.dtype} != {torch.int64}:
+            raise ConfigError("tokens.source_N", tokens.source_N.dtype, "torch.int64, and index_N too")
         dtype_code(tokens.h_ND.dtype)  # raises for one that rows cannot have
         return tokens
 
@@ -168,12 +173,17 @@ class CoherentLayer:
         )
 
     def _said(self, tokens: CoherentTokens) -> np.ndarray:
-        """int64 [W, W + 2]: rows of each rank that each rank has, tokens that it brought, its rows' dtype."""
-        transport, world = self.layer.transport, self.layer.transport.world_size
-        table = torch.zeros(world, world + 2, dtype=torch.int64, device=tokens.h_ND.device)
+        """int64 [W, 2W + 3]: of each rank how many rows of each other it has, the sums of their marks, how many tokens
+        it brought, the sum of theirs, its rows' dtype."""
+        transport, world, device = self.layer.transport, self.layer.transport.world_size, tokens.h_ND.device
+        known = (tokens.source_N >= 0) & (tokens.source_N < world)
+        source_N, index_N = tokens.source_N[known], tokens.index_N[known]
+        table = torch.zeros(world, 2 * world + 3, dtype=torch.int64, device=device)
         mine = table[transport.rank]
-        mine[:world] = torch.bincount(tokens.source_N, minlength=world)
-        mine[world], mine[world + 1] = tokens.own, dtype_code(tokens.h_ND.dtype)
+        mine[:world] = torch.bincount(source_N, minlength=world)
+        mine[world : 2 * world].index_add_(0, source_N, marks(index_N))
+        mine[-3], mine[-2] = tokens.own, marks(torch.arange(tokens.own, device=device)).sum()
+        mine[-1] = dtype_code(tokens.h_ND.dtype)
         found: np.ndarray = transport.all_reduce(table, action="home").wait().cpu().numpy()
         return found
 
@@ -191,6 +201,13 @@ class CoherentLayer:
 def _of(identity: Identity, which: torch.Tensor, x_ND: torch.Tensor) -> Identity:
     """Of some of the tokens."""
     return Identity(weights_T1=identity.weights_T1[which], used_T1=identity.used_T1[which], x_TD=x_ND[which])
+
+
+def marks(index_N: torch.Tensor) -> torch.Tensor:
+    """int64 [N]: a number for each place, such that other places than 0 .. T-1 do not have their sum but by chance."""
+    mixed_N = (index_N + 1) * MIX
+    mixed_N = (mixed_N ^ (mixed_N >> 29)) * MIX
+    return mixed_N ^ (mixed_N >> 32)
 
 
 def check_layer(layer: object) -> None:
@@ -213,10 +230,14 @@ def check_layer(layer: object) -> None:
 def check_table(table: np.ndarray) -> None:
     """Raises ConfigError, alike on all ranks, where tokens cannot go home. table: what `_said` gives."""
     world = len(table)
-    held, brought, dtypes = table[:, :world].sum(axis=0), table[:, world], table[:, world + 1]
-    if (held != brought).any():
-        rank = int((held != brought).argmax())
-        raise ConfigError("tokens", f"{held[rank]} of rank {rank}", f"the {brought[rank]} that it brought, each once")
+    held, found = table[:, :world].sum(axis=0), table[:, world : 2 * world].sum(axis=0)
+    brought, marked, dtypes = table[:, -3:].T
+    wrong = (held != brought) | (found != marked)
+    if wrong.any():
+        rank = int(wrong.argmax())
+        twice = ", some of them twice" if held[rank] == brought[rank] else ""
+        raise ConfigError("tokens", f"{held[rank]} of rank {rank}{twice}", f"the {brought[rank]} that it brought, "
+                          "each once")  # fmt: skip
     if (dtypes != dtypes[0]).any():
         codes = sorted(set(dtypes.tolist()))
         raise ConfigError("tokens.h_ND", [DTYPES[code] for code in codes], "one dtype on all ranks")

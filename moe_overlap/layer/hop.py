@@ -5,7 +5,7 @@ On the wire a token is one row, with its identity behind it, of
     D s + 16 bytes      h [D] in its own dtype of s bytes; int64: home rank * 2^32 + place there; float64: its weight
     D s + 8 bytes       on its way home: h; int64: place
 
-all of which a transport counts as payload. `home` sums int64 [W, W + 2] over the ranks beside it.
+all of which a transport counts as payload. `home` sums int64 [W, 2W + 3] over the ranks beside it.
 """
 
 from __future__ import annotations

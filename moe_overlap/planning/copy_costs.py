@@ -16,8 +16,10 @@ as well, and a copy under other work costs nothing until that work is used up.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.cost_model import WIRES, AlphaBeta, CostModel
@@ -60,6 +62,17 @@ class PhaseCosts:
     joined: bool = False
     exposed_copies: bool = False
     relays: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("row_s", "wgrad_row_s", "expert_s", "beside_s"):
+            _check_number(name, getattr(self, name), "a finite number of seconds, at least 0", least=0.0)
+        if self.wgrad_row_s > self.row_s:
+            raise ConfigError("wgrad_row_s", self.wgrad_row_s, f"at most row_s = {self.row_s}, of which it is a part")
+        _check_counts(chunks=self.chunks)
+        for name in ("exchange", "copy"):
+            lines = getattr(self, name)
+            if not isinstance(lines, tuple) or [type(one) for one in lines] != [AlphaBeta] * len(WIRES):
+                raise ConfigError(name, lines, f"an AlphaBeta for each wire, ({', '.join(WIRES)})")
 
     def window_s(self, computed: Computed, rows: Sequence[int], *copies: Sequence[int]) -> float:
         """Of a step whose busiest rank moves so many rows and experts by wire (inter, intra); copies: of each exchange
@@ -136,9 +149,7 @@ def costs_of(
     model's backbone ops and shared expert run in the window. `relays`: weights may go from rank to rank where that is
     faster; gradients never do. A wire that the model does not have costs nothing: no ranks are joined by it.
     """
-    for name, value in (("row_bytes", row_bytes), ("expert_params", expert_params), ("param_bytes", param_bytes)):
-        if value < 1:
-            raise ConfigError(name, value, "an integer of at least 1")
+    _check_counts(row_bytes=row_bytes, expert_params=expert_params, param_bytes=param_bytes, chunks=chunks)
     found = []
     for phase in phases:
         forward = phase == "forward"
@@ -181,14 +192,10 @@ def nominal_costs(
     backward; rows of `hidden` numbers and weights have dtype_bytes each, gradients of copies four. Rates are those of
     one rank, to other nodes and inside its node. Weights may go from rank to rank, as with `costs_of`.
     """
-    for name, value in (("hidden", hidden), ("ffn", ffn), ("dtype_bytes", dtype_bytes), ("matrices", matrices),
-                        ("chunks", chunks)):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(name, value, "an integer of at least 1")
+    _check_counts(hidden=hidden, ffn=ffn, dtype_bytes=dtype_bytes, matrices=matrices, chunks=chunks)
     rates = {"inter_bytes_per_s": inter_bytes_per_s, "intra_bytes_per_s": intra_bytes_per_s}
     for name, rate in {"flop_per_s": flop_per_s, **rates}.items():
-        if not 0 < rate < math.inf:
-            raise ConfigError(name, rate, "a finite number above 0")
+        _check_number(name, rate, "a finite number above 0")
 
     def over(size: int) -> tuple[AlphaBeta, AlphaBeta]:
         inter, intra = (AlphaBeta(alpha_s=0.0, beta_s=size / rate) for rate in rates.values())
@@ -200,6 +207,18 @@ def nominal_costs(
     backward = PhaseCosts(row_s=2 * row_s, wgrad_row_s=row_s, exchange=row, copy=over(GRADIENT_BYTES * numbers),
                           chunks=chunks)  # fmt: skip
     return (forward, backward) if training else (forward,)
+
+
+def _check_counts(**counts: object) -> None:
+    """Raises ConfigError for what is no integer of at least 1."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(name, value, "an integer of at least 1")
+
+
+def _check_number(name: str, value: object, expected: str, *, least: float = sys.float_info.min) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) < math.inf:
+        raise ConfigError(name, value, expected)
 
 
 def _per(line: AlphaBeta, size: int) -> AlphaBeta:

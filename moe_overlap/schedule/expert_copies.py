@@ -115,9 +115,11 @@ class StepCopies:
             self._store.held = self._weights.copied
 
     def _new_buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Buffers for all copies, with those in them that are valid still."""
+        """Buffers for all copies, with those in them that are valid still. No inference tensors: what is kept may be
+        read by a later step that has a backward, for which autograd would not save them."""
         w = self._weights
-        new = tuple(workspace.empty((count, *one.shape[1:]), like=one, rows=False) for one in (w.w_in, w.w_out))
+        with torch.inference_mode(False):
+            new = tuple(workspace.empty((count, *one.shape[1:]), like=one, rows=False) for one in (w.w_in, w.w_out))
         wanted = {one.expert for one in self.fetch.wanted[self.rank]}
         old = {expert: place for place, expert in enumerate(self._store.experts)}
         for place, one in enumerate(self.seats.copies[self.rank]):

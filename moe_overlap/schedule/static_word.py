@@ -58,12 +58,14 @@ class Watch:
         else:
             return
         if self._latched is None:
-            self._latched = torch.zeros_like(words)
+            with torch.inference_mode(False):  # steps with gradients write into it as well
+                self._latched = torch.zeros_like(words)
         torch.maximum(self._latched, words, out=self._latched)
         if not words.is_cuda:
             return
         if self._host is None:
-            self._host = torch.zeros(words.shape, dtype=words.dtype, pin_memory=True)
+            with torch.inference_mode(False):
+                self._host = torch.zeros(words.shape, dtype=words.dtype, pin_memory=True)
         self._host.copy_(self._latched, non_blocking=True)
         if self._transport.world_size > 1 and not torch.cuda.is_current_stream_capturing():
             self._copied = torch.cuda.Event()

@@ -374,7 +374,10 @@ def refusing(me, call, step):
     return caught.value.field
 
 
-@pytest.mark.parametrize("mistake", ["gradients", "tokens", "tokens.rank", "norm", "tokens.h_ND", "x.dtype", "replay"])
+@pytest.mark.parametrize(
+    "mistake",
+    ["gradients", "tokens", "tokens.rank", "norm", "tokens.h_ND", "tokens.source_N", "x.dtype", "replay"],
+)
 def test_one_rank_that_refuses_makes_all_refuse_and_nothing_is_sent(mistake):
     def rank(me):
         ((layer, norm),) = model([me.transport()], me.rank)
@@ -392,6 +395,7 @@ def test_one_rank_that_refuses_makes_all_refuse_and_nothing_is_sent(mistake):
                     step(good)
             else:
                 bad = {"tokens": 3, "tokens.rank": replace(good, rank=0), "tokens.h_ND": step.begin(tokens(3)[:, :3]),
+                       "tokens.source_N": replace(good, index_N=good.index_N.int()),
                        "x.dtype": step.begin(tokens(3).to(torch.complex64))}  # fmt: skip
                 CoherentLayer(layer, norm=lambda h: norm(h.real.double()))(bad[mistake])
 
@@ -401,7 +405,7 @@ def test_one_rank_that_refuses_makes_all_refuse_and_nothing_is_sent(mistake):
     assert virtual_world(2).run(rank)[1] == mistake
 
 
-def test_rows_that_are_missing_at_the_end_are_said_on_all_ranks():
+def test_rows_that_are_missing_or_twice_at_the_end_are_said_on_all_ranks():
     def rank(me):
         ((layer, norm),) = model([me.transport()], me.rank)
         step = CoherentLayer(layer, norm=norm)
@@ -410,6 +414,14 @@ def test_rows_that_are_missing_at_the_end_are_said_on_all_ranks():
             lost = replace(here, h_ND=here.h_ND[1:], source_N=here.source_N[1:], index_N=here.index_N[1:])
             with pytest.raises(ConfigError, match="tokens = .*each once"):
                 step.home(lost if me.rank == 0 else here)
+            places = here.index_N.clone()
+            own = (here.source_N == 0).nonzero()
+            if me.rank == 0:
+                places[own[0]] = places[own[1]]
+            with pytest.raises(ConfigError, match="of rank 0, some of them twice.*each once"):
+                step.home(replace(here, index_N=places))
+            with pytest.raises(ConfigError, match="tokens = .*each once"):
+                step.home(replace(here, source_N=here.source_N + 2 * (me.rank == 0)))
             with pytest.raises(ConfigError, match="one dtype"):
                 step.home(replace(here, h_ND=here.h_ND.float()) if me.rank == 0 else here)
             close(step.home(here), in_a_row([(layer, norm)], brought(me.rank)))

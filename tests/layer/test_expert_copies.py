@@ -86,6 +86,23 @@ def test_weights_travel_when_they_have_changed_and_gradients_in_every_backward()
     virtual_world(2).run(rank)
 
 
+def test_copies_fetched_in_inference_mode_are_trained_with():
+    """They are kept, and are no inference tensors, which autograd does not save."""
+
+    def rank(me):
+        layer = placed(me, COPIED)
+        with torch.inference_mode():
+            layer(tokens(9, me.rank))
+        assert text(layer).startswith("Wf0 P ")
+        x, twin_x = (tokens(9, me.rank).requires_grad_() for _ in range(2))
+        layer(x).square().sum().backward()
+        assert "Wf0" not in text(layer)
+        placed(me, COPIED)(twin_x).square().sum().backward()
+        same_bits(x.grad, twin_x.grad)
+
+    virtual_world(2).run(rank)
+
+
 @pytest.mark.parametrize("schedule", ["serial", "chunked(3)", "chunked(2,experts)"])
 def test_twenty_steps_of_training_are_those_of_one_slot_each(schedule):
     def rank(me):

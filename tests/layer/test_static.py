@@ -201,6 +201,19 @@ def test_other_tokens_are_refused():
     virtual_world(2).run(rank)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_inference_mode_first_and_training_after_it(world):
+    def rank(me):
+        layer = make(me.transport(), mode="static", static_capacity="no_drop", schedule="chunked(2)")
+        twin = make(me.transport(), schedule="chunked(2)")
+        with torch.inference_mode():
+            layer(tokens(T, me.rank))
+        for got, want in zip(step(layer, tokens(T, me.rank)), step(twin, tokens(T, me.rank)), strict=True):
+            close(got, want)
+
+    virtual_world(world).run(rank)
+
+
 def test_a_copy_has_words_of_its_own():
     layer = make(mode="static", static_capacity=0.1, schedule="chunked(2)")
     layer(tokens(T))

@@ -343,6 +343,17 @@ def test_weights_are_waited_for_by_all_experts_and_gradients_go_home_beside_thos
     assert replace(backward, exposed_copies=True).window_s(copied, free, (2, 0)) == 20.0 + 6.0
 
 
+@pytest.mark.parametrize("bad", [
+    {"row_s": float("nan")}, {"row_s": -1.0}, {"row_s": float("inf")}, {"row_s": "1"}, {"row_s": True},
+    {"wgrad_row_s": 1.5}, {"wgrad_row_s": float("nan")}, {"expert_s": -1e-9}, {"beside_s": float("inf")},
+    {"chunks": 0}, {"chunks": 1.5}, {"exchange": FREE}, {"copy": (0.1, 0.1)}, {"copy": (FREE,)},
+])  # fmt: skip
+def test_prices_that_cannot_be_are_refused(bad):
+    """The compiled decision and its reference answered differently to them, or with an error of arithmetic."""
+    with pytest.raises(ConfigError, match=list(bad)[0]):
+        replace(phase(), **bad)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
 def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
@@ -364,7 +375,8 @@ def test_nominal_costs_break_even_where_the_bytes_do(training, dtype_bytes):
 
 @pytest.mark.parametrize("bad", [
     {"hidden": 0}, {"ffn": True}, {"dtype_bytes": 0.5}, {"matrices": 0}, {"chunks": 0}, {"flop_per_s": 0.0},
-    {"inter_bytes_per_s": float("inf")}, {"intra_bytes_per_s": float("nan")},
+    {"inter_bytes_per_s": float("inf")}, {"intra_bytes_per_s": float("nan")}, {"flop_per_s": True},
+    {"flop_per_s": "1e12"}, {"flop_per_s": 1e-320},
 ])  # fmt: skip
 def test_nominal_costs_refuse_what_is_no_figure(bad):
     good = {"hidden": 64, "ffn": 256, "flop_per_s": 1e12, "inter_bytes_per_s": 1e9, "intra_bytes_per_s": 1e9}

@@ -31,6 +31,7 @@ from moe_overlap.planning.cost_model import WIRES
 from moe_overlap.planning.replication import Decision, Load, decide, rank_rows
 
 STEEPEST, HALVINGS = 50.0, 60  # exponents of Zipf's law that are looked at
+UNCOUNTED = 1e-9  # of a row's time, where it is hidden: not 0, as its parts say what of a backward is weight gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,8 @@ def _costs(options: PlanOptions, point: Prediction) -> list[PhaseCosts]:
                            param_bytes=options.dtype_bytes, chunks=best.chunks, joined=best.joined)  # fmt: skip
         if options.weights == "beside":
             by_rows = cost.row_s * options.tokens * top_k * busiest(options, point.at) >= read_s
-            cost = replace(cost, expert_s=0.0) if by_rows else replace(cost, row_s=0.0)
+            hidden = replace(cost, row_s=UNCOUNTED * cost.row_s, wgrad_row_s=UNCOUNTED * cost.wgrad_row_s)
+            cost = replace(cost, expert_s=0.0) if by_rows else hidden
         found.append(cost if options.phase == "train" else replace(cost, copy=(FREE, FREE)))
     return found
 

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from moe_overlap.commands.cli import main
 from moe_overlap.commands.plan.machine import shapes, traffic_of
 from moe_overlap.commands.plan.options import PlanOptions
-from moe_overlap.commands.plan.replicas import Replicas, copies_bytes, replica_line, replicas, skewed_counts
+from moe_overlap.commands.plan.replicas import Replicas, _costs, copies_bytes, replica_line, replicas, skewed_counts
 from moe_overlap.commands.plan.sweep import asked
 from moe_overlap.commands.plan.traffic import seats_with_copies
 from moe_overlap.commands.plan.whole_model import whole_model
-from moe_overlap.planning.copy_costs import FREE, GRADIENT_BYTES, costs_of
+from moe_overlap.planning.copy_costs import FREE, GRADIENT_BYTES, Computed, costs_of
 from moe_overlap.planning.replication import Load, decide, rank_rows
 
 SKEWED = PlanOptions(ranks=8, experts=64, top_k=4, hidden=1024, ffn=2048, tokens=4096, skew=2.0, dedup="off",
@@ -72,6 +72,16 @@ def test_no_copy_is_made_that_does_not_pay():
     assert found == Replicas(copies=0, before=found.before, after=found.before, seconds=one.time_s, moved_bytes=0,
                              held_bytes=0)  # fmt: skip
     assert "no copy pays" in replica_line(few, one, None)
+
+
+def test_where_reading_weights_takes_longer_a_backward_still_waits_for_its_wire():
+    few = replace(SKEWED, phase="train", tokens=16, skew=1.2)
+    assert few.weights == "beside"
+    _, backward = _costs(few, asked(few, "top2"))
+    assert 0 < backward.row_s < 1e-15 and 0.4 < backward.wgrad_row_s / backward.row_s < 0.5
+    rows, free = (10**6, 10**6), Computed(rows=[0, 10**6], copied=[0, 0], experts=[0, 1])
+    wire_s = 2 * backward.exchange[1].beta_s * rows[1]
+    assert backward.window_s(free, rows) >= wire_s + backward.expert_s / (2 * backward.chunks) > wire_s
 
 
 def test_more_slots_are_at_least_as_even_and_as_fast():
