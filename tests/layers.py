@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from moe_overlap import MoEBlock, MoELayer
+from tests.tolerances import same_bits
 
 D, F, E, K = 16, 24, 8, 2
 
@@ -23,9 +27,9 @@ def tokens(count, seed=0, dtype=torch.float64):
 class Op(nn.Module):
     """h + tanh(h w)."""
 
-    def __init__(self):
+    def __init__(self, width=D):
         super().__init__()
-        self.linear = nn.Linear(D, D, dtype=torch.float64)
+        self.linear = nn.Linear(width, width, dtype=torch.float64)
 
     def forward(self, h):
         return h + torch.tanh(self.linear(h))
@@ -47,3 +51,34 @@ def executed(events, phase):
     mine = [e for e in sorted(events, key=lambda e: e.start_s) if e.phase == phase]
     mine = [e for e in mine if e.lane == "comp" or e.action.startswith(rows)]
     return [e.action if e.lane == "comp" else f"{e.action}.{e.lane}" for e in mine]
+
+
+def results(model, x, call=None):
+    """y and all gradients of a call of the model, or of `call` in its place."""
+    x = x.clone().requires_grad_()
+    y = (call or model)(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def check_same(ones, others):
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        same_bits(one, other)
+
+
+@contextmanager
+def exchange_fails(transport, action) -> Iterator[None]:
+    """The start of this action's exchange raises an OSError, on this rank alone."""
+    plain = transport.start
+
+    def failing(*args, **kwargs):
+        if kwargs["action"] == action:
+            raise OSError("no memory")
+        return plain(*args, **kwargs)
+
+    transport.start = failing
+    try:
+        yield
+    finally:
+        del transport.start

@@ -24,19 +24,11 @@ from moe_overlap import (
     TransportTimeout,
     prepare,
 )
+from tests.layers import Op
 from tests.ranks import Ranks, gloo_pool
 from tests.tolerances import close, same_bits
 
 D, F, E, K = 16, 24, 8, 2
-
-
-class Op(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(D, D, dtype=torch.float64)
-
-    def forward(self, h):
-        return h + torch.tanh(self.linear(h))
 
 
 class Model(nn.Module):

@@ -36,7 +36,7 @@ from moe_overlap.transport.host_link import EmulatedHostLink
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.auto.planted import OPS, cost_model, exchange, line, planted
 from tests.auto.probes import probe
-from tests.layers import D, E, F, Op, make, tokens
+from tests.layers import D, E, F, Op, check_same, make, results, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import same_bits
 from tests.transport.played import PlayedEngine
@@ -327,19 +327,6 @@ def build(kind, transport, schedule, **options):
 
 def layer_of(model):
     return model.moe if isinstance(model, ShortcutBlock) else model
-
-
-def results(model, x, call=None):
-    x = x.clone().requires_grad_()
-    y = (call or model)(x)
-    y.square().sum().backward()
-    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
-
-
-def check_same(ones, others):
-    assert len(ones) == len(others)
-    for one, other in zip(ones, others, strict=True):
-        same_bits(one, other)
 
 
 def chosen(model) -> SchedulePair:

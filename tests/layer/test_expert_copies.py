@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from moe_overlap.agreement.seats import seats_of
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.placement import LocalFirst, Placement
 from moe_overlap.schedule.builders import window
-from tests.layers import D, E, F, make, tokens
+from tests.layers import D, E, F, exchange_fails, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
 
@@ -310,19 +311,10 @@ def test_a_rank_that_fails_while_weights_travel_leaves_them_whole(action):
     def rank(me):
         layer = placed(me, COPIED)
         before = [weight.detach().clone() for weight in layer.expert_weights]
-        transport, plain = layer.transport, layer.transport.start
-
-        def failing(*args, **kwargs):
-            if kwargs["action"] == action:
-                raise OSError("no memory")
-            return plain(*args, **kwargs)
-
-        if me.rank == 1:
-            transport.start = failing
-        with pytest.raises(OSError if me.rank else MoeTransportError, match="no memory"):
+        transport = layer.transport
+        broken = exchange_fails(transport, action) if me.rank == 1 else nullcontext()
+        with broken, pytest.raises(OSError if me.rank else MoeTransportError, match="no memory"):
             layer(tokens(9, me.rank)).sum().backward()
-        if me.rank == 1:
-            del transport.start
         for weight, old in zip(layer.expert_weights, before, strict=True):
             same_bits(weight.detach(), old)
         transport.reopen()

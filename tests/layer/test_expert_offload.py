@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,26 +17,11 @@ from moe_overlap.placement import Placement
 from moe_overlap.schedule.builders import agree_ahead, shared_expert
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.transport.host_link import EmulatedHostLink, HostLink
-from tests.layers import D, E, F, make, tokens
+from tests.layers import D, E, F, check_same, make, results, tokens
 from tests.ranks import gloo_pool, virtual_world
-from tests.tolerances import same_bits
 
 EXPERT_BYTES = 3 * F * D * 8
 SLOW = 40e6  # bytes a second: 0.23 ms an expert
-
-
-def results(layer, x, call=lambda layer, x: layer(x)):
-    """y and all gradients of a call."""
-    x = x.clone().requires_grad_()
-    y = call(layer, x)
-    y.square().sum().backward()
-    return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
-
-
-def check_same(ones, others):
-    assert len(ones) == len(others)
-    for one, other in zip(ones, others, strict=True):
-        same_bits(one, other)
 
 
 @pytest.mark.parametrize("schedule", ["serial", "chunked(1)", "chunked(2,experts)", "chunked(3,experts)"])
@@ -124,7 +110,7 @@ def test_a_checkpoint_and_two_backwards_of_one_graph():
 
     for call in (twice, again):
         layers = (make(schedule="chunked(2,experts)", expert_offload=offload) for offload in (None, "host"))
-        plain, away = (results(layer, tokens(6), call) for layer in layers)
+        plain, away = (results(layer, tokens(6), partial(call, layer)) for layer in layers)
         check_same(plain, away)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from moe_overlap.planning.cost_model import AlphaBeta
 from moe_overlap.schedule.builders import SchedulePair, parse_choice, window, with_copies
 from moe_overlap.schedule.check import check, makespan_s
 from moe_overlap.schedule.fetching import fetching
-from tests.layers import D, E, F, make, tokens
+from tests.layers import D, E, F, exchange_fails, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
 
@@ -203,19 +204,10 @@ def test_a_rank_that_fails_in_either_group_leaves_no_rank_with_half_an_expert(ac
     def rank(me):
         layer = placed(me, relayed=True)
         before = [weight.detach().clone() for weight in layer.expert_weights]
-        transport, plain = layer.transport, layer.transport.start
-
-        def failing(*args, **kwargs):
-            if kwargs["action"] == action:
-                raise OSError("no memory")
-            return plain(*args, **kwargs)
-
-        if me.rank == fails:
-            transport.start = failing
-        with pytest.raises(OSError if me.rank == fails else MoeTransportError, match="no memory"):
+        transport = layer.transport
+        broken = exchange_fails(transport, action) if me.rank == fails else nullcontext()
+        with broken, pytest.raises(OSError if me.rank == fails else MoeTransportError, match="no memory"):
             layer(tokens(9, me.rank)).sum().backward()
-        if me.rank == fails:
-            del transport.start
         for weight, old in zip(layer.expert_weights, before, strict=True):
             same_bits(weight.detach(), old)
         assert layer.dispatcher.copy_store.held is None and layer.dispatcher.copy_store.experts == ()

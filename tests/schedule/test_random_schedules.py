@@ -8,13 +8,13 @@ from functools import lru_cache
 
 import pytest
 import torch
-from torch import nn
 
 from moe_overlap import MoELayer, ShortcutBlock
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair, serial, window
 from moe_overlap.schedule.check import check
 from moe_overlap.schedule.recorder import record
+from tests.layers import Op
 from tests.random_schedules import Wrong, follow, mutated, random_pair, random_shape
 from tests.ranks import virtual_world
 from tests.tolerances import close
@@ -79,22 +79,13 @@ def test_10_000_spoilt_ones_are_refused():
 # ---------------------------------------------------------------- executed
 
 
-class Op(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(D, D, dtype=torch.float64)
-
-    def forward(self, h):
-        return h + torch.tanh(self.linear(h))
-
-
 def run(me, pair: SchedulePair, *, dedup: bool, shared: bool):
     """(executed compute actions of both phases, results) of one rank."""
     torch.manual_seed(3)
     plain = pair.num_ops > 0
     moe = MoELayer(D, F, E, K, transport=me.transport(), dtype=torch.float64, dedup="on" if dedup else "off",
                    shared_expert_size=F if shared else None, schedule="serial" if plain else pair)  # fmt: skip
-    model = ShortcutBlock([Op() for _ in range(pair.num_ops)], moe, tap=0, schedule=pair) if plain else moe
+    model = ShortcutBlock([Op(D) for _ in range(pair.num_ops)], moe, tap=0, schedule=pair) if plain else moe
     x = torch.randn(TOKENS[me.rank], D, dtype=torch.float64, generator=torch.Generator().manual_seed(me.rank))
     x.requires_grad_()
     with record() as events:
