@@ -1,12 +1,13 @@
 """A slower link between nodes, emulated around another transport, so that overlap can be measured on one machine.
 
-The model. Every rank has one link for what it sends to ranks of other nodes; all transports of its process with equal
-link and topology share it. A message set (all rows of one exchange,
-one control record to every peer) that is given at time t begins at max(t, end of the previous one), occupies the link
-for bytes / rate, and arrives `latency` after its last byte left. A receive is ready at the maximum over the senders
-that had rows for it, and not before this rank's own bytes have left. Ranks of one node talk at the speed of the inner
-transport. Not modelled: contention at the receiver, packets, protocol overhead, loss. An exchange that the inner
-transport ends later than the model says is as late as it really was.
+The model. Every rank has one link to the ranks of other nodes, of the same rate in both directions at once; all
+transports of its process with equal link and topology share it. A message set (all rows of one exchange, one control
+record to every peer) that is given at time t begins at max(t, end of the previous one), occupies the sender's link for
+bytes / rate, and arrives `latency` after its last byte left. What a rank gets occupies its own link in the other
+direction: from the first sender's begin, or the end of what it got before, for bytes / rate. A receive is ready at the
+maximum over both, and not before this rank's own bytes have left. Ranks of one node talk at the speed of the inner
+transport. Not modelled: that a receiver's full link holds its senders up, what control records take of it, packets,
+protocol overhead, loss. An exchange that the inner transport ends later than the model is as late as it really was.
 
 The bytes move at once through the inner transport; `wait` then sleeps until the model's time, so the core is free
 meanwhile and no helper thread exists. Departure times are left on a board in memory that the ranks share, before the
@@ -21,6 +22,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,13 +55,14 @@ class _Departure:
     arrival_ns: int
 
 
-class _Egress:
-    """The link of this process to other nodes: until when it is busy, on the time.perf_counter_ns clock."""
+class _Port:
+    """The link of this process to other nodes: until when it sends and gets, on the time.perf_counter_ns clock."""
 
-    busy_ns = 0
+    sends_ns = 0
+    gets_ns = 0
 
 
-_egresses: dict[tuple[LinkSpec, NodeTopology], _Egress] = {}
+_ports: dict[tuple[LinkSpec, NodeTopology], _Port] = {}
 
 
 class _Board:
@@ -75,6 +78,10 @@ class _Board:
         cell[1] = departure.begin_ns
         cell[2] = departure.arrival_ns
         cell[0] = departure.number + 1
+
+    def has(self, rank: int, number: int) -> bool:
+        """Whether that operation of `rank` can be read."""
+        return int(self._cells[number % BOARD_SLOTS, rank, 0]) == number + 1
 
     def read(self, rank: int, number: int) -> tuple[int, int]:
         """(begin, arrival) of that operation of `rank`, which must have sent it."""
@@ -98,14 +105,18 @@ class EmulatedWork:
         where: Where,
         departure: _Departure,
         senders: tuple[int, ...],
+        num_bytes: int,
         extra_ns: int = 0,
     ) -> None:
+        """num_bytes: that this rank gets from other nodes."""
         self._transport = transport
         self._inner = inner
         self._where = where
         self._departure = departure
         self._senders = senders
+        self._num_bytes = num_bytes
         self._extra_ns = extra_ns
+        transport._unsettled.append(self)
         self._interval_ns: tuple[int, int] | None = None
         self._waited = False
 
@@ -137,14 +148,29 @@ class EmulatedWork:
     def _times(self) -> tuple[int, int]:
         """(begin, end) of the wire time, known once the inner exchange is over."""
         if self._interval_ns is None:
-            board, mine = self._transport._board, self._departure
-            assert board is not None
-            theirs = [board.read(sender, mine.number) for sender in self._senders]
-            sends = mine.left_ns > mine.begin_ns
-            begin_ns = mine.begin_ns if sends or not theirs else min(begin for begin, _ in theirs)
-            ends = [arrival for _, arrival in theirs] + [mine.left_ns]
-            self._interval_ns = begin_ns, max(ends) + self._extra_ns
+            self._transport._settle_before(self)
+            self.settle()
+        assert self._interval_ns is not None
         return self._interval_ns
+
+    @property
+    def departed(self) -> bool:
+        """Whether all senders have said when their bytes leave."""
+        board = self._transport._board
+        return board is not None and all(board.has(sender, self._departure.number) for sender in self._senders)
+
+    def settle(self) -> None:
+        """Put what arrives on this rank's link: in the order of the exchanges, as each adds to when the next one is
+        there."""
+        board, mine = self._transport._board, self._departure
+        assert board is not None
+        theirs = [board.read(sender, mine.number) for sender in self._senders]
+        first_ns = min((begin for begin, _ in theirs), default=mine.begin_ns)
+        sends = mine.left_ns > mine.begin_ns
+        ends = [arrival for _, arrival in theirs] + [mine.left_ns]
+        if self._num_bytes:
+            ends.append(self._transport._get(self._num_bytes, first_ns))
+        self._interval_ns = mine.begin_ns if sends else first_ns, max(ends) + self._extra_ns
 
 
 @dataclass(eq=False)
@@ -209,7 +235,8 @@ class EmulatedLinkTransport(Wrapper):
         self._board: _Board | None = None
         self._number = 0
         self._header: Header | None = None
-        self._egress = _egresses.setdefault((link, topology), _Egress())
+        self._port = _ports.setdefault((link, topology), _Port())
+        self._unsettled: deque[EmulatedWork] = deque(maxlen=BOARD_SLOTS)
 
     def open(self, header: Header) -> bool:
         opened = super().open(header)
@@ -259,7 +286,8 @@ class EmulatedLinkTransport(Wrapper):
         departure = self._depart(sum(send[peer] for peer in self._off_node) * exchange.layout.row_bytes)
         work = super()._start(exchange)
         senders = tuple(peer for peer in self._off_node if recv[peer])
-        return EmulatedWork(self, work, exchange.where(), departure, senders)
+        arriving = sum(recv[peer] for peer in senders) * exchange.layout.row_bytes
+        return EmulatedWork(self, work, exchange.where(), departure, senders, arriving)
 
     def all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> Work:
         """Sum of `tensor` over the ranks, in place, paying as a ring: 2 (W-1) steps of latency + bytes / W / rate.
@@ -271,12 +299,14 @@ class EmulatedLinkTransport(Wrapper):
         steps = 2 * (self.world_size - 1)
         node_of, ranks = self.topology.node_of, range(self.world_size)
         paying = [rank for rank in ranks if node_of(rank) != node_of((rank + 1) % self.world_size)]
-        departure = self._depart(tensor.nbytes * steps // self.world_size if self.rank in paying else 0)
+        share = tensor.nbytes * steps // self.world_size
+        departure = self._depart(share if self.rank in paying else 0)
         work = super().all_reduce(tensor, action=action)
+        arriving = share if (self.rank - 1) % self.world_size in paying else 0
         # One latency is in every arrival; the ring waits for one more at each further step.
         extra_ns = int((steps - 1) * self.link.latency_s * 1e9) if paying else 0
         senders = tuple(rank for rank in paying if rank != self.rank)
-        return EmulatedWork(self, work, Where(action=action), departure, senders, extra_ns)
+        return EmulatedWork(self, work, Where(action=action), departure, senders, arriving, extra_ns)
 
     def dense_all_reduce(self, tensor: torch.Tensor, *, action: str = "R") -> torch.Tensor:
         """`all_reduce`, waited for: how the gradients of the dense parameters are summed over the link."""
@@ -290,6 +320,7 @@ class EmulatedLinkTransport(Wrapper):
         super().reopen()
         self._board = None
         self._number = 0
+        self._unsettled.clear()
 
     def _depart(self, num_bytes: int) -> _Departure:
         """Put a message set on this rank's link and its times on the board, before any byte of it moves."""
@@ -305,9 +336,24 @@ class EmulatedLinkTransport(Wrapper):
         now_ns = time.perf_counter_ns()
         if num_bytes == 0:
             return now_ns, now_ns, now_ns
-        begin_ns = max(now_ns, self._egress.busy_ns)
-        left_ns = self._egress.busy_ns = begin_ns + int(num_bytes / self.link.bytes_per_s * 1e9)
+        begin_ns = max(now_ns, self._port.sends_ns)
+        left_ns = self._port.sends_ns = begin_ns + int(num_bytes / self.link.bytes_per_s * 1e9)
         return begin_ns, left_ns, left_ns + int(self.link.latency_s * 1e9)
+
+    def _get(self, num_bytes: int, first_ns: int) -> int:
+        """When `num_bytes`, the first of which left at `first_ns`, are here."""
+        self._port.gets_ns = max(first_ns, self._port.gets_ns) + int(num_bytes / self.link.bytes_per_s * 1e9)
+        return self._port.gets_ns + int(self.link.latency_s * 1e9)
+
+    def _settle_before(self, work: EmulatedWork) -> None:
+        """Settle the exchanges that were started before this one, but for those whose senders have not all come."""
+        later = []
+        while self._unsettled and (one := self._unsettled.popleft()) is not work:
+            if one.departed:
+                one.settle()
+            else:
+                later.append(one)
+        self._unsettled.extendleft(reversed(later))
 
     def _sleep_until(self, ready_ns: int, where: Where, timeout_s: float | None) -> None:
         left_ns = ready_ns - time.perf_counter_ns()

@@ -166,6 +166,33 @@ def test_only_bytes_that_leave_the_node_pay() -> None:
     gloo_pool(4).run(nodes)
 
 
+def incast() -> list[tuple[float, float]]:
+    """All ranks send to rank 0 alone, twice: the wire intervals."""
+    layout = RowLayout(width=1000, dtype=torch.float32)
+    transport = emulated("80mbit:1ms")  # 10 MB per second
+    transport.open(header(4))
+    counts = torch.zeros(BLOCKS, 4, dtype=torch.int64)
+    counts[0, 0] = 8  # 32 kB: 3.2 ms of a sender's link, three times as long on that of rank 0
+    plan = transport.agree(record(counts)).chunked(1)
+    works = [transport.start(torch.ones(8, 1000), plan, layout, action=f"D{number}") for number in range(2)]
+    for work in reversed(works):  # in whatever order they are waited for
+        work.wait()
+    found = [work.interval() for work in works]
+    return [wire for wire in found if wire is not None]
+
+
+def test_what_comes_from_several_ranks_queues_at_the_receiver() -> None:
+    receiver, *senders = gloo_pool(4).run(incast)
+    gets_s = 0.0
+    for number in range(2):
+        begins = [wires[number][0] for wires in senders]
+        for wires in senders:  # a sender waits for its own bytes alone
+            assert wires[number][1] == pytest.approx(wires[number][0] + 3.2e-3, abs=1e-6)
+        gets_s = max(gets_s, min(begins)) + 3 * 3.2e-3
+        end_s = max(gets_s, max(begins) + 3.2e-3) + 1e-3
+        assert receiver[number] == pytest.approx((min(begins), end_s), abs=1e-6)
+
+
 def everything_pays() -> None:
     """Records and dense gradients use the link; a link too slow for the limit is an error; reopen repairs."""
     transport = emulated("800kbit:10ms")  # 100 kB per second
