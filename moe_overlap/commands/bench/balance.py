@@ -1,4 +1,4 @@
-"""`moe-overlap bench balance`: skewed routing under placements, copies of experts and shadows, with slept compute."""
+"""`moe-overlap bench balance`: skewed routing under placements, copies of experts and shadows."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from moe_overlap.commands.bench.balance_cases import (
     Planned,
     Times,
     Unit,
+    balanced_s,
     costs,
     link_of,
     max_rel_err,
@@ -55,7 +56,8 @@ MAX_REL_ERR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark on ranks it spawns, or on torchrun's; the exit status. ConfigError for bad input."""
     options = parse(argv, ranks=torchrun_world_size())
-    link_of(options)  # refuses a latency that leaves nothing for the bytes
+    if options.compute == "slept":
+        link_of(options)  # refuses a latency that leaves nothing for the bytes
     if options.recorded:
         counts_of("recorded", options.sizes, seed=0, step=0, recorded=Path(options.recorded))
     if not config.torchrun("RANK"):
@@ -91,7 +93,8 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 
 def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
     """The rows of all workloads, the same on all ranks. Collective."""
-    link, sleep = link_of(options), scaled(calibrate(world, _layer_options(options)), options)
+    sleep = scaled(calibrate(world, _layer_options(options)), options)
+    link = link_of(options, balanced_s(options, sleep))
     wires = Wires.open(world, options.timeout_s)
     wires.emulate(link, options.ranks_per_node)
     unit = Unit(options, wires.link, sleep)
@@ -112,7 +115,7 @@ def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
         # Balanced routing needs no copies: the schedules of the first planner without its rule.
         even = [Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair) for one in ideals]
         rows = [*((one, even_TK) for one in even), *((one, ids_TK) for one in plans)]
-        times = time_rows(world, unit, rows, x_TD, sleep, options.repeats)
+        times = time_rows(world, unit, rows, x_TD, sleep if options.compute == "slept" else None, options.repeats)
         found += _rows(options, world, workload, [plan for plan, _ in rows], times, [0.0] * len(even) + errors, link,
                        sleep)  # fmt: skip
     return found
@@ -263,7 +266,7 @@ def _constant(options: BalanceOptions, link: LinkSpec) -> dict[str, Any]:
     return {
         **{name: getattr(options, name) for name in names},
         "phase": "train",
-        "compute": "slept",
+        "compute": options.compute,
         "link": f"emulated {link}",
         "hardware": hardware(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""What `bench balance` times: one layer behind a dense op, both asleep, under a workload and a planner."""
+"""What `bench balance` times: one layer behind a dense op under a workload and a planner; both sleep, or compute."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moe_overlap.agreement.seats import StepRule
 from moe_overlap.auto.parallelism import ParallelismSwitch
 from moe_overlap.auto.replicate import ReplicationRule, load_of
 from moe_overlap.commands.bench.balance_options import KEPT, BalanceOptions
+from moe_overlap.commands.bench.cases import Branch, Residual
 from moe_overlap.commands.bench.routing import ForcedRouter
 from moe_overlap.commands.bench.slept import Calibration, Slept, slept_experts
 from moe_overlap.commands.bench.timing import quiet_collector
@@ -38,7 +39,10 @@ EXCHANGES = {"forward": 2, "backward": 2}
 
 
 def scaled(found: Calibration, options: BalanceOptions) -> Calibration:
-    """The calibrated times of experts, all longer by one factor, so that a rank's balanced step has --compute-ms."""
+    """The calibrated times of experts, all longer by one factor, so that a rank's balanced step has --compute-ms; real
+    compute takes what it takes."""
+    if options.compute == "real":
+        return found
     rows = options.tokens * options.top_k
     factor = 1e-3 * options.compute_ms / (rows * (found.expert_row_s + found.dgrad_row_s + found.wgrad_row_s))
     moe_s = 1e-3 * options.compute_ms / (1.0 - options.comm_share)
@@ -51,12 +55,19 @@ def scaled(found: Calibration, options: BalanceOptions) -> Calibration:
     )  # fmt: skip
 
 
-def link_of(options: BalanceOptions) -> LinkSpec:
-    """The link at which the four exchanges of a balanced training step are --comm-share of layer and exchanges."""
+def balanced_s(options: BalanceOptions, found: Calibration) -> float:
+    """Seconds of a rank's experts in a step with balanced load, both phases."""
+    return options.tokens * options.top_k * (found.expert_row_s + found.dgrad_row_s + found.wgrad_row_s)
+
+
+def link_of(options: BalanceOptions, compute_s: float | None = None) -> LinkSpec:
+    """The link at which the four exchanges of a balanced training step are --comm-share of layer and exchanges; the
+    experts of a rank take compute_s in it (--compute-ms)."""
+    compute_s = 1e-3 * options.compute_ms if compute_s is None else compute_s
     row_bytes = options.hidden * options.torch_dtype.itemsize
     away = (options.ranks - options.ranks_per_node) / options.ranks
     sent = sum(EXCHANGES.values()) * options.tokens * options.top_k * row_bytes * away
-    wire_s = 1e-3 * options.compute_ms * options.comm_share / (1.0 - options.comm_share)
+    wire_s = compute_s * options.comm_share / (1.0 - options.comm_share)
     transfer_s = wire_s - sum(EXCHANGES.values()) * 1e-6 * options.latency_us
     if transfer_s <= 0:
         raise ConfigError(
@@ -66,8 +77,8 @@ def link_of(options: BalanceOptions) -> LinkSpec:
 
 
 def costs(options: BalanceOptions, sleep: Calibration, link: LinkSpec, schedule: str) -> tuple[PhaseCosts, ...]:
-    """Forward and backward, from the slept times and the link; the ranks of a node talk for nothing. schedule: one of
-    SCHEDULES; in a shortcut the dense op is in the window."""
+    """Forward and backward, from the calibrated times and the link; the ranks of a node talk for nothing. schedule: one
+    of SCHEDULES; in a shortcut the dense op is in the window."""
     size = options.torch_dtype.itemsize
     expert = MATRICES * options.hidden * options.ffn
     free = AlphaBeta(alpha_s=0.0, beta_s=0.0)
@@ -190,7 +201,9 @@ class Unit(nn.Module):
         ids_TK = torch.zeros(options.tokens, options.top_k, dtype=torch.int32)
         wide = torch.float64 if options.torch_dtype == torch.float64 else torch.float32
         self.router = ForcedRouter(ids_TK, even.to(wide), options.experts)
-        self.dense = Slept(sleep.mlp_forward_s, sleep.mlp_backward_s)
+        self.dense: nn.Module = Slept(sleep.mlp_forward_s, sleep.mlp_backward_s)
+        if options.compute == "real":
+            self.dense = Residual(Branch(options.hidden, options.ffn, dtype=options.torch_dtype))
         self.alone = Placement.identity(options.experts, options.ranks)
         self.moe = MoELayer(
             options.hidden, options.ffn, options.experts, options.top_k, router=self.router, activation="swiglu",
@@ -220,7 +233,7 @@ class Unit(nn.Module):
     def routed(self, x_TD: torch.Tensor) -> torch.Tensor:
         """What the experts alone make of x, in the schedule of `use`."""
         dense, self.block.backbone[0] = self.dense, nn.Identity()
-        self.dense = nn.Identity()  # type: ignore[assignment]
+        self.dense = nn.Identity()
         y_TD = self.forward(x_TD)
         self.dense = self.block.backbone[0] = dense
         return y_TD - x_TD if self.beside else y_TD
@@ -237,10 +250,11 @@ class Times:
 
 
 def time_rows(
-    world: World, unit: Unit, rows: Sequence[tuple[Planned, torch.Tensor]], x_TD: torch.Tensor, sleep: Calibration,
-    repeats: int,
+    world: World, unit: Unit, rows: Sequence[tuple[Planned, torch.Tensor]], x_TD: torch.Tensor,
+    sleep: Calibration | None, repeats: int,
 ) -> list[Times]:  # fmt: skip
-    """Training steps of all rows, interleaved; every other round backwards. Collective."""
+    """Training steps of all rows, interleaved; every other round backwards. Without `sleep` experts compute.
+    Collective."""
     found = [Times() for _ in rows]
     with slept_experts(sleep), quiet_collector():
         for round_ in range(repeats + 1):

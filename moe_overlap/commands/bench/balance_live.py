@@ -65,7 +65,7 @@ def follow(
     )
     pair = pair_of(SCHEDULE, options.chunks)
     found = Live()
-    with slept_experts(sleep), quiet_collector():
+    with slept_experts(sleep if options.compute == "slept" else None), quiet_collector():
         for step in range(options.live_steps):
             ids_TK = ids_of(step)
             time_step(world, still, Planned(planner="static", schedule=SCHEDULE, pair=pair), ids_TK, x_TD, found.static)

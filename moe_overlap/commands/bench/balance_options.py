@@ -18,12 +18,13 @@ KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of
 PLANNERS = ("static", "replicate", "switch", "shadow", *KEPT)
 # The dense op runs before the layer, or beside it (ScMoE); with "exposed" copies alone are waited for where they start.
 SCHEDULES = ("serial", "chunked", "shortcut", "shortcut_exposed")
+COMPUTE = ("slept", "real")
 MOST_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceOptions:
-    """One layer behind a slept dense op. `tokens` are those of one rank, `experts` those of all ranks."""
+    """One layer behind a dense op. `tokens` are those of one rank, `experts` those of all ranks."""
 
     ranks: int = 8
     ranks_per_node: int = 4
@@ -40,6 +41,7 @@ class BalanceOptions:
     schedules: tuple[str, ...] = ("serial", "chunked")
     live_steps: int = 0
     recorded: str = ""
+    compute: str = "slept"
     comm_share: float = 0.3
     moe_share: float = 0.85
     compute_ms: float = 60.0
@@ -64,6 +66,8 @@ class BalanceOptions:
             raise ConfigError("--hidden", self.hidden, f"a multiple of {HEAD}, as for the calibration of sleeps")
         if not 1 <= self.top_k <= self.experts:
             raise ConfigError("--top-k", self.top_k, f"an integer from 1 to --experts ({self.experts})")
+        if self.compute not in COMPUTE:
+            raise ConfigError("--compute", self.compute, f"one of {', '.join(COMPUTE)}")
         if self.dtype not in DTYPES:
             raise ConfigError("--dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         for name, known in (("workloads", tuple(WORKLOADS)), ("planners", PLANNERS), ("schedules", SCHEDULES)):
@@ -106,9 +110,10 @@ HELP = {
     "live_steps": "instead: so many steps in a row, with homes alone and with a placement of FlexMoE's planner that "
     "follows the load",
     "recorded": "routing file of workload recorded (moe-overlap train --save-routing)",
+    "compute": "slept: experts and dense op sleep; real: they compute, which takes a core for each rank",
     "comm_share": "share of the exchanges in a serial step with balanced load: sets the rate of the link",
-    "moe_share": "share of the layer in a serial step with balanced load: sets the dense op",
-    "compute_ms": "slept milliseconds of a rank's experts in a step with balanced load, both phases together",
+    "moe_share": "slept: share of the layer in a serial step with balanced load, which sets the dense op",
+    "compute_ms": "slept: milliseconds of a rank's experts in a step with balanced load, both phases together",
     "latency_us": "latency of the emulated link, microseconds",
     "seed": "of popularity, tokens and weights",
     "repeats": "timed steps per row, interleaved",
@@ -121,7 +126,7 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> BalanceOptions:
     """Options from the command line; ConfigError for a value out of range. `ranks` (torchrun's) wins over --ranks."""
     parser = OneLineParser(
         prog="moe-overlap bench balance",
-        description="Measure placements and copies of experts under skewed routing. Compute is slept.",
+        description="Measure placements and copies of experts under skewed routing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults = BalanceOptions()

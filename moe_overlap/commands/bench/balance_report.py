@@ -41,8 +41,8 @@ def print_rows(rows: Sequence[Row]) -> None:
 
     first = rows[0]
     title = (
-        f"Training steps of one layer, {first['ranks']} ranks, {first['ranks_per_node']} on a node, slept compute, "
-        f"{first['link']}: ideal = forced-balanced routing, copies fetched in every step"
+        f"Training steps of one layer, {first['ranks']} ranks, {first['ranks_per_node']} on a node, "
+        f"{first['compute']} compute, {first['link']}: ideal = forced-balanced routing, copies fetched in every step"
     )
     table = Table(title=title, title_justify="left")
     for heading, _, form in COLUMNS:
@@ -79,7 +79,7 @@ def write_picture(path: Path, rows: Sequence[Row]) -> None:
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel("ms a training step")
     first = rows[0]
-    axes.set_title(f"{first['ranks']} slept ranks, {first['link']}", fontsize=10, loc="left")
+    axes.set_title(f"{first['ranks']} ranks, {first['compute']} compute, {first['link']}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
     write_figure(path, figure)

@@ -70,7 +70,7 @@ def test_kept_placements_come_from_the_history_and_keep_their_homes():
     "words", ["--ranks 6", "--ranks-per-node 8", "--experts 12", "--top-k 17", "--workloads zipf", "--planners best",
               "--planners ,", "--schedules fast", "--comm-share 1", "--moe-share 0", "--workloads recorded",
               "--recorded nowhere", "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8",
-              "--compute-ms nan"],
+              "--compute-ms nan", "--compute gpu"],
 )  # fmt: skip
 def test_bad_options_are_one_line(words, tmp_path, capsys):
     given = words.split()
@@ -110,6 +110,15 @@ def test_copies_beside_the_dense_op_and_exposed(tmp_path, capsys):
     assert priced["replicate", "shortcut"] <= priced["replicate", "shortcut_exposed"] + 0.01
     assert all(row["max_rel_err"] < 1e-5 for row in rows)
     assert priced["static", "shortcut"] == pytest.approx(priced["static", "shortcut_exposed"], abs=0.01)
+
+
+def test_experts_and_the_dense_op_that_compute(tmp_path, capsys):
+    words = "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 4 --ffn 32 --compute real --latency-us 1 --repeats 1"
+    words += " --top-k 1 --workloads one_hot_expert --planners static,replicate --schedules chunked,shortcut --chunks 2"
+    assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 3 and {row["compute"] for row in rows} == {"real"}
+    assert all(row["max_rel_err"] < 1e-5 and row["time_ms_median"] > 0 for row in rows)
 
 
 def test_a_placement_that_follows_the_load_over_some_steps(tmp_path, capsys):
