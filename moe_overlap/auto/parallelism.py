@@ -21,7 +21,8 @@ from moe_overlap.auto.replicate import Shares, with_copies
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
-from moe_overlap.planning.replication import MARGIN, check_count, check_options
+from moe_overlap.planning.copy_load import check_count
+from moe_overlap.planning.replication import MARGIN, check_options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import numpy as np
 
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import MARGIN, Decision, Load, check_count, check_options, decide, split_rows
+from moe_overlap.planning.copy_load import Load, check_count
+from moe_overlap.planning.replication import MARGIN, Decision, check_options, decide, split_rows
 
 
 @dataclass(frozen=True)

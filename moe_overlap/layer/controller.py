@@ -30,7 +30,8 @@ from moe_overlap.layer.moving import migrate, set_placement
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import MARGIN, check_count, check_options, decide, priced, rank_rows
+from moe_overlap.planning.copy_load import check_count, rank_rows
+from moe_overlap.planning.replication import MARGIN, check_options, decide, priced
 from moe_overlap.schedule.weights import row_width
 
 # counts int64 [W, E] of a window, the placement now -> the placement wanted.

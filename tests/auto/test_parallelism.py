@@ -10,8 +10,9 @@ from moe_overlap.auto.parallelism import ParallelismSwitch
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.copy_load import Load
 from moe_overlap.planning.cost_model import AlphaBeta
-from moe_overlap.planning.replication import Load, priced
+from moe_overlap.planning.replication import priced
 from tests.layers import E, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close

@@ -27,8 +27,9 @@ from moe_overlap.commands.plan.sweep import Prediction, predict
 from moe_overlap.commands.plan.whole_model import WholeModel
 from moe_overlap.planning.copied import with_copies_priced
 from moe_overlap.planning.copy_costs import FREE, GRADIENT_BYTES, PhaseCosts, costs_of
+from moe_overlap.planning.copy_load import Load, rank_rows
 from moe_overlap.planning.cost_model import WIRES
-from moe_overlap.planning.replication import Decision, Load, decide, rank_rows
+from moe_overlap.planning.replication import Decision, decide
 
 STEEPEST, HALVINGS = 50.0, 60  # exponents of Zipf's law that are looked at
 UNCOUNTED = 1e-9  # of a row's time, where it is hidden: not 0, as its parts say what of a backward is weight gradients

@@ -17,7 +17,8 @@ from moe_overlap.commands.plan.sweep import asked
 from moe_overlap.commands.plan.traffic import seats_with_copies
 from moe_overlap.commands.plan.whole_model import whole_model
 from moe_overlap.planning.copy_costs import FREE, GRADIENT_BYTES, Computed, costs_of
-from moe_overlap.planning.replication import Load, decide, rank_rows
+from moe_overlap.planning.copy_load import Load, rank_rows
+from moe_overlap.planning.replication import decide
 
 SKEWED = PlanOptions(ranks=8, experts=64, top_k=4, hidden=1024, ffn=2048, tokens=4096, skew=2.0, dedup="off",
                      phase="infer")  # fmt: skip
