@@ -21,14 +21,9 @@ from moe_overlap.transport.link import LinkSpec
 
 
 def with_oracle(
-    options: BalanceOptions,
-    rows: Sequence[dict[str, Any]],
-    sleep: Calibration,
-    link: LinkSpec,
-    *,
-    step: int,
+    options: BalanceOptions, rows: Sequence[dict[str, Any]], sleep: Calibration, link: LinkSpec, *, step: int,
     ideal: str,
-) -> None:
+) -> None:  # fmt: skip
     """Fill in `oracle_ms`, `oracle_proven` and `of_oracle` of the skewed rows, all but those of the planner `ideal`:
     the bound of what is decided about (homes, --slots, this schedule's prices), with what the price leaves out as in
     `predicted_ms`. Once for each workload and schedule, for --oracle-s seconds at most; with 0 they stay None, and
