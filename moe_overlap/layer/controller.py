@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moe_overlap.agreement.seats import seats_of
+from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.replicate import load_of, placement_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
@@ -32,25 +33,28 @@ from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
 from moe_overlap.planning.copy_load import check_count, rank_rows
 from moe_overlap.planning.replication import MARGIN, check_options, decide, priced
+from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.weights import row_width
 
 # counts int64 [W, E] of a window, the placement now -> the placement wanted.
 Planner = Callable[[np.ndarray, Placement], Placement]
 
 
-def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: int = 1) -> Planner:
+def copies_planner(
+    costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: int = 1, relayed: bool = False
+) -> Planner:
     """The cheapest copies of experts on `spare` slots of each rank beside the homes, which stay (`planning.decide`).
-    Raises ConfigError."""
+    relayed: the layers' schedule relays kept copies: "auto", or a pair with relayed_copies=True. Raises ConfigError."""
     check_options(costs, None, MARGIN)
     check_count("spare", spare, least=0)
     check_count("ranks_per_node", ranks_per_node, least=1)
 
-    direct = _from_home(costs)
+    phases = costs if relayed else _from_home(costs)
 
     def plan(counts_WE: np.ndarray, current: Placement) -> Placement:
         base = Placement.of_ranks(seats_of(current).homes, homes=current.home_ranks)
         load = load_of(counts_WE[:, None, :], base, [spare] * base.world_size, ranks_per_node)
-        found = decide(load, direct)
+        found = decide(load, phases)
         return base if found.left else placement_of(load, found, base)
 
     return plan
@@ -140,7 +144,7 @@ class PlacementController:
             raise ConfigError("release", release, "None, or a ratio from 1 to the threshold")
         if budget_bytes is not None and budget_bytes < 1:
             raise ConfigError("budget_bytes", budget_bytes, "None, or at least 1")
-        self.planner, self.costs, self.optimizers = planner, _from_home(costs), list(optimizers)
+        self.planner, self.costs, self.optimizers = planner, tuple(costs), list(optimizers)
         self.interval, self.threshold, self.horizon = interval, threshold, horizon
         self.budget_bytes, self.patience, self.ranks_per_node = budget_bytes, patience, ranks_per_node
         _check_planner(planner)
@@ -209,7 +213,7 @@ class PlacementController:
         expert_bytes = _expert_bytes(one.layer)
         ported = moves.link_bytes(expert_bytes, _STATES * expert_bytes)
         moved = int(max(ported.sum(axis=0).max(), ported.sum(axis=1).max()))
-        gain_s = (self._price(counts_WE, current) - self._price(counts_WE, wanted)) / steps
+        gain_s = (self._price(one, counts_WE, current) - self._price(one, counts_WE, wanted)) / steps
         move_s = moved / expert_bytes * max(line.beta_s for line in self.costs[0].copy)
         reason = None
         if wanted.digest == current.digest:
@@ -265,13 +269,20 @@ class PlacementController:
         loads = rank_rows(seats, placement.world_size)
         return max(loads) * len(loads) / max(1, sum(loads))
 
-    def _price(self, counts_WE: np.ndarray, placement: Placement) -> float:
+    def _price(self, one: _Watched, counts_WE: np.ndarray, placement: Placement) -> float:
+        phases = self.costs if _relays(one.layer) else _from_home(self.costs)
         load = load_of(counts_WE[:, None, :], placement, [0] * placement.world_size, self.ranks_per_node)
-        return priced(load, load.seats, self.costs)
+        return priced(load, load.seats, phases)
+
+
+def _relays(layer: MoELayer) -> bool:
+    """Whether kept copies may go from rank to rank: under "auto", which looks at both forms, or as a pair says."""
+    schedule = layer.schedule
+    return isinstance(schedule, AutoSchedule) or (isinstance(schedule, SchedulePair) and bool(schedule.relayed_copies))
 
 
 def _from_home(costs: Sequence[PhaseCosts]) -> tuple[PhaseCosts, ...]:
-    """Kept copies come from their homes under every schedule but "auto", which looks at both forms."""
+    """As where nothing is relayed."""
     return tuple(replace(one, relays=False) for one in costs)
 
 

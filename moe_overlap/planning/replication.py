@@ -182,19 +182,27 @@ def price(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> tu
     busiest = [max(*out[lane], *into[lane]) for lane in (INTER, INTRA)]
     computed = Computed(rows=rank_rows(seats, ranks), copied=copied, experts=hosted)
 
-    direct = direct_ports(copies, load.ranks_per_node)
+    return faster_form(phases, computed, busiest, copies, load.ranks_per_node)
+
+
+def faster_form(
+    phases: Sequence[PhaseCosts], computed: Computed, rows: Sequence[int], copies: Sequence[Order], ranks_per_node: int
+) -> tuple[float, bool]:
+    """(seconds of all phases, whether copies are relayed then): with all copies from their homes, or, where that is
+    faster, weights from rank to rank in the phases that may. rows: of the busiest rank, by wire."""
+    direct = direct_ports(copies, ranks_per_node)
 
     def seconds(*weights: Ports) -> float:
         """With weights in these groups where a phase relays them, and all else between the homes and the copies."""
         total = 0.0  # sum() would not round as the compiled form does (Python 3.12)
         for phase in phases:
-            total += phase.window_s(computed, busiest, *(weights if phase.relays else [direct]))
+            total += phase.window_s(computed, rows, *(weights if phase.relays else [direct]))
         return total
 
     direct_s = seconds(direct)
     if not seconds() < direct_s * (1 - TIE):  # copies that may be relayed are hidden, or there are none
         return direct_s, False
-    found = relays_of(tuple(copies), load.ranks_per_node)
+    found = relays_of(tuple(copies), ranks_per_node)
     relayed_s = direct_s if found is None else seconds(*found.ports)
     return (relayed_s, True) if relayed_s < direct_s * (1 - TIE) else (direct_s, False)
 
