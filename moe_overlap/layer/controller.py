@@ -12,6 +12,7 @@ next step compares the placements' digests, so ranks that decided differently ra
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -162,7 +163,9 @@ class PlacementController:
             _Watched(one, *np.zeros((2, one.dispatcher.placement.num_experts), np.int64)) for one in layers
         ]
         for one in self._watched:
-            one.layer.watch(partial(_Watched.count, one))
+            watcher = partial(_Watched.count, one)
+            one.layer.watch(watcher)
+            weakref.finalize(self, _unwatch, one.layer, watcher).atexit = False
         self._warned = False
         self._next = 0  # the layer whose turn it is to use the budget
 
@@ -273,6 +276,11 @@ class PlacementController:
         phases = self.costs if _relays(one.layer) else _from_home(self.costs)
         load = load_of(counts_WE[:, None, :], placement, [0] * placement.world_size, self.ranks_per_node)
         return priced(load, load.seats, phases)
+
+
+def _unwatch(layer: MoELayer, watcher: object) -> None:
+    """When the controller is gone."""
+    layer._left.watchers[:] = [one for one in layer._left.watchers if one is not watcher]
 
 
 def _relays(layer: MoELayer) -> bool:
