@@ -12,27 +12,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from moe_overlap.agreement.relays import Order
 from moe_overlap.auto.replicate import Shares, with_copies
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
-from moe_overlap.planning.replication import MARGIN, check_count, check_options
+from moe_overlap.planning.copy_load import check_count
+from moe_overlap.planning.replication import MARGIN, check_options, faster_form
+
+MOST_RELAYED = 128  # some ms to find the way of so many copies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Degree:
     """A degree in one step. `hosts`: int64 [d, E], the rank at which each group computes an expert, -1 where none of
-    its tokens wants it. `copies`: how many of these are not at home. `seconds`: predicted."""
+    its tokens wants it. `copies`: how many of these are not at home. `seconds`: predicted, with weights that go from
+    rank to rank where `relayed`."""
 
     degree: int
     hosts: np.ndarray
     copies: int
     seconds: float
+    relayed: bool
 
 
 @dataclass(kw_only=True)
@@ -42,8 +48,9 @@ class ParallelismSwitch:
     phases: what is paid for a step, forward alone or both (`measured_costs`, `nominal_costs`), equal on all ranks.
     degrees: those to choose from, divisors of the ranks; None: all of them; with one alone there is no choice. margin:
     by what part a degree has to be faster than the lowest one. ranks_per_node: as the layer has it. `last`: what the
-    last call chose, `seconds` what it priced each degree at, with copies from their homes: so one rule for each layer.
-    The layer's placement has one slot for each expert.
+    last call chose, `relayed` whether its copies go from rank to rank, `seconds` what it priced each degree at: so one
+    rule for each layer. The layer's placement has one slot for each expert. Who sends what is found in Python, so more
+    than MOST_RELAYED copies come from their homes.
     """
 
     phases: Sequence[PhaseCosts]
@@ -52,6 +59,7 @@ class ParallelismSwitch:
     margin: float = MARGIN
     last: Degree | None = field(default=None, init=False)
     seconds: dict[int, float] = field(default_factory=dict, init=False)
+    relayed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         bad = self.degrees is not None and (
@@ -77,6 +85,7 @@ class ParallelismSwitch:
         self.seconds = {one.degree: one.seconds for one in found}
         best = min(found, key=lambda one: (one.seconds, one.degree))
         self.last = best if best.seconds < found[0].seconds * (1 - self.margin) else found[0]
+        self.relayed = self.last.relayed
         return base if self.last.degree == 1 else _placement(base, self.last)
 
     def slots_for_copies(self, base: Placement) -> int:
@@ -89,7 +98,9 @@ class ParallelismSwitch:
         if self.last is None:
             return ""
         each = ", ".join(f"{degree}: {1e3 * seconds:.3g} ms" for degree, seconds in self.seconds.items())
-        return f"degree {self.last.degree} of data parallelism, {self.last.copies} copies; predicted by degree {each}"
+        how = " that go from rank to rank" if self.relayed else ""
+        what = f"degree {self.last.degree} of data parallelism, {self.last.copies} copies{how}"
+        return f"{what}; predicted by degree {each}"
 
     def _degrees(self, base: Placement) -> list[int]:
         ranks = base.world_size
@@ -115,19 +126,19 @@ class ParallelismSwitch:
         in_group_Eg = homes_E[:, None] % group == np.arange(group)
         own_group_WW = np.arange(ranks)[:, None] // group == np.arange(ranks) // group
         rows_WW = np.tile(counts_WE @ in_group_Eg, degree) * own_group_WW
-        copies_WW = np.zeros((ranks, ranks), dtype=np.int64)
-        np.add.at(copies_WW, (np.broadcast_to(homes_E, hosts_dE.shape)[wanted_dE], hosts_dE[wanted_dE]), 1)
-        hosted_W = copies_WW.sum(axis=0)  # so far with those that are at home
-        np.fill_diagonal(copies_WW, 0)
+        hosted_W = np.bincount(hosts_dE[wanted_dE], minlength=ranks)
+        orders = [Order(e, int(homes_E[e]), int(hosts_dE[d, e])) for d, e in np.argwhere(wanted_dE).tolist()
+                  if hosts_dE[d, e] != homes_E[e]]  # fmt: skip
         loads_W = rows_WW.sum(axis=0)
         np.fill_diagonal(rows_WW, 0)
-        rows, copies = self._busiest(rows_WW), self._busiest(copies_WW)
         own_W = np.zeros(ranks, dtype=np.int64)
         np.add.at(own_W, homes_E, rows_dE[homes_E // group, np.arange(experts)])
         computed = Computed(rows=loads_W.tolist(), copied=(loads_W - own_W).tolist(), experts=hosted_W.tolist())
-        seconds = sum(phase.window_s(computed, rows, copies) for phase in self.phases)
+        few = len(orders) <= MOST_RELAYED
+        phases = self.phases if few else [replace(phase, relays=False) for phase in self.phases]
+        seconds, relayed = faster_form(phases, computed, self._busiest(rows_WW), orders, self.ranks_per_node)
         hosts_dE = np.where(wanted_dE, hosts_dE, -1)
-        return Degree(degree=degree, hosts=hosts_dE, copies=int(copies_WW.sum()), seconds=seconds)
+        return Degree(degree=degree, hosts=hosts_dE, copies=len(orders), seconds=seconds, relayed=relayed)
 
     def _busiest(self, moved_WW: np.ndarray) -> list[int]:
         """What leaves or enters the busiest rank, by wire (inter, intra)."""

@@ -13,9 +13,11 @@ from functools import cached_property
 
 import numpy as np
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import MARGIN, Decision, Load, check_count, check_options, decide, split_rows
+from moe_overlap.planning.copy_load import Load, check_count
+from moe_overlap.planning.replication import MARGIN, Decision, check_options, decide, split_rows
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per
     by_slot = base.physical_counts(counts, range(base.world_size)).sum(axis=(0, 1))
     others = [slot for slots in base.slots_of_expert for slot in slots[1:]]
     ranks = base.rank_of_slots
+    places = list(zip(base.slot_to_expert, ranks.tolist(), strict=True))
+    if len(set(places)) < len(places):
+        expert, rank = next(place for place in places if places.count(place) > 1)
+        expected = "each expert once on a rank, where copies are decided on or priced"
+        raise ConfigError("placement", f"expert {expert} twice on rank {rank}", expected)
     seats = [(base.slot_to_expert[slot], int(ranks[slot]), int(by_slot[slot])) for slot in (*base.home_slots, *others)]
     return Load(
         counts=counts.sum(axis=1), seats=tuple(seats), spare=tuple(spare), ranks_per_node=ranks_per_node, refetched=True

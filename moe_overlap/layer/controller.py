@@ -12,6 +12,7 @@ next step compares the placements' digests, so ranks that decided differently ra
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moe_overlap.agreement.seats import seats_of
+from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.replicate import load_of, placement_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
@@ -30,26 +32,30 @@ from moe_overlap.layer.moving import migrate, set_placement
 from moe_overlap.layer.stats import LastStep
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
-from moe_overlap.planning.replication import MARGIN, check_count, check_options, decide, priced, rank_rows
+from moe_overlap.planning.copy_load import check_count, rank_rows
+from moe_overlap.planning.replication import MARGIN, check_options, decide, priced
+from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.weights import row_width
 
 # counts int64 [W, E] of a window, the placement now -> the placement wanted.
 Planner = Callable[[np.ndarray, Placement], Placement]
 
 
-def copies_planner(costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: int = 1) -> Planner:
+def copies_planner(
+    costs: Sequence[PhaseCosts], *, spare: int, ranks_per_node: int = 1, relayed: bool = False
+) -> Planner:
     """The cheapest copies of experts on `spare` slots of each rank beside the homes, which stay (`planning.decide`).
-    Raises ConfigError."""
+    relayed: the layers' schedule relays kept copies: "auto", or a pair with relayed_copies=True. Raises ConfigError."""
     check_options(costs, None, MARGIN)
     check_count("spare", spare, least=0)
     check_count("ranks_per_node", ranks_per_node, least=1)
 
-    direct = _from_home(costs)
+    phases = costs if relayed else _from_home(costs)
 
     def plan(counts_WE: np.ndarray, current: Placement) -> Placement:
         base = Placement.of_ranks(seats_of(current).homes, homes=current.home_ranks)
         load = load_of(counts_WE[:, None, :], base, [spare] * base.world_size, ranks_per_node)
-        found = decide(load, direct)
+        found = decide(load, phases)
         return base if found.left else placement_of(load, found, base)
 
     return plan
@@ -139,7 +145,7 @@ class PlacementController:
             raise ConfigError("release", release, "None, or a ratio from 1 to the threshold")
         if budget_bytes is not None and budget_bytes < 1:
             raise ConfigError("budget_bytes", budget_bytes, "None, or at least 1")
-        self.planner, self.costs, self.optimizers = planner, _from_home(costs), list(optimizers)
+        self.planner, self.costs, self.optimizers = planner, tuple(costs), list(optimizers)
         self.interval, self.threshold, self.horizon = interval, threshold, horizon
         self.budget_bytes, self.patience, self.ranks_per_node = budget_bytes, patience, ranks_per_node
         _check_planner(planner)
@@ -157,7 +163,9 @@ class PlacementController:
             _Watched(one, *np.zeros((2, one.dispatcher.placement.num_experts), np.int64)) for one in layers
         ]
         for one in self._watched:
-            one.layer.watch(partial(_Watched.count, one))
+            watcher = partial(_Watched.count, one)
+            one.layer.watch(watcher)
+            weakref.finalize(self, _unwatch, one.layer, watcher).atexit = False
         self._warned = False
         self._next = 0  # the layer whose turn it is to use the budget
 
@@ -208,7 +216,7 @@ class PlacementController:
         expert_bytes = _expert_bytes(one.layer)
         ported = moves.link_bytes(expert_bytes, _STATES * expert_bytes)
         moved = int(max(ported.sum(axis=0).max(), ported.sum(axis=1).max()))
-        gain_s = (self._price(counts_WE, current) - self._price(counts_WE, wanted)) / steps
+        gain_s = (self._price(one, counts_WE, current) - self._price(one, counts_WE, wanted)) / steps
         move_s = moved / expert_bytes * max(line.beta_s for line in self.costs[0].copy)
         reason = None
         if wanted.digest == current.digest:
@@ -264,13 +272,25 @@ class PlacementController:
         loads = rank_rows(seats, placement.world_size)
         return max(loads) * len(loads) / max(1, sum(loads))
 
-    def _price(self, counts_WE: np.ndarray, placement: Placement) -> float:
+    def _price(self, one: _Watched, counts_WE: np.ndarray, placement: Placement) -> float:
+        phases = self.costs if _relays(one.layer) else _from_home(self.costs)
         load = load_of(counts_WE[:, None, :], placement, [0] * placement.world_size, self.ranks_per_node)
-        return priced(load, load.seats, self.costs)
+        return priced(load, load.seats, phases)
+
+
+def _unwatch(layer: MoELayer, watcher: object) -> None:
+    """When the controller is gone."""
+    layer._left.watchers[:] = [one for one in layer._left.watchers if one is not watcher]
+
+
+def _relays(layer: MoELayer) -> bool:
+    """Whether kept copies may go from rank to rank: under "auto", which looks at both forms, or as a pair says."""
+    schedule = layer.schedule
+    return isinstance(schedule, AutoSchedule) or (isinstance(schedule, SchedulePair) and bool(schedule.relayed_copies))
 
 
 def _from_home(costs: Sequence[PhaseCosts]) -> tuple[PhaseCosts, ...]:
-    """Kept copies come from their homes under every schedule but "auto", which looks at both forms."""
+    """As where nothing is relayed."""
     return tuple(replace(one, relays=False) for one in costs)
 
 

@@ -147,14 +147,15 @@ def costs_of(
 
     expert_params: numbers of one expert's weights, each of param_bytes; its gradients travel in float32. `beside`: the
     model's backbone ops and shared expert run in the window. `relays`: weights may go from rank to rank where that is
-    faster; gradients never do. A wire that the model does not have costs nothing: no ranks are joined by it.
+    faster; gradients never do. Where a transport does not know the nodes, one wire was measured for all ranks, and
+    prices the other one too: who knows them would take that for free. A model without wires is one rank's.
     """
     _check_counts(row_bytes=row_bytes, expert_params=expert_params, param_bytes=param_bytes, chunks=chunks)
     found = []
     for phase in phases:
         forward = phase == "forward"
         expert_bytes = expert_params * (param_bytes if forward else GRADIENT_BYTES)
-        wires = [model.exchange.get(lane, FREE) for lane in WIRES]
+        wires = [model.exchange.get(lane, next(iter(model.exchange.values()), FREE)) for lane in WIRES]
         experts = model.experts if forward else model.experts_dgrad
         ops_s = (model.backbone_s, model.shared_s) if forward else (model.backbone_backward_s, model.shared_backward_s)
         found.append(

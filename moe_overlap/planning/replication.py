@@ -3,16 +3,20 @@
 A function of agreed integers and of calibrated costs, so that all ranks decide alike. "Leave it" is a candidate like
 any other, and wins unless another one is faster by `margin`.
 
-A candidate is a target: the most rows that a rank may compute. Ranks above it, the fullest first, hand rows to seats of
-the same expert elsewhere, then, their largest expert first, to new copies on ranks that have a slot and room left. The
-place of a copy is the one with the largest gain: the rows it takes over, those of its own tokens that need not cross
-then, less the copy itself. It takes the rows above the target, or all of its rank's own if these are more. (A copy for
-the wire's sake alone, from a rank below every target, is never made.) Targets lie between the mean and the fullest
-rank, denser near the mean, where the number of copies grows (12, and 4 more around the best). Each is priced exactly:
-rows of every rank, rows that leave and enter each rank on both wires, copies that leave and enter it. Among an expert's
-seats, rows stay on their rank first, then on their node (`split_rows`). Where the costs allow it (`PhaseCosts.relays`),
-each is priced with its copies from their homes and with the same copies from rank to rank (`agreement/relays.py`), and
-has the lower price; the first where they tie.
+Candidates (`copy_candidates.py`) begin with the seats that there are, or with copies for the wire's sake: of the
+experts that a node's ranks want most and that live on another one, as many as there are slots, and parts of these. From
+there a target is the most rows that a rank may compute. Ranks above it, the fullest first, hand rows to other seats of
+the expert or to new copies on ranks that have a slot and room left, each time where most is gained: the rows that are
+taken over, those that need not cross then, less the copy itself. A new copy takes the rows above the target, or all of
+its rank's own if these are more. Targets lie between the mean and the fullest rank, denser near the mean, where the
+number of copies grows; one is the mean of the fullest node, and some more lie around the best. Where ranks and experts
+are few, so that tries are cheap, a search goes on from the best: rows shared out anew inside the nodes, a copy less,
+one more, one elsewhere.
+
+Each is priced exactly: rows of every rank, rows that leave and enter each rank on both wires, copies that leave and
+enter it. Among an expert's seats, rows stay on their rank first, then on their node, evenly (`split_rows`). Where the
+costs allow it (`PhaseCosts.relays`), each is priced with its copies from their homes and with the same copies from rank
+to rank (`agreement/relays.py`), and has the lower price; the first where they tie.
 
 The compiled form (csrc/core/replication.cpp) and the reference here give the same doubles.
 """
@@ -21,66 +25,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
 
 from moe_overlap.agreement.relays import Order, Ports, direct_ports, relays_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
+from moe_overlap.planning.copy_candidates import fill, level, near, node_copies, with_node_copies
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
+from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat, check_count, lane_of, rank_rows
 
-TARGETS, REFINED = 12, 4
+TARGETS, FEW_TARGETS, REFINED = 12, (0, 2, 4, 7), 4
+LEAST_TRIES, WORK = 20, 1 << 15  # tries; more of them where ranks times experts are few
 TIE = 1e-9  # relative; rounding must not choose
 MARGIN = 0.01
-INTER, INTRA = 0, 1
 
-Seat = tuple[int, int, int]  # expert, rank, rows computed there
 Lanes = tuple[list[int], list[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What is to be decided about: one step of one layer.
-
-    counts: int64 [W, E], rows of each rank's tokens for each expert. seats: where they are computed as things are; the
-    first E are the homes, in the order of the experts, the others copies that exist, no two of an expert on one rank.
-    spare: by rank, slots for copies beside these. `refetched`: existing copies are fetched in every step too.
-    """
-
-    counts: np.ndarray
-    seats: tuple[Seat, ...]
-    spare: tuple[int, ...]
-    ranks_per_node: int = 1
-    refetched: bool = False
-
-    def __post_init__(self) -> None:
-        counts = np.ascontiguousarray(self.counts, dtype=np.int64)
-        if counts.ndim != 2 or not counts.size or counts.min() < 0:
-            raise ConfigError("counts", counts.shape, "rows by rank and expert, [W, E], none below 0")
-        object.__setattr__(self, "counts", counts)
-        ranks, experts = counts.shape
-        if len(self.spare) != ranks or min(self.spare) < 0:
-            raise ConfigError("spare", self.spare, f"{ranks} numbers of slots")
-        if self.ranks_per_node < 1 or ranks % self.ranks_per_node:
-            raise ConfigError("ranks_per_node", self.ranks_per_node, f"a divisor of {ranks}")
-        homes = [expert for expert, _, _ in self.seats[:experts]]
-        places = {(expert, rank) for expert, rank, _ in self.seats}
-        inside = all(0 <= e < experts and 0 <= r < ranks and rows >= 0 for e, r, rows in self.seats)
-        if homes != list(range(experts)) or len(places) != len(self.seats) or not inside:
-            raise ConfigError("seats", self.seats[:experts], f"the {experts} homes in order, then copies elsewhere")
-        computed = np.zeros(experts, dtype=np.int64)
-        np.add.at(computed, [e for e, _, _ in self.seats], [rows for _, _, rows in self.seats])
-        if (computed != counts.sum(axis=0)).any():
-            raise ConfigError("seats", computed.tolist(), "all rows of every expert")
-
-    @classmethod
-    def at_home(
-        cls, counts: np.ndarray, homes: Sequence[int], spare: Sequence[int], *, ranks_per_node: int = 1
-    ) -> Load:
-        """With no copies. homes: [E], the rank of each expert."""
-        rows = np.asarray(counts, dtype=np.int64).sum(axis=0).tolist()
-        seats = tuple((expert, rank, n) for expert, (rank, n) in enumerate(zip(homes, rows, strict=True)))
-        return cls(counts=counts, seats=seats, spare=tuple(spare), ranks_per_node=ranks_per_node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,135 +86,72 @@ def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin:
         raise ConfigError("margin", margin, "a part of the time, from 0 to below 1")
 
 
-def check_count(name: str, value: object, *, least: int) -> None:
-    """Raises ConfigError for what is no integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(name, value, f"an integer of at least {least}")
-
-
 def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: int, margin: float) -> Decision:
     """`decide` in plain Python: the definition the compiled one is tested against."""
     left_s, left_relayed = price(load, load.seats, phases)
-    best_s, best_seats, best_relayed = left_s, load.seats, left_relayed
-    best_target, best_copies = -1, most_copies
-    loads = rank_rows(load.seats, len(load.counts))
-    most, mean = max(loads), -(-sum(loads) // len(loads))
-    squares = TARGETS * TARGETS
-    targets = [mean + (most - mean) * j * j // squares for j in range(TARGETS)]
-    allowed = [0, most_copies] if len(load.seats) > load.counts.shape[1] else [most_copies]
-    for copies in allowed:
-        for j in reversed(range(TARGETS)):
-            seats = fill(load, phases, targets[j], copies)
-            seconds, relayed = price(load, seats, phases)
-            if seconds < best_s * (1 - TIE):
-                best_s, best_seats, best_relayed, best_target, best_copies = seconds, seats, relayed, j, copies
-    if best_target >= 0:
-        low = targets[max(0, best_target - 1)]
-        high = targets[best_target + 1] if best_target + 1 < TARGETS else most
-        for i in range(1, REFINED + 1):
-            seats = fill(load, phases, low + (high - low) * i // (REFINED + 1), best_copies)
-            seconds, relayed = price(load, seats, phases)
-            if seconds < best_s * (1 - TIE):
-                best_s, best_seats, best_relayed = seconds, seats, relayed
-    if not best_s < left_s * (1 - margin):
+    ranks, experts = load.counts.shape
+    tries = max(LEAST_TRIES, WORK // (ranks * experts))
+    best = _Best(load, phases, tries, seconds=left_s, seats=load.seats, relayed=left_relayed)
+    if len(load.seats) > experts:
+        best.try_targets(load.seats, range(TARGETS), 0)
+    wanted = node_copies(load, phases, most_copies)
+    for quarters in (0, 4, 2, 1, 3):
+        copies = wanted[: len(wanted) * quarters // 4]
+        if copies:
+            start = with_node_copies(load, copies)
+            best.attempt(start)
+            best.try_targets(start, FEW_TARGETS, most_copies - len(copies))
+        elif not quarters:
+            best.try_targets(load.seats, range(TARGETS), most_copies)
+    while any(best.tries and best.attempt(level(load, seats)) for seats in near(load, best.seats, most_copies)):
+        pass
+    if not best.seconds < left_s * (1 - margin):
         return Decision(left=True, left_s=left_s, predicted_s=left_s, seats=load.seats, relayed=left_relayed)
-    return Decision(left=False, left_s=left_s, predicted_s=best_s, seats=best_seats, relayed=best_relayed)
+    return Decision(left=False, left_s=left_s, predicted_s=best.seconds, seats=best.seats, relayed=best.relayed)
 
 
-def rank_rows(seats: Sequence[Seat], ranks: int) -> list[int]:
-    """[W]: the rows that each rank computes."""
-    found = [0] * ranks
-    for _, rank, rows in seats:
-        found[rank] += rows
-    return found
+@dataclass
+class _Best:
+    """The best of the seats that were tried; `tries`: how many more may be."""
 
+    load: Load
+    phases: Sequence[PhaseCosts]
+    tries: int
+    seconds: float
+    seats: tuple[Seat, ...]
+    relayed: bool
 
-def fill(load: Load, phases: Sequence[PhaseCosts], target: int, most_copies: int) -> tuple[Seat, ...]:
-    """The seats when no rank keeps more than `target` rows that another one can take over."""
-    ranks = len(load.counts)
-    seats = [list(seat) for seat in load.seats]
-    spare, loads = list(load.spare), rank_rows(load.seats, ranks)
-    order = sorted(range(ranks), key=lambda rank: (-loads[rank], rank))
-    for rank in order:
-        if loads[rank] <= target:
-            break
-        _to_existing(seats, loads, rank, target)
-        most_copies -= _to_copies(load, phases, seats, loads, spare, rank, target, most_copies)
-    return tuple((expert, rank, rows) for expert, rank, rows in seats)
+    def attempt(self, seats: Sequence[Seat]) -> bool:
+        """Whether these are faster, and now the best. New copies without rows are none."""
+        if not self.tries:
+            return False
+        self.tries -= 1
+        seconds, relayed = price(self.load, seats, self.phases)
+        if not seconds < self.seconds * (1 - TIE):
+            return False
+        given = len(self.load.seats)
+        kept = [seat for number, seat in enumerate(seats) if number < given or seat[2]]
+        self.seconds, self.seats, self.relayed = seconds, tuple(kept), relayed
+        return True
 
+    def try_targets(self, start: Sequence[Seat], places: Sequence[int], most_copies: int) -> None:
+        """Targets at these places, from the fullest rank's rows on down, and at the mean of the fullest node; then more
+        around the best of the places."""
+        loads, size = rank_rows(start, len(self.load.counts)), self.load.ranks_per_node
+        most, mean = max(loads), -(-sum(loads) // len(loads))
+        nodes = [-(-sum(loads[first : first + size]) // size) for first in range(0, len(loads), size)]
+        targets = [*(mean + (most - mean) * j * j // (TARGETS * TARGETS) for j in places), most]
 
-def _to_existing(seats: list[list[int]], loads: list[int], rank: int, target: int) -> None:
-    """Hand rows of `rank` above the target to other seats of their experts."""
-    for i in range(len(seats)):
-        if seats[i][1] != rank:
-            continue
-        for j in range(len(seats)):
-            if j == i or seats[j][0] != seats[i][0]:
-                continue
-            moved = min(seats[i][2], loads[rank] - target, target - loads[seats[j][1]])
-            if moved > 0:
-                _move(seats, loads, i, j, moved)
+        def attempt_at(target: int) -> bool:
+            return bool(self.tries) and self.attempt(fill(self.load, self.phases, start, target, most_copies))
 
-
-def _move(seats: list[list[int]], loads: list[int], i: int, j: int, moved: int) -> None:
-    seats[i][2] -= moved
-    seats[j][2] += moved
-    loads[seats[i][1]] -= moved
-    loads[seats[j][1]] += moved
-
-
-def _to_copies(
-    load: Load, phases: Sequence[PhaseCosts], seats: list[list[int]], loads: list[int], spare: list[int], rank: int,
-    target: int, most_copies: int,
-) -> int:  # fmt: skip
-    """Hand rows of `rank` above the target to new copies; how many were made."""
-    made, stuck = 0, set()
-    while loads[rank] > target and made < most_copies:
-        own = [i for i, seat in enumerate(seats) if seat[1] == rank and seat[2] > 0 and i not in stuck]
-        if not own:
-            break
-        i = max(own, key=lambda i: (seats[i][2], -i))
-        to = _best_rank(load, phases, seats, loads, spare, i, target)
-        if to < 0:
-            stuck.add(i)
-            continue
-        wanted = int(load.counts[to, seats[i][0]])
-        moved = min(seats[i][2], max(loads[rank] - target, wanted), target - loads[to])
-        seats.append([seats[i][0], to, 0])
-        spare[to] -= 1
-        made += 1
-        _move(seats, loads, i, len(seats) - 1, moved)
-    return made
-
-
-def _best_rank(
-    load: Load, phases: Sequence[PhaseCosts], seats: list[list[int]], loads: list[int], spare: list[int], i: int,
-    target: int,
-) -> int:  # fmt: skip
-    """Where a copy of the expert of seat i gains most; -1: nowhere."""
-    expert, rank, rows = seats[i]
-    home = load.seats[expert][1]
-    taken = {seat[1] for seat in seats if seat[0] == expert}
-    row_s = sum(phase.row_s for phase in phases)
-    crossing_s = [sum(2.0 * phase.exchange[lane].beta_s for phase in phases) for lane in (INTER, INTRA)]
-    copy_s = [sum(phase.copy[lane].beta_s for phase in phases) for lane in (INTER, INTRA)]
-    best, best_gain_s = -1, 0.0
-    for to in range(len(loads)):
-        room = target - loads[to]
-        if spare[to] < 1 or room < 1 or to in taken:
-            continue
-        wanted = int(load.counts[to, expert])
-        moved = min(rows, max(loads[rank] - target, wanted), room)
-        own = min(wanted, moved)
-        lane, copied = _lane(rank, to, load.ranks_per_node), _lane(home, to, load.ranks_per_node)
-        gain_s = row_s * moved + crossing_s[lane] * own - copy_s[copied]
-        if best < 0 or gain_s > best_gain_s:
-            best, best_gain_s = to, gain_s
-    return best
-
-
-def _lane(one: int, other: int, ranks_per_node: int) -> int:
-    return INTRA if one // ranks_per_node == other // ranks_per_node else INTER
+        low, high = 0, -1
+        for j in reversed(range(len(places))):
+            if attempt_at(targets[j]):
+                low, high = targets[max(0, j - 1)], targets[j + 1]
+        attempt_at(max(nodes))
+        for i in range(1, REFINED + 1) if high >= low else ():
+            attempt_at(low + (high - low) * i // (REFINED + 1))
 
 
 def priced(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> float:
@@ -280,25 +176,33 @@ def price(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> tu
     for expert, places in enumerate(of_expert):
         for source, to, rows in split_rows(load.counts[:, expert].tolist(), places, load.ranks_per_node):
             if source != to:
-                lane = _lane(source, to, load.ranks_per_node)
+                lane = lane_of(source, to, load.ranks_per_node)
                 out[lane][source] += rows
                 into[lane][to] += rows
     busiest = [max(*out[lane], *into[lane]) for lane in (INTER, INTRA)]
     computed = Computed(rows=rank_rows(seats, ranks), copied=copied, experts=hosted)
 
-    direct = direct_ports(copies, load.ranks_per_node)
+    return faster_form(phases, computed, busiest, copies, load.ranks_per_node)
+
+
+def faster_form(
+    phases: Sequence[PhaseCosts], computed: Computed, rows: Sequence[int], copies: Sequence[Order], ranks_per_node: int
+) -> tuple[float, bool]:
+    """(seconds of all phases, whether copies are relayed then): with all copies from their homes, or, where that is
+    faster, weights from rank to rank in the phases that may. rows: of the busiest rank, by wire."""
+    direct = direct_ports(copies, ranks_per_node)
 
     def seconds(*weights: Ports) -> float:
         """With weights in these groups where a phase relays them, and all else between the homes and the copies."""
         total = 0.0  # sum() would not round as the compiled form does (Python 3.12)
         for phase in phases:
-            total += phase.window_s(computed, busiest, *(weights if phase.relays else [direct]))
+            total += phase.window_s(computed, rows, *(weights if phase.relays else [direct]))
         return total
 
     direct_s = seconds(direct)
     if not seconds() < direct_s * (1 - TIE):  # copies that may be relayed are hidden, or there are none
         return direct_s, False
-    found = relays_of(tuple(copies), load.ranks_per_node)
+    found = relays_of(tuple(copies), ranks_per_node)
     relayed_s = direct_s if found is None else seconds(*found.ports)
     return (relayed_s, True) if relayed_s < direct_s * (1 - TIE) else (direct_s, False)
 
@@ -308,28 +212,46 @@ def split_rows(
 ) -> list[tuple[int, int, int]]:
     """(source, rank, rows): how the rows of one expert, by source rank, are shared out over `places` (rank, rows).
 
-    Rows stay on their rank first, then on their node, then go in the order of ranks; each place gets exactly its rows,
-    which sum to those of the sources.
+    Rows stay on their rank first, then on their node, evenly: each source keeps the same part of its rows there and
+    each place has the same part of its room left for rows of other nodes, so that no port has all that cross. Each
+    place gets exactly its rows, which sum to those of the sources.
     """
     left, room = list(counts_W), [rows for _, rows in places]
     found: list[tuple[int, int, int]] = []
 
-    def take(source: int, j: int) -> None:
-        rows = min(left[source], room[j])
+    def take(source: int, j: int, rows: int) -> None:
         if rows:
             left[source] -= rows
             room[j] -= rows
             found.append((source, places[j][0], rows))
 
+    def spread(sources: Sequence[int], here: Sequence[int]) -> None:
+        """As many rows as there is room for, from each source and to each place its part of them."""
+        wanted, free = sum(left[source] for source in sources), sum(room[j] for j in here)
+        moved = min(wanted, free)
+        if not moved:
+            return
+        given = _parts([left[source] for source in sources], moved, wanted)
+        taken = _parts([room[j] for j in here], moved, free)
+        i = 0
+        for j, rows in zip(here, taken, strict=True):
+            while rows:
+                some = min(rows, given[i])
+                take(sources[i], j, some)
+                rows -= some
+                given[i] -= some
+                i += not given[i]
+
     for j, (rank, _) in enumerate(places):
-        take(rank, j)
-    for j, (rank, _) in enumerate(places):
-        first = rank // ranks_per_node * ranks_per_node
-        for source in range(first, first + ranks_per_node):
-            take(source, j)
-    for j in range(len(places)):
-        for source in range(len(left)):
-            if not room[j]:
-                break
-            take(source, j)
+        take(rank, j, min(left[rank], room[j]))
+    for first in range(0, len(left), ranks_per_node):
+        here = [j for j, (rank, _) in enumerate(places) if first <= rank < first + ranks_per_node]
+        spread(range(first, first + ranks_per_node), here)
+    spread(range(len(left)), range(len(places)))
     return found
+
+
+def _parts(of: Sequence[int], moved: int, total: int) -> list[int]:
+    """`moved` of the `total`, each its part."""
+    ends = [moved * end // total for end in accumulate(of)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -222,9 +222,11 @@ class Dispatcher:
             expected = "None beside hierarchical exchanges, or with more than "
             raise ConfigError("rule", type(rule).__name__,
                               f"{expected}{GATHERED_RANKS} ranks, of which no rank hears all counts")  # fmt: skip
-        nodes = getattr(rule, "ranks_per_node", self.ranks_per_node)
-        if self.ranks_per_node and nodes != self.ranks_per_node:
-            raise ConfigError("rule.ranks_per_node", nodes, f"{self.ranks_per_node}, as the layer has")
+        known = self.ranks_per_node or 1
+        nodes = getattr(rule, "ranks_per_node", known)
+        if nodes != known:
+            expected = "as the layer has" if self.ranks_per_node else "as the layer does not know its nodes"
+            raise ConfigError("rule.ranks_per_node", nodes, f"{known}, {expected} (MoELayer(ranks_per_node=))")
 
     def end_step(self) -> None:
         """At the end of a forward that is no recompute: everything was agreed on."""

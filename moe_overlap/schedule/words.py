@@ -1,7 +1,7 @@
 """A schedule as a line of Python, and back: so that what a planner found can be run, kept and shared as text.
 
 `python_of` gives the shortest argument of MoELayer or ShortcutBlock that means a pair, `from_text` a pair from its two
-texts.
+texts. `replace` in such a line is that of `dataclasses`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ def from_text(
 def python_of(pair: SchedulePair) -> str:
     """The call that runs this pair at every step, whatever was planned: a ShortcutBlock's where it has backbone ops."""
     host = ', expert_offload="host"' if pair.forward.count("Hf") else ""
+    relayed = pair.relayed_copies if pair.forward.count("Wf") else None
     pair = without_host_experts(_without_copies(pair))
     off = ", overlap=False" if pair.joined and pair.name != "serial" else ""
     rows = ', dedup="on"' if pair.deduplicated else host
+    written = _written(pair) if relayed is None else f"replace({_written(pair)}, relayed_copies={relayed})"
     if pair.num_ops:
-        return f"ShortcutBlock(..., {_block_words(pair)}{off})" + (f" of a MoELayer(...{rows})" if rows else "")
-    shared = pair.has_shared
-    for word, other in _named(shared):
+        words = _block_words(pair) if relayed is None else f"schedule={written}"
+        return f"ShortcutBlock(..., {words}{off})" + (f" of a MoELayer(...{rows})" if rows else "")
+    for word, other in _named(pair.has_shared) if relayed is None else ():
         if _same(pair, other):
             return f'MoELayer(..., schedule="{word}"{host}{"" if word == "serial" else off})'
-    return f"MoELayer(..., schedule={_written(pair)}{rows}{off})"
+    off = ", overlap=False" if pair.joined else ""
+    return f"MoELayer(..., schedule={written}{rows}{off})"
 
 
 def _without_copies(pair: SchedulePair) -> SchedulePair:

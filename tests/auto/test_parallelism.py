@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from moe_overlap.auto.parallelism import ParallelismSwitch
+from moe_overlap.auto.parallelism import MOST_RELAYED, ParallelismSwitch
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.copy_load import Load
 from moe_overlap.planning.cost_model import AlphaBeta
-from moe_overlap.planning.replication import Load, priced
+from moe_overlap.planning.replication import price, priced
 from tests.layers import E, make, tokens
 from tests.ranks import virtual_world
 from tests.tolerances import close
@@ -103,6 +106,42 @@ def test_prices_are_those_of_the_same_copies_decided_one_by_one(ranks, degree, n
         inside = slice(rank // group * group, (rank // group + 1) * group)
         assert (found[inside, slot] == counts_WE[inside, expert]).all()
         assert found[:, slot].sum() == found[inside, slot].sum()
+
+
+def test_a_degree_relays_where_that_is_faster():
+    """Two nodes of two ranks: at degree 4 an expert crosses to the other node once, and is passed on inside."""
+    base, ones = Placement.identity(E, 4), costs(2.0, row_s=0.0, inside=0.01)
+    forward, backward = (replace(one, expert_s=0.0, joined=True) for one in ones)
+    phases = (replace(forward, relays=True), backward)
+
+    def rank(me):
+        layer, twin = placed_layer(me, base, schedule="chunked(2)", ranks_per_node=2)
+        options = {"degrees": [4], "ranks_per_node": 2}
+        layer.dispatcher.rule = rule = ParallelismSwitch(phases=phases, **options)
+        x = tokens(64, me.rank)
+        close(layer(x), twin(x))
+        assert rule.relayed and layer.stats().schedule.startswith("Wf0 P Wf1 ")
+        assert "24 copies that go from rank to rank" in layer.explain()
+        counts = np.ones((4, 16, E), dtype=np.int64)
+        rule(counts, base)
+        seats = [(e, r, 16) for e, r in enumerate(base.home_ranks)]
+        seats += [(e, r, 16) for e, home in enumerate(base.home_ranks) for r in range(4) if r != home]
+        load = Load.at_home(counts.sum(axis=1), base.home_ranks, [E] * 4, ranks_per_node=2)
+        right = price(load, seats, phases)
+        assert right == (pytest.approx(rule.last.seconds), True)
+        direct = ParallelismSwitch(phases=(forward, backward), **options)
+        direct(counts, base)
+        assert not direct.relayed and direct.last.seconds > rule.last.seconds
+
+    virtual_world(4).run(rank)
+
+
+def test_many_copies_come_from_their_homes():
+    ranks, experts = 16, 16
+    forward = replace(costs(2.0, inside=0.01)[0], joined=True, relays=True)
+    rule = ParallelismSwitch(phases=[forward], degrees=[ranks], ranks_per_node=4)
+    rule(np.ones((ranks, 16, experts), dtype=np.int64), Placement.identity(experts, ranks))
+    assert rule.last.copies > MOST_RELAYED and not rule.relayed
 
 
 def test_the_degree_follows_the_prices():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -86,7 +88,7 @@ def test_homes_move_with_their_optimizer_where_a_planner_moves_them():
         layer(tokens(16, me.rank)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        controller._price = lambda counts, placement: 0.0 if placement.slot_to_expert[0] else 1.0
+        controller._price = lambda one, counts, placement: 0.0 if placement.slot_to_expert[0] else 1.0
         assert controller.step() == [] and controller.step() == [0]
         assert layer.dispatcher.placement.slot_to_expert[0] == E // 2
         layer(tokens(16, me.rank)).sum().backward()
@@ -147,7 +149,7 @@ def test_what_a_plan_saves_is_of_steps_and_not_of_their_calls(calls, options):
         moved = 3 * E // 2  # the weights of each expert, and two states of an optimizer
         costly = PhaseCosts(row_s=1.0, exchange=(line(0.0),) * 2, copy=(line(1.5 * horizon * rows / moved),) * 2)
         controller = PlacementController(layer, swapped, [costly], optimizers=[optimizer], horizon=horizon, **options)
-        controller._price = lambda counts, placement: 0.0 if placement.slot_to_expert[0] else float(counts.sum())
+        controller._price = lambda one, counts, placement: 0.0 if placement.slot_to_expert[0] else float(counts.sum())
         for _ in range(2):
             for _ in range(calls):
                 layer(x).sum().backward()
@@ -189,7 +191,9 @@ def test_twenty_steps_with_one_layer_moved_in_each_have_the_static_loss_curve():
         size = 3 * E // 2 * sum(weight[0].numel() * weight.element_size() for weight in model[0].expert_weights)
         controller = PlacementController(model, swapped, free, optimizers=[optimizer], interval=1, budget_bytes=size)
         gains = iter(range(1000))
-        controller._price = lambda counts, placement: -float(next(gains))  # each plan looks better than what is there
+        controller._price = lambda one, counts, placement: (
+            -float(next(gains))
+        )  # each plan looks better than what is there
         losses, moved = [], []
         x = tokens(32, seed=me.rank)
         for _ in range(20):
@@ -308,3 +312,53 @@ def test_kept_copies_are_priced_as_they_travel_from_their_homes():
     base = Placement.identity(8, 8)
     plans = [copies_planner([replace(one, relays=relays)], spare=1)(counts_WE, base) for relays in (False, True)]
     assert plans[0] == plans[1] and plans[0].num_slots == 8 + 3
+
+
+def test_copies_are_priced_as_the_schedule_sends_them():
+    """Expert 0 on all ranks: from its home three times through one port, from rank to rank twice."""
+    everywhere = Placement.of_ranks([[0, 1], [2, 3, 0], [4, 5, 0], [6, 7, 0]], homes=[0, 0, 1, 1, 2, 2, 3, 3])
+    forward, backward = (replace(one, copy=(line(100.0),) * 2, joined=True) for one in costs())
+    counts = np.full((4, E), 8)
+
+    def rank(me):
+        layer = skewed(me, schedule="chunked(2)", placement=everywhere)
+        controller = PlacementController(
+            layer, copies_planner(costs(), spare=1), (replace(forward, relays=True), backward)
+        )
+        found = []
+        for relayed in (None, False, True):
+            layer.schedule = replace(layer.schedule, relayed_copies=relayed)
+            layer.zero_grad()
+            layer.forget_copies()
+            layer(tokens(8, me.rank)).sum().backward()
+            fetched = {event.action for event in layer.last_events if event.action in ("Wf0", "Wf1")}
+            found.append((controller._price(controller._watched[0], counts, everywhere), len(fetched)))
+        assert [groups for _, groups in found] == [1, 1, 2]
+        assert found[0][0] == found[1][0] == pytest.approx(found[2][0] + 100.0)
+
+    virtual_world(4).run(rank)
+
+
+def test_a_planner_whose_copies_are_relayed_makes_more_of_them():
+    counts = np.zeros((8, 8), dtype=int)
+    counts[:, 0] = 8
+    forward = replace(costs()[0], copy=(line(3.0),) * 2, exchange=(line(0.0),) * 2, joined=True, relays=True)
+    base = Placement.identity(8, 8)
+    direct, relayed = (copies_planner([forward], spare=1, relayed=one)(counts, base) for one in (False, True))
+    assert (direct.num_slots, relayed.num_slots) == (8 + 3, 8 + 5)
+
+
+def test_a_dropped_controller_leaves_no_watchers():
+    def rank(me):
+        layer = skewed(me)
+        kept = PlacementController(layer, copies_planner(costs(), spare=1), costs())
+        dropped = PlacementController(layer, copies_planner(costs(), spare=1), costs())
+        gone, watched = weakref.ref(dropped), weakref.ref(dropped._watched[0])
+        assert len(layer._left.watchers) == 2
+        del dropped
+        gc.collect()
+        assert gone() is None and watched() is None and len(layer._left.watchers) == 1
+        layer(tokens(8, me.rank))
+        assert kept._watched[0].recent == 1
+
+    virtual_world(2).run(rank)

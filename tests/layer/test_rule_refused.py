@@ -83,6 +83,16 @@ def test_a_rule_beside_what_it_cannot_act_on(made, options, match):
     raised(ConfigError, has(made), match=match, **options)
 
 
+@pytest.mark.parametrize("made", [rule(ranks_per_node=2), ParallelismSwitch(phases=costs(), ranks_per_node=2)])
+def test_a_rule_that_knows_nodes_which_the_layer_does_not(made):
+    raised(ConfigError, has(made), match="rule.ranks_per_node = 2: expected 1, as the layer does not know its nodes")
+
+
+def test_an_expert_twice_on_a_rank_beside_a_rule():
+    twice = Placement.of_ranks([[0, 1, 2, 3, 2], [4, 5, 6, 7]], homes=[0] * 4 + [1] * 4)
+    raised(ConfigError, has(rule()), match="placement = 'expert 2 twice on rank 0'", placement=twice)
+
+
 def test_a_rule_on_one_rank_alone_and_prices_that_differ_are_named():
     raised(PlanMismatch, has(rule(), on=(0,)), match="dispatcher.rule and another has none")
     raised(PlanMismatch, lambda layer, rank: has(ReplicationRule(phases=costs(1e9 + rank), spare=2))(layer, rank),

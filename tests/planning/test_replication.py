@@ -18,8 +18,9 @@ from moe_overlap.planning.copy_costs import (
     costs_of,
     nominal_costs,
 )
+from moe_overlap.planning.copy_load import Load, rank_rows
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
-from moe_overlap.planning.replication import Load, decide, decide_reference, priced, rank_rows, split_rows
+from moe_overlap.planning.replication import decide, decide_reference, priced, split_rows
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.check import makespan_s
 
@@ -135,13 +136,49 @@ def test_close_to_the_best_of_all_possibilities(seed):
     load = Load.at_home(counts, [0, 0, 1], [1, 1])
     phases = [phase(row_s=1.0, wire_s=0.1, copy_s=float(rng.uniform(0, 8)), joined=bool(seed % 2), chunks=2)]
     best = best_of_all(load, phases, 2)
-    assert best <= decide(load, phases, most_copies=2, margin=0.0).predicted_s <= best / 0.95 + 1
+    assert best <= decide(load, phases, most_copies=2, margin=0.0).predicted_s <= best / 0.99
 
 
 def test_rows_stay_on_their_rank_then_on_their_node():
     found = split_rows([4, 3, 2, 5], [(0, 6), (3, 8)], 2)
     assert found == [(0, 0, 4), (3, 3, 5), (1, 0, 2), (2, 3, 2), (1, 3, 1)]
     assert split_rows([0, 7], [(0, 3), (1, 4)], 1) == [(1, 1, 4), (1, 0, 3)]
+
+
+def test_what_crosses_is_spread_over_the_ports():
+    """Two of a node's ranks compute all rows; the other node's leave it evenly, and enter both evenly."""
+    enter = dict.fromkeys(range(4), 0)
+    for source, rank, rows in split_rows([0, 0, 10, 10, 20, 20, 20, 20], [(0, 50), (1, 50)], 4):
+        enter[rank] += rows if source > 3 else 0
+    assert enter == {0: 40, 1: 40, 2: 0, 3: 0}
+    leave = dict.fromkeys(range(8), 0)
+    for source, rank, rows in split_rows([20, 20, 20, 20, 0, 0, 0, 0], [(0, 30), (4, 50)], 4):
+        leave[source] += rows if rank == 4 else 0
+    assert [leave[source] for source in range(4)] == [0, 17, 17, 16]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_split_has_the_rows_of_every_source_and_of_every_place(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 30, 8)
+    ranks = rng.permutation(8)[: rng.integers(1, 6)]
+    rooms = rng.multinomial(counts.sum(), np.full(len(ranks), 1 / len(ranks)))
+    found = split_rows(
+        counts.tolist(), list(zip(ranks.tolist(), rooms.tolist(), strict=True)), int(rng.choice([1, 2, 4]))
+    )
+    assert all(rows > 0 for _, _, rows in found)
+    assert [sum(n for s, _, n in found if s == source) for source in range(8)] == counts.tolist()
+    assert [sum(n for _, r, n in found if r == rank) for rank in ranks] == rooms.tolist()
+
+
+def test_copies_for_the_wire_alone_are_made():
+    """Balanced, but every row crosses from node to node: a copy of the other node's expert spares it."""
+    counts = np.array([[0, 40], [40, 0]])
+    load = Load.at_home(counts, [0, 1], [1, 1])
+    joined = phase(row_s=1.0, wire_s=1.0, copy_s=10.0, joined=True)
+    found = decide(load, [joined])
+    assert sorted(found.copies(load)) == [(0, 1), (1, 0)] and found.predicted_s == 50.0
+    assert decide(load, [replace(joined, copy=(line(90.0),) * 2)]).left
 
 
 def test_leaving_it_wins_where_nothing_pays():
@@ -209,7 +246,7 @@ def test_what_is_best_without_new_copies_is_refined_without_new_copies():
         found = decide(load, [dear], margin=0.0)
         assert found == decide_reference(load, [dear], most_copies=sum(load.spare), margin=0.0)
         without = decide(load, [dear], most_copies=0, margin=0.0)
-        assert not found.copies(load) and found.predicted_s == without.predicted_s
+        assert not found.copies(load) and found.predicted_s <= without.predicted_s
         moved += not found.left
     assert moved > 20
 
@@ -246,7 +283,8 @@ def test_costs_come_from_the_calibrated_model():
         model, ("forward", "backward"), row_bytes=10, expert_params=100, param_bytes=2, chunks=3
     )
     assert (forward.row_s, forward.expert_s, forward.beside_s, forward.chunks) == (1e-6, 4e-6, 0.4, 3)
-    assert forward.exchange == (line(1e-8, 2e-5), FREE) and forward.copy[0].beta_s == pytest.approx(2e-7)
+    assert forward.exchange == (line(1e-8, 2e-5),) * 2, "one wire was measured for all ranks"
+    assert forward.copy[1] == forward.copy[0] and forward.copy[0].beta_s == pytest.approx(2e-7)
     assert backward.row_s == pytest.approx(5e-6) and backward.copy[0].beta_s == pytest.approx(4e-7)
     assert backward.beside_s == 0.2 and forward.relays and not backward.relays
     assert not any(one.relays for one in costs_of(model, ("forward",), row_bytes=1, expert_params=1, param_bytes=1,

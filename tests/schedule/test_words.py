@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moe_overlap.errors import ConfigError
@@ -15,6 +17,7 @@ from moe_overlap.schedule.builders import (
     shared_expert,
     shortcut,
     window,
+    with_copies,
 )
 from moe_overlap.schedule.words import from_text, legend, overlaps, python_of
 
@@ -52,6 +55,20 @@ def test_what_no_word_names_is_written_out(pair):
     assert again.digest == pair.digest
     assert ('dedup="on"' in line) == pair.deduplicated
     assert line.startswith("ShortcutBlock(" if pair.num_ops else "MoELayer(")
+
+
+@pytest.mark.parametrize("pair", [chunked(2), window(2, 1), deduplicate(chunked(2)), serial()])
+@pytest.mark.parametrize("relayed", [False, True])
+def test_how_copies_are_sent_is_said_in_a_step_that_has_some(pair, relayed):
+    given = replace(pair, relayed_copies=relayed)
+    assert "relayed" not in python_of(given), "no copies"
+    line = python_of(with_copies(given, 2 if relayed else 1, True))
+    assert line.startswith("ShortcutBlock(..., schedule=" if pair.num_ops else "MoELayer(..., schedule=")
+    expression = line.split("schedule=")[1]
+    written = expression[: expression.index("relayed_copies=") + len(f"relayed_copies={relayed})")]
+    again = eval(written, {"replace": replace, "from_text": from_text})
+    assert again.digest == given.digest and ("overlap=False" in line) == pair.joined
+    assert "relayed" not in python_of(with_copies(pair, 1, True)), "as the rule says"
 
 
 def test_a_text_that_cannot_run_is_refused():

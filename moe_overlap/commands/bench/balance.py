@@ -28,6 +28,7 @@ from moe_overlap.commands.bench.balance_cases import (
 )
 from moe_overlap.commands.bench.balance_live import SCHEDULE, follow
 from moe_overlap.commands.bench.balance_options import BalanceOptions, parse
+from moe_overlap.commands.bench.balance_oracle import with_oracle
 from moe_overlap.commands.bench.balance_report import KEYS, print_rows, write_picture
 from moe_overlap.commands.bench.options import LayerOptions
 from moe_overlap.commands.bench.slept import Calibration, calibrate
@@ -71,7 +72,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = _measure(options, world)
+        rows, sleep = _measure(options, world)
     except ConfigError as error:
         return _complain(world, f"error: {error}", EXIT_BAD_INPUT, only_first=True)
     except MoeTransportError as error:
@@ -84,6 +85,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
                          f"{wrong[0]['max_rel_err']:.2g}", EXIT_FAILED, only_first=True)  # fmt: skip
     if world.rank == 0:
         out = Path(options.out)
+        with_oracle(options, rows, sleep, link_of(options, balanced_s(options, sleep)), step=STEP, ideal=IDEAL)  # the other ranks wait no longer
         write_jsonl(out / "results.jsonl", rows)
         write_picture(out / "balance.png", rows)
         print_rows(rows)
@@ -91,8 +93,8 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     return 0
 
 
-def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
-    """The rows of all workloads, the same on all ranks. Collective."""
+def _measure(options: BalanceOptions, world: World) -> tuple[list[dict[str, Any]], Calibration]:
+    """The rows of all workloads, the same on all ranks, and the times of compute. Collective."""
     sleep = scaled(calibrate(world, _layer_options(options)), options)
     link = link_of(options, balanced_s(options, sleep))
     wires = Wires.open(world, options.timeout_s)
@@ -118,7 +120,7 @@ def _measure(options: BalanceOptions, world: World) -> list[dict[str, Any]]:
         times = time_rows(world, unit, rows, x_TD, sleep if options.compute == "slept" else None, options.repeats)
         found += _rows(options, world, workload, [plan for plan, _ in rows], times, [0.0] * len(even) + errors, link,
                        sleep)  # fmt: skip
-    return found
+    return found, sleep
 
 
 def _errors(
@@ -191,6 +193,7 @@ def _rows(
             "time_ms_p10": 1e3 * percentile(samples, 0.1),
             "time_ms_p90": 1e3 * percentile(samples, 0.9),
             "ideal_ms": 1e3 * ideal_s,
+            **dict.fromkeys(("oracle_ms", "oracle_proven", "of_oracle")),  # see `with_oracle`
             "ceiling": None if static_s is None else static_s / ideal_s,
             "speedup_vs_static": None if static_s is None else static_s / seconds,
             "static_max_over_mean": imbalance(counts_WE, np.array(placement.home_ranks)),

@@ -300,8 +300,8 @@ def max_rel_err(
 def predicted_s(plan: Planned, counts_WE: np.ndarray, placement: Placement, phases: Sequence[PhaseCosts],
                 ranks_per_node: int) -> tuple[float, float, int]:  # fmt: skip
     """(seconds of the layer, rows of the fullest rank over the mean, copies) from the counts of a step. Rows are taken
-    as spread evenly over the blocks of tokens. The decision alone has copies that go from rank to rank."""
-    if not isinstance(plan.rule, ReplicationRule):
+    as spread evenly over the blocks of tokens. The copies of our rules alone may go from rank to rank."""
+    if not isinstance(plan.rule, ReplicationRule | ParallelismSwitch):
         phases = [replace(phase, relays=False) for phase in phases]
     blocks_WBE = counts_WE[:, None, :]
     placed = plan.kept or placement

@@ -46,6 +46,7 @@ class BalanceOptions:
     moe_share: float = 0.85
     compute_ms: float = 60.0
     latency_us: float = 200.0
+    oracle_s: float = 10.0
     seed: int = 0
     repeats: int = 5
     out: str = "out/balance"
@@ -80,6 +81,7 @@ class BalanceOptions:
         check_number("moe_share", self.moe_share, 0.05, 1.0)
         check_number("compute_ms", self.compute_ms, 1.0, 10000.0, " milliseconds")
         check_number("latency_us", self.latency_us, 0.0, 1e6, " microseconds")
+        check_number("oracle_s", self.oracle_s, 0.0, 3600.0, " seconds")
         check_timeout(self.timeout_s)
 
     @property
@@ -115,6 +117,8 @@ HELP = {
     "moe_share": "slept: share of the layer in a serial step with balanced load, which sets the dense op",
     "compute_ms": "slept: milliseconds of a rank's experts in a step with balanced load, both phases together",
     "latency_us": "latency of the emulated link, microseconds",
+    "oracle_s": "longest search for the best copies of each workload and schedule (oracle_ms, of_oracle), by rank 0 "
+    "after all measurements, seconds; 0: none",
     "seed": "of popularity, tokens and weights",
     "repeats": "timed steps per row, interleaved",
     "out": "folder for results.jsonl and balance.png",

@@ -10,10 +10,10 @@ from moe_overlap.measure.report import Row, cell
 
 KEYS = (
     "workload planner schedule phase chunks backward_chunks predicted_ms outside_ms time_ms_median time_ms_p10 "
-    "time_ms_p90 ideal_ms ceiling speedup_vs_static static_max_over_mean max_over_mean moe_share comm_share copies "
-    "migration_ms weight_bytes payload_bytes comm_cpu_ms max_rel_err ranks ranks_per_node tokens hidden ffn "
-    "experts top_k dtype slots seed repeats steps changes moved_bytes compute flagged hardware link torch commit "
-    "date"
+    "time_ms_p90 ideal_ms oracle_ms oracle_proven of_oracle ceiling speedup_vs_static static_max_over_mean "
+    "max_over_mean moe_share comm_share copies migration_ms weight_bytes payload_bytes comm_cpu_ms max_rel_err "
+    "ranks ranks_per_node tokens hidden ffn experts top_k dtype slots seed repeats steps changes moved_bytes "
+    "compute flagged hardware link torch commit date"
 ).split()
 COLUMNS = (
     ("workload", "workload", "{}"),
@@ -22,6 +22,7 @@ COLUMNS = (
     ("ms", "time_ms_median", "{:.1f}"),
     ("predicted", "predicted_ms", "{:.1f}"),
     ("ideal", "ideal_ms", "{:.1f}"),
+    ("of oracle", "of_oracle", "{:.0%}"),
     ("x static", "speedup_vs_static", "{:.2f}"),
     ("ceiling", "ceiling", "{:.2f}"),
     ("static max/mean", "static_max_over_mean", "{:.2f}"),

@@ -27,7 +27,7 @@ from moe_overlap.commands.plan.machine import (
 )
 from moe_overlap.commands.plan.offload import offload_lines
 from moe_overlap.commands.plan.options import PlanOptions, parse
-from moe_overlap.commands.plan.replicas import replica_line
+from moe_overlap.commands.plan.replicas import replica_line, replica_record
 from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
 from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
 from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
@@ -372,12 +372,14 @@ def _record(options: PlanOptions, points: dict[str, Prediction], found: Sweep | 
     """plan.json: the question, the cost model of the point, every block pair there, and the sweep."""
     point = points[options.kinds[0]]
     cost = agreement(options, point.at, distinct=point.deduplicated)
-    record = {
+    record: dict[str, Any] = {
         "options": options.to_json(),
         "cost_model": point.model.to_json(),
         "point": [one.to_json() | _choices(options, one) for one in points.values()],
         "agreement": {"messages": cost.messages, "rounds": len(cost.rounds), "bytes": cost.bytes},
     }
+    if options.tokens and options.cost_model is None:
+        record["replicas"] = replica_record(options, point)
     if found is not None:
         record["grid"] = [one.to_json() for row in found.grid for one in row]
         record["kinds"] = [one.to_json() for line in found.lines.values() for one in line]

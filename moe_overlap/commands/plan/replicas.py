@@ -8,7 +8,7 @@ every step fetches them (Wf) and sends their gradients home in float32 (Wg), as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -27,8 +27,9 @@ from moe_overlap.commands.plan.sweep import Prediction, predict
 from moe_overlap.commands.plan.whole_model import WholeModel
 from moe_overlap.planning.copied import with_copies_priced
 from moe_overlap.planning.copy_costs import FREE, GRADIENT_BYTES, PhaseCosts, costs_of
+from moe_overlap.planning.copy_load import Load, rank_rows
 from moe_overlap.planning.cost_model import WIRES
-from moe_overlap.planning.replication import Decision, Load, decide, rank_rows
+from moe_overlap.planning.replication import Decision, decide
 
 STEEPEST, HALVINGS = 50.0, 60  # exponents of Zipf's law that are looked at
 UNCOUNTED = 1e-9  # of a row's time, where it is hidden: not 0, as its parts say what of a backward is weight gradients
@@ -175,9 +176,7 @@ def _exchange_s(point: Prediction, ports: Ports, size: int) -> float:
 def replica_line(options: PlanOptions, point: Prediction, whole: WholeModel | None) -> str:
     """What `moe-overlap plan` says of it, among what else would give; "" where nobody asks, where nothing is uneven, or
     experts are in host memory, of which a layer has no copies."""
-    if options.expert_offload is not None or not options.replica_slots:
-        return ""
-    if not options.uneven or point.at.group == 1:
+    if not _are_asked(options, point):
         return ""
     slots = options.replica_slots
     asked = f"  {slots} slot{'s' if slots > 1 else ''} a rank for copies of wanted experts (--replica-slots)"
@@ -192,6 +191,18 @@ def replica_line(options: PlanOptions, point: Prediction, whole: WholeModel | No
         f"{found.after:.2f}x the mean rows, {found.moved_bytes / 1e9:.3g} GB a layer {how}, at most "
         f"{found.held_bytes / 1e9:.3g} GB a layer and rank{_fits(options, found, whole)}"
     )
+
+
+def replica_record(options: PlanOptions, point: Prediction) -> dict[str, float] | None:
+    """The same for plan.json; None where nothing is said, or not how much."""
+    found = replicas(options, point) if _are_asked(options, point) else None
+    return None if found is None else {"slots": options.replica_slots, **asdict(found)}
+
+
+def _are_asked(options: PlanOptions, point: Prediction) -> bool:
+    """Whether anybody asks, and something is uneven; experts in host memory have no copies."""
+    asked = options.expert_offload is None and bool(options.replica_slots)
+    return asked and options.uneven and point.at.group > 1
 
 
 def _ms(found: Replicas, point: Prediction) -> str:

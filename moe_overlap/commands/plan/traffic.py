@@ -22,7 +22,8 @@ from moe_overlap.auto.replicate import placement_of
 from moe_overlap.commands.bench.routing import RoutingFile, read_file
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
-from moe_overlap.planning.replication import Decision, Load
+from moe_overlap.planning.copy_load import Load
+from moe_overlap.planning.replication import Decision
 from moe_overlap.planning.shapes import MetadataBytes, StepShape
 
 FLAG = "--routing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -18,11 +19,14 @@ from moe_overlap.commands.bench.balance_cases import (
     scaled,
 )
 from moe_overlap.commands.bench.balance_options import BalanceOptions
+from moe_overlap.commands.bench.balance_oracle import with_oracle
 from moe_overlap.commands.bench.balance_report import KEYS
 from moe_overlap.commands.bench.slept import Calibration
 from moe_overlap.commands.bench.workloads import counts_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
+from moe_overlap.planning.copy_load import Load
+from moe_overlap.planning.replication import decide
 from moe_overlap.schedule.builders import serial
 
 SLEEP = Calibration(attention_forward_s=0.1, attention_backward_s=0.2, mlp_forward_s=0.3, mlp_backward_s=0.4,
@@ -70,7 +74,7 @@ def test_kept_placements_come_from_the_history_and_keep_their_homes():
     "words", ["--ranks 6", "--ranks-per-node 8", "--experts 12", "--top-k 17", "--workloads zipf", "--planners best",
               "--planners ,", "--schedules fast", "--comm-share 1", "--moe-share 0", "--workloads recorded",
               "--recorded nowhere", "--chunks 17", "--hidden 32", "--latency-us 900000", "--dtype int8",
-              "--compute-ms nan", "--compute gpu"],
+              "--compute-ms nan", "--compute gpu", "--oracle-s -1"],
 )  # fmt: skip
 def test_bad_options_are_one_line(words, tmp_path, capsys):
     given = words.split()
@@ -95,15 +99,25 @@ def test_a_small_run_has_a_row_for_everything(tmp_path, capsys):
         assert (switch["copies"] > 0) == (switch["weight_bytes"] > 0) == (switch["payload_bytes"] == 0)
         assert switch["max_over_mean"] == (1.0 if switch["copies"] else static["max_over_mean"])
     assert by_name["forced_balanced", "chunked"]["max_over_mean"] == 1.0
+    for (planner, _), row in by_name.items():
+        bound = (row["oracle_ms"], row["oracle_proven"], row["of_oracle"])
+        if planner == "forced_balanced":
+            assert bound == (None, None, None)
+            continue
+        assert row["oracle_proven"] and row["of_oracle"] == pytest.approx(
+            row["oracle_ms"] / row["time_ms_median"], rel=1e-3
+        )
+        assert planner == "switch" or row["oracle_ms"] <= row["predicted_ms"] * (1 + 1e-4), "but for its slots"
     assert all(row["max_rel_err"] < 1e-5 for row in rows) and (tmp_path / "balance.png").stat().st_size > 1000
 
 
 def test_copies_beside_the_dense_op_and_exposed(tmp_path, capsys):
     words = "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 4 --ffn 32 --compute-ms 8 --latency-us 50 --repeats 1"
     words += " --top-k 1 --workloads flipping --comm-share 0.2 --moe-share 0.6 --chunks 2"
-    words += " --planners static,replicate --schedules shortcut,shortcut_exposed"
+    words += " --planners static,replicate --schedules shortcut,shortcut_exposed --oracle-s 0"
     assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["oracle_ms"] for row in rows} == {None}
     by_name = {(row["planner"], row["schedule"]): row for row in rows}
     priced = {name: row["predicted_ms"] - row["outside_ms"] for name, row in by_name.items()}
     assert by_name["replicate", "shortcut"]["copies"] > 0
@@ -132,3 +146,33 @@ def test_a_placement_that_follows_the_load_over_some_steps(tmp_path, capsys):
     assert live["changes"] > 0 and live["moved_bytes"] > 0 and live["migration_ms"] > 0
     assert live["max_over_mean"] < still["max_over_mean"] == still["static_max_over_mean"]
     assert live["predicted_ms"] < still["predicted_ms"] and live["max_rel_err"] < 1e-5
+
+
+def rows_of(options):
+    """One skewed row for each schedule, as measured in 10 s."""
+    row = {"workload": "zipf1.0", "planner": "static", "outside_ms": 1.0, "time_ms_median": 1e4}
+    return [row | {"schedule": schedule} | dict.fromkeys(("oracle_ms", "oracle_proven", "of_oracle"))
+            for schedule in ("serial", "shortcut")]  # fmt: skip
+
+
+def test_the_oracle_has_what_the_price_leaves_out():
+    pytest.importorskip("scipy")
+    options = BalanceOptions(ranks=4, ranks_per_node=2, experts=4, tokens=64, compute_ms=50.0)
+    sleep, link = scaled(SLEEP, options), link_of(options)
+    rows = rows_of(options)
+    with_oracle(options, rows, sleep, link, step=3, ideal="forced_balanced")
+    home, counts = Placement.identity(4, 4), counts_of("zipf1.0", options.sizes, seed=0, step=3)
+    for row, dense_s in zip(rows, (sleep.mlp_forward_s + sleep.mlp_backward_s, 0.0), strict=True):
+        phases = costs(options, sleep, link, row["schedule"])
+        load = Load.at_home(counts, home.home_ranks, [options.slots] * 4, ranks_per_node=2)
+        left_ms = 1e3 * (decide(load, phases, margin=0.0).predicted_s + dense_s) + 1.0
+        assert row["oracle_proven"] and 0.9 * left_ms < row["oracle_ms"] <= left_ms * (1 + 1e-4)
+        assert row["of_oracle"] == pytest.approx(row["oracle_ms"] / 1e4, rel=1e-4)
+
+
+def test_without_scipy_there_is_no_oracle_and_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    options = BalanceOptions()
+    rows = rows_of(options)
+    with_oracle(options, rows, scaled(SLEEP, options), link_of(options), step=3, ideal="forced_balanced")
+    assert rows == rows_of(options) and capsys.readouterr().err.count("scipy is not installed") == 1

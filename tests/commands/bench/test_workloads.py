@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_overlap.commands.bench.oracle import oracle_s
+from moe_overlap.commands.bench.oracle import oracle
 from moe_overlap.commands.bench.workloads import WORKLOADS, Sizes, choices, counts_of, imbalance
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.copy_load import Load
 from moe_overlap.planning.cost_model import AlphaBeta
-from moe_overlap.planning.replication import Load, decide
+from moe_overlap.planning.replication import decide, price, priced
 
 SIZES = Sizes(ranks=8, ranks_per_node=4, tokens=512, experts=16, top_k=2)
 HOMES = np.arange(16) // 2
@@ -84,32 +86,75 @@ def phase(copy_s, **more):
     return PhaseCosts(row_s=1.0, exchange=(line(0.1),) * 2, copy=(line(copy_s),) * 2, **more)
 
 
+def bound_of(load, phases):
+    """Of the oracle, proven, with the decision for what is known."""
+    known = decide(load, phases, margin=0.0)
+    found = oracle(load, phases, known_s=known.predicted_s)
+    assert found.proven and found.seconds <= known.predicted_s
+    return found.seconds, known.predicted_s
+
+
 def test_the_oracle_of_a_hot_expert_is_the_closed_form():
     pytest.importorskip("scipy")
     load = Load.at_home(np.array([[8, 0], [8, 0]]), [0, 1], [1, 1])
     # Joined, 16 rows of expert 0 on rank 0, 8 of them rank 1's: left 16 + 2 * 0.1 * 8; with a copy 8 + 3, none cross.
-    assert oracle_s(load, [phase(3.0, joined=True)], whole_copies=True) == pytest.approx(11.0)
-    assert oracle_s(load, [phase(30.0, joined=True)], whole_copies=True) == pytest.approx(17.6)
-    assert oracle_s(load, [phase(3.0, joined=True, beside_s=5.0)] * 2, whole_copies=True) == pytest.approx(32.0)
+    for copy_s, beside_s, times, right in ((3.0, 0.0, 1, 11.0), (30.0, 0.0, 1, 17.6), (3.0, 5.0, 2, 32.0)):
+        phases = [phase(copy_s, joined=True, beside_s=beside_s)] * times
+        found = oracle(load, phases, known_s=1e3)
+        assert found.proven and found.seconds == pytest.approx(right, rel=1e-3)
+        assert priced(load, found.seats, phases) == pytest.approx(right, rel=1e-3)
+        assert bound_of(load, phases)[1] == pytest.approx(right)
 
 
-@pytest.mark.parametrize("chunks, joined", [(1, True), (1, False), (3, False)])
-def test_no_decision_beats_the_oracle(chunks, joined):
+def late(copy_s, **more):
+    """With latencies."""
+    copy = AlphaBeta(alpha_s=2.0, beta_s=copy_s), AlphaBeta(alpha_s=0.5, beta_s=copy_s / 4)
+    return PhaseCosts(row_s=1.0, exchange=(AlphaBeta(alpha_s=1.0, beta_s=0.1),) * 2, copy=copy, **more)
+
+
+@pytest.mark.parametrize("relays", [False, True])
+@pytest.mark.parametrize("chunks, joined, wgrad", [(1, True, 0.0), (1, False, 0.5), (3, False, 0.0), (3, False, 0.5)])
+def test_no_decision_beats_the_oracle(chunks, joined, wgrad, relays):
     pytest.importorskip("scipy")
     sizes = Sizes(ranks=4, ranks_per_node=2, tokens=64, experts=4, top_k=1)
+    more = {"chunks": chunks, "joined": joined}
+    phases = [late(5.0, relays=relays, **more), late(5.0, wgrad_row_s=wgrad, **more)]
     for name in ("zipf1.5", "one_hot_expert"):
         load = Load.at_home(counts_of(name, sizes, seed=1, step=0), range(4), [1] * 4, ranks_per_node=2)
-        phases = [phase(5.0, chunks=chunks, joined=joined)]
-        found = decide(load, phases, margin=0.0)
-        bound = oracle_s(load, phases, whole_copies=True)
-        assert oracle_s(load, phases) <= bound * (1 + 1e-6) and bound <= found.predicted_s * (1 + 1e-6)
-        assert found.predicted_s <= 1.25 * bound
+        bound, known = bound_of(load, phases)
+        assert known <= bound / 0.9
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_no_choice_of_relayed_copies_is_below_the_oracle(per_node):
+    """All sets of copies of one hot expert on 4 ranks, and rows shared out over them in many ways."""
+    pytest.importorskip("scipy")
+    counts, rng, relayed = np.array([[40, 1, 2], [60, 0, 1], [50, 2, 2], [70, 1, 0]]), np.random.default_rng(0), 0
+    load = Load.at_home(counts, [0, 1, 2], [1] * 4, ranks_per_node=per_node)
+    for exposed in (False, True):
+        phases = [late(12.0, relays=True, exposed_copies=exposed, beside_s=9.0)]
+        bound, best = bound_of(load, phases)
+        for ranks in (ranks for n in (1, 2, 3) for ranks in itertools.combinations((1, 2, 3), n)):
+            for shares in rng.dirichlet(np.full(len(ranks) + 1, 8.0), 60):
+                rows = np.floor(shares[1:] * 220).astype(int).tolist()
+                copies = [(0, rank, n) for rank, n in zip(ranks, rows, strict=True)]
+                seconds, by_relay = price(load, ((0, 0, 220 - sum(rows)), *load.seats[1:], *copies), phases)
+                assert bound <= seconds * (1 + 1e-6)
+                best, relayed = min(best, seconds), relayed + by_relay
+        assert best <= bound / 0.9
+    assert relayed
 
 
 def test_the_oracle_wants_the_homes_alone():
     pytest.importorskip("scipy")
     load = Load(counts=np.array([[2, 0], [0, 0]]), seats=((0, 0, 1), (1, 1, 0), (0, 1, 1)), spare=(0, 0))
     with pytest.raises(ConfigError, match="seats"):
-        oracle_s(load, [phase(1.0)])
-    with pytest.raises(ConfigError, match="phases"):
-        oracle_s(Load.at_home(np.array([[2, 0], [0, 0]]), [0, 1], [0, 0]), [phase(1.0, relays=True)])
+        oracle(load, [phase(1.0)], known_s=2.0)
+
+
+def test_without_time_the_bound_is_not_proven():
+    pytest.importorskip("scipy")
+    load = Load.at_home(counts_of("zipf1.0", SIZES, seed=0, step=0), HOMES.tolist(), [2] * 8, ranks_per_node=4)
+    known_s = decide(load, [phase(300.0)]).predicted_s
+    found = oracle(load, [phase(300.0)], known_s=known_s, seconds=1e-3)
+    assert not found.proven and 0 <= found.seconds <= known_s

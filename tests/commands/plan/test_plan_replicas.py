@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,8 @@ from moe_overlap.commands.plan.sweep import asked
 from moe_overlap.commands.plan.traffic import seats_with_copies
 from moe_overlap.commands.plan.whole_model import whole_model
 from moe_overlap.planning.copy_costs import FREE, GRADIENT_BYTES, Computed, costs_of
-from moe_overlap.planning.replication import Load, decide, rank_rows
+from moe_overlap.planning.copy_load import Load, rank_rows
+from moe_overlap.planning.replication import decide
 
 SKEWED = PlanOptions(ranks=8, experts=64, top_k=4, hidden=1024, ffn=2048, tokens=4096, skew=2.0, dedup="off",
                      phase="infer")  # fmt: skip
@@ -159,3 +161,20 @@ def test_slots_that_nobody_can_use_are_one_line(words, said, capsys):
     assert main(["plan", *words.split()]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
+
+
+@pytest.mark.parametrize(
+    "words, asked", [("--skew 2.0 --replica-slots 2", True), ("--skew 2.0 --replica-slots 0", False), ("", False)]
+)
+def test_the_record_says_what_the_line_says(words, asked, tmp_path, capsys):
+    sizes = "--ranks 8 --experts 64 --top-k 4 --hidden 1024 --ffn 2048 --tokens 4096 --phase infer"
+    assert main(["plan", *sizes.split(), *words.split(), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())["replicas"]
+    said = capsys.readouterr().out
+    assert (found is not None) == asked == ("--replica-slots)" in said)
+    if asked:
+        assert (
+            found["slots"] == 2
+            and f"{found['copies']} copies take the busiest rank from {found['before']:.2f}x" in said
+        )
+        assert f"{1e3 * found['seconds']:.3f} ms" in said
