@@ -675,6 +675,21 @@ double PhaseCosts::copies_s(const Ports& copies) const {
   return most;
 }
 
+double PhaseCosts::in_turn_s(const Computed& computed) const {
+  double inputs_s = 0;
+  double copies_s = 0;
+  double homes_s = 0;
+  for (size_t rank = 0; rank < computed.rows.size(); ++rank) {
+    const auto n = static_cast<double>(computed.rows[rank]);
+    const auto copied = static_cast<double>(computed.copied[rank]);
+    inputs_s = std::max(
+        inputs_s, (row_s - wgrad_row_s) * n + expert_s * static_cast<double>(computed.experts[rank]));
+    copies_s = std::max(copies_s, wgrad_row_s * copied);
+    homes_s = std::max(homes_s, wgrad_row_s * (n - copied));
+  }
+  return inputs_s + copies_s + homes_s;
+}
+
 double PhaseCosts::last_gradients_s(const Computed& computed, double copy_s) const {
   double most = 0;
   for (size_t rank = 0; rank < computed.rows.size(); ++rank) {
@@ -700,7 +715,10 @@ double PhaseCosts::window_s(const Computed& computed, const Ports& rows, double 
       wire_s = std::max(wire_s, 2.0 * (chunks * sent.alpha_s + sent.beta_s * static_cast<double>(rows[wire])));
     }
   }
-  if (joined) return busy_s + wire_s + beside_s + copy_s;
+  const bool copied = std::any_of(computed.copied.begin(), computed.copied.end(), [](auto rows) { return rows != 0; });
+  const bool in_turn = wgrad_row_s != 0 && copied && (joined || exposed_copies);
+  const double through_s = in_turn ? in_turn_s(computed) : busy_s;
+  if (joined) return through_s + wire_s + beside_s + copy_s;
   const double exposed_s = exposed_copies ? copy_s : 0;
   copy_s -= exposed_s;
   const double moved_s = wire_s + copy_s;
@@ -710,7 +728,7 @@ double PhaseCosts::window_s(const Computed& computed, const Ports& rows, double 
     return std::max(busy_s + before_s, moved_s + busy_s / chunks) + exposed_s;
   }
   const double dgrad_s = busy_s * (1 - wgrad_row_s / row_s);
-  double total_s = std::max(busy_s + std::max(beside_s, chunk_s), moved_s + dgrad_s / chunks);
+  double total_s = std::max(through_s + std::max(beside_s, chunk_s), moved_s + dgrad_s / chunks);
   if (copy_s != 0) {
     total_s = std::max(total_s, last_gradients_s(computed, copy_s) + std::max(chunk_s - beside_s, 0.0));
   }

@@ -39,6 +39,9 @@ struct PhaseCosts {
   // Of one exchange of copies.
   double copies_s(const Ports& copies) const;
   double window_s(const Computed& computed, const Ports& rows, double copy_s) const;
+  // Of a backward in which all ranks wait for the input gradients, for the weight gradients of copies, and for those of
+  // homes: each time for the slowest.
+  double in_turn_s(const Computed& computed) const;
   // Until the gradients of copies are home, from the first of a rank's rows on.
   double last_gradients_s(const Computed& computed, double copy_s) const;
 };

@@ -81,7 +81,8 @@ class PhaseCosts:
         With r chunks, from `measure/overlap.py`'s closed forms: a chunk of the wire stands before the first experts and
         after the last, unless other work fills it, and one of compute within the wire's time. Copies of weights travel
         before the rows, and all experts wait for them: beside them is other work alone. Their gradients come last, and
-        travel beside other work and the weight gradients of the experts that are at home.
+        travel beside other work and the weight gradients of the experts that are at home; where they are waited for at
+        once, ranks wait for each other before and after.
         """
         busy_s = max(self.row_s * n + self.expert_s * e for n, e in zip(computed.rows, computed.experts, strict=True))
         wire_s, copy_s = 0.0, 0.0
@@ -92,8 +93,11 @@ class PhaseCosts:
         for group in copies:
             lines = zip(self.copy, group, strict=True)
             copy_s += max((line.alpha_s + line.beta_s * count for line, count in lines if count), default=0.0)
+        through_s = busy_s
+        if self.wgrad_row_s and any(computed.copied) and (self.joined or self.exposed_copies):
+            through_s = self._in_turn_s(computed)
         if self.joined:
-            return busy_s + wire_s + self.beside_s + copy_s
+            return through_s + wire_s + self.beside_s + copy_s
         exposed_s = copy_s if self.exposed_copies else 0.0
         copy_s -= exposed_s
         moved_s, chunk_s = wire_s + copy_s, wire_s / (2 * self.chunks)
@@ -101,10 +105,20 @@ class PhaseCosts:
             before_s = max(self.beside_s, copy_s + 2 * chunk_s)
             return max(busy_s + before_s, moved_s + busy_s / self.chunks) + exposed_s
         dgrad_s = busy_s * (1 - self.wgrad_row_s / self.row_s)
-        total_s = max(busy_s + max(self.beside_s, chunk_s), moved_s + dgrad_s / self.chunks)
+        total_s = max(through_s + max(self.beside_s, chunk_s), moved_s + dgrad_s / self.chunks)
         if copy_s:
             total_s = max(total_s, self._last_gradients_s(computed, copy_s) + max(chunk_s - self.beside_s, 0.0))
         return total_s + exposed_s
+
+    def _in_turn_s(self, computed: Computed) -> float:
+        """Of a backward in which all ranks wait for the input gradients, for the weight gradients of copies, and for
+        those of homes: each time for the slowest."""
+        ranks = range(len(computed.rows))
+        dgrad_row_s = self.row_s - self.wgrad_row_s
+        inputs_s = max(dgrad_row_s * computed.rows[r] + self.expert_s * computed.experts[r] for r in ranks)
+        copies_s = max(self.wgrad_row_s * computed.copied[r] for r in ranks)
+        homes_s = max(self.wgrad_row_s * (computed.rows[r] - computed.copied[r]) for r in ranks)
+        return inputs_s + copies_s + homes_s
 
     def _last_gradients_s(self, computed: Computed, copy_s: float) -> float:
         """Until the gradients of copies are home, from the first of a rank's rows on."""

@@ -381,6 +381,18 @@ def test_weights_are_waited_for_by_all_experts_and_gradients_go_home_beside_thos
     assert replace(backward, exposed_copies=True).window_s(copied, free, (2, 0)) == 20.0 + 6.0
 
 
+def test_a_backward_that_waits_for_the_gradients_of_copies_waits_for_the_slowest_before_and_after():
+    """The second rank has the most rows of copies, the first one the most of homes: 10 + 9 + 8 s, and 6 s of gradients."""
+    computed, free = Computed(rows=[8, 10], copied=[0, 9], experts=[1, 1]), (0, 0)
+    backward = phase(row_s=2.0, wgrad_row_s=1.0, copy_s=3.0, chunks=4)
+    assert replace(backward, joined=True).window_s(computed, free, (2, 0)) == 10.0 + 9.0 + 8.0 + 6.0
+    assert replace(backward, exposed_copies=True).window_s(computed, free, (2, 0)) == 10.0 + 9.0 + 8.0 + 6.0
+    unpaid = replace(backward, joined=True, copy=(FREE, FREE))
+    assert unpaid.window_s(computed, free, (2, 0)) == 10.0 + 9.0 + 8.0, "also where gradients travel for nothing"
+    assert backward.window_s(computed, free, (2, 0)) == 10.0 + 9.0 + 6.0
+    assert replace(backward, joined=True).window_s(replace(computed, copied=[0, 0]), free) == 20.0
+
+
 @pytest.mark.parametrize("bad", [
     {"row_s": float("nan")}, {"row_s": -1.0}, {"row_s": float("inf")}, {"row_s": "1"}, {"row_s": True},
     {"wgrad_row_s": 1.5}, {"wgrad_row_s": float("nan")}, {"expert_s": -1e-9}, {"beside_s": float("inf")},

@@ -226,6 +226,16 @@ class _Programme:
                 found.append(self._sum((kind, e, r) for e, r in pairs if r == q))
         return found
 
+    def _in_turn(self, number: int, phase: PhaseCosts) -> Terms:
+        """As `PhaseCosts._in_turn_s`."""
+        inputs, copies, homes = (self._new(name, number) for name in ("inputs", "copies", "homes"))
+        for r in self.ranks:
+            rows = {i: self.home[name[2]] == r for name, i in self._index.items() if name[0] == "x" and name[3] == r}
+            self._longer(inputs, dict.fromkeys(rows, phase.row_s - phase.wgrad_row_s))
+            self._longer(copies, {i: phase.wgrad_row_s for i, at_home in rows.items() if not at_home})
+            self._longer(homes, {i: phase.wgrad_row_s for i, at_home in rows.items() if at_home})
+        return {inputs: 1.0, copies: 1.0, homes: 1.0}
+
     def _groups_s(self, number: int, phase: PhaseCosts) -> Terms:
         """The seconds of a phase's copies, as a sum of variables."""
         groups, most = {}, float(len(self.wanted) * len(self.ranks))
@@ -261,8 +271,11 @@ class _Programme:
                 for place in (0, 1):
                     self._longer(wire, {**{one[2]: 2.0 * line.beta_s for one in moves if one[place] == r}, **latency})
         part = 1.0 / phase.chunks
+        through = {compute: 1.0}
+        if phase.wgrad_row_s and (phase.joined or phase.exposed_copies):
+            through = self._in_turn(number, phase)
         if phase.joined:
-            self._longer(window, {compute: 1.0, wire: 1.0, **copy}, phase.beside_s)
+            self._longer(window, {**through, wire: 1.0, **copy}, phase.beside_s)
             return
         exposed = copy if phase.exposed_copies else {}
         self._longer(window, {compute: 1.0, **exposed}, phase.beside_s)
