@@ -382,7 +382,7 @@ def test_weights_are_waited_for_by_all_experts_and_gradients_go_home_beside_thos
 
 
 def test_a_backward_that_waits_for_the_gradients_of_copies_waits_for_the_slowest_before_and_after():
-    """The second rank has the most rows of copies, the first one the most of homes: 10 + 9 + 8 s, and 6 s of gradients."""
+    """One rank has the most rows of copies, the other one of homes: 10 + 9 + 8 s, and 6 s of gradients."""
     computed, free = Computed(rows=[8, 10], copied=[0, 9], experts=[1, 1]), (0, 0)
     backward = phase(row_s=2.0, wgrad_row_s=1.0, copy_s=3.0, chunks=4)
     assert replace(backward, joined=True).window_s(computed, free, (2, 0)) == 10.0 + 9.0 + 8.0 + 6.0
