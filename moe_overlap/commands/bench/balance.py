@@ -85,7 +85,8 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
                          f"{wrong[0]['max_rel_err']:.2g}", EXIT_FAILED, only_first=True)  # fmt: skip
     if world.rank == 0:
         out = Path(options.out)
-        with_oracle(options, rows, sleep, link_of(options, balanced_s(options, sleep)), step=STEP, ideal=IDEAL)  # the other ranks wait no longer
+        link = link_of(options, balanced_s(options, sleep))
+        with_oracle(options, rows, sleep, link, step=STEP, ideal=IDEAL)  # the other ranks wait no longer
         write_jsonl(out / "results.jsonl", rows)
         write_picture(out / "balance.png", rows)
         print_rows(rows)
