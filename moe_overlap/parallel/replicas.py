@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_overlap.agreement.counts import BLOCKS
@@ -45,10 +46,11 @@ LINE = 4096
 @dataclass(eq=False, kw_only=True)
 class _Watched:
     """What is known of one parameter. `number`: its place, which travels with its rows; `agreed`: the replicas were
-    compared; `local`: its gradient has parts that no other replica has."""
+    compared; `local`: its gradient has parts that no other replica has; `hook`: what starts its reduction."""
 
     number: int
     expert_ids: tuple[int, ...]
+    hook: RemovableHandle
     synchronise: bool = True
     agreed: bool = False
     local: bool = False
@@ -87,8 +89,16 @@ class Replicas:
         for parameter in parameters:
             if parameter.requires_grad and parameter not in self._watched and not hasattr(parameter, "device_mesh"):
                 self._numbers += 1
-                self._watched[parameter] = _Watched(number=self._numbers, expert_ids=expert_ids)
-                parameter.register_post_accumulate_grad_hook(self._accumulated)
+                hook = parameter.register_post_accumulate_grad_hook(self._accumulated)
+                self._watched[parameter] = _Watched(number=self._numbers, expert_ids=expert_ids, hook=hook)
+
+    def moved(self, old: nn.Parameter, new: nn.Parameter, expert_ids: tuple[int, ...]) -> None:
+        """On all replicas: a migration has put `new`, which may be `old`, in its place, with these experts."""
+        watched = self._watched.pop(old, None)
+        if watched is not None:
+            watched.hook.remove()
+            hook = new.register_post_accumulate_grad_hook(self._accumulated)
+            self._watched[new] = replace(watched, expert_ids=expert_ids, hook=hook, agreed=False, local=False)
 
     def watches(self, parameter: torch.Tensor) -> bool:
         return parameter in self._watched
