@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
+from moe_overlap.agreement.copies import trust
 from moe_overlap.agreement.record import digest
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.errors import ConfigError
@@ -66,7 +67,7 @@ def migrate(model: nn.Module, placement: Placements, optimizers: Optimizer | Seq
         moved.add(layer.experts)
         layer.dispatcher.placement = new
         layer.dispatcher.copy_store.forget()
-        layer.dispatcher.copy_store.trust(layer.experts.parameters())
+        trust(layer.experts.parameters())
     return sent
 
 
