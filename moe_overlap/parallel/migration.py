@@ -3,6 +3,7 @@
 Everything arrives in new tensors beside the old ones; then all ranks say that they have it, and only after that each
 one puts the new in the place of the old, without a word to the others. A rank that fails before leaves all others as
 they were. Where experts have replicas each group of ranks moves its own, which are equal; agreed is over all of them.
+What FSDP2 has sharded over the replicas is gathered there, moved, and cut into the same shards, in place.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moe_overlap.agreement.record import digest
 from moe_overlap.agreement.seats import Copy, Seats
 from moe_overlap.errors import ConfigError, PlanMismatch
 from moe_overlap.parallel.ownership import REPLACED, Ownership
+from moe_overlap.parallel.shards import check_shards, cut, is_sharded, put_shard, whole
 from moe_overlap.parallel.state import tensors_of
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_all
@@ -34,8 +36,8 @@ Put = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """One tensor of this rank's experts, [e * k, ...], and what puts another one in its place. rows: e * k as it has to
-    be: of a parameter's state that of the parameter, of a buffer e."""
+    """One tensor of this rank's experts, [e * k, ...], and what puts another one in its place, or this rank's shard of
+    it. rows: e * k as it has to be: of a parameter's state that of the parameter, of a buffer e."""
 
     name: str
     tensor: torch.Tensor
@@ -57,7 +59,7 @@ def migrated(
     transport, rank, replicas = ownership.transport, ownership.transport.rank, ownership.replicas
     held = _held(module, optimizers, len(ownership.expert_ids))
     try:
-        _check(module, ownership, held)
+        _check(module, ownership, held, len(new.homes[rank]))
     except ConfigError as refused:
         error = error or refused
     device = next(module.parameters()).device
@@ -66,7 +68,8 @@ def migrated(
     commits = []
     with closing_all(_groups(ownership), ACTION), torch.no_grad():
         for one, rows in zip(held, each, strict=True):
-            commits.append(partial(one.put, _moved(transport, plan, one.tensor, rows, old, new)))
+            moved = _moved(transport, plan, whole(one.tensor, ownership, ACTION), rows, old, new)
+            commits.append(partial(one.put, cut(moved, one.tensor)))
         _everyone(ownership, torch.zeros(1, dtype=torch.int64, device=device))  # all of it is here, on all ranks
     ids = new.homes[rank]
 
@@ -94,14 +97,16 @@ def _held(module: nn.Module, optimizers: Sequence[Optimizer], count: int) -> lis
         if tensor.dim() and id(tensor) not in seen:
             seen.add(id(tensor))
             rows = tensor.shape[0] if isinstance(tensor, nn.Parameter) else count
-            found.append(_Held(name, tensor, partial(_replace, module, tensor, optimizers), rows))
+            put = partial(put_shard, tensor) if is_sharded(tensor) else partial(_replace, module, tensor, optimizers)
+            found.append(_Held(name, tensor, put, rows))
             for number, optimizer in enumerate(optimizers):
                 state = optimizer.state.get(tensor, {})
                 for key in sorted(state):
                     value = state[key]
                     if isinstance(value, torch.Tensor) and value.dim():
                         where = f"{key} of {name} in optimizer {number}"
-                        found.append(_Held(where, value, partial(state.__setitem__, key), rows))
+                        put = partial(put_shard, value) if is_sharded(value) else partial(state.__setitem__, key)
+                        found.append(_Held(where, value, put, rows))
     return found
 
 
@@ -126,7 +131,8 @@ def _replace(module: nn.Module, old: torch.Tensor, optimizers: Sequence[Optimize
             optimizer.state[new] = optimizer.state.pop(old)
 
 
-def _check(module: nn.Module, ownership: Ownership, held: list[_Held]) -> None:
+def _check(module: nn.Module, ownership: Ownership, held: list[_Held], coming: int) -> None:
+    """coming: how many experts are to be here."""
     count = len(ownership.expert_ids)
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
@@ -138,8 +144,10 @@ def _check(module: nn.Module, ownership: Ownership, held: list[_Held]) -> None:
                 "migrate", f"hooks of {name}", "none: where its size changes it becomes another parameter"
             )
     for one in held:
-        if hasattr(one.tensor, "device_mesh"):
-            raise ConfigError("migrate", f"{one.name}, sharded by fully_shard", "experts that are plain tensors")
+        check_shards(one.name, one.tensor, ownership)
+        if is_sharded(one.tensor) and coming != count:
+            given = f"{coming} experts for a rank whose {one.name} is sharded by fully_shard"
+            raise ConfigError("migrate", given, f"{count}, as before: what is sharded keeps its shape")
         rows = one.tensor.shape[0]
         if rows % count if count else rows:
             given = f"{one.name} {tuple(one.tensor.shape)}"
@@ -154,7 +162,7 @@ def _agree(
 ) -> list[int]:
     """Rows of an expert in each tensor. Raises `error`, or its like, on all ranks; PlanMismatch where they differ."""
     transport, count = ownership.transport, len(ownership.expert_ids)
-    said = [(one.name, str(one.tensor.dtype), tuple(one.tensor.shape[1:])) for one in held]
+    said = [(one.name, str(one.tensor.dtype), tuple(one.tensor.shape[1:]), is_sharded(one.tensor)) for one in held]
     own = transport.global_ranks[transport.rank]
     words = [own, int(error is not None), tag, digest(said), transport.rank]
     with closing_all(_groups(ownership), ACTION):
@@ -213,7 +221,7 @@ def _moved(
     rank, trailing = plan.rank, tensor.shape[1:]
     width = each * trailing.numel()
     before = {expert: place for place, expert in enumerate(old.homes[rank])}
-    stack = tensor.detach().reshape(len(before), width)
+    stack = tensor.reshape(len(before), width)
     rows = stack[[before[expert] for expert in plan.sent_experts(0)]].contiguous()
     layout = RowLayout(width=width, dtype=tensor.dtype, weights=True)
     came = transport.start(rows, plan, layout, action=ACTION).wait()

@@ -220,7 +220,7 @@ class Replicas:
 
     def _exchange(self, transport: Endpoint, rows: torch.Tensor, number: int) -> Work:
         """Row r of [R, n] to replica r; the result has a row from each. `number`: the parameter's, for errors."""
-        plan = _one_row_each(self.transport.rank, self.count, number)
+        plan = one_row_each(self.transport.rank, self.count, number)
         return transport.start(rows, plan, RowLayout(width=rows.shape[1], dtype=rows.dtype), action="R")
 
     def _agree(self, parameter: nn.Parameter, watched: _Watched) -> None:
@@ -303,7 +303,7 @@ def _digest_of(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([total % PART, (total >> 21) % PART, (total >> 42) % PART])
 
 
-def _one_row_each(rank: int, count: int, step: int) -> ChunkPlan:
+def one_row_each(rank: int, count: int, step: int) -> ChunkPlan:
     """A row from every rank to every rank."""
     counts = np.zeros((count, BLOCKS, count), dtype=np.int64)
     counts[:, 0] = 1

@@ -5,6 +5,8 @@ The ranks of the mesh [[0, 1], [2, 3]]: rows share the experts out, columns hold
 
 from __future__ import annotations
 
+import random
+from contextlib import nullcontext
 from functools import lru_cache
 
 import pytest
@@ -18,18 +20,19 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_overlap as mo
 from moe_overlap.agreement.seats import seats_of
-from moe_overlap.errors import ConfigError
+from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.measure.timeline import record
 from moe_overlap.placement import LocalFirst, Placement
 from tests.layer.goes import COSTS
-from tests.layers import D, E, F, K
+from tests.layers import D, E, F, K, exchange_fails
 from tests.ranks import gloo_pool
-from tests.tolerances import close
+from tests.tolerances import close, same_bits
 
 RANKS, SPREAD, STEPS, BATCHES = 4, 2, 5, 2
 # 3 experts at home on rank 0, so that their shards are of 2 and of 1.
 COPIED = Placement.of_ranks([[0, 1, 2, 7], [3, 4, 5, 6, 7, 0]], homes=[0] * 3 + [1] * 5, selector=LocalFirst())
 PLAIN = Placement.of_ranks(seats_of(COPIED).homes)
+IDENTITY = Placement.identity(E, SPREAD)
 RULES = {
     "rule": lambda: mo.ReplicationRule(phases=COSTS, spare=2),
     "switch": lambda: mo.ParallelismSwitch(phases=COSTS, degrees=[SPREAD]),
@@ -64,12 +67,12 @@ def loss_of(y, x):
     return (y - x.roll(1, dims=1)).square().mean() / BATCHES
 
 
-def sharded(how="kept", *, reshard=True, policy=None, **options):
-    """The model on this rank, the experts sharded over their replicas and all else over all ranks. how: of COPIED, that
-    its copies are "kept"; else which rule makes copies for a step, None for none at all."""
+def sharded(how="kept", *, placement=COPIED, reshard=True, policy=None, **options):
+    """The model on this rank, the experts sharded over their replicas and all else over all ranks. how: that
+    the copies of `placement` are "kept"; else which rule makes copies for a step, None for none at all."""
     grid = init_device_mesh("cpu", (RANKS // SPREAD, SPREAD), mesh_dim_names=("replicas", "experts"))
     data = init_device_mesh("cpu", (RANKS,))
-    model = mo.prepare(Model(grid, COPIED if how == "kept" else PLAIN, **options))
+    model = mo.prepare(Model(grid, placement if how == "kept" else PLAIN, **options))
     wrap = {} if policy is None else {"mp_policy": policy}
     for layer in model.layers:
         if how in RULES:
@@ -264,13 +267,120 @@ def test_gradients_come_home_unrounded_under_mixed_precision():
             close(got, want, torch.bfloat16)
 
 
+# ---------------------------------------------------------------- homes that move
+
+
+def somewhere(start, seed):
+    """As many homes on each rank as in `start`, drawn by a seed, and a copy on the other rank."""
+    draw = random.Random(seed)
+    order = draw.sample(range(E), E)
+    first = len(seats_of(start).homes[0])
+    homes = [0 if expert in order[:first] else 1 for expert in range(E)]
+    ranks = [[*order[:first], order[-1]], [*order[first:], order[0]]]
+    return Placement.of_ranks(ranks, homes=homes, selector=LocalFirst())
+
+
+def moving(even, reshard):
+    """Outputs of steps between which one layer moves; the experts then, and what AdamW keeps of them, by number."""
+    start = IDENTITY if even else COPIED
+    model = sharded("kept", placement=start, reshard=reshard)
+    optimizer = optimizer_of(model)
+    outputs = []
+    for step in range(STEPS):
+        for batch in range(BATCHES):
+            x = tokens(step, batch, dist.get_rank())
+            y = model(x)
+            loss_of(y, x).backward()
+            outputs.append(y.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        mo.migrate(model.layers[step % 2], somewhere(start, step), optimizer)
+    found = {}
+    for number, layer in enumerate(model.layers):
+        tensors = [*experts_of(layer), *experts_of(layer, lambda weight: optimizer.state[weight]["exp_avg"])]
+        for place, expert in enumerate(layer.experts.expert_ids):
+            found[number, expert] = [one[place] for one in tensors]
+    return outputs, found, whole_of(model, optimizer) if even else None
+
+
+def whole_of(model, optimizer):
+    """The first layer's second weight, of all experts, as a checkpoint has it."""
+    with mo.experts_in_order(model, optimizer):
+        return model.state_dict()["layers.0.experts.down_proj"].full_tensor()
+
+
+@pytest.mark.parametrize(("even", "reshard"), [(True, True), (False, False)])
+def test_sharded_experts_move_while_they_are_trained(even, reshard):
+    outputs, _, experts = one_process(torch.float64)
+    results = gloo_pool(RANKS).run(moving, even, reshard)
+    assert sorted(key for one in results[:SPREAD] for key in one[1]) == [(n, e) for n in range(2) for e in range(E)]
+    for rank, (got, found, whole) in enumerate(results):
+        if whole is not None:
+            close(whole, experts[1])
+        for one, want in zip(got, outputs[rank], strict=True):
+            close(one, want)
+        for (number, expert), tensors in found.items():
+            for one, want in zip(tensors[:2], experts[2 * number : 2 * number + 2], strict=True):
+                close(one, want[expert])
+            for one, other in zip(tensors, results[(rank + SPREAD) % RANKS][1][number, expert], strict=True):
+                same_bits(one, other)
+
+
 def refused():
-    model = sharded()
-    with pytest.raises(ConfigError, match="sharded by fully_shard"):
-        mo.migrate(model, Placement.identity(E, SPREAD), optimizer_of(model))
+    model = sharded(reshard=False)
+    optimizer = optimizer_of(model)
+    before = [weight for layer in model.layers for weight in experts_of(layer)]
+    with pytest.raises(ConfigError, match="what is sharded keeps its shape"):
+        mo.migrate(model, IDENTITY, optimizer)
+    called(model)
+    with pytest.raises(ConfigError, match=r"gathered.*reshard\(\)"):
+        mo.migrate(model, somewhere(COPIED, 0), optimizer)
+    for layer in model.layers:
+        layer.reshard()
+    for one, want in zip((w for layer in model.layers for w in experts_of(layer)), before, strict=True):
+        same_bits(one, want)
     mo.set_placement(model, PLAIN)
-    assert called(model, train=True)[1] == 0
+    assert called(model)[1] == 0
 
 
-def test_sharded_homes_stay_and_their_copies_may_go():
+def test_sharded_experts_that_cannot_move_stay():
     gloo_pool(RANKS).run(refused)
+
+
+def untold():
+    """Replicas that fully_shard knows and the layer does not."""
+    mesh = init_device_mesh("cpu", (RANKS // SPREAD, SPREAD), mesh_dim_names=("replicas", "experts"))
+    layer = mo.prepare(mo.MoELayer(D, F, E, K, group=mesh["experts"]))
+    fully_shard(layer.router, mesh=init_device_mesh("cpu", (RANKS,)))
+    fully_shard(layer, mesh=mesh["replicas"])
+    with pytest.raises(ConfigError, match="replicas that the layer was told of"):
+        mo.migrate(layer, somewhere(IDENTITY, 0))
+
+
+def test_replicas_that_the_layer_was_not_told_of_do_not_move():
+    gloo_pool(RANKS).run(untold)
+
+
+def failing(where):
+    """Rank 2 fails at an exchange: of shards with its replica, or of experts."""
+    model = sharded("kept", placement=IDENTITY)
+    optimizer = optimizer_of(model)
+    called(model, train=True)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [weight for layer in model.layers for weight in experts_of(layer)]
+    ownership = model.layers[0].ownership
+    transport = ownership.replicas.transport if where == "shards" else ownership.transport
+    fails = exchange_fails(transport, "migrate") if dist.get_rank() == 2 else nullcontext()
+    with fails, pytest.raises(OSError if dist.get_rank() == 2 else MoeTransportError, match="no memory"):
+        mo.migrate(model.layers[0], somewhere(IDENTITY, 0), optimizer)
+    for one, want in zip((w for layer in model.layers for w in experts_of(layer)), before, strict=True):
+        same_bits(one, want)
+    mo.reopen(model)
+    mo.migrate(model, somewhere(IDENTITY, 1), optimizer)
+    called(model, train=True)
+
+
+@pytest.mark.parametrize("where", ["shards", "experts"])
+def test_a_rank_that_fails_while_shards_move_leaves_all_as_they_were(where):
+    gloo_pool(RANKS).run(failing, where)
