@@ -56,8 +56,8 @@ class Model(nn.Module):
     def __init__(self, **options):
         super().__init__()
         torch.manual_seed(3)
-        self.entry = nn.Linear(D, D, dtype=torch.float64)
         grid, options = mesh(), {"dtype": torch.float64, **options}
+        self.entry = nn.Linear(D, D, dtype=options["dtype"])
         self.layers = nn.ModuleList([MoELayer(D, F, E, 2, group=grid, **options) for _ in range(2)])
 
     def forward(self, x):
@@ -140,6 +140,41 @@ def test_twenty_steps_with_one_layer_moved_in_each_are_those_of_a_static_run(way
                 same_bits(one, other)
                 close(one, want)
     assert {key for _, state, _ in moved[:SPREAD] for key in state} == of_experts.keys()
+
+
+def accumulated():
+    """Gradients of half-precision experts that have moved: their dtype, and those of an expert by its number."""
+    model = prepare(Model(dtype=torch.float32).bfloat16(), accumulate_fp32=True)
+    with no_sync(model):
+        migrate(model, OTHER)
+    model(tokens(0).bfloat16()).float().square().sum().backward()
+    layer = model.layers[1]
+    weights = layer.expert_weights
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert {weight.grad.dtype for weight in weights} == {torch.float32}
+    return {expert: [w.grad[place] for w in weights] for place, expert in enumerate(layer.experts.expert_ids)}
+
+
+def test_gradients_of_moved_experts_are_kept_in_float32_and_reduced():
+    results = gloo_pool(RANKS).run(accumulated)
+    for rank in range(SPREAD):
+        assert results[rank].keys() == results[rank + SPREAD].keys()
+        for expert, grads in results[rank].items():
+            for one, other in zip(grads, results[rank + SPREAD][expert], strict=True):
+                assert one.any()
+                same_bits(one, other)
+
+
+def whole_replicas():
+    """Every rank has all experts: there is nowhere to go, and all agree on that."""
+    layer = MoELayer(D, F, E, 2, replicate_group=dist.group.WORLD, timeout_s=20.0)
+    assert migrate(layer, Placement.identity(E, 1)) == 0
+    with pytest.raises(PlanMismatch, match="different placements"):
+        migrate(layer, Placement.identity(E, 1) if dist.get_rank() else Placement.of_ranks([[*range(1, E), 0]]))
+
+
+def test_replicas_of_whole_layers_have_nothing_to_move():
+    gloo_pool(RANKS).run(whole_replicas)
 
 
 # ---------------------------------------------------------------- all of them or none
