@@ -97,7 +97,9 @@ class Replicas:
         watched = self._watched.pop(old, None)
         if watched is not None:
             watched.hook.remove()
-            hook = new.register_post_accumulate_grad_hook(self._accumulated)
+            trained = new.requires_grad
+            hook = new.requires_grad_().register_post_accumulate_grad_hook(self._accumulated)
+            new.requires_grad_(trained)  # frozen ones may be trained again
             self._watched[new] = replace(watched, expert_ids=expert_ids, hook=hook, agreed=False, local=False)
 
     def watches(self, parameter: torch.Tensor) -> bool:

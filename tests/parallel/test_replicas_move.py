@@ -127,7 +127,7 @@ def train(way, kind, moves, steps=20):
 
 @pytest.mark.parametrize(("way", "kind"), [("loop", "adamw"), ("ddp", "sgd")])
 def test_twenty_steps_with_one_layer_moved_in_each_are_those_of_a_static_run(way, kind):
-    moved, static = (gloo_pool(RANKS).run(train, way, kind, moves) for moves in (True, False))
+    moved, static = (gloo_pool(RANKS).run(train, way, kind, moves, limit_s=240.0) for moves in (True, False))
     for (curves, _, scale), (wanted, _, _) in zip(moved, static, strict=True):
         assert scale == 512.0 and wanted[0, -1] < wanted[0, 0] and wanted[1, 0] > 0.1, "it learns, and clips"
         close(curves, wanted)
@@ -145,14 +145,17 @@ def test_twenty_steps_with_one_layer_moved_in_each_are_those_of_a_static_run(way
 def accumulated():
     """Gradients of half-precision experts that have moved: their dtype, and those of an expert by its number."""
     model = prepare(Model(dtype=torch.float32).bfloat16(), accumulate_fp32=True)
+    model.layers[1].requires_grad_(False)  # frozen for a while
     with no_sync(model):
         migrate(model, OTHER)
+    model.layers[1].requires_grad_(True)
     model(tokens(0).bfloat16()).float().square().sum().backward()
     layer = model.layers[1]
     weights = layer.expert_weights
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
     assert {weight.grad.dtype for weight in weights} == {torch.float32}
-    return {expert: [w.grad[place] for w in weights] for place, expert in enumerate(layer.experts.expert_ids)}
+    both = [*weights, *model.layers[0].expert_weights]
+    return {expert: [w.grad[place] for w in both] for place, expert in enumerate(layer.experts.expert_ids)}
 
 
 def test_gradients_of_moved_experts_are_kept_in_float32_and_reduced():
@@ -180,11 +183,9 @@ def test_replicas_of_whole_layers_have_nothing_to_move():
 # ---------------------------------------------------------------- all of them or none
 
 
-def stepped(timeout_s=20.0):
+def stepped():
     """A model that has made a step, and its optimizer."""
-    model = prepare(Model(timeout_s=timeout_s))
-    for transport in (model.layers[0].ownership.replicas.transport, model.layers[0].ownership.replicas.returning):
-        transport.timeout_s = timeout_s
+    model = prepare(Model(timeout_s=20.0))
     optimizer = torch.optim.AdamW(param_groups(model), lr=0.01)
     step(model, optimizer)
     return model, optimizer
@@ -254,8 +255,12 @@ def test_what_one_rank_of_one_replica_refuses_is_refused_by_all():
 
 
 def not_asked():
-    model, optimizer = stepped(timeout_s=4.0)
-    before = state_of(model, optimizer)
+    model, optimizer = stepped()
+    before, replicas = state_of(model, optimizer), model.layers[0].ownership.replicas
+    waiting = (replicas.transport, replicas.returning)
+    usual_s = replicas.transport.timeout_s
+    for transport in waiting:
+        transport.timeout_s = 2.0
     if dist.get_rank() < SPREAD:
         with pytest.raises(MoeTransportError):
             migrate(model, OTHER, optimizer)
@@ -263,6 +268,8 @@ def not_asked():
         with pytest.raises(MoeTransportError):
             step(model, optimizer)
     optimizer.zero_grad()
+    for transport in waiting:
+        transport.timeout_s = usual_s
     check_as_before(model, before, optimizer)
 
 

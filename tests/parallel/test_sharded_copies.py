@@ -326,6 +326,35 @@ def test_sharded_experts_move_while_they_are_trained(even, reshard):
                 same_bits(one, other)
 
 
+def controlled():
+    """Copies that a controller makes and takes back, for the load of all replicas."""
+    model = sharded(None)
+    optimizer = optimizer_of(model)
+    controller = mo.PlacementController(model, mo.copies_planner(COSTS, spare=1), COSTS, interval=2)
+    outputs, placements = [], []
+    for step in range(STEPS):
+        for batch in range(BATCHES):
+            x = tokens(step, batch, dist.get_rank())
+            y = model(x)
+            loss_of(y, x).backward()
+            outputs.append(y.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        placements.append([layer.dispatcher.placement.experts_of_ranks() for layer in model.layers])
+    assert any(layer.dispatcher.placement.has_replicas for layer in model.layers)
+    return outputs, placements
+
+
+def test_a_controller_copies_sharded_experts_for_the_load_of_all_replicas():
+    outputs, *_ = one_process(torch.float64)
+    results = gloo_pool(RANKS).run(controlled)
+    for rank, (got, placements) in enumerate(results):
+        assert placements == results[0][1]
+        for one, want in zip(got, outputs[rank], strict=True):
+            close(one, want)
+
+
 def refused():
     model = sharded(reshard=False)
     optimizer = optimizer_of(model)
