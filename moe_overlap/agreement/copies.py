@@ -10,9 +10,11 @@ in the order of the ranks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,38 @@ from moe_overlap.agreement.seats import Copy
 Wanted = tuple[tuple[Copy, ...], ...]  # by rank, in the order of its seats
 
 
-COUNTED = "_moe_overlap_counted"  # an attribute of parameters, see `CopyStore.trust`: how often they were stepped
+COUNTED = "_moe_overlap_counted"  # an attribute of parameters, see `trust`: how often they were stepped
+GATHERED = "_moe_overlap_gathered"  # of what FSDP2 gathers shards into: their state, see `gathered`
+_starts = itertools.count(0, 1 << 32)  # apart, as another parameter may come to lie where one was
+
+
+def trust(parameters: Iterable[object]) -> None:
+    """Parameters of which torch's version counter, and `count_steps`, tell every change. The mark lies on the tensor: a
+    reference elsewhere would keep what was replaced, and a weak one forbids torch to swap tensors."""
+    for one in parameters:
+        setattr(one, COUNTED, next(_starts))
+
+
+def gathered(sharded: Any, whole: Any) -> None:
+    """FSDP2 has put `whole`, a parameter that it fills without counting, in the place of `sharded`, a DTensor whose
+    shards it has gathered into it. What is in it stays until it is gathered anew, whatever becomes of the shards: so
+    what tells of its values is the shard of this rank as it is now. Those of other ranks change in the same steps."""
+    trust(one for one in (sharded, whole) if not hasattr(one, COUNTED))
+    local = sharded.to_local()
+    known = not (sharded.is_inference() or local.is_inference())
+    state = (getattr(sharded, COUNTED), sharded._version, local.data_ptr(), local._version)
+    setattr(whole, GATHERED, state if known else None)
+
+
+def state_of(weight: Any) -> tuple[int, ...] | None:
+    """What changes with the values of an expert weight; None where nothing tells of them."""
+    if not hasattr(weight, COUNTED) or weight.is_inference():
+        return None
+    own = (getattr(weight, COUNTED), weight._version)
+    if not hasattr(weight, GATHERED):
+        return (weight.data_ptr(), *own)
+    shard: tuple[int, ...] | None = getattr(weight, GATHERED)
+    return None if shard is None else (*shard, *own)
 
 
 def count_steps(parameters: Iterable[object]) -> None:

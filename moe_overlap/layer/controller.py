@@ -30,6 +30,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.moving import migrate, set_placement
 from moe_overlap.layer.stats import LastStep
+from moe_overlap.parallel.replicas import Replicas
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import PhaseCosts
 from moe_overlap.planning.copy_load import check_count, rank_rows
@@ -63,8 +64,8 @@ def copies_planner(
 
 @dataclass
 class Progress:
-    """What a controller has done for one layer. `calls`: training calls it has seen; `refused`: plans that were not
-    taken, by reason."""
+    """What a controller has done for one layer. `calls`: training calls it has seen, those of replicas too; `refused`:
+    plans that were not taken, by reason."""
 
     steps: int = 0
     calls: int = 0
@@ -116,7 +117,8 @@ class PlacementController:
     `budget_bytes`: of one rank's weights that may move in one step; plans wait for their turn, layer by layer, and one
     that is larger by itself is refused. `patience`: after so many steps in which no call was seen, or without a change
     though plans were made for the threshold, a warning says so, once. costs, ranks_per_node: of the prices.
-    optimizers: needed where a planner moves homes.
+    optimizers: needed where a planner moves homes. Experts with replicas (`replicate_group`) have one placement, which
+    follows the load of all replicas.
     """
 
     def __init__(
@@ -175,7 +177,9 @@ class PlacementController:
         return [one.progress for one in self._watched]
 
     def step(self) -> list[int]:
-        """Plan and commit, between two steps; the numbers of the layers that changed. Collective where homes move."""
+        """Plan and commit, between two steps; the numbers of the layers that changed. Collective where homes move, and
+        where experts have replicas."""
+        self._add_replicas()
         left, changed = self.budget_bytes, list[int]()
         turn = (*range(self._next, len(self._watched)), *range(self._next))
         for number in turn:
@@ -194,6 +198,20 @@ class PlacementController:
                 self._next = (number + 1) % len(turn)  # so that one layer cannot use up every step's budget
         self._watch()
         return sorted(changed)
+
+    def _add_replicas(self) -> None:
+        """Where experts have replicas, recent counts become those of all of them, so that all decide alike."""
+        together: dict[Replicas, list[_Watched]] = {}
+        for one in self._watched:
+            if one.layer.ownership.replicas is not None:
+                together.setdefault(one.layer.ownership.replicas, []).append(one)
+        for replicas, found in together.items():
+            said = torch.from_numpy(np.concatenate([[one.recent, *one.recent_E] for one in found]))
+            device = next(found[0].layer.experts.parameters()).device
+            heard = replicas.transport.all_reduce(said.to(device), action="counts").wait().cpu().numpy()
+            ends = np.cumsum([1 + len(one.recent_E) for one in found])
+            for one, (recent, *recent_E) in zip(found, np.split(heard, ends[:-1]), strict=True):
+                one.recent, one.recent_E[:] = int(recent), recent_E
 
     def _due(self, one: _Watched) -> tuple[np.ndarray, int] | None:
         """The counts [W, E] to plan for, and of how many steps they are; None: not now."""
@@ -216,7 +234,8 @@ class PlacementController:
         expert_bytes = _expert_bytes(one.layer)
         ported = moves.link_bytes(expert_bytes, _STATES * expert_bytes)
         moved = int(max(ported.sum(axis=0).max(), ported.sum(axis=1).max()))
-        gain_s = (self._price(one, counts_WE, current) - self._price(one, counts_WE, wanted)) / steps
+        of_a_step = steps * one.layer.ownership.num_replicas  # which run beside each other
+        gain_s = (self._price(one, counts_WE, current) - self._price(one, counts_WE, wanted)) / of_a_step
         move_s = moved / expert_bytes * max(line.beta_s for line in self.costs[0].copy)
         reason = None
         if wanted.digest == current.digest:

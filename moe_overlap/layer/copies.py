@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from moe_overlap.agreement.copies import trust
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.experts import take_old_names
 from moe_overlap.parallel.entering import adopt
@@ -41,7 +42,7 @@ class Copies(nn.Module):
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         mark(copied.experts, copied.ownership)
-        copied.dispatcher.copy_store.trust(copied.experts.parameters())
+        trust(copied.experts.parameters())
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:

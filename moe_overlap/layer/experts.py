@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap import ops
+from moe_overlap.agreement.copies import gathered
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import check_positive
 from moe_overlap.ops.activation_kinds import check_activation, is_gated
@@ -102,6 +103,9 @@ class Experts(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in WEIGHTS:
             refuse_sharded(name, value, self.held_apart_from)
+            held = self._parameters.get(name)
+            if hasattr(held, "device_mesh") and isinstance(value, nn.Parameter) and not hasattr(value, "device_mesh"):
+                gathered(held, value)
         super().__setattr__(name, value)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moe_overlap import ops
+from moe_overlap.agreement.copies import trust
 from moe_overlap.agreement.plan import ExchangePlan
 from moe_overlap.auto.auto import AutoSchedule, Outgrown
 from moe_overlap.layer.arguments import AnySchedule
@@ -50,7 +51,7 @@ class LastCall:
 
     def _forget(self) -> None:
         """Before the first call."""
-        self.dispatcher.copy_store.trust(self.experts.parameters())
+        trust(self.experts.parameters())
         self._left = Left()
         self._tape = Tape()
         self._outgrown = Outgrown()

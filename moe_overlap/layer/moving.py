@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 from torch.optim import Optimizer
 
+from moe_overlap.agreement.copies import trust
 from moe_overlap.agreement.record import digest
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.errors import ConfigError
@@ -26,7 +27,8 @@ def set_placement(model: nn.Module, placement: Placements) -> None:
     Copies that a rank has and keeps stay valid; new ones are fetched (Wf) in the next forward call.
 
     placement: of all layers, or one for each in the order of the model. Its epoch becomes the next one of the layer.
-    On all ranks alike: else the next call raises PlanMismatch. Raises ConfigError for a placement that does not fit,
+    On all ranks alike: else the next call raises PlanMismatch, and where replicas differ the next `migrate`, as
+    copies that another replica has or has not change no number. Raises ConfigError for a placement that does not fit,
     that moves a home (see `migrate`), and while a forward call of a layer still waits for its backward; no layer is
     changed then.
     """
@@ -49,15 +51,14 @@ def migrate(model: nn.Module, placement: Placements, optimizers: Optimizer | Seq
     ranks together, and each is either in the old placement or in the new one: where a rank fails, the layer under way
     and those behind it stay as they are.
 
-    Collective. Raises ConfigError as `set_placement` does, on all ranks where one refuses, and for an optimizer that
-    keeps states of these experts and is not given; PlanMismatch where ranks mean different moves; MoeTransportError.
-    NotImplementedError for experts with replicas on other ranks.
+    Collective, over the replicas of the experts too (`replicate_group`): all of them move to one placement, each group
+    of ranks its own experts. Raises ConfigError as `set_placement` does, on all ranks where one refuses, and for an
+    optimizer that keeps states of these experts and is not given; PlanMismatch where ranks mean different moves;
+    MoeTransportError, after which `reopen(model)` is for all ranks.
     """
     given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     pairs, homes, moved, sent = _pairs(model, placement), dict[nn.Module, object](), set[nn.Module](), 0
     for layer, new in pairs:
-        if layer.ownership.replicas is not None:
-            raise NotImplementedError("migrate() for experts with replicas on other ranks (replicate_group)")
         if homes.setdefault(layer.experts, seats_of(new).homes) != seats_of(new).homes:
             raise ConfigError("placement", new, "the same homes for layers that share their experts")
     for layer, new in pairs:
@@ -66,7 +67,7 @@ def migrate(model: nn.Module, placement: Placements, optimizers: Optimizer | Seq
         moved.add(layer.experts)
         layer.dispatcher.placement = new
         layer.dispatcher.copy_store.forget()
-        layer.dispatcher.copy_store.trust(layer.experts.parameters())
+        trust(layer.experts.parameters())
     return sent
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_overlap.agreement.copies import COUNTED
+from moe_overlap.agreement.copies import COUNTED, GATHERED
 from moe_overlap.auto.planned import Settled
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule
@@ -75,7 +75,7 @@ class Offloads:
         for name, weight, own in zip(("w_in", "w_out"), (w_in, w_out), weights_of(self.experts), strict=True):
             if weight.dtype != own.dtype:
                 raise ConfigError("autocast", weight.dtype, f"{own.dtype}, or off: expert_offload computes in it")
-            if not hasattr(own, COUNTED) or own.device.type != "cpu":
+            if not hasattr(own, COUNTED) or hasattr(own, GATHERED) or own.device.type != "cpu":
                 text = "parameters in the host's memory, neither sharded by FSDP nor parametrized (expert_offload)"
                 raise ConfigError(f"experts.{name}", f"weights put in their place, on {own.device}", text)
             link.pin(own)

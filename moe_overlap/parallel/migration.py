@@ -2,7 +2,8 @@
 
 Everything arrives in new tensors beside the old ones; then all ranks say that they have it, and only after that each
 one puts the new in the place of the old, without a word to the others. A rank that fails before leaves all others as
-they were.
+they were. Where experts have replicas each group of ranks moves its own, which are equal; agreed is over all of them.
+What FSDP2 has sharded over the replicas is gathered there, moved, and cut into the same shards, in place.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from moe_overlap.agreement.record import digest
 from moe_overlap.agreement.seats import Copy, Seats
 from moe_overlap.errors import ConfigError, PlanMismatch
 from moe_overlap.parallel.ownership import REPLACED, Ownership
+from moe_overlap.parallel.shards import check_shards, cut, is_sharded, put_shard, whole
 from moe_overlap.parallel.state import tensors_of
 from moe_overlap.transport.base import Transport
-from moe_overlap.transport.closing import closing_on_error
+from moe_overlap.transport.closing import closing_all
 
 ACTION = "migrate"
 Put = Callable[[torch.Tensor], None]
@@ -34,8 +36,8 @@ Put = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """One tensor of this rank's experts, [e * k, ...], and what puts another one in its place. rows: e * k as it has to
-    be: of a parameter's state that of the parameter, of a buffer e."""
+    """One tensor of this rank's experts, [e * k, ...], and what puts another one in its place, or this rank's shard of
+    it. rows: e * k as it has to be: of a parameter's state that of the parameter, of a buffer e."""
 
     name: str
     tensor: torch.Tensor
@@ -50,29 +52,35 @@ def migrated(
     """Send what moves between two placements; the result puts what has come in its place, which cannot fail.
 
     module: the experts that are marked with `ownership`. tag: what all ranks must have in common. error: why this rank
-    refuses. Collective over the layer's ranks. Raises ConfigError where a rank refuses (on all ranks), PlanMismatch
-    where they mean different moves or keep different states, and MoeTransportError; all tensors are then as before.
+    refuses. Collective over the layer's ranks and their replicas. Raises ConfigError where a rank refuses (on all
+    ranks), PlanMismatch where they mean different moves or keep different states, and MoeTransportError; all tensors
+    are then as before.
     """
-    transport, rank = ownership.transport, ownership.transport.rank
+    transport, rank, replicas = ownership.transport, ownership.transport.rank, ownership.replicas
     held = _held(module, optimizers, len(ownership.expert_ids))
     try:
-        _check(module, ownership, held)
+        _check(module, ownership, held, len(new.homes[rank]))
     except ConfigError as refused:
         error = error or refused
     device = next(module.parameters()).device
-    each = _agree(transport, held, len(ownership.expert_ids), error, tag, device)
+    each = _agree(ownership, held, error, tag, device)
     plan = _plan(rank, old, new)
     commits = []
-    with closing_on_error(transport, ACTION), torch.no_grad():
+    with closing_all(_groups(ownership), ACTION), torch.no_grad():
         for one, rows in zip(held, each, strict=True):
-            commits.append(partial(one.put, _moved(transport, plan, one.tensor, rows, old, new)))
-        _everyone(transport, torch.zeros(1, dtype=torch.int64, device=device))  # all of it is here, on all ranks
+            moved = _moved(transport, plan, whole(one.tensor, ownership, ACTION), rows, old, new)
+            commits.append(partial(one.put, cut(moved, one.tensor)))
+        _everyone(ownership, torch.zeros(1, dtype=torch.int64, device=device))  # all of it is here, on all ranks
     ids = new.homes[rank]
 
     @torch.no_grad()
     def commit() -> None:
+        before = list(module.parameters())
         for put in commits:
             put()
+        if replicas is not None:
+            for was, now in zip(before, module.parameters(), strict=True):
+                replicas.moved(was, now, ids)
         ownership.expert_ids, ownership.in_order = ids, new.homes_in_order
         ownership.shown_on.clear()
         if hasattr(module, "expert_ids"):
@@ -89,14 +97,16 @@ def _held(module: nn.Module, optimizers: Sequence[Optimizer], count: int) -> lis
         if tensor.dim() and id(tensor) not in seen:
             seen.add(id(tensor))
             rows = tensor.shape[0] if isinstance(tensor, nn.Parameter) else count
-            found.append(_Held(name, tensor, partial(_replace, module, tensor, optimizers), rows))
+            put = partial(put_shard, tensor) if is_sharded(tensor) else partial(_replace, module, tensor, optimizers)
+            found.append(_Held(name, tensor, put, rows))
             for number, optimizer in enumerate(optimizers):
                 state = optimizer.state.get(tensor, {})
                 for key in sorted(state):
                     value = state[key]
                     if isinstance(value, torch.Tensor) and value.dim():
                         where = f"{key} of {name} in optimizer {number}"
-                        found.append(_Held(where, value, partial(state.__setitem__, key), rows))
+                        put = partial(put_shard, value) if is_sharded(value) else partial(state.__setitem__, key)
+                        found.append(_Held(where, value, put, rows))
     return found
 
 
@@ -121,19 +131,23 @@ def _replace(module: nn.Module, old: torch.Tensor, optimizers: Sequence[Optimize
             optimizer.state[new] = optimizer.state.pop(old)
 
 
-def _check(module: nn.Module, ownership: Ownership, held: list[_Held]) -> None:
+def _check(module: nn.Module, ownership: Ownership, held: list[_Held], coming: int) -> None:
+    """coming: how many experts are to be here."""
     count = len(ownership.expert_ids)
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             given = f"a gradient of {name}"
             raise ConfigError("migrate", given, "zero_grad(set_to_none=True) before: experts move between two steps")
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        reduced = ownership.replicas is not None and ownership.replicas.watches(parameter)  # by a hook, which moves too
+        if len(parameter._backward_hooks or ()) + len(parameter._post_accumulate_grad_hooks or ()) > reduced:
             raise ConfigError(
                 "migrate", f"hooks of {name}", "none: where its size changes it becomes another parameter"
             )
     for one in held:
-        if hasattr(one.tensor, "device_mesh"):
-            raise ConfigError("migrate", f"{one.name}, sharded by fully_shard", "experts that are plain tensors")
+        check_shards(one.name, one.tensor, ownership)
+        if is_sharded(one.tensor) and coming != count:
+            given = f"{coming} experts for a rank whose {one.name} is sharded by fully_shard"
+            raise ConfigError("migrate", given, f"{count}, as before: what is sharded keeps its shape")
         rows = one.tensor.shape[0]
         if rows % count if count else rows:
             given = f"{one.name} {tuple(one.tensor.shape)}"
@@ -144,30 +158,46 @@ def _check(module: nn.Module, ownership: Ownership, held: list[_Held]) -> None:
 
 
 def _agree(
-    transport: Transport, held: list[_Held], count: int, error: ConfigError | None, tag: int, device: torch.device
+    ownership: Ownership, held: list[_Held], error: ConfigError | None, tag: int, device: torch.device
 ) -> list[int]:
     """Rows of an expert in each tensor. Raises `error`, or its like, on all ranks; PlanMismatch where they differ."""
-    said = [(one.name, str(one.tensor.dtype), tuple(one.tensor.shape[1:])) for one in held]
-    words = torch.tensor([int(error is not None), tag, digest(said)], dtype=torch.int64, device=device)
-    table = _everyone(transport, words)
-    if table[:, 0].any():
-        first = int(table[:, 0].nonzero()[0])
+    transport, count = ownership.transport, len(ownership.expert_ids)
+    said = [(one.name, str(one.tensor.dtype), tuple(one.tensor.shape[1:]), is_sharded(one.tensor)) for one in held]
+    own = transport.global_ranks[transport.rank]
+    words = [own, int(error is not None), tag, digest(said), transport.rank]
+    with closing_all(_groups(ownership), ACTION):
+        table = _everyone(ownership, torch.tensor(words, dtype=torch.int64, device=device))
+    ranks, refuses, same, place = table[:, 0].tolist(), table[:, 1], table[:, 2:4], table[:, 4]
+    if refuses.any():
+        first = ranks[int(refuses.nonzero()[0])]
         raise error or ConfigError("migrate", f"what rank {first} has", "a migration that no rank refuses")
-    odd = (table != table[0]).any(dim=1).nonzero()
+    odd = (same != same[0]).any(dim=1).nonzero()
     if len(odd):
-        peer = int(odd[0])
-        text = f"ranks 0 and {peer} migrate to different placements, or differ in the tensors and states of experts"
-        raise PlanMismatch(f"{text}; nothing was sent", rank=transport.rank, peer=peer, action=ACTION)
-    rows = [one.tensor.shape[0] // count if count else 0 for one in held]
-    return _everyone(transport, torch.tensor(rows, dtype=torch.int64, device=device)).amax(dim=0).tolist()
+        peer = ranks[int(odd[0])]
+        text = f"ranks {ranks[0]} and {peer} migrate to different placements, or differ in the tensors and states of "
+        raise PlanMismatch(f"{text}experts; nothing was sent", rank=own, peer=peer, action=ACTION)
+    if not torch.equal(place, torch.arange(transport.world_size).repeat_interleave(ownership.num_replicas)):
+        text = "replicas are in different places among the ranks that share their layer's experts; nothing was sent"
+        raise PlanMismatch(text, rank=own, action=ACTION)
+    rows = torch.tensor([one.tensor.shape[0] // count if count else 0 for one in held], dtype=torch.int64)
+    with closing_all(_groups(ownership), ACTION):
+        return _everyone(ownership, rows.to(device)).amax(dim=0).tolist()
 
 
-def _everyone(transport: Transport, words: torch.Tensor) -> torch.Tensor:
-    """int64 [W, n] on the CPU: what each rank says, int64 [n]."""
-    table = words.new_zeros(transport.world_size, *words.shape)
-    table[transport.rank] = words
-    with closing_on_error(transport, ACTION):
-        return transport.all_reduce(table, action=ACTION).wait().cpu()
+def _everyone(ownership: Ownership, words: torch.Tensor) -> torch.Tensor:
+    """int64 [W * R, n] on the CPU: what each rank says, int64 [n]. First over the replicas, then over the ranks that
+    share the experts out, so that all have heard of all: the same table, and what follows from it, on every rank."""
+    table = words
+    for transport in reversed(_groups(ownership)):
+        heard = table.new_zeros(transport.world_size, *table.shape)
+        heard[transport.rank] = table
+        table = transport.all_reduce(heard, action=ACTION).wait()
+    return table.reshape(-1, words.numel()).cpu()
+
+
+def _groups(ownership: Ownership) -> list[Transport]:
+    """The ranks that share the experts out, and those that hold the same ones, where there are any."""
+    return [ownership.transport] + ([] if ownership.replicas is None else [ownership.replicas.transport])
 
 
 def _plan(rank: int, old: Seats, new: Seats) -> CopyPlan:
@@ -191,7 +221,7 @@ def _moved(
     rank, trailing = plan.rank, tensor.shape[1:]
     width = each * trailing.numel()
     before = {expert: place for place, expert in enumerate(old.homes[rank])}
-    stack = tensor.detach().reshape(len(before), width)
+    stack = tensor.reshape(len(before), width)
     rows = stack[[before[expert] for expert in plan.sent_experts(0)]].contiguous()
     layout = RowLayout(width=width, dtype=tensor.dtype, weights=True)
     came = transport.start(rows, plan, layout, action=ACTION).wait()

@@ -92,6 +92,12 @@ def require_reduced(owned: dict[torch.Tensor, Ownership]) -> None:
             raise ConfigError("gradients", given, "replicate_group=, or means: moe_overlap.prepare(model)")
         if owner.replicas is not None and mesh is None:
             _finish_replicas(parameter, owner)
+        elif owner.replicas is not None and mesh is not None:
+            ranks, alike = mesh.mesh.reshape(-1).tolist(), owner.replicas.transport.global_ranks
+            if not set(alike) <= set(ranks):
+                given = f"those of experts that fully_shard reduces over ranks {ranks}, and ranks {list(alike)} hold"
+                expected = "fully_shard over all of these, or ignored_params: the layer reduces what is left plain"
+                raise ConfigError("gradients", given, expected)
 
 
 def _refuse_sharded_states(optimizer: Optimizer, owned: dict[torch.Tensor, Ownership]) -> None:

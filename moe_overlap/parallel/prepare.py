@@ -79,16 +79,14 @@ def reopen(model: nn.Module) -> None:
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Backwards in here leave the gradients of experts with replicas to a later one, as DDP's `no_sync` does with its
     own (which the layers follow by themselves). For micro-batches but the last; the result is the same without it."""
-    watched = [
-        (owner.replicas, list(module.parameters())) for _, module, owner in marked_modules(model) if owner.replicas
-    ]
-    for replicas, parameters in watched:
-        replicas.synchronise(parameters, False)
+    watched = [(owner.replicas, module) for _, module, owner in marked_modules(model) if owner.replicas]
+    for replicas, module in watched:
+        replicas.synchronise(module.parameters(), False)
     try:
         yield
     finally:
-        for replicas, parameters in watched:
-            replicas.synchronise(parameters, True)
+        for replicas, module in watched:
+            replicas.synchronise(module.parameters(), True)
 
 
 def param_groups(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_overlap.agreement.counts import BLOCKS
@@ -45,10 +46,11 @@ LINE = 4096
 @dataclass(eq=False, kw_only=True)
 class _Watched:
     """What is known of one parameter. `number`: its place, which travels with its rows; `agreed`: the replicas were
-    compared; `local`: its gradient has parts that no other replica has."""
+    compared; `local`: its gradient has parts that no other replica has; `hook`: what starts its reduction."""
 
     number: int
     expert_ids: tuple[int, ...]
+    hook: RemovableHandle
     synchronise: bool = True
     agreed: bool = False
     local: bool = False
@@ -87,8 +89,18 @@ class Replicas:
         for parameter in parameters:
             if parameter.requires_grad and parameter not in self._watched and not hasattr(parameter, "device_mesh"):
                 self._numbers += 1
-                self._watched[parameter] = _Watched(number=self._numbers, expert_ids=expert_ids)
-                parameter.register_post_accumulate_grad_hook(self._accumulated)
+                hook = parameter.register_post_accumulate_grad_hook(self._accumulated)
+                self._watched[parameter] = _Watched(number=self._numbers, expert_ids=expert_ids, hook=hook)
+
+    def moved(self, old: nn.Parameter, new: nn.Parameter, expert_ids: tuple[int, ...]) -> None:
+        """On all replicas: a migration has put `new`, which may be `old`, in its place, with these experts."""
+        watched = self._watched.pop(old, None)
+        if watched is not None:
+            watched.hook.remove()
+            trained = new.requires_grad
+            hook = new.requires_grad_().register_post_accumulate_grad_hook(self._accumulated)
+            new.requires_grad_(trained)  # frozen ones may be trained again
+            self._watched[new] = replace(watched, expert_ids=expert_ids, hook=hook, agreed=False, local=False)
 
     def watches(self, parameter: torch.Tensor) -> bool:
         return parameter in self._watched
@@ -210,7 +222,7 @@ class Replicas:
 
     def _exchange(self, transport: Endpoint, rows: torch.Tensor, number: int) -> Work:
         """Row r of [R, n] to replica r; the result has a row from each. `number`: the parameter's, for errors."""
-        plan = _one_row_each(self.transport.rank, self.count, number)
+        plan = one_row_each(self.transport.rank, self.count, number)
         return transport.start(rows, plan, RowLayout(width=rows.shape[1], dtype=rows.dtype), action="R")
 
     def _agree(self, parameter: nn.Parameter, watched: _Watched) -> None:
@@ -293,7 +305,7 @@ def _digest_of(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([total % PART, (total >> 21) % PART, (total >> 42) % PART])
 
 
-def _one_row_each(rank: int, count: int, step: int) -> ChunkPlan:
+def one_row_each(rank: int, count: int, step: int) -> ChunkPlan:
     """A row from every rank to every rank."""
     counts = np.zeros((count, BLOCKS, count), dtype=np.int64)
     counts[:, 0] = 1

@@ -24,6 +24,7 @@ from torch.distributed import get_process_group_ranks, is_initialized
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
+from moe_overlap.agreement.copies import count_steps
 from moe_overlap.errors import ConfigError
 from moe_overlap.parallel import ownership as marks
 from moe_overlap.parallel.ownership import Ownership
@@ -47,6 +48,8 @@ class Saving:
         self.ownership = ownership
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        # Shards may be written through what is shown of them, which no counter tells: copies of them are out of date.
+        count_steps(one for one in module.parameters() if hasattr(one, "device_mesh"))
         for name, value in state_dict.items():
             if self.ownership.others and name.startswith(prefix) and isinstance(value, torch.Tensor):
                 state_dict[name] = shown(name, value, self.ownership)

@@ -7,12 +7,11 @@ of a layer whose copies are not kept are another one's afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from moe_overlap.agreement.copies import COUNTED, CopyBook, CopyPlan, copy_plan
+from moe_overlap.agreement.copies import CopyBook, CopyPlan, copy_plan, state_of
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.ops import workspace
 from moe_overlap.ops.checks import accumulation_dtype
@@ -27,13 +26,6 @@ class CopyStore:
         self._seen: tuple[object, ...] = ()
         self.forget()
 
-    def trust(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Parameters of which torch's version counter tells every change: those that a layer was made with, and not
-        those that FSDP puts in their place, which it fills without counting. The mark lies on the tensor: a reference
-        here would keep what was replaced, and a weak one forbids torch to swap tensors."""
-        for one in parameters:
-            setattr(one, COUNTED, 0)
-
     def forget(self) -> None:
         """Nothing is valid any more, here and (as all ranks do the same) elsewhere."""
         self.book = CopyBook()
@@ -44,13 +36,9 @@ class CopyStore:
         """The expert weights of a call: their version is a new one where they may have changed. In-place changes are
         seen by torch's version counter, which writes through `.data` leave alone: `layer.forget_copies()` is for those.
         """
-        plain = all(hasattr(one, COUNTED) for one in weights)
+        seen = tuple(state_of(one) for one in weights)
         # Others may have changed since the last call: what a parametrization computes, what was put in their place.
-        counted = plain and not any(one.is_inference() for one in weights)
-        seen = (
-            tuple((id(one), one.data_ptr(), one._version, getattr(one, COUNTED)) for one in weights) if counted else ()
-        )
-        if not seen or seen != self._seen:
+        if None in seen or seen != self._seen:
             self.version += 1
         self._seen = seen
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch.utils.checkpoint import _StopRecomputationError
@@ -28,6 +28,18 @@ def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> It
         raise
     except BaseException as error:
         transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
+        raise
+
+
+@contextmanager
+def closing_all(transports: Iterable[Transport], action: str) -> Iterator[None]:
+    """For what ranks do over several groups at once: who fails, in one of them too, closes all, so that nobody waits
+    in another group for a rank that has raised."""
+    try:
+        yield
+    except BaseException as error:
+        for one in transports:
+            one.close(f"rank {one.rank}, {action}: {type(error).__name__}: {error}")
         raise
 
 

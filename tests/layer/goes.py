@@ -24,7 +24,8 @@ OPTIONS = {
     'mode="static"': {"mode": "static", "static_capacity": "no_drop"},
     'expert_offload="host"': {"expert_offload": "host", "schedule": "chunked(2,experts)"},
 }
-JOBS = ("torch.compile", "DDP", "FSDP2", "replicas")  # the last one: of experts, over ranks with other tokens
+# The last two: replicas of experts, over ranks with other tokens, reduced by the layer or sharded by FSDP2.
+JOBS = ("torch.compile", "DDP", "FSDP2", "replicas", "FSDP2 over replicas")
 ANSWERS = ("LocMoE", "LossFreeBalancer", "kept copies", "migrate", "ReplicationRule", "ParallelismSwitch")
 
 
@@ -91,7 +92,8 @@ def step_of(model, layer, rank):
     x = tokens(rank).requires_grad_()
     y = model(x)
     (y.square().sum() + mo.aux_loss(model)).backward()
-    return y.detach(), x.grad, [weight.grad for weight in layer.experts.parameters()]
+    grads = [weight.grad for weight in layer.experts.parameters()]
+    return y.detach(), x.grad, [one.full_tensor() if hasattr(one, "device_mesh") else one for one in grads]
 
 
 def compare(answer, found, want):
@@ -116,9 +118,9 @@ def beside_option(me, answer, option):
 def beside_job(answer, job):
     """The same in processes of their own, wrapped as a training job does; see `JOBS`."""
     ranks, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
-    if job == "replicas":
+    if "replicas" in job:
         group = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicas", "experts"))
-    world = ranks // 2 if job == "replicas" else ranks
+    world = ranks // 2 if "replicas" in job else ranks
     plain = make(answer, world, group=group)
     want = step_of(mo.prepare(nn.Sequential(plain)), plain, rank)
     layer = make(answer, world, group=group, **placement_of(answer, world))
@@ -128,6 +130,12 @@ def beside_job(answer, job):
         run = DistributedDataParallel(model)
     elif job == "FSDP2":
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)), ignored_params=set(layer.experts.parameters()))
+        optimizer = torch.optim.Adam(mo.param_groups(model))
+    elif job == "FSDP2 over replicas":
+        data = init_device_mesh("cpu", (ranks,))
+        fully_shard(layer.router, mesh=data)
+        fully_shard(layer, mesh=group["replicas"])
+        fully_shard(model, mesh=data)
         optimizer = torch.optim.Adam(mo.param_groups(model))
     elif job == "torch.compile":
         run = torch.compile(model, backend="eager")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_overlap import MoELayer, experts_in_order, migrate, set_placement
+from moe_overlap import experts_in_order, migrate, set_placement
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch
 from moe_overlap.placement import LocalFirst, Placement
@@ -314,14 +314,3 @@ def test_a_rank_that_fails_on_the_way_leaves_all_experts_where_they_were(start):
         layer(tokens(9, me.rank)).sum().backward()
 
     virtual_world(2).run(rank)
-
-
-def test_replicas_in_data_parallel_are_not_there_yet():
-    class Owner:
-        replicas = object()
-
-    layer = make()
-    layer.ownership = Owner()
-    with pytest.raises(NotImplementedError, match="replicate_group"):
-        migrate(layer, Placement.identity(E, 1))
-    assert isinstance(layer, MoELayer)

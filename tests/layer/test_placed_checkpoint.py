@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from moe_overlap import (
     ConfigError,
@@ -23,17 +24,22 @@ from tests.ranks import gloo_pool
 from tests.tolerances import same_bits
 
 FIRST = Placement.of_ranks([[7, 1, 2], [0, 3, 4, 5, 6, 7]], homes=[1, 0, 0, 1, 1, 1, 1, 0])
+AGAIN = Placement.of_ranks([[6, 5, 4, 0], [3, 7, 2, 1]])
 SECOND = Placement.of_ranks([[3, 0], [], [7, 6, 5, 4, 3], [1, 2]], homes=[0, 3, 3, 0, 2, 2, 2, 2])
 
 
 def trained(placement, steps):
-    layer = make(ProcessGroupTransport(dist.group.WORLD, timeout_s=20.0), placement=placement)
+    """On the ranks of the placement, and where there are more of them, on their replicas."""
+    spread = placement.world_size
+    grid = init_device_mesh("cpu", (dist.get_world_size() // spread, spread), mesh_dim_names=("replicas", "experts"))
+    transport = ProcessGroupTransport(grid["experts"], timeout_s=20.0)
+    layer = make(transport, placement=placement, replicate_group=grid["replicas"])
     model = nn.Sequential(layer)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for step in range(steps):
         x = tokens(9, seed=10 * step + dist.get_rank())
         model(x).square().sum().backward()
-        layer.router.weight.grad = layer.transport.all_reduce(layer.router.weight.grad).wait()
+        dist.all_reduce(layer.router.weight.grad)
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
@@ -48,6 +54,7 @@ def by_expert(model, optimizer):
 
 
 def save(folder):
+    """In the first placement, over 2 ranks or 2 x 2."""
     model, optimizer = trained(FIRST, 3)
     before = by_expert(model, optimizer)
     with experts_in_order(model, optimizer):
@@ -62,23 +69,27 @@ def save(folder):
     return before
 
 
-def load(folder):
-    model, optimizer = trained(SECOND, 1)
+def load(folder, placement):
+    model, optimizer = trained(placement, 1)
     with experts_in_order(model, optimizer):
         state = {"model": model.state_dict(), "optimizer": optimizer_state_dict(model, optimizer)}
         dcp.load(state, checkpoint_id=folder)
         model.load_state_dict(state["model"])
         load_optimizer_state_dict(model, optimizer, state["optimizer"])
     found = by_expert(model, optimizer)
-    migrate(model, Placement.identity(8, 4), optimizer)
+    migrate(model, Placement.identity(8, placement.world_size), optimizer)
     model(tokens(5)).sum().backward()
     return found
 
 
-def test_two_ranks_save_and_four_in_another_placement_resume(tmp_path):
-    saved = {expert: tensors for one in gloo_pool(2).run(save, str(tmp_path)) for expert, tensors in one.items()}
-    loaded = gloo_pool(4).run(load, str(tmp_path))
-    assert sorted(saved) == sorted(expert for one in loaded for expert in one) == list(range(8))
+@pytest.mark.parametrize(("first", "then", "placement"), [(2, 4, SECOND), (4, 4, SECOND), (4, 4, AGAIN), (4, 2, AGAIN),
+                                                          (2, 4, AGAIN)])  # fmt: skip
+def test_others_resume_in_another_placement(tmp_path, first, then, placement):
+    """On another number of ranks, too, or of replicas."""
+    saved = {expert: tensors for one in gloo_pool(first).run(save, str(tmp_path)) for expert, tensors in one.items()}
+    loaded = gloo_pool(then).run(load, str(tmp_path), placement)
+    assert list(range(8)) == sorted(saved)
+    assert sorted([*saved] * (then // placement.world_size)) == sorted(expert for one in loaded for expert in one)
     for one in loaded:
         for expert, tensors in one.items():
             assert len(tensors) == 6

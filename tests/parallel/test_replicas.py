@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_overlap import ConfigError, MoELayer, MoeTransportError, PlanMismatch, no_sync, prepare, reopen
-from tests.parallel.model import EXPERTS, D, F, Model, gradients, loss_of
+from tests.parallel.model import EXPERTS, D, F, Model, gradients, loss_of, meshes
+from tests.parallel.test_fsdp import make_unit_of_its_own
 from tests.ranks import gloo_pool
 from tests.tolerances import close, same_bits
 
@@ -308,6 +309,21 @@ def test_parameters_that_came_later_do_not_step_alone(way):
     for rank in range(SPREAD):
         for got, want in zip(results[rank + SPREAD], results[rank], strict=True):
             same_bits(got, want)
+
+
+def on_a_mesh_of_their_own():
+    model = prepare(Model(mesh()))
+    make_unit_of_its_own(model.moe, meshes())
+    experts = set(model.shortcut.moe.experts.parameters())
+    fully_shard(model, mesh=meshes()["data"], ignored_params=experts)
+    loss_of(model, dist.get_rank()).backward()
+    with pytest.raises(ConfigError, match=r"ranks \[\d\], and ranks \[(0, 2|1, 3)\] hold"):
+        torch.optim.SGD(model.moe.experts.parameters(), lr=0.1, foreach=False).step()
+
+
+def test_replicas_that_nobody_reduces_do_not_step_alone():
+    """A DTensor is left to what sharded it, and that knows one rank here."""
+    gloo_pool(RANKS).run(on_a_mesh_of_their_own)
 
 
 def stepping_without_a_sync():
