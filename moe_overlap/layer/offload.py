@@ -22,7 +22,6 @@ from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.offload import check_cut
-from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.host_link import HostLink, open_host_link
 from moe_overlap.transport.staged import StagedTransport
@@ -84,8 +83,6 @@ class Offloads:
 
 def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool) -> None:
     """Raises for what is not there beside expert_offload."""
-    if isinstance(dispatcher, StaticDispatcher):
-        raise NotImplementedError('mode="static" beside expert_offload')
     if replicas:
         raise NotImplementedError("replicas of experts (replicate_group) beside expert_offload")
     if dispatcher.dedup or (isinstance(schedule, Settled) and schedule.dedup != "off"):
