@@ -223,22 +223,22 @@ def factory_of(experts: nn.Module | None, device: Any, dtype: torch.dtype | None
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How the rows of a layer go to other ranks: `dedup` as the layer's, `ranks_per_node` (0: not known), and whether
-    one row for each (token, node) crosses nodes."""
+    """How the rows of a layer go to other ranks: `dedup` as the layer's ("off" on one rank), `ranks_per_node` (0: not
+    known), and whether one row for each (token, node) crosses nodes."""
 
     dedup: str
     ranks_per_node: int
     hierarchical: bool
 
-    def pair(self, pair: SchedulePair, ranks: int) -> SchedulePair:
+    def pair(self, pair: SchedulePair) -> SchedulePair:
         """The pair as it runs; with dedup "auto" it becomes another one in the steps in which that pays."""
-        if pair.deduplicated and (self.dedup == "off" or ranks == 1):
+        if pair.deduplicated and self.dedup == "off":
             raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
-        if self.dedup != "off" and ranks > 1:
+        if self.dedup != "off":
             deduplicate(pair)  # refuses what no step could deduplicate
         if self.hierarchical:
             check_over_gateways(pair)
-        if self.dedup != "on" or ranks == 1 or pair.deduplicated:
+        if self.dedup != "on" or pair.deduplicated:
             return pair
         return split_own(deduplicate(pair))
 
@@ -260,6 +260,7 @@ def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hier
     if hierarchical and not ranks_per_node:
         raise ConfigError("ranks_per_node", None, "the ranks of a node, with hierarchical exchanges")
     several = 1 < ranks_per_node < transport.world_size
+    dedup = dedup if transport.world_size > 1 else "off"
     return Rows(dedup=dedup, ranks_per_node=ranks_per_node, hierarchical=bool(hierarchical) and several)
 
 
@@ -273,7 +274,7 @@ def make_dispatcher(
     **options: Any,
 ) -> Dispatcher:
     """The dispatcher given, checked against the layer, or a new one; static: see `static_options`."""
-    options["dedup"] = int(rows.dedup != "off" and transport.world_size > 1)
+    options["dedup"] = int(rows.dedup != "off")
     options |= {"ranks_per_node": rows.ranks_per_node, "hierarchical": rows.hierarchical}
     seats = seats_of(placement)
     if static and (seats.has_copies or not seats.are_slots):
@@ -300,10 +301,11 @@ def make_schedule(
     overlap: bool,
     rows: Rows,
     max_in_flight_bytes: int | None,
+    plans: bool,
     offload: bool,
 ) -> AnySchedule:
-    """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
-    name, and there is nothing to deduplicate; but with experts in host memory (`offload`) there are copies to plan."""
+    """The schedule of a layer from what the caller named or gave. Where there is nothing to plan (one rank without a
+    wire, experts on the device), "auto" is serial, with the reason as its name. offload: experts are in host memory."""
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
@@ -311,6 +313,8 @@ def make_schedule(
             raise ConfigError("schedule", given, f"AutoSchedule(op_verb={verb!r}, num_ops=0) for this layer")
         if not 0 <= schedule.num_ahead <= shared:
             raise ConfigError("schedule.num_ahead", schedule.num_ahead, f"at most the {int(shared)} shared experts")
+        if ranks == 1:
+            schedule.dedup = "off"
         if schedule.dedup != rows.dedup:
             raise ConfigError("dedup", rows.dedup, f"{schedule.dedup!r} beside this AutoSchedule, which has its own")
         if schedule.overlap and not overlap:
@@ -323,9 +327,9 @@ def make_schedule(
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
                             max_in_flight_bytes=max_in_flight_bytes, offload=offload)  # fmt: skip
     else:
-        pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
+        pair = rows.pair(layer_schedule(schedule, shared=shared))
         return pair if overlap else pair.join()
-    if ranks > 1 or offload:
+    if plans:
         return auto
     pair = replace(layer_schedule("serial", shared=shared), name=ONE_RANK)
     return pair if auto.overlap else pair.join()

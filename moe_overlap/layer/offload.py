@@ -24,7 +24,7 @@ from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.offload import check_cut
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.host_link import HostLink, open_host_link
-from moe_overlap.transport.staged import StagedTransport
+from moe_overlap.transport.link import rows_travel
 
 Offload = str | HostLink | None
 
@@ -57,7 +57,7 @@ class Offloads:
     @property
     def plans(self) -> bool:
         """Whether a schedule can be faster than another: there are exchanges, or copies of experts from the host."""
-        return self.transport.world_size > 1 or self.host_link is not None
+        return rows_travel(self.transport) or self.host_link is not None
 
     @property
     def _runs_inline(self) -> bool:
@@ -93,6 +93,3 @@ def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool
         raise ConfigError("rule", type(dispatcher.rule).__name__, "None beside expert_offload, which has no copies")
     if isinstance(schedule, SchedulePair):
         check_cut(schedule)
-    elif dispatcher.transport.world_size == 1 and isinstance(dispatcher.transport, StagedTransport):
-        raise NotImplementedError('the transport "staged" with schedule="auto" beside expert_offload: its exchanges of '
-                                  "one rank have no prices")  # fmt: skip

@@ -88,7 +88,7 @@ class Wire:
 
     def __init__(self, engine: Engine, piece_bytes: int) -> None:
         self.engine = engine
-        self._piece_bytes = piece_bytes
+        self.piece_bytes = piece_bytes
         self._down, self._up = engine.stream(), engine.stream()
         self._places = [engine.pinned(piece_bytes) for _ in range(PLACES)]
         self._captured = self._in_graphs = False
@@ -124,7 +124,7 @@ class Wire:
         down.wait_event(ready)
         begin.record(down)
         up.wait_event(begin)  # and so for `ready`: whoever waits for `up` has joined both, whatever is sent
-        for first, last in pieces(source.numel(), share, self._piece_bytes):
+        for first, last in pieces(source.numel(), share, self.piece_bytes):
             place = self._next
             self._next = (place + 1) % PLACES
             held = self._places[place][: last - first]
@@ -210,6 +210,7 @@ class StagedTransport(LocalTransport):
     """
 
     name = "staged"
+    loopback = True  # see `link.nodes_of`
 
     def __init__(
         self,
@@ -230,6 +231,11 @@ class StagedTransport(LocalTransport):
         self.share = float(share)
         self.wire = Wire(engine, piece_bytes)
         self.journal: list[tuple[str, Any, Any]] | None = None
+
+    @property
+    def link(self) -> str:
+        """The wire in words: of two with one text and one device an exchange takes the same time."""
+        return f"pinned memory, {self.share:g} times, in pieces of {self.wire.piece_bytes} bytes"
 
     def _stays(self, plan: ChunkPlan, chunk: int) -> bool:
         return False

@@ -7,7 +7,6 @@ experts compute, and at no other time: so their seconds are known in advance.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.builders import SchedulePair, chunked
 from moe_overlap.schedule.check import makespan_s
 from moe_overlap.schedule.offload import with_host_experts
-from moe_overlap.transport import host_link, staged
+from moe_overlap.transport import host_link
 from moe_overlap.transport.host_link import EmulatedHostLink
 from moe_overlap.transport.process_group import ProcessGroupTransport
 from tests.auto.planted import OPS, cost_model, exchange, line, planted
@@ -39,7 +38,6 @@ from tests.auto.probes import probe
 from tests.layers import D, E, F, Op, check_same, make, results, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import same_bits
-from tests.transport.played import PlayedEngine
 
 EXPERT_BYTES = 3 * F * D * 8
 
@@ -416,17 +414,10 @@ def test_a_rank_without_offload_is_refused_before_anything_is_sent():
         assert virtual_world(2).run(rank) == [0, 0]
 
 
-def test_deduplication_is_refused_on_one_rank_too():
-    layer = make(schedule="auto", dedup="auto", expert_offload="host")
-    with pytest.raises(ConfigError, match="dedup"):
-        layer(tokens(4))
-
-
-def test_a_real_wire_of_one_rank_is_not_there(monkeypatch):
-    monkeypatch.setattr(staged, "Engine", partial(PlayedEngine, seed=0))
-    layer = make(staged.StagedTransport(), schedule="auto", expert_offload="host")
-    with pytest.raises(NotImplementedError, match="staged"):
-        layer(tokens(4))
+def test_on_one_rank_there_is_nothing_to_deduplicate():
+    with planted(host_model(1e-6, exchange={})):
+        asked, plain = (make(schedule="auto", dedup=dedup, expert_offload="host") for dedup in ("auto", "off"))
+        check_same(results(asked, tokens(4)), results(plain, tokens(4)))
 
 
 def test_a_given_auto_schedule_is_told_where_the_experts_are():
