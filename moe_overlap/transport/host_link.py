@@ -44,12 +44,17 @@ class HostCopy:
 
 class HostLink:
     """What both kinds have in common. `device`: where rows are computed. `text`: what the link is, in words; of two
-    with one text and one device a copy takes the same time."""
+    with one text and one device a copy takes the same time. device_limit_bytes: the most bytes of the experts of a
+    step on the device at a time, without what aligns them; None: no limit. Raises ConfigError for what is none."""
 
     device: torch.device
     text = "host link"
 
-    def __init__(self) -> None:
+    def __init__(self, *, device_limit_bytes: int | None = None) -> None:
+        given = device_limit_bytes
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise ConfigError("device_limit_bytes", given, "None or an integer of at least 1")
+        self.device_limit_bytes = device_limit_bytes
         self.fetched_bytes = 0
         self.stored_bytes = 0
         self._free: list[Slot] = []
@@ -119,8 +124,14 @@ class CudaHostLink(HostLink):
     steps of one link run one after another.
     """
 
-    def __init__(self, device: torch.device | str | None = None, *, limit_bytes: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        limit_bytes: int | None = None,
+        device_limit_bytes: int | None = None,
+    ) -> None:
+        super().__init__(device_limit_bytes=device_limit_bytes)
         self._engine = Engine(device)
         self.text = "pinned memory"
         self.device = self._engine.device
@@ -186,8 +197,8 @@ class EmulatedHostLink(HostLink):
     bytes_per_s: of each direction; None: as fast as the copy itself. Raises ConfigError for a rate that is none.
     """
 
-    def __init__(self, bytes_per_s: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, bytes_per_s: float | None = None, *, device_limit_bytes: int | None = None) -> None:
+        super().__init__(device_limit_bytes=device_limit_bytes)
         number = isinstance(bytes_per_s, int | float) and not isinstance(bytes_per_s, bool)
         if bytes_per_s is not None and not (number and math.isfinite(bytes_per_s) and bytes_per_s > 0):
             raise ConfigError("bytes_per_s", bytes_per_s, "None or a finite number above 0")

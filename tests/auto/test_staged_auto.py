@@ -1,8 +1,6 @@
 """schedule="auto" of one rank whose rows go over a wire to itself: what is measured, what is chosen, and what it takes.
 
-Steps are timed by a clock of their own, which goes on when something waits for the wire (or for the link to the host)
-and when experts compute, and at no other time.
-"""
+Steps are timed by a clock of their own (`slept.py`)."""
 
 from __future__ import annotations
 
@@ -14,48 +12,29 @@ import torch
 
 from moe_overlap import ShortcutBlock
 from moe_overlap.agreement.loads import LOOPBACK, moves
-from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.auto import ONE_RANK, AutoSchedule
 from moe_overlap.auto.calibrate import step_shape
-from moe_overlap.ops.activation_kinds import register_activation
 from moe_overlap.routing import GivenRouter
-from moe_overlap.schedule import clocks
-from moe_overlap.transport import LocalTransport, StagedTransport, host_link, staged
+from moe_overlap.transport import LocalTransport, StagedTransport, staged
 from moe_overlap.transport.host_link import EmulatedHostLink
 from moe_overlap.transport.link import nodes_of
 from moe_overlap.transport.nocomm import NoCommTransport
 from tests.auto.planted import OPS, cost_model, exchange, planted
+from tests.auto.slept import CLOCK, ROW_S, SLEPT, set_clock
 from tests.layers import D, E, F, Op, check_same, make, results, tokens
 from tests.tolerances import same_bits
 from tests.transport.played import PlayedEngine
-from tests.transport.timed import Clock, TimedEngine
+from tests.transport.timed import TimedEngine
 
-ROW_S, TOKENS = 1e-3, 64
+TOKENS = 64
 ROW_BYTES = D * 8
-CLOCK = Clock()
 FIXED = ("serial", "chunked(2)", "chunked(4)", "chunked(8)", "chunked(16)", "chunked(2,experts)", "chunked(4,experts)",
          "chunked(8,experts)")  # fmt: skip
 
 
-def _slept(h):
-    CLOCK.sleep(ROW_S * len(h))
-    return h * h
-
-
-def _slept_backward(da, h):
-    CLOCK.sleep(ROW_S * len(h))
-    return 2 * da * h
-
-
-SLEPT = register_activation("square that takes its time on a wire", _slept, _slept_backward)
-
-
 @pytest.fixture
 def own_clock(monkeypatch):
-    CLOCK.now_s = 0.0
-    for module in (host_link, clocks, measuring):
-        monkeypatch.setattr(module, "time", CLOCK)
-    monkeypatch.setattr(measuring, "ROUNDS", (1, 1))
+    set_clock(monkeypatch)
 
 
 def wire(monkeypatch, **seconds):

@@ -229,6 +229,25 @@ def test_fixed_shapes_have_the_bits_of_experts_on_the_device(schedule, capacity)
         assert virtual_world(ranks).run(rank) == [held] * ranks
 
 
+def test_a_schedule_beyond_the_limit_of_the_device_is_refused_by_all_ranks():
+    def rank(me):
+        found = []
+        for groups, limit in ((2, E // 2), (2, E // 2 - 1), (4, 2)):  # of E / 2 experts of a rank
+            link = EmulatedHostLink(device_limit_bytes=limit * EXPERT_BYTES)
+            layer = make(me.transport(), schedule=f"chunked({groups},experts)", expert_offload=link)
+            try:
+                layer(tokens(4))
+                found.append("ran")
+            except ConfigError as error:
+                found.append(error.field)
+        return found
+
+    assert virtual_world(2).run(rank) == [["ran", "schedule", "ran"]] * 2
+    for limit in (0, -1, True, 1.5):
+        with pytest.raises(ConfigError, match="device_limit_bytes"):
+            EmulatedHostLink(device_limit_bytes=limit)
+
+
 def test_autocast_to_another_dtype_and_a_link_of_another_device_are_refused():
     layer = make(dtype=torch.float32, expert_offload="host")
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ConfigError, match="autocast"):
