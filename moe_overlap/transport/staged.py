@@ -99,7 +99,7 @@ class Wire:
         self._filled = [self.engine.event() for _ in range(PLACES)]
         self._emptied = [self.engine.event() for _ in range(PLACES)]  # nobody waits for one that was never recorded
 
-    def enter(self) -> bool:
+    def _enter(self) -> bool:
         """Whether the coming exchange is captured in a graph. The first of a capture, and the first behind one, wait
         for no place: events do not reach into a graph or out of it, and the streams on which graphs are replayed are
         waited for by `ready`."""
@@ -113,11 +113,11 @@ class Wire:
         return captured
 
     def send(self, into: torch.Tensor, source: torch.Tensor, share: float, *, timing: bool) -> tuple[Any, Any]:
-        """Send `source`, uint8 [n], to `into`, `share` times, after `enter`. Returns (begin, end), events on the wire.
+        """Send `source`, uint8 [n], to `into`, `share` times. Returns (begin, end), events on the wire.
 
         All of n arrives; where `share` is less than 1, what is beyond it is copied on the current stream instead.
         """
-        engine, down, up = self.engine, self._down, self._up
+        engine, down, up, captured = self.engine, self._down, self._up, self._enter()
         ready, begin, end = engine.event(), engine.event(timing=timing), engine.event(timing=timing)
         current = engine.current()
         ready.record(current)  # `source` is there, and whoever had the memory of `into` before is done with it
@@ -141,7 +141,7 @@ class Wire:
             copied.record(current)
             up.wait_event(copied)
         end.record(up)
-        if not self._captured:  # else memory goes back to the graph's pool when the work lets go of it
+        if not captured:  # else memory goes back to the graph's pool when the work lets go of it
             engine.keep(source, down)
             engine.keep(into, up)
         return begin, end
@@ -246,7 +246,7 @@ class StagedTransport(LocalTransport):
             if tensor.device != self.device:
                 raise self._refusing(ConfigError(name, str(tensor.device), f"{self.device}, the device of the wire"))
         timing = self.journal is not None
-        captured = self.wire.enter()
+        captured = self.wire.engine.capturing()
         if captured and timing:
             expected = "None while a CUDA graph is captured, whose events have no times"
             raise self._refusing(ConfigError("journal", "a list", expected))
