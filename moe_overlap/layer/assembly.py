@@ -85,9 +85,10 @@ def make_transport(
     *,
     timeout_s: float | None,
     device: Any,
+    experts_device: Any,
 ) -> tuple[Transport, Replicas | None]:
     """The transport given, by itself or in a dispatcher, or one for `group`; and the replicas of `replicate_group`, or
-    of the first dimension of a two-dimensional `group`."""
+    of the first dimension of a two-dimensional `group`, which reduce on the device of the experts' gradients."""
     if getattr(group, "ndim", 1) == 2:
         names = group.mesh_dim_names or ("", "")
         if names[0] in ("ep", "expert", "experts") or names[1] in ("dp", "replica", "replicas"):
@@ -98,7 +99,11 @@ def make_transport(
     transport = _expert_transport(given, dispatcher, group, timeout_s=timeout_s, device=device)
     if replicate_group is None:
         return transport, None
-    replicas = replicas_of(replicate_group, timeout_s=timeout_s, device=device)
+    replicas = replicas_of(replicate_group, timeout_s=timeout_s, device=experts_device)
+    on_host = experts_device is not None and torch.device(experts_device).type == "cpu"
+    if replicas is not None and on_host and getattr(replicas.transport, "device", torch.device("cpu")).type != "cpu":
+        expected = 'one that reduces on the host: with gloo ("cpu:gloo,cuda:nccl"), and for no experts on a GPU'
+        raise ConfigError("replicate_group", "a group for gradients on a GPU", expected)
     if replicas is not None and transport.world_size > 1:
         check_replicas(replicas.transport, transport.global_ranks)
     return transport, replicas

@@ -145,8 +145,9 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         factory = assembly.factory_of(experts, device, dtype)
         self.host_link, experts_factory = make_host_link(expert_offload, factory)
         options = {"aux_loss_coef": aux_loss_coef, "balance": balance, "bad_logits": bad_logits} | router_options
-        self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
-                                                           timeout_s=timeout_s, device=device)  # fmt: skip
+        self.transport, replicas = assembly.make_transport(
+            transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device,
+            experts_device=device if self.host_link is None else experts_factory["device"])  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
         # First among the parameters, as states of optimizers go by position; built last: the router draws first.
         self.add_module("experts", None)

@@ -70,7 +70,7 @@ class Offloads:
         link = self.host_link
         if link is None:
             return None
-        check_offload(schedule, self.dispatcher, replicas=self.ownership.replicas is not None)
+        check_offload(schedule, self.dispatcher)
         if isinstance(schedule, SchedulePair):
             _check_room(schedule, self.dispatcher, w_in.nbytes + w_out.nbytes, len(w_in), link.device_limit_bytes)
         for name, weight, own in zip(("w_in", "w_out"), (w_in, w_out), weights_of(self.experts), strict=True):
@@ -83,10 +83,8 @@ class Offloads:
         return link
 
 
-def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool) -> None:
-    """Raises for what is not there beside expert_offload."""
-    if replicas:
-        raise NotImplementedError("replicas of experts (replicate_group) beside expert_offload")
+def check_offload(schedule: Schedules, dispatcher: Dispatcher) -> None:
+    """Raises ConfigError for what does not go with expert_offload."""
     if dispatcher.dedup or (isinstance(schedule, Settled) and schedule.dedup != "off"):
         raise ConfigError("dedup", "on or auto", '"off" beside expert_offload')
     if dispatcher.placement.has_replicas:
