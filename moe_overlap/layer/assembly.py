@@ -29,6 +29,7 @@ from moe_overlap.schedule.check import check_over_gateways, layer_schedule
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.host_link import HostLink
 from moe_overlap.transport.link import NodeTopology
 from moe_overlap.transport.opening import open_transport
 
@@ -307,10 +308,10 @@ def make_schedule(
     rows: Rows,
     max_in_flight_bytes: int | None,
     plans: bool,
-    offload: bool,
+    link: HostLink | None,
 ) -> AnySchedule:
     """The schedule of a layer from what the caller named or gave. Where there is nothing to plan (one rank without a
-    wire, experts on the device), "auto" is serial, with the reason as its name. offload: experts are in host memory."""
+    wire, experts on the device), "auto" is serial, with the reason as its name. link: of experts in host memory."""
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
@@ -326,11 +327,11 @@ def make_schedule(
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
         if schedule.taken:
             raise ConfigError("schedule", "an AutoSchedule of another layer", "one for each layer: it keeps the costs")
-        schedule.taken, schedule.offload = True, offload
+        schedule.taken, schedule.offload = True, link is not None
         auto = schedule
     elif schedule == "auto":
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
-                            max_in_flight_bytes=max_in_flight_bytes, offload=offload)  # fmt: skip
+                            max_in_flight_bytes=max_in_flight_bytes, offload=link is not None)  # fmt: skip
     else:
         pair = rows.pair(layer_schedule(schedule, shared=shared))
         return pair if overlap else pair.join()

@@ -158,8 +158,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=self.transport.world_size, overlap=overlap,
-            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes, plans=self.plans,
-            offload=self.host_link is not None)  # fmt: skip
+            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes, plans=self.plans, link=self.host_link)  # fmt: skip
         placement = assembly.make_placement(dispatcher, placement, num_experts, self.transport.world_size)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,
