@@ -27,6 +27,7 @@ PARTS = BLOCKS * (BLOCKS + 1) // 2  # chunks of all cuts: 1 + 2 + ... + BLOCKS
 PAYS_BELOW = 2 / 3
 
 Nodes = tuple[int, ...]  # the node of each rank
+LOOPBACK: Nodes = (-1,)  # of a single rank whose rows go out and come back to it, as to another node
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,6 +61,8 @@ class Loads:
 @lru_cache(maxsize=64)
 def moves(world_size: int, nodes: Nodes | None) -> np.ndarray:
     """bool [2, W, W], in the order of LANES: whether rows from one rank to another take that wire."""
+    if nodes == LOOPBACK:
+        return np.array([[[True]], [[False]]])
     ranks = np.arange(world_size)
     node = ranks if nodes is None else np.array(nodes)
     same = node[:, None] == node[None, :]

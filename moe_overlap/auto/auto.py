@@ -179,6 +179,8 @@ class AutoSchedule(Settled):
                         cache_file(key), cached.measured_rows, busiest_rows(exchange))  # fmt: skip
             cached = None
         metadata = None if self.dedup == "off" else probes.metadata
+        link = probes.inputs.host_link
+        limit = None if link is None else link.device_limit_bytes
         model = shared_model(transport, cached, device)
         self.kept_in = cache_file(key) if model is not None and first else None
         if model is None:
@@ -192,6 +194,7 @@ class AutoSchedule(Settled):
                 nodes=nodes,
                 metadata=metadata,
                 expert_bytes=probes.expert_bytes[0] if self.offload else 0,
+                device_limit_bytes=limit,
                 device=device,
                 source=source,
             )
@@ -209,7 +212,7 @@ class AutoSchedule(Settled):
                                    nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
                                    max_in_flight_bytes=self.max_in_flight_bytes,
                                    num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes,
-                                   offload=self.offload)  # fmt: skip
+                                   offload=self.offload, device_limit_bytes=limit)  # fmt: skip
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

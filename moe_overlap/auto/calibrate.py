@@ -11,9 +11,10 @@ Every probe runs once to warm up, then round by round, as often as fits the budg
 warm-up and a round of all would not fit it, the probes in 16 chunks, by expert groups and deduplicated in 1 chunk are
 left out: six steps are the least that a model is made from, eight with deduplication.
 
-Where experts are in host memory all cuts are by experts, in 1, 4 and 16 groups of them or as many as there are, joined,
-and in 4 overlapped. Their copies are measured in these steps, of the slowest rank, each alone on its link; what is
-waited for them is noted beside the experts' own time.
+Where experts are in host memory all cuts are by experts, in 1, 4 and 16 groups of them or as many as there are (more
+where fewer would not keep within a limit of the device's memory), joined, and in 4 overlapped. Their copies are
+measured in these steps, of the slowest rank, each alone on its link; what is waited for them is noted beside the
+experts' own time.
 
 Of a compute action the slowest rank counts. Of an exchange the rank that waited least counts: it came last, so it
 waited for the transfer alone. The quicker half of the rounds counts, since what disturbs a round only slows it; and a
@@ -170,6 +171,7 @@ def calibrate(
     nodes: Nodes | None = None,
     metadata: MetadataBytes | None = None,
     expert_bytes: int = 0,
+    device_limit_bytes: int | None = None,
     budget_s: float = BUDGET_S,
 ) -> CostModel:
     """The cost model of the step that `run` executes. Collective: all ranks call it alike and get the same model.
@@ -177,11 +179,12 @@ def calibrate(
     pair_of(chunks, by): the schedules of the step in so many chunks. groups: the most groups of experts that there may
     be, the slots of a rank. row_bytes: bytes of one exchanged row. source: where it was measured, in words. metadata:
     of a row of a deduplicated step, which `run` executes too then. expert_bytes: of the weights of one expert, where
-    they are in host memory. Ends within `budget_s` seconds and a third, or with two runs of the fewest probes where
-    these take longer.
+    they are in host memory; device_limit_bytes: the most bytes of these on the device in a probe. Ends within
+    `budget_s` seconds and a third, or with two runs of the fewest probes where these take longer.
     """
     if expert_bytes:
-        pairs, more = offloaded_pairs(pair_of, groups)
+        limit = None if device_limit_bytes is None else device_limit_bytes // expert_bytes
+        pairs, more = offloaded_pairs(pair_of, groups, limit)
     else:
         pairs, more = plain_pairs(pair_of, groups, dedup=metadata is not None)
     runs = _run_probes(run, pairs, more, transport, device=device, budget_s=budget_s)

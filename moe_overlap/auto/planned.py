@@ -34,10 +34,10 @@ from moe_overlap.planning.window import OpVerb, Window
 from moe_overlap.schedule.actions import Action, Phase
 from moe_overlap.schedule.builders import SchedulePair, first_ops
 from moe_overlap.schedule.check import check
+from moe_overlap.schedule.offload import held_experts, sensible_groups
 
 CUTS = (1, 2, 4, 8, BLOCKS)
 GROUPS = (2, 4, 8)
-OFFLOADED = (2, 4, 8, BLOCKS)  # groups of experts, where these are in host memory
 REMEMBERED = 256  # kinds of steps whose schedules are kept
 DIGITS = 5  # leading binary digits that rounding keeps: 3 % at most
 SHARE_UNITS = 4  # an expert group's share of the rows is rounded to this part of an equal share
@@ -94,7 +94,8 @@ class PlannedSchedule(Settled):
     each (token, rank) travels in every step; "auto": where that is predicted to be faster; both need `metadata`, the
     bytes of what goes beside such a row, and a model of deduplicated steps. num_ahead: the first so many of the ops run
     while ranks agree, in no window of forward. expert_bytes: by which copies of experts are priced. offload: experts
-    are in host memory, so that cuts are by experts alone, and their copies are in the windows.
+    are in host memory, so that cuts are by experts alone, and their copies are in the windows; device_limit_bytes: the
+    most bytes of them on the device at a time, ConfigError where no number of groups keeps within it.
     """
 
     model: CostModel
@@ -109,6 +110,7 @@ class PlannedSchedule(Settled):
     num_ahead: int = 0
     expert_bytes: ExpertBytes = (0, 0)
     offload: bool = False
+    device_limit_bytes: int | None = None
     _found: dict[tuple[StepKind, ...], Planned] = field(default_factory=dict, init=False, repr=False)
     tally: Counter[str] = field(default_factory=Counter, init=False, repr=False)  # "steps", and those "searched" for
     chunks: int = field(default=0, init=False)
@@ -117,7 +119,7 @@ class PlannedSchedule(Settled):
     @cached_property
     def digest(self) -> int:
         settings = (self.num_ops, self.op_verb, self.row_bytes, self.nodes, self.overlap, self.max_in_flight_bytes)
-        more = (self.dedup, self.metadata, self.num_ahead, self.expert_bytes, self.offload)
+        more = (self.dedup, self.metadata, self.num_ahead, self.expert_bytes, self.offload, self.device_limit_bytes)
         return digest("auto", self.model.to_json(), *settings, *more)
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
@@ -256,11 +258,12 @@ def step_kind(exchange: ExchangePlan, *, row_bytes: int, nodes: Nodes | None, ho
         slots_rows=rounded(whole.slots_rows),
         bytes_by_lane=tuple((lane, rounded(counts[0])) for lane, counts in whole.bytes_by_lane.items()),
         local_experts=local,
-        shares=_all_shares(exchange.counts, exchange.world_size, OFFLOADED if host_bytes else GROUPS),
+        shares=_all_shares(exchange.counts, exchange.world_size,
+                           sensible_groups(local, BLOCKS)[1:] if host_bytes else GROUPS),
         row_bytes=row_bytes,
         copies=copies_kind(exchange, nodes),
         host_bytes=host_bytes,
-    )
+    )  # fmt: skip
 
 
 def distinct_kind(plain: StepKind, exchange: ExchangePlan, *, nodes: Nodes | None, metadata: MetadataBytes) -> StepKind:
@@ -325,8 +328,16 @@ def _plans(schedule: PlannedSchedule, kinds: Sequence[StepKind]) -> list[Planned
     return found
 
 
+def _within(shapes: Sequence[StepShape], kind: StepKind, limit: int | None) -> list[StepShape]:
+    """Those of which no more than `limit` bytes of experts are on the device at a time."""
+    held = {shape.chunks: held_experts(kind.local_experts, shape.chunks) * kind.host_bytes for shape in shapes}
+    if limit is not None and limit < min(held.values()):
+        raise ConfigError("device_limit_bytes", limit, f"at least {min(held.values())}, what the smallest groups take")
+    return [shape for shape in shapes if limit is None or held[shape.chunks] <= limit]
+
+
 def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
-    grad, shapes = kind.grad, kind.shapes()
+    grad, shapes = kind.grad, _within(kind.shapes(), kind, schedule.device_limit_bytes)
     phases: tuple[Phase, ...] = ("forward", "backward") if grad else ("forward",)
     windows: dict[Phase, Window] = {}
     for phase in phases:

@@ -29,6 +29,7 @@ from moe_overlap.schedule.check import check_over_gateways, layer_schedule
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.static_dispatch import StaticDispatcher
 from moe_overlap.transport.base import Transport
+from moe_overlap.transport.host_link import HostLink
 from moe_overlap.transport.link import NodeTopology
 from moe_overlap.transport.opening import open_transport
 
@@ -85,9 +86,10 @@ def make_transport(
     *,
     timeout_s: float | None,
     device: Any,
+    experts_device: Any,
 ) -> tuple[Transport, Replicas | None]:
     """The transport given, by itself or in a dispatcher, or one for `group`; and the replicas of `replicate_group`, or
-    of the first dimension of a two-dimensional `group`."""
+    of the first dimension of a two-dimensional `group`, which reduce on the device of the experts' gradients."""
     if getattr(group, "ndim", 1) == 2:
         names = group.mesh_dim_names or ("", "")
         if names[0] in ("ep", "expert", "experts") or names[1] in ("dp", "replica", "replicas"):
@@ -98,7 +100,11 @@ def make_transport(
     transport = _expert_transport(given, dispatcher, group, timeout_s=timeout_s, device=device)
     if replicate_group is None:
         return transport, None
-    replicas = replicas_of(replicate_group, timeout_s=timeout_s, device=device)
+    replicas = replicas_of(replicate_group, timeout_s=timeout_s, device=experts_device)
+    on_host = experts_device is not None and torch.device(experts_device).type == "cpu"
+    if replicas is not None and on_host and getattr(replicas.transport, "device", torch.device("cpu")).type != "cpu":
+        expected = 'one that reduces on the host: with gloo ("cpu:gloo,cuda:nccl"), and for no experts on a GPU'
+        raise ConfigError("replicate_group", "a group for gradients on a GPU", expected)
     if replicas is not None and transport.world_size > 1:
         check_replicas(replicas.transport, transport.global_ranks)
     return transport, replicas
@@ -223,22 +229,22 @@ def factory_of(experts: nn.Module | None, device: Any, dtype: torch.dtype | None
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How the rows of a layer go to other ranks: `dedup` as the layer's, `ranks_per_node` (0: not known), and whether
-    one row for each (token, node) crosses nodes."""
+    """How the rows of a layer go to other ranks: `dedup` as the layer's ("off" on one rank), `ranks_per_node` (0: not
+    known), and whether one row for each (token, node) crosses nodes."""
 
     dedup: str
     ranks_per_node: int
     hierarchical: bool
 
-    def pair(self, pair: SchedulePair, ranks: int) -> SchedulePair:
+    def pair(self, pair: SchedulePair) -> SchedulePair:
         """The pair as it runs; with dedup "auto" it becomes another one in the steps in which that pays."""
-        if pair.deduplicated and (self.dedup == "off" or ranks == 1):
+        if pair.deduplicated and self.dedup == "off":
             raise ConfigError("schedule", pair.forward.text, 'one without M and O, or dedup="on" on several ranks')
-        if self.dedup != "off" and ranks > 1:
+        if self.dedup != "off":
             deduplicate(pair)  # refuses what no step could deduplicate
         if self.hierarchical:
             check_over_gateways(pair)
-        if self.dedup != "on" or ranks == 1 or pair.deduplicated:
+        if self.dedup != "on" or pair.deduplicated:
             return pair
         return split_own(deduplicate(pair))
 
@@ -260,6 +266,7 @@ def make_rows(transport: Transport, dedup: str, ranks_per_node: int | None, hier
     if hierarchical and not ranks_per_node:
         raise ConfigError("ranks_per_node", None, "the ranks of a node, with hierarchical exchanges")
     several = 1 < ranks_per_node < transport.world_size
+    dedup = dedup if transport.world_size > 1 else "off"
     return Rows(dedup=dedup, ranks_per_node=ranks_per_node, hierarchical=bool(hierarchical) and several)
 
 
@@ -273,7 +280,7 @@ def make_dispatcher(
     **options: Any,
 ) -> Dispatcher:
     """The dispatcher given, checked against the layer, or a new one; static: see `static_options`."""
-    options["dedup"] = int(rows.dedup != "off" and transport.world_size > 1)
+    options["dedup"] = int(rows.dedup != "off")
     options |= {"ranks_per_node": rows.ranks_per_node, "hierarchical": rows.hierarchical}
     seats = seats_of(placement)
     if static and (seats.has_copies or not seats.are_slots):
@@ -300,10 +307,11 @@ def make_schedule(
     overlap: bool,
     rows: Rows,
     max_in_flight_bytes: int | None,
-    offload: bool,
+    plans: bool,
+    link: HostLink | None,
 ) -> AnySchedule:
-    """The schedule of a layer from what the caller named or gave. On one rank "auto" is serial, with the reason as its
-    name, and there is nothing to deduplicate; but with experts in host memory (`offload`) there are copies to plan."""
+    """The schedule of a layer from what the caller named or gave. Where there is nothing to plan (one rank without a
+    wire, experts on the device), "auto" is serial, with the reason as its name. link: of experts in host memory."""
     verb: OpVerb = "S" if shared else "B"
     if isinstance(schedule, AutoSchedule):
         if (schedule.op_verb, schedule.num_ops) != (verb, 0):
@@ -311,21 +319,23 @@ def make_schedule(
             raise ConfigError("schedule", given, f"AutoSchedule(op_verb={verb!r}, num_ops=0) for this layer")
         if not 0 <= schedule.num_ahead <= shared:
             raise ConfigError("schedule.num_ahead", schedule.num_ahead, f"at most the {int(shared)} shared experts")
+        if ranks == 1:
+            schedule.dedup = "off"
         if schedule.dedup != rows.dedup:
             raise ConfigError("dedup", rows.dedup, f"{schedule.dedup!r} beside this AutoSchedule, which has its own")
         if schedule.overlap and not overlap:
             raise ConfigError("overlap", overlap, "True beside an AutoSchedule, which has its own")
         if schedule.taken:
             raise ConfigError("schedule", "an AutoSchedule of another layer", "one for each layer: it keeps the costs")
-        schedule.taken, schedule.offload = True, offload
+        schedule.taken, schedule.offload = True, link is not None
         auto = schedule
     elif schedule == "auto":
         auto = AutoSchedule(op_verb=verb, num_ops=0, overlap=overlap, dedup=rows.dedup,
-                            max_in_flight_bytes=max_in_flight_bytes, offload=offload)  # fmt: skip
+                            max_in_flight_bytes=max_in_flight_bytes, offload=link is not None)  # fmt: skip
     else:
-        pair = rows.pair(layer_schedule(schedule, shared=shared), ranks)
+        pair = rows.pair(layer_schedule(schedule, shared=shared))
         return pair if overlap else pair.join()
-    if ranks > 1 or offload:
+    if plans:
         return auto
     pair = replace(layer_schedule("serial", shared=shared), name=ONE_RANK)
     return pair if auto.overlap else pair.join()

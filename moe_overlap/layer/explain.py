@@ -25,8 +25,7 @@ from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.weights import row_width
 from moe_overlap.schedule.words import legend, overlaps, python_of
 from moe_overlap.transport.base import Transport
-from moe_overlap.transport.local import LocalTransport
-from moe_overlap.transport.nocomm import NoCommTransport
+from moe_overlap.transport.link import rows_travel
 
 FIRST = ("P", "Ut")  # the action with which a phase begins
 FAR = 2.0  # times the rows of the calibration: a step beyond that is said to be extrapolated
@@ -114,14 +113,16 @@ def answer(pair: SchedulePair, transport: Transport, *, planned: bool, off: bool
     who = f"as the schedule {pair.name!r} says"
     if planned:
         who = 'in the order that schedule="auto" would overlap' if off else 'as schedule="auto" predicts to be fastest'
-    if pair.forward.count("Hf") and transport.world_size == 1:
+    travel = rows_travel(transport)
+    if pair.forward.count("Hf") and not travel:
         how = "waited for where they start" if pair.joined else "beside compute"
         begin = "One rank, overlap is off (overlap=False)" if off else "One rank"
         return f"{begin}: the weights of its experts come up from host memory, {how}, {who}."
-    if transport.world_size == 1 and transport.name in (LocalTransport.name, NoCommTransport.name):
+    if not travel:
         return "One rank exchanges nothing, so there is nothing to overlap: ops run in a row."
     used = [phase for phase in ("forward", "backward") if overlaps(pair, phase)]
-    where = f"on {transport.world_size} ranks, {who}"
+    ranks = "one rank, over its wire to itself" if transport.world_size == 1 else f"{transport.world_size} ranks"
+    where = f"on {ranks}, {who}"
     if not used and pair.joined and off:
         return f"Overlap is off (overlap=False): every exchange is waited for where it starts, {where}."
     if not used:

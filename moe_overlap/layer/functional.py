@@ -213,16 +213,16 @@ def _scheduled(
     call: _Call, schedule: str | SchedulePair, overlap: bool, dedup: str, transport: Transport
 ) -> torch.Tensor:
     experts = call.w_in.shape[0] * transport.world_size
-    distinct = dedup != "off" and transport.world_size > 1
+    dedup = dedup if transport.world_size > 1 else "off"
     dispatcher = Dispatcher(
         transport=transport,
         placement=Placement.identity(experts, transport.world_size),
         hidden=call.w_in.shape[2],
         ffn_hidden=call.w_out.shape[2],
-        top_k=_top_k(call, transport) if distinct else 0,  # any: it may differ from call to call
+        top_k=_top_k(call, transport) if dedup != "off" else 0,  # any: it may differ from call to call
         activation=call.activation,
         dtype=call.w_in.dtype,
-        dedup=int(distinct),
+        dedup=int(dedup != "off"),
         weights_at=call.weights_at,
     )
     calls: _Calls | None = getattr(transport, _CALLS, None)
@@ -237,7 +237,7 @@ def _scheduled(
         known = auto.unplanned
     else:
         rows = Rows(dedup=dedup, ranks_per_node=0, hierarchical=False)
-        pair = rows.pair(layer_schedule(schedule, shared=False), transport.world_size)
+        pair = rows.pair(layer_schedule(schedule, shared=False))
         known = pair if overlap else pair.join()
     try:
         phase = current_phase()

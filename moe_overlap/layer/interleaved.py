@@ -217,4 +217,4 @@ def fixed_window(
     early = (ops + 1) // 2 if slot is None else min(slot, ops)
     back = early if backward_slot is None else min(backward_slot, ops)
     pair = window(ops, early, chunks=chunks, by=by, backward_slot=back)
-    return moe.rows.pair(pair, moe.transport.world_size)
+    return moe.rows.pair(pair)

@@ -145,8 +145,9 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         factory = assembly.factory_of(experts, device, dtype)
         self.host_link, experts_factory = make_host_link(expert_offload, factory)
         options = {"aux_loss_coef": aux_loss_coef, "balance": balance, "bad_logits": bad_logits} | router_options
-        self.transport, replicas = assembly.make_transport(transport, dispatcher, group, replicate_group,
-                                                           timeout_s=timeout_s, device=device)  # fmt: skip
+        self.transport, replicas = assembly.make_transport(
+            transport, dispatcher, group, replicate_group, timeout_s=timeout_s, device=device,
+            experts_device=device if self.host_link is None else experts_factory["device"])  # fmt: skip
         self.rows = assembly.make_rows(self.transport, dedup, ranks_per_node, hierarchical)
         # First among the parameters, as states of optimizers go by position; built last: the router draws first.
         self.add_module("experts", None)
@@ -157,7 +158,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         self.hidden_size, row_width = hidden_size, latent_size or hidden_size
         self.schedule: AnySchedule = assembly.make_schedule(
             schedule, shared=self.shared_expert is not None, ranks=self.transport.world_size, overlap=overlap,
-            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes, offload=self.host_link is not None)  # fmt: skip
+            rows=self.rows, max_in_flight_bytes=max_in_flight_bytes, plans=self.plans, link=self.host_link)  # fmt: skip
         placement = assembly.make_placement(dispatcher, placement, num_experts, self.transport.world_size)
         self.ownership = assembly.make_ownership(placement, self.transport, replicas, group)
         self.experts = assembly.make_experts(experts, row_width, ffn_hidden_size, ownership=self.ownership,

@@ -21,11 +21,10 @@ from moe_overlap.layer.one_rank import runs_inline
 from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher
-from moe_overlap.schedule.offload import check_cut
-from moe_overlap.schedule.static_dispatch import StaticDispatcher
+from moe_overlap.schedule.offload import check_cut, held_experts
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.host_link import HostLink, open_host_link
-from moe_overlap.transport.staged import StagedTransport
+from moe_overlap.transport.link import rows_travel
 
 Offload = str | HostLink | None
 
@@ -58,7 +57,7 @@ class Offloads:
     @property
     def plans(self) -> bool:
         """Whether a schedule can be faster than another: there are exchanges, or copies of experts from the host."""
-        return self.transport.world_size > 1 or self.host_link is not None
+        return rows_travel(self.transport) or self.host_link is not None
 
     @property
     def _runs_inline(self) -> bool:
@@ -71,7 +70,9 @@ class Offloads:
         link = self.host_link
         if link is None:
             return None
-        check_offload(schedule, self.dispatcher, replicas=self.ownership.replicas is not None)
+        check_offload(schedule, self.dispatcher)
+        if isinstance(schedule, SchedulePair):
+            _check_room(schedule, self.dispatcher, w_in.nbytes + w_out.nbytes, len(w_in), link.device_limit_bytes)
         for name, weight, own in zip(("w_in", "w_out"), (w_in, w_out), weights_of(self.experts), strict=True):
             if weight.dtype != own.dtype:
                 raise ConfigError("autocast", weight.dtype, f"{own.dtype}, or off: expert_offload computes in it")
@@ -82,12 +83,8 @@ class Offloads:
         return link
 
 
-def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool) -> None:
-    """Raises for what is not there beside expert_offload."""
-    if isinstance(dispatcher, StaticDispatcher):
-        raise NotImplementedError('mode="static" beside expert_offload')
-    if replicas:
-        raise NotImplementedError("replicas of experts (replicate_group) beside expert_offload")
+def check_offload(schedule: Schedules, dispatcher: Dispatcher) -> None:
+    """Raises ConfigError for what does not go with expert_offload."""
     if dispatcher.dedup or (isinstance(schedule, Settled) and schedule.dedup != "off"):
         raise ConfigError("dedup", "on or auto", '"off" beside expert_offload')
     if dispatcher.placement.has_replicas:
@@ -96,6 +93,13 @@ def check_offload(schedule: Schedules, dispatcher: Dispatcher, *, replicas: bool
         raise ConfigError("rule", type(dispatcher.rule).__name__, "None beside expert_offload, which has no copies")
     if isinstance(schedule, SchedulePair):
         check_cut(schedule)
-    elif dispatcher.transport.world_size == 1 and isinstance(dispatcher.transport, StagedTransport):
-        raise NotImplementedError('the transport "staged" with schedule="auto" beside expert_offload: its exchanges of '
-                                  "one rank have no prices")  # fmt: skip
+
+
+def _check_room(pair: SchedulePair, dispatcher: Dispatcher, weights: int, experts: int, limit: int | None) -> None:
+    """Raises ConfigError for a pair whose groups take more than `limit` bytes of the device; weights: bytes of all the
+    `experts` of this rank."""
+    cuts = pair.chunks, pair.backward_chunks
+    held = max(held_experts(dispatcher.seats.width, chunks) for chunks in cuts) * (weights // max(1, experts))
+    if limit is not None and held > limit:
+        expected = f"groups of which at most {limit} bytes are on the device (device_limit_bytes), not {held}"
+        raise ConfigError("schedule", pair.name, expected)

@@ -19,7 +19,8 @@ def offload_text(link: HostLink, weights: tuple[torch.Tensor, torch.Tensor], las
     lines = [
         "",
         f"experts in host memory: {total} bytes of weights, as many of gradients, and the optimizer's state; on "
-        f"{link.device} at most {SLOTS} groups of them, {link.device_bytes} bytes now",
+        f"{link.device} at most {SLOTS} groups of them, {link.device_bytes} bytes now"
+        + ("" if link.device_limit_bytes is None else f", and no more than {link.device_limit_bytes}"),
     ]
     shape = None if last is None else measured_shape(weights, last)
     if shape is None:

@@ -160,7 +160,7 @@ class ShortcutBlock(nn.Module):
                 num_ops, slot or 0, chunks=chunks, by=by, backward_slot=backward_slot,
                 backward_chunks=backward_chunks)  # fmt: skip
             pair = agree_ahead(pair, ahead) if ahead else pair
-            pair = moe.rows.pair(pair, moe.transport.world_size)
+            pair = moe.rows.pair(pair)
             check(pair)
             pair = replace(pair, name=ONE_RANK) if planned else pair
             self.schedule = pair if overlap else pair.join()

@@ -72,7 +72,7 @@ class Tickets(LastCall):
             pair = window(2, 1).join(not self.schedule.overlap)
         else:
             pair = window(2, 1, chunks=self.schedule.chunks, by=self.schedule.by).join(self.schedule.joined)
-        pair = self.rows.pair(pair, self.transport.world_size)
+        pair = self.rows.pair(pair)
         step, routing, _ = self._begin(x, pair, given, router_input=router_input)
         step.run_until_op()
         ticket = Ticket(self, step, routing, x.shape)

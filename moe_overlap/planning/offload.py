@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from moe_overlap.schedule.builders import chunked
 from moe_overlap.schedule.check import makespan_s
-from moe_overlap.schedule.offload import SLOTS, with_host_experts
+from moe_overlap.schedule.offload import held_experts, with_host_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def plan_offload(shape: OffloadShape, *, device_bytes: int | None = None) -> lis
     tie. device_bytes: the most bytes of experts on the device; those that take more are left out."""
     found = []
     for chunks in range(1, min(16, shape.experts) + 1):
-        held = min(SLOTS, chunks) * -(-shape.experts // chunks) * shape.bytes_per_expert
+        held = held_experts(shape.experts, chunks) * shape.bytes_per_expert
         if device_bytes is None or held <= device_bytes:
             step_s, resident_s = _step_s(shape, chunks, copies=True), _step_s(shape, chunks, copies=False)
             found.append(OffloadPlan(chunks=chunks, step_s=step_s, resident_s=resident_s, device_bytes=held))

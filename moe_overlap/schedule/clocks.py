@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.recorder import recording
 
 
@@ -54,7 +55,12 @@ class StreamClock:
 
 
 def clock_for(device: torch.device) -> Clock | None:
-    """The clock of a step whose rows are on `device`; None where it is not to be timed."""
+    """The clock of a step whose rows are on `device`; None where it is not to be timed. Raises ConfigError for a step
+    that is to be timed while it is captured in a CUDA graph."""
     if device.type != "cuda":
         return HostClock()
-    return StreamClock(device) if recording() is not None else None
+    if recording() is None:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        raise ConfigError("record", "a step in a CUDA graph", "a step that runs: events in a graph have no times")
+    return StreamClock(device)

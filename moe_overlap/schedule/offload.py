@@ -19,6 +19,21 @@ from moe_overlap.schedule.builders import SchedulePair
 VERBS = ("Hf", "Hb", "Hg")
 
 
+def held_experts(experts: int, chunks: int) -> int:
+    """How many of a rank's experts are on the device at a time, in so many groups: two of the largest."""
+    return min(SLOTS, chunks) * -(-experts // chunks)
+
+
+def sensible_groups(experts: int, most: int) -> list[int]:
+    """Numbers of groups of a rank's experts, up to `most`, of which no smaller one has as small a largest group.
+
+    >>> sensible_groups(8, 16), sensible_groups(9, 4), sensible_groups(1, 16)
+    ([1, 2, 3, 4, 8], [1, 2, 3], [1])
+    """
+    largest = [-(-experts // groups) for groups in range(1, min(most, experts) + 1)]
+    return [groups for groups, size in enumerate(largest, 1) if size not in largest[: groups - 1]]
+
+
 def check_cut(pair: SchedulePair) -> None:
     """Raises ConfigError for a pair whose chunks do not have experts of their own, or are not taken in order."""
     for chunks, by in ((pair.chunks, pair.by), (pair.backward_chunks, pair.backward_by)):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.transport.staged import Engine
+from moe_overlap.transport.staged import Engine, in_graphs
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (into, source)
 
@@ -44,12 +44,17 @@ class HostCopy:
 
 class HostLink:
     """What both kinds have in common. `device`: where rows are computed. `text`: what the link is, in words; of two
-    with one text and one device a copy takes the same time."""
+    with one text and one device a copy takes the same time. device_limit_bytes: the most bytes of the experts of a
+    step on the device at a time, without what aligns them; None: no limit. Raises ConfigError for what is none."""
 
     device: torch.device
     text = "host link"
 
-    def __init__(self) -> None:
+    def __init__(self, *, device_limit_bytes: int | None = None) -> None:
+        given = device_limit_bytes
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise ConfigError("device_limit_bytes", given, "None or an integer of at least 1")
+        self.device_limit_bytes = device_limit_bytes
         self.fetched_bytes = 0
         self.stored_bytes = 0
         self._free: list[Slot] = []
@@ -113,10 +118,20 @@ class CudaHostLink(HostLink):
 
     Weights and their gradients are pinned, which the system cannot take back: `pinned_bytes`, at most `limit_bytes`,
     by default half of the host's memory. Raises ConfigError without a CUDA device, and from `pin` beyond the limit.
+
+    Weights can come up in a CUDA graph: each replay copies those that are there then, so whoever changes them waits for
+    the replay first. Gradients cannot come down in one, since autograd reads them on the host: ConfigError. Graphs and
+    steps of one link run one after another.
     """
 
-    def __init__(self, device: torch.device | str | None = None, *, limit_bytes: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        limit_bytes: int | None = None,
+        device_limit_bytes: int | None = None,
+    ) -> None:
+        super().__init__(device_limit_bytes=device_limit_bytes)
         self._engine = Engine(device)
         self.text = "pinned memory"
         self.device = self._engine.device
@@ -125,11 +140,17 @@ class CudaHostLink(HostLink):
         self.pinned_bytes = 0
 
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if self._engine.capturing():
+            expected = "frozen experts or torch.no_grad(): autograd reads on the host, ahead of the replay"
+            raise ConfigError("expert_offload", "gradients of experts in a CUDA graph", expected)
         return self._engine.pinned(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
     def pin(self, weight: torch.Tensor) -> None:
         if self._engine.is_pinned(weight):
             return
+        if self._engine.capturing():
+            expected = "a step before the capture, which pins them"
+            raise ConfigError("expert_offload", "weights that are not pinned, in a CUDA graph", expected)
         need = self.pinned_bytes + 2 * weight.nbytes  # its gradient will be, too
         if need > self.limit_bytes:
             expected = f"at most {self.limit_bytes} pinned ones (limit_bytes) for weights and gradients of all layers"
@@ -143,12 +164,20 @@ class CudaHostLink(HostLink):
         self._engine.current().wait_event(copy.end)
 
     def join(self, copy: HostCopy) -> None:
-        self._engine.join(copy.end)
+        if self._engine.capturing():  # the host is behind the replay when whoever replays has waited for it
+            self.wait(copy)
+        else:
+            self._engine.join(copy.end)
+
+    def slot(self, num_bytes: int) -> Slot:
+        slot = super().slot(num_bytes)
+        if self._engine.capturing():
+            in_graphs.append(slot.memory)
+        return slot
 
     def _copy(self, pairs: Pairs, *, up: bool, timing: bool) -> HostCopy:
         engine, stream = self._engine, self._up if up else self._down
-        if engine.capturing():
-            raise NotImplementedError("experts in host memory in a CUDA graph")
+        captured = engine.capturing()
         ready, begin, end = engine.event(), engine.event(timing=timing), engine.event(timing=timing)
         ready.record(engine.current())
         stream.wait_event(ready)
@@ -156,8 +185,9 @@ class CudaHostLink(HostLink):
         for into, source in pairs:
             engine.copy(stream, into, source)
         end.record(stream)
-        for into, source in pairs:
-            engine.keep(into if up else source, stream)
+        if not captured:
+            for into, source in pairs:
+                engine.keep(into if up else source, stream)
         return HostCopy(begin, end)
 
 
@@ -167,8 +197,8 @@ class EmulatedHostLink(HostLink):
     bytes_per_s: of each direction; None: as fast as the copy itself. Raises ConfigError for a rate that is none.
     """
 
-    def __init__(self, bytes_per_s: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, bytes_per_s: float | None = None, *, device_limit_bytes: int | None = None) -> None:
+        super().__init__(device_limit_bytes=device_limit_bytes)
         number = isinstance(bytes_per_s, int | float) and not isinstance(bytes_per_s, bool)
         if bytes_per_s is not None and not (number and math.isfinite(bytes_per_s) and bytes_per_s > 0):
             raise ConfigError("bytes_per_s", bytes_per_s, "None or a finite number above 0")

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
+from moe_overlap.agreement.loads import LOOPBACK, Nodes
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport.base import Transport
 
@@ -94,7 +95,14 @@ class NodeTopology:
         return tuple(peer for peer in range(self.world_size) if self.node_of(peer) != self.node_of(rank))
 
 
-def nodes_of(transport: Transport) -> tuple[int, ...] | None:
-    """The node of each rank, where the transport knows."""
+def nodes_of(transport: Transport) -> Nodes | None:
+    """The node of each rank, where the transport knows; LOOPBACK where its one rank has a wire to itself."""
+    if getattr(transport, "loopback", False):
+        return LOOPBACK
     known = getattr(transport, "topology", None)
     return None if known is None else tuple(known.node_of(rank) for rank in range(transport.world_size))
+
+
+def rows_travel(transport: Transport) -> bool:
+    """Whether there is a wire: to other ranks, or of a single rank to itself."""
+    return transport.world_size > 1 or nodes_of(transport) == LOOPBACK

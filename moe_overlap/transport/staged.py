@@ -6,7 +6,9 @@ that a piece goes up while the next one goes down. Both streams take exchanges i
 like the two directions of a link. What comes back are the bits that left, so results are those of `local`.
 
 Order is kept by events alone: the host waits for nothing, and a place in pinned memory is written again only after the
-copy out of it (`Wire.send`).
+copy out of it (`Wire.send`). So an exchange can be captured in a CUDA graph: both streams fork from the captured one,
+and are joined to it again where the exchange is waited for. Graphs and steps of one wire share its places, so they run
+one after another, on one stream or on such as wait for each other.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ PIECE_BYTES = 8 << 20
 """About 0.15 ms of PCIe 5: a few times what the host needs to say what is to be copied."""
 PLACES = 4
 """Pieces that may be between their way down and their way up."""
+
+in_graphs: list[torch.Tensor] = []
+"""Memory that CUDA graphs have the addresses of. A graph tells nobody when it is gone, so this stays to the end."""
 
 
 class Engine:
@@ -61,9 +66,12 @@ class Engine:
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         return tensor.is_pinned()
 
-    def capturing(self) -> bool:
-        """Whether the current stream is captured into a graph."""
-        return torch.cuda.is_current_stream_capturing()
+    def capturing(self, stream: Any = None) -> bool:
+        """Whether a stream (None: the current one) is captured into a graph."""
+        if stream is None:
+            return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.stream(stream):
+            return torch.cuda.is_current_stream_capturing()
 
     def copy(self, stream: Any, into: torch.Tensor, source: torch.Tensor) -> None:
         """Between the device and pinned memory, on `stream`; returns at once."""
@@ -80,26 +88,43 @@ class Wire:
 
     def __init__(self, engine: Engine, piece_bytes: int) -> None:
         self.engine = engine
-        self._piece_bytes = piece_bytes
+        self.piece_bytes = piece_bytes
         self._down, self._up = engine.stream(), engine.stream()
         self._places = [engine.pinned(piece_bytes) for _ in range(PLACES)]
-        self._filled = [engine.event() for _ in range(PLACES)]
-        self._emptied = [engine.event() for _ in range(PLACES)]  # nobody waits for one that was never recorded
+        self._captured = self._in_graphs = False
+        self._begin_anew()
         self._next = 0
+
+    def _begin_anew(self) -> None:
+        self._filled = [self.engine.event() for _ in range(PLACES)]
+        self._emptied = [self.engine.event() for _ in range(PLACES)]  # nobody waits for one that was never recorded
+
+    def _enter(self) -> bool:
+        """Whether the coming exchange is captured in a graph. The first of a capture, and the first behind one, wait
+        for no place: events do not reach into a graph or out of it, and the streams on which graphs are replayed are
+        waited for by `ready`."""
+        captured = self.engine.capturing()
+        if captured != self._captured or (captured and not self.engine.capturing(self._down)):
+            if captured and not self._in_graphs:
+                self._in_graphs = True
+                in_graphs.extend(self._places)
+            self._captured = captured
+            self._begin_anew()
+        return captured
 
     def send(self, into: torch.Tensor, source: torch.Tensor, share: float, *, timing: bool) -> tuple[Any, Any]:
         """Send `source`, uint8 [n], to `into`, `share` times. Returns (begin, end), events on the wire.
 
         All of n arrives; where `share` is less than 1, what is beyond it is copied on the current stream instead.
         """
-        engine, down, up = self.engine, self._down, self._up
+        engine, down, up, captured = self.engine, self._down, self._up, self._enter()
         ready, begin, end = engine.event(), engine.event(timing=timing), engine.event(timing=timing)
         current = engine.current()
         ready.record(current)  # `source` is there, and whoever had the memory of `into` before is done with it
         down.wait_event(ready)
-        up.wait_event(ready)
         begin.record(down)
-        for first, last in pieces(source.numel(), share, self._piece_bytes):
+        up.wait_event(begin)  # and so for `ready`: whoever waits for `up` has joined both, whatever is sent
+        for first, last in pieces(source.numel(), share, self.piece_bytes):
             place = self._next
             self._next = (place + 1) % PLACES
             held = self._places[place][: last - first]
@@ -116,8 +141,9 @@ class Wire:
             copied.record(current)
             up.wait_event(copied)
         end.record(up)
-        engine.keep(source, down)
-        engine.keep(into, up)
+        if not captured:  # else memory goes back to the graph's pool when the work lets go of it
+            engine.keep(source, down)
+            engine.keep(into, up)
         return begin, end
 
 
@@ -141,18 +167,27 @@ def pieces(num_bytes: int, share: float, piece_bytes: int) -> Iterator[tuple[int
 
 
 class StagedWork:
-    """An exchange on the wire. When its bytes were under way, the host does not know: see `StagedTransport.journal`."""
+    """An exchange on the wire. When its bytes were under way, the host does not know: see `StagedTransport.journal`.
+    captured: in a CUDA graph, whose pool has the memory of `source` again after `wait`."""
 
-    def __init__(self, transport: StagedTransport, out: torch.Tensor, end: Any) -> None:
+    def __init__(
+        self, transport: StagedTransport, source: torch.Tensor, out: torch.Tensor, end: Any, *, captured: bool
+    ) -> None:
         self._transport, self._out, self._end = transport, out, end
+        self._source: torch.Tensor | None = source
+        self._captured = captured
 
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """The rows. The current stream waits, the host does not, whatever the limit. TransportClosed after `close`."""
         self._transport._require_usable()
         self._transport.wire.engine.current().wait_event(self._end)
+        self._source = None
         return self._out
 
     def done(self) -> bool:
+        """ConfigError in a CUDA graph: what is captured has not run."""
+        if self._captured:
+            raise ConfigError("done", "an exchange in a CUDA graph", "wait(): a graph cannot be asked how far it is")
         return bool(self._end.query())
 
     def interval(self) -> tuple[float, float] | None:
@@ -168,11 +203,14 @@ class StagedTransport(LocalTransport):
     `stats.payload_bytes` counts what travelled. `journal`: where it is a list, every exchange appends (action, begin,
     end), CUDA events with times of when the wire began and ended with it.
 
-    Raises ConfigError without a CUDA device and for numbers that cannot be; NotImplementedError where the current
-    stream is captured into a CUDA graph.
+    Exchanges can be captured in a CUDA graph (`torch.cuda.graph`, `make_graphed_callables`; fixed shapes, so a layer of
+    `mode="static"`): `stats` count a capture and no replay, replays have no limit but their caller's, and of one
+    transport graphs and steps run one after another. Raises ConfigError without a CUDA device, for numbers that cannot
+    be, and for a journal in a graph, whose events have no times.
     """
 
     name = "staged"
+    loopback = True  # see `link.nodes_of`
 
     def __init__(
         self,
@@ -194,6 +232,11 @@ class StagedTransport(LocalTransport):
         self.wire = Wire(engine, piece_bytes)
         self.journal: list[tuple[str, Any, Any]] | None = None
 
+    @property
+    def link(self) -> str:
+        """The wire in words: of two with one text and one device an exchange takes the same time."""
+        return f"pinned memory, {self.share:g} times, in pieces of {self.wire.piece_bytes} bytes"
+
     def _stays(self, plan: ChunkPlan, chunk: int) -> bool:
         return False
 
@@ -202,13 +245,15 @@ class StagedTransport(LocalTransport):
         for name, tensor in (("rows.device", rows), ("out.device", out)):
             if tensor.device != self.device:
                 raise self._refusing(ConfigError(name, str(tensor.device), f"{self.device}, the device of the wire"))
-        if self.wire.engine.capturing():
-            raise NotImplementedError("staged exchanges in a CUDA graph")
         timing = self.journal is not None
+        captured = self.wire.engine.capturing()
+        if captured and timing:
+            expected = "None while a CUDA graph is captured, whose events have no times"
+            raise self._refusing(ConfigError("journal", "a list", expected))
         source, into = (tensor.detach().view(-1).view(torch.uint8) for tensor in (rows, out))
         begin, end = self.wire.send(into, source, self.share, timing=timing)
         if self.journal is not None:
             self.journal.append((exchange.action, begin, end))
         self.stats.exchanges += 1
         self.stats.payload_bytes += on_wire(source.numel(), self.share)
-        return StagedWork(self, out, end)
+        return StagedWork(self, source, out, end, captured=captured)

@@ -1,45 +1,39 @@
 """schedule="auto" beside experts in host memory: what is measured, what is chosen, and that it is what runs.
 
-Steps here are timed by a clock of their own, which goes on when something waits for the link to the host and when
-experts compute, and at no other time: so their seconds are known in advance.
-"""
+Steps here are timed by a clock of their own (`slept.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_overlap import ConfigError, ShortcutBlock
-from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.auto.fit import fit
-from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.auto.probe_pairs import offloaded_pairs
 from moe_overlap.errors import PlanMismatch
-from moe_overlap.ops.activation_kinds import register_activation
 from moe_overlap.planning.cost_model import CostModel
 from moe_overlap.planning.explain import bound_s, explain
 from moe_overlap.planning.search import search
+from moe_overlap.planning.shapes import experts_per_chunk
 from moe_overlap.planning.window import Chunking, Window
 from moe_overlap.routing import GivenRouter
-from moe_overlap.schedule import clocks
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.builders import SchedulePair, chunked
 from moe_overlap.schedule.check import makespan_s
 from moe_overlap.schedule.offload import with_host_experts
-from moe_overlap.transport import host_link, staged
 from moe_overlap.transport.host_link import EmulatedHostLink
 from moe_overlap.transport.process_group import ProcessGroupTransport
-from tests.auto.planted import OPS, cost_model, exchange, line, planted
+from tests.auto.offloads import host_model, planned_of
+from tests.auto.planted import OPS, exchange, line, planted
 from tests.auto.probes import probe
+from tests.auto.slept import ROW_S, SLEPT, set_clock
 from tests.layers import D, E, F, Op, check_same, make, results, tokens
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import same_bits
-from tests.transport.played import PlayedEngine
 
 EXPERT_BYTES = 3 * F * D * 8
 
@@ -117,19 +111,6 @@ def test_windows_that_cannot_be_are_refused(given, field):
 # ---------------------------------------------------------------- the choice
 
 
-def host_model(link_s, **given) -> CostModel:
-    """A byte of weights takes link_s, a row of an expert 1 us and a group of experts 20 us in each of E, Ed and Ew."""
-    lines = dict.fromkeys(("experts", "experts_dgrad", "experts_wgrad"), line(1e-6, 2e-5))
-    lines |= dict.fromkeys(("host_up", "host_down"), line(link_s))
-    return cost_model(**{"exchange": {"inter": line(1e-9)}} | lines | given)
-
-
-def planned_of(link_s, step=None):
-    schedule = PlannedSchedule(model=host_model(link_s), num_ops=0, row_bytes=8, expert_bytes=(1000, 1000),
-                               offload=True)  # fmt: skip
-    return schedule.planned(step or exchange(world=1, slots=16))
-
-
 def test_a_slow_link_has_more_groups_than_a_fast_one():
     """16 experts of 48 rows: a fetch of one takes 48 us of compute at 48 ns a byte."""
     found = {name: planned_of(link_s).pair for name, link_s in (("fast", 1e-12), ("between", 5e-9), ("slow", 6e-8))}
@@ -148,9 +129,12 @@ def test_the_prediction_is_that_of_the_schedule_as_it_runs():
             ("forward", pair.forward, pair.chunks),
             ("backward", pair.backward, pair.backward_chunks),
         ):
-            copy_s, rows = 1000 * 16 / chunks * link_s, 16 * 48 / chunks
             assert schedule.text == planned.best(phase).order
-            seconds = dict.fromkeys(("E", "Ed", "Ew"), 2e-5 + rows * 1e-6) | dict.fromkeys(("Hf", "Hb", "Hg"), copy_s)
+            cut, seconds = planned.windows[phase].chunking(chunks, "experts" if chunks > 1 else "tokens"), {}
+            for c, experts in enumerate(experts_per_chunk(16, chunks, "experts")):
+                seconds |= dict.fromkeys((f"E{c}", f"Ed{c}", f"Ew{c}"), cut.experts_s[c])
+                seconds |= dict.fromkeys((f"Hf{c}", f"Hb{c}", f"Hg{c}"), 1000 * experts * link_s)
+                assert cut.experts_s[c] == pytest.approx(2e-5 + 48e-6 * experts, rel=0.13)  # in quarters of a share
             joined = planned.best(phase).joined
             assert makespan_s(schedule, seconds, joined=joined) == pytest.approx(planned.best(phase).predicted_s)
 
@@ -207,42 +191,9 @@ def test_a_single_expert_has_an_empty_group_beside_it():
 # ---------------------------------------------------------------- steps on a clock of their own
 
 
-class Clock:
-    """Seconds since it was made: those that were slept."""
-
-    def __init__(self):
-        self.now_s = 0.0
-
-    def perf_counter(self):
-        return self.now_s
-
-    def sleep(self, seconds):
-        self.now_s += seconds
-
-
-ROW_S = 1e-3
-CLOCK = Clock()
-
-
-def _slept(h):
-    CLOCK.sleep(ROW_S * len(h))
-    return h * h
-
-
-def _slept_backward(da, h):
-    CLOCK.sleep(ROW_S * len(h))
-    return 2 * da * h
-
-
-SLEPT = register_activation("square that takes its time", _slept, _slept_backward)
-
-
 @pytest.fixture
 def own_clock(monkeypatch):
-    CLOCK.now_s = 0.0
-    for module in (host_link, clocks, measuring):
-        monkeypatch.setattr(module, "time", CLOCK)
-    monkeypatch.setattr(measuring, "ROUNDS", (1, 1))
+    set_clock(monkeypatch)
 
 
 def slept_layer(rate, **options):
@@ -416,17 +367,10 @@ def test_a_rank_without_offload_is_refused_before_anything_is_sent():
         assert virtual_world(2).run(rank) == [0, 0]
 
 
-def test_deduplication_is_refused_on_one_rank_too():
-    layer = make(schedule="auto", dedup="auto", expert_offload="host")
-    with pytest.raises(ConfigError, match="dedup"):
-        layer(tokens(4))
-
-
-def test_a_real_wire_of_one_rank_is_not_there(monkeypatch):
-    monkeypatch.setattr(staged, "Engine", partial(PlayedEngine, seed=0))
-    layer = make(staged.StagedTransport(), schedule="auto", expert_offload="host")
-    with pytest.raises(NotImplementedError, match="staged"):
-        layer(tokens(4))
+def test_on_one_rank_there_is_nothing_to_deduplicate():
+    with planted(host_model(1e-6, exchange={})):
+        asked, plain = (make(schedule="auto", dedup=dedup, expert_offload="host") for dedup in ("auto", "off"))
+        check_same(results(asked, tokens(4)), results(plain, tokens(4)))
 
 
 def test_a_given_auto_schedule_is_told_where_the_experts_are():

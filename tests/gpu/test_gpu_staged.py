@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from moe_overlap import MoELayer, ShortcutBlock
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
+from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport import LocalTransport, StagedTransport, Transport
 from tests.tolerances import same_bits
@@ -113,6 +115,22 @@ def test_a_static_layer_is_the_local_one_bit_for_bit() -> None:
     )
     for have, should in zip(got, want, strict=True):
         same_bits(have, should)
+
+
+@pytest.mark.parametrize("offload", [None, "host"])
+def test_auto_measures_the_wire_and_has_the_bits_of_what_it_chose(offload: str | None) -> None:
+    model = layer(StagedTransport(), torch.bfloat16, schedule="auto", expert_offload=offload)
+    results(model, torch.bfloat16)
+    model.zero_grad()
+    got = results(model, torch.bfloat16)
+    assert isinstance(model.schedule, AutoSchedule)
+    (planned,) = model.schedule.found.values()
+    assert planned.model.exchange["inter"](300 * 2 * 256 * 2) > 0
+    pair = replace(planned.planned(model.last_exchange).pair, name="as chosen")
+    fixed = layer(StagedTransport(), torch.bfloat16, schedule=pair, expert_offload=offload)
+    for have, should in zip(got, results(fixed, torch.bfloat16), strict=True):
+        same_bits(have, should)
+    assert "on one rank, over its wire to itself" in model.explain()
 
 
 def test_rows_of_the_host_are_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import moe_overlap
 from moe_overlap import CapacityExceeded, MoELayer
+from moe_overlap.transport import LocalTransport, StagedTransport, Transport
 from tests.tolerances import close, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -18,10 +19,18 @@ T, D, F, E, K = 96, 64, 96, 8, 2
 SCHEDULES = ("serial", "chunked(4)")
 
 
-def build(schedule: str, capacity: float | str = "no_drop", dtype: torch.dtype = torch.float32) -> MoELayer:
+def wire(name: str) -> Transport:
+    """A small piece, so that an exchange is in several."""
+    return StagedTransport(share=7 / 8, piece_bytes=1 << 14) if name == "staged" else LocalTransport()
+
+
+def build(
+    schedule: str, capacity: float | str = "no_drop", dtype: torch.dtype = torch.float32, transport: str = "local"
+) -> MoELayer:
     torch.manual_seed(0)
     drawn = moe_overlap.MoELayer(D, F, E, K)
-    layer = moe_overlap.MoELayer(D, F, E, K, schedule=schedule, mode="static", static_capacity=capacity, dtype=dtype)
+    layer = moe_overlap.MoELayer(D, F, E, K, schedule=schedule, mode="static", static_capacity=capacity, dtype=dtype,
+                                 transport=wire(transport))  # fmt: skip
     layer.load_state_dict(drawn.state_dict())
     return layer.cuda()
 
@@ -74,10 +83,14 @@ def test_static_is_host_to_tolerance(schedule: str) -> None:
         close(a.cpu(), b)
 
 
+@pytest.mark.parametrize("transport", ["local", "staged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_graphs_of_forward_and_backward_replay_on_other_inputs(schedule: str, dtype: torch.dtype) -> None:
-    eager, captured = build(schedule, dtype=dtype), build(schedule, dtype=dtype)
+def test_graphs_of_forward_and_backward_replay_on_other_inputs(
+    schedule: str, dtype: torch.dtype, transport: str
+) -> None:
+    """Steps without a graph run between the replays, over a wire of their own."""
+    eager, captured = (build(schedule, dtype=dtype, transport=transport) for _ in range(2))
     x, dy = inputs(0, dtype)
     step(captured, x, dy)  # the first step makes what the graphs hold
     captured = torch.cuda.make_graphed_callables(captured, (x.clone().requires_grad_(),))
@@ -88,6 +101,25 @@ def test_graphs_of_forward_and_backward_replay_on_other_inputs(schedule: str, dt
         for a, b in zip(got, step(eager, x, dy), strict=True):
             same_bits(a, b)
     captured.check_static()
+
+
+def test_steps_and_replays_over_one_wire_take_turns() -> None:
+    """Events outside a graph do not reach into it, and a step behind a replay waits for none of its events."""
+    layer = build("chunked(4)", transport="staged")
+    x, dy = inputs(0)
+    step(layer, x, dy)
+    want = step(layer, x, dy)
+    for _ in range(2):
+        graph, y = torch.cuda.CUDAGraph(), torch.empty(0)
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = layer(x)
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            same_bits(y, want[0])
+            for have, should in zip(step(layer, x, dy), want, strict=True):
+                same_bits(have, should)
+    layer.check_static()
 
 
 def test_an_overflow_of_a_replay_is_found() -> None:

@@ -210,12 +210,42 @@ def test_what_does_not_go_with_it_is_refused_by_all_ranks(field, options):
     assert virtual_world(2).run(rank) == [field] * 2
 
 
-def test_what_is_not_there_says_so():
-    def rank(me):
-        with pytest.raises(NotImplementedError, match="expert_offload"):
-            make(me.transport(), expert_offload="host", mode="static", static_capacity=2.0)(tokens(4))
+@pytest.mark.parametrize("capacity", ["no_drop", 3.0])
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2,experts)", "chunked(3,experts)"])
+def test_fixed_shapes_have_the_bits_of_experts_on_the_device(schedule, capacity):
+    options = {"schedule": schedule, "mode": "static", "static_capacity": capacity}
 
-    virtual_world(2).run(rank)
+    def rank(me):
+        plain, away = (make(me.transport(), expert_offload=offload, **options) for offload in (None, "host"))
+        for step in range(2):
+            x = tokens(12, seed=2 * me.rank + step)
+            check_same(results(plain, x), results(away, x))
+        away.check_static()
+        return away.host_link.device_bytes
+
+    for ranks in (1, 2):
+        groups = 1 if schedule == "serial" else int(schedule[8])
+        held = min(2, groups) * -(-E // ranks // groups) * EXPERT_BYTES
+        assert virtual_world(ranks).run(rank) == [held] * ranks
+
+
+def test_a_schedule_beyond_the_limit_of_the_device_is_refused_by_all_ranks():
+    def rank(me):
+        found = []
+        for groups, limit in ((2, E // 2), (2, E // 2 - 1), (4, 2)):  # of E / 2 experts of a rank
+            link = EmulatedHostLink(device_limit_bytes=limit * EXPERT_BYTES)
+            layer = make(me.transport(), schedule=f"chunked({groups},experts)", expert_offload=link)
+            try:
+                layer(tokens(4))
+                found.append("ran")
+            except ConfigError as error:
+                found.append(error.field)
+        return found
+
+    assert virtual_world(2).run(rank) == [["ran", "schedule", "ran"]] * 2
+    for limit in (0, -1, True, 1.5):
+        with pytest.raises(ConfigError, match="device_limit_bytes"):
+            EmulatedHostLink(device_limit_bytes=limit)
 
 
 def test_autocast_to_another_dtype_and_a_link_of_another_device_are_refused():

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.measure.timeline import record
 from moe_overlap.schedule import clocks
 from tests.auto.planted import OPS, SHAPES, build, layer_of, step
@@ -50,6 +51,7 @@ def on_a_stream():
     find = clocks.clock_for
     with (
         mock.patch.object(torch.cuda, "Event", Event),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(torch.cuda, "current_stream", lambda device: "the stream"),
         mock.patch("moe_overlap.schedule.backward.clock_for", clock_for),
         mock.patch("moe_overlap.auto.probes.clock_for", clock_for),
@@ -135,3 +137,10 @@ def test_auto_calibrates_by_the_stream():
     assert first == second
     assert len(first.backbone_s) == OPS and all(0 < seconds < 1 for seconds in first.backbone_s)
     assert first.experts(8) > 0 and first.experts_dgrad(8) > 0 and first.permute.beta_s > 0
+
+
+def test_a_step_in_a_graph_is_not_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert clocks.clock_for(torch.device("cuda")) is None
+    with record(), pytest.raises(ConfigError, match="events in a graph have no times"):
+        clocks.clock_for(torch.device("cuda"))

@@ -28,8 +28,12 @@ class PlayedEvent:
         self.of = stream
         stream.put(lambda: setattr(passing, "at", stream.engine.tick()))
 
-    def query(self) -> bool:
+    @property
+    def passed(self) -> bool:
         return self.last is None or self.last.at is not None
+
+    def query(self) -> bool:
+        return self.passed
 
 
 class PlayedStream:
@@ -67,7 +71,7 @@ class CurrentStream:
         action()
 
     def wait_event(self, event: PlayedEvent) -> None:
-        while not event.query():
+        while not event.passed:
             assert self.engine.play(), "nothing can go on"
 
 
@@ -78,7 +82,6 @@ class PlayedEngine:
 
     def __init__(self, device: Any = None, *, seed: int = 0) -> None:
         self.device = torch.device("cpu")
-        self.captured = False
         self.kept: list[torch.Tensor] = []
         self.pinned_memory: set[int] = set()
         self._random = random.Random(seed)
@@ -107,8 +110,8 @@ class PlayedEngine:
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.pinned_memory
 
-    def capturing(self) -> bool:
-        return self.captured
+    def capturing(self, stream: Any = None) -> bool:
+        return False
 
     def copy(self, stream: PlayedStream, into: torch.Tensor, source: torch.Tensor) -> None:
         stream.put(lambda: into.copy_(source))

@@ -60,13 +60,6 @@ def test_weights_are_pinned_once_and_within_the_limit(monkeypatch: pytest.Monkey
         link.pin(torch.nn.Parameter(torch.zeros(8)))
 
 
-def test_a_captured_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    link = played(monkeypatch, 0)
-    link._engine.captured = True
-    with pytest.raises(NotImplementedError, match="CUDA graph"):
-        link.up([(torch.empty(1), torch.empty(1))], timing=False)
-
-
 def test_slots_are_used_again_and_small_ones_go() -> None:
     link = EmulatedHostLink()
     first = link.slot(100)

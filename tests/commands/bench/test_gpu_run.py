@@ -64,6 +64,43 @@ def test_a_command_that_hangs_is_stopped(run: gpu_process.Run, capfd) -> None:
     assert run.command(sys.executable, "-c", "raise SystemExit(3)", most_s=30).status == 3
 
 
+@pytest.mark.parametrize("nvcc", [None, "/cuda/bin/nvcc"])
+def test_without_a_compiler_for_kernels_the_rest_is_built(run: gpu_process.Run, monkeypatch, nvcc) -> None:
+    asked = []
+
+    def command(*words: str, most_s: float, **environment: str) -> gpu_process.Done:
+        asked.append((words[1:3], environment["MOE_OVERLAP_BUILD"], environment["CUDACXX"]))
+        return gpu_process.Done(0, "", 1.0)
+
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(run, "command", command)
+    monkeypatch.setattr(gpu_parts, "find_tool", lambda name: nvcc)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    said = gpu_parts.build(run, 10.0)
+    assert asked == [(("setup.py", "-q"), "cuda" if nvcc else "cpu", nvcc or "")]
+    assert said == gpu_process.GOOD if nvcc else said.startswith("no CUDA kernels, as nvcc was not found")
+
+
+def test_layers_are_tested_before_anything_is_timed_and_the_rest_of_the_tests_once(
+    run: gpu_process.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [gpu_checks.Case("whole", ()), gpu_checks.Case("one", (ONE,)), gpu_checks.Case("two", (TWO,))]
+    tested = []
+
+    def done(command, folder, these, *, most_s: float, each_s: float) -> list[gpu_checks.Outcome]:
+        tested.append([case.id for case in these])
+        return [gpu_checks.Outcome(case, "passed") for case in these]
+
+    monkeypatch.setattr(gpu_checks, "collect", lambda *_: cases)
+    monkeypatch.setattr(gpu_checks, "run", done)
+    monkeypatch.setattr(gpu_checks, "verify", lambda *_: 0)
+    monkeypatch.setattr(gpu_parts, "save_verified", lambda run: None)
+    assert gpu_parts.layers(run, 60.0) == gpu_parts.tests(run, 60.0) == gpu_process.GOOD
+    assert tested == [["whole"], ["one", "two"]]
+    names = [part.name for part in gpu_parts.PARTS]
+    assert names.index("layers") < min(names.index(name) for name in ("layer", "staged", "kernels", "mlp-qwen3"))
+
+
 def test_missing_sanitizer_is_recorded_and_not_red(run: gpu_process.Run, monkeypatch) -> None:
     monkeypatch.setattr(gpu_process.shutil, "which", lambda name, path: None)
     assert gpu_parts.sanitize(run, 10.0) == gpu_process.GOOD
@@ -260,7 +297,9 @@ def test_a_part_that_goes_wrong_costs_itself_alone(run: gpu_process.Run, capsys)
     assert "words" in run.log.read_text()
 
 
-PROGRAMS = [part for part in gpu_parts.PARTS if part.name not in ("build", "checks", "tests", "counters", "sanitize")]
+PROGRAMS = [
+    part for part in gpu_parts.PARTS if part.name not in ("build", "checks", "layers", "tests", "counters", "sanitize")
+]
 ENDS = [(-9, "", "status -9: it said nothing"), (3, "a word", "status 3: a word"), (None, "", "too long: ")]
 
 
