@@ -113,23 +113,23 @@ class Hop:
     def run(self) -> None:
         """Walk the schedule. What fails on this rank alone closes the transport."""
         lanes, device_type = self.lanes, self.rows.device.type
-        with lanes.acting("P", device_type, timed=True):
+        with lanes.acting(Action("P"), device_type):
             send = self._pack()
-        with lanes.acting("Wf0", device_type, timed=False):
+        with lanes.acting(Action("Wf", 0), device_type):
             self._fetch()
         for action in self.pair.forward.actions[1:]:
             chunk = action.index or 0
             if action.verb == "D":
-                with lanes.acting(action.text, device_type, timed=False):
+                with lanes.acting(action, device_type):
                     begin, end = self.plan.send_offsets[chunk : chunk + 2]
                     lanes.start(action, send[begin:end])
             else:
                 with closing_on_error(lanes.transport, action.text):
                     self._arrived(chunk)
                 if chunk == 0:
-                    with lanes.acting("Wf0", device_type, timed=False):
+                    with lanes.acting(Action("Wf", 0), device_type):
                         self._fetched()
-                with lanes.acting(action.text, device_type, timed=True):
+                with lanes.acting(action, device_type):
                     self._experts(chunk)
 
     def _pack(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -222,6 +222,7 @@ class Action:
 
     verb: str
     index: int | None = None
+    text: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.verb not in VERBS:
@@ -229,6 +230,7 @@ class Action:
         if self.spec.indexed != (self.index is not None) or (self.index is not None and self.index < 0):
             expected = f"{self.verb} {'with an index, as in ' + self.verb + '0' if self.spec.indexed else 'alone'}"
             raise ConfigError("action", f"{self.verb}{'' if self.index is None else self.index}", expected)
+        object.__setattr__(self, "text", self.verb if self.index is None else f"{self.verb}{self.index}")
 
     @property
     def spec(self) -> VerbSpec:
@@ -239,8 +241,9 @@ class Action:
         return self.spec.lane
 
     @property
-    def text(self) -> str:
-        return self.verb if self.index is None else f"{self.verb}{self.index}"
+    def number(self) -> int:
+        """The index; 0 where the verb has none, as for what there is once."""
+        return self.index or 0
 
     def __str__(self) -> str:
         return self.text

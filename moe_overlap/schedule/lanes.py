@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch.autograd import Variable
 from moe_overlap.agreement.node_plan import InsidePlan
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.agreement.record import BackwardRecord, digest
-from moe_overlap.schedule.actions import Action
+from moe_overlap.schedule.actions import COMP, Action
 from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Agreement, Announcement, Transport, Work
-from moe_overlap.transport.closing import ClosingUnlessCalled, closing_on_error
+from moe_overlap.transport.closing import ClosingUnlessCalled, close_for
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
 RETURNING = ("C", "Dt", "Mt", "Wg")
@@ -161,15 +160,14 @@ class Lanes:
 
     # ---------------------------------------------------------------- compute
 
-    @contextmanager
-    def acting(self, action: str, device_type: str, *, timed: bool) -> Iterator[None]:
-        """Around the body of an action: peers learn of an error, autocast changes nothing, the time is noted."""
-        hint = self._first_hint if action.startswith("Ct") else ""
-        with closing_on_error(self.transport, action, hint=hint), autocast_off(device_type):
-            start = self.now() if timed else None
-            yield
-            if timed:
-                self.note(action, "comp", start, self.now())
+    def acting(self, action: Action, device_type: str, *, timed: bool = True) -> Acting:
+        """Around the body of an action: peers learn of an error, autocast changes nothing, and the time is noted where
+        that is the compute lane's (`timed`)."""
+        return Acting(self, action, device_type, timed=timed and action.lane == COMP)
+
+    def close_for(self, error: BaseException, action: Action) -> None:
+        """The body of an action raises `error`: peers learn of it."""
+        close_for(error, self.transport, action.text, hint=self._first_hint if action.verb == "Ct" else "")
 
     def open_op(self, action: str) -> None:
         """The backward of a user's op begins now; it ends when the next node of this step runs."""
@@ -216,6 +214,27 @@ class Lanes:
             )
         self._notes.clear()
         return self._events
+
+
+class Acting:
+    """See `Lanes.acting`. A class of its own, since every action of every step enters one."""
+
+    __slots__ = ("_action", "_autocast", "_lanes", "_start", "_timed")
+
+    def __init__(self, lanes: Lanes, action: Action, device_type: str, *, timed: bool) -> None:
+        self._lanes, self._action, self._timed = lanes, action, timed
+        self._autocast = autocast_off(device_type)
+
+    def __enter__(self) -> None:
+        self._autocast.__enter__()
+        self._start = self._lanes.now() if self._timed else None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._timed and error is None:
+            self._lanes.note(self._action.text, "comp", self._start, self._lanes.now())
+        self._autocast.__exit__(None, None, None)
+        if error is not None:
+            self._lanes.close_for(error, self._action)
 
 
 def last_sender(work: Work | Agreement) -> int | None:
