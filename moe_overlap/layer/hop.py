@@ -29,7 +29,7 @@ from moe_overlap.schedule.actions import Action, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.expert_copies import StepCopies
-from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.lanes import Lanes, autocast_off
 from moe_overlap.schedule.rows import experts_sms
 from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.schedule.weights import ExpertWeights
@@ -113,23 +113,23 @@ class Hop:
     def run(self) -> None:
         """Walk the schedule. What fails on this rank alone closes the transport."""
         lanes, device_type = self.lanes, self.rows.device.type
-        with lanes.acting(Action("P"), device_type):
+        with lanes.acting(Action("P")), autocast_off(device_type):
             send = self._pack()
-        with lanes.acting(Action("Wf", 0), device_type):
+        with lanes.acting(Action("Wf", 0)):
             self._fetch()
         for action in self.pair.forward.actions[1:]:
             chunk = action.index or 0
             if action.verb == "D":
-                with lanes.acting(action, device_type):
+                with lanes.acting(action):
                     begin, end = self.plan.send_offsets[chunk : chunk + 2]
                     lanes.start(action, send[begin:end])
             else:
                 with closing_on_error(lanes.transport, action.text):
                     self._arrived(chunk)
                 if chunk == 0:
-                    with lanes.acting(Action("Wf", 0), device_type):
+                    with lanes.acting(Action("Wf", 0)):
                         self._fetched()
-                with lanes.acting(action, device_type):
+                with lanes.acting(action), autocast_off(device_type):
                     self._experts(chunk)
 
     def _pack(self) -> torch.Tensor:

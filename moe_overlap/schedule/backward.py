@@ -17,7 +17,7 @@ from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctSaved
 from moe_overlap.schedule.expert_copies import ReturnedGradients
 from moe_overlap.schedule.host_experts import HostExperts
-from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.lanes import Lanes, autocast_off
 from moe_overlap.schedule.nodes import DetachedNode, check_same_routing
 from moe_overlap.schedule.order import Stretch, backward_stretches
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -96,15 +96,16 @@ class Backward:
                               "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
         self.lanes.close_op()
         found: Gradients = {}
-        for action, half in stretch:
-            self._wait_for_host(action)
-            with self.lanes.acting(action, self._empty.device.type):
-                if action.verb == "Ut":
-                    found |= self._ut(ctx, grad)
-                elif action.verb == "Pt":
-                    found |= self._pt()
-                else:
-                    self._BACKWARD[action.verb, half](self, action)
+        with autocast_off(self._device.type):
+            for action, half in stretch:
+                self._wait_for_host(action)
+                with self.lanes.acting(action):
+                    if action.verb == "Ut":
+                        found |= self._ut(ctx, grad)
+                    elif action.verb == "Pt":
+                        found |= self._pt()
+                    else:
+                        self._BACKWARD[action.verb, half](self, action)
         return found
 
     def _ut(self, ctx: Any, dy_TD: torch.Tensor | None) -> Gradients:
@@ -179,7 +180,7 @@ class Backward:
         """Where experts are in host memory: wait for what an action needs, ahead of its own time."""
         if self._loaded is None or action.verb not in ("E", "Ed", "Ew"):
             return
-        with self.lanes.acting(action, self._empty.device.type, timed=False):
+        with self.lanes.acting(action, timed=False):
             if action.verb != "Ew":
                 self._loaded.arrive(action.number)
             elif self._need_dw:

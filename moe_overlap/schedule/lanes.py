@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,18 @@ WEIGHTS = ("Wf", "Wg")  # which go to their ranks directly
 Note = tuple[str, str, str, Any, Any, Any, int | None]
 
 
+@dataclass(slots=True, eq=False)
+class _Exchange:
+    """One under way. start: when it was issued; end: when the wait for it ended. computed: what its rows are computed
+    in, and where they belong, where they travel in another dtype."""
+
+    work: Work
+    start: Any
+    layout: RowLayout
+    computed: tuple[torch.dtype, torch.Tensor | None] | None
+    end: Any = None
+
+
 class Lanes:
     """Starts exchanges and waits for them; keeps `events`, on the clock time.perf_counter.
 
@@ -47,10 +60,7 @@ class Lanes:
         self._recording = recording()
         self._notes: list[Note] = []
         self._events: list[TimelineEvent] = []
-        self._works: dict[Action, tuple[Work, Any, RowLayout]] = {}
-        self._waited: dict[Action, Any] = {}  # when the wait for an exchange ended
-        # What rows are computed in, and where they belong, of exchanges whose rows travel in another dtype.
-        self._computed: dict[Action, tuple[torch.dtype, torch.Tensor | None]] = {}
+        self._under_way: dict[Action, _Exchange] = {}
         self._open_op: tuple[str, Any] | None = None
         self.gateway: Gateway | None = None  # of the half that runs, where rows are deduplicated
 
@@ -91,32 +101,34 @@ class Lanes:
             plan = self._plans[action.spec.phase]
             plan, layout = (plan, self._layout) if layout is None else (plan.cut(1, "tokens"), layout)
         assert layout is not None
-        reverse, chunk = action.verb in RETURNING, action.index or 0
+        reverse, chunk = action.verb in RETURNING, action.number
+        computed = None
         if rows.dtype != layout.dtype:  # the payload's, which is another one
-            self._computed[action] = rows.dtype, out
+            computed = rows.dtype, out
             rows, out = rows.to(layout.dtype), None
         if self.gateway is not None and reverse and action.verb not in WEIGHTS:
             rows = self.gateway.give_back(chunk, rows, layout, partial(self._inside, action, layout))
         work = self.transport.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action.text)
-        self._works[action] = work, start, layout
+        exchange = self._under_way[action] = _Exchange(work, start, layout, computed)
         if self._joined(action):
-            self._stand_still(action, work)
+            self._stand_still(action, exchange)
 
     def wait(self, action: Action) -> torch.Tensor:
         """The rows of an exchange that was started."""
-        work, start, layout = self._works.pop(action)
+        exchange = self._under_way.pop(action)
         if not self._joined(action):
-            self._stand_still(action, work)
-        rows, end = work.wait(), self._waited.pop(action)
+            self._stand_still(action, exchange)
+        work, layout, end = exchange.work, exchange.layout, exchange.end
+        rows, start = work.wait(), exchange.start
         issued = start
         if isinstance(self.clock, HostClock):
             # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
             start, end = work.interval() or (end, end)
         self.note(action.text, "wire", start, end, issued, last_sender(work))
         if self.gateway is not None and action.verb not in (*RETURNING, *WEIGHTS):
-            rows = self.gateway.pass_on(action.index or 0, rows, layout, partial(self._inside, action, layout))
-        if action in self._computed:
-            dtype, out = self._computed.pop(action)
+            rows = self.gateway.pass_on(action.number, rows, layout, partial(self._inside, action, layout))
+        if exchange.computed is not None:
+            dtype, out = exchange.computed
             rows = rows.to(dtype) if out is None else out.copy_(rows)
         return rows
 
@@ -125,7 +137,7 @@ class Lanes:
     ) -> torch.Tensor:
         """The part of an exchange that stays inside the nodes, waited for at once."""
         start = self.now()
-        work = self.transport.start(rows, plan, layout, action.index or 0, reverse=reverse,
+        work = self.transport.start(rows, plan, layout, action.number, reverse=reverse,
                                     action=f"{action.text} inside the node")  # fmt: skip
         found = work.wait()
         end = self.now()
@@ -151,19 +163,19 @@ class Lanes:
         else:  # in its place among those of the stream
             target.pending.append(lambda: event)
 
-    def _stand_still(self, action: Action, work: Work) -> None:
+    def _stand_still(self, action: Action, exchange: _Exchange) -> None:
         """Wait for an exchange, and note the time that takes."""
         start = self.now()
-        work.wait()
-        self._waited[action] = end = self.now()
-        self.note(action.text, "wait", start, end)
+        exchange.work.wait()
+        exchange.end = self.now()
+        self.note(action.text, "wait", start, exchange.end)
 
     # ---------------------------------------------------------------- compute
 
-    def acting(self, action: Action, device_type: str, *, timed: bool = True) -> Acting:
-        """Around the body of an action: peers learn of an error, autocast changes nothing, and the time is noted where
-        that is the compute lane's (`timed`)."""
-        return Acting(self, action, device_type, timed=timed and action.lane == COMP)
+    def acting(self, action: Action, *, timed: bool = True) -> Acting:
+        """Around the body of an action: peers learn of an error, and the time is noted where that is the compute lane's
+        (`timed`)."""
+        return Acting(self, action, timed=timed and action.lane == COMP)
 
     def close_for(self, error: BaseException, action: Action) -> None:
         """The body of an action raises `error`: peers learn of it."""
@@ -219,22 +231,20 @@ class Lanes:
 class Acting:
     """See `Lanes.acting`. A class of its own, since every action of every step enters one."""
 
-    __slots__ = ("_action", "_autocast", "_lanes", "_start", "_timed")
+    __slots__ = ("_action", "_lanes", "_start", "_timed")
 
-    def __init__(self, lanes: Lanes, action: Action, device_type: str, *, timed: bool) -> None:
+    def __init__(self, lanes: Lanes, action: Action, *, timed: bool) -> None:
         self._lanes, self._action, self._timed = lanes, action, timed
-        self._autocast = autocast_off(device_type)
 
     def __enter__(self) -> None:
-        self._autocast.__enter__()
-        self._start = self._lanes.now() if self._timed else None
+        if self._timed:
+            self._start = self._lanes.now()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self._timed and error is None:
-            self._lanes.note(self._action.text, "comp", self._start, self._lanes.now())
-        self._autocast.__exit__(None, None, None)
         if error is not None:
             self._lanes.close_for(error, self._action)
+        elif self._timed:
+            self._lanes.note(self._action.text, "comp", self._start, self._lanes.now())
 
 
 def last_sender(work: Work | Agreement) -> int | None:

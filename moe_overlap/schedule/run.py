@@ -30,7 +30,7 @@ from moe_overlap.schedule.check import check_over_gateways
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.distinct_rows import DistinctForward
 from moe_overlap.schedule.expert_copies import StepCopies
-from moe_overlap.schedule.lanes import payload_of
+from moe_overlap.schedule.lanes import autocast_off, payload_of
 from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
 from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.offload import with_host_experts
@@ -177,13 +177,12 @@ class Step(Backward):
 
     def _walk(self) -> None:
         """Do what comes next, up to an op of the user or the end."""
-        device_type = self._empty.device.type
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off(self._device.type):
             for action, half in self._order[self._position :]:
                 if action.verb in OPS:
                     return
                 self._wait_for_host(action)
-                with self.lanes.acting(action, device_type):
+                with self.lanes.acting(action):
                     self._FORWARD[action.verb, half](self, action)
                 self._position += 1
 
