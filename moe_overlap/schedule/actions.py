@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from moe_overlap.errors import ConfigError
@@ -240,6 +240,9 @@ class Action:
     def lane(self) -> str:
         return self.spec.lane
 
+    def __hash__(self) -> int:
+        return hash(self.text)
+
     @property
     def number(self) -> int:
         """The index; 0 where the verb has none, as for what there is once."""
@@ -266,9 +269,12 @@ class Schedule:
 
     actions: tuple[Action, ...]
 
-    @property
+    @cached_property
     def text(self) -> str:
         return " ".join(action.text for action in self.actions)
+
+    def __hash__(self) -> int:
+        return hash(self.text)  # made once: every step looks up what was planned for its schedule
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
