@@ -189,7 +189,7 @@ class ChunkPlan:
         """Whether no row of a chunk goes to another rank, on any rank, [C]: then there is nothing to exchange."""
         return tuple(bool(stays) for stays in self.exchange.counts.stays(self.chunks, self.by))
 
-    @property
+    @cached_property
     def in_order(self) -> bool:
         """Whether rows lie in the experts' buffer as they are sent, all chunks: one rank's, not cut by tokens."""
         return self.world_size == 1 and (self.chunks == 1 or self.by == "experts")
@@ -225,11 +225,11 @@ class ChunkPlan:
 
     def expert_rows(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of `chunk` of each local expert in the experts' buffer."""
-        starts, ends = self._expert_rows
+        starts, ends = self.all_expert_rows
         return starts[chunk], ends[chunk]
 
     @cached_property
-    def _expert_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def all_expert_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of all chunks, [C, e] each."""
         first_block, first_source = _firsts(self.chunks, self.by, self.rank, self.world_size)
         starts = self._segments[1][:, first_block, first_source].T.astype(np.int32)

@@ -222,7 +222,10 @@ class Action:
 
     verb: str
     index: int | None = None
+    # What every step asks of it. number: the index; 0 where the verb has none, as for what there is once.
     text: str = field(init=False, compare=False, repr=False)
+    number: int = field(init=False, compare=False, repr=False)
+    lane: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.verb not in VERBS:
@@ -230,23 +233,16 @@ class Action:
         if self.spec.indexed != (self.index is not None) or (self.index is not None and self.index < 0):
             expected = f"{self.verb} {'with an index, as in ' + self.verb + '0' if self.spec.indexed else 'alone'}"
             raise ConfigError("action", f"{self.verb}{'' if self.index is None else self.index}", expected)
-        object.__setattr__(self, "text", self.verb if self.index is None else f"{self.verb}{self.index}")
+        text = self.verb if self.index is None else f"{self.verb}{self.index}"
+        for name, value in (("text", text), ("number", self.index or 0), ("lane", self.spec.lane)):
+            object.__setattr__(self, name, value)
 
     @property
     def spec(self) -> VerbSpec:
         return VERBS[self.verb]
 
-    @property
-    def lane(self) -> str:
-        return self.spec.lane
-
     def __hash__(self) -> int:
         return hash(self.text)
-
-    @property
-    def number(self) -> int:
-        """The index; 0 where the verb has none, as for what there is once."""
-        return self.index or 0
 
     def __str__(self) -> str:
         return self.text

@@ -98,14 +98,14 @@ class Backward:
         found: Gradients = {}
         with autocast_off(self._device.type):
             for action, half in stretch:
-                self._wait_for_host(action)
-                with self.lanes.acting(action):
-                    if action.verb == "Ut":
-                        found |= self._ut(ctx, grad)
-                    elif action.verb == "Pt":
-                        found |= self._pt()
-                    else:
-                        self._BACKWARD[action.verb, half](self, action)
+                if self._loaded is not None:
+                    self._wait_for_host(action, self._loaded)
+                if action.verb == "Ut":
+                    found |= self.lanes.act(action, self._ut, ctx, grad)
+                elif action.verb == "Pt":
+                    found |= self.lanes.act(action, self._pt)
+                else:
+                    self.lanes.act(action, self._BACKWARD[action.verb, half], self, action)
         return found
 
     def _ut(self, ctx: Any, dy_TD: torch.Tensor | None) -> Gradients:
@@ -176,15 +176,12 @@ class Backward:
         return HostExperts(self._host_link, (w_in, w_out), slots=plan.local_slots, chunks=plan.chunks,
                            joined=self.pair.joined, lanes=self.lanes)  # fmt: skip
 
-    def _wait_for_host(self, action: Action) -> None:
+    def _wait_for_host(self, action: Action, loaded: HostExperts) -> None:
         """Where experts are in host memory: wait for what an action needs, ahead of its own time."""
-        if self._loaded is None or action.verb not in ("E", "Ed", "Ew"):
-            return
-        with self.lanes.acting(action, timed=False):
-            if action.verb != "Ew":
-                self._loaded.arrive(action.number)
-            elif self._need_dw:
-                self._loaded.make_room()
+        if action.verb in ("E", "Ed"):
+            self.lanes.act(action, loaded.arrive, action.number, timed=False)
+        elif action.verb == "Ew" and self._need_dw:
+            self.lanes.act(action, loaded.make_room, timed=False)
 
     def _hb(self, action: Action) -> None:
         assert self._loaded is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -172,14 +173,18 @@ class Lanes:
 
     # ---------------------------------------------------------------- compute
 
-    def acting(self, action: Action, *, timed: bool = True) -> Acting:
-        """Around the body of an action: peers learn of an error, and the time is noted where that is the compute lane's
+    def act(self, action: Action, body: Callable[..., Any], *arguments: Any, timed: bool = True) -> Any:
+        """Run the body of an action: peers learn of an error, and the time is noted where that is the compute lane's
         (`timed`)."""
-        return Acting(self, action, timed=timed and action.lane == COMP)
-
-    def close_for(self, error: BaseException, action: Action) -> None:
-        """The body of an action raises `error`: peers learn of it."""
-        close_for(error, self.transport, action.text, hint=self._first_hint if action.verb == "Ct" else "")
+        start = self.now() if timed and action.lane == COMP else None
+        try:
+            result = body(*arguments)
+        except BaseException as error:
+            close_for(error, self.transport, action.text, hint=self._first_hint if action.verb == "Ct" else "")
+            raise
+        if start is not None:
+            self.note(action.text, "comp", start, self.now())
+        return result
 
     def open_op(self, action: str) -> None:
         """The backward of a user's op begins now; it ends when the next node of this step runs."""
@@ -226,25 +231,6 @@ class Lanes:
             )
         self._notes.clear()
         return self._events
-
-
-class Acting:
-    """See `Lanes.acting`. A class of its own, since every action of every step enters one."""
-
-    __slots__ = ("_action", "_lanes", "_start", "_timed")
-
-    def __init__(self, lanes: Lanes, action: Action, *, timed: bool) -> None:
-        self._lanes, self._action, self._timed = lanes, action, timed
-
-    def __enter__(self) -> None:
-        if self._timed:
-            self._start = self._lanes.now()
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None:
-            self._lanes.close_for(error, self._action)
-        elif self._timed:
-            self._lanes.note(self._action.text, "comp", self._start, self._lanes.now())
 
 
 def last_sender(work: Work | Agreement) -> int | None:

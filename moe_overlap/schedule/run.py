@@ -181,9 +181,9 @@ class Step(Backward):
             for action, half in self._order[self._position :]:
                 if action.verb in OPS:
                     return
-                self._wait_for_host(action)
-                with self.lanes.acting(action):
-                    self._FORWARD[action.verb, half](self, action)
+                if self._loaded is not None:
+                    self._wait_for_host(action, self._loaded)
+                self.lanes.act(action, self._FORWARD[action.verb, half], self, action)
                 self._position += 1
 
     def _run_op(self, action: Action, op: Callable[[Any], torch.Tensor]) -> None:
