@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -169,12 +170,12 @@ class ChunkPlan:
     def send_counts(self) -> tuple[tuple[int, ...], ...]:
         """Rows that this rank sends to each rank, [C][W]."""
         mine = self.sent.reshape(self.chunks, self.world_size, self.local_slots).sum(axis=2)
-        return tuple(tuple(int(n) for n in row) for row in mine)
+        return tuple(map(tuple, mine.tolist()))
 
     @cached_property
     def recv_counts(self) -> tuple[tuple[int, ...], ...]:
         """Rows that this rank receives from each rank, [C][W]."""
-        return tuple(tuple(int(n) for n in row) for row in self.received.sum(axis=2))
+        return tuple(map(tuple, self.received.sum(axis=2).tolist()))
 
     @cached_property
     def send_rows(self) -> tuple[int, ...]:
@@ -197,7 +198,7 @@ class ChunkPlan:
     @cached_property
     def send_offsets(self) -> tuple[int, ...]:
         """First row of each chunk in the send buffer, [C + 1]."""
-        return tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.send_rows)]))
+        return tuple(accumulate(self.send_rows, initial=0))
 
     @cached_property
     def _segments(self) -> tuple[np.ndarray, np.ndarray]:

@@ -58,6 +58,8 @@ class Lanes:
         self._first_hint = "" if probe else ATTACH
         self.phase = phase
         self.clock = clock
+        self.now: Callable[[], Any] = nothing if clock is None else clock.now
+        """A stamp of the clock."""
         self._recording = recording()
         self._notes: list[Note] = []
         self._events: list[TimelineEvent] = []
@@ -199,15 +201,11 @@ class Lanes:
 
     # ---------------------------------------------------------------- time
 
-    def now(self) -> Any:
-        """A stamp of the clock."""
-        return None if self.clock is None else self.clock.now()
-
     def note(self, action: str, lane: str, start: Any, end: Any, issued: Any = None, sender: int | None = None) -> None:
         """Record one executed action, between two stamps; `issued`, `sender`: see `TimelineEvent`."""
         if self.clock is None:
             return
-        in_backward = torch._C._current_graph_task_id() >= 0 and self.phase == "forward"
+        in_backward = self.phase == "forward" and torch._C._current_graph_task_id() >= 0
         self._notes.append(("backward" if in_backward else self.phase, action, lane, start, end, issued, sender))
         # On CUDA backward runs in a thread of the engine: there the recorder of the forward call counts.
         target = recording() or self._recording
@@ -231,6 +229,10 @@ class Lanes:
             )
         self._notes.clear()
         return self._events
+
+
+def nothing() -> None:
+    """The stamp where there is no clock."""
 
 
 def last_sender(work: Work | Agreement) -> int | None:
