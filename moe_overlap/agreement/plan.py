@@ -324,8 +324,8 @@ def _firsts(chunks: int, by: ChunkBy, rank: int, world_size: int) -> tuple[np.nd
 
 @lru_cache(maxsize=64)
 def _arrival(chunks: int, by: ChunkBy, rank: int, world_size: int, local_slots: int) -> np.ndarray:
-    """int64 [S]: the segments (slot, block, source rank) in the order in which their rows arrive: by chunk, source rank,
-    slot, block."""
+    """int64 [S]: the segments (slot, block, source rank) in the order in which their rows arrive: by chunk, source
+    rank, slot, block."""
     segments = np.arange(local_slots * BLOCKS * world_size).reshape(local_slots, BLOCKS, world_size)
     parts = [
         segments[:, :, np.sort(_sources(c, chunks, rank, world_size))]

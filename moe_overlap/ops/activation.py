@@ -67,7 +67,7 @@ def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: tor
 
 
 def forward_kernel(*arguments: Any) -> Callable[..., None]:
-    """What `forward_into` calls for these arguments, all four, and for any other block of rows of the same buffers."""
+    """What `forward_into` calls for these arguments, all four, and for other blocks of rows of the same buffers."""
     return registry.chosen("activation_rows", *arguments)
 
 
@@ -110,7 +110,7 @@ def backward_into(
 
 
 def backward_kernel(*arguments: Any) -> Callable[..., None]:
-    """What `backward_into` calls for these arguments, all seven, and for any other block of rows of the same buffers."""
+    """What `backward_into` calls for these arguments, all seven, and for other blocks of rows of the same buffers."""
     return registry.chosen("activation_rows_backward", *arguments)
 
 

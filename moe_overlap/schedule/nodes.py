@@ -3,8 +3,8 @@
 Each stretch of the backward schedule, which is what stands between the backwards of the user's own modules, is a node
 in the user's graph, so that the engine can run them all in the planned order. A node costs as much as several actions,
 so there are no more than that order needs. They pass empty tensors ("tokens") to each other, without gradients, which
-make a chain of them; the rows themselves lie in the buffers of the step. Written as the graph is built, so that backward
-runs it from right to left, with one user's op between:
+make a chain of them; the rows themselves lie in the buffers of the step. Written as the graph is built, so that
+backward runs it from right to left, with one user's op between:
 
     Fork -> [router] -> (Dt0.wait Pt) -> [op] -> (Ct0.wait Ed0 Dt0.start Ew0) -> (Ut Ct0.start) -> y
 

@@ -72,9 +72,9 @@ class Tables:
     def take(self, found: dict[Key, Any]) -> None:
         """Tables that are on the device."""
         self._found, self._moved = found, True
-        starts, ends = found.pop(("all_expert_rows", ()), ((), ()))
-        for chunk, rows in enumerate(zip(starts, ends, strict=True)):
-            found["expert_rows", (chunk,)] = rows
+        expert_rows = found.pop(("all_expert_rows", ()), ((), ()))
+        for chunk, both in enumerate(zip(*expert_rows, strict=True)):
+            found["expert_rows", (chunk,)] = both
         runs = found.pop(("buffer_runs", ()), None)
         if runs is not None:
             counts, shifts = runs
