@@ -119,7 +119,8 @@ class Step(Backward):
         self._tables, self._backward_tables = tables_of(plans, x_TD.device, x_TD.shape[0])
         assert pair.ahead == self.schedule.ahead
         # N is over, and what stands beside it.
-        self._order = halves(pair.forward, 1 + len(pair.ahead) if pair.ahead else 0)
+        over = 1 + len(pair.ahead) if pair.forward.actions[0].verb == "N" else 0
+        self._order = halves(pair.forward, over)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
         self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined, joined_copies=pair.joined_copies)
         self._weights_dtype = self._weights_TK.dtype
