@@ -257,10 +257,11 @@ def _dgrad(call: Dgrad) -> DgradResult:
 def _wgrad(call: Wgrad) -> None:
     groups, (first, last) = call.groups, call.experts
     read_x, read_dy = (RowReader(rows, call.rows, groups, padded=False) for rows in (call.x, call.dy))
-    for place, (hit, dh, a) in enumerate(zip(groups.hits, groups.cut(call.dh), groups.cut(call.a), strict=True)):
-        if first <= hit.expert < last:
-            torch.mm(dh.t(), read_x(place), out=call.dw_in[hit.expert])
-            torch.mm(read_dy(place).t(), a, out=call.dw_out[hit.expert])
+    parts = zip(groups.hits, groups.cut(call.dh), groups.cut(call.a), strict=True)
+    for place, ((expert, _, _), dh, a) in enumerate(parts):
+        if first <= expert < last:
+            torch.mm(dh.t(), read_x(place), out=call.dw_in[expert])
+            torch.mm(read_dy(place).t(), a, out=call.dw_out[expert])
     for dw in (call.dw_in, call.dw_out):
         clear_others(groups, dw, first, last)
 

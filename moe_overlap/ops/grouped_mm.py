@@ -45,8 +45,8 @@ def _grouped_mm(a_RK: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, transpo
     groups, a_RK = Groups(offs, None, a_RK.shape[0], b.shape[0]), aligned(a_RK)
     y_RN = workspace.empty((a_RK.shape[0], b.shape[1 if transpose_b else 2]), like=a_RK)
     matrices = b.transpose(1, 2) if transpose_b else b
-    for hit, a, y in zip(groups.hits, groups.cut(a_RK), groups.cut(y_RN), strict=True):
-        torch.mm(a, matrices[hit.expert], out=y)
+    for (expert, _, _), a, y in zip(groups.hits, groups.cut(a_RK), groups.cut(y_RN), strict=True):
+        torch.mm(a, matrices[expert], out=y)
     y_RN[groups.used :].zero_()
     return y_RN
 
@@ -56,8 +56,8 @@ def _grouped_mm_wgrad(dy_RN: torch.Tensor, a_RK: torch.Tensor, offs: torch.Tenso
     groups = Groups(offs, None, a_RK.shape[0], offs.shape[0])
     dy_RN, a_RK = aligned(dy_RN), aligned(a_RK)
     db = workspace.empty((offs.shape[0], dy_RN.shape[1], a_RK.shape[1]), like=a_RK, rows=False)
-    for hit, dy, a in zip(groups.hits, groups.cut(dy_RN), groups.cut(a_RK), strict=True):
-        torch.mm(dy.t(), a, out=db[hit.expert])
+    for (expert, _, _), dy, a in zip(groups.hits, groups.cut(dy_RN), groups.cut(a_RK), strict=True):
+        torch.mm(dy.t(), a, out=db[expert])
     clear_others(groups, db, 0, db.shape[0])
     return db
 

@@ -9,6 +9,7 @@ Whoever calls these has gradients off, and is not traced by torch.compile; a sch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,24 @@ from moe_overlap.ops.expert_mlp_contract import ExpertMlp
 
 OWN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
-row_map, permute, combine, combine_backward = map(
-    registry.kernel, ("row_map", "permute", "combine", "combine_backward")
+
+def _operator(name: str) -> Callable[..., Any]:
+    """A dispatch mode sees the operator, as ever: what a selective checkpoint keeps or makes anew is its result, not
+    that of the call inside that writes into a buffer."""
+    kernel, operator = registry.kernel(name), getattr(torch.ops.moe_overlap, name).default
+
+    def run(*arguments: Any) -> Any:
+        return kernel(*arguments) if _get_current_dispatch_mode() is None else operator(*arguments)
+
+    return run
+
+
+row_map, permute, combine, combine_backward, pack = map(
+    _operator, ("row_map", "permute", "combine", "combine_backward", "pack")
 )
-_expert_mlp = registry.kernel("expert_mlp")
-pack, unpack_into = map(registry.kernel, ("pack", "unpack_into"))
-expert_mlp_forward, expert_mlp_dgrad, expert_mlp_wgrad = map(
-    registry.kernel, ("expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad")
+unpack_into = registry.kernel("unpack_into")
+expert_mlp_forward, expert_mlp_dgrad, expert_mlp_wgrad, _expert_mlp = map(
+    registry.kernel, ("expert_mlp_forward", "expert_mlp_dgrad", "expert_mlp_wgrad", "expert_mlp")
 )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -16,14 +15,6 @@ from moe_overlap.ops import maps, workspace
 
 Bounds = torch.Tensor | Sequence[int]
 ALIGNMENT_BYTES = 64
-
-
-class Hit(NamedTuple):
-    """An expert that has rows, and where these begin and end."""
-
-    expert: int
-    begin: int
-    end: int
 
 
 @dataclass(eq=False)
@@ -39,8 +30,7 @@ class Groups:
     num_experts: int
     _ranges: list[tuple[int, int]] | None = field(default=None, init=False, repr=False)
     _longest: int | None = field(default=None, init=False, repr=False)
-    _hits: list[Hit] | None = field(default=None, init=False, repr=False)
-    _cuts: tuple[list[int], list[int]] | None = field(default=None, init=False, repr=False)
+    _hits: list[tuple[int, int, int]] | None = field(default=None, init=False, repr=False)
 
     @property
     def on_host(self) -> bool:
@@ -64,37 +54,15 @@ class Groups:
         return self._ranges
 
     @property
-    def hits(self) -> list[Hit]:
-        """The experts that have rows."""
+    def hits(self) -> list[tuple[int, int, int]]:
+        """(expert, begin, end) of those that have rows."""
         if self._hits is None:
-            self._hits = [Hit(i, begin, end) for i, (begin, end) in enumerate(self.ranges) if begin < end]
+            self._hits = [(i, begin, end) for i, (begin, end) in enumerate(self.ranges) if begin < end]
         return self._hits
 
-    def cut(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The rows of each of `hits`, views of a tensor of `num_rows`: where the groups lie in their order in one call,
-        as each slice by itself takes as long as a small matmul."""
-        if self._cuts is None:
-            self._cuts = self._in_order()
-        sizes, places = self._cuts
-        if len(places) < len(self.hits):
-            return [rows[begin:end] for _, begin, end in self.hits]
-        parts = rows.split_with_sizes(sizes)
-        return [parts[place] for place in places]
-
-    def _in_order(self) -> tuple[list[int], list[int]]:
-        """Sizes of the groups and of the gaps between them, and which of these are groups: up to the first group that
-        begins before the one before it ends."""
-        sizes: list[int] = []
-        places: list[int] = []
-        position = 0
-        for _, begin, end in self.hits:
-            if begin < position:
-                break
-            sizes.append(begin - position)
-            places.append(len(sizes))
-            sizes.append(end - begin)
-            position = end
-        return [*sizes, self.num_rows - position], places
+    def cut(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of each of `hits`, views of a tensor of `num_rows`."""
+        return [rows[begin:end] for _, begin, end in self.hits]
 
     @property
     def used(self) -> int:
@@ -183,7 +151,7 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
 def clear_others(groups: Groups, dw_ENK: torch.Tensor, first: int, last: int) -> None:
     """Zeros for those of the experts first .. last-1 that have no rows, as many as stand in a row in one call."""
     position = first
-    for expert in [*(hit.expert for hit in groups.hits if first <= hit.expert < last), last]:
+    for expert in [*(expert for expert, _, _ in groups.hits if first <= expert < last), last]:
         if position < expert:
             dw_ENK[position:expert].zero_()
         position = expert + 1
