@@ -1,5 +1,5 @@
-"""What the host does for a step beside the experts' arithmetic, counted: nodes of autograd, operators of torch, calls in
-Python. A chunk more may cost so many and no more, on any machine, however busy.
+"""What the host does for a step beside the experts' arithmetic, counted: nodes of autograd, operators of torch, calls
+in Python. A chunk more may cost so many and no more, on any machine, however busy.
 """
 
 from __future__ import annotations
