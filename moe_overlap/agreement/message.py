@@ -29,8 +29,9 @@ def message(kind: str, words: torch.Tensor, *, layer: int, caller: int, step: in
 def odd_one(table: torch.Tensor) -> int | None:
     """The first rank whose message [W, n] is about something else than rank 0's; None where there is none. Steps are
     the business of the records."""
-    different = (table[:, : HEAD_WORDS - 1] != table[0, : HEAD_WORDS - 1]).any(dim=1).nonzero()
-    return int(different[0]) if len(different) else None
+    heads = table[:, : HEAD_WORDS - 1].numpy()
+    different = (heads != heads[0]).any(axis=1)
+    return int(different.argmax()) if different.any() else None
 
 
 def described(row: torch.Tensor, name_of: Callable[[int, int], str]) -> str:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -114,8 +115,8 @@ class ExchangePlan:
                 sent[c] = self.counts.sent[blocks].sum(axis=0)
                 received[c] = self.counts.received[:, blocks].sum(axis=1)
             elif by == "peers":
-                away = self.distances(c, chunks)
-                to, source = (self.rank + away) % self.world_size, (self.rank - away) % self.world_size
+                to = (self.rank + _distances(c, chunks, self.world_size)) % self.world_size
+                source = _sources(c, chunks, self.rank, self.world_size)
                 sent[c].reshape(self.world_size, local)[to] = self.counts.sent.sum(axis=0).reshape(-1, local)[to]
                 received[c][source] = self.counts.received.sum(axis=1)[source]
             else:
@@ -124,10 +125,6 @@ class ExchangePlan:
                 sent[c].reshape(self.world_size, local)[:, group] = to[:, group]
                 received[c][:, group] = self.counts.received.sum(axis=1)[:, group]
         return sent, received
-
-    def distances(self, chunk: int, chunks: int) -> np.ndarray:
-        """int64: how far on, in a ring of the ranks, those are that a chunk of a cut by peers goes to."""
-        return np.arange(self.world_size * chunk // chunks, self.world_size * (chunk + 1) // chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +170,12 @@ class ChunkPlan:
     def send_counts(self) -> tuple[tuple[int, ...], ...]:
         """Rows that this rank sends to each rank, [C][W]."""
         mine = self.sent.reshape(self.chunks, self.world_size, self.local_slots).sum(axis=2)
-        return tuple(tuple(int(n) for n in row) for row in mine)
+        return tuple(map(tuple, mine.tolist()))
 
     @cached_property
     def recv_counts(self) -> tuple[tuple[int, ...], ...]:
         """Rows that this rank receives from each rank, [C][W]."""
-        return tuple(tuple(int(n) for n in row) for row in self.received.sum(axis=2))
+        return tuple(map(tuple, self.received.sum(axis=2).tolist()))
 
     @cached_property
     def send_rows(self) -> tuple[int, ...]:
@@ -193,7 +190,7 @@ class ChunkPlan:
         """Whether no row of a chunk goes to another rank, on any rank, [C]: then there is nothing to exchange."""
         return tuple(bool(stays) for stays in self.exchange.counts.stays(self.chunks, self.by))
 
-    @property
+    @cached_property
     def in_order(self) -> bool:
         """Whether rows lie in the experts' buffer as they are sent, all chunks: one rank's, not cut by tokens."""
         return self.world_size == 1 and (self.chunks == 1 or self.by == "experts")
@@ -201,7 +198,7 @@ class ChunkPlan:
     @cached_property
     def send_offsets(self) -> tuple[int, ...]:
         """First row of each chunk in the send buffer, [C + 1]."""
-        return tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.send_rows)]))
+        return tuple(accumulate(self.send_rows, initial=0))
 
     @cached_property
     def _segments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -218,15 +215,9 @@ class ChunkPlan:
         ends = np.cumsum(counts.reshape(-1)).reshape(counts.shape)
         return counts, ends - counts
 
-    def _sources(self, chunk: int) -> np.ndarray:
-        """Of a cut by peers, the ranks that a chunk comes from, nearest first."""
-        return (self.rank - self.exchange.distances(chunk, self.chunks)) % self.world_size
-
     def _part_of(self, chunk: int) -> tuple[slice, slice]:
-        """(slots, blocks) of a chunk of any other cut."""
-        size = self.local_slots if self.by == "experts" else BLOCKS
-        part = slice(size * chunk // self.chunks, size * (chunk + 1) // self.chunks)
-        return (part, slice(None)) if self.by == "experts" else (slice(None), part)
+        """(slots, blocks) of a chunk of a cut by tokens or experts."""
+        return _part(chunk, self.chunks, self.by, self.local_slots)
 
     @cached_property
     def expert_offs(self) -> torch.Tensor:
@@ -235,15 +226,15 @@ class ChunkPlan:
 
     def expert_rows(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(starts, ends) int32 [e]: the rows of `chunk` of each local expert in the experts' buffer."""
-        _, begins = self._segments
-        starts = begins[:, 0, 0].astype(np.int32)
-        if self.by == "peers":
-            starts = begins[:, 0, self._sources(chunk)[:1]].sum(axis=1).astype(np.int32)
-            return torch.from_numpy(starts), torch.from_numpy(starts + self.received[chunk].sum(axis=0, dtype=np.int32))
-        slots, blocks = self._part_of(chunk)
-        starts[slots] = begins[slots, blocks][:, 0, 0]
-        ends = starts + self.received[chunk].sum(axis=0).astype(np.int32)
-        return torch.from_numpy(starts), torch.from_numpy(ends)
+        starts, ends = self.all_expert_rows
+        return starts[chunk], ends[chunk]
+
+    @cached_property
+    def all_expert_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of all chunks, [C, e] each."""
+        first_block, first_source = _firsts(self.chunks, self.by, self.rank, self.world_size)
+        starts = self._segments[1][:, first_block, first_source].T.astype(np.int32)
+        return torch.from_numpy(starts), torch.from_numpy(starts + self.received.sum(axis=1, dtype=np.int32))
 
     def buffer_order(self, chunk: int) -> torch.Tensor:
         """int64 [recv_rows[chunk]]: position in the experts' buffer of each received row.
@@ -251,28 +242,26 @@ class ChunkPlan:
         Example: two ranks, two local slots, one chunk, rank 0 sends (2, 1) rows and rank 1 sends (1, 1), all of them
         from their first block: rows arrive as 0a 0a 0b 1a 1b and go to a: 0, 1, 2 and b: 3, 4: [0, 1, 3, 2, 4].
         """
-        counts, shifts = self._runs(chunk)
-        return torch.from_numpy(np.repeat(shifts, counts) + np.arange(int(counts.sum()), dtype=np.int64))
+        return self._buffer_orders[chunk]
+
+    @cached_property
+    def _buffer_orders(self) -> tuple[torch.Tensor, ...]:
+        counts, shifts = self._runs
+        order = np.repeat(shifts, counts) + np.arange(sum(self.recv_rows), dtype=np.int64)
+        return torch.from_numpy(order).split(self.recv_rows)
 
     def buffer_runs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(counts, shifts) int32 [S]: rows of each run of rows that stay together, all chunks, as they arrive; and what
         to add to the number of a row among all that arrive, to get its place in the experts' buffer."""
-        runs = [self._runs(chunk) for chunk in range(self.chunks)]
-        begins = np.cumsum([0, *self.recv_rows])
-        shifts = [shifts - begin for (_, shifts), begin in zip(runs, begins, strict=False)]
-        both = np.concatenate([counts for counts, _ in runs]), np.concatenate(shifts)
-        counts, shift = (torch.from_numpy(values.astype(np.int32)) for values in both)
-        return counts, shift
+        counts, shifts = (torch.from_numpy(values.astype(np.int32)) for values in self._runs)
+        return counts, shifts
 
-    def _runs(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same of one chunk, int64, with rows numbered within it."""
-        if self.by == "peers":
-            parts = [part[:, :, np.sort(self._sources(chunk))] for part in self._segments]
-        else:
-            parts = [part[self._part_of(chunk)] for part in self._segments]
-        # Arrival: source rank, slot, block.
-        counts, starts = (part.transpose(2, 0, 1).reshape(-1) for part in parts)
-        return counts, starts - (np.cumsum(counts) - counts)
+    @cached_property
+    def _runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same, int64."""
+        arrival = _arrival(self.chunks, self.by, self.rank, self.world_size, self.local_slots)
+        counts, begins = (part.reshape(-1)[arrival] for part in self._segments)
+        return counts, begins - (np.cumsum(counts) - counts)
 
     def send_keys(self, slots_TK: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
         """(keys_TK int32, number of keys): sorting (token, k) stably by key gives the send order. -1 stays -1.
@@ -303,3 +292,45 @@ class ChunkPlan:
         key_of_slot = np.empty(self.exchange.num_slots, dtype=np.int32)
         key_of_slot[order] = np.arange(self.exchange.num_slots, dtype=np.int32)
         return torch.from_numpy(key_of_slot)
+
+
+def _part(chunk: int, chunks: int, by: ChunkBy, local_slots: int) -> tuple[slice, slice]:
+    size = local_slots if by == "experts" else BLOCKS
+    part = slice(size * chunk // chunks, size * (chunk + 1) // chunks)
+    return (part, slice(None)) if by == "experts" else (slice(None), part)
+
+
+def _sources(chunk: int, chunks: int, rank: int, world_size: int) -> np.ndarray:
+    """Of a cut by peers, the ranks that a chunk comes from, nearest first."""
+    return (rank - _distances(chunk, chunks, world_size)) % world_size
+
+
+def _distances(chunk: int, chunks: int, world_size: int) -> np.ndarray:
+    """int64: how far on, in a ring of the ranks, those are that a chunk of a cut by peers goes to."""
+    return np.arange(world_size * chunk // chunks, world_size * (chunk + 1) // chunks)
+
+
+@lru_cache(maxsize=64)
+def _firsts(chunks: int, by: ChunkBy, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [C] twice: the block and the source rank with which each chunk begins, in the experts' buffer."""
+    blocks, sources = np.zeros((2, chunks), dtype=np.int64)
+    for c in range(chunks):
+        if by == "tokens":
+            blocks[c] = BLOCKS * c // chunks
+        elif by == "peers":
+            sources[c] = [*_sources(c, chunks, rank, world_size), 0][0]  # a chunk without ranks has no rows
+    return blocks, sources
+
+
+@lru_cache(maxsize=64)
+def _arrival(chunks: int, by: ChunkBy, rank: int, world_size: int, local_slots: int) -> np.ndarray:
+    """int64 [S]: the segments (slot, block, source rank) in the order in which their rows arrive: by chunk, source
+    rank, slot, block."""
+    segments = np.arange(local_slots * BLOCKS * world_size).reshape(local_slots, BLOCKS, world_size)
+    parts = [
+        segments[:, :, np.sort(_sources(c, chunks, rank, world_size))]
+        if by == "peers"
+        else segments[_part(c, chunks, by, local_slots)]
+        for c in range(chunks)
+    ]
+    return np.concatenate([part.transpose(2, 0, 1).reshape(-1) for part in parts])

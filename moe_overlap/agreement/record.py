@@ -149,6 +149,7 @@ RECORD_FIELDS: tuple[str, ...] = tuple(
 # What each rank says of itself; the other fields must be equal on all ranks.
 OWN_FIELDS = ("status", "status_value", "x_requires_grad", "weight_version", "weights_require_grad")
 AGREED_FIELDS: tuple[str, ...] = tuple(name for name in RECORD_FIELDS if name not in OWN_FIELDS)
+_AGREED = [RECORD_FIELDS.index(name) for name in AGREED_FIELDS]
 
 
 ROUTER_HINT = (
@@ -195,18 +196,18 @@ def compare(records: torch.Tensor, *, rank: int) -> dict[str, np.ndarray]:
         if code == DTYPE_REFUSAL and 0 <= sent < len(DTYPES):
             value = DTYPES[sent]
         raise ConfigError(field, value, f"{expected}; refused on rank {first}")
-    step = int(column["step"][rank])
-    for name in AGREED_FIELDS:
-        values = column[name]
-        if (values != values[0]).any():
-            other = int(np.nonzero(values != values[0])[0][0])
-            here, there = (_said(name, int(values[at])) for at in (0, other))
-            raise PlanMismatch(
-                f"the ranks disagree about {name}: rank 0 has {here}, rank {other} has {there}; nothing was sent"
-                + HINTS.get(name, ""),
-                rank=rank,
-                peer=other if other != rank else 0,
-                step=step,
-                action="N",
-            )
+    agreed = table[:, _AGREED]
+    different = np.argwhere((agreed != agreed[0]).T)  # by field
+    if len(different):
+        place, other = (int(n) for n in different[0])
+        name = AGREED_FIELDS[place]
+        here, there = (_said(name, int(agreed[at, place])) for at in (0, other))
+        raise PlanMismatch(
+            f"the ranks disagree about {name}: rank 0 has {here}, rank {other} has {there}; nothing was sent"
+            + HINTS.get(name, ""),
+            rank=rank,
+            peer=other if other != rank else 0,
+            step=int(column["step"][rank]),
+            action="N",
+        )
     return column

@@ -29,11 +29,10 @@ from moe_overlap.schedule.actions import Action, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.expert_copies import StepCopies
-from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.lanes import Lanes, autocast_off
 from moe_overlap.schedule.rows import experts_sms
 from moe_overlap.schedule.user_ops import check_result
 from moe_overlap.schedule.weights import ExpertWeights
-from moe_overlap.transport.closing import closing_on_error
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 WORD = 8  # bytes
@@ -113,24 +112,20 @@ class Hop:
     def run(self) -> None:
         """Walk the schedule. What fails on this rank alone closes the transport."""
         lanes, device_type = self.lanes, self.rows.device.type
-        with lanes.acting("P", device_type, timed=True):
-            send = self._pack()
-        with lanes.acting("Wf0", device_type, timed=False):
-            self._fetch()
+        with autocast_off(device_type):
+            send = lanes.act(Action("P"), self._pack)
+        lanes.act(Action("Wf", 0), self._fetch)
         for action in self.pair.forward.actions[1:]:
-            chunk = action.index or 0
+            chunk = action.number
             if action.verb == "D":
-                with lanes.acting(action.text, device_type, timed=False):
-                    begin, end = self.plan.send_offsets[chunk : chunk + 2]
-                    lanes.start(action, send[begin:end])
+                begin, end = self.plan.send_offsets[chunk : chunk + 2]
+                lanes.act(action, lanes.start, action, send[begin:end])
             else:
-                with closing_on_error(lanes.transport, action.text):
-                    self._arrived(chunk)
+                lanes.act(action, self._arrived, chunk, timed=False)
                 if chunk == 0:
-                    with lanes.acting("Wf0", device_type, timed=False):
-                        self._fetched()
-                with lanes.acting(action.text, device_type, timed=True):
-                    self._experts(chunk)
+                    lanes.act(Action("Wf", 0), self._fetched)
+                with autocast_off(device_type):
+                    lanes.act(action, self._experts, chunk)
 
     def _pack(self) -> torch.Tensor:
         """P: the rows that an expert takes, as they travel, in send order."""

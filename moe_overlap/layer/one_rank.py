@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 
-from moe_overlap import ops
 from moe_overlap.layer.arguments import AnySchedule
-from moe_overlap.ops.checks import inside_transform
+from moe_overlap.ops import raw
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.transport.base import Transport
 
@@ -27,10 +26,9 @@ def one_rank(
     kind: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y_TD, slot_to_row): ids_TK int32, checked, -1 = unused; y in the dtype of the weights. Differentiable."""
-    seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or inside_transform()
-    # Without gradients torch's Python in front of each differentiable operator would do this, once for each.
-    with nullcontext() if seen else torch._C._AutoDispatchBelowAutograd():
-        _, offs, slot_to_row, _ = ops.row_map(ids_TK, num_experts=w_out.shape[0])
-        x_RD = ops.permute(x_TD.to(w_out.dtype), slot_to_row, offs, num_rows=ids_TK.numel())
-        y_RD = ops.expert_mlp(x_RD, w_in, w_out, offs, kind=kind)
-        return ops.combine(y_RD, slot_to_row, weights_TK), slot_to_row
+    experts, rows = w_out.shape[0], ids_TK.numel()
+    way: Any = raw if raw.suffices(x_TD, w_in, w_out) else torch.ops.moe_overlap
+    _, offs, slot_to_row, _ = way.row_map(ids_TK, experts, 0, experts, 1, None)
+    x_RD = way.permute(x_TD.to(w_out.dtype), slot_to_row, offs, rows)
+    y_RD = way.expert_mlp(x_RD, w_in, w_out, offs, kind, None, None, None)
+    return way.combine(y_RD, slot_to_row, weights_TK, None), slot_to_row

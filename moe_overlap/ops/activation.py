@@ -8,7 +8,7 @@ everything is computed in the factor's dtype, that of accumulation, and rounded 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,7 +63,12 @@ def width(h_width: int, kind: str) -> int:
 
 def forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None = None) -> None:
     """a = act(h) for a block of rows, or act(h) * scale in the dtype of `scale`, rounded once."""
-    _run_rows(h_nF, kind, a_nF, scale_n)
+    forward_kernel(h_nF, kind, a_nF, scale_n)(h_nF, kind, a_nF, scale_n)
+
+
+def forward_kernel(*arguments: Any) -> Callable[..., None]:
+    """What `forward_into` calls for these arguments, all four, and for other blocks of rows of the same buffers."""
+    return registry.chosen("activation_rows", *arguments)
 
 
 def _forward_into(h_nF: torch.Tensor, kind: str, a_nF: torch.Tensor, scale_n: torch.Tensor | None) -> None:
@@ -100,7 +105,13 @@ def backward_into(
     over the row, all in the dtype of `scale` before they are rounded. `dh` may be the memory of `h`. `da` is
     undefined afterwards for swiglu; for those without a gate it may be the same memory as `dh`, but not as `h`.
     """
-    _run_rows_backward(da_nF, h_nF, kind, dh_nF, a_nF, scale_n, dscale_n)
+    arguments = da_nF, h_nF, kind, dh_nF, a_nF, scale_n, dscale_n
+    backward_kernel(*arguments)(*arguments)
+
+
+def backward_kernel(*arguments: Any) -> Callable[..., None]:
+    """What `backward_into` calls for these arguments, all seven, and for other blocks of rows of the same buffers."""
+    return registry.chosen("activation_rows_backward", *arguments)
 
 
 def _backward_into(
@@ -323,7 +334,6 @@ for _op, _limit_of, _misfit_of, _reference in (
         merit="compiled: one pass over memory",
     )
     registry.add(_op, "reference", _reference, merit="PyTorch's own operators, run everywhere")
-_run_rows, _run_rows_backward = map(registry.kernel, ("activation_rows", "activation_rows_backward"))
 registry.add("activation", "reference", _activation, merit="pure PyTorch, runs everywhere")
 registry.add("activation_backward", "reference", _activation_backward, merit="pure PyTorch, runs everywhere")
 implement(

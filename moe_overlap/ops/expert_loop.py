@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 
 from moe_overlap.ops import expert_mlp_choice, registry, workspace
-from moe_overlap.ops.activation import COMPILED_KINDS, backward_into, forward_into, same_memory
+from moe_overlap.ops.activation import COMPILED_KINDS, backward_kernel, forward_kernel, same_memory
 from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.ops.expert_mlp_contract import Dgrad, DgradResult, Forward, Wgrad
-from moe_overlap.ops.row_groups import ALIGNMENT_BYTES, Bounds, Groups, RowReader, weight_gradient
+from moe_overlap.ops.row_groups import ALIGNMENT_BYTES, Bounds, Groups, RowReader, clear_others
 
 FEW_ELEMENTS = 1 << 15  # of h: with more, what an operator's call costs does not count
 
@@ -151,14 +151,16 @@ def rows_through_experts(
         return
     a_nF = workspace.empty((groups.longest, w_out.shape[2]), like=y_RD)
     h_nF = workspace.empty((groups.longest, w_in.shape[1]), like=y_RD) if h_RF is None else h_RF
-    for i, (begin, end) in enumerate(groups.ranges):
-        if begin < end:
-            a = a_nF[: end - begin]
-            h = h_nF[: end - begin] if h_RF is None else h_RF[begin:end]
-            # Views of the weights in use alone: of few tokens most experts have none, and to `unbind` all costs more.
-            torch.mm(read(begin, end), w_in[i].t(), out=h)
-            forward_into(h, kind, a, None if scale_R is None else scale_R[begin:end])
-            torch.mm(a, w_out[i].t(), out=y_RD[begin:end])
+    h_parts = None if h_RF is None else groups.cut(h_RF)
+    activate = forward_kernel(h_nF, kind, a_nF, scale_R)
+    # Views of the weights in use alone: of few tokens most experts have none, and to `unbind` all costs more.
+    w_in_EDF, w_out_EFD = w_in.transpose(1, 2), w_out.transpose(1, 2)
+    for place, ((i, begin, end), y) in enumerate(zip(groups.hits, groups.cut(y_RD), strict=True)):
+        a = a_nF[: end - begin]
+        h = h_nF[: end - begin] if h_parts is None else h_parts[place]
+        torch.mm(read(place), w_in_EDF[i], out=h)
+        activate(h, kind, a, None if scale_R is None else scale_R[begin:end])
+        torch.mm(a, w_out_EFD[i], out=y)
 
 
 def _few_rows(groups: Groups, w_in: torch.Tensor, w_out: torch.Tensor, kind: str) -> bool:
@@ -187,35 +189,49 @@ def _few_rows_through_experts(
     used = groups.used
     h = workspace.empty((used, w_in.shape[1]), like=y_RD) if h_RF is None else h_RF[:used]
     a = workspace.empty((used, w_out.shape[2]), like=y_RD)
-    hit = [(i, begin, end) for i, (begin, end) in enumerate(groups.ranges) if begin < end]
     w_in_EDF, w_out_EFD = w_in.transpose(1, 2), w_out.transpose(1, 2)
-    for i, begin, end in hit:
-        torch.mm(read(begin, end), w_in_EDF[i], out=h[begin:end])
-    forward_into(h, kind, a, None if scale_R is None else scale_R[:used])
-    for i, begin, end in hit:
+    for place, (i, begin, end) in enumerate(groups.hits):
+        torch.mm(read(place), w_in_EDF[i], out=h[begin:end])
+    scale = None if scale_R is None else scale_R[:used]
+    forward_kernel(h, kind, a, scale)(h, kind, a, scale)
+    for i, begin, end in groups.hits:
         torch.mm(a[begin:end], w_out_EFD[i], out=y_RD[begin:end])
 
 
-def hidden_gradient(
-    dy_nD: torch.Tensor,
-    w_out_DF: torch.Tensor,
-    h_nF: torch.Tensor,
-    kind: str,
-    dh_nF: torch.Tensor,
-    a_nF: torch.Tensor,
-    da_nF: torch.Tensor | None,
-    scale_n: torch.Tensor | None,
-    dscale_n: torch.Tensor | None,
-) -> None:
-    """Writes dh, a and dscale of one expert. `da` has room for its rows, see `room_for_da`."""
-    da = dh_nF if da_nF is None else da_nF[: dy_nD.shape[0]]
-    torch.mm(dy_nD, w_out_DF, out=da)
-    backward_into(da, h_nF, kind, dh_nF, a_nF, scale_n, dscale_n)
+class HiddenGradient:
+    """dh, a and dscale of one expert after the other, from dy @ w_out and h: in parts of the buffers that this is made
+    with, which are those of `activation.backward_into`."""
 
+    def __init__(
+        self,
+        groups: Groups,
+        kind: str,
+        h: torch.Tensor,
+        dh: torch.Tensor,
+        a: torch.Tensor,
+        scale: torch.Tensor | None,
+        dscale: torch.Tensor | None,
+    ) -> None:
+        self._kind = kind
+        # A buffer where da cannot be written into dh: that of a gate is twice as wide, or it is h, which is still read.
+        apart = is_gated(kind) or same_memory(dh, h)
+        self._da_nF = workspace.empty((groups.longest, a.shape[1]), like=dh) if apart else None
+        da = dh if self._da_nF is None else self._da_nF
+        self._differentiate = backward_kernel(da, h, kind, dh, a, scale, dscale)
 
-def room_for_da(groups: Groups, kind: str, like_RF: torch.Tensor, ffn: int, *, in_place: bool) -> torch.Tensor | None:
-    """A buffer where da cannot be written into dh: that of a gate is twice as wide, or it is h, which is still read."""
-    return workspace.empty((groups.longest, ffn), like=like_RF) if is_gated(kind) or in_place else None
+    def __call__(
+        self,
+        dy_nD: torch.Tensor,
+        w_out_DF: torch.Tensor,
+        h_nF: torch.Tensor,
+        dh_nF: torch.Tensor,
+        a_nF: torch.Tensor,
+        scale_n: torch.Tensor | None,
+        dscale_n: torch.Tensor | None,
+    ) -> None:
+        da = dh_nF if self._da_nF is None else self._da_nF[: dy_nD.shape[0]]
+        torch.mm(dy_nD, w_out_DF, out=da)
+        self._differentiate(da, h_nF, self._kind, dh_nF, a_nF, scale_n, dscale_n)
 
 
 def _forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,25 +245,25 @@ def _dgrad(call: Dgrad) -> DgradResult:
     groups, h_RF, w_in, w_out, scale = call.groups, call.h, call.w_in, call.w_out, call.scale
     (dx, dh, a), dscale = call.outputs(), call.new_dscale()
     read = RowReader(call.dy, call.rows, groups, padded=False)
-    da_nF = room_for_da(groups, call.kind, dh, call.ffn, in_place=same_memory(dh, h_RF))
-    for (begin, end), w_in_FD, w_out_DF in zip(groups.ranges, w_in.unbind(0), w_out.unbind(0), strict=True):
-        if begin < end:
-            dh_e = dh[begin:end]
-            scale_e, dscale_e = (None if one is None else one[begin:end] for one in (scale, dscale))
-            hidden_gradient(
-                read(begin, end), w_out_DF, h_RF[begin:end], call.kind, dh_e, a[begin:end], da_nF, scale_e, dscale_e
-            )
-            torch.mm(dh_e, w_in_FD, out=dx[begin:end])
+    hidden_gradient = HiddenGradient(groups, call.kind, h_RF, dh, a, scale, dscale)
+    parts = zip(groups.hits, *(groups.cut(rows) for rows in (h_RF, dh, a, dx)), strict=True)
+    for place, ((i, begin, end), h_e, dh_e, a_e, dx_e) in enumerate(parts):
+        scale_e, dscale_e = (None if one is None else one[begin:end] for one in (scale, dscale))
+        hidden_gradient(read(place), w_out[i], h_e, dh_e, a_e, scale_e, dscale_e)
+        torch.mm(dh_e, w_in[i], out=dx_e)
     return DgradResult(dx, dh, a, dscale)
 
 
 def _wgrad(call: Wgrad) -> None:
-    read_x, read_dy = (RowReader(rows, call.rows, call.groups, padded=False) for rows in (call.x, call.dy))
-    ranges = call.groups.ranges
-    for i in range(*call.experts):
-        begin, end = ranges[i]
-        weight_gradient(call.dh[begin:end], read_x(begin, end), call.dw_in[i])
-        weight_gradient(read_dy(begin, end), call.a[begin:end], call.dw_out[i])
+    groups, (first, last) = call.groups, call.experts
+    read_x, read_dy = (RowReader(rows, call.rows, groups, padded=False) for rows in (call.x, call.dy))
+    parts = zip(groups.hits, groups.cut(call.dh), groups.cut(call.a), strict=True)
+    for place, ((expert, _, _), dh, a) in enumerate(parts):
+        if first <= expert < last:
+            torch.mm(dh.t(), read_x(place), out=call.dw_in[expert])
+            torch.mm(read_dy(place).t(), a, out=call.dw_out[expert])
+    for dw in (call.dw_in, call.dw_out):
+        clear_others(groups, dw, first, last)
 
 
 for _op, _piece in (("expert_mlp_forward", _forward), ("expert_mlp_dgrad", _dgrad), ("expert_mlp_wgrad", _wgrad)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_overlap.ops import checks, expert_mlp_choice, maps, registry, workspace
-from moe_overlap.ops.expert_loop import hidden_gradient, room_for_da, rows_through_experts
+from moe_overlap.ops.expert_loop import HiddenGradient, rows_through_experts
 from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward
 from moe_overlap.ops.library import (
     LIBRARY,
@@ -23,7 +23,7 @@ from moe_overlap.ops.library import (
     implement,
     refuse_derivative,
 )
-from moe_overlap.ops.row_groups import RowReader, weight_gradient
+from moe_overlap.ops.row_groups import RowReader, clear_others
 
 
 def expert_mlp(
@@ -89,22 +89,20 @@ def _expert_mlp_backward(call: ExpertMlpBackward) -> tuple[torch.Tensor, torch.T
     dscale = torch.zeros_like(row_scale) if row_scale is not None and wants_dscale else nothing
     a_nF = workspace.empty((longest, w_out.shape[2]), like=x)
     dh_nF = workspace.empty((longest, w_in.shape[1]), like=x)
-    da_nF = room_for_da(groups, kind, x, w_out.shape[2], in_place=False)
-    for i, ((begin, end), w_in_FD, w_out_DF) in enumerate(
-        zip(groups.ranges, w_in.unbind(0), w_out.unbind(0), strict=True)
-    ):
-        rows = end - begin
-        dy, dh, a = read_dy(begin, end), dh_nF[:rows], a_nF[:rows]
-        if rows > 0:
-            scales = None if scale is None else scale[begin:end]
-            dscales = dscale[begin:end] if wants_dscale else None
-            hidden_gradient(dy, w_out_DF, h_RF[begin:end], kind, dh, a, da_nF, scales, dscales)
+    hidden_gradient = HiddenGradient(groups, kind, h_RF, dh_nF, a_nF, scale, dscale if wants_dscale else None)
+    dx_parts = groups.cut(dx_RD) if wants_dx else []
+    for place, ((i, begin, end), h) in enumerate(zip(groups.hits, groups.cut(h_RF), strict=True)):
+        dy, dh, a = read_dy(place), dh_nF[: end - begin], a_nF[: end - begin]
+        scales = None if scale is None else scale[begin:end]
+        hidden_gradient(dy, w_out[i], h, dh, a, scales, dscale[begin:end] if wants_dscale else None)
         if wants_dw_out:
-            weight_gradient(dy, a, dw_out[i])
+            torch.mm(dy.t(), a, out=dw_out[i])
         if wants_dw_in:
-            weight_gradient(dh, read_x(begin, end), dw_in[i])
-        if wants_dx and rows > 0:
-            torch.mm(dh, w_in_FD, out=dx_RD[begin:end])
+            torch.mm(dh.t(), read_x(place), out=dw_in[i])
+        if wants_dx:
+            torch.mm(dh, w_in[i], out=dx_parts[place])
+    for dw in (dw_in, dw_out):
+        clear_others(groups, dw, 0, dw.shape[0])  # an empty one has no others
     if not wants_dx:
         return nothing, dw_in, dw_out, dscale
     dx_RD[groups.used :].zero_()

@@ -13,7 +13,7 @@ import torch
 
 from moe_overlap.ops import checks, registry, workspace
 from moe_overlap.ops.library import cast_under_autocast, define, differentiate, implement, refuse_derivative
-from moe_overlap.ops.row_groups import Groups, aligned, weight_gradient
+from moe_overlap.ops.row_groups import Groups, aligned, clear_others
 
 
 def grouped_mm(
@@ -44,9 +44,9 @@ def grouped_mm(
 def _grouped_mm(a_RK: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, transpose_b: bool) -> torch.Tensor:
     groups, a_RK = Groups(offs, None, a_RK.shape[0], b.shape[0]), aligned(a_RK)
     y_RN = workspace.empty((a_RK.shape[0], b.shape[1 if transpose_b else 2]), like=a_RK)
-    for (begin, end), matrix in zip(groups.ranges, b.unbind(0), strict=True):
-        if begin < end:
-            torch.mm(a_RK[begin:end], matrix.t() if transpose_b else matrix, out=y_RN[begin:end])
+    matrices = b.transpose(1, 2) if transpose_b else b
+    for (expert, _, _), a, y in zip(groups.hits, groups.cut(a_RK), groups.cut(y_RN), strict=True):
+        torch.mm(a, matrices[expert], out=y)
     y_RN[groups.used :].zero_()
     return y_RN
 
@@ -56,8 +56,9 @@ def _grouped_mm_wgrad(dy_RN: torch.Tensor, a_RK: torch.Tensor, offs: torch.Tenso
     groups = Groups(offs, None, a_RK.shape[0], offs.shape[0])
     dy_RN, a_RK = aligned(dy_RN), aligned(a_RK)
     db = workspace.empty((offs.shape[0], dy_RN.shape[1], a_RK.shape[1]), like=a_RK, rows=False)
-    for (begin, end), db_NK in zip(groups.ranges, db.unbind(0), strict=True):
-        weight_gradient(dy_RN[begin:end], a_RK[begin:end], db_NK)
+    for (expert, _, _), dy, a in zip(groups.hits, groups.cut(dy_RN), groups.cut(a_RK), strict=True):
+        torch.mm(dy.t(), a, out=db[expert])
+    clear_others(groups, db, 0, db.shape[0])
     return db
 
 

@@ -23,15 +23,15 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def all_to_device(values: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """`to_device` for several vectors of int32 or int64, in one copy; themselves where that is a CPU."""
+    """`to_device` for several tensors of int32 or int64, in one copy; themselves where that is a CPU."""
     if device.type != "cuda":
         return list(values)
     # Those of int64 first, so that all begin at a multiple of their size.
     kinds = [[value for value in values if value.dtype == dtype] for dtype in (torch.int64, torch.int32)]
-    words = [torch.cat(kind).view(torch.int32) for kind in kinds if kind]
+    words = [torch.cat([value.reshape(-1) for value in kind]).view(torch.int32) for kind in kinds if kind]
     moved = to_device(torch.cat(words), device).split([value.nbytes // 4 for kind in kinds for value in kind])
     found = {id(value): words for value, words in zip([*kinds[0], *kinds[1]], moved, strict=True)}
-    return [found[id(value)].view(value.dtype) for value in values]
+    return [found[id(value)].view(value.dtype).view(value.shape) for value in values]
 
 
 def invert(slot_to_row_TK: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -62,9 +62,7 @@ def unpack(received_RD: torch.Tensor, row_order_R: torch.Tensor, out: torch.Tens
 
 
 def _pack(rows_ND: torch.Tensor, row_order_R: torch.Tensor) -> torch.Tensor:
-    checks.check_values("row_order", row_order_R, 0, rows_ND.shape[0], why="the rows there are")
-    packed_RD = workspace.empty((row_order_R.shape[0], rows_ND.shape[1]), like=rows_ND)
-    return torch.index_select(rows_ND, 0, row_order_R, out=packed_RD)
+    return maps.pick_rows("row_order", rows_ND, row_order_R)
 
 
 def _pack_backward(dpacked_RD: torch.Tensor, row_order_R: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -108,17 +108,22 @@ def kernel(op: str) -> Callable[..., Any]:
     The first argument is a tensor, or an object that has a device and a dtype.
     """
 
-    def run(first: Any, *args: Any) -> Any:
-        candidates = _candidates(op, first.device, first.dtype)
-        entry = candidates[0].entry
-        # What `_best` asks of the first one, without its notes: this runs for every expert of every call.
-        if (entry.limit is not None and entry.limit(first, *args) is not None) or (
-            entry.misfit is not None and entry.misfit(first, *args) is not None
-        ):
-            entry = _best(op, candidates, (first, *args))[0].entry
-        return entry.call(first, *args)
+    def run(*args: Any) -> Any:
+        return chosen(op, *args)(*args)
 
     return run
+
+
+def chosen(op: str, first: Any, *args: Any) -> Callable[..., Any]:
+    """What `kernel(op)` calls for these arguments."""
+    candidates = _candidates(op, first.device, first.dtype)
+    entry = candidates[0].entry
+    # What `_best` asks of the first one, without its notes: this runs several times in every call.
+    if (entry.limit is not None and entry.limit(first, *args) is not None) or (
+        entry.misfit is not None and entry.misfit(first, *args) is not None
+    ):
+        entry = _best(op, candidates, (first, *args))[0].entry
+    return entry.call
 
 
 def function(op: str, impl: str) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ class Groups:
     num_experts: int
     _ranges: list[tuple[int, int]] | None = field(default=None, init=False, repr=False)
     _longest: int | None = field(default=None, init=False, repr=False)
+    _hits: list[tuple[int, int, int]] | None = field(default=None, init=False, repr=False)
 
     @property
     def on_host(self) -> bool:
@@ -51,6 +52,17 @@ class Groups:
         if self._ranges is None:
             self._ranges = self._read()
         return self._ranges
+
+    @property
+    def hits(self) -> list[tuple[int, int, int]]:
+        """(expert, begin, end) of those that have rows."""
+        if self._hits is None:
+            self._hits = [(i, begin, end) for i, (begin, end) in enumerate(self.ranges) if begin < end]
+        return self._hits
+
+    def cut(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of each of `hits`, views of a tensor of `num_rows`."""
+        return [rows[begin:end] for _, begin, end in self.hits]
 
     @property
     def used(self) -> int:
@@ -111,15 +123,18 @@ class RowReader:
 
     def __init__(self, x_ND: torch.Tensor, index_R: torch.Tensor | None, groups: Groups, *, padded: bool) -> None:
         self._index_R, self._groups, self._padded = index_R, groups, padded
-        self._x_ND = aligned(x_ND) if index_R is None else x_ND
+        self._x_ND = x_ND
+        self._parts = groups.cut(aligned(x_ND)) if index_R is None else None
         self._buffer_nD: torch.Tensor | None = None
 
-    def __call__(self, begin: int, end: int) -> torch.Tensor:
-        """The rows [begin, end) of the experts' order."""
-        if self._index_R is None:
-            return self._x_ND[begin:end]
+    def __call__(self, place: int) -> torch.Tensor:
+        """The rows of an expert by its place in `hits`."""
+        if self._parts is not None:
+            return self._parts[place]
+        assert self._index_R is not None
         if self._buffer_nD is None:
             self._buffer_nD = workspace.empty((self._groups.longest, self._x_ND.shape[1]), like=self._x_ND)
+        _, begin, end = self._groups.hits[place]
         index_n, out_nD = self._index_R[begin:end], self._buffer_nD[: end - begin]
         if self._padded:
             return maps.take_rows(self._x_ND, index_n, out=out_nD)
@@ -133,12 +148,13 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
     return workspace.empty(rows.shape, like=rows).copy_(rows)
 
 
-def weight_gradient(d_nN: torch.Tensor, rows_nK: torch.Tensor, dw_NK: torch.Tensor) -> None:
-    """dw = d.T @ rows for one expert; zeros where it has no rows."""
-    if d_nN.shape[0] == 0:
-        dw_NK.zero_()
-    else:
-        torch.mm(d_nN.t(), rows_nK, out=dw_NK)
+def clear_others(groups: Groups, dw_ENK: torch.Tensor, first: int, last: int) -> None:
+    """Zeros for those of the experts first .. last-1 that have no rows, as many as stand in a row in one call."""
+    position = first
+    for expert in [*(expert for expert, _, _ in groups.hits if first <= expert < last), last]:
+        if position < expert:
+            dw_ENK[position:expert].zero_()
+        position = expert + 1
 
 
 def _integers(bounds: Bounds) -> list[int]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from moe_overlap.errors import ConfigError
@@ -222,6 +222,10 @@ class Action:
 
     verb: str
     index: int | None = None
+    # What every step asks of it. number: the index; 0 where the verb has none, as for what there is once.
+    text: str = field(init=False, compare=False, repr=False)
+    number: int = field(init=False, compare=False, repr=False)
+    lane: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.verb not in VERBS:
@@ -229,18 +233,16 @@ class Action:
         if self.spec.indexed != (self.index is not None) or (self.index is not None and self.index < 0):
             expected = f"{self.verb} {'with an index, as in ' + self.verb + '0' if self.spec.indexed else 'alone'}"
             raise ConfigError("action", f"{self.verb}{'' if self.index is None else self.index}", expected)
+        text = self.verb if self.index is None else f"{self.verb}{self.index}"
+        for name, value in (("text", text), ("number", self.index or 0), ("lane", self.spec.lane)):
+            object.__setattr__(self, name, value)
 
     @property
     def spec(self) -> VerbSpec:
         return VERBS[self.verb]
 
-    @property
-    def lane(self) -> str:
-        return self.spec.lane
-
-    @property
-    def text(self) -> str:
-        return self.verb if self.index is None else f"{self.verb}{self.index}"
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     def __str__(self) -> str:
         return self.text
@@ -263,9 +265,12 @@ class Schedule:
 
     actions: tuple[Action, ...]
 
-    @property
+    @cached_property
     def text(self) -> str:
         return " ".join(action.text for action in self.actions)
+
+    def __hash__(self) -> int:
+        return hash(self.text)  # made once: every step looks up what was planned for its schedule
 
     @classmethod
     def parse(cls, text: str) -> Schedule:

@@ -11,15 +11,15 @@ import torch
 from moe_overlap.agreement.copies import CopyPlan
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
-from moe_overlap.schedule.actions import COMP, Action
+from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctSaved
 from moe_overlap.schedule.expert_copies import ReturnedGradients
 from moe_overlap.schedule.host_experts import HostExperts
-from moe_overlap.schedule.lanes import Lanes
+from moe_overlap.schedule.lanes import Lanes, autocast_off
 from moe_overlap.schedule.nodes import DetachedNode, check_same_routing
-from moe_overlap.schedule.order import Node, backward_groups
+from moe_overlap.schedule.order import Stretch, backward_stretches
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.rows import BackwardRows, Saved, experts_sms
 from moe_overlap.schedule.tables import Tables
@@ -28,7 +28,8 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.closing import closing_on_error
 from moe_overlap.transport.host_link import HostLink
 
-Tensors = tuple[torch.Tensor | None, ...]
+Gradients = dict[str, torch.Tensor | None]
+"""What a stretch of backward gives to the user's graph: of "x" [T, D], the rows; of "weights" [T, K], the router's."""
 
 
 class Backward:
@@ -87,19 +88,27 @@ class Backward:
 
     # ---------------------------------------------------------------- the bodies
 
-    def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> Tensors:
-        """The backward body of `node`; returns the gradients of its tensors, empty ones for its tokens."""
+    def run_backward(self, stretch: Stretch, ctx: Any, grad: torch.Tensor | None) -> Gradients:
+        """The bodies of a stretch; returns the gradients that they give. ctx: of its node; grad: of y, for Ut."""
         if self.phase == "recompute":
             # A recompute is for its tensors alone; only a reentrant checkpoint runs its backward too.
             raise ConfigError("checkpoint", "use_reentrant=True", "torch.utils.checkpoint.checkpoint(..., "
                               "use_reentrant=False): a reentrant one nests a backward in the backward")  # fmt: skip
         self.lanes.close_op()
-        self._wait_for_host(node.action)
-        with self.lanes.acting(node.action.text, self._empty.device.type, timed=node.action.lane == COMP):
-            result = self._BACKWARD[node.action.verb, node.half](self, ctx, node.action.index, grad)
-        return (*result, *(self._empty.new_empty(0) for _ in range(ctx.num_tensors - len(result))))
+        found: Gradients = {}
+        with autocast_off(self._device.type):
+            for action, half in stretch:
+                if self._loaded is not None:
+                    self._wait_for_host(action, self._loaded)
+                if action.verb == "Ut":
+                    found |= self.lanes.act(action, self._ut, ctx, grad)
+                elif action.verb == "Pt":
+                    found |= self.lanes.act(action, self._pt)
+                else:
+                    self.lanes.act(action, self._BACKWARD[action.verb, half], self, action)
+        return found
 
-    def _ut(self, ctx: Any, _: int | None, dy_TD: torch.Tensor | None) -> Tensors:
+    def _ut(self, ctx: Any, dy_TD: torch.Tensor | None) -> Gradients:
         routed, *saved = ctx.saved_tensors
         check_same_routing(routed, ctx.routing_digest)
         self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
@@ -127,46 +136,38 @@ class Backward:
         if self._returns:
             assert self._give_back is not None
             self._returned = ReturnedGradients(self._give_back)
-        return () if self._distinct else (self._grads.dweights_TK if ctx.needs_input_grad[2] else None,)
+        return {} if self._distinct else {"weights": self._grads.dweights_TK}
 
-    def _own_gradients(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+    def _own_gradients(self, action: Action) -> None:
         self._rows_of_backward.own()
-        return ()
 
-    def _start_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self.lanes.start(Action("Ct", c), self._rows_of_backward.outgoing(c))
-        return ()
+    def _start_ct(self, action: Action) -> None:
+        self.lanes.start(action, self._rows_of_backward.outgoing(action.number))
 
-    def _wait_ct(self, ctx: Any, c: int, _: Any) -> Tensors:
-        self._received[c] = self.lanes.wait(Action("Ct", c))
-        return ()
+    def _wait_ct(self, action: Action) -> None:
+        self._received[action.number] = self.lanes.wait(action)
 
-    def _ed(self, ctx: Any, c: int, _: Any) -> Tensors:
-        gradients = self._rows_of_backward.dgrad(c, self._received.pop(c))
+    def _ed(self, action: Action) -> None:
+        gradients = self._rows_of_backward.dgrad(action.number, self._received.pop(action.number))
         if gradients is not None:
-            self._received[c] = gradients
-        return ()
+            self._received[action.number] = gradients
 
-    def _start_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
+    def _start_dt(self, action: Action) -> None:
         g = self._rows_of_backward
         if g.need_dx:
-            self.lanes.start(Action("Dt", c), self._received.pop(c), out=g.incoming(c))
-        return ()
+            self.lanes.start(action, self._received.pop(action.number), out=g.incoming(action.number))
 
-    def _wait_dt(self, ctx: Any, c: int, _: Any) -> Tensors:
+    def _wait_dt(self, action: Action) -> None:
         g = self._rows_of_backward
         if g.need_dx:
-            g.returned(c, self.lanes.wait(Action("Dt", c)))
-        return ()
+            g.returned(action.number, self.lanes.wait(action))
 
-    def _start_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+    def _start_mt(self, action: Action) -> None:
         g = self._rows_of_backward
-        self.lanes.start(Action("Mt"), g.weight_gradients(), layout=g.gradient_layout)
-        return ()
+        self.lanes.start(action, g.weight_gradients(), layout=g.gradient_layout)
 
-    def _wait_mt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        self._rows_of_backward.take_weight_gradients(self.lanes.wait(Action("Mt")))
-        return ()
+    def _wait_mt(self, action: Action) -> None:
+        self._rows_of_backward.take_weight_gradients(self.lanes.wait(action))
 
     def _host_experts(self, plan: ChunkPlan, w_in: torch.Tensor, w_out: torch.Tensor) -> HostExperts | None:
         """Those of one half of the step, where experts are in host memory."""
@@ -175,43 +176,35 @@ class Backward:
         return HostExperts(self._host_link, (w_in, w_out), slots=plan.local_slots, chunks=plan.chunks,
                            joined=self.pair.joined, lanes=self.lanes)  # fmt: skip
 
-    def _wait_for_host(self, action: Action) -> None:
+    def _wait_for_host(self, action: Action, loaded: HostExperts) -> None:
         """Where experts are in host memory: wait for what an action needs, ahead of its own time."""
-        if self._loaded is None or action.verb not in ("E", "Ed", "Ew"):
-            return
-        with self.lanes.acting(action.text, self._empty.device.type, timed=False):
-            if action.verb != "Ew":
-                assert action.index is not None
-                self._loaded.arrive(action.index)
-            elif self._need_dw:
-                self._loaded.make_room()
+        if action.verb in ("E", "Ed"):
+            self.lanes.act(action, loaded.arrive, action.number, timed=False)
+        elif action.verb == "Ew" and self._need_dw:
+            self.lanes.act(action, loaded.make_room, timed=False)
 
-    def _hb(self, ctx: Any, c: int, _: Any) -> Tensors:
+    def _hb(self, action: Action) -> None:
         assert self._loaded is not None
-        self._loaded.fetch(f"Hb{c}", c)
-        return ()
+        self._loaded.fetch(action.text, action.number)
 
-    def _hg(self, ctx: Any, group: int, _: Any) -> Tensors:
+    def _hg(self, action: Action) -> None:
         if self._loaded is not None and self._need_dw:
-            self._loaded.store(f"Hg{group}", group)
-        return ()
+            self._loaded.store(action.text, action.number)
 
-    def _ew(self, ctx: Any, group: int, _: Any) -> Tensors:
-        g, groups = self._rows_of_backward, self.pair.backward.count("Ew")
+    def _ew(self, action: Action) -> None:
+        g, group, groups = self._rows_of_backward, action.number, self.pair.backward.count("Ew")
         homes = g.saved.w_in.shape[0]
         first, last = homes * group // groups, homes * (group + 1) // groups
         if self._loaded is None:
             self._weigh(first, last)
         elif self._need_dw:
             self._loaded.weigh(g, group, first, last)
-        return ()
 
-    def _eg(self, ctx: Any, c: int, _: Any) -> Tensors:
+    def _eg(self, action: Action) -> None:
         """Of the slots of chunk c of experts, those that are homes."""
-        plan, homes = self._backward_tables.plan, self._rows_of_backward.saved.w_in.shape[0]
+        plan, homes, c = self._backward_tables.plan, self._rows_of_backward.saved.w_in.shape[0], action.number
         ends = [min(homes, plan.local_slots * i // plan.chunks) for i in (c, c + 1)]
         self._weigh(ends[0], ends[1])
-        return ()
 
     def _weigh(self, first: int, last: int) -> None:
         """The weight gradients of the experts first .. last-1."""
@@ -221,31 +214,27 @@ class Backward:
         else:
             g.weight_gradient(first, last)
 
-    def _wd(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+    def _wd(self, action: Action) -> None:
         self._returned.weigh_copies(self._rows_of_backward)
-        return ()
 
-    def _start_wg(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+    def _start_wg(self, action: Action) -> None:
         r = self._returned
-        self.lanes.start(Action("Wg"), r.outgoing, layout=r.layout, plan=self._give_back)
-        return ()
+        self.lanes.start(action, r.outgoing, layout=r.layout, plan=self._give_back)
 
-    def _wait_wg(self, ctx: Any, _: int | None, __: Any) -> Tensors:
-        self._returned.take(self.lanes.wait(Action("Wg")))
-        return ()
+    def _wait_wg(self, action: Action) -> None:
+        self._returned.take(self.lanes.wait(action))
 
-    def _wa(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+    def _wa(self, action: Action) -> None:
         g = self._rows_of_backward
         if g.dw_in is not None:
             self._returned.add(g.dw_in, g.dw_out)
-        return ()
 
-    def _pt(self, ctx: Any, _: int | None, __: Any) -> Tensors:
+    def _pt(self) -> Gradients:
         g = self._rows_of_backward
-        dx_TD = g.dx_TD() if self._need_dx else None
-        if not self._distinct:
-            return (dx_TD,)
-        return dx_TD, g.dweights_TK.to(self._weights_dtype)
+        found: Gradients = {"x": g.dx_TD() if self._need_dx else None}
+        if self._distinct:
+            found["weights"] = g.dweights_TK.to(self._weights_dtype)
+        return found
 
     @property
     def _returns(self) -> bool:
@@ -281,10 +270,10 @@ class Backward:
         dx_TD: torch.Tensor | None = None
         with closing_on_error(self.transport, "Ut"):
             detached = DetachedNode(node)  # once: what a checkpoint saved can be unpacked once
-        for member in (member for group in backward_groups(self.pair) for member in group):
-            results = self.run_backward(member, detached, None)
-            if member.action.verb == "Pt" and self._entered:  # else Fork is not the node of these rows
-                dx_TD = results[0]
+        for stretch in backward_stretches(self.pair):
+            found = self.run_backward(stretch, detached, None)
+            if self._entered:  # else Fork is not the node of these rows
+                dx_TD = found.get("x", dx_TD)
         return dx_TD
 
     def take_weight_gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -301,9 +290,8 @@ class Backward:
             dw_out.mul_(self._grad_scale)
         return dw_in, dw_out
 
-    # (verb, half) -> what it does.
-    _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., Tensors]]] = {
-        ("Ut", ""): _ut,
+    # (verb, half) -> what it does; Ut and Pt give gradients.
+    _BACKWARD: ClassVar[dict[tuple[str, str], Callable[..., None]]] = {
         ("Od", ""): _own_gradients,
         ("Hb", ""): _hb,
         ("Hg", ""): _hg,
@@ -320,5 +308,4 @@ class Backward:
         ("Ew", ""): _ew,
         ("Eg", ""): _eg,
         ("Wa", ""): _wa,
-        ("Pt", ""): _pt,
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from moe_overlap.agreement.loads import CHUNK_BY, Agreed, ChunkBy, pays
@@ -42,7 +42,7 @@ class SchedulePair:
     joined_copies: bool = False  # weights of copies and their gradients alone are waited for where they start
     relayed_copies: bool | None = None  # weights of copies go from rank to rank, in two groups; None: as the rule says
 
-    @property
+    @cached_property
     def digest(self) -> int:
         """Equal on all ranks that will issue the same exchanges in the same order."""
         cuts = (self.chunks, self.by, self.backward_chunks, self.backward_by)
@@ -58,7 +58,7 @@ class SchedulePair:
     def has_shared(self) -> bool:
         return self.forward.count("S") > 0
 
-    @property
+    @cached_property
     def ahead(self) -> tuple[Action, ...]:
         """The user's ops that run while ranks agree: those between N and P."""
         if Action("N") not in self.forward.actions:
@@ -66,7 +66,7 @@ class SchedulePair:
         until_p = self.forward.actions[1 : self.forward.actions.index(Action("P"))]
         return tuple(action for action in until_p if action.verb not in ("Wf", "Hf"))
 
-    @property
+    @cached_property
     def deduplicated(self) -> bool:
         """Whether one row for each (token, rank) travels, with its ids and weights beside it."""
         return self.forward.count("M") > 0

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_overlap import ops
 from moe_overlap.agreement.plan import RowLayout
-from moe_overlap.ops import workspace
+from moe_overlap.ops import raw, workspace
+from moe_overlap.ops.expert_mlp_contract import Dgrad, Forward, Wgrad
 from moe_overlap.schedule.distinct_maps import ExpertMaps, TokenMaps, plan_of, weights_dtype
 from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.tables import Tables
@@ -102,9 +102,9 @@ class DistinctForward:
         self._tokens = TokenMaps(plan, slots_TK)
         sent, own = plan.outgoing_rows, plan.own_rows
         _, token_R = self._tokens.outgoing
-        self.send = ops.pack(x_TD, token_R[:sent])
+        self.send = raw.pack(x_TD, token_R[:sent])
         self.x = workspace.empty((own + plan.incoming_rows, x_TD.shape[1]), like=x_TD)
-        self.x[:own] = ops.pack(x_TD, token_R[sent:])
+        self.x[:own] = raw.pack(x_TD, token_R[sent:])
         self.y = workspace.empty((plan.expert_total, x_TD.shape[1]), like=x_TD)
         self.h = workspace.empty((plan.expert_total, weights.w_in.shape[1]), like=x_TD)
         self.back = workspace.empty((sent + own, x_TD.shape[1]), like=x_TD)
@@ -153,20 +153,22 @@ class DistinctForward:
         self._compute(*self.tables.both("own_expert_rows", local * half // halves, local * (half + 1) // halves))
         own, maps = self.plan.own_rows, self._maps
         if own and half + 1 == halves:
-            self.back[self.plan.outgoing_rows :] = ops.combine(self.y, maps.places_RK[:own], maps.weights_RK[:own])
+            sums = raw.combine(self.y, maps.places_RK[:own], maps.weights_RK[:own], None)
+            self.back[self.plan.outgoing_rows :] = sums
 
     def experts(self, c: int, received: torch.Tensor) -> torch.Tensor:
         """E of chunk c: the sums of the rows that go back with it."""
         maps = self._maps
-        ops.unpack(received, maps.arriving(c), out=self.x)
+        raw.unpack_into(received, maps.arriving(c), self.x)
         self._compute(*self.tables.both("expert_rows", c))
         leaving = maps.leaving(c)
-        return ops.combine(self.y, maps.places_RK[leaving], maps.weights_RK[leaving])
+        sums: torch.Tensor = raw.combine(self.y, maps.places_RK[leaving], maps.weights_RK[leaving], None)
+        return sums
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
         for w_in, w_out, seats in self.weights.parts(0):
-            ops.expert_mlp_forward(self.x, w_in, w_out, ends[seats], starts=starts[seats], kind=self.weights.kind,
-                                   y=self.y, h=self.h, rows=self._maps.row_R, num_sms=self._num_sms)  # fmt: skip
+            raw.expert_mlp_forward(Forward(self.x, w_in, w_out, ends[seats], starts[seats], self.weights.kind, self.y,
+                                           self.h, self._num_sms, self._maps.row_R))  # fmt: skip
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over the ranks of a node and then over the nodes, in order, of what came back."""
@@ -208,9 +210,9 @@ class DistinctBackward:
             dy_TD = x.new_zeros(saved.slots_TK.shape[0], x.shape[1])
         dy_TD = dy_TD.contiguous()  # gradients may arrive with stride 0 (from an expand or a sum)
         _, token_R = self._tokens.outgoing
-        self.dsend = ops.pack(dy_TD, token_R[:sent])
+        self.dsend = raw.pack(dy_TD, token_R[:sent])
         self.dy = workspace.empty(x.shape, like=x)
-        self.dy[:own] = ops.pack(dy_TD, token_R[sent:])
+        self.dy[:own] = raw.pack(dy_TD, token_R[sent:])
         self.need_dx = need_dx
         self.dback = workspace.empty((sent + own, x.shape[1]), like=x) if need_dx else None
         self.dx = workspace.empty((plan.expert_total, x.shape[1]), like=x)
@@ -238,22 +240,24 @@ class DistinctBackward:
         """Od: the gradients of the experts on the rows that stay."""
         self._compute(*self.tables.both("own_expert_rows", 0, self.plan.local_slots))
         if self.dback is not None and self.plan.own_rows:
-            self.dback[self.plan.outgoing_rows :] = ops.combine(self.dx, self._maps.places_RK[: self.plan.own_rows])
+            sums = raw.combine(self.dx, self._maps.places_RK[: self.plan.own_rows], None, None)
+            self.dback[self.plan.outgoing_rows :] = sums
 
     def dgrad(self, c: int, received: torch.Tensor) -> torch.Tensor | None:
         """Ed of chunk c: the sums of the input gradients that go back with it; None where no rank wants them."""
-        ops.unpack(received, self._maps.arriving(c), out=self.dy)
+        raw.unpack_into(received, self._maps.arriving(c), self.dy)
         self._compute(*self.tables.both("expert_rows", c))
         if self.dback is None:
             return None
-        return ops.combine(self.dx, self._maps.places_RK[self._maps.leaving(c)])
+        sums: torch.Tensor = raw.combine(self.dx, self._maps.places_RK[self._maps.leaving(c)], None, None)
+        return sums
 
     def _compute(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
         s, maps = self.saved, self._maps
         for w_in, w_out, seats in parts_of(s.w_in, s.w_out, *s.copied):
-            ops.expert_mlp_dgrad(self.dy, s.h, w_in, w_out, ends[seats], starts=starts[seats], kind=self.kind,
-                                 rows=maps.row_R, scale=maps.scale_R, dx=self.dx, dh=self.dh, a=self.a,
-                                 dscale=self._dscale_R[:-1], num_sms=self._num_sms)  # fmt: skip
+            raw.expert_mlp_dgrad(Dgrad(self.dy, s.h, w_in, w_out, ends[seats], starts[seats], self.kind, self.dx,
+                                       self.dh, self.a, self._num_sms, maps.row_R, maps.scale_R,
+                                       self._dscale_R[:-1]))  # fmt: skip
 
     @property
     def gradient_layout(self) -> RowLayout:
@@ -280,8 +284,8 @@ class DistinctBackward:
         """Ew of this rank's experts first .. last-1: one matmul an expert over the rows of all chunks."""
         if self.dw_in is not None and self.dw_out is not None:
             offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]
-            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, rows=self._maps.row_R, dw_in=self.dw_in,
-                                 dw_out=self.dw_out, experts=(first, last), num_sms=self._num_sms)  # fmt: skip
+            raw.expert_mlp_wgrad(Wgrad(self.saved.x, self.dy, self.dh, self.a, offs, None, self.dw_in, self.dw_out,
+                                       (first, last), self._num_sms, self._maps.row_R))  # fmt: skip
 
     def gradient_rows(self) -> GradientRows:
         """What the weight gradients of single experts are made of."""

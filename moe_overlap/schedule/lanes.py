@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,18 +15,30 @@ from torch.autograd import Variable
 from moe_overlap.agreement.node_plan import InsidePlan
 from moe_overlap.agreement.plan import ChunkPlan, RowLayout
 from moe_overlap.agreement.record import BackwardRecord, digest
-from moe_overlap.schedule.actions import Action
+from moe_overlap.schedule.actions import COMP, Action
 from moe_overlap.schedule.clocks import Clock, HostClock
 from moe_overlap.schedule.gateway import Gateway
 from moe_overlap.schedule.recorder import TimelineEvent, recording
 from moe_overlap.transport.base import Agreement, Announcement, Transport, Work
-from moe_overlap.transport.closing import ClosingUnlessCalled, closing_on_error
+from moe_overlap.transport.closing import ClosingUnlessCalled, close_for
 
 ATTACH = "if no rank failed, the peer's loss does not reach this layer: call layer.attach(loss) on that rank"
 RETURNING = ("C", "Dt", "Mt", "Wg")
 WEIGHTS = ("Wf", "Wg")  # which go to their ranks directly
 # Phase, action, lane, the stamps of its start and end; of an exchange that of its issue, and whose rows came last.
 Note = tuple[str, str, str, Any, Any, Any, int | None]
+
+
+@dataclass(slots=True, eq=False)
+class _Exchange:
+    """One under way. start: when it was issued; end: when the wait for it ended. computed: what its rows are computed
+    in, and where they belong, where they travel in another dtype."""
+
+    work: Work
+    start: Any
+    layout: RowLayout
+    computed: tuple[torch.dtype, torch.Tensor | None] | None
+    end: Any = None
 
 
 class Lanes:
@@ -45,13 +58,12 @@ class Lanes:
         self._first_hint = "" if probe else ATTACH
         self.phase = phase
         self.clock = clock
+        self.now: Callable[[], Any] = nothing if clock is None else clock.now
+        """A stamp of the clock."""
         self._recording = recording()
         self._notes: list[Note] = []
         self._events: list[TimelineEvent] = []
-        self._works: dict[Action, tuple[Work, Any, RowLayout]] = {}
-        self._waited: dict[Action, Any] = {}  # when the wait for an exchange ended
-        # What rows are computed in, and where they belong, of exchanges whose rows travel in another dtype.
-        self._computed: dict[Action, tuple[torch.dtype, torch.Tensor | None]] = {}
+        self._under_way: dict[Action, _Exchange] = {}
         self._open_op: tuple[str, Any] | None = None
         self.gateway: Gateway | None = None  # of the half that runs, where rows are deduplicated
 
@@ -92,32 +104,34 @@ class Lanes:
             plan = self._plans[action.spec.phase]
             plan, layout = (plan, self._layout) if layout is None else (plan.cut(1, "tokens"), layout)
         assert layout is not None
-        reverse, chunk = action.verb in RETURNING, action.index or 0
+        reverse, chunk = action.verb in RETURNING, action.number
+        computed = None
         if rows.dtype != layout.dtype:  # the payload's, which is another one
-            self._computed[action] = rows.dtype, out
+            computed = rows.dtype, out
             rows, out = rows.to(layout.dtype), None
         if self.gateway is not None and reverse and action.verb not in WEIGHTS:
             rows = self.gateway.give_back(chunk, rows, layout, partial(self._inside, action, layout))
         work = self.transport.start(rows, plan, layout, chunk, reverse=reverse, out=out, action=action.text)
-        self._works[action] = work, start, layout
+        exchange = self._under_way[action] = _Exchange(work, start, layout, computed)
         if self._joined(action):
-            self._stand_still(action, work)
+            self._stand_still(action, exchange)
 
     def wait(self, action: Action) -> torch.Tensor:
         """The rows of an exchange that was started."""
-        work, start, layout = self._works.pop(action)
+        exchange = self._under_way.pop(action)
         if not self._joined(action):
-            self._stand_still(action, work)
-        rows, end = work.wait(), self._waited.pop(action)
+            self._stand_still(action, exchange)
+        work, layout, end = exchange.work, exchange.layout, exchange.end
+        rows, start = work.wait(), exchange.start
         issued = start
         if isinstance(self.clock, HostClock):
             # A transport that cannot tell when bytes moved (one rank: none do) has an interval of length zero.
             start, end = work.interval() or (end, end)
         self.note(action.text, "wire", start, end, issued, last_sender(work))
         if self.gateway is not None and action.verb not in (*RETURNING, *WEIGHTS):
-            rows = self.gateway.pass_on(action.index or 0, rows, layout, partial(self._inside, action, layout))
-        if action in self._computed:
-            dtype, out = self._computed.pop(action)
+            rows = self.gateway.pass_on(action.number, rows, layout, partial(self._inside, action, layout))
+        if exchange.computed is not None:
+            dtype, out = exchange.computed
             rows = rows.to(dtype) if out is None else out.copy_(rows)
         return rows
 
@@ -126,7 +140,7 @@ class Lanes:
     ) -> torch.Tensor:
         """The part of an exchange that stays inside the nodes, waited for at once."""
         start = self.now()
-        work = self.transport.start(rows, plan, layout, action.index or 0, reverse=reverse,
+        work = self.transport.start(rows, plan, layout, action.number, reverse=reverse,
                                     action=f"{action.text} inside the node")  # fmt: skip
         found = work.wait()
         end = self.now()
@@ -152,24 +166,27 @@ class Lanes:
         else:  # in its place among those of the stream
             target.pending.append(lambda: event)
 
-    def _stand_still(self, action: Action, work: Work) -> None:
+    def _stand_still(self, action: Action, exchange: _Exchange) -> None:
         """Wait for an exchange, and note the time that takes."""
         start = self.now()
-        work.wait()
-        self._waited[action] = end = self.now()
-        self.note(action.text, "wait", start, end)
+        exchange.work.wait()
+        exchange.end = self.now()
+        self.note(action.text, "wait", start, exchange.end)
 
     # ---------------------------------------------------------------- compute
 
-    @contextmanager
-    def acting(self, action: str, device_type: str, *, timed: bool) -> Iterator[None]:
-        """Around the body of an action: peers learn of an error, autocast changes nothing, the time is noted."""
-        hint = self._first_hint if action.startswith("Ct") else ""
-        with closing_on_error(self.transport, action, hint=hint), autocast_off(device_type):
-            start = self.now() if timed else None
-            yield
-            if timed:
-                self.note(action, "comp", start, self.now())
+    def act(self, action: Action, body: Callable[..., Any], *arguments: Any, timed: bool = True) -> Any:
+        """Run the body of an action: peers learn of an error, and the time is noted where that is the compute lane's
+        (`timed`)."""
+        start = self.now() if timed and action.lane == COMP else None
+        try:
+            result = body(*arguments)
+        except BaseException as error:
+            close_for(error, self.transport, action.text, hint=self._first_hint if action.verb == "Ct" else "")
+            raise
+        if start is not None:
+            self.note(action.text, "comp", start, self.now())
+        return result
 
     def open_op(self, action: str) -> None:
         """The backward of a user's op begins now; it ends when the next node of this step runs."""
@@ -184,15 +201,11 @@ class Lanes:
 
     # ---------------------------------------------------------------- time
 
-    def now(self) -> Any:
-        """A stamp of the clock."""
-        return None if self.clock is None else self.clock.now()
-
     def note(self, action: str, lane: str, start: Any, end: Any, issued: Any = None, sender: int | None = None) -> None:
         """Record one executed action, between two stamps; `issued`, `sender`: see `TimelineEvent`."""
         if self.clock is None:
             return
-        in_backward = torch._C._current_graph_task_id() >= 0 and self.phase == "forward"
+        in_backward = self.phase == "forward" and torch._C._current_graph_task_id() >= 0
         self._notes.append(("backward" if in_backward else self.phase, action, lane, start, end, issued, sender))
         # On CUDA backward runs in a thread of the engine: there the recorder of the forward call counts.
         target = recording() or self._recording
@@ -216,6 +229,10 @@ class Lanes:
             )
         self._notes.clear()
         return self._events
+
+
+def nothing() -> None:
+    """The stamp where there is no clock."""
 
 
 def last_sender(work: Work | Agreement) -> int | None:

@@ -1,12 +1,12 @@
 """The autograd nodes of one layer call: thin shells around the bodies in `run.py`.
 
-Every action of the backward schedule is a node of its own in the user's graph, so that the engine can run them in the
-planned order, between the backwards of the user's own modules. The nodes pass empty tensors ("tokens") to each other:
-they carry the dependencies; the rows themselves lie in the buffers of the step. Written as the graph is built, so that
-backward runs it from right to left:
+Each stretch of the backward schedule, which is what stands between the backwards of the user's own modules, is a node
+in the user's graph, so that the engine can run them all in the planned order. A node costs as much as several actions,
+so there are no more than that order needs. They pass empty tensors ("tokens") to each other, without gradients, which
+make a chain of them; the rows themselves lie in the buffers of the step. Written as the graph is built, so that
+backward runs it from right to left, with one user's op between:
 
-    Fork -> [router] -> Pt -> Dt.wait -> Dt.start -> Ed -> Ct.wait -> Ct.start -> Ut -> y     (per chunk from Dt to Ct)
-      \\______ Ew (weight gradients) _______________/
+    Fork -> [router] -> (Dt0.wait Pt) -> [op] -> (Ct0.wait Ed0 Dt0.start Ew0) -> (Ut Ct0.start) -> y
 
 Fork is the last node of the layer's backward: it is the one consumer of x and of the expert weights, adds the gradients
 of x in a fixed order, and hands the weight gradients over when all of them are complete.
@@ -14,7 +14,7 @@ of x in a fixed order, and hands the weight gradients over when all of them are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Protocol
 
@@ -22,17 +22,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.schedule.order import Node
+from moe_overlap.schedule.order import Stretch
 
 
 class BackwardStep(Protocol):
     """The layer call that a node belongs to, as far as nodes know it (`run.Step`)."""
 
-    def node_output(self, node: Node, ctx: Any) -> torch.Tensor:
+    def node_output(self, stretch: Stretch, ctx: Any) -> torch.Tensor:
         """What the forward of a node returns."""
 
-    def run_backward(self, node: Node, ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """The backward body of a node: the gradients of its tensors."""
+    def run_backward(self, stretch: Stretch, ctx: Any, grad: torch.Tensor | None) -> Mapping[str, torch.Tensor | None]:
+        """The backward bodies of a node: the gradients that it gives, by name."""
 
     def run_missing_backward(self) -> torch.Tensor | None:
         """The whole backward schedule, where the loss did not reach the output; the rows' gradient of x."""
@@ -91,30 +91,38 @@ class Fork(torch.autograd.Function):
 
 
 class Stage(torch.autograd.Function):
-    """One action of the backward schedule, or half of an exchange. Its forward computes nothing."""
+    """One stretch of the backward schedule. Its forward computes nothing.
+
+    Inputs: step, stretch, the names of the gradients that it gives, the token of the stretch that follows it in
+    backward, and the tensors of those names.
+    """
 
     @staticmethod
-    def forward(ctx: Any, step: BackwardStep, node: Node, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.step, ctx.node, ctx.num_tensors = step, node, len(tensors)
+    def forward(
+        ctx: Any,
+        step: BackwardStep,
+        stretch: Stretch,
+        names: tuple[str, ...],
+        token: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.step, ctx.stretch, ctx.names = step, stretch, names
         ctx.set_materialize_grads(False)
-        return step.node_output(node, ctx)
+        return step.node_output(stretch, ctx)
 
     @staticmethod
     @only_once
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
-        grads = ctx.step.run_backward(ctx.node, ctx, grad)
-        return (None, None, *grads)
+        found = ctx.step.run_backward(ctx.stretch, ctx, grad)
+        return (None, None, None, None, *(found[name] for name in ctx.names))
 
 
 class DetachedNode:
-    """Stands for a node's context where a backward body is run outside the engine, for Fork: no tensors of its own."""
-
-    num_tensors = 1
+    """Stands for a node's context where backward bodies are run outside the engine, for Fork."""
 
     def __init__(self, output_node: Any) -> None:
         self.saved_tensors = output_node.saved_tensors
         self.routing_digest = output_node.routing_digest
-        self.needs_input_grad = (False, False, False)
 
 
 class Tap(torch.autograd.Function):

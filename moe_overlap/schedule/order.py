@@ -1,17 +1,19 @@
-"""The backward schedule as a total order of autograd nodes. No tensors."""
+"""The order in which a step does things: the actions of a schedule, exchanges as two halves. No tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from moe_overlap.schedule.actions import Action, dependencies
+from moe_overlap.schedule.actions import Action, Schedule, dependencies
 from moe_overlap.schedule.builders import SchedulePair
 
+OPS = ("B", "S", "Bt", "St")
+"""What is the user's: modules beside the exchanges, and their backwards."""
 
-@dataclass(frozen=True)
-class Node:
-    """One autograd node of a step, named by what its backward does: an action, or half of an exchange."""
+
+class Half(NamedTuple):
+    """An action, or half of an exchange."""
 
     action: Action
     half: str = ""  # "start" or "wait" of an exchange
@@ -20,36 +22,42 @@ class Node:
         return f"{self.action}{'.' + self.half if self.half else ''}"
 
 
-@lru_cache(maxsize=512)
-def backward_groups(pair: SchedulePair) -> tuple[list[Node], ...]:
-    """The step's nodes in the order of the backward schedule, cut at the backwards of the user's ops.
+Stretch = tuple[Half, ...]
+"""What is done without the user's ops between."""
 
-    Group 0 runs before the first of them, the last group after the last. Waits stand just before the first reader.
+
+@lru_cache(maxsize=512)
+def halves(schedule: Schedule, begin: int = 0) -> Stretch:
+    """From action `begin` on; each exchange is waited for just before the first action that reads what it brings.
+
+    What stands before `begin` is over, and nobody waits for it.
     """
-    groups: list[list[Node]] = [[]]
-    waited: set[int] = set()
-    actions = pair.backward.actions
-    for action, needs in zip(actions, dependencies(pair.backward), strict=True):
-        for need in needs:
+    actions, found = schedule.actions, []
+    waited = set(range(begin))
+    for action, needs in list(zip(actions, dependencies(schedule), strict=True))[begin:]:
+        # M first: what is passed on to other ranks of a node follows from it.
+        for need in sorted(needs, key=lambda need: actions[need].verb != "M"):
             if actions[need].lane == "wire" and need not in waited:
                 waited.add(need)
-                groups[-1].append(Node(actions[need], "wait"))
-        if action.verb in ("Bt", "St"):
-            groups.append([])
-        elif action.lane == "wire":
-            groups[-1].append(Node(action, "start"))
-        else:
-            groups[-1].append(Node(action))
-    return tuple(groups)
+                found.append(Half(actions[need], "wait"))
+        found.append(Half(action, "start" if action.lane == "wire" else ""))
+    return tuple(found)
 
 
-def split_tail(group: list[Node], most: int) -> tuple[list[Node], list[Node]]:
-    """(head, tail) of the last group: the tail begins at the first wait for a Dt and can let the router go first.
+@lru_cache(maxsize=512)
+def backward_stretches(pair: SchedulePair) -> tuple[Stretch, ...]:
+    """The backward schedule, cut at the backwards of the user's ops, and once more for the router's.
 
-    It has at most the last `most` nodes.
+    Stretch 0 runs before the first of them. The last one runs after the router's backward too: it begins at the first
+    wait for a Dt behind all user's ops, which may so be hidden. Stretches may be empty.
     """
-    for position, node in enumerate(group):
-        if node.action.verb == "Dt" and node.half == "wait":
-            cut = max(position, len(group) - most)
-            return group[:cut], group[cut:]
-    return group, []
+    stretches: list[list[Half]] = [[]]
+    for half in halves(pair.backward):
+        if half.action.verb in OPS:
+            stretches.append([])
+        else:
+            stretches[-1].append(half)
+    last = stretches.pop()
+    waits = [place for place, half in enumerate(last) if half.action.verb == "Dt" and half.half == "wait"]
+    cut = waits[0] if waits else len(last)
+    return (*map(tuple, stretches), tuple(last[:cut]), tuple(last[cut:]))

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_overlap import ops
 from moe_overlap.agreement.static_plan import StaticChunks
-from moe_overlap.ops import workspace
+from moe_overlap.ops import raw, workspace
+from moe_overlap.ops.expert_mlp_contract import Dgrad, Forward, Wgrad
 from moe_overlap.schedule.static_rows import static_order
 from moe_overlap.schedule.tables import Tables
 from moe_overlap.schedule.weights import ExpertWeights, GradientRows, Loaded, parts_of
@@ -75,7 +75,7 @@ def send_order(tables: Tables, slots_TK: torch.Tensor) -> tuple[torch.Tensor, to
         return static_order(plan)
     table = tables.one("key_table", slots_TK.shape[0]) if plan.chunks > 1 else None
     keys_TK, num_keys = plan.send_keys(slots_TK, table)
-    _, offs, slot_to_row, _ = ops.row_map(keys_TK, num_experts=num_keys)
+    _, offs, slot_to_row, _ = raw.row_map(keys_TK, num_keys, 0, num_keys, 1, None)
     return slot_to_row, offs
 
 
@@ -109,11 +109,11 @@ class _Chunks:
         if self.plan.in_order:
             self._settle(received, self._of(buffer, c))
         else:
-            ops.unpack(received, self.tables.one("buffer_order", c), out=buffer)
+            raw.unpack_into(received, self.tables.one("buffer_order", c), buffer)
 
     def _take(self, buffer: torch.Tensor, c: int) -> torch.Tensor:
         """The rows of chunk c in the experts' buffer, in the order in which they came."""
-        return self._of(buffer, c) if self.plan.in_order else ops.pack(buffer, self.tables.one("buffer_order", c))
+        return self._of(buffer, c) if self.plan.in_order else raw.pack(buffer, self.tables.one("buffer_order", c))
 
     @staticmethod
     def _settle(rows: torch.Tensor, place: torch.Tensor) -> None:
@@ -144,7 +144,7 @@ class ForwardRows(_Chunks):
         self.weights = weights
         self._slots_TK, self._weights_TK = slots_TK, weights_TK
         self.slot_to_row, offs = send_order(tables, slots_TK)
-        self.send = ops.permute(x_TD, self.slot_to_row, offs, num_rows=plan.send_offsets[-1])
+        self.send = raw.permute(x_TD, self.slot_to_row, offs, plan.send_offsets[-1])
         rows = sum(plan.recv_rows)
         self.x = self.send if plan.in_order else self._new(rows, x_TD)
         self.y = self._new(rows, x_TD)
@@ -168,13 +168,14 @@ class ForwardRows(_Chunks):
         self._put(received, c, self.x)
         starts, ends = self.expert_rows(c)
         for w_in, w_out, seats in self.weights.parts(c):
-            ops.expert_mlp_forward(self.x, w_in, w_out, ends[seats], starts=starts[seats], kind=self.weights.kind,
-                                   y=self.y, h=self.h, num_sms=self.num_sms)  # fmt: skip
+            raw.expert_mlp_forward(Forward(self.x, w_in, w_out, ends[seats], starts[seats], self.weights.kind,
+                                           self.y, self.h, self.num_sms))  # fmt: skip
         return self._take(self.y, c)
 
     def combine(self) -> torch.Tensor:
         """U: y[t] = sum over k, in order, of weights[t, k] * returned row of (t, k)."""
-        return ops.combine(self.back, self.slot_to_row, self._weights_TK)
+        y_TD: torch.Tensor = raw.combine(self.back, self.slot_to_row, self._weights_TK, None)
+        return y_TD
 
     def saved(self, backward: Tables) -> Saved:
         w = self.weights
@@ -212,8 +213,9 @@ class BackwardRows(_Chunks):
         if dy_TD is None:
             dy_TD = saved.back.new_zeros(saved.slot_to_row.shape[0], saved.back.shape[1])
         # Gradients may arrive with stride 0 (from an expand or a sum).
-        self.dback, self.dweights_TK = ops.combine_backward(
-            dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
+        back = self._back_in_order()
+        self.dback, self.dweights_TK = raw.combine_backward(
+            dy_TD.contiguous(), back, saved.slot_to_dback, saved.weights_TK, back.shape[0]
         )
         x, h = saved.x, saved.h
         self.dy = self.dback if plan.in_order else self._new(x.shape[0], x)
@@ -236,7 +238,8 @@ class BackwardRows(_Chunks):
         # shapes) read row 0, and nobody reads them.
         order = torch.zeros(rows + 1, dtype=torch.int64, device=s.back.device)
         order[torch.where(used, s.slot_to_dback, rows).long().reshape(-1)] = s.slot_to_row.long().reshape(-1)
-        return ops.pack(s.back, order[:rows])
+        packed: torch.Tensor = raw.pack(s.back, order[:rows])
+        return packed
 
     def outgoing(self, c: int) -> torch.Tensor:
         """The gradients of chunk c to send."""
@@ -260,23 +263,23 @@ class BackwardRows(_Chunks):
         s = self.saved
         parts = parts_of(s.w_in, s.w_out, *s.copied) if self._loaded is None else self._loaded.parts(c)
         for w_in, w_out, seats in parts:
-            ops.expert_mlp_dgrad(self.dy, s.h, w_in, w_out, ends[seats], starts=starts[seats], kind=self.kind,
-                                 dx=self.dx, dh=self.dh, a=self.a, num_sms=self.num_sms)  # fmt: skip
+            raw.expert_mlp_dgrad(Dgrad(self.dy, s.h, w_in, w_out, ends[seats], starts[seats], self.kind, self.dx,
+                                       self.dh, self.a, self.num_sms))  # fmt: skip
         return self._take(self.dx, c) if self.need_dx else None
 
     def weight_gradient(self, first: int, last: int) -> None:
         """Ew of this rank's experts first .. last-1: one matmul an expert over the rows of all chunks."""
         if self.dw_in is not None and self.dw_out is not None:
             offs = self.tables.one("expert_offs")[: self.dw_in.shape[0]]
-            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs, dw_in=self.dw_in,
-                                 dw_out=self.dw_out, experts=(first, last), num_sms=self.num_sms)  # fmt: skip
+            raw.expert_mlp_wgrad(Wgrad(self.saved.x, self.dy, self.dh, self.a, offs, None, self.dw_in, self.dw_out,
+                                       (first, last), self.num_sms))  # fmt: skip
 
     def group_gradient(self, first: int, last: int, dw_in: torch.Tensor, dw_out: torch.Tensor) -> None:
         """Ew of the same experts into buffers of their own, [last - first, ...]."""
         ends = self.tables.one("expert_offs")
         starts = torch.nn.functional.pad(ends[:-1], (1, 0))
-        ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, ends[first:last], starts=starts[first:last],
-                             dw_in=dw_in, dw_out=dw_out, num_sms=self.num_sms)  # fmt: skip
+        raw.expert_mlp_wgrad(Wgrad(self.saved.x, self.dy, self.dh, self.a, ends[first:last], starts[first:last], dw_in,
+                                   dw_out, (0, last - first), self.num_sms))  # fmt: skip
 
     def gradient_rows(self) -> GradientRows:
         """What the weight gradients of single experts are made of."""
@@ -285,4 +288,5 @@ class BackwardRows(_Chunks):
 
     def dx_TD(self) -> torch.Tensor:
         """Pt: dx[t] = sum over k, in order, of the gradient of the row of (t, k)."""
-        return ops.combine(self.dsend, self.saved.slot_to_dback)
+        dx_TD: torch.Tensor = raw.combine(self.dsend, self.saved.slot_to_dback, None, None)
+        return dx_TD

@@ -3,9 +3,9 @@
 
 `Step` walks the forward schedule: compute actions run inline, exchanges are started where they stand and waited for
 just before the first action that reads their result (or at once, where the schedule pair is `joined`). At its end it
-makes one autograd node for every action of the backward schedule, which may be cut into other chunks than forward. The
-total order of these nodes (`order.py`) is written into their sequence numbers, so that the engine itself executes it
-between the backwards of the user's modules. The arithmetic is in `rows.py`.
+makes one autograd node for every stretch of the backward schedule between the backwards of the user's modules, which
+may be cut into other chunks than forward. The order of these nodes is written into their sequence numbers
+(`numbers.py`), so that the engine itself executes it. The arithmetic is in `rows.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_overlap.agreement.copies import copy_plan
 from moe_overlap.agreement.node_plan import rows_plan
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.errors import PlanMismatch
-from moe_overlap.schedule.actions import COMP, Action, dependencies
+from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.agreeing import Agreeing
 from moe_overlap.schedule.backward import Backward
 from moe_overlap.schedule.builders import SchedulePair, Schedules, with_copies
@@ -30,11 +30,11 @@ from moe_overlap.schedule.check import check_over_gateways
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.distinct_rows import DistinctForward
 from moe_overlap.schedule.expert_copies import StepCopies
-from moe_overlap.schedule.lanes import payload_of
+from moe_overlap.schedule.lanes import autocast_off, payload_of
 from moe_overlap.schedule.nodes import Fork, Marker, Stage, routing_digest
-from moe_overlap.schedule.numbers import HOST_NODES, SequenceNumbers
+from moe_overlap.schedule.numbers import SequenceNumbers
 from moe_overlap.schedule.offload import with_host_experts
-from moe_overlap.schedule.order import Node
+from moe_overlap.schedule.order import OPS, Stretch, backward_stretches, halves
 from moe_overlap.schedule.rows import ForwardRows
 from moe_overlap.schedule.tables import tables_of
 from moe_overlap.schedule.user_ops import Mistakes
@@ -65,14 +65,12 @@ class Step(Backward):
         self.grad = torch.is_grad_enabled()
         self.hidden: torch.Tensor | None = None
         self.shared: torch.Tensor | None = None
-        # Where the walk stands.
+        # What is still to be done, and where the walk stands in it.
+        self._order: Stretch = ()
         self._position = 0
-        self._waited: set[int] = set()
         self._agreeing: Agreeing | None = None
         self._mistakes = Mistakes(transport)
-        # The nodes of backward and their order (None without gradients).
-        self._numbers: SequenceNumbers | None = None
-        self._nodes: dict[Node, Any] = {}
+        self._numbers: SequenceNumbers | None = None  # of the nodes of backward; None without gradients
 
     # ---------------------------------------------------------------- entry
 
@@ -84,8 +82,7 @@ class Step(Backward):
         self._need_dw = self.grad and (w_in.requires_grad or w_out.requires_grad)
         self._need_dx = self.grad and x_TD.requires_grad
         *copied, self._weight_token = Fork.apply(self, copies, self.anchor, x_TD, w_in, w_out)
-        more = 0 if self._host_link is None else HOST_NODES
-        self._numbers = SequenceNumbers(self.anchor, more=more) if self.grad else None
+        self._numbers = SequenceNumbers(self.anchor) if self.grad else None
         return copied if self._need_dx else [x_TD] * copies
 
     def ask(self, schedule: Schedules, dispatcher: Dispatcher, agreement: Agreement) -> None:
@@ -118,15 +115,12 @@ class Step(Backward):
         if exchange.node_rows is not None and self._distinct:
             check_over_gateways(pair)
         backward_plan = self.plan.cut(pair.backward_chunks, pair.backward_by)
-        halves = (self.plan, backward_plan) if self.grad else (self.plan, self.plan)
-        self._tables, self._backward_tables = tables_of(halves, x_TD.device, x_TD.shape[0])
-        self._needs = dependencies(pair.forward)
-        if Action("N") in pair.forward.actions:  # it is over, and what stands beside it
-            assert pair.ahead == self.schedule.ahead
-            self._position = 1 + len(pair.ahead)
-            self._waited.add(0)
-        if self._numbers is not None:
-            self._numbers.bind(pair)
+        plans = (self.plan, backward_plan) if self.grad else (self.plan, self.plan)
+        self._tables, self._backward_tables = tables_of(plans, x_TD.device, x_TD.shape[0])
+        assert pair.ahead == self.schedule.ahead
+        # N is over, and what stands beside it.
+        over = 1 + len(pair.ahead) if pair.forward.actions[0].verb == "N" else 0
+        self._order = halves(pair.forward, over)
         self.layout = RowLayout(width=x_TD.shape[1], dtype=payload_of(x_TD.dtype, self._payload_dtype))
         self.lanes.bind(self.plan, backward_plan, self.layout, joined=pair.joined, joined_copies=pair.joined_copies)
         self._weights_dtype = self._weights_TK.dtype
@@ -165,44 +159,36 @@ class Step(Backward):
                 for action in self.schedule.ahead:
                     self._run_op(action, op_of(action))
                 self._bind()
-            while self._position < len(self.pair.forward):
-                action = self.pair.forward.actions[self._position]
-                if action.verb in ("B", "S"):
+            while self._position < len(self._order):
+                action = self._order[self._position].action
+                if action.verb in OPS:
                     self._run_op(action, op_of(action))
                     self._position += 1
                 else:
-                    self._run_next()
+                    self._walk()
             self._mistakes.raise_first()
             return self._finish()
 
     def run_until_op(self) -> None:
         """Walk up to the next op of the user, exclusive, and get ready for the caller to run it (ticket API)."""
         with self._releasing_on_error():
-            while self.pair.forward.actions[self._position].verb not in ("B", "S"):
-                self._run_next()
+            self._walk()
             self._before_op()
             self._position += 1
 
-    def _run_next(self) -> None:
-        """Execute the next action, after waiting for the exchanges it reads."""
-        position, actions = self._position, self.pair.forward.actions
-        action = actions[position]
-        # M first: what is passed on to other ranks of a node follows from it.
-        for need in sorted(self._needs[position], key=lambda need: actions[need].verb != "M"):
-            if actions[need].lane == "wire" and need not in self._waited:
-                self._waited.add(need)
-                self._forward(actions[need], "wait")
-        self._wait_for_host(action)
-        self._forward(action, "start" if action.lane == "wire" else "")
-        self._position += 1
-
-    def _forward(self, action: Action, half: str) -> None:
-        """Run the body of one forward action, or of half of an exchange."""
-        with self.lanes.acting(action.text, self._empty.device.type, timed=action.lane == COMP), torch.no_grad():
-            self._FORWARD[action.verb, half](self, action.index)
+    def _walk(self) -> None:
+        """Do what comes next, up to an op of the user or the end."""
+        with torch.no_grad(), autocast_off(self._device.type):
+            for action, half in self._order[self._position :]:
+                if action.verb in OPS:
+                    return
+                if self._loaded is not None:
+                    self._wait_for_host(action, self._loaded)
+                self.lanes.act(action, self._FORWARD[action.verb, half], self, action)
+                self._position += 1
 
     def _run_op(self, action: Action, op: Callable[[Any], torch.Tensor]) -> None:
-        """Execute a user's op at its place in the schedule, with the sequence numbers around it reserved."""
+        """Execute a user's op at its place in the schedule, with the sequence number before it reserved."""
         self._before_op()
         start = self.lanes.now()
         result = self._mistakes.result_of(action, op, self.hidden)
@@ -218,12 +204,8 @@ class Step(Backward):
             self.shared = result
 
     def _before_op(self) -> None:
-        """Reserve the numbers of the nodes that run, in backward, right after the coming op."""
-        if self._numbers is None:
-            return
-        if self._agreeing is not None:
-            self._numbers.before_early_op(self.schedule)
-        else:
+        """Reserve the number of the node that runs, in backward, right after the coming op."""
+        if self._numbers is not None:
             self._numbers.before_op()
 
     def _finish(self) -> torch.Tensor:
@@ -233,8 +215,7 @@ class Step(Backward):
         if loaded is not None and not self.grad:  # else the end of backward waits
             loaded.let_go()
         if self._numbers is not None:
-            y_TD = self._make_nodes()
-            self._numbers.write(self._nodes)
+            y_TD = self._make_nodes(self._numbers)
             self._output_node = weakref.ref(y_TD.grad_fn)
         # The graph now holds what backward needs.
         self._release()
@@ -253,7 +234,6 @@ class Step(Backward):
 
     def _release(self) -> None:
         """Drop what only the walk needs: nodes hold their step, so a step that held them would never be freed."""
-        self._nodes.clear()
         self._numbers = None
         self.lanes.gateway = None
         self._agreeing = None
@@ -274,7 +254,7 @@ class Step(Backward):
 
     # ---------------------------------------------------------------- forward: the bodies
 
-    def _permute(self, _: int | None) -> None:
+    def _permute(self, action: Action) -> None:
         given = (self._weights, self._x_TD, self._slots_TK, self._weights_TK)
         self._rows: Any
         if self._distinct:
@@ -283,11 +263,11 @@ class Step(Backward):
         else:
             self._rows = ForwardRows(self._tables, *given, num_sms=self._num_sms)
 
-    def _start_metadata(self, _: int | None) -> None:
-        self.lanes.start(Action("M"), self._rows.metadata(), layout=self._rows.metadata_layout)
+    def _start_metadata(self, action: Action) -> None:
+        self.lanes.start(action, self._rows.metadata(), layout=self._rows.metadata_layout)
 
-    def _wait_metadata(self, _: int | None) -> None:
-        received = self.lanes.wait(Action("M"))
+    def _wait_metadata(self, action: Action) -> None:
+        received = self.lanes.wait(action)
         peer = self._rows.odd_source(received)
         if peer is not None:
             text = f"rank {peer} sent ids of experts that are not those that it announced"
@@ -296,82 +276,61 @@ class Step(Backward):
             raise PlanMismatch(text, peer=peer, action="M", **here)
         self._rows.take_metadata(received)
 
-    def _start_fetch(self, group: int) -> None:
+    def _start_fetch(self, action: Action) -> None:
         copies = self._copies
-        self.lanes.start(Action("Wf", group), copies.outgoing(group), layout=copies.layout, plan=copies.fetch)
+        self.lanes.start(action, copies.outgoing(action.number), layout=copies.layout, plan=copies.fetch)
 
-    def _wait_fetch(self, group: int) -> None:
-        self._copies.arrived(group, self.lanes.wait(Action("Wf", group)))
+    def _wait_fetch(self, action: Action) -> None:
+        self._copies.arrived(action.number, self.lanes.wait(action))
 
-    def _fetch_from_host(self, c: int) -> None:
+    def _fetch_from_host(self, action: Action) -> None:
         assert self._loaded is not None
-        self._loaded.fetch(f"Hf{c}", c)
+        self._loaded.fetch(action.text, action.number)
 
-    def _own(self, _: int | None) -> None:
+    def _own(self, action: Action) -> None:
         self._rows.own(0, 1 + self.pair.forward.count("Or"))
 
-    def _own_rest(self, _: int | None) -> None:
+    def _own_rest(self, action: Action) -> None:
         self._rows.own(1, 2)
 
-    def _start_dispatch(self, c: int) -> None:
-        self.lanes.start(Action("D", c), self._rows.outgoing(c))
+    def _start_dispatch(self, action: Action) -> None:
+        self.lanes.start(action, self._rows.outgoing(action.number))
 
-    def _wait_dispatch(self, c: int) -> None:
-        self._received[c] = self.lanes.wait(Action("D", c))
+    def _wait_dispatch(self, action: Action) -> None:
+        self._received[action.number] = self.lanes.wait(action)
 
-    def _experts(self, c: int) -> None:
-        self._received[c] = self._rows.experts(c, self._received.pop(c))
+    def _experts(self, action: Action) -> None:
+        self._received[action.number] = self._rows.experts(action.number, self._received.pop(action.number))
 
-    def _start_combine(self, c: int) -> None:
-        self.lanes.start(Action("C", c), self._received.pop(c), out=self._rows.incoming(c))
+    def _start_combine(self, action: Action) -> None:
+        self.lanes.start(action, self._received.pop(action.number), out=self._rows.incoming(action.number))
 
-    def _wait_combine(self, c: int) -> None:
-        self._rows.returned(c, self.lanes.wait(Action("C", c)))
+    def _wait_combine(self, action: Action) -> None:
+        self._rows.returned(action.number, self.lanes.wait(action))
 
-    def _unpermute(self, _: int | None) -> None:
+    def _unpermute(self, action: Action) -> None:
         self._y_TD = self._rows.combine()
 
     # ---------------------------------------------------------------- forward: the nodes
 
-    def _node(self, node: Node, *tensors: torch.Tensor) -> torch.Tensor:
-        """Make the autograd node of a backward action (or half of an exchange): what it feeds comes first."""
-        output: torch.Tensor = Stage.apply(self, node, *tensors)
-        self._nodes[node] = output.grad_fn
-        return output
+    def _make_nodes(self, numbers: SequenceNumbers) -> torch.Tensor:
+        """The nodes of backward, from that of Pt, the last but Fork, to that of Ut, whose forward gives y_TD."""
+        tensors = {"x": self._x_TD, "weights": self._weights_TK}
+        gives = {"Pt": ("x", "weights"), "Ut": ()} if self._distinct else {"Pt": ("x",), "Ut": ("weights",)}
+        token, nodes = self._weight_token, []
+        for stretch in reversed(backward_stretches(self.pair)):
+            names = [name for action, _ in stretch for name in gives.get(action.verb, ())]
+            if stretch:
+                token = Stage.apply(self, stretch, names, token, *(tensors[name] for name in names))
+            nodes.append(token.grad_fn if stretch else None)
+        numbers.write(nodes)
+        return token
 
-    def _make_nodes(self) -> torch.Tensor:
-        """All nodes of the backward schedule, from Pt to Ut, whose forward gives y_TD."""
-        late, early = ((self._weights_TK,), ()) if self._distinct else ((), (self._weights_TK,))
-        pt = self._node(Node(Action("Pt")), self._x_TD, *late, self._weight_token)
-        last, after_experts = self._weight_token, []
-        if self._returns:
-            last = self._node(Node(Action("Wa")), self._weight_token)
-            start = self._node(Node(Action("Wg"), "start"), self._node(Node(Action("Wg"), "wait"), last))
-            after_experts.append(self._node(Node(Action("Wd")), start))
-        ends = {a.index: self._node(Node(a), last) for a in self.pair.backward if a.verb == "Hg"}
-        after_experts += [self._node(Node(a), ends.get(a.index, last)) for a in self.pair.backward if a.verb == "Ew"]
-        starts, gates = [], tuple(after_experts)
-        if self._distinct:
-            metadata = self._node(Node(Action("Mt"), "start"), self._node(Node(Action("Mt"), "wait"), pt))
-            after_experts = [metadata, *after_experts]
-        filled = self.pair.backward.count("Eg") > 0
-        for c in range(self.pair.backward_chunks):
-            dt, ed, ct = Action("Dt", c), Action("Ed", c), Action("Ct", c)
-            rows = self._node(Node(dt, "start"), self._node(Node(dt, "wait"), pt))
-            own = [self._node(Node(Action("Eg", c)), last)] if filled else []
-            gates += tuple(own)
-            rows = self._node(Node(ed), rows, *after_experts, *own)
-            starts += [self._node(Node(a), rows) for a in self.pair.backward.actions if a == Action("Hb", c)]
-            starts.append(self._node(Node(ct, "start"), self._node(Node(ct, "wait"), rows)))
-        if self._distinct:
-            starts.append(self._node(Node(Action("Od")), pt, *gates))
-        return self._node(Node(Action("Ut")), *early, *starts)
-
-    def node_output(self, node: Node, ctx: Any) -> torch.Tensor:
-        """The forward of a node: y_TD for Ut, an empty token for all others."""
-        if node.action.verb != "Ut":
+    def node_output(self, stretch: Stretch, ctx: Any) -> torch.Tensor:
+        """The forward of a node: y_TD for that of Ut, an empty token for all others."""
+        if stretch[0].action.verb != "Ut":
             return self._empty.new_empty(0)
-        # One node saves everything, so that checkpointing sees every large tensor and Ut, the first node of the
+        # One node saves everything, so that checkpointing sees every large tensor and Ut, the first action of the
         # backward schedule, is where a recompute happens. The digest shows whether it routed alike.
         saved = self._rows.saved(self._backward_tables)
         plan = self._backward_tables.plan

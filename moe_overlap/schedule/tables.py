@@ -52,7 +52,7 @@ class Tables:
         """All that the actions of a step read, but for the orders, which are made of their runs."""
         plan = self.plan
         if not isinstance(plan, DistinctPlan):
-            keys: list[Key] = [("expert_offs", ()), *_of_chunks(plan, ("expert_rows",))]
+            keys: list[Key] = [("expert_offs", ()), ("all_expert_rows", ())]
             keys += [("key_table", (tokens,))] if plan.chunks > 1 and not isinstance(plan, StaticChunks) else []
             return keys if plan.in_order else [*keys, ("buffer_runs", ())]
         local = plan.local_slots
@@ -72,6 +72,9 @@ class Tables:
     def take(self, found: dict[Key, Any]) -> None:
         """Tables that are on the device."""
         self._found, self._moved = found, True
+        expert_rows = found.pop(("all_expert_rows", ()), ((), ()))
+        for chunk, both in enumerate(zip(*expert_rows, strict=True)):
+            found["expert_rows", (chunk,)] = both
         runs = found.pop(("buffer_runs", ()), None)
         if runs is not None:
             counts, shifts = runs

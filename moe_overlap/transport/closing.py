@@ -17,18 +17,18 @@ def closing_on_error(transport: Transport, action: str, *, hint: str = "") -> It
     `hint`: what a timeout of this action says beside."""
     try:
         yield
-    except _StopRecomputationError:
+    except BaseException as error:
+        close_for(error, transport, action, hint=hint)
         raise
-    except TransportTimeout as error:
-        if not hint:
-            raise
+
+
+def close_for(error: BaseException, transport: Transport, action: str, *, hint: str = "") -> None:
+    """What `closing_on_error` does with an error, which is raised afterwards, or here with its hint."""
+    if isinstance(error, TransportTimeout) and hint:
         where = {name: getattr(error, name) for name in ("rank", "peer", "step", "chunk", "action", "seconds")}
         raise TransportTimeout(f"{error.message}; {hint}", **where) from error
-    except MoeTransportError:
-        raise
-    except BaseException as error:
+    if not isinstance(error, MoeTransportError | _StopRecomputationError):
         transport.close(f"rank {transport.rank}, {action}: {type(error).__name__}: {error}")
-        raise
 
 
 @contextmanager

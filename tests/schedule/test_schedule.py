@@ -19,7 +19,7 @@ from moe_overlap.schedule.builders import (
     window,
 )
 from moe_overlap.schedule.check import check, draw, makespan_s, problems, spans
-from moe_overlap.schedule.order import backward_groups
+from moe_overlap.schedule.order import backward_stretches
 
 PAIRS = [
     serial(),
@@ -156,10 +156,11 @@ def test_lanes_never_run_two_actions_at_once():
 
 
 def test_backward_nodes_wait_just_before_the_first_reader():
-    words = [[str(node) for node in group] for group in backward_groups(window(2, 1, chunks=2))]
+    words = [[str(half) for half in stretch] for stretch in backward_stretches(window(2, 1, chunks=2))]
     assert words == [
         ["Ut", "Ct0.start", "Ct1.start"],
         ["Ct0.wait", "Ed0", "Dt0.start", "Ct1.wait", "Ed1", "Dt1.start", "Ew0"],
+        [],
         ["Dt0.wait", "Dt1.wait", "Pt"],
     ]
 

@@ -29,15 +29,12 @@ def clip(old: str, new: str) -> Patch:
 
 
 GIVE = "step.give(rows_TD, ids_TK, weights_TK, entered=late is None)"
-COMBINE = "return ops.combine(self.back, self.slot_to_row, self._weights_TK)"
-COMBINE_BACKWARD = """        self.dback, self.dweights_TK = ops.combine_backward(
-            dy_TD.contiguous(), self._back_in_order(), saved.slot_to_dback, saved.weights_TK
-        )
-"""
+COMBINE = "raw.combine(self.back, self.slot_to_row, self._weights_TK, None)"
+BACK = "        back = self._back_in_order()\n"
 OTHERS_ROWS = """        first = sum(self.plan.send_counts[0][: self.plan.rank])
         last = first + self.plan.send_counts[0][self.plan.rank]
 """
-WGRAD = "            ops.expert_mlp_wgrad(self.saved.x, self.dy, self.dh, self.a, offs"
+WGRAD = "            raw.expert_mlp_wgrad(Wgrad(self.saved.x, self.dy, self.dh, self.a, offs"
 
 SCALES: tuple[Mutant, ...] = (
     mutant(
@@ -88,7 +85,7 @@ SCALES: tuple[Mutant, ...] = (
             "            expert = torch.bucketize(order, offs.long(), right=True)\n"
             "            order = order[expert.argsort(stable=True)]\n"
             "            x, dy, dh, a = (t[order] for t in (self.saved.x, self.dy, self.dh, self.a))\n"
-            "            ops.expert_mlp_wgrad(x, dy, dh, a, offs",
+            "            raw.expert_mlp_wgrad(Wgrad(x, dy, dh, a, offs",
         ),
     ),
 )
@@ -105,10 +102,9 @@ ROUTER: tuple[Mutant, ...] = (
         "huggingface/transformers#48205",
         "gradients",
         rows(
-            COMBINE_BACKWARD,
+            BACK,
             OTHERS_ROWS
-            + "        back = self._back_in_order().clone()\n        back[:first] = 0\n        back[last:] = 0\n"
-            + COMBINE_BACKWARD.replace("self._back_in_order()", "back"),
+            + "        back = self._back_in_order().clone()\n        back[:first] = 0\n        back[last:] = 0\n",
         ),
     ),
     mutant(
@@ -157,7 +153,7 @@ ROWS: tuple[Mutant, ...] = (
         "output",
         rows(
             "return self._take(self.y, c)",
-            'return ops.pack(self.y, self.tables.one("buffer_order", c).sort().values)',
+            'return raw.pack(self.y, self.tables.one("buffer_order", c).sort().values)',
         ),
     ),
     mutant(
@@ -185,17 +181,17 @@ ROWS: tuple[Mutant, ...] = (
         "input gradient without the experts",
         "huggingface/transformers#48205",
         "gradients",
-        backward("dx_TD = g.dx_TD() if", "dx_TD = 0 * g.dx_TD() if"),
+        backward('"x": g.dx_TD() if', '"x": 0 * g.dx_TD() if'),
     ),
     mutant(
         "input gradient without other ranks' experts",
         "huggingface/transformers#48205",
         "gradients",
         rows(
-            "        return ops.combine(self.dsend, self.saved.slot_to_dback)",
+            "        dx_TD: torch.Tensor = raw.combine(self.dsend, self.saved.slot_to_dback",
             OTHERS_ROWS
             + "        self.dsend[:first] = 0\n        self.dsend[last:] = 0\n"
-            + "        return ops.combine(self.dsend, self.saved.slot_to_dback)",
+            + "        dx_TD: torch.Tensor = raw.combine(self.dsend, self.saved.slot_to_dback",
         ),
     ),
     mutant(
@@ -229,8 +225,8 @@ ROWS: tuple[Mutant, ...] = (
         layer("tokens.enter(step, w_in, w_out)", "tokens.enter(step, w_in.detach(), w_out.detach())"),
         Patch(
             "layer.one_rank",
-            "ops.expert_mlp(x_RD, w_in, w_out, offs",
-            "ops.expert_mlp(x_RD, w_in.detach(), w_out.detach(), offs",
+            "way.expert_mlp(x_RD, w_in, w_out, offs",
+            "way.expert_mlp(x_RD, w_in.detach(), w_out.detach(), offs",
         ),
     ),
     mutant(
