@@ -362,6 +362,7 @@ def _ranked(
 
 
 def in_flight_bytes(chunking: Chunking, joined: bool) -> int:
-    """The most that exchanges under way hold: one chunk's where every exchange is joined; else all, as the module says; and what is kept in either case."""
+    """The most that exchanges under way hold: one chunk's where every exchange is joined; else all, as the module says;
+    and what is kept in either case."""
     held = max(chunking.chunk_bytes, default=0) if joined else sum(chunking.chunk_bytes)
     return held + chunking.kept_bytes
