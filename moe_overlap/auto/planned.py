@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 from moe_overlap.agreement.loads import Nodes
 from moe_overlap.agreement.plan import ChunkBy, ExchangePlan
@@ -206,9 +207,8 @@ class PlannedSchedule(Settled):
         known = self._found.get(key[0])
         self._ran[key if known is None else (known.kinds, key[1])] = ran  # one object for equal kinds
         self._waiting[step] = ran
-        for remembered in (self._ran, self._waiting):
-            if len(remembered) > FORWARDS:
-                del remembered[next(iter(remembered))]
+        _drop_first(self._ran, FORWARDS)
+        _drop_first(self._waiting, FORWARDS)
 
     def _remembered(self, exchange: ExchangePlan) -> tuple[Key, _Ran | None]:
         key = self._kinds(exchange), blake2b(exchange.counts.totals.tobytes(), digest_size=16).digest()
@@ -218,8 +218,7 @@ class PlannedSchedule(Settled):
         """The plan of the coming step of these kinds."""
         known = self._found.get(kinds)
         if known is None:
-            if len(self._found) >= REMEMBERED:
-                self._found.pop(next(iter(self._found)))
+            _drop_first(self._found, REMEMBERED - 1)
             found = _taken_over(self, kinds, self._recent) if self.search_s else None
             self.tally["taken over"] += found is not None
             known = self._found[kinds] = _Known(kinds, self._searched(kinds) if found is None else found)
@@ -247,6 +246,12 @@ class PlannedSchedule(Settled):
             return (kind,)
         distinct = distinct_kind(kind, exchange, nodes=self.nodes, metadata=self.metadata)
         return (distinct,) if self.dedup == "on" else (kind, distinct)
+
+
+def _drop_first(remembered: dict[Any, Any], most: int) -> None:
+    """What has been in there longest goes where there is more than that."""
+    if len(remembered) > most:
+        del remembered[next(iter(remembered))]
 
 
 def _plans(schedule: PlannedSchedule, kinds: Sequence[StepKind]) -> list[Planned]:

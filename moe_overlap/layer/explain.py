@@ -95,7 +95,10 @@ def copies_text(dispatcher: Dispatcher, weights_of: Callable[[], tuple[torch.Ten
     ]
     if rule is None:
         return lines
-    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=width, param_bytes=size)
+    phases = (rule.phases or rule.priced) if isinstance(rule, ReplicationRule) else rule.phases
+    if not phases:
+        return [*lines, "  no prices yet: the first call with rows measures them"]
+    found = break_even(phases, row_bytes=w_out.shape[1] * size, expert_params=width, param_bytes=size)
     lines += [f"  {line}" for line in break_even_text(found)]
     told = rule.told()
     return [*lines, f"  last step: {told}"] if told else lines

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from moe_overlap.auto.auto import AutoSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.layer import MoELayer
 from moe_overlap.layer.shortcut import ShortcutBlock
-from moe_overlap.planning.copy_costs import PhaseCosts, costs_of
-from moe_overlap.planning.cost_model import WIRES, CostModel
+from moe_overlap.planning.copy_costs import PhaseCosts, costs_of, on_all_wires
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.weights import row_width
 
@@ -38,7 +35,7 @@ def measured_costs(module: MoELayer | ShortcutBlock, *, training: bool = True) -
     w_in, w_out = layer.expert_weights
     phases: tuple[Phase, ...] = ("forward", "backward") if training else ("forward",)
     return costs_of(
-        _on_all_wires(found[-1].model),
+        on_all_wires(found[-1].model),
         phases,
         row_bytes=found[-1].row_bytes,
         expert_params=row_width(w_in, w_out),
@@ -46,10 +43,3 @@ def measured_costs(module: MoELayer | ShortcutBlock, *, training: bool = True) -
         chunks=last.pair.chunks,
         joined=last.pair.joined,
     )
-
-
-def _on_all_wires(model: CostModel) -> CostModel:
-    """Where a transport does not know the nodes, one wire was measured for all ranks: it prices the other one too, as a
-    rule that knows them (`ranks_per_node`) would take that for free."""
-    known = [model.exchange[wire] for wire in WIRES if wire in model.exchange]
-    return replace(model, exchange={wire: model.exchange.get(wire, known[0]) for wire in WIRES} if known else {})

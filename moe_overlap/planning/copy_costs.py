@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 from moe_overlap.errors import ConfigError
@@ -172,6 +172,13 @@ def costs_of(
             )
         )
     return tuple(found)
+
+
+def on_all_wires(model: CostModel) -> CostModel:
+    """Where a transport does not know the nodes, one wire was measured for all ranks: it prices the other one too, as a
+    rule that knows them (`ranks_per_node`) would take that for free."""
+    known = [model.exchange[wire] for wire in WIRES if wire in model.exchange]
+    return replace(model, exchange={wire: model.exchange.get(wire, known[0]) for wire in WIRES} if known else {})
 
 
 def nominal_costs(

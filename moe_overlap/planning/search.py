@@ -230,10 +230,9 @@ class _CutWords:
 
     @classmethod
     def of(cls, window: Window, chunking: Chunking) -> _CutWords:
-        head, first, experts, second, _ = STAGES[window.phase]
+        head, *verbs, _ = STAGES[window.phase]
         ahead, last = ([DISTINCT[window.phase][1]] * len(part) for part in metadata_of(window))
-        first, experts, second = ([f"{verb}{chunk}" for chunk in range(chunking.chunks)]
-                                  for verb in (first, experts, second))  # fmt: skip
+        first, experts, second = ([f"{verb}{chunk}" for chunk in range(chunking.chunks)] for verb in verbs)
         return cls(window=window, head=[head, *ahead], first=first, experts=experts, second=second, last=last,
                    deferred=_deferred_words(window, chunking), ops=_op_words(window))  # fmt: skip
 
