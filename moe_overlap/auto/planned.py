@@ -45,6 +45,7 @@ REMEMBERED = 256  # kinds of steps whose schedules are kept
 RECENT = 4  # different schedules, the last that ran, which a new kind is tried with
 FORWARDS = 1024  # the last ones with gradients whose schedules a recompute finds
 
+Candidates = dict[Phase, tuple[Candidate, ...]]
 Kinds = tuple[StepKind, ...]
 Key = tuple[Kinds, bytes]  # of steps that a recompute cannot tell apart
 
@@ -58,9 +59,9 @@ class Planned:
 
     pair: SchedulePair
     windows: dict[Phase, Window]
-    candidates: dict[Phase, tuple[Candidate, ...]]
+    candidates: Candidates
     outside_s: dict[Phase, float]
-    copied: dict[Phase, tuple[Candidate, ...]] = field(default_factory=dict)
+    copied: Candidates = field(default_factory=dict)
     other: Planned | None = None
     could_gain_s: float | None = None
 
@@ -272,7 +273,7 @@ def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
     candidates = {
         phase: search(found, max_in_flight_bytes=budget, limit=CONSIDERED) for phase, found in windows.items()
     }
-    return _planned(schedule, kind, windows, candidates)
+    return _planned(schedule, kind, windows, candidates, _with_copies(schedule, kind, windows, candidates))
 
 
 def _windows(schedule: PlannedSchedule, kind: StepKind) -> dict[Phase, Window]:
@@ -286,16 +287,21 @@ def _windows(schedule: PlannedSchedule, kind: StepKind) -> dict[Phase, Window]:
     return windows
 
 
+def _with_copies(
+    schedule: PlannedSchedule, kind: StepKind, windows: Mapping[Phase, Window], candidates: Candidates
+) -> Candidates:
+    """The candidates of those phases that have copies of experts, with these, best first."""
+    wires_s = {phase: _copies_s(schedule, kind, phase) for phase in windows}
+    return {
+        phase: with_copies_priced(windows[phase], candidates[phase], forms) for phase, forms in wires_s.items() if forms
+    }
+
+
 def _planned(
-    schedule: PlannedSchedule, kind: StepKind, windows: dict[Phase, Window],
-    candidates: dict[Phase, tuple[Candidate, ...]],
+    schedule: PlannedSchedule, kind: StepKind, windows: dict[Phase, Window], candidates: Candidates,
+    copied: Candidates,
 ) -> Planned:  # fmt: skip
-    """The plan of the first of these candidates, or of those that copies of experts suit best."""
-    copied: dict[Phase, tuple[Candidate, ...]] = {}
-    for phase in windows:
-        wires_s = _copies_s(schedule, kind, phase)
-        if wires_s:
-            copied[phase] = with_copies_priced(windows[phase], candidates[phase], wires_s)
+    """The plan of the first of these candidates, or of those with copies of experts."""
     chosen = candidates | copied
     pair = pair_of(
         chosen["forward"][0],
@@ -325,27 +331,29 @@ def _outside_s(schedule: PlannedSchedule, kind: StepKind, phase: Phase) -> float
 def _taken_over(schedule: PlannedSchedule, kinds: Kinds, plans: Sequence[Planned]) -> Planned | None:
     """The fastest of these plans in a step of other kinds, and what a search could gain there at most; None where none
     of them can run there."""
-    found, least_s = list[Planned](), list[float]()
+    found, least_s = list[tuple[float, StepKind, dict[Phase, Window], Candidates, Candidates]](), list[float]()
     for kind in kinds:
         windows = _windows(schedule, kind)
         least_s.append(sum(_least_s(schedule, kind, one) for one in windows.values()))
+        outside_s = sum(_outside_s(schedule, kind, phase) for phase in windows)
         for plan in plans:
             if plan.pair.deduplicated == (kind.distinct is not None):
                 candidates = _repriced(windows, plan, schedule.max_in_flight_bytes)
                 if candidates is not None:
-                    found.append(_planned(schedule, kind, windows, candidates))
+                    copied = _with_copies(schedule, kind, windows, candidates)
+                    seconds = outside_s + sum(one[0].predicted_s for one in (candidates | copied).values())
+                    found.append((seconds, kind, windows, candidates, copied))
     if not found:
         return None
-    best = min(found, key=lambda one: one.predicted_s)
-    return replace(best, could_gain_s=max(0.0, best.predicted_s - min(least_s)))
+    seconds, kind, windows, candidates, copied = min(found, key=lambda one: one[0])
+    best = _planned(schedule, kind, windows, candidates, copied)
+    return replace(best, could_gain_s=max(0.0, seconds - min(least_s)))
 
 
-def _repriced(
-    windows: Mapping[Phase, Window], plan: Planned, budget: int | None
-) -> dict[Phase, tuple[Candidate, ...]] | None:
+def _repriced(windows: Mapping[Phase, Window], plan: Planned, budget: int | None) -> Candidates | None:
     """What a plan runs, as the one candidate of each of these windows, with its seconds there; None where a window
     lacks its cut, or the second half of the rows that stay, or the plan a phase, and where it holds too much."""
-    candidates: dict[Phase, tuple[Candidate, ...]] = {}
+    candidates: Candidates = {}
     for phase, one in windows.items():
         if phase not in plan.candidates:
             return None

@@ -338,13 +338,19 @@ def _ranked(
             raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
     best_s = min(placement[0] for _, _, placement, _ in entries)
 
+    def distance(entry: tuple[_CutWords, Chunking, Placement, int]) -> float:
+        predicted_s = entry[2][0]
+        return round(min((predicted_s - best_s) / best_s / TIE, FAR)) if best_s > 0 else predicted_s
+
     def rank(entry: tuple[_CutWords, Chunking, Placement, int]) -> tuple[object, ...]:
-        words, chunking, (predicted_s, joined, chunk_order, ops_before), _ = entry
-        distance = round(min((predicted_s - best_s) / best_s / TIE, FAR)) if best_s > 0 else predicted_s
+        words, chunking, (_, joined, chunk_order, ops_before), _ = entry
         simplest = (not (joined and chunking.chunks == 1), chunking.chunks, list(chunk_order) != sorted(chunk_order))
         switches = _switches(ops_before, len(window.ops_s))
-        return distance, *simplest, words.window is not window, switches, chunking.by, joined, ops_before
+        return distance(entry), *simplest, words.window is not window, switches, chunking.by, joined, ops_before
 
+    if limit is not None and limit < len(entries):  # most need no more than their seconds
+        last = sorted(map(distance, entries))[limit - 1]
+        entries = [entry for entry in entries if distance(entry) <= last]
     return tuple(
         Candidate(
             chunks=chunking.chunks,
