@@ -54,7 +54,7 @@ def core(problem: Window) -> None:
     planner = native.planner()
     assert planner is not None
     for chunking in problem.chunkings:
-        planner.search(*cut_arguments(problem, chunking))
+        planner.search(planner.Cut(*cut_arguments(problem, chunking)))
 
 
 def timed_row(name: str, run: Callable[[Window], object], repeats: int, *, equal: bool, slowdown: bool) -> dict:

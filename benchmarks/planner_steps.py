@@ -1,10 +1,11 @@
-"""What schedule="auto" costs in every step: how often a step is planned anew, and how long that takes.
+"""What schedule="auto" costs in every step: how often a step is searched for, how long that takes, and what is lost.
 
     python benchmarks/planner_steps.py
 
-Steps of 1024 tokens a rank, two experts a token, drawn anew in every step from probabilities that drift slowly: equal
-ones, as with a balancing loss, and uneven ones. A step of a kind that was planned before only has to find that plan.
-Train steps: forward and backward are planned.
+Train steps of 1024 tokens a rank, two experts a token, drawn anew in every step from probabilities that are equal, as
+with a balancing loss, or uneven: drifting slowly, drifting, or permuted in every step. Each is planned twice: with a
+search for every new kind of step, and with one where what it can gain is more than it costs (--search-ms). "lost" is
+how much longer the steps are predicted to take than with a search for each. Milliseconds are of this thread's CPU time.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from moe_overlap.measure.report import append_jsonl
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
 from moe_overlap.planning.window import Slowdown
 
-TOKENS, TOP_K, DRIFT = 1024, 2, 0.005
-SETTINGS = ((2, 8, False), (2, 8, True), (8, 64, False), (8, 64, True), (64, 256, True))
-"""(ranks, experts, uneven)"""
+TOKENS, TOP_K = 1024, 2
+LOADS = {"even": (1e9, 0.0, False), "uneven": (5.0, 0.005, False), "drifting": (1.0, 0.05, False),
+         "flipping": (1.0, 0.0, True)}  # fmt: skip
+"""(evenness of the probabilities, drift a step, permuted in every step)"""
+SIZES = ((2, 8), (8, 64), (64, 256))
+"""(ranks, experts)"""
 
 
 def cost_model() -> CostModel:
@@ -52,33 +56,40 @@ def cost_model() -> CostModel:
     )
 
 
-def row_of(ranks: int, experts: int, uneven: bool, steps: int) -> dict[str, object]:
+def row_of(ranks: int, experts: int, load: str, steps: int, search_s: float) -> dict[str, object]:
     """One setting, timed."""
     draw = np.random.default_rng(0)
-    spread = np.full(experts, 5.0 if uneven else 1e9)
-    chances = draw.dirichlet(spread, size=ranks)
-    schedule = PlannedSchedule(model=cost_model(), num_ops=3, row_bytes=2048)
-    new_s: list[float] = []
-    known_s: list[float] = []
-    plans: set[int] = set()
+    spread, drift, flips = LOADS[load]
+    chances = draw.dirichlet(np.full(experts, spread), size=ranks)
+    schedule = PlannedSchedule(model=cost_model(), num_ops=3, row_bytes=2048, search_s=search_s)
+    always = PlannedSchedule(model=cost_model(), num_ops=3, row_bytes=2048)
+    seconds, ran_s, best_s = [], 0.0, 0.0
     for step in range(steps):
         counts = np.stack([draw.multinomial(TOP_K * TOKENS // BLOCKS, p, size=BLOCKS) for p in chances])
         exchange = ExchangePlan(rank=0, world_size=ranks, step=step, phase="forward", grad_enabled=True,
                                 x_requires_grad=True, counts=Counts.of(counts, 0))  # fmt: skip
-        start_s = time.perf_counter()
-        plan = schedule.planned(exchange)
-        seconds = time.perf_counter() - start_s
-        (known_s if id(plan) in plans else new_s).append(seconds)
-        plans.add(id(plan))
-        chances = (1 - DRIFT) * chances + DRIFT * draw.dirichlet(spread, size=ranks)
+        start_s = time.thread_time()
+        schedule.pair_for(exchange)
+        schedule.begins_backward(exchange)
+        seconds.append(time.thread_time() - start_s)
+        ran_s += schedule.planned(exchange).predicted_s
+        best_s += always.planned(exchange).predicted_s
+        chances = (1 - drift) * chances + drift * draw.dirichlet(np.full(experts, spread), size=ranks)
+        chances = chances[:, draw.permutation(experts)] if flips else chances
     return {
         "ranks": ranks,
         "experts": experts,
-        "uneven": uneven,
+        "load": load,
         "steps": steps,
-        "planned_anew": len(new_s),
-        "new_ms_median": 1e3 * statistics.median(new_s),
-        "known_ms_median": 1e3 * statistics.median(known_s) if known_s else None,
+        "search_s": search_s,
+        "hit_rate": schedule.hit_rate,
+        "searched": schedule.tally["searched"],
+        "taken_over": schedule.tally["taken over"],
+        "lost": ran_s / best_s - 1,
+        "predicted_ms": 1e3 * best_s / steps,
+        "host_ms_mean": 1e3 * statistics.mean(seconds),
+        "host_ms_median": 1e3 * statistics.median(seconds),
+        "host_ms_most": 1e3 * max(seconds),
         "hardware": hardware(),
         "python": sys.version.split()[0],
     }
@@ -86,15 +97,17 @@ def row_of(ranks: int, experts: int, uneven: bool, steps: int) -> dict[str, obje
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--search-ms", type=float, default=3.0, help="what a search is taken to cost")
     parser.add_argument("--out", type=Path, help="append the rows to this .jsonl file")
     options = parser.parse_args()
-    rows = [row_of(*setting, options.steps) for setting in SETTINGS]
+    rows = [row_of(*size, load, options.steps, search_s)
+            for size in SIZES for load in LOADS for search_s in (0.0, 1e-3 * options.search_ms)]  # fmt: skip
     for row in rows:
-        known = "-" if row["known_ms_median"] is None else f"{row['known_ms_median']:.2f} ms"
-        print(f"{row['ranks']:3d} ranks, {row['experts']:3d} experts, {'uneven' if row['uneven'] else 'even  '}: "
-              f"{row['planned_anew']:3d} of {row['steps']} steps planned anew, {row['new_ms_median']:.2f} ms each; "
-              f"the others {known}")  # fmt: skip
+        size = f"{row['ranks']:3d} ranks, {row['experts']:3d} experts, {row['load']:8s}"
+        found = f"{row['searched']:3d} of {row['steps']} searched for, {row['taken_over']:3d} taken over"
+        cost = f"{row['lost']:.2%} lost of {row['predicted_ms']:.1f} ms; host {row['host_ms_mean']:.2f} ms a step"
+        print(f"{size}, search {1e3 * row['search_s']:g} ms: {found}, {row['hit_rate']:.0%} hits, {cost}")
     if options.out is not None:
         append_jsonl(options.out, rows)
 

@@ -20,6 +20,7 @@ namespace py = pybind11;
 
 namespace {
 
+using Seconds = std::vector<double>;
 using Seats = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
 
 std::tuple<double, double, bool, Seats, bool> decide_replication(
@@ -73,24 +74,33 @@ PYBIND11_MODULE(_planner, module) {
       py::arg("lane_of_action"), py::arg("duration_s"), py::arg("deps"),
       py::arg("slowdown") = std::map<int64_t, double>{},
       "(start_s, end_s) of every action; ValueError names the first action of a deadlock.");
+  py::class_<moe_overlap::Cut>(module, "Cut")
+      .def(py::init([](double head_s, double tail_s, double issue_s, double compute_slowdown, double wire_slowdown,
+                       Seconds ops_s, Seconds first_s, Seconds experts_s, Seconds second_s, Seconds deferred_s,
+                       Seconds ahead_s, Seconds last_s, Seconds fetch_s, Seconds return_s) {
+             return moe_overlap::Cut{head_s,
+                                     tail_s,
+                                     issue_s,
+                                     compute_slowdown,
+                                     wire_slowdown,
+                                     std::move(ops_s),
+                                     std::move(first_s),
+                                     std::move(experts_s),
+                                     std::move(second_s),
+                                     std::move(deferred_s),
+                                     std::move(ahead_s),
+                                     std::move(last_s),
+                                     std::move(fetch_s),
+                                     std::move(return_s)};
+           }),
+           py::arg("head_s"), py::arg("tail_s"), py::arg("issue_s"), py::arg("compute_slowdown"),
+           py::arg("wire_slowdown"), py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"),
+           py::arg("deferred_s"), py::arg("ahead_s") = Seconds{}, py::arg("last_s") = Seconds{},
+           py::arg("fetch_s") = Seconds{}, py::arg("return_s") = Seconds{},
+           "The seconds of one way of cutting the exchange.");
   module.def(
       "search",
-      [](double head_s, double tail_s, double issue_s, double compute_slowdown, double wire_slowdown,
-         std::vector<double> ops_s, std::vector<double> first_s, std::vector<double> experts_s,
-         std::vector<double> second_s, std::vector<double> deferred_s, std::vector<double> ahead_s,
-         std::vector<double> last_s) {
-        const moe_overlap::Cut cut{head_s,
-                                   tail_s,
-                                   issue_s,
-                                   compute_slowdown,
-                                   wire_slowdown,
-                                   std::move(ops_s),
-                                   std::move(first_s),
-                                   std::move(experts_s),
-                                   std::move(second_s),
-                                   std::move(deferred_s),
-                                   std::move(ahead_s),
-                                   std::move(last_s)};
+      [](const moe_overlap::Cut& cut) {
         std::vector<std::tuple<double, bool, std::vector<int64_t>, std::vector<int64_t>>> found;
         for (auto& placement : moe_overlap::search(cut)) {
           found.emplace_back(placement.predicted_s, placement.joined, std::move(placement.order.chunk_order),
@@ -98,10 +108,14 @@ PYBIND11_MODULE(_planner, module) {
         }
         return found;
       },
-      py::arg("head_s"), py::arg("tail_s"), py::arg("issue_s"), py::arg("compute_slowdown"), py::arg("wire_slowdown"),
-      py::arg("ops_s"), py::arg("first_s"), py::arg("experts_s"), py::arg("second_s"), py::arg("deferred_s"),
-      py::arg("ahead_s") = std::vector<double>{}, py::arg("last_s") = std::vector<double>{},
-      "(predicted_s, joined, chunk_order, ops_before) of every candidate for one way of cutting the exchange.");
+      py::arg("cut"), "(predicted_s, joined, chunk_order, ops_before) of every candidate for one cut.");
+  module.def(
+      "makespan_s",
+      [](const moe_overlap::Cut& cut, std::vector<int64_t> chunk_order, std::vector<int64_t> ops_before, bool joined) {
+        return moe_overlap::makespan_s(cut, {std::move(chunk_order), std::move(ops_before)}, joined);
+      },
+      py::arg("cut"), py::arg("chunk_order"), py::arg("ops_before"), py::arg("joined"),
+      "Seconds of one order of a cut, with its copies of experts.");
   module.def(
       "decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
       py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),

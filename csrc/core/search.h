@@ -13,7 +13,8 @@ namespace moe_overlap {
 // an exchange, and again of waiting for it. A deduplicated step has one exchange more, of ids and weights: in front of
 // the first exchange (`ahead_s`, no entry or one) or in front of the last one (`last_s`, likewise); its chunks are
 // taken in their own order, and its first op is done before deferred work. The slowdowns (>= 1) stretch a lane while
-// the other one is busy.
+// the other one is busy. In a step with copies of experts `fetch_s` has the groups of their weights (Wf), in a forward,
+// or `return_s` the one exchange of their gradients (Wg), in a backward; the search itself leaves both out.
 struct Cut {
   double head_s;
   double tail_s;
@@ -27,6 +28,8 @@ struct Cut {
   std::vector<double> deferred_s;
   std::vector<double> ahead_s = {};
   std::vector<double> last_s = {};
+  std::vector<double> fetch_s = {};
+  std::vector<double> return_s = {};
 
   bool deduplicated() const { return !ahead_s.empty() || !last_s.empty(); }
 };
@@ -45,12 +48,14 @@ struct Placement {
   Order order;
 };
 
-// The exact event simulation of one order of this cut: seconds from the start of the head to the end of the tail.
+// The exact event simulation of one order of this cut: seconds from the start of the head, or of the first weights, to
+// the end of the tail, or of the last gradients.
+// Throws std::invalid_argument for a cut of which something is missing, negative or not finite.
 double makespan_s(const Cut& cut, const Order& order, bool joined);
 
 // The joined placement, all of the first K ops before the experts for every K, and the best interleavings of a dynamic
 // programme over (chunks done, ops done) for several orders of the chunks, each simulated.
-// Throws std::invalid_argument where the per-chunk lists are empty or differ in length, and as simulate does.
+// Throws std::invalid_argument as makespan_s does.
 std::vector<Placement> search(const Cut& cut);
 
 }  // namespace moe_overlap

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from weakref import WeakSet
@@ -208,11 +208,14 @@ class AutoSchedule(Settled):
                 self.kept_in, self.not_kept = store(key, model)
             elif first:
                 logger.info("the cost model is not kept: %s", self.not_kept)
-        schedule = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
-                                   nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
-                                   max_in_flight_bytes=self.max_in_flight_bytes,
-                                   num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes,
-                                   offload=self.offload, device_limit_bytes=limit)  # fmt: skip
+        found = PlannedSchedule(model=model, num_ops=self.num_ops, op_verb=self.op_verb, row_bytes=probes.row_bytes,
+                                nodes=nodes, overlap=self.overlap, dedup=self.dedup, metadata=metadata,
+                                max_in_flight_bytes=self.max_in_flight_bytes,
+                                num_ahead=self.num_ahead, expert_bytes=probes.expert_bytes,
+                                offload=self.offload, device_limit_bytes=limit)  # fmt: skip
+        # What a search costs decides when there is one, so it has to be one number on all ranks: the slowest one's.
+        search_s = torch.tensor([found.measure_search(exchange)], dtype=torch.float64, device=device)
+        schedule = replace(found, search_s=float(gathered(transport, search_s).max()))
         self.found[probes.dispatcher.openings, torch.is_grad_enabled(), dtype] = schedule
         return schedule
 

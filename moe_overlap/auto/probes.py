@@ -239,6 +239,9 @@ class AsGiven:
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         return self.pair
 
+    def begins_backward(self, exchange: ExchangePlan) -> None:
+        """As `Schedules.begins_backward`."""
+
 
 def probe_pair(op_verb: str, num_ops: int, chunks: int, by: ChunkBy) -> SchedulePair:
     """The schedules of a probe: half of the backbone ops, or the shared expert, before the experts."""

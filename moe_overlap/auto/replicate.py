@@ -1,23 +1,31 @@
 """Copies of experts for one step, decided when its counts are known: `planning.replication` as a rule of the layer.
 
 Every rank decides by itself from the agreed counts and from costs that are equal on all ranks (`digest`, compared in
-the step's record), and so does a recompute.
+the step's record), and so does a recompute. Costs that schedule="auto" has measured are those of several cuts: copies
+and cut are then chosen together, in closed form; the order, and perhaps a faster cut, are searched for the step that
+results.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from moe_overlap.agreement.seats import StepRule
+from moe_overlap.auto.kinds import CUTS
+from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
-from moe_overlap.planning.copy_costs import PhaseCosts
+from moe_overlap.planning.copy_costs import GRADIENT_BYTES, PhaseCosts, costs_of
 from moe_overlap.planning.copy_load import Load, check_count
-from moe_overlap.planning.replication import MARGIN, Decision, check_options, decide, split_rows
+from moe_overlap.planning.replication import MARGIN, Decision, check_limits, check_options, decide, split_rows
+from moe_overlap.schedule.actions import Phase
+from moe_overlap.schedule.builders import SchedulePair, Schedules
 
 
 @dataclass(frozen=True)
@@ -44,30 +52,43 @@ class ReplicationRule:
     """A `StepRule`: leave rows at the layer's own slots, move them among these, or copy experts for this step.
 
     phases: what is paid for a step, forward alone or both (`measured_costs`, `nominal_costs`), equal on all ranks.
+    None: what the layer's schedule="auto" has measured, of backward too in a step with gradients, in that cut in which
+    a decision is the fastest; rows are left while nothing is measured. ConfigError in a step of another schedule.
     spare: slots for copies on each rank, beside those of the layer's placement. ranks_per_node: as the layer has it.
-    `last`: the decision of the last call, for whoever asks, `seats_before` it, and `relayed`, whether its copies go
-    from rank to rank: so one rule for each layer.
+    `last`: the decision of the last call, for whoever asks, `priced` the prices that it was made with, `seats_before`
+    it, and `relayed`, whether its copies go from rank to rank: so one rule for each layer.
     """
 
-    phases: Sequence[PhaseCosts]
+    phases: Sequence[PhaseCosts] | None = None
     spare: int
     ranks_per_node: int = 1
     most_copies: int | None = None
     margin: float = MARGIN
     last: Decision | None = field(default=None, init=False)
+    priced: Sequence[PhaseCosts] = field(default=(), init=False)
     seats_before: int = field(default=0, init=False)
     relayed: bool = field(default=False, init=False)
+    _measured: WeakKeyDictionary[PlannedSchedule, dict[bool, MeasuredRule]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_count("spare", self.spare, least=0)
         check_count("ranks_per_node", self.ranks_per_node, least=1)
-        check_options(self.phases, self.most_copies, self.margin)
+        if self.phases is None:
+            check_limits(self.most_copies, self.margin)
+        else:
+            check_options(self.phases, self.most_copies, self.margin)
 
     @cached_property
     def digest(self) -> int:
         """Of everything that the decision depends on beside the counts."""
+        return self.digest_with(() if self.phases is None else (self.phases,))
+
+    def digest_with(self, cuts: Sequence[Sequence[PhaseCosts]]) -> int:
+        """`digest`, with these prices."""
         parts = (
-            [phase.numbers for phase in self.phases],
+            [[phase.numbers for phase in phases] for phases in cuts],
             self.spare,
             self.ranks_per_node,
             self.most_copies,
@@ -75,11 +96,41 @@ class ReplicationRule:
         )
         return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little") >> 1
 
+    def under(self, schedule: Schedules, *, grad: bool) -> StepRule:
+        """The rule of a step that runs what `schedule` says: this one, or, without prices of its own, one with those of
+        the schedule. Raises ConfigError where there will never be any."""
+        if self.phases is not None:
+            return self
+        if isinstance(schedule, SchedulePair):
+            expected = 'prices, or None beside schedule="auto" on several ranks, which measures them'
+            raise ConfigError("rule.phases", None, expected)
+        if not isinstance(schedule, PlannedSchedule):
+            return MeasuredRule(rule=self, cuts=())
+        known = self._measured.setdefault(schedule, {})
+        if grad not in known:
+            known[grad] = MeasuredRule(rule=self, cuts=costs_by_cut(schedule, grad=grad))
+        return known[grad]
+
     def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
         """counts: int64 [W, BLOCKS, E]; base: the layer's placement, whose homes and copies stay."""
+        if self.phases is None:
+            raise ConfigError("phases", None, 'prices, where no layer with schedule="auto" calls the rule')
+        return self.decided(counts, base, (self.phases,))
+
+    def decided(self, counts: np.ndarray, base: Placement, cuts: Sequence[Sequence[PhaseCosts]]) -> Placement:
+        """As `__call__`, by the prices of several cuts: the fastest decision in any of them, where it is faster than
+        leaving the rows in any other by `margin`. Without prices rows stay."""
+        self.last, self.priced, self.relayed = None, (), False
+        if not cuts:
+            return base
         load = load_of(counts, base, [self.spare] * base.world_size, self.ranks_per_node)
         self.seats_before = len(load.seats)
-        self.last = decide(load, self.phases, most_copies=self.most_copies, margin=self.margin)
+        found = [decide(load, phases, most_copies=self.most_copies, margin=self.margin) for phases in cuts]
+        left_s = min(one.left_s for one in found)
+        best = min(range(len(found)), key=lambda i: found[i].predicted_s)
+        if not found[best].predicted_s < left_s * (1 - self.margin):
+            best = min(range(len(found)), key=lambda i: found[i].left_s)
+        self.last, self.priced = replace(found[best], left_s=left_s), cuts[best]
         self.relayed = self.last.relayed
         return base if self.last.left else placement_of(load, self.last, base)
 
@@ -94,7 +145,47 @@ class ReplicationRule:
             return ""
         what = "left as it is" if one.left else f"{len(one.seats) - self.seats_before} new copies, rows shared out anew"
         how = " with copies that go from rank to rank" if one.relayed else ""
-        return f"{what}; predicted {1e3 * one.predicted_s:.3g} ms{how}, {1e3 * one.left_s:.3g} ms if left"
+        cut = f" in {self.priced[0].chunks} chunk(s)" if self.phases is None else ""
+        return f"{what}; predicted {1e3 * one.predicted_s:.3g} ms{how}{cut}, {1e3 * one.left_s:.3g} ms if left"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRule:
+    """A `StepRule`: a `ReplicationRule` with measured prices, which it has for several ways of cutting a step."""
+
+    rule: ReplicationRule
+    cuts: tuple[tuple[PhaseCosts, ...], ...]
+
+    @cached_property
+    def digest(self) -> int:
+        """As `ReplicationRule.digest`."""
+        return self.rule.digest_with(self.cuts)
+
+    @property
+    def relayed(self) -> bool:
+        """Of the last call."""
+        return self.rule.relayed
+
+    def __call__(self, counts: np.ndarray, base: Placement) -> Placement:
+        """As `ReplicationRule`."""
+        return self.rule.decided(counts, base, self.cuts)
+
+
+def costs_by_cut(schedule: PlannedSchedule, *, grad: bool) -> tuple[tuple[PhaseCosts, ...], ...]:
+    """What a step costs, from a schedule's model, joined in one chunk and, where it may overlap, in each number of
+    chunks that is searched; of both phases, or without gradients of forward."""
+    model, (weights, gradients) = schedule.model, schedule.expert_bytes
+    sizes: tuple[tuple[Phase, int, int], ...] = (("forward", weights, 1),)
+    if grad:
+        sizes += (("backward", gradients // GRADIENT_BYTES, GRADIENT_BYTES),)
+    return tuple(
+        tuple(
+            costs_of(model, (phase,), row_bytes=schedule.row_bytes, expert_params=params, param_bytes=param_bytes,
+                     chunks=chunks, joined=joined)[0]
+            for phase, params, param_bytes in sizes
+        )
+        for chunks, joined in [(1, True), *((chunks, False) for chunks in CUTS if schedule.overlap)]
+    )  # fmt: skip
 
 
 def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per_node: int) -> Load:

@@ -16,7 +16,7 @@ from moe_overlap.planning.copied import CONSIDERED
 from moe_overlap.planning.copy_costs import GRADIENT_BYTES, break_even, break_even_text
 from moe_overlap.planning.explain import explain as explain_window
 from moe_overlap.planning.explain import in_ms, name_of
-from moe_overlap.planning.search import joined_form
+from moe_overlap.planning.search import joined_form, search
 from moe_overlap.schedule.actions import Action, Phase, Schedule
 from moe_overlap.schedule.builders import SchedulePair
 from moe_overlap.schedule.check import draw, makespan_s
@@ -94,7 +94,10 @@ def copies_text(dispatcher: Dispatcher, weights_of: Callable[[], tuple[torch.Ten
     ]
     if rule is None:
         return lines
-    found = break_even(rule.phases, row_bytes=w_out.shape[1] * size, expert_params=width, param_bytes=size)
+    phases = (rule.phases or rule.priced) if isinstance(rule, ReplicationRule) else rule.phases
+    if not phases:
+        return [*lines, "  no prices yet: the first call with rows measures them"]
+    found = break_even(phases, row_bytes=w_out.shape[1] * size, expert_params=width, param_bytes=size)
     lines += [f"  {line}" for line in break_even_text(found)]
     told = rule.told()
     return [*lines, f"  last step: {told}"] if told else lines
@@ -137,9 +140,7 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
     """Why the planner chose this: one section a phase, with what the last step took on this rank."""
     planned, budget = schedule.planned(exchange), schedule.max_in_flight_bytes
     lines = ["", f"chosen by the planner from a cost model {schedule.model.source}", *_deduplication(schedule, planned)]
-    steps, searched = schedule.tally["steps"], schedule.tally["searched"]
-    if steps >= searched:
-        lines.append(f"searched for {searched} of {steps} steps; the others were of a kind that was known")
+    lines += _searches(schedule, planned)
     if not schedule.overlap:
         lines.append("overlap=False: every exchange of what was chosen is joined where it starts")
     if schedule.ahead:
@@ -158,7 +159,7 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
         chosen = next(one for one in planned.candidates[phase] if (one.order, one.joined) == (best.order, best.joined))
         text = explain_window(
             window,
-            planned.candidates[phase],
+            search(window, max_in_flight_bytes=budget),
             chosen=chosen if schedule.overlap else joined_form(window, chosen),
             measured_s=window_s(events, schedules[phase], phase),
             max_in_flight_bytes=budget,
@@ -170,6 +171,22 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
                          f"{in_ms(best.predicted_s)}, the least of the first {CONSIDERED}.")  # fmt: skip
         outside_s = planned.outside_s[phase]
         lines.append(f"\nOutside this window, in none of these figures: {in_ms(outside_s)} in the calibration.")
+    return lines
+
+
+def _searches(schedule: PlannedSchedule, planned: Planned) -> list[str]:
+    """How often steps were searched for, what that took, and whether this one was."""
+    tally = schedule.tally
+    if schedule.hit_rate is None:
+        return []
+    each = f", {in_ms(1e-6 * tally['search_us'] / tally['searched'])} each" if tally["searched"] else ""
+    lines = [
+        f"searched for {tally['searched']} of {tally['steps']} steps{each} ({schedule.hit_rate:.1%} hits); the others "
+        f"were of a kind that was known, or ran what steps before them ran ({tally['taken over']} kinds)"
+    ]
+    if planned.could_gain_s is not None:
+        lines.append(f"this one was not searched for: it runs what a step of another kind ran; a search could gain "
+                     f"{in_ms(planned.could_gain_s)} a step at most, and costs {in_ms(schedule.search_s)}")  # fmt: skip
     return lines
 
 

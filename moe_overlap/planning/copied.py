@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moe_overlap.planning.search import FAR, TIE, Candidate, simulated
+from moe_overlap.native import native
+from moe_overlap.planning.search import FAR, TIE, Candidate, cut_arguments, simulated
 from moe_overlap.planning.window import Window
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.fetching import fetching
@@ -29,7 +30,7 @@ def with_copies_priced(
     wires_s: for each form of the copies, the seconds of its groups: of Wf in forward, of the one Wg in backward.
     """
     found = [
-        replace(one, predicted_s=_whole_s(window, one, groups_s), relayed=len(groups_s) > 1)
+        replace(one, predicted_s=priced_s(window, one, groups_s), relayed=len(groups_s) > 1)
         for groups_s in wires_s
         for one in candidates[:CONSIDERED]
     ]
@@ -41,11 +42,26 @@ def with_copies_priced(
     return tuple(sorted(found, key=distance))
 
 
-def _whole_s(window: Window, candidate: Candidate, groups_s: Sequence[float]) -> float:
-    if window.phase == "forward":
-        schedule = fetching(Schedule.parse(candidate.order), len(groups_s))
+def priced_s(window: Window, candidate: Candidate, groups_s: Sequence[float] = ()) -> float:
+    """Seconds of a candidate's schedule in `window`, which may be another one than it was found for but has its cut and
+    its form. groups_s: of the copies' exchanges, as one of `wires_s` above; nothing where there are none."""
+    planner = None if window.in_host_memory else native.planner()
+    if planner is None:
+        return priced_s_reference(window, candidate, groups_s)
+    form = window.form_of(candidate.order)
+    copies = {"fetch_s" if window.phase == "forward" else "return_s": groups_s}
+    cut = planner.Cut(*cut_arguments(form, form.chunking(candidate.chunks, candidate.by)), **copies)
+    seconds: float = planner.makespan_s(cut, candidate.chunk_order, candidate.ops_before, candidate.joined)
+    return seconds
+
+
+def priced_s_reference(window: Window, candidate: Candidate, groups_s: Sequence[float] = ()) -> float:
+    """`priced_s` in plain Python: the definition the compiled one is tested against."""
+    schedule, more_s = Schedule.parse(candidate.order), dict[str, float]()
+    if groups_s and window.phase == "forward":
+        schedule = fetching(schedule, len(groups_s))
         more_s = {f"Wf{group}": seconds for group, seconds in enumerate(groups_s)}
-    else:
+    elif groups_s:
         words, (wire_s,) = candidate.order.split(), groups_s
         last = max(place for place, word in enumerate(words) if word.startswith("Dt") or word == "Od")
         words[last + 1 : last + 1] = ["Wd", "Wg"]

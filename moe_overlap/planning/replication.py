@@ -80,6 +80,11 @@ def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin:
     if not phases or not isinstance(given, list) or not all(isinstance(one, PhaseCosts) for one in phases):
         expected = "the PhaseCosts of forward, or of both phases: what nominal_costs and measured_costs return"
         raise ConfigError("phases", given, expected)
+    check_limits(most_copies, margin)
+
+
+def check_limits(most_copies: int | None, margin: float) -> None:
+    """`check_options`, without prices."""
     if most_copies is not None:
         check_count("most_copies", most_copies, least=0)
     if not 0 <= margin < 1:

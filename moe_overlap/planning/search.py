@@ -104,7 +104,7 @@ def search(
     if planner is None:
         return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
     found = [
-        (form, chunking, planner.search(*cut_arguments(form, chunking)))
+        (form, chunking, planner.search(planner.Cut(*cut_arguments(form, chunking))))
         for form in window.forms
         for chunking in form.chunkings
     ]
@@ -145,7 +145,7 @@ def timeline(
     found = problems(schedule, chunks=chunks)
     if found:
         raise ConfigError("schedule", schedule.text, f"one that can run: {found[0].message}")
-    known = set(_order(window, chunking, tuple(range(chunks)), (0,) * chunks).split())
+    known = set(_CutWords.of(window, chunking).order(tuple(range(chunks)), (0,) * chunks).split())
     given = {action.text for action in schedule}
     if known != given:
         expected = f"the actions of the window: {' '.join(sorted(known ^ given))} not in both"
@@ -199,7 +199,7 @@ def joined_form(window: Window, candidate: Candidate) -> Candidate:
     """The same schedule of `window` with every exchange joined where it starts (overlap off)."""
     schedule = Schedule.parse(candidate.order)
     predicted_s = evaluate(window, schedule, chunks=candidate.chunks, by=candidate.by, joined=True)
-    held = _in_flight_bytes(window.chunking(candidate.chunks, candidate.by), joined=True)
+    held = in_flight_bytes(window.chunking(candidate.chunks, candidate.by), joined=True)
     return replace(candidate, joined=True, predicted_s=predicted_s, in_flight_bytes=held)
 
 
@@ -215,23 +215,45 @@ def _op_words(window: Window) -> list[str]:
     return own + (names if window.phase == "forward" else names[::-1])
 
 
-def _order(window: Window, chunking: Chunking, chunk_order: Order, ops_before: OpsBefore) -> str:
-    head, first, experts, second, tail = STAGES[window.phase]
-    ops = _op_words(window)
-    ahead, last = ([DISTINCT[window.phase][1]] * len(part) for part in metadata_of(window))
-    words = [head, *ahead, *(f"{first}{chunk}" for chunk in chunk_order)]
-    done = 0
-    for chunk, before in zip(chunk_order, ops_before, strict=True):
-        between = last if chunk == chunk_order[-1] else []
-        words += [*ops[done:before], f"{experts}{chunk}", *between, f"{second}{chunk}"]
-        done = before
-    if window.deduplicated and not done:  # deferred work reads what Od writes
-        words.append(ops[0])
-        done = 1
-    text = " ".join([*words, *_deferred_words(window, chunking), *ops[done:], tail])
-    if not window.in_host_memory:
-        return text
-    return half_with_host_experts(Schedule.parse(text), window.phase, chunking.chunks).text
+@dataclass(frozen=True, kw_only=True)
+class _CutWords:
+    """The words of every schedule of one cut of a window."""
+
+    window: Window
+    head: list[str]
+    first: list[str]
+    experts: list[str]
+    second: list[str]
+    last: list[str]
+    deferred: list[str]
+    ops: list[str]
+
+    @classmethod
+    def of(cls, window: Window, chunking: Chunking) -> _CutWords:
+        head, *verbs, _ = STAGES[window.phase]
+        ahead, last = ([DISTINCT[window.phase][1]] * len(part) for part in metadata_of(window))
+        first, experts, second = ([f"{verb}{chunk}" for chunk in range(chunking.chunks)] for verb in verbs)
+        return cls(window=window, head=[head, *ahead], first=first, experts=experts, second=second, last=last,
+                   deferred=_deferred_words(window, chunking), ops=_op_words(window))  # fmt: skip
+
+    def order(self, chunk_order: Order, ops_before: OpsBefore) -> str:
+        """The text of one schedule."""
+        words = [*self.head, *(self.first[chunk] for chunk in chunk_order)]
+        done, chunks = 0, len(chunk_order)
+        for place, (chunk, before) in enumerate(zip(chunk_order, ops_before, strict=True), start=1):
+            words += self.ops[done:before]
+            words.append(self.experts[chunk])
+            if place == chunks:
+                words += self.last
+            words.append(self.second[chunk])
+            done = before
+        if self.window.deduplicated and not done:  # deferred work reads what Od writes
+            words.append(self.ops[0])
+            done = 1
+        text = " ".join([*words, *self.deferred, *self.ops[done:], STAGES[self.window.phase][-1]])
+        if not self.window.in_host_memory:
+            return text
+        return half_with_host_experts(Schedule.parse(text), self.window.phase, chunks).text
 
 
 def _deferred_words(window: Window, chunking: Chunking) -> list[str]:
@@ -278,9 +300,9 @@ def _placements(window: Window, chunking: Chunking) -> list[Placement]:
     choices += best_interleavings(window, chunking, Slowdown())
     if slowdown != Slowdown():
         choices += best_interleavings(window, chunking, slowdown)
-    found = []
+    found, words = [], _CutWords.of(window, chunking)
     for joined, (chunk_order, ops_before) in [(True, choices[0]), *((False, c) for c in dict.fromkeys(choices))]:
-        schedule = Schedule.parse(_order(window, chunking, chunk_order, ops_before))
+        schedule = Schedule.parse(words.order(chunk_order, ops_before))
         times = simulated(window, chunking, schedule, joined)
         found.append((max(end_s for _, end_s in times), joined, chunk_order, ops_before))
     return found
@@ -300,8 +322,9 @@ def _ranked(
     if limit is not None and limit < 1:
         raise ConfigError("limit", limit, "at least 1")
     entries = [
-        (form, chunking, placement, _in_flight_bytes(chunking, placement[1]))
+        (words, chunking, placement, in_flight_bytes(chunking, placement[1]))
         for form, chunking, placements in found
+        for words in [_CutWords.of(form, chunking)]
         for placement in placements
         if form is window or not placement[1]  # nothing is left for later where nothing is beside the exchanges
     ]
@@ -315,13 +338,19 @@ def _ranked(
             raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
     best_s = min(placement[0] for _, _, placement, _ in entries)
 
-    def rank(entry: tuple[Window, Chunking, Placement, int]) -> tuple[object, ...]:
-        form, chunking, (predicted_s, joined, chunk_order, ops_before), _ = entry
-        distance = round(min((predicted_s - best_s) / best_s / TIE, FAR)) if best_s > 0 else predicted_s
+    def distance(entry: tuple[_CutWords, Chunking, Placement, int]) -> float:
+        predicted_s = entry[2][0]
+        return round(min((predicted_s - best_s) / best_s / TIE, FAR)) if best_s > 0 else predicted_s
+
+    def rank(entry: tuple[_CutWords, Chunking, Placement, int]) -> tuple[object, ...]:
+        words, chunking, (_, joined, chunk_order, ops_before), _ = entry
         simplest = (not (joined and chunking.chunks == 1), chunking.chunks, list(chunk_order) != sorted(chunk_order))
         switches = _switches(ops_before, len(window.ops_s))
-        return distance, *simplest, form is not window, switches, chunking.by, joined, ops_before
+        return distance(entry), *simplest, words.window is not window, switches, chunking.by, joined, ops_before
 
+    if limit is not None and limit < len(entries):  # most need no more than their seconds
+        last = sorted(map(distance, entries))[limit - 1]
+        entries = [entry for entry in entries if distance(entry) <= last]
     return tuple(
         Candidate(
             chunks=chunking.chunks,
@@ -329,15 +358,16 @@ def _ranked(
             joined=joined,
             chunk_order=tuple(chunk_order),
             ops_before=tuple(ops_before),
-            order=_order(form, chunking, chunk_order, ops_before),
+            order=words.order(chunk_order, ops_before),
             predicted_s=predicted_s,
             in_flight_bytes=held,
         )
-        for form, chunking, (predicted_s, joined, chunk_order, ops_before), held in sorted(entries, key=rank)[:limit]
+        for words, chunking, (predicted_s, joined, chunk_order, ops_before), held in sorted(entries, key=rank)[:limit]
     )
 
 
-def _in_flight_bytes(chunking: Chunking, joined: bool) -> int:
-    """One chunk's where every exchange is joined; else all, as the module says; and what is kept in either case."""
+def in_flight_bytes(chunking: Chunking, joined: bool) -> int:
+    """The most that exchanges under way hold: one chunk's where every exchange is joined; else all, as the module says;
+    and what is kept in either case."""
     held = max(chunking.chunk_bytes, default=0) if joined else sum(chunking.chunk_bytes)
     return held + chunking.kept_bytes

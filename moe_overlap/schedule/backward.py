@@ -12,7 +12,7 @@ from moe_overlap.agreement.copies import CopyPlan
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.actions import Action
-from moe_overlap.schedule.builders import SchedulePair
+from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.clocks import clock_for
 from moe_overlap.schedule.distinct_rows import DistinctBackward, DistinctSaved
 from moe_overlap.schedule.expert_copies import ReturnedGradients
@@ -36,6 +36,7 @@ class Backward:
     """The backward of one call. `Step` says what is to be done before it can run: the schedules and the plans, whose
     gradients are needed, and the node of the output."""
 
+    schedule: Schedules
     pair: SchedulePair
     plan: ChunkPlan
     _backward_tables: Tables
@@ -112,6 +113,8 @@ class Backward:
         routed, *saved = ctx.saved_tensors
         check_same_routing(routed, ctx.routing_digest)
         self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
+        if self._grads_of < 0:
+            self.schedule.begins_backward(self.plan.exchange)
         # Detached: the router's weights lead to the nodes, which hold this step.
         tensors = [tensor.detach() for tensor in saved]
         # What a detached node has saved stays with the node, for a backward that does come to it.

@@ -78,6 +78,9 @@ class SchedulePair:
             return split_own(deduplicate(self))
         return self
 
+    def begins_backward(self, exchange: Agreed) -> None:
+        """As `Schedules.begins_backward`."""
+
     def with_backward(self, other: SchedulePair) -> SchedulePair:
         """This pair's forward schedule with the backward schedule of `other`."""
         return replace(
@@ -112,7 +115,11 @@ class Schedules(Protocol):
         """Whether the agreement is waited for at once, before these ops."""
 
     def pair_for(self, exchange: Any) -> SchedulePair:
-        """The pair of one step: a pure function of what the ranks agreed on, an `ExchangePlan`."""
+        """The pair of one step, from what the ranks agreed on, an `ExchangePlan`. Called once for each step, on all
+        ranks in one order: a choice may depend on the steps before, in which all ranks agreed too."""
+
+    def begins_backward(self, exchange: Any) -> None:
+        """The backward of a step has begun, for the first time, and its recompute, if there is one, is over."""
 
 
 def _actions(verb: str, indices: range) -> list[Action]:

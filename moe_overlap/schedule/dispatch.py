@@ -186,16 +186,16 @@ class Dispatcher:
         """
         said = None if status is None else Said(status)
         try:
-            tables = self._count(ids_TK, said)
+            tables, rule = self._count(ids_TK, said), self._rule_under(schedule)
         except ConfigError as error:
             self.refuse(error, schedule)
         flags = 0 if said is None else said.value
-        record = self._record(
-            schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, tables, (1, flags) if flags else (0, 0), router_state
-        )
+        said_so = (1, flags) if flags else (0, 0)
+        grad = x_TD.requires_grad
+        record = self._record(schedule, dtype_code(x_TD.dtype), grad, tables, said_so, router_state, rule)
         with closing_on_interrupt(self.transport):
             agreement = self.transport.begin_agree(record)
-        return agreement if self.rule is None or self.dedup != 1 else Completed(agreement, self.transport, ids_TK)
+        return agreement if rule is None or self.dedup != 1 else Completed(agreement, self.transport, ids_TK)
 
     def finish(self, agreement: Agreement) -> ExchangePlan:
         """The plan, bounded. Raises ConfigError or PlanMismatch alike on all ranks."""
@@ -227,6 +227,11 @@ class Dispatcher:
         if nodes != known:
             expected = "as the layer has" if self.ranks_per_node else "as the layer does not know its nodes"
             raise ConfigError("rule.ranks_per_node", nodes, f"{known}, {expected} (MoELayer(ranks_per_node=))")
+
+    def _rule_under(self, schedule: Schedules) -> StepRule | None:
+        """The rule of a step that runs what `schedule` says, from which it may have its prices."""
+        under = getattr(self.rule, "under", None)
+        return self.rule if under is None else under(schedule, grad=torch.is_grad_enabled())
 
     def end_step(self) -> None:
         """At the end of a forward that is no recompute: everything was agreed on."""
@@ -275,6 +280,7 @@ class Dispatcher:
         tables: tuple[torch.Tensor, ...],
         status: tuple[int, int],
         router_state: int = 0,
+        rule: StepRule | None = None,
     ) -> StepRecord:
         phase = int(torch._C._current_graph_task_id() >= 0)
         self.open()
@@ -299,7 +305,7 @@ class Dispatcher:
                 self.ffn_hidden,
                 self.placement.digest,
                 self.payload_dtype,
-                getattr(self.rule, "digest", 0),  # a refused step says so with any rule
+                0 if rule is None else rule.digest,  # a refused step says so with any rule
             ),
             schedule_digest=schedule.digest,
             counts=tables[0],
@@ -313,8 +319,8 @@ class Dispatcher:
             weight_version=self.copy_store.version,
             weights_require_grad=int(grad and self.weights_require_grad),
             caller=self.caller,
-            seats=None if self.seats.are_slots and self.placement.is_identity and self.rule is None else self.seats,
-            rule=self.rule,
+            seats=None if self.seats.are_slots and self.placement.is_identity and rule is None else self.seats,
+            rule=rule,
             nodes=nodes_of(self.transport),
         )
 

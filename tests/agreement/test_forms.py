@@ -24,7 +24,7 @@ from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan
 from moe_overlap.agreement.record import StepRecord, compare
 from moe_overlap.agreement.seats import seats_of
 from moe_overlap.auto.calibrate import step_shape
-from moe_overlap.auto.planned import step_kind
+from moe_overlap.auto.kinds import step_kind
 from moe_overlap.errors import ConfigError, PlanMismatch, RemoteAbort, TransportClosed
 from moe_overlap.placement.placement import Placement
 from moe_overlap.transport import ProcessGroupTransport, VirtualRank, VirtualWorld, connections

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from moe_overlap import ConfigError, MoELayer, ShortcutBlock, moe_forward
 from moe_overlap.auto import calibrate as measuring
 from moe_overlap.auto.auto import AutoSchedule
+from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.errors import PlanMismatch
 from moe_overlap.planning.pair import pair_of
+from moe_overlap.planning.search import search
 from tests import equality
 from tests.auto.planted import choices, cost_model, distinct_costs, line, planted, same, step
 from tests.layers import D, E, F, tokens
@@ -77,7 +79,8 @@ def test_every_ordering_that_could_be_chosen_is_right(world, shape, monkeypatch)
     with planted(model_of(shape)):
         virtual_world(world).run(lambda me: equality.run_rank(case, me.transport(), me.rank, overlap=True))
     last = made[0]._last_step
-    found = last.schedule.planned(last.plan.exchange).candidates
+    windows = last.schedule.planned(last.plan.exchange).windows
+    found = {phase: search(window) for phase, window in windows.items()}
     forward, backward = ([one for one in found[phase] if one.chunks <= 4] for phase in ("forward", "backward"))
     assert {one.by for one in forward} == {"tokens", "experts"}
     most = max(len(forward), len(backward))
@@ -124,7 +127,7 @@ def test_a_recompute_takes_the_schedule_of_its_forward():
         assert len(set(virtual_world(2).run(rank))) == 1
 
 
-def test_steps_of_one_layer_are_deduplicated_or_not():
+def test_steps_of_one_layer_are_deduplicated_or_not(monkeypatch):
     """Tokens whose choices are all on one other rank, and such whose choices are on both ranks: the same layer, step by
     step. Compute costs nothing here, so that there is nothing to hide under the rows that stay."""
 
@@ -144,6 +147,7 @@ def test_steps_of_one_layer_are_deduplicated_or_not():
             taken.append(model._last_step.pair.deduplicated)
         return taken
 
+    monkeypatch.setattr(PlannedSchedule, "measure_search", lambda *_: 0.0)  # each kind of step is searched for
     with planted(distinct_costs(cost_model(hide=()))):
         assert virtual_world(2).run(rank) == [[True, False, True]] * 2
 

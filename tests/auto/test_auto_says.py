@@ -13,6 +13,7 @@ from torch import nn
 from moe_overlap import ConfigError, MoELayer, ShortcutBlock
 from moe_overlap.auto import auto
 from moe_overlap.auto import calibrate as measuring
+from moe_overlap.planning.search import search
 from moe_overlap.schedule.nodes import routing_digest
 from tests.auto.planted import (
     OPS,
@@ -187,7 +188,11 @@ def test_a_budget_that_buffers_of_gateways_exceed_leaves_one_chunk():
                              ranks_per_node=2, max_in_flight_bytes=budget)  # fmt: skip
             y = layer(torch.randn(64, 64, generator=torch.Generator().manual_seed(me.rank))).detach()
             (schedule,) = layer.schedule.found.values()
-            return y, layer._last_step.pair, schedule.planned(layer.last_exchange).candidates["forward"]
+            return (
+                y,
+                layer._last_step.pair,
+                search(schedule.planned(layer.last_exchange).windows["forward"], max_in_flight_bytes=budget),
+            )
 
         y, pair, candidates = run(None)
         held = {one.in_flight_bytes for one in candidates if one.chunks == 1}

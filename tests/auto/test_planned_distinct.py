@@ -106,7 +106,7 @@ def test_a_budget_that_only_fewer_bytes_keep():
     free = planned(model).planned(agreed(top_k=8))
     assert not free.pair.deduplicated
     least = {
-        pair: min(c.in_flight_bytes for found in one.candidates.values() for c in found)
+        pair: min(c.in_flight_bytes for window in one.windows.values() for c in search(window))
         for pair, one in ((False, free), (True, free.other))
     }
     assert least[True] < least[False]
@@ -233,12 +233,12 @@ def test_buffers_of_gateways_count_in_the_budget():
     schedule = planned(distinct_costs(cost_model()), dedup="on")
     found = schedule.planned(step)
     assert all(cut.kept_bytes > 0 for cut in found.windows["forward"].chunkings if cut.chunks > 1)
-    for phase, candidates in found.candidates.items():
-        for one in candidates:
+    for phase, problem in found.windows.items():
+        for one in search(problem):
             cut = found.windows[phase].chunking(one.chunks, one.by)
             under_way = max(cut.chunk_bytes) if one.joined else sum(cut.chunk_bytes)
             assert one.in_flight_bytes == under_way + cut.kept_bytes and (one.chunks > 1) == (cut.kept_bytes > 0)
-    least = min(one.in_flight_bytes for one in found.candidates["forward"])
+    least = min(one.in_flight_bytes for one in search(found.windows["forward"]))
     tight = planned(distinct_costs(cost_model()), dedup="on", max_in_flight_bytes=least).planned(step)
     assert {one.in_flight_bytes for one in tight.candidates["forward"]} == {least}
     with pytest.raises(ConfigError, match="max_in_flight_bytes"):

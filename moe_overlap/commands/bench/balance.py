@@ -25,6 +25,7 @@ from moe_overlap.commands.bench.balance_cases import (
     predicted_s,
     scaled,
     time_rows,
+    with_auto,
 )
 from moe_overlap.commands.bench.balance_live import SCHEDULE, follow
 from moe_overlap.commands.bench.balance_options import BalanceOptions, parse
@@ -110,18 +111,33 @@ def _measure(options: BalanceOptions, world: World) -> tuple[list[dict[str, Any]
         if options.live_steps:
             found += _live_rows(options, world, workload, wires.link, link, sleep, x_TD)
             continue
-        plans = planned(options, sleep, link, _history(options, workload))
+        plans = [_with_auto(one, options, sleep, link, workload)
+                 for one in planned(options, sleep, link, _history(options, workload))]  # fmt: skip
         ideals = [plan for plan in plans if plan.planner == options.planners[0]]
         ids_TK = _ids(options, workload, world.rank)
         even_TK = _ids(options, "balanced", world.rank)
         errors = _errors(world, unit, plans, ids_TK, x_TD)
         # Balanced routing needs no copies: the schedules of the first planner without its rule.
-        even = [Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair) for one in ideals]
+        even = [_with_auto(Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair), options, sleep, link,
+                           "balanced") for one in ideals]  # fmt: skip
         rows = [*((one, even_TK) for one in even), *((one, ids_TK) for one in plans)]
         times = time_rows(world, unit, rows, x_TD, sleep if options.compute == "slept" else None, options.repeats)
         found += _rows(options, world, workload, [plan for plan, _ in rows], times, [0.0] * len(even) + errors, link,
                        sleep)  # fmt: skip
     return found, sleep
+
+
+def _with_auto(plan: Planned, options: BalanceOptions, sleep: Calibration, link: LinkSpec, workload: str) -> Planned:
+    """The plan; where its schedule is "auto", with one that has seen steps of the workload, alike on all ranks."""
+    if plan.schedule != "auto":
+        return plan
+    return with_auto(plan, options, sleep, link, workload, _counts(options, workload))
+
+
+def _counts(options: BalanceOptions, workload: str) -> np.ndarray:
+    """int64 [W, E] of the timed step."""
+    path = Path(options.recorded) if options.recorded else None
+    return counts_of(workload, options.sizes, seed=options.seed, step=STEP, recorded=path)
 
 
 def _errors(
@@ -159,9 +175,7 @@ def _rows(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Collective."""
     placement = Placement.identity(options.experts, options.ranks)
-    path = Path(options.recorded) if options.recorded else None
-    skewed = counts_of(workload, options.sizes, seed=options.seed, step=STEP, recorded=path)
-    even = counts_of("balanced", options.sizes, seed=options.seed, step=STEP)
+    skewed, even = _counts(options, workload), _counts(options, "balanced")
     dense_s = sleep.mlp_forward_s + sleep.mlp_backward_s
     slowest = [_slowest(world, one) for one in times]
     medians = [median(one) for one in slowest]
@@ -209,6 +223,8 @@ def _rows(
             "steps": 1,
             "changes": 0,
             "moved_bytes": 0,
+            "hit_rate": None if plan.auto is None else plan.auto.hit_rate,
+            "search_ms": None if plan.auto is None else plan.auto.search_ms,
             "flagged": "noisy" if is_noisy(samples) else None,
         }
         rows.append({key: _rounded(row[key]) for key in KEYS})

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_overlap.agreement.seats import StepRule
+from moe_overlap.agreement.seats import StepRule, seats_of
 from moe_overlap.auto.parallelism import ParallelismSwitch
+from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.auto.replicate import ReplicationRule, load_of
+from moe_overlap.commands.bench.balance_auto import MATRICES, agreed, auto_schedule, replay
 from moe_overlap.commands.bench.balance_options import KEPT, BalanceOptions
 from moe_overlap.commands.bench.cases import Branch, Residual
 from moe_overlap.commands.bench.routing import ForcedRouter
@@ -34,7 +36,6 @@ from moe_overlap.transport.accounting import CommCpu
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
 
-MATRICES = 3  # of a SwiGLU expert, each D x F
 EXCHANGES = {"forward": 2, "backward": 2}
 
 
@@ -101,7 +102,7 @@ def costs(options: BalanceOptions, sleep: Calibration, link: LinkSpec, schedule:
 
 
 def pair_of(schedule: str, chunks: int) -> SchedulePair:
-    """The pair of one of SCHEDULES."""
+    """The pair of one of SCHEDULES but "auto"."""
     if schedule.startswith("shortcut"):
         return replace(window(1, 1, chunks=chunks), joined_copies=schedule == "shortcut_exposed")
     return serial() if schedule == "serial" else chunked(chunks)
@@ -135,15 +136,34 @@ class ShadowRule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Auto:
+    """A planned schedule that has chosen for some steps of the workload: the share of them that it did not search for,
+    and milliseconds of a search on this rank; `predicted_s`: of the layer in the step that is timed."""
+
+    schedule: PlannedSchedule
+    hit_rate: float | None
+    search_ms: float
+    predicted_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Planned:
     """One planner with a schedule. rule: decides in every step; None: `kept` holds, or, where that is None too, the
-    experts' homes alone."""
+    experts' homes alone. auto: runs in the place of `pair`, which is what it chooses for the step that is timed."""
 
     planner: str
     schedule: str
     pair: SchedulePair
     rule: StepRule | None = None
     kept: Placement | None = None
+    auto: Auto | None = None
+
+    @property
+    def step_rule(self) -> StepRule | None:
+        """`rule`, with the prices of the planned schedule where it has none of its own."""
+        if self.auto is None or not isinstance(self.rule, ReplicationRule):
+            return self.rule
+        return self.rule.under(self.auto.schedule, grad=True)
 
 
 def topology_of(options: BalanceOptions, forward: PhaseCosts) -> Topology:
@@ -169,6 +189,21 @@ def kept_placement(planner: str, options: BalanceOptions, history_WE: np.ndarray
     return planners[planner](history_WE, topology, slots=slots, current=current)
 
 
+def with_auto(
+    plan: Planned, options: BalanceOptions, sleep: Calibration, link: LinkSpec, workload: str, counts_WE: np.ndarray
+) -> Planned:
+    """The same planner with a planned schedule that has seen some steps of the workload; counts: of the timed step."""
+    schedule = auto_schedule(options, sleep, link)
+    rule = plan.rule.under(schedule, grad=True) if isinstance(plan.rule, ReplicationRule) else plan.rule
+    replay(schedule, options, workload, rule, plan.kept)
+    hit_rate, tally = schedule.hit_rate, schedule.tally
+    base = seats_of(plan.kept or Placement.identity(options.experts, options.ranks))
+    found = schedule.planned(agreed(counts_WE, base, rule, options, step=0))
+    auto = Auto(schedule=schedule, hit_rate=hit_rate, search_ms=1e-3 * tally["search_us"] / tally["searched"],
+                predicted_s=found.predicted_s)  # fmt: skip
+    return replace(plan, pair=found.pair, auto=auto)
+
+
 def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec, history_WE: np.ndarray) -> list[Planned]:
     """The rows of one workload. Shadows with exposed copies are those of a serial schedule; beside it our own."""
     forward, backward = costs(options, sleep, link, "serial")
@@ -181,12 +216,16 @@ def planned(options: BalanceOptions, sleep: Calibration, link: LinkSpec, history
             kept = kept_placement(planner, options, history_WE, forward) if planner in KEPT else None
             phases = costs(options, sleep, link, schedule.removesuffix("_exposed"))  # the same copies
             if planner == "replicate":
-                rule = ReplicationRule(phases=phases, spare=options.slots, ranks_per_node=options.ranks_per_node)
+                rule = ReplicationRule(
+                    phases=None if schedule == "auto" else phases,
+                    spare=options.slots,
+                    ranks_per_node=options.ranks_per_node,
+                )
             elif planner == "switch":
                 rule = ParallelismSwitch(phases=phases, ranks_per_node=options.ranks_per_node)
             elif planner == "shadow":
                 rule = shadow
-            pair = pair_of(schedule, options.chunks)
+            pair = pair_of("chunked" if schedule == "auto" else schedule, options.chunks)
             found.append(Planned(planner=planner, schedule=schedule, pair=pair, rule=rule, kept=kept))
     return found
 
@@ -219,7 +258,8 @@ class Unit(nn.Module):
             ids_TK.flatten().long(), minlength=self.moe.dispatcher.placement.num_experts
         )
         self.beside = plan.pair.num_ops > 0
-        (self.block if self.beside else self.moe).schedule = plan.pair
+        module = self.block if self.beside else self.moe
+        module.schedule = plan.pair if plan.auto is None else plan.auto.schedule  # type: ignore[assignment]
         self.moe.dispatcher.rule = plan.rule
         wanted = plan.kept or self.alone
         if self.moe.dispatcher.placement.digest != wanted.digest:
@@ -305,9 +345,11 @@ def predicted_s(plan: Planned, counts_WE: np.ndarray, placement: Placement, phas
         phases = [replace(phase, relays=False) for phase in phases]
     blocks_WBE = counts_WE[:, None, :]
     placed = plan.kept or placement
-    placed = placed if plan.rule is None else plan.rule(blocks_WBE, placed)
+    rule = plan.step_rule
+    placed = placed if rule is None else rule(blocks_WBE, placed)
     load = load_of(blocks_WBE, placed, [0] * placed.world_size, ranks_per_node)
     loads = np.zeros(placed.world_size)
     for _, rank, rows in load.seats:
         loads[rank] += rows
-    return priced(load, load.seats, phases), float(loads.max() / loads.mean()), placed.num_slots - placed.num_experts
+    seconds = priced(load, load.seats, phases) if plan.auto is None else plan.auto.predicted_s
+    return seconds, float(loads.max() / loads.mean()), placed.num_slots - placed.num_experts

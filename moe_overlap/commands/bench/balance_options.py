@@ -17,7 +17,7 @@ from moe_overlap.errors import ConfigError
 KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of earlier steps; homes stay
 PLANNERS = ("static", "replicate", "switch", "shadow", *KEPT)
 # The dense op runs before the layer, or beside it (ScMoE); with "exposed" copies alone are waited for where they start.
-SCHEDULES = ("serial", "chunked", "shortcut", "shortcut_exposed")
+SCHEDULES = ("serial", "chunked", "auto", "shortcut", "shortcut_exposed")
 COMPUTE = ("slept", "real")
 MOST_SEED = 2**31 - 1
 
@@ -107,8 +107,8 @@ HELP = {
     "chunks": "chunks of the overlapped schedules",
     "workloads": "comma-separated: " + ", ".join(WORKLOADS),
     "planners": "rows of each workload, comma-separated: " + ", ".join(PLANNERS),
-    "schedules": "of each planner, comma-separated: " + ", ".join(SCHEDULES) + "; in a shortcut the dense op is beside "
-    "the layer, exposed: copies are waited for where they start",
+    "schedules": "of each planner, comma-separated: " + ", ".join(SCHEDULES) + "; auto: planned from the slept prices; "
+    "in a shortcut the dense op is beside the layer, exposed: copies are waited for where they start",
     "live_steps": "instead: so many steps in a row, with homes alone and with a placement of FlexMoE's planner that "
     "follows the load",
     "recorded": "routing file of workload recorded (moe-overlap train --save-routing)",

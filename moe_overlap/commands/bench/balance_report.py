@@ -13,7 +13,7 @@ KEYS = (
     "time_ms_p90 ideal_ms oracle_ms oracle_proven of_oracle ceiling speedup_vs_static static_max_over_mean "
     "max_over_mean moe_share comm_share copies migration_ms weight_bytes payload_bytes comm_cpu_ms max_rel_err "
     "ranks ranks_per_node tokens hidden ffn experts top_k dtype slots seed repeats steps changes moved_bytes "
-    "compute flagged hardware link torch commit date"
+    "hit_rate search_ms compute flagged hardware link torch commit date"
 ).split()
 COLUMNS = (
     ("workload", "workload", "{}"),
@@ -28,6 +28,7 @@ COLUMNS = (
     ("static max/mean", "static_max_over_mean", "{:.2f}"),
     ("max/mean", "max_over_mean", "{:.2f}"),
     ("copies", "copies", "{}"),
+    ("hits", "hit_rate", "{:.0%}"),
     ("MoE", "moe_share", "{:.0%}"),
     ("comm CPU", "comm_cpu_ms", "{:.1f}"),
     ("flag", "flagged", "{}"),

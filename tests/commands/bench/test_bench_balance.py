@@ -176,3 +176,20 @@ def test_without_scipy_there_is_no_oracle_and_one_line(monkeypatch, capsys):
     rows = rows_of(options)
     with_oracle(options, rows, scaled(SLEEP, options), link_of(options), step=3, ideal="forced_balanced")
     assert rows == rows_of(options) and capsys.readouterr().err.count("scipy is not installed") == 1
+
+
+def test_rows_of_planned_schedules_say_how_often_steps_were_searched_for(tmp_path, capsys):
+    words = "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 4 --ffn 32 --compute-ms 8 --latency-us 50 --repeats 1"
+    words += " --top-k 1 --workloads flipping --comm-share 0.2 --planners static,replicate,flex --schedules serial,auto"
+    assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 4 and all(list(row) == KEYS and row["max_rel_err"] < 1e-5 for row in rows)
+    for row in rows:
+        assert (row["hit_rate"] is None) == (row["search_ms"] is None) == (row["schedule"] == "serial")
+    planned = {row["planner"]: row for row in rows if row["schedule"] == "auto"}
+    assert all(0.5 < row["hit_rate"] < 1 and row["search_ms"] > 0 and row["chunks"] > 1 for row in planned.values())
+    assert planned["forced_balanced"]["hit_rate"] >= planned["replicate"]["hit_rate"]
+    serial = {row["planner"]: row for row in rows if row["schedule"] == "serial"}
+    inside = {name: [row["predicted_ms"] - row["outside_ms"] for row in (planned[name], serial[name])]
+              for name in ("static", "replicate")}  # fmt: skip
+    assert all(one < other for one, other in inside.values()), "what is planned is predicted to be faster"
