@@ -43,7 +43,8 @@ def compared(options: BalanceOptions, workload: str, schedule: str, seconds: flo
     bound = oracle(load, phases, known_s=found.predicted_s, seconds=seconds)
     best_s = found.predicted_s if bound.seats is None else min(found.predicted_s, priced(load, bound.seats, phases))
     proven, decided_s = "proven" if bound.proven else "      ", found.predicted_s
-    return (f"{options.ffn:5d} {workload:15s} {schedule:9s} left {1e3 * found.left_s:7.1f} decided {1e3 * decided_s:6.1f}  "
+    name = f"{options.ffn:5d} {workload:15s} {schedule:9s}"
+    return (f"{name} left {1e3 * found.left_s:7.1f}  decided {1e3 * decided_s:6.1f}  "
             f"bound {1e3 * bound.seconds:6.1f} {proven} {bound.seconds / decided_s:5.1%}  "
             f"of the best found {best_s / decided_s:5.1%}  copies {len(found.copies(load))}")  # fmt: skip
 
