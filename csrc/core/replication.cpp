@@ -556,6 +556,19 @@ class Decider {
     }
   }
 
+  // When the rows of seat i go to another one of its expert and node, else to the home.
+  std::vector<Seat> inherited(const std::vector<Seat>& seats, size_t i) const {
+    auto heir = static_cast<size_t>(seats[i].expert);
+    for (size_t j = 0; j < seats.size(); ++j) {
+      if (j == i || seats[j].expert != seats[i].expert || lane(seats[j].rank, seats[i].rank) != kIntra) continue;
+      heir = j;
+      break;
+    }
+    std::vector<Seat> found = seats;
+    found[heir].rows += seats[i].rows;
+    return found;
+  }
+
   bool levelled(const std::vector<Seat>& all) {
     Seats seats = linked(all);
     level(seats);
@@ -586,25 +599,19 @@ class Decider {
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return seats[a].rows < seats[b].rows; });
     for (const size_t i : order) {
       if (tries_ == 0) return false;
-      auto heir = static_cast<size_t>(seats[i].expert);
-      for (size_t j = 0; j < seats.size(); ++j) {
-        if (j == i || seats[j].expert != seats[i].expert || lane(seats[j].rank, seats[i].rank) != kIntra) continue;
-        heir = j;
-        break;
-      }
-      std::vector<Seat> fewer = seats;
-      fewer[heir].rows += seats[i].rows;
+      std::vector<Seat> fewer = inherited(seats, i);
       fewer.erase(fewer.begin() + static_cast<std::ptrdiff_t>(i));
       if (levelled(fewer)) return true;
     }
-    // With one more, off the fullest ranks.
-    order.resize(static_cast<int64_t>(seats.size() - given) < load_.most_copies ? seats.size() : 0);
+    order.resize(seats.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
       return std::make_pair(now.load_of(seats[a]), seats[a].rows) >
              std::make_pair(now.load_of(seats[b]), seats[b].rows);
     });
-    for (const size_t i : order) {
+    // With one more, off the fullest ranks.
+    const bool may_grow = static_cast<int64_t>(seats.size() - given) < load_.most_copies;
+    for (const size_t i : may_grow ? order : std::vector<size_t>{}) {
       const Seat& seat = seats[i];
       for (const int64_t to : emptiest) {
         if (tries_ == 0) return false;
@@ -626,6 +633,20 @@ class Decider {
         if (now.spare[static_cast<size_t>(to)] < 1 || has(seats[i].expert, to)) continue;
         std::vector<Seat> other = seats;
         other[i].rank = to;
+        if (levelled(other)) return true;
+      }
+    }
+    // With one for another one of its node.
+    for (const size_t i : order) {
+      for (size_t j = given; j < seats.size(); ++j) {
+        if (tries_ == 0) return false;
+        const int64_t more = now.load_of(seats[i]) - now.load_of(seats[j]);
+        const int64_t moved = std::min(seats[i].rows, (more + seats[j].rows) / 2);
+        if (lane(seats[i].rank, seats[j].rank) != kIntra || has(seats[i].expert, seats[j].rank)) continue;
+        if (more <= 0 || moved <= 0) continue;
+        std::vector<Seat> other = inherited(seats, j);
+        other[i].rows -= moved;
+        other[j] = {seats[i].expert, seats[j].rank, moved};
         if (levelled(other)) return true;
       }
     }

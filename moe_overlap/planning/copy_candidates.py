@@ -164,30 +164,47 @@ def level(load: Load, seats: Sequence[Seat]) -> tuple[Seat, ...]:
 
 
 def near(load: Load, seats: Sequence[Seat], most_copies: int) -> Iterator[tuple[Seat, ...]]:
-    """Seats that differ little: none; without a new copy; with one more, off the fullest ranks; with one elsewhere."""
+    """Seats that differ little: none; without a new copy; with one more, off the fullest ranks; with one elsewhere;
+    with one for another one of its node."""
     seats, given, size = tuple(seats), len(load.seats), load.ranks_per_node
     loads, spare = rank_rows(seats, len(load.counts)), _spare(load, seats)
     emptiest = sorted(range(len(loads)), key=lambda rank: (loads[rank], rank))
-    ranks_of: dict[int, set[int]] = {}
-    for expert, rank, _ in seats:
-        ranks_of.setdefault(expert, set()).add(rank)
+    fullest = sorted(range(len(seats)), key=lambda i: (-loads[seats[i][1]], -seats[i][2], i))
+    held = {seat[:2] for seat in seats}
     yield seats
     for i in sorted(range(given, len(seats)), key=lambda i: (seats[i][2], i)):
-        expert, rank, rows = seats[i]
-        heirs = (j for j, seat in enumerate(seats) if j != i and seat[0] == expert and seat[1] // size == rank // size)
-        j = next(heirs, expert)
-        fewer = [(*seat[:2], seat[2] + rows) if number == j else seat for number, seat in enumerate(seats)]
+        fewer = _inherited(seats, i, size)
         yield (*fewer[:i], *fewer[i + 1 :])
-    for i in sorted(range(len(seats)), key=lambda i: (-loads[seats[i][1]], -seats[i][2], i)):
+    for i in fullest if len(seats) - given < most_copies else ():
         expert, rank, rows = seats[i]
-        for to in emptiest if len(seats) - given < most_copies else ():
+        for to in emptiest:
             first = to // size * size
             wanted = int(load.counts[first : first + size, expert].sum())
             moved = min(rows, (loads[rank] - loads[to]) // 2 if rank // size == to // size else wanted)
-            if spare[to] and to not in ranks_of[expert] and moved > 0:
+            if spare[to] and (expert, to) not in held and moved > 0:
                 yield (*seats[:i], (expert, rank, rows - moved), *seats[i + 1 :], (expert, to, moved))
     for i in range(given, len(seats)):
         expert, _, rows = seats[i]
         for to in emptiest:
-            if spare[to] and to not in ranks_of[expert]:
+            if spare[to] and (expert, to) not in held:
                 yield (*seats[:i], (expert, to, rows), *seats[i + 1 :])
+    for i in fullest:
+        expert, rank, rows = seats[i]
+        for j in range(given, len(seats)):
+            _, to, freed = seats[j]
+            moved = min(rows, (loads[rank] - loads[to] + freed) // 2)
+            if rank // size == to // size and (expert, to) not in held and loads[to] < loads[rank] and moved > 0:
+                other = _inherited(seats, j, size)
+                other[i], other[j] = (expert, rank, rows - moved), (expert, to, moved)
+                yield tuple(other)
+
+
+def _inherited(seats: Sequence[Seat], i: int, ranks_per_node: int) -> list[Seat]:
+    """The seats when the rows of seat i go to another one of its expert and node, else to the home."""
+    found = list(seats)
+    expert, rank, rows = seats[i]
+    node = rank // ranks_per_node
+    heirs = (j for j, seat in enumerate(seats) if j != i and seat[0] == expert and seat[1] // ranks_per_node == node)
+    heir = next(heirs, expert)
+    found[heir] = (expert, seats[heir][1], seats[heir][2] + rows)
+    return found

@@ -11,7 +11,7 @@ taken over, those that need not cross then, less the copy itself. A new copy tak
 its rank's own if these are more. Targets lie between the mean and the fullest rank, denser near the mean, where the
 number of copies grows; one is the mean of the fullest node, and some more lie around the best. Where ranks and experts
 are few, so that tries are cheap, a search goes on from the best: rows shared out anew inside the nodes, a copy less,
-one more, one elsewhere.
+one more, one elsewhere, one for another one.
 
 Each is priced exactly: rows of every rank, rows that leave and enter each rank on both wires, copies that leave and
 enter it. Among an expert's seats, rows stay on their rank first, then on their node, evenly (`split_rows`). Where the
