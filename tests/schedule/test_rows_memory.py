@@ -255,8 +255,8 @@ def test_rows_of_one_rank_that_are_in_order_are_not_moved(monkeypatch, payload):
 
     want = step(None, "chunked(3)")
     with monkeypatch.context() as patched:
-        patched.setattr(rows.ops, "pack", moved)
-        patched.setattr(rows.ops, "unpack", moved)
+        patched.setattr(rows.raw, "pack", moved)
+        patched.setattr(rows.raw, "unpack_into", moved)
         found = [step(None, "chunked(3,experts)")]
         for schedule in ("chunked(3,experts)", "serial"):
             found += virtual_world(1).run(lambda me, schedule=schedule: step(me.transport(), schedule))
