@@ -164,7 +164,7 @@ class PlannedSchedule(Settled):
     @property
     def hit_rate(self) -> float | None:
         """The share of the steps so far, without recomputes, that nothing was searched for; None before the first."""
-        return 1 - self.tally["searched"] / self.tally["steps"] if self.tally["steps"] else None
+        return max(0.0, 1 - self.tally["searched"] / self.tally["steps"]) if self.tally["steps"] else None
 
     def pair_for(self, exchange: ExchangePlan) -> SchedulePair:
         """The schedules of one step, which is now remembered: every rank calls this once for each step, in their order.

@@ -10,6 +10,7 @@ import torch
 from moe_overlap.agreement.node_plan import NodePlan
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.agreement.static_plan import StaticExchange
+from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.layer.shares import Shares, choice_sums
 from moe_overlap.placement.placement import Placement
 from moe_overlap.routing.decision import RoutingDecision
@@ -29,7 +30,8 @@ class LayerStats:
     ranks, dispatch and combine; bytes_to_ranks: to each of them; inter_node_bytes: to other nodes (0 where nodes are
     not known). overload: rows of the busiest rank over the mean (1.0 = balanced). max_over_mean: the same of experts;
     MaxVio is this minus 1. shares: of this rank's choices. schedule: the forward schedule's text. implementation: what
-    computed, a line for each implementation; and the width of latent rows. As text: a sentence first, then all of it.
+    computed, a line for each implementation; and the width of latent rows. hit_rate: the share of the steps so
+    far that schedule="auto" did not search for (None with another one). As text: a sentence first, then all of it.
     """
 
     tokens_per_expert: torch.Tensor
@@ -42,6 +44,7 @@ class LayerStats:
     shares: Shares
     schedule: str
     implementation: tuple[str, ...]
+    hit_rate: float | None = None
 
     def __str__(self) -> str:
         """The answer in one sentence, then what the figures are."""
@@ -54,7 +57,8 @@ class LayerStats:
             f"  dropped on this rank: {self.dropped_tokens}",
             f"  bytes to each rank: {list(self.bytes_to_ranks)}, to other nodes: {self.inter_node_bytes}",
             f"  {self.shares}",
-            f"  schedule: {self.schedule} (letters: explain())",
+            f"  schedule: {self.schedule} (letters: explain())"
+            + ("" if self.hit_rate is None else f", {self.hit_rate:.1%} of the steps not searched for"),
             *(f"  {line}" for line in self.implementation),
         ]
         return "\n".join(lines)
@@ -154,4 +158,5 @@ def layer_stats(last: LastStep, placement: Placement, computes: Sequence[str]) -
         shares=Shares.of(choice_sums(last.topk_ids_TK, placement, rank, per_node), nodes_known=per_node > 0),
         schedule=last.pair.forward.text,
         implementation=tuple(computes),
+        hit_rate=last.schedule.hit_rate if isinstance(last.schedule, PlannedSchedule) else None,
     )

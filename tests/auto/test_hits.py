@@ -248,7 +248,8 @@ def test_layers_choose_alike_with_checkpoints_and_have_the_bits_of_a_fixed_sched
                 check(one, other)
         (schedule,) = auto.schedule.found.values()
         assert schedule.search_s == 1e-5 * world
-        assert "hits)" in auto.explain()
+        assert "hits)" in auto.explain() and auto.stats().hit_rate == schedule.hit_rate
+        assert "not searched for" in str(auto.stats()) and fixed.stats().hit_rate is None
         return [pair.digest for pair in pairs], schedule.tally["searched"], schedule.tally["taken over"]
 
     model = cost_model(exchange={"inter": line(1e-7, 2e-6)}, hide=("experts", "experts_dgrad"))
