@@ -1,6 +1,6 @@
 """One launch of a kernel at the size of its benchmark, for a profiler to look at (gpu_run.py runs it under ncu).
 
-ncu python benchmarks/gpu_counters.py permute|gate|mlp
+ncu python benchmarks/gpu_counters.py permute|gate|row_map|mlp
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ def main(op: str) -> None:
         )
         contender(Way("triton"), inputs, {}).forward()
     else:
-        case = gpu_kernels.permute(8192, 8, 2048, None) if op == "permute" else gpu_kernels.gate(16384, 128, 8, 6)
+        case = {
+            "permute": gpu_kernels.permute(8192, 8, 2048, None),
+            "gate": gpu_kernels.gate(16384, 128, 8, 6),
+            "row_map": gpu_kernels.row_map(8192, 8, 128, 8),
+        }[op]
         case.run(lambda name: registry.function(name, "cuda"), *case.make(0))
     torch.cuda.synchronize()
 

@@ -76,7 +76,7 @@ def gate(tokens: int, experts: int, k: int, most_us: float) -> Case:
     return Case(f"gate {tokens}x{experts} k{k}", ("gate_topk",), make, single("gate_topk"), moved, most_us=most_us)
 
 
-def row_map(tokens: int, k: int, experts: int, most_us: float) -> Case:
+def row_map(tokens: int, k: int, experts: int, most_us: float | None) -> Case:
     def make(seed: int) -> Inputs:
         return (routing(tokens, k, experts, seed), experts, 0, experts, 1, None)
 
@@ -170,6 +170,7 @@ def cases() -> list[Case]:
         activation(16384, 14336, backward=True),
         combine_backward(8192, 8, 2048),
         pack(65536, 2048),
+        row_map(512, 8, 128, most_us=None),
         permute(128, 8, 7168, least_share=None),
         combine(128, 8, 7168, least_share=None),
     ]

@@ -183,7 +183,6 @@ Tensor permute(const Tensor& given_x, const Tensor& given_map, const MaybeTensor
   const Tensor x = row_major(given_x), slot_to_row = row_major(given_map);
   const DeviceGuard guard(x.get_device_index());
   const Tensor out = torch::stable::new_empty(x, {num_rows, x.size(1)});
-  const Tensor used = torch::stable::new_empty(x, {num_rows}, ScalarType::Byte);
   moe_overlap::PermuteArgs args{};
   args.x = x.const_data_ptr();
   args.slot_to_row = slot_to_row.const_data_ptr<int32_t>();
@@ -193,7 +192,6 @@ Tensor permute(const Tensor& given_x, const Tensor& given_map, const MaybeTensor
   args.num_rows = num_rows;
   args.element_bytes = static_cast<int>(x.element_size());
   args.out = out.mutable_data_ptr();
-  args.used = used.mutable_data_ptr<uint8_t>();
   moe_overlap::permute(args, current_stream(x));
   return out;
 }
@@ -229,7 +227,6 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& given_dy, const MaybeT
   const bool wants_dweights = y && weights;
   const Tensor dy_rows = torch::stable::new_empty(dy, {num_rows, dy.size(1)});
   const Tensor dweights = wants_dweights ? torch::stable::new_empty(*weights, weights->sizes()) : no_tensor(dy);
-  const Tensor used = torch::stable::new_empty(dy, {num_rows}, ScalarType::Byte);
   moe_overlap::CombineBackwardArgs args{};
   args.dy = dy.const_data_ptr();
   args.y = wants_dweights ? y->const_data_ptr() : nullptr;
@@ -242,7 +239,6 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& given_dy, const MaybeT
   args.dtype = dtype_of(dy);
   args.dy_rows = dy_rows.mutable_data_ptr();
   args.dweights = wants_dweights ? dweights.mutable_data_ptr<float>() : nullptr;
-  args.used = used.mutable_data_ptr<uint8_t>();
   moe_overlap::combine_backward(args, current_stream(dy));
   return {dy_rows, dweights};
 }

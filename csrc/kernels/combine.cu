@@ -198,8 +198,12 @@ __device__ inline void spread_word(const CombineBackwardArgs& args, int width, i
 
 template <typename T, int N, bool kDots>
 __global__ void __launch_bounds__(kRowThreads, 2)
-    combine_backward_kernel(CombineBackwardArgs args, int width, int threads_per_row, int splits) {
-  const RowPlace place = row_place(threads_per_row, splits);
+    combine_backward_kernel(CombineBackwardArgs args, int width, int threads_per_row, int splits, int clearing) {
+  if (blockIdx.x < static_cast<unsigned>(clearing)) {
+    return clear_unused(args.slot_to_row, args.tokens * args.k, args.num_rows, clearing, width / N,
+                        static_cast<Vec<T, N>*>(args.dy_rows));
+  }
+  const RowPlace place = row_place(threads_per_row, splits, clearing);
   const bool inside = place.row < args.tokens;  // all threads stay for the barriers
   const int words = inside ? width / N : 0;
   const int64_t first_slot = element_offset(inside ? place.row : 0, args.k);
@@ -209,7 +213,6 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     float dot[kSlotsAtOnce] = {};
     load_rows(args.slot_to_row + first_slot, k, args.k, args.num_rows, row);
     load_weights(args.weights + first_slot, k, row, weight);
-    if (inside && place.first == 0) mark_used(args.used, row);
     for (int64_t word = place.first; word < words; word += place.step) {
       spread_word<T, N, kDots>(args, width, place.row, word * N, row, weight, dot);
     }
@@ -221,15 +224,13 @@ template <typename T, int N>
 void run(const CombineBackwardArgs& args, cudaStream_t stream) {
   const RowTiling tiling = combine_tiling(args);
   const int width = row_length(args.width);
-  clear(args.used, args.num_rows, stream);
   if (args.dweights != nullptr) {
     launch(combine_backward_kernel<T, N, true>, tiling.launch, stream, args, width, tiling.threads_per_row,
-           tiling.splits);
+           tiling.splits, tiling.clearing);
   } else {
     launch(combine_backward_kernel<T, N, false>, tiling.launch, stream, args, width, tiling.threads_per_row,
-           tiling.splits);
+           tiling.splits, tiling.clearing);
   }
-  clear_unused(args.used, args.num_rows, args.width * int64_t{sizeof(T)}, args.dy_rows, stream);
 }
 
 int dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -280,7 +281,8 @@ RowTiling combine_tiling(const CombineArgs& args) {
 
 // The gradient of a weight is summed within one block: no splits where it is wanted.
 RowTiling combine_tiling(const CombineBackwardArgs& args) {
-  return row_tiling(args.k == 0 ? 0 : args.tokens, words(args), args.dweights == nullptr);
+  return with_clearing(row_tiling(args.k == 0 ? 0 : args.tokens, words(args), args.dweights == nullptr), args.num_rows,
+                       args.width * dtype_bytes(args.dtype));
 }
 
 void combine(const CombineArgs& args, cudaStream_t stream) {
@@ -304,7 +306,7 @@ void combine_backward(const CombineBackwardArgs& args, cudaStream_t stream) {
   }
   if (args.weights == nullptr) {
     return permute({args.dy, args.slot_to_row, args.tokens, args.k, args.width, args.num_rows, dtype_bytes(args.dtype),
-                    args.dy_rows, args.used},
+                    args.dy_rows},
                    stream);
   }
   with_dtype(args.dtype, [&](auto element) {

@@ -88,6 +88,21 @@ __device__ inline void store_release(uint64_t* address, uint64_t value) {
 }
 __device__ inline void fence_device() { __threadfence(); }
 
+// Between two launches of which the second one starts early (launch_early). The first one calls let_next_launch_start;
+// once all its blocks have, those of the second may start. That one calls wait_for_launch_before ahead of its first
+// access to anything that the first one writes, or that may still be read there: all of it is done then, and is seen.
+// Neither does anything in another launch, or before compute capability 9.0.
+__device__ inline void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ inline int count_bits(uint32_t value) { return __popc(value); }
 __device__ inline int leading_zeros(uint32_t value) { return __clz(static_cast<int>(value)); }
 __device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }

@@ -204,11 +204,13 @@ __global__ void __launch_bounds__(Row::kThreads, kMost == 8 ? 2 : 1) gate_kernel
   SHARED_ARRAY(Bytes16, boards, Row::kRows * kBoard);
   SHARED_ARRAY(int, all_winners, Row::kRows* kMost);
   SHARED_ARRAY(int, histogram, Row::kWidth + 1);  // and, at its end, whether a row was not usable
+  SHARED_ARRAY(int, ready, 1);  // whether the counts are known to be zero; of thread 0, which has no register for it
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int rows = threads / Row::kLanes, row = thread / Row::kLanes;
   Bytes16* const board = boards + row * kBoard;
   int* const winners = all_winners + row * kMost;
   for (int i = thread; i <= args.experts; i += threads) histogram[i] = 0;
+  if (thread == 0) *ready = 0;
   sync_block();
   // The first block has no rows: it is at the end at once, and so the one that sets the counts to zero.
   const int64_t begin = blockIdx.x > 0 ? (int64_t{blockIdx.x} - 1) * rows : args.tokens;
@@ -233,18 +235,21 @@ __global__ void __launch_bounds__(Row::kThreads, kMost == 8 ? 2 : 1) gate_kernel
       if (args.score == Score::kSoftmax) sum = sum_exp<Row>(most, x);
     }
     const bool good = most > -kInfinity && most < kInfinity;
+    // Asked here, the answer of the L2 cache comes while the other warps work; after the rows all would wait for it.
+    if (thread == 0) *ready = counts_ready(args) ? 1 : 0;
     find_winners<Row, kMost>(x, peaks.limit, good, args.k, reinterpret_cast<uint64_t*>(board), winners);
     store_winners<Row, kMost>(args, token, good, logits, most, sum, winners, histogram);
     if (!good && token < args.tokens && Row::lane() == 0) atomic_or(&histogram[args.experts], kBadLogits);
   }
-  if (warp_id() == 0) wait_for_counts(args);
+  int before = 0;
+  if (warp_id() == 0) before = wait_for_counts(args, *ready != 0);
   sync_block();
   for (int i = thread; i < args.experts; i += threads) {
     if (histogram[i] != 0) atomic_add(&args.counts[i], histogram[i]);
   }
   if (thread == 0) {
     if (histogram[args.experts] != 0) atomic_or(args.status, histogram[args.experts]);
-    leave_counts(args);
+    leave_counts(args, before);
   }
 }
 

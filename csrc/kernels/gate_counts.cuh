@@ -16,13 +16,16 @@ namespace moe_overlap {
 
 enum { kPrepared, kOurs, kTheirs };  // the counts, as a block finds them
 
-// By one warp, when its block has no rows left. After the next barrier all of the block may add.
-__device__ inline void wait_for_counts(const GateArgs& args) {
+__device__ inline bool counts_ready(const GateArgs& args) { return load_acquire(&args.workspace->ready) == args.nonce; }
+
+// By one warp, when its block has no rows left; `ready` is what its first lane knows from before. After the next
+// barrier all of the block may add. The result, of the first lane: how many blocks were here before this one.
+__device__ inline int wait_for_counts(const GateArgs& args, bool ready) {
   GateWorkspace* const workspace = args.workspace;
   int state = kPrepared;
-  if (lane_id() == 0 && load_acquire(&workspace->ready) != args.nonce) {
+  if (lane_id() == 0 && !ready && (blockIdx.x == 0 || !counts_ready(args))) {
     state = atomic_exchange(&workspace->claim, args.nonce) != args.nonce ? kOurs : kTheirs;
-    fence_device();  // the claim comes before this block is counted in leave_counts, and so before the zeros there
+    fence_device();  // the claim comes before this block is counted in `left`, and so before the zeros of the last one
   }
   if (shfl_idx(state, 0) == kOurs) {
     for (int i = lane_id(); i < args.experts; i += kWarp) args.counts[i] = 0;
@@ -33,17 +36,18 @@ __device__ inline void wait_for_counts(const GateArgs& args) {
     sync_warp();
     if (lane_id() == 0) store_release(&workspace->ready, args.nonce);
   }
-  while (state == kTheirs && load_acquire(&workspace->ready) != args.nonce) {
+  while (state == kTheirs && !counts_ready(args)) {
   }
+  // This block does not look at the flags again. It has yet to add, but nobody asks for the answer before that.
+  return lane_id() == 0 ? atomic_add(&workspace->left, 1) : 0;
 }
 
-// By one thread, after the wait. When the last block comes here, no other one looks at the two flags again.
-__device__ inline void leave_counts(const GateArgs& args) {
-  GateWorkspace* const workspace = args.workspace;
-  if (atomic_add(&workspace->left, 1) != static_cast<int>(gridDim.x) - 1) return;
+// By the thread that has the result of the wait: the last block, after which no other one looks at the flags.
+__device__ inline void leave_counts(const GateArgs& args, int before) {
+  if (before != static_cast<int>(gridDim.x) - 1) return;
   fence_device();
-  workspace->claim = 0;
-  workspace->ready = 0;
+  args.workspace->claim = 0;
+  args.workspace->ready = 0;
 }
 
 }  // namespace moe_overlap

@@ -27,11 +27,13 @@ struct LaunchConfig {
   }
 };
 
-// Blocks laid over rows: threads_per_row threads take one row, or one of `splits` interleaved parts of it.
+// Blocks laid over rows: threads_per_row threads take one row, or one of `splits` interleaved parts of it. The first
+// `clearing` blocks of the launch set rows to zero that no slot points to.
 struct RowTiling {
   LaunchConfig launch;
   int threads_per_row = 0;
   int splits = 0;
+  int clearing = 0;
 };
 
 // ---- pack.cu: out[i] = rows[order[i]] and out[order[i]] = rows[i] ----
@@ -161,8 +163,7 @@ struct PermuteArgs {
   int64_t num_rows;
   int element_bytes;  // 2, 4 or 8
   // out
-  void* out;      // [num_rows, width]
-  uint8_t* used;  // [num_rows], workspace
+  void* out;  // [num_rows, width]
 };
 
 RowTiling permute_tiling(const PermuteArgs& args);
@@ -200,7 +201,6 @@ struct CombineBackwardArgs {
   // out
   void* dy_rows;    // [num_rows, width], zero in rows without a slot
   float* dweights;  // [tokens, k]; null unless there are weights and y
-  uint8_t* used;    // [num_rows], workspace
 };
 
 RowTiling combine_tiling(const CombineArgs& args);

@@ -1,4 +1,5 @@
-// row_map: a stable counting sort of slots by expert, in two launches (one where a block holds all slots).
+// row_map: a stable counting sort of slots by expert, in two launches (one where there are few slots: a block of up to
+// 32 warps takes them all).
 //
 //   count  each block counts its slots of every expert                          -> workspace [blocks, experts]
 //   place  each block sums that table: all of it to know where experts begin, the blocks before it to know where its
@@ -10,7 +11,7 @@
 // once. Bytes: ids twice, slot_to_row and row_to_slot once, 16 for each slot: 1 MB, 0.3 us, for 65536 slots. So what is
 // to be kept small is launches (two, near 2 us each) and the chain of dependent steps: 64 blocks with 128 slots for
 // each warp make 4 steps of match_any, and of a table of 64 x 128 counts each thread loads 8 times 16 bytes, all at
-// once.
+// once. The second launch starts early: until it needs the table it counts its own slots, beside the first one.
 #include <algorithm>
 #include <limits>
 
@@ -19,9 +20,11 @@
 namespace moe_overlap {
 namespace {
 
-constexpr int kMostWarps = 8;
-constexpr int kStep = 4 * kWarp;  // slots of a warp whose ids are loaded together
-constexpr int64_t kFewSlots = 1024;
+constexpr int kMostWarps = 32;                      // of a block that holds all slots
+constexpr int kTableWarps = 8;                      // of each of several blocks
+constexpr int kStep = 4 * kWarp;                    // slots of a warp whose ids are loaded together
+constexpr int64_t kFewSlots = kTableWarps * kStep;  // of a block, at least, where there are several
+constexpr int64_t kOneBlockSlots = kMostWarps * kStep;
 constexpr int64_t kMostBlocks = 256;
 constexpr int kSharedInts = (48 << 10) / 4;  // what every GPU gives a block
 constexpr int kTables = 3;                   // of place_kernel, beside the counts of its warps
@@ -95,7 +98,8 @@ __device__ inline void count_by_warp(const Sort& sort, int* counts) {
   sync_block();
 }
 
-__global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(Sort sort) {
+__global__ void __launch_bounds__(kTableWarps* kWarp) count_kernel(Sort sort) {
+  let_next_launch_start();
   int* const counts = reinterpret_cast<int*>(dynamic_shared());
   count_by_warp(sort, counts);
   for (int expert = thread(); expert < sort.experts; expert += threads()) {
@@ -183,7 +187,7 @@ __device__ inline void fill_padding(const Sort& sort, const int* kept, const int
   }
 }
 
-__global__ void __launch_bounds__(kMostWarps* kWarp, 2) place_kernel(Sort sort) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1) place_kernel(Sort sort) {
   int* const counts = reinterpret_cast<int*>(dynamic_shared());                                   // [warps, experts]
   int* const total = counts + warps() * sort.experts;                                             // [experts]
   int* const before = total + sort.experts;                                                       // [experts]
@@ -192,10 +196,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2) place_kernel(Sort sort) 
   count_by_warp(sort, counts);
   if (gridDim.x == 1) {
     for (int i = thread(); i < warps() * sort.experts; i += threads()) atomic_add(&total[i % sort.experts], counts[i]);
-  } else if (sort.experts % 4 == 0) {
-    sum_blocks<4>(sort, total, before);
   } else {
-    sum_blocks<1>(sort, total, before);
+    wait_for_launch_before();
+    if (sort.experts % 4 == 0) {
+      sum_blocks<4>(sort, total, before);
+    } else {
+      sum_blocks<1>(sort, total, before);
+    }
   }
   sync_block();
   if (warp_id() == 0) scan_experts(sort, total, begin);
@@ -221,6 +228,23 @@ int32_t to_int32(int64_t value) {
   return static_cast<int32_t>(std::min<int64_t>(value, std::numeric_limits<int32_t>::max()));
 }
 
+Sort sort_of(const RowMapArgs& args, const RowMapPlan& plan, void* workspace) {
+  const int64_t experts = args.last - args.first;
+  return {args.ids,
+          args.slots,
+          plan.slots_per_block,
+          to_int32(args.first),
+          to_int32(experts),
+          to_int32(args.align),
+          to_int32(args.capacity.value_or(std::numeric_limits<int32_t>::max())),
+          row_map_rows(args.slots, experts, args.align),  // throws where int32 does not reach
+          static_cast<int32_t*>(workspace),
+          args.tokens_per_expert,
+          args.offs,
+          args.slot_to_row,
+          args.row_to_slot};
+}
+
 }  // namespace
 
 RowMapPlan row_map_plan(int64_t slots, int64_t experts) {
@@ -228,13 +252,18 @@ RowMapPlan row_map_plan(int64_t slots, int64_t experts) {
     throw std::invalid_argument("row_map: " + std::to_string(experts) + " experts, the kernel takes " +
                                 std::to_string(kMostRowMapExperts));
   }
-  // As many warps as the counts of each leave room for, and a power of two, which divides slots_per_block.
-  int64_t warps = kMostWarps;
+  // One step for each warp, as long as the counts of each leave room for it; a power of two, which divides
+  // slots_per_block.
+  const bool one = slots <= kOneBlockSlots;
+  int64_t warps = kTableWarps;
+  while (one && warps * kStep < slots) warps *= 2;
+  const int64_t in_one = warps * kStep;
   const auto place_ints = [&] { return (warps + kTables) * experts + 1; };
   while (warps > 1 && place_ints() > kSharedInts) warps /= 2;
   const int64_t most = std::clamp<int64_t>(ceil_div(slots, kFewSlots), 1, kMostBlocks);
   RowMapPlan plan;
-  plan.slots_per_block = std::max<int64_t>(checked_round_up(ceil_div(slots, most), kMostWarps * kWarp), kFewSlots);
+  plan.slots_per_block =
+      one ? in_one : std::max<int64_t>(checked_round_up(ceil_div(slots, most), kTableWarps * kWarp), kFewSlots);
   const int64_t blocks = std::max<int64_t>(ceil_div(slots, plan.slots_per_block), 1);
   const int block = static_cast<int>(warps * kWarp);
   plan.place = {blocks, block, static_cast<int>(place_ints() * 4)};
@@ -244,24 +273,11 @@ RowMapPlan row_map_plan(int64_t slots, int64_t experts) {
 }
 
 void row_map(const RowMapArgs& args, void* workspace, cudaStream_t stream) {
-  const int64_t experts = args.last - args.first;
-  const int64_t num_rows = row_map_rows(args.slots, experts, args.align);  // throws where int32 does not reach
-  const RowMapPlan plan = row_map_plan(args.slots, experts);
-  const Sort sort{args.ids,
-                  args.slots,
-                  plan.slots_per_block,
-                  to_int32(args.first),
-                  to_int32(experts),
-                  to_int32(args.align),
-                  to_int32(args.capacity.value_or(std::numeric_limits<int32_t>::max())),
-                  num_rows,
-                  static_cast<int32_t*>(workspace),
-                  args.tokens_per_expert,
-                  args.offs,
-                  args.slot_to_row,
-                  args.row_to_slot};
+  const RowMapPlan plan = row_map_plan(args.slots, args.last - args.first);
+  const Sort sort = sort_of(args, plan, workspace);
+  if (plan.count.grid == 0) return launch(place_kernel, plan.place, stream, sort);  // not early: it reads ids at once
   launch(count_kernel, plan.count, stream, sort);
-  launch(place_kernel, plan.place, stream, sort);
+  launch_early(place_kernel, plan.place, stream, sort);
 }
 
 }  // namespace moe_overlap

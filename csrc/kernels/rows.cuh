@@ -46,16 +46,18 @@ inline RowTiling row_tiling(int64_t rows, int64_t words, bool may_split) {
   return tiling;
 }
 
-// Where this thread stands: its row, its first word there and the distance to the next one.
+// Where this thread stands: its row, its first word there and the distance to the next one. The first `skipped` blocks
+// of the launch have no rows.
 struct RowPlace {
   int64_t row;
   int first;
   int step;
 };
-__device__ inline RowPlace row_place(int threads_per_row, int splits) {
+__device__ inline RowPlace row_place(int threads_per_row, int splits, int skipped = 0) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int split = static_cast<int>(blockIdx.x) % splits;
-  const int64_t block = blockIdx.x / static_cast<unsigned>(splits);
+  const unsigned index = blockIdx.x - static_cast<unsigned>(skipped);
+  const int split = static_cast<int>(index) % splits;
+  const int64_t block = index / static_cast<unsigned>(splits);
   return {block * (kRowThreads / threads_per_row) + thread / threads_per_row,
           split * threads_per_row + thread % threads_per_row, splits * threads_per_row};
 }

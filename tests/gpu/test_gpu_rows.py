@@ -44,6 +44,18 @@ def test_permute_copies_bits(op: str, dtype: torch.dtype, poison: None) -> None:
                     assert torch.equal(bits(got), bits(want)), (name, width, num_rows)
 
 
+@pytest.mark.parametrize("op, dtype", every("permute"))
+def test_permute_clears_the_rows_without_a_slot(op: str, dtype: torch.dtype, poison: None) -> None:
+    """Nearly all of them, few and many, wide and narrow; and maps at an address that is no multiple of 16."""
+    for num_rows, width in ((300_000, 1), (20_000, 40), (9000, 1000), (5, 2048)):
+        slots_TK = torch.tensor([[num_rows - 1, 0], [-1, 3], [num_rows // 2, -1], [-1, -1]], dtype=I32)
+        x_TD = randn(4, width, dtype=dtype)
+        (want,) = reference(op, x_TD, slots_TK, None, num_rows)
+        for given in (slots_TK, skewed(slots_TK)):
+            (got,) = cpu(kernel(op, x_TD, given, None, num_rows))
+            assert torch.equal(bits(got), bits(want)), (num_rows, width)
+
+
 @pytest.mark.parametrize("op, dtype", every("combine"))
 def test_combine_against_float64(op: str, dtype: torch.dtype, poison: None) -> None:
     for name, maps in routings():

@@ -34,6 +34,7 @@ def calls(dtype: torch.dtype):
             yield "gate_topk_backward", (weights_TK, logits_TE, chosen_TK, "softmax", True, 1.0)
             yield "row_map", (ids_TK, experts, 0, experts, 8, None)
             yield "row_map", (ids_TK, experts, experts // 3, experts, 1, 5)
+            yield "row_map", (ids_TK.repeat(1800 // k, 1), experts, 0, experts, 8, None)  # several blocks
         yield "permute", (x_TD, maps.slot_to_row, maps.offs, maps.num_rows)
         yield "combine", (y_RD, maps.slot_to_row, weights_TK, x_TD)
         yield "combine_backward", (x_TD, y_RD, maps.slot_to_row, weights_TK, maps.num_rows)

@@ -7,6 +7,7 @@
 #include <new>
 #include <random>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -340,6 +341,15 @@ void yield() { current->pause(); }
 
 void maybe_yield() {
   if (current->flip()) current->pause();
+}
+
+namespace {
+std::function<void()> launch_before;
+}
+void set_launch_before(const std::function<void()>& writes) { launch_before = writes; }
+void finish_launch_before() {
+  maybe_yield();
+  if (launch_before != nullptr) std::exchange(launch_before, nullptr)();
 }
 
 int lane() { return current->running().thread % kWarp; }

@@ -58,6 +58,10 @@ void meet_block(const Site& site);
 uint64_t meet_warp(const Site& site, uint32_t members, uint64_t value, int source);
 // Lets other fibers run first, if the seed says so (at atomics) or always (where a fiber waits for a flag).
 void maybe_yield();
+// What the launch before writes is there only from the first wait for it on: `writes` runs then. Launches that are not
+// told so follow one another.
+void set_launch_before(const std::function<void()>& writes);
+void finish_launch_before();
 void yield();
 int lane();
 
@@ -152,6 +156,8 @@ inline void store_release(uint64_t* address, uint64_t value) {
   *address = value;
 }
 inline void fence_device() {}
+inline void let_next_launch_start() {}
+inline void wait_for_launch_before() { simt::finish_launch_before(); }
 
 inline int count_bits(uint32_t value) { return __builtin_popcount(value); }
 inline int leading_zeros(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }

@@ -20,7 +20,7 @@ inline Slots::Slots(Random& random)
     : tokens(random.chance(0.05) ? 0 : random.range(1, random.chance(0.3) ? 14 : 5)),
       k(random.pick(std::vector<int64_t>{1, 2, 3, 6, 8, 8, 9, 16, 17})),
       num_rows(random.chance(0.05) ? 0 : tokens * k + (random.chance(0.5) ? 0 : random.range(0, 70))),
-      slot_to_row(tokens * k) {
+      slot_to_row(tokens * k, random.pick(std::vector<int64_t>{0, 0, 4})) {
   const float unused = random.pick(std::vector<float>{0.0f, 0.0f, 0.3f, 1.0f});
   std::vector<int32_t> rows(static_cast<size_t>(num_rows));
   std::iota(rows.begin(), rows.end(), 0);

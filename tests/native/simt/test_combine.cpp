@@ -96,10 +96,9 @@ TEST(combine_sums_in_the_order_of_k) {
 
 struct Gradients {
   Gradients(DType dtype, const cases::Slots& slots, int64_t width, int64_t skew)
-      : dy_rows(dtype, slots.num_rows * width, skew), dweights(slots.tokens * slots.k), used(slots.num_rows) {}
+      : dy_rows(dtype, slots.num_rows * width, skew), dweights(slots.tokens * slots.k) {}
   Floats dy_rows;
   Buffer<float> dweights;
-  Buffer<uint8_t> used;
 };
 
 TEST(combine_backward_spreads_and_multiplies) {
@@ -129,7 +128,7 @@ TEST(combine_backward_spreads_and_multiplies) {
     const auto run = [&](Gradients& got) {
       combine_backward({dy.data(), with_y ? y.data() : nullptr, slots.slot_to_row.data(),
                         weighted ? weights.data() : nullptr, slots.tokens, slots.k, width, slots.num_rows, dtype,
-                        got.dy_rows.data(), with_y ? got.dweights.data() : nullptr, got.used.data()},
+                        got.dy_rows.data(), with_y ? got.dweights.data() : nullptr},
                        nullptr);
     };
     Gradients got(dtype, slots, width, skew), again(dtype, slots, width, skew);
@@ -160,17 +159,16 @@ TEST(combine_tiling_splits_rows_only_where_it_may) {
   args.width = 7169;  // no 16-byte accesses
   CHECK(combine_tiling(args).threads_per_row == 32);
   float dweights[1];
-  CombineBackwardArgs backward{memory, memory, nullptr,          dweights, 8,        8,
-                               7168,   64,     DType::kBFloat16, memory,   dweights, nullptr};
-  CHECK(combine_tiling(backward).splits == 1);
+  CombineBackwardArgs backward{memory, memory, nullptr, dweights, 8, 8, 7168, 64, DType::kBFloat16, memory, dweights};
+  CHECK(combine_tiling(backward).splits == 1 &&
+        combine_tiling(backward).launch.text() == "grid 6 block 256 shared 4 B");
   backward.dweights = nullptr;
-  CHECK(combine_tiling(backward).splits == 7);
+  CHECK(combine_tiling(backward).splits == 7 && combine_tiling(backward).clearing == 2);
 }
 
 TEST(combine_backward_refuses_half_the_arguments) {
   float dweights[1];
-  const CombineBackwardArgs args{nullptr, nullptr, nullptr,          nullptr, 1,        1,
-                                 8,       1,       DType::kBFloat16, nullptr, dweights, nullptr};
+  const CombineBackwardArgs args{nullptr, nullptr, nullptr, nullptr, 1, 1, 8, 1, DType::kBFloat16, nullptr, dweights};
   CHECK_THROWS((combine_backward(args, nullptr), 0), std::invalid_argument, "needs the weights and y");
 }
 

@@ -63,7 +63,7 @@ void check(const Buffer<int32_t>& ids, int64_t first, int64_t last, int64_t alig
 TEST(row_map_of_one_block_is_the_counting_sort) {
   cases::for_seeds("row_map, one block", 3000, [](Random& random) {
     const int64_t num_experts = random.pick(std::vector<int64_t>{1, 2, 3, 8, 31, 32, 33, 64, 100});
-    Buffer<int32_t> ids(random.chance(0.05) ? 0 : random.range(1, random.chance(0.3) ? 1024 : 100));
+    Buffer<int32_t> ids(random.chance(0.05) ? 0 : random.range(1, random.chance(0.1) ? 4096 : 100));
     fill_ids(ids, num_experts, random);
     const bool part = random.chance(0.3);
     const int64_t first = part ? random.range(0, num_experts) : 0;
@@ -77,7 +77,7 @@ TEST(row_map_of_one_block_is_the_counting_sort) {
 TEST(row_map_of_several_blocks_is_the_counting_sort) {
   cases::for_seeds("row_map, several blocks", 150, [](Random& random) {
     const int64_t num_experts = random.pick(std::vector<int64_t>{1, 7, 8, 64, 130});
-    Buffer<int32_t> ids(random.range(1025, 6000));
+    Buffer<int32_t> ids(random.range(4097, 6000));
     fill_ids(ids, num_experts, random);
     const int64_t first = random.chance(0.3) ? random.range(0, num_experts) : 0;
     const auto capacity = random.chance(0.3) ? std::optional<int64_t>(random.range(0, 900)) : std::nullopt;
@@ -85,10 +85,35 @@ TEST(row_map_of_several_blocks_is_the_counting_sort) {
   });
 }
 
+// The second launch may run from its first line to its wait while the table of the first one is not there yet.
+TEST(row_map_reads_the_table_only_after_its_wait) {
+  cases::for_seeds("row_map, started early", 20, [](Random& random) {
+    const int64_t experts = random.pick(std::vector<int64_t>{5, 8});
+    Buffer<int32_t> ids(random.range(4097, 6000));
+    fill_ids(ids, experts, random);
+    const auto slots = static_cast<int64_t>(ids.size());
+    Maps got(slots, experts, 1), want(slots, experts, 1);
+    moe_overlap::row_map(want.args(ids, 0, experts, 1, std::nullopt));
+    const auto plan = moe_overlap::row_map_plan(slots, experts);
+    Buffer<int32_t> table(plan.count.grid * experts);
+    bool waited = false;
+    simt::set_launch_before([&] {
+      waited = true;
+      std::memset(table.data(), 0, table.size() * sizeof(int32_t));
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        if (ids[slot] >= 0) ++table[slot / plan.slots_per_block * experts + ids[slot]];
+      }
+    });
+    const auto args = got.args(ids, 0, experts, 1, std::nullopt);
+    moe_overlap::launch(moe_overlap::place_kernel, plan.place, nullptr, moe_overlap::sort_of(args, plan, table.data()));
+    CHECK(waited && got.same(want));
+  });
+}
+
 TEST(row_map_with_many_experts_uses_fewer_warps) {
-  for (const int64_t experts : {1117, 1118, 3000}) {
+  for (const int64_t experts : {300, 600, 1117, 1118, 3000}) {
     cases::for_seeds("row_map, many experts", 3, [&](Random& random) {
-      Buffer<int32_t> ids(random.range(1, 2100));
+      Buffer<int32_t> ids(random.range(1, 6000));
       fill_ids(ids, experts, random);
       check(ids, 0, experts, 4, std::nullopt);
     });
@@ -101,7 +126,10 @@ TEST(row_map_plan_covers_the_slots) {
   CHECK(qwen.count.text() == "grid 64 block 256 shared 4096 B" &&
         qwen.place.text() == "grid 64 block 256 shared 5636 B");
   CHECK(qwen.slots_per_block == 1024 && qwen.workspace_bytes == 64 * 128 * 4);
-  CHECK(row_map_plan(1024, 8).count.grid == 0 && row_map_plan(1024, 8).workspace_bytes == 0);
+  CHECK(row_map_plan(4096, 8).count.grid == 0 && row_map_plan(4096, 8).workspace_bytes == 0);
+  CHECK(row_map_plan(4096, 128).place.text() == "grid 1 block 1024 shared 17924 B");
+  CHECK(row_map_plan(1025, 8).place.block == 512 && row_map_plan(1024, 8).place.block == 256);
+  CHECK(row_map_plan(4097, 8).place.text() == "grid 5 block 256 shared 356 B");
   CHECK(row_map_plan(0, 8).place.grid == 1);
   CHECK(row_map_plan(1 << 24, 256).place.grid == 256 && row_map_plan(1 << 24, 256).slots_per_block == 65536);
   for (int64_t slots = 1; slots < 1 << 24; slots = slots * 5 / 4 + 1) {
