@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kTargets = 12;
 constexpr std::array<int64_t, 4> kFewTargets{0, 2, 4, 7};
 constexpr int64_t kRefined = 4;
-constexpr int64_t kLeastTries = 20;
-constexpr int64_t kWork = int64_t{1} << 15;
+constexpr int64_t kLeastTries = 16;
+constexpr int64_t kWork = int64_t{1} << 14;
 constexpr int kSweeps = 3;
 constexpr double kTie = 1e-9;
 constexpr size_t kInter = 0;

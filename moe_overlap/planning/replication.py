@@ -35,7 +35,7 @@ from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat, check_count, lane_of, rank_rows
 
 TARGETS, FEW_TARGETS, REFINED = 12, (0, 2, 4, 7), 4
-LEAST_TRIES, WORK = 20, 1 << 15  # tries; more of them where ranks times experts are few
+LEAST_TRIES, WORK = 16, 1 << 14  # tries; more of them where ranks times experts are few
 TIE = 1e-9  # relative; rounding must not choose
 MARGIN = 0.01
 
