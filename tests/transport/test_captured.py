@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,22 @@ def test_experts_come_up_in_a_graph_as_they_are_at_each_replay(
         last = torch.cat([slot.memory.view(torch.float64) for slot in away._slots])
         assert (last == 2.0).all()
         layer(tokens(13))
+
+
+def test_replays_are_waited_for_where_the_rows_are_not_where_the_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = link(monkeypatch)
+    layer = make(expert_offload=away, **STATIC)
+    layer(tokens(13))
+    layer.check_static()
+    waited: list[torch.device] = []
+
+    def current_stream(device: torch.device) -> Any:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    away.device = torch.device("cuda", 3)
+    layer.check_static()
+    assert waited == [away.device]
 
 
 def test_frozen_experts_are_captured_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
