@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,6 +158,25 @@ def test_events_that_reach_into_a_graph_are_found_out(monkeypatch: pytest.Monkey
     monkeypatch.setattr(staged.Wire, "_begin_anew", lambda wire: None)
     with pytest.raises(CudaRefuses, match="of another graph, or of none"):
         captured(exchanges)
+
+
+def test_wires_that_share_streams_are_captured_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has 32 streams, which it gives out in turns."""
+    engine = CapturedEngine(seed=1)
+    streams = cycle([engine.stream(), engine.stream()])
+    monkeypatch.setattr(engine, "stream", lambda: next(streams))
+    monkeypatch.setattr(staged, "Engine", lambda device: engine)
+    wires = [Exchanges(StagedTransport(piece_bytes=7), 4) for _ in range(2)]
+    for _ in range(3):
+        engine.begin()
+        for one in wires:
+            one.run()
+        graph = engine.end()
+        for seed in range(4):
+            for one in wires:
+                one.anew()
+            graph.replay(seed)
+            assert all(one.right() for one in wires)
 
 
 # ---------------------------------------------------------------- layers
