@@ -21,7 +21,7 @@ from moe_overlap.layer.one_rank import runs_inline
 from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher
-from moe_overlap.schedule.offload import check_cut, held_experts
+from moe_overlap.schedule.offload import check_cut, held_by
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.host_link import HostLink, open_host_link
 from moe_overlap.transport.link import rows_travel
@@ -98,8 +98,7 @@ def check_offload(schedule: Schedules, dispatcher: Dispatcher) -> None:
 def _check_room(pair: SchedulePair, dispatcher: Dispatcher, weights: int, experts: int, limit: int | None) -> None:
     """Raises ConfigError for a pair whose groups take more than `limit` bytes of the device; weights: bytes of all the
     `experts` of this rank."""
-    cuts = pair.chunks, pair.backward_chunks
-    held = max(held_experts(dispatcher.seats.width, chunks) for chunks in cuts) * (weights // max(1, experts))
+    held = held_by(dispatcher.seats.width, pair) * (weights // max(1, experts))
     if limit is not None and held > limit:
         expected = f"groups of which at most {limit} bytes are on the device (device_limit_bytes), not {held}"
         raise ConfigError("schedule", pair.name, expected)
