@@ -77,7 +77,10 @@ class Offloads:
             if weight.dtype != own.dtype:
                 raise ConfigError("autocast", weight.dtype, f"{own.dtype}, or off: expert_offload computes in it")
             if not hasattr(own, COUNTED) or hasattr(own, GATHERED) or own.device.type != "cpu":
-                text = "parameters in the host's memory, neither sharded by FSDP nor parametrized (expert_offload)"
+                text = (
+                    "the layer's own parameters in the host's memory, neither sharded by FSDP nor parametrized nor put "
+                    "there by load_state_dict(assign=True) (expert_offload)"
+                )
                 raise ConfigError(f"experts.{name}", f"weights put in their place, on {own.device}", text)
             link.pin(own)
         return link

@@ -277,6 +277,13 @@ def test_autocast_to_another_dtype_and_a_link_of_another_device_are_refused():
         make(expert_offload=link)
 
 
+def test_weights_that_a_state_dict_has_put_in_their_place_are_refused_in_its_words():
+    layer = make(expert_offload="host")
+    layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    with pytest.raises(ConfigError, match=r"experts\.w_in .* load_state_dict\(assign=True\)"):
+        layer(tokens(4))
+
+
 def sharded():
     """fully_shard over a mesh of this rank alone, which a layer without offload takes."""
     mesh = init_device_mesh("cpu", (1,))
