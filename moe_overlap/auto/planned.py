@@ -40,7 +40,7 @@ from moe_overlap.planning.window import OpVerb, Window
 from moe_overlap.schedule.actions import Action, Phase
 from moe_overlap.schedule.builders import SchedulePair, first_ops
 from moe_overlap.schedule.check import check
-from moe_overlap.schedule.offload import held_experts
+from moe_overlap.schedule.offload import held_in_turns
 
 REMEMBERED = 256  # kinds of steps whose schedules are kept
 RECENT = 4  # different schedules, the last that ran, which a new kind is tried with
@@ -274,7 +274,7 @@ def _plans(schedule: PlannedSchedule, kinds: Sequence[StepKind]) -> list[Planned
 
 def _within(shapes: Sequence[StepShape], kind: StepKind, limit: int | None) -> list[StepShape]:
     """Those of which no more than `limit` bytes of experts are on the device at a time."""
-    held = {shape.chunks: held_experts(kind.local_experts, shape.chunks) * kind.host_bytes for shape in shapes}
+    held = {shape.chunks: held_in_turns(kind.local_experts, shape.chunks) * kind.host_bytes for shape in shapes}
     if limit is not None and limit < min(held.values()):
         raise ConfigError("device_limit_bytes", limit, f"at least {min(held.values())}, what the smallest groups take")
     return [shape for shape in shapes if limit is None or held[shape.chunks] <= limit]

@@ -8,7 +8,7 @@ from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.plan import ChunkBy
 from moe_overlap.errors import ConfigError
 from moe_overlap.schedule.builders import SchedulePair, deduplicate
-from moe_overlap.schedule.offload import held_experts, with_host_experts
+from moe_overlap.schedule.offload import held_in_turns, with_host_experts
 
 CHUNKS = (1, 4, BLOCKS)
 OVERLAPPED = 4
@@ -33,9 +33,9 @@ def offloaded_pairs(
     """The same where the experts of a rank, so many, are in host memory, at most `limit` of them on the device. Of a
     single one there is an empty group too: what one more group takes is not known from one number of them. ConfigError
     where two numbers of groups do not keep within the limit."""
-    fitting = [count for count in range(1, BLOCKS + 1) if limit is None or held_experts(experts, count) <= limit]
+    fitting = [count for count in range(1, BLOCKS + 1) if limit is None or held_in_turns(experts, count) <= limit]
     if len(fitting) < 2:
-        least = held_experts(experts, BLOCKS - 1)
+        least = held_in_turns(experts, BLOCKS - 1)
         expected = f"room for {least}: costs are measured in two numbers of groups, of which there are {BLOCKS}"
         raise ConfigError("device_limit_bytes", f"{limit} of {experts} experts", expected)
     one, second = fitting[:2]

@@ -21,7 +21,7 @@ from moe_overlap.layer.one_rank import runs_inline
 from moe_overlap.parallel.ownership import Ownership
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 from moe_overlap.schedule.dispatch import Dispatcher
-from moe_overlap.schedule.offload import check_cut, held_experts
+from moe_overlap.schedule.offload import check_cut, held_by
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.host_link import HostLink, open_host_link
 from moe_overlap.transport.link import rows_travel
@@ -77,7 +77,10 @@ class Offloads:
             if weight.dtype != own.dtype:
                 raise ConfigError("autocast", weight.dtype, f"{own.dtype}, or off: expert_offload computes in it")
             if not hasattr(own, COUNTED) or hasattr(own, GATHERED) or own.device.type != "cpu":
-                text = "parameters in the host's memory, neither sharded by FSDP nor parametrized (expert_offload)"
+                text = (
+                    "the layer's own parameters in the host's memory, neither sharded by FSDP nor parametrized nor put "
+                    "there by load_state_dict(assign=True) (expert_offload)"
+                )
                 raise ConfigError(f"experts.{name}", f"weights put in their place, on {own.device}", text)
             link.pin(own)
         return link
@@ -98,8 +101,7 @@ def check_offload(schedule: Schedules, dispatcher: Dispatcher) -> None:
 def _check_room(pair: SchedulePair, dispatcher: Dispatcher, weights: int, experts: int, limit: int | None) -> None:
     """Raises ConfigError for a pair whose groups take more than `limit` bytes of the device; weights: bytes of all the
     `experts` of this rank."""
-    cuts = pair.chunks, pair.backward_chunks
-    held = max(held_experts(dispatcher.seats.width, chunks) for chunks in cuts) * (weights // max(1, experts))
+    held = held_by(dispatcher.seats.width, pair) * (weights // max(1, experts))
     if limit is not None and held > limit:
         expected = f"groups of which at most {limit} bytes are on the device (device_limit_bytes), not {held}"
         raise ConfigError("schedule", pair.name, expected)

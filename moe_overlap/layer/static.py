@@ -56,8 +56,9 @@ class Static(Tickets):
         replays of a CUDA graph, which run no Python. On several ranks all call it, or none."""
         if not isinstance(self.dispatcher, StaticDispatcher):
             raise ConfigError("mode", "host", '"static": in this mode every step says at once what is wrong')
-        if self.expert_weights[1].is_cuda:
-            torch.cuda.current_stream().synchronize()
+        device = self.expert_weights[1].device if self.host_link is None else self.host_link.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         self.dispatcher.look_back()
 
     def _look_back(self) -> None:

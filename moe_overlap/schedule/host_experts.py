@@ -112,7 +112,9 @@ class HostExperts:
             self._stand_still(action, copy)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(dw_in, dw_out) on the host, which waits for them; None where none were asked for."""
+        """(dw_in, dw_out) on the host, which waits for them; None where none were asked for. Whatever was asked for,
+        weights may be changed afterwards."""
+        self.let_go()
         for action, copy, _ in self._leaving:
             self._link.join(copy)
             self._say(action, copy)

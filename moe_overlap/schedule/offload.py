@@ -24,6 +24,17 @@ def held_experts(experts: int, chunks: int) -> int:
     return min(SLOTS, chunks) * -(-experts // chunks)
 
 
+def held_in_turns(experts: int, chunks: int) -> int:
+    """The same where steps in other numbers of groups use the slots too: that of all experts serves as one of two."""
+    return held_experts(experts, chunks) + (-(-experts // 2) if chunks == 1 else 0)
+
+
+def held_by(experts: int, pair: SchedulePair) -> int:
+    """The same of steps of one pair alone."""
+    few, many = sorted((pair.chunks, pair.backward_chunks))
+    return held_experts(experts, few) + (-(-experts // many) if few == 1 < many else 0)
+
+
 def sensible_groups(experts: int, most: int) -> list[int]:
     """Numbers of groups of a rank's experts, up to `most`, of which no smaller one has as small a largest group.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.transport.staged import Engine, in_graphs
@@ -137,7 +138,12 @@ class CudaHostLink(HostLink):
         self.device = self._engine.device
         self._up, self._down = self._engine.stream(), self._engine.stream()
         self.limit_bytes = host_memory_bytes() // 2 if limit_bytes is None else limit_bytes
-        self.pinned_bytes = 0
+        self._pinned = WeakIdKeyDictionary()  # weight -> bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the weights that are still there, and of a gradient of each."""
+        return sum(self._pinned.values())
 
     def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if self._engine.capturing():
@@ -151,6 +157,7 @@ class CudaHostLink(HostLink):
         if self._engine.capturing():
             expected = "a step before the capture, which pins them"
             raise ConfigError("expert_offload", "weights that are not pinned, in a CUDA graph", expected)
+        self._pinned.pop(weight, None)  # what it had before is no longer its own
         need = self.pinned_bytes + 2 * weight.nbytes  # its gradient will be, too
         if need > self.limit_bytes:
             expected = f"at most {self.limit_bytes} pinned ones (limit_bytes) for weights and gradients of all layers"
@@ -158,7 +165,7 @@ class CudaHostLink(HostLink):
         pinned = self.host_empty(weight.shape, weight.dtype)
         pinned.copy_(weight.detach())
         weight.data = pinned
-        self.pinned_bytes = need
+        self._pinned[weight] = 2 * weight.nbytes
 
     def wait(self, copy: HostCopy) -> None:
         self._engine.current().wait_event(copy.end)

@@ -92,6 +92,7 @@ class Wire:
         self._down, self._up = engine.stream(), engine.stream()
         self._places = [engine.pinned(piece_bytes) for _ in range(PLACES)]
         self._captured = self._in_graphs = False
+        self._not_taken: set[Any] = set()  # ends of exchanges in the graph that is captured, until they are waited for
         self._begin_anew()
         self._next = 0
 
@@ -102,9 +103,11 @@ class Wire:
     def _enter(self) -> bool:
         """Whether the coming exchange is captured in a graph. The first of a capture, and the first behind one, wait
         for no place: events do not reach into a graph or out of it, and the streams on which graphs are replayed are
-        waited for by `ready`."""
+        waited for by `ready`. It is a first one where no other is under way, all of which a capture joins; whether the
+        wire's own stream is captured does not say so alone, as torch gives each stream to several."""
         captured = self.engine.capturing()
-        if captured != self._captured or (captured and not self.engine.capturing(self._down)):
+        if captured != self._captured or (captured and (not self._not_taken or not self.engine.capturing(self._down))):
+            self._not_taken.clear()
             if captured and not self._in_graphs:
                 self._in_graphs = True
                 in_graphs.extend(self._places)
@@ -141,10 +144,17 @@ class Wire:
             copied.record(current)
             up.wait_event(copied)
         end.record(up)
-        if not captured:  # else memory goes back to the graph's pool when the work lets go of it
+        if captured:  # memory goes back to the graph's pool when the work lets go of it
+            self._not_taken.add(end)
+        else:
             engine.keep(source, down)
             engine.keep(into, up)
         return begin, end
+
+    def take(self, end: Any) -> None:
+        """The current stream waits for an exchange."""
+        self.engine.current().wait_event(end)
+        self._not_taken.discard(end)
 
 
 def on_wire(num_bytes: int, share: float) -> int:
@@ -180,7 +190,7 @@ class StagedWork:
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """The rows. The current stream waits, the host does not, whatever the limit. TransportClosed after `close`."""
         self._transport._require_usable()
-        self._transport.wire.engine.current().wait_event(self._end)
+        self._transport.wire.take(self._end)
         self._source = None
         return self._out
 

@@ -31,6 +31,7 @@ SLEPT = register_activation("square that takes its time", _slept, _slept_backwar
 def set_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """From zero, until the end of the test."""
     CLOCK.now_s = 0.0
-    for module in (host_link, clocks, measuring):
+    for module in (host_link, measuring):
         monkeypatch.setattr(module, "time", CLOCK)
+    monkeypatch.setattr(clocks.HostClock, "now", CLOCK.perf_counter)
     monkeypatch.setattr(measuring, "ROUNDS", (1, 1))

@@ -26,8 +26,10 @@ def test_every_number_of_groups_with_a_largest_one_of_its_own_is_looked_at():
 
 
 def test_a_limit_of_the_device_is_kept():
-    """16 experts of 1000 bytes; a link that takes no time would leave them in one group."""
-    for limit, groups in ((None, 1), (16_000, 1), (15_999, 3), (12_000, 3), (8_000, 4), (2_000, 16)):
+    """16 experts of 1000 bytes; a link that takes no time would leave them in one group, beside whose slot there is one
+    of half of them after a step in two."""
+    within = {24_000: 1, 23_999: 2, 16_000: 2, 15_999: 3, 12_000: 3, 8_000: 4, 2_000: 16}
+    for limit, groups in ((None, 1), *within.items()):
         pair = planned_of(1e-12, device_limit_bytes=limit).pair
         assert (pair.chunks, pair.backward_chunks) == (groups, groups), limit
     with pytest.raises(ConfigError, match=r"device_limit_bytes = 1999: expected at least 2000"):
@@ -46,11 +48,12 @@ def test_probes_keep_within_the_limit():
         cuts(16, 2)
 
 
-def test_a_layer_keeps_within_its_link_s_limit_in_probes_and_steps(monkeypatch):
-    """Two experts of eight at a time, over a link that is no reason to cut."""
+@pytest.mark.parametrize("held, groups", [(2, E), (E, 2), (E + E // 2, 1)])
+def test_a_layer_keeps_within_its_link_s_limit_in_probes_and_steps(held, groups, monkeypatch):
+    """So many experts of eight at a time, over a link that is no reason to cut."""
     set_clock(monkeypatch)
     expert_bytes = 2 * F * D * 8
-    link = EmulatedHostLink(device_limit_bytes=2 * expert_bytes)
+    link = EmulatedHostLink(device_limit_bytes=held * expert_bytes)
     most, plain = [], link.slot
 
     def slot(num_bytes):
@@ -62,8 +65,8 @@ def test_a_layer_keeps_within_its_link_s_limit_in_probes_and_steps(monkeypatch):
     layer = make(schedule="auto", activation=SLEPT, expert_offload=link)
     results(layer, tokens(64))
     pair = layer._last_step.pair
-    assert (pair.chunks, pair.backward_chunks) == (E, E)
-    assert max(most) == 2 * expert_bytes and f"no more than {2 * expert_bytes}" in layer.explain()
+    assert (pair.chunks, pair.backward_chunks) == (groups, groups)
+    assert max(most) <= held * expert_bytes and f"no more than {held * expert_bytes}" in layer.explain()
 
 
 def test_ranks_with_other_limits_are_refused_before_anything_is_sent():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_overlap import MoELayer, ShortcutBlock
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
-from moe_overlap.schedule.builders import agree_ahead, shared_expert
+from moe_overlap.schedule.builders import agree_ahead, chunked, shared_expert
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.transport.host_link import EmulatedHostLink, HostLink
 from tests.layers import D, E, F, check_same, make, results, tokens
@@ -248,6 +248,25 @@ def test_a_schedule_beyond_the_limit_of_the_device_is_refused_by_all_ranks():
             EmulatedHostLink(device_limit_bytes=limit)
 
 
+@pytest.mark.parametrize("forward, backward, held", [(1, 2, E + E // 2), (4, 1, E + E // 4), (4, 2, E), (8, 8, 2)])
+def test_the_limit_counts_the_slots_of_both_halves(forward, backward, held):
+    """The slot of all experts serves as one of two groups, and there is another one beside it."""
+    pair = chunked(forward, "experts", backward_chunks=backward)
+    link = EmulatedHostLink(device_limit_bytes=held * EXPERT_BYTES)
+    layer = make(schedule=pair, expert_offload=link)
+    found = []
+    for _ in range(3):
+        x = tokens(9).requires_grad_()
+        y = layer(x)
+        found.append(link.device_bytes)
+        y.sum().backward()
+        found.append(link.device_bytes)
+    assert max(found) == held * EXPERT_BYTES
+    layer = make(schedule=pair, expert_offload=EmulatedHostLink(device_limit_bytes=held * EXPERT_BYTES - 1))
+    with pytest.raises(ConfigError, match=f"not {held * EXPERT_BYTES}"):
+        layer(tokens(9))
+
+
 def test_autocast_to_another_dtype_and_a_link_of_another_device_are_refused():
     layer = make(dtype=torch.float32, expert_offload="host")
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ConfigError, match="autocast"):
@@ -256,6 +275,13 @@ def test_autocast_to_another_dtype_and_a_link_of_another_device_are_refused():
     link.device = torch.device("meta")
     with pytest.raises(ConfigError, match="expert_offload"):
         make(expert_offload=link)
+
+
+def test_weights_that_a_state_dict_has_put_in_their_place_are_refused_in_its_words():
+    layer = make(expert_offload="host")
+    layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    with pytest.raises(ConfigError, match=r"experts\.w_in .* load_state_dict\(assign=True\)"):
+        layer(tokens(4))
 
 
 def sharded():

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +160,25 @@ def test_events_that_reach_into_a_graph_are_found_out(monkeypatch: pytest.Monkey
         captured(exchanges)
 
 
+def test_wires_that_share_streams_are_captured_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has 32 streams, which it gives out in turns."""
+    engine = CapturedEngine(seed=1)
+    streams = cycle([engine.stream(), engine.stream()])
+    monkeypatch.setattr(engine, "stream", lambda: next(streams))
+    monkeypatch.setattr(staged, "Engine", lambda device: engine)
+    wires = [Exchanges(StagedTransport(piece_bytes=7), 4) for _ in range(2)]
+    for _ in range(3):
+        engine.begin()
+        for one in wires:
+            one.run()
+        graph = engine.end()
+        for seed in range(4):
+            for one in wires:
+                one.anew()
+            graph.replay(seed)
+            assert all(one.right() for one in wires)
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -220,6 +241,22 @@ def test_experts_come_up_in_a_graph_as_they_are_at_each_replay(
         last = torch.cat([slot.memory.view(torch.float64) for slot in away._slots])
         assert (last == 2.0).all()
         layer(tokens(13))
+
+
+def test_replays_are_waited_for_where_the_rows_are_not_where_the_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = link(monkeypatch)
+    layer = make(expert_offload=away, **STATIC)
+    layer(tokens(13))
+    layer.check_static()
+    waited: list[torch.device] = []
+
+    def current_stream(device: torch.device) -> Any:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    away.device = torch.device("cuda", 3)
+    layer.check_static()
+    assert waited == [away.device]
 
 
 def test_frozen_experts_are_captured_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:

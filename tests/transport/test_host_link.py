@@ -60,6 +60,39 @@ def test_weights_are_pinned_once_and_within_the_limit(monkeypatch: pytest.Monkey
         link.pin(torch.nn.Parameter(torch.zeros(8)))
 
 
+def test_what_is_pinned_is_of_the_weights_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers come and go, and weights may be put in place of pinned ones."""
+    link = played(monkeypatch, 0, limit_bytes=100)
+    for _ in range(5):
+        weight = torch.nn.Parameter(torch.zeros(8))
+        for _ in range(3):
+            link.pin(weight)
+            assert link.pinned_bytes == 64
+            weight.data = torch.ones(8)
+    del weight
+    assert link.pinned_bytes == 0
+
+
+def test_after_a_step_the_host_may_change_the_weights_of_frozen_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no gradients that the host would wait for."""
+    link = played(monkeypatch, 0)
+    layer = make(schedule="chunked(4,experts)", expert_offload=link)
+    for weight in layer.expert_weights:
+        weight.requires_grad_(False)
+    copied: list[Any] = []
+    joined: list[Any] = []
+    plain = CudaHostLink._copy
+
+    def watched(one: CudaHostLink, pairs: Any, *, up: bool, timing: bool) -> Any:
+        copied.append(plain(one, pairs, up=up, timing=timing))
+        return copied[-1]
+
+    monkeypatch.setattr(CudaHostLink, "_copy", watched)
+    monkeypatch.setattr(CudaHostLink, "join", lambda one, copy: joined.append(copy))
+    layer(tokens(13).requires_grad_()).sum().backward()
+    assert copied[-1] in joined
+
+
 def test_slots_are_used_again_and_small_ones_go() -> None:
     link = EmulatedHostLink()
     first = link.slot(100)
