@@ -88,6 +88,11 @@ def test_the_compiled_decision_is_the_reference_for_the_rows_of_many_steps(bits)
         assert decide(load, phases) == decide_reference(load, phases, most_copies=12, margin=0.01)
 
 
+def test_more_slots_than_experts_are_as_many_as_experts():
+    few, many = (Load.at_home([[40, 1, 1], [30, 2, 1]], [0, 1, 1], (slots,) * 2) for slots in (3, 1 << 70))
+    assert decide(many, [phase()], most_copies=1 << 70) == decide(few, [phase()])
+
+
 @pytest.mark.parametrize("per_node", [1, 2, 4])
 def test_the_compiled_decision_relays_as_the_reference_does(per_node):
     if native.planner() is None:
