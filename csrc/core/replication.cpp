@@ -55,13 +55,16 @@ void check_load(const Load& load) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `moved` of the `total`, each its part.
+__extension__ using Wide = __int128;
+constexpr int64_t kNarrow = int64_t{1} << 31;  // products of what is below fit into 64 bits
+
+// `moved` of the `total`, each its part. Rows of many steps, which a controller adds up, may be more than 32 bits have.
 void to_parts(Rows& of, int64_t moved, int64_t total) {
   int64_t end = 0;
   int64_t start = 0;
   for (int64_t& part : of) {
     end += part;
-    const int64_t until = moved * end / total;
+    const int64_t until = total < kNarrow ? moved * end / total : static_cast<int64_t>(Wide{moved} * end / total);
     part = until - start;
     start = until;
   }

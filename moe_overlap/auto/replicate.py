@@ -21,6 +21,7 @@ from moe_overlap.auto.kinds import CUTS
 from moe_overlap.auto.planned import PlannedSchedule
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
+from moe_overlap.placement.selectors import MOST_SHARES
 from moe_overlap.planning.copy_costs import GRADIENT_BYTES, PhaseCosts, costs_of
 from moe_overlap.planning.copy_load import Load, check_count
 from moe_overlap.planning.replication import MARGIN, Decision, check_limits, check_options, decide, split_rows
@@ -230,4 +231,12 @@ def placement_of(load: Load, decision: Decision, base: Placement) -> Placement:
             shares[column > 0, placed.home_slots[expert]] = 0
             for source, rank, rows in split_rows(column.tolist(), found, load.ranks_per_node):
                 shares[source, slot_of[expert, rank]] = rows
-    return placed.with_selector(Shares(shares.tobytes(), placed.world_size))
+    return placed.with_selector(Shares(_fitting(shares, placed.expert_of_slot).tobytes(), placed.world_size))
+
+
+def _fitting(shares: np.ndarray, expert_of_slot: np.ndarray) -> np.ndarray:
+    """`shares` [W, P]; of an expert whose slots have more together on a rank than a selector may give, as the rows of
+    many steps, smaller ones in the same proportion."""
+    total = np.zeros((len(shares), int(expert_of_slot.max()) + 1), dtype=np.int64)
+    np.add.at(total.T, expert_of_slot, shares.T)
+    return shares // np.maximum(1, -(-total // MOST_SHARES))[:, expert_of_slot]

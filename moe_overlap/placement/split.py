@@ -7,7 +7,8 @@ Of c tokens of an expert in one (source rank, block), slot j of its slots 0..r-1
 where t counts them in token order and the phase, from 0 to the sum of the shares - 1, is a fixed function of source,
 block and expert. So bound[r - 1] is c, each slot gets its share up to one token, and who gets the odd one goes round
 over blocks and sources: by Weyl's sequence, multiples of the golden ratio modulo 1, which are spread evenly from the
-first on. Everything fits into 64 bits: counts are below 2**31, shares together at most 2**24.
+first on. Everything fits into 64 bits: counts of a step are below 2**31, those of many steps, which a controller adds
+up, below 2**38, shares together at most 2**24.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Load:
 
     counts: int64 [W, E], rows of each rank's tokens for each expert. seats: where they are computed as things are; the
     first E are the homes, in the order of the experts, the others copies that exist, no two of an expert on one rank.
-    spare: by rank, slots for copies beside these. `refetched`: existing copies are fetched in every step too.
+    spare: by rank, slots for copies beside these, E at most. `refetched`: copies that exist are fetched in each step.
     """
 
     counts: np.ndarray
@@ -37,6 +37,7 @@ class Load:
         ranks, experts = counts.shape
         if len(self.spare) != ranks or min(self.spare) < 0:
             raise ConfigError("spare", self.spare, f"{ranks} numbers of slots")
+        object.__setattr__(self, "spare", tuple(min(slots, experts) for slots in self.spare))
         if self.ranks_per_node < 1 or ranks % self.ranks_per_node:
             raise ConfigError("ranks_per_node", self.ranks_per_node, f"a divisor of {ranks}")
         homes = [expert for expert, _, _ in self.seats[:experts]]

@@ -64,7 +64,7 @@ def decide(
     """The fastest of the candidates. `phases`: what is paid for this load, forward alone or both phases. most_copies:
     None, as many as there are slots. margin: by what part it has to be faster than leaving it."""
     check_options(phases, most_copies, margin)
-    most = sum(load.spare) if most_copies is None else most_copies
+    most = sum(load.spare) if most_copies is None else min(most_copies, sum(load.spare))
     planner = native.planner()
     if planner is None:
         return decide_reference(load, phases, most_copies=most, margin=margin)

@@ -229,7 +229,9 @@ class Dispatcher:
             raise ConfigError("rule.ranks_per_node", nodes, f"{known}, {expected} (MoELayer(ranks_per_node=))")
 
     def _rule_under(self, schedule: Schedules) -> StepRule | None:
-        """The rule of a step that runs what `schedule` says, from which it may have its prices."""
+        """The rule of a step that runs what `schedule` says, from which it may have its prices; none on one rank."""
+        if self.transport.world_size == 1:
+            return None
         under = getattr(self.rule, "under", None)
         return self.rule if under is None else under(schedule, grad=torch.is_grad_enabled())
 

@@ -348,6 +348,18 @@ def test_a_planner_whose_copies_are_relayed_makes_more_of_them():
     assert (direct.num_slots, relayed.num_slots) == (8 + 3, 8 + 5)
 
 
+@pytest.mark.parametrize("steps", [10**4, 10**6, 10**9])
+def test_copies_for_the_rows_of_many_steps_are_those_of_one(steps):
+    base, counts_WE = Placement.identity(E, 4), np.tile([48, 6, 6, 6, 6, 6, 6, 6], (4, 1))
+    planner = copies_planner([replace(costs(0.0)[0], chunks=1)], spare=1)
+    one, many = planner(counts_WE, base), planner(counts_WE * steps, base)
+    assert one.has_replicas and many.experts_of_ranks() == one.experts_of_ranks()
+    rows, all_rows = (p.physical_counts((counts_WE * n)[:, None, :], range(4)).sum(axis=(0, 1)) for p, n in
+                      ((one, 1), (many, steps)))  # fmt: skip
+    assert all_rows.sum() == rows.sum() * steps and all_rows.min() >= 0
+    assert abs(all_rows / steps - rows).max() < 2
+
+
 def test_a_dropped_controller_leaves_no_watchers():
     def rank(me):
         layer = skewed(me)

@@ -16,8 +16,9 @@ from moe_overlap import (
 )
 from moe_overlap.placement import Placement
 from moe_overlap.placement.planners import Flex
-from tests.layers import D, E, F, make, tokens
+from tests.layers import D, E, F, make, results, tokens
 from tests.ranks import virtual_world
+from tests.tolerances import close
 
 
 def costs(flop_per_s=1e9):
@@ -149,3 +150,17 @@ def test_options_of_a_controller():
         PlacementController(layer, planner, costs(), ranks_per_node=2)
 
     virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize("schedule", ["auto", "chunked(2)"])
+def test_on_one_rank_rules_do_nothing(schedule):
+    def rank(me):
+        layer = make(me.transport(), schedule=schedule)
+        layer.dispatcher.rule = ReplicationRule(spare=2)
+        for _ in range(2):  # the first call of "auto" measures
+            for one, other in zip(results(layer, tokens(12)), results(make(), tokens(12)), strict=True):
+                close(one, other)
+            layer.zero_grad(set_to_none=True)
+        assert layer.dispatcher.rule.told() == ""
+
+    virtual_world(1).run(rank)

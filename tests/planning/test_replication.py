@@ -77,6 +77,22 @@ def test_the_compiled_decision_is_the_reference_to_the_last_bit(seed):
     assert found == decide_reference(load, phases, most_copies=most, margin=margin)
 
 
+@pytest.mark.parametrize("bits", [31, 33, 38])
+def test_the_compiled_decision_is_the_reference_for_the_rows_of_many_steps(bits):
+    if native.planner() is None:
+        pytest.skip("not built")
+    rng = np.random.default_rng(bits)
+    for _ in range(20):
+        load = Load.at_home(rng.integers(0, 1 << bits, (6, 5)), [0, 1, 2, 3, 3], (2,) * 6, ranks_per_node=2)
+        phases = [random_phase(rng)]
+        assert decide(load, phases) == decide_reference(load, phases, most_copies=12, margin=0.01)
+
+
+def test_more_slots_than_experts_are_as_many_as_experts():
+    few, many = (Load.at_home([[40, 1, 1], [30, 2, 1]], [0, 1, 1], (slots,) * 2) for slots in (3, 1 << 70))
+    assert decide(many, [phase()], most_copies=1 << 70) == decide(few, [phase()])
+
+
 @pytest.mark.parametrize("per_node", [1, 2, 4])
 def test_the_compiled_decision_relays_as_the_reference_does(per_node):
     if native.planner() is None:

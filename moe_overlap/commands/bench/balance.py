@@ -27,7 +27,8 @@ from moe_overlap.commands.bench.balance_cases import (
     time_rows,
     with_auto,
 )
-from moe_overlap.commands.bench.balance_live import SCHEDULE, follow
+from moe_overlap.commands.bench.balance_live import follow
+from moe_overlap.commands.bench.balance_options import LIVE_SCHEDULE as SCHEDULE
 from moe_overlap.commands.bench.balance_options import BalanceOptions, parse
 from moe_overlap.commands.bench.balance_oracle import with_oracle
 from moe_overlap.commands.bench.balance_report import KEYS, print_rows, write_picture

@@ -24,6 +24,7 @@ from moe_overlap.commands.bench.balance_cases import (
     time_step,
     topology_of,
 )
+from moe_overlap.commands.bench.balance_options import LIVE_SCHEDULE as SCHEDULE
 from moe_overlap.commands.bench.balance_options import BalanceOptions
 from moe_overlap.commands.bench.slept import Calibration, slept_experts
 from moe_overlap.commands.bench.timing import quiet_collector
@@ -36,7 +37,6 @@ from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
 
 INTERVAL = 5  # steps from plan to plan
-SCHEDULE = "chunked"
 
 
 @dataclass

@@ -18,6 +18,7 @@ KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of
 PLANNERS = ("static", "replicate", "switch", "shadow", *KEPT)
 # The dense op runs before the layer, or beside it (ScMoE); with "exposed" copies alone are waited for where they start.
 SCHEDULES = ("serial", "chunked", "auto", "shortcut", "shortcut_exposed")
+LIVE_SCHEDULE = "chunked"  # of --live-steps
 COMPUTE = ("slept", "real")
 MOST_SEED = 2**31 - 1
 
@@ -75,6 +76,9 @@ class BalanceOptions:
             chosen = getattr(self, name)
             if not chosen or any(word not in known for word in chosen):
                 raise ConfigError(flag_of(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
+        if self.live_steps and LIVE_SCHEDULE not in self.schedules:
+            expected = f"a list with {LIVE_SCHEDULE}, which is what --live-steps runs"
+            raise ConfigError("--schedules", ",".join(self.schedules), expected)
         if "recorded" in self.workloads and not self.recorded:
             raise ConfigError("--recorded", self.recorded, "a routing file (moe-overlap train --save-routing FILE)")
         check_number("comm_share", self.comm_share, 0.01, 0.95)
@@ -109,8 +113,8 @@ HELP = {
     "planners": "rows of each workload, comma-separated: " + ", ".join(PLANNERS),
     "schedules": "of each planner, comma-separated: " + ", ".join(SCHEDULES) + "; auto: planned from the slept prices; "
     "in a shortcut the dense op is beside the layer, exposed: copies are waited for where they start",
-    "live_steps": "instead: so many steps in a row, with homes alone and with a placement of FlexMoE's planner that "
-    "follows the load",
+    "live_steps": "instead: so many chunked steps in a row, with homes alone and with a placement of FlexMoE's planner "
+    "that follows the load",
     "recorded": "routing file of workload recorded (moe-overlap train --save-routing)",
     "compute": "slept: experts and dense op sleep; real: they compute, which takes a core for each rank",
     "comm_share": "share of the exchanges in a serial step with balanced load: sets the rate of the link",

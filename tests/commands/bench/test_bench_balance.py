@@ -43,6 +43,9 @@ def test_sleeps_and_link_give_the_shares_that_were_asked_for():
     assert (load, copies) == (1.0, 0) and seconds == pytest.approx(0.05 / 0.6, rel=1e-3)
     dense_s = sleep.mlp_forward_s + sleep.mlp_backward_s
     assert seconds / (seconds + dense_s) == pytest.approx(0.8, rel=1e-3)
+    with pytest.raises(ConfigError, match="chunked, which is what --live-steps runs"):
+        BalanceOptions(live_steps=3, schedules=("auto",))
+    assert BalanceOptions(live_steps=3).live_steps == 3
     with pytest.raises(ConfigError, match="latency-us"):
         link_of(BalanceOptions(compute_ms=1.0, latency_us=1000.0))
 
