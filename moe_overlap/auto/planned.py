@@ -183,8 +183,7 @@ class PlannedSchedule(Settled):
 
     def begins_backward(self, exchange: ExchangePlan) -> None:
         """As `Schedules.begins_backward`: this step waits no longer."""
-        ran = self._waiting.pop(exchange.step, None)
-        if ran is not None:
+        if (ran := self._waiting.pop(exchange.step, None)) is not None:
             ran.waiting -= 1
 
     def planned(self, exchange: ExchangePlan) -> Planned:
@@ -213,7 +212,8 @@ class PlannedSchedule(Settled):
         self._ran[key if known is None else (known.kinds, key[1])] = ran  # one object for equal kinds
         self._waiting[step] = ran
         _drop_first(self._ran, FORWARDS)
-        _drop_first(self._waiting, FORWARDS)
+        if len(self._waiting) > FORWARDS:  # a forward whose backward never came
+            self._waiting.pop(next(iter(self._waiting))).waiting -= 1
 
     def _remembered(self, exchange: ExchangePlan) -> tuple[Key, _Ran | None]:
         key = self._kinds(exchange), blake2b(exchange.counts.totals.tobytes(), digest_size=16).digest()

@@ -217,6 +217,17 @@ def test_a_recompute_long_after_its_forward_is_refused_by_name(monkeypatch):
     assert len(schedule._ran) == len(schedule._waiting) == 3
 
 
+def test_a_forward_whose_backward_never_comes_waits_no_longer_than_it_is_remembered(monkeypatch):
+    monkeypatch.setattr(planning, "FORWARDS", 3)
+    schedule = planned(1e-3)
+    for number, rows in ((1, 10), (2, 20), (3, 30), (4, 10)):  # the first one's counts come again
+        schedule.pair_for(step_of(number, rows))
+    schedule.begins_backward(step_of(4, 10))
+    assert sum(ran.waiting for ran in schedule._ran.values()) == len(schedule._waiting) == 2
+    schedule.pair_for(step_of(5, 50))
+    assert [ran.waiting for ran in schedule._ran.values()] == [1, 0, 1]
+
+
 # ---------------------------------------------------------------- layers
 
 
