@@ -21,7 +21,8 @@ from moe_overlap.commands.bench.cases import ACTIVATION, Attention, Branch
 from moe_overlap.commands.bench.options import LayerOptions
 from moe_overlap.launch.launch import World
 from moe_overlap.measure.overlap import median
-from moe_overlap.ops.expert_mlp_contract import DgradResult
+from moe_overlap.ops import raw
+from moe_overlap.ops.expert_mlp_contract import Dgrad
 
 REPEATS = 5
 
@@ -133,30 +134,43 @@ def median_s(body: Callable[[], object]) -> float:
 
 @contextmanager
 def slept_experts(calibration: ExpertSeconds | None, sleep: Callable[[float], object] = time.sleep) -> Iterator[None]:
-    """Inside, the experts of every layer of this process `sleep` for seconds; None changes nothing."""
+    """Inside, the experts of every scheduled layer of this process `sleep` for seconds; None changes nothing."""
     if calibration is None:
         yield
         return
-    real = (ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad)
 
     def rows_of(ends: Any, starts: Any) -> int:
-        return int(sum(ends.tolist()) - sum(starts.tolist())) if starts is not None else int(ends[-1])
+        return int(ends[-1]) if starts is None else sum(map(int, ends)) - sum(map(int, starts))
 
     def forward(x: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, y: Any, h: Any, **_: Any) -> Any:
         sleep(calibration.expert_row_s * rows_of(ends, starts))
         return y, h
 
-    def dgrad(dy: Any, h: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, dx: Any, dh: Any, a: Any,
-              dscale: Any = None, **_: Any) -> Any:  # fmt: skip
-        sleep(calibration.dgrad_row_s * rows_of(ends, starts))
-        return DgradResult(dx, dh, a, dscale)
+    def dgrad(call: Dgrad) -> None:
+        sleep(calibration.dgrad_row_s * rows_of(call.ends, call.starts))
 
-    def wgrad(x: Any, dy: Any, dh: Any, a: Any, ends: Any, *, experts: Any = None, **_: Any) -> None:
+    def wgrad(
+        x: Any, dy: Any, dh: Any, a: Any, ends: Any, *, starts: Any = None, experts: Any = None, **_: Any
+    ) -> None:
         first, last = (0, len(ends)) if experts is None else experts
-        sleep(calibration.wgrad_row_s * (int(ends[last - 1]) - (int(ends[first - 1]) if first else 0)))
+        before = [0, *ends][:-1] if starts is None else starts
+        sleep(calibration.wgrad_row_s * rows_of(ends[first:last], before[first:last]))
 
+    # Pieces as the executor calls them, and those that gradients of copies and context-coherent layers go through.
+    instead = {
+        (raw, "expert_mlp_forward"): lambda call: forward(call.x, None, None, call.ends, starts=call.starts, y=call.y,
+                                                          h=call.h),
+        (raw, "expert_mlp_dgrad"): dgrad,
+        (raw, "expert_mlp_wgrad"): lambda call: wgrad(call.x, None, None, None, call.ends, starts=call.starts,
+                                                      experts=call.experts),
+        (ops, "expert_mlp_forward"): forward,
+        (ops, "expert_mlp_wgrad"): wgrad,
+    }  # fmt: skip
+    real = {place: getattr(*place) for place in instead}
     try:
-        ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad = forward, dgrad, wgrad  # type: ignore[assignment]
+        for (module, name), slept in instead.items():
+            setattr(module, name, slept)
         yield
     finally:
-        ops.expert_mlp_forward, ops.expert_mlp_dgrad, ops.expert_mlp_wgrad = real
+        for (module, name), kernel in real.items():
+            setattr(module, name, kernel)
