@@ -252,8 +252,9 @@ def _scheduled(
         x_TD, *x_identity = step.enter(call.x_TD, call.w_in, call.w_out, copies=1 + (call.identity is not None))
     except BaseException as error:
         dispatcher.refuse(error, known)
-    step.ask(known, dispatcher, dispatcher.begin(call.ids_TK, x_TD, known))
-    step.give(x_TD, call.ids_TK.to(torch.int32), call.weights_TK)
+    with step.releasing_on_error():
+        step.ask(known, dispatcher, dispatcher.begin(call.ids_TK, x_TD, known))
+        step.give(x_TD, call.ids_TK.to(torch.int32), call.weights_TK)
     y_TD = step.run()
     if phase == 0:
         calls.outgrown.note(step)

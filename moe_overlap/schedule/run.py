@@ -154,7 +154,7 @@ class Step(Backward):
             assert shared is not None
             return lambda _: shared()
 
-        with self._releasing_on_error():
+        with self.releasing_on_error():
             if self._agreeing is not None:
                 for action in self.schedule.ahead:
                     self._run_op(action, op_of(action))
@@ -171,7 +171,7 @@ class Step(Backward):
 
     def run_until_op(self) -> None:
         """Walk up to the next op of the user, exclusive, and get ready for the caller to run it (ticket API)."""
-        with self._releasing_on_error():
+        with self.releasing_on_error():
             self._walk()
             self._before_op()
             self._position += 1
@@ -242,8 +242,8 @@ class Step(Backward):
             self.__dict__.pop(name, None)
 
     @contextmanager
-    def _releasing_on_error(self) -> Iterator[None]:
-        """Also where the walk ends early: by an error, or in U by the end of a checkpoint's recompute."""
+    def releasing_on_error(self) -> Iterator[None]:
+        """Also where a step ends early: by an error, or in U by the end of a checkpoint's recompute."""
         try:
             yield
         except BaseException as error:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import ConfigError, MoELayer, RemoteAbort, ShortcutBlock
+from moe_overlap import ConfigError, MoELayer, RemoteAbort, ShortcutBlock, moe_forward
 from moe_overlap.schedule.run import Step
 from moe_overlap.transport.local import LocalTransport
 from tests.ranks import virtual_world
@@ -40,6 +40,7 @@ def alive(monkeypatch):
             made.add(self)
 
     monkeypatch.setattr("moe_overlap.layer.layer.Step", Counted)
+    monkeypatch.setattr("moe_overlap.layer.functional.Step", Counted)
     return made
 
 
@@ -96,6 +97,60 @@ def test_steps_of_a_block_and_of_tickets_do_not_pile_up(checkpointing, alive):
     del ticket
     gc.collect()
     assert len(alive) <= 2
+
+
+def bad_logits(me, layer):
+    with pytest.raises(ConfigError, match="logits"):
+        layer(tokens().requires_grad_() * (float("nan") if me.rank == 0 else 1))
+
+
+def a_router_that_raises(me, layer):
+    layer.router.forward = None
+    with pytest.raises(TypeError):
+        layer(tokens().requires_grad_())
+    del layer.router.forward
+    layer.transport.reopen()
+
+
+def a_peer_that_gives_up(me, layer):
+    me.barrier()  # nobody is in the step before it
+    if me.rank == 0:
+        layer.transport.close("it gave up")
+    else:
+        with pytest.raises(RemoteAbort):
+            layer(tokens().requires_grad_())
+    layer.transport.reopen()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("use", [bad_logits, a_router_that_raises, a_peer_that_gives_up])
+def test_steps_that_ranks_do_not_agree_on_do_not_pile_up(use, overlap, alive):
+    def rank(me):
+        layer = make(me.transport(), overlap=overlap)
+        for _ in range(8):
+            trained(layer)
+            use(me, layer)
+        trained(layer)
+        me.barrier()
+        gc.collect()
+        return len(alive)
+
+    assert max(virtual_world(2).run(rank)) <= 2, "each layer may hold its last call"
+
+
+def test_steps_of_the_functional_form_with_bad_ids_do_not_pile_up(alive):
+    ids, weights = torch.arange(12, dtype=torch.int32).reshape(6, K) % E, torch.ones(6, K, dtype=torch.float64)
+
+    def rank(me):
+        transport, w = me.transport(), [one.detach().requires_grad_() for one in make(me.transport()).expert_weights]
+        for _ in range(8):
+            with pytest.raises(ConfigError):
+                moe_forward(tokens().requires_grad_(), ids + E * me.rank, weights, *w, transport=transport)
+        me.barrier()
+        gc.collect()
+        return len(alive)
+
+    assert max(virtual_world(2).run(rank)) <= 2
 
 
 def test_a_step_after_its_forward_does_not_hold_cast_weights():
