@@ -221,8 +221,7 @@ class PlannedSchedule(Settled):
 
     def _chosen(self, kinds: Kinds) -> Planned:
         """The plan of the coming step of these kinds."""
-        known = self._found.get(kinds)
-        if known is None:
+        if (known := self._found.get(kinds)) is None:
             _drop_first(self._found, REMEMBERED - 1)
             found = _taken_over(self, kinds, self._recent) if self.search_s else None
             self.tally["taken over"] += found is not None
@@ -282,9 +281,7 @@ def _within(shapes: Sequence[StepShape], kind: StepKind, limit: int | None) -> l
 
 def _plan(schedule: PlannedSchedule, kind: StepKind) -> Planned:
     windows, budget = _windows(schedule, kind), schedule.max_in_flight_bytes
-    candidates = {
-        phase: search(found, max_in_flight_bytes=budget, limit=CONSIDERED) for phase, found in windows.items()
-    }
+    candidates = {phase: search(one, max_in_flight_bytes=budget, limit=CONSIDERED) for phase, one in windows.items()}
     return _planned(schedule, kind, windows, candidates, _with_copies(schedule, kind, windows, candidates))
 
 
@@ -346,13 +343,15 @@ def _taken_over(schedule: PlannedSchedule, kinds: Kinds, plans: Sequence[Planned
     of them can run there."""
     found, least_s = list[tuple[float, StepKind, dict[Phase, Window], Candidates, Candidates]](), list[float]()
     for kind in kinds:
-        windows = _windows(schedule, kind)
+        try:
+            windows = _windows(schedule, kind)
+        except ConfigError:  # such a step cannot be planned: `_plans`
+            continue
         least_s.append(sum(_least_s(schedule, kind, one) for one in windows.values()))
         outside_s = sum(_outside_s(schedule, kind, phase) for phase in windows)
         for plan in plans:
             if plan.pair.deduplicated == (kind.distinct is not None):
-                candidates = _repriced(windows, plan, schedule.max_in_flight_bytes)
-                if candidates is not None:
+                if (candidates := _repriced(windows, plan, schedule.max_in_flight_bytes)) is not None:
                     copied = _with_copies(schedule, kind, windows, candidates)
                     seconds = outside_s + sum(one[0].predicted_s for one in (candidates | copied).values())
                     found.append((seconds, kind, windows, candidates, copied))
