@@ -239,23 +239,20 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
         with step.releasing_on_error():
             try:
                 x_router, x_rows, x_shared = tokens.enter(step, w_in, w_out)
-                if read_TD is not None:
-                    x_router = Tie.apply(read_TD, x_router)
+                x_router = x_router if read_TD is None else Tie.apply(read_TD, x_router)
                 routing = self._route(x_router, x_shared, told)
                 check_routing(routing.topk_ids_TK, routing.topk_weights_TK, x_TD)
                 rows_TD = (x_rows if late is None else step.anchor).to(w_out.dtype)
                 rows_TD, weights_TK = self._weigh(rows_TD, routing)
             except BaseException as error:
                 self.dispatcher.refuse(error, known)
-            ids_TK = routing.topk_ids_TK
-            agreement = self.dispatcher.begin(ids_TK, rows_TD, known, status=routing.status,
+            agreement = self.dispatcher.begin(routing.topk_ids_TK, rows_TD, known, status=routing.status,
                                               router_state=routing.agreed)  # fmt: skip
             step.ask(known, self.dispatcher, agreement)
-            if beside is not None:
-                step.hidden = beside.hidden
+            step.hidden = None if beside is None else beside.hidden
             if late is not None:
                 rows_TD = late_rows(step, late, self.latent_in, self.dispatcher.hidden, w_out.dtype)
-            step.give(rows_TD, ids_TK, weights_TK, entered=late is None)
+            step.give(rows_TD, routing.topk_ids_TK, weights_TK, entered=late is None)
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:
