@@ -69,8 +69,8 @@ SCALES: tuple[Mutant, ...] = (
         "NVIDIA/Megatron-LM#6279",
         "two micro-batches",
         layer(
-            "        agreement = self.dispatcher.begin(",
-            "        self.experts.zero_grad()\n        agreement = self.dispatcher.begin(",
+            "            agreement = self.dispatcher.begin(",
+            "            self.experts.zero_grad()\n            agreement = self.dispatcher.begin(",
         ),
     ),
     mutant(
@@ -113,7 +113,7 @@ ROUTER: tuple[Mutant, ...] = (
         "output",
         layer(
             GIVE,
-            f"weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)\n        {GIVE}",
+            f"weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)\n            {GIVE}",
         ),
     ),
     mutant(
@@ -161,10 +161,10 @@ ROWS: tuple[Mutant, ...] = (
         "vllm-project/vllm#46441",
         "output",
         layer(
-            "        ids_TK = routing.topk_ids_TK\n        agreement",
-            "        ids_TK, p = routing.topk_ids_TK, self.dispatcher.placement\n"
-            "        moved_TK = (ids_TK + p.slots_per_rank) % p.num_slots\n"
-            "        ids_TK = torch.where(ids_TK >= 0, moved_TK, ids_TK)\n        agreement",
+            "            ids_TK, state = routing.topk_ids_TK, routing.agreed\n",
+            "            ids_TK, state, p = routing.topk_ids_TK, routing.agreed, self.dispatcher.placement\n"
+            "            moved_TK = (ids_TK + p.slots_per_rank) % p.num_slots\n"
+            "            ids_TK = torch.where(ids_TK >= 0, moved_TK, ids_TK)\n",
         ),
     ),
     mutant(
