@@ -319,6 +319,14 @@ def test_files_and_functions_stay_readable():
                 assert length <= 75, f"{path.relative_to(ROOT)}: {node.name} has {length} lines"
 
 
+def test_compiled_files_stay_readable():
+    paths = [path for path in tracked() if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    assert len(paths) > 50
+    for path in paths:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines; at most 450"
+
+
 def test_public_names_have_docstrings():
     import moe_overlap
 
