@@ -280,12 +280,8 @@ def somewhere(start, seed):
     return Placement.of_ranks(ranks, homes=homes, selector=LocalFirst())
 
 
-def moving(even, reshard):
-    """Outputs of steps between which one layer moves; the experts then, and what AdamW keeps of them, by number."""
-    start = IDENTITY if even else COPIED
-    model = sharded("kept", placement=start, reshard=reshard)
-    optimizer = optimizer_of(model)
-    outputs = []
+def steps_of(model, optimizer, outputs):
+    """The number of each step when it is over, its outputs added."""
     for step in range(STEPS):
         for batch in range(BATCHES):
             x = tokens(step, batch, dist.get_rank())
@@ -294,6 +290,16 @@ def moving(even, reshard):
             outputs.append(y.detach())
         optimizer.step()
         optimizer.zero_grad()
+        yield step
+
+
+def moving(even, reshard):
+    """Outputs of steps between which one layer moves; the experts then, and what AdamW keeps of them, by number."""
+    start = IDENTITY if even else COPIED
+    model = sharded("kept", placement=start, reshard=reshard)
+    optimizer = optimizer_of(model)
+    outputs = []
+    for step in steps_of(model, optimizer, outputs):
         mo.migrate(model.layers[step % 2], somewhere(start, step), optimizer)
     found = {}
     for number, layer in enumerate(model.layers):
@@ -332,14 +338,7 @@ def controlled():
     optimizer = optimizer_of(model)
     controller = mo.PlacementController(model, mo.copies_planner(COSTS, spare=1), COSTS, interval=2)
     outputs, placements = [], []
-    for step in range(STEPS):
-        for batch in range(BATCHES):
-            x = tokens(step, batch, dist.get_rank())
-            y = model(x)
-            loss_of(y, x).backward()
-            outputs.append(y.detach())
-        optimizer.step()
-        optimizer.zero_grad()
+    for _ in steps_of(model, optimizer, outputs):
         controller.step()
         placements.append([layer.dispatcher.placement.experts_of_ranks() for layer in model.layers])
     assert any(layer.dispatcher.placement.has_replicas for layer in model.layers)
