@@ -16,7 +16,6 @@ from functools import lru_cache
 
 import torch
 
-from moe_overlap import ops
 from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.agreement.plan import ExchangePlan, RowLayout
 from moe_overlap.auto.auto import AutoSchedule
@@ -24,6 +23,8 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.latent import project
 from moe_overlap.layer.layer import MoELayer
+from moe_overlap.ops import raw
+from moe_overlap.ops.expert_mlp_contract import Forward
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.schedule.actions import Action, Schedule
 from moe_overlap.schedule.builders import SchedulePair
@@ -167,8 +168,8 @@ class Hop:
         sms = experts_sms(self.rows.device, 0 if self.pair.joined else self.lanes.transport.exchange_sms)
         starts, ends = (one.to(self.rows.device) for one in self.plan.expert_rows(chunk))
         for w_in, w_out, seats in self.weights.parts(chunk):
-            ops.expert_mlp_forward(self.x, w_in, w_out, ends[seats], starts=starts[seats], kind=self.weights.kind,
-                                   y=self.y, h=self.pre, num_sms=sms)  # fmt: skip
+            raw.expert_mlp_forward(Forward(self.x, w_in, w_out, ends[seats], starts[seats], self.weights.kind,
+                                           self.y, self.pre, sms))  # fmt: skip
 
 
 def pair_of(schedule: AnySchedule) -> SchedulePair:

@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from moe_overlap import ops
+from moe_overlap.ops import raw
 from moe_overlap.ops.checks import accumulation_dtype
+from moe_overlap.ops.expert_mlp_contract import Wgrad
 
 
 class Part(NamedTuple):
@@ -107,7 +108,7 @@ class GradientRows(NamedTuple):
         dw_out = x.new_empty(last - first, x.shape[1], a.shape[1])
         ends = [offset - begin for offset in self.offs[first:last]]
         if ends:
-            ops.expert_mlp_wgrad(x, dy, dh, a, ends, dw_in=dw_in, dw_out=dw_out, num_sms=self.num_sms)
+            raw.expert_mlp_wgrad(Wgrad(x, dy, dh, a, ends, None, dw_in, dw_out, (0, len(ends)), self.num_sms))
         return dw_in, dw_out
 
     def _rows(self, rows: torch.Tensor, begin: int, end: int) -> torch.Tensor:

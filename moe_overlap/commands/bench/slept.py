@@ -22,7 +22,8 @@ from moe_overlap.commands.bench.options import LayerOptions
 from moe_overlap.launch.launch import World
 from moe_overlap.measure.overlap import median
 from moe_overlap.ops import raw
-from moe_overlap.ops.expert_mlp_contract import Dgrad
+from moe_overlap.ops.expert_mlp_contract import Dgrad, Forward, Wgrad
+from moe_overlap.ops.row_groups import Bounds
 
 REPEATS = 5
 
@@ -139,38 +140,26 @@ def slept_experts(calibration: ExpertSeconds | None, sleep: Callable[[float], ob
         yield
         return
 
-    def rows_of(ends: Any, starts: Any) -> int:
+    def rows_of(ends: Bounds, starts: Bounds | None) -> int:
         return int(ends[-1]) if starts is None else sum(map(int, ends)) - sum(map(int, starts))
 
-    def forward(x: Any, w_in: Any, w_out: Any, ends: Any, *, starts: Any = None, y: Any, h: Any, **_: Any) -> Any:
-        sleep(calibration.expert_row_s * rows_of(ends, starts))
-        return y, h
+    def forward(call: Forward) -> None:
+        sleep(calibration.expert_row_s * rows_of(call.ends, call.starts))
 
     def dgrad(call: Dgrad) -> None:
         sleep(calibration.dgrad_row_s * rows_of(call.ends, call.starts))
 
-    def wgrad(
-        x: Any, dy: Any, dh: Any, a: Any, ends: Any, *, starts: Any = None, experts: Any = None, **_: Any
-    ) -> None:
-        first, last = (0, len(ends)) if experts is None else experts
-        before = [0, *ends][:-1] if starts is None else starts
-        sleep(calibration.wgrad_row_s * rows_of(ends[first:last], before[first:last]))
+    def wgrad(call: Wgrad) -> None:
+        asked = slice(*call.experts)
+        starts = [0, *call.ends][:-1] if call.starts is None else call.starts
+        sleep(calibration.wgrad_row_s * rows_of(call.ends[asked], starts[asked]))
 
-    # Pieces as the executor calls them, and those that gradients of copies and context-coherent layers go through.
-    instead = {
-        (raw, "expert_mlp_forward"): lambda call: forward(call.x, None, None, call.ends, starts=call.starts, y=call.y,
-                                                          h=call.h),
-        (raw, "expert_mlp_dgrad"): dgrad,
-        (raw, "expert_mlp_wgrad"): lambda call: wgrad(call.x, None, None, None, call.ends, starts=call.starts,
-                                                      experts=call.experts),
-        (ops, "expert_mlp_forward"): forward,
-        (ops, "expert_mlp_wgrad"): wgrad,
-    }  # fmt: skip
-    real = {place: getattr(*place) for place in instead}
+    instead = {"expert_mlp_forward": forward, "expert_mlp_dgrad": dgrad, "expert_mlp_wgrad": wgrad}
+    real = {name: getattr(raw, name) for name in instead}
     try:
-        for (module, name), slept in instead.items():
-            setattr(module, name, slept)
+        for name, slept in instead.items():
+            setattr(raw, name, slept)
         yield
     finally:
-        for (module, name), kernel in real.items():
-            setattr(module, name, kernel)
+        for name, kernel in real.items():
+            setattr(raw, name, kernel)
