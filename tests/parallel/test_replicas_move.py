@@ -377,7 +377,7 @@ def controlled(follows):
         return busiest_moved(seen[-1], current)
 
     controller = PlacementController(model, planner, free, optimizers=[optimizer], interval=3)
-    controller._price = lambda counts_WE, placement: 0.0 if placement.home_ranks != IDENTITY.home_ranks else 1.0
+    controller._price = lambda one, counts_WE, placement: float(placement.home_ranks == IDENTITY.home_ranks)
     counted, losses, changed = torch.zeros(2, E, dtype=torch.int64), [], []
     for number in range(7):
         first = dist.get_rank() < SPREAD

@@ -60,7 +60,7 @@ def hit_in(phase, made, moe, number):
             done.append(True)
             os.kill(os.getpid(), number)
 
-    acting, agree = Lanes.acting, moe.transport.begin_agree
+    act, agree = Lanes.act, moe.transport.begin_agree
     if phase == "route":
         hook = moe.router.register_forward_pre_hook(lambda *_: hit())
     if phase in BESIDE_N:
@@ -68,16 +68,16 @@ def hit_in(phase, made, moe, number):
     if phase == "N":
         moe.transport.begin_agree = lambda record: (hit(), agree(record))[1]
 
-    def noted(self, action, device_type, *, timed):
-        if action == phase:
+    def noted(self, action, body, *arguments, timed=True):
+        if action.text == phase:
             hit()
-        return acting(self, action, device_type, timed=timed)
+        return act(self, action, body, *arguments, timed=timed)
 
-    Lanes.acting = noted
+    Lanes.act = noted
     try:
         yield
     finally:
-        Lanes.acting = acting
+        Lanes.act = act
         if phase in ("route", *BESIDE_N):
             hook.remove()
         if phase == "N":
