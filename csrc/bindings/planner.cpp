@@ -13,6 +13,7 @@
 #include "core/churn.h"
 #include "core/placement.h"
 #include "core/replication.h"
+#include "core/row_split.h"
 #include "core/search.h"
 #include "core/simulate.h"
 
@@ -21,19 +22,44 @@ namespace py = pybind11;
 namespace {
 
 using Seconds = std::vector<double>;
-using Seats = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
+using IntArray = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-std::tuple<double, double, bool, Seats, bool> decide_replication(
-    const py::array_t<int64_t, py::array::c_style | py::array::forcecast>& counts, int64_t ranks_per_node,
-    const Seats& seats, std::vector<int64_t> spare, bool refetched, const std::vector<std::array<double, 16>>& phases,
-    int64_t most_copies, double margin) {
+// Of (expert, rank, rows): by hand, as there are hundreds in the decision of every step.
+std::vector<moe_overlap::Seat> seats_from(const py::tuple& seats) {
+  std::vector<moe_overlap::Seat> found;
+  found.reserve(seats.size());
+  for (const py::handle seat : seats) {
+    std::array<int64_t, 3> numbers{};
+    if (!PyTuple_Check(seat.ptr()) || PyTuple_GET_SIZE(seat.ptr()) != 3) throw std::invalid_argument("seats of three");
+    for (size_t i = 0; i < 3; ++i) {
+      numbers[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(seat.ptr(), static_cast<Py_ssize_t>(i)));
+      if (numbers[i] == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    }
+    found.push_back({numbers[0], numbers[1], numbers[2]});
+  }
+  return found;
+}
+
+py::tuple seats_to(const std::vector<moe_overlap::Seat>& seats) {
+  py::tuple found(seats.size());
+  for (size_t i = 0; i < seats.size(); ++i) {
+    found[i] = py::make_tuple(seats[i].expert, seats[i].rank, seats[i].rows);
+  }
+  return found;
+}
+
+std::tuple<double, double, bool, py::tuple, bool> decide_replication(const IntArray& counts, int64_t ranks_per_node,
+                                                                     const py::tuple& seats, std::vector<int64_t> spare,
+                                                                     bool refetched,
+                                                                     const std::vector<std::array<double, 16>>& phases,
+                                                                     int64_t most_copies, double margin) {
   if (counts.ndim() != 2) throw std::invalid_argument("counts must be [ranks, experts]");
   moe_overlap::Load load{};
   load.ranks = counts.shape(0);
   load.experts = counts.shape(1);
   load.ranks_per_node = ranks_per_node;
   load.counts = counts.data();
-  for (const auto& [expert, rank, rows] : seats) load.seats.push_back({expert, rank, rows});
+  load.seats = seats_from(seats);
   load.spare = std::move(spare);
   load.refetched = refetched;
   for (const auto& p : phases) {
@@ -51,9 +77,19 @@ std::tuple<double, double, bool, Seats, bool> decide_replication(
   load.most_copies = most_copies;
   load.margin = margin;
   const moe_overlap::Decision found = moe_overlap::decide(load);
-  Seats chosen;
-  for (const moe_overlap::Seat& seat : found.seats) chosen.emplace_back(seat.expert, seat.rank, seat.rows);
-  return {found.left_s, found.predicted_s, found.left, std::move(chosen), found.relayed};
+  return {found.left_s, found.predicted_s, found.left, seats_to(found.seats), found.relayed};
+}
+
+IntArray split_rows(const IntArray& counts, const py::tuple& seats, int64_t ranks_per_node) {
+  if (counts.ndim() != 2) throw std::invalid_argument("counts must be [ranks, experts]");
+  const auto found =
+      moe_overlap::split_rows(counts.data(), counts.shape(0), counts.shape(1), seats_from(seats), ranks_per_node);
+  IntArray rows({static_cast<py::ssize_t>(found.size()), py::ssize_t{3}});
+  auto* out = rows.mutable_data();
+  for (const auto& one : found) {
+    for (const int64_t number : {one.source, one.seat, one.rows}) *out++ = number;
+  }
+  return rows;
 }
 
 }  // namespace
@@ -120,6 +156,8 @@ PYBIND11_MODULE(_planner, module) {
       "decide_replication", &decide_replication, py::arg("counts"), py::arg("ranks_per_node"), py::arg("seats"),
       py::arg("spare"), py::arg("refetched"), py::arg("phases"), py::arg("most_copies"), py::arg("margin"),
       "(left_s, predicted_s, left, seats (expert, rank, rows), relayed): leave rows, move them, or copy experts.");
+  module.def("split_rows", &split_rows, py::arg("counts"), py::arg("seats"), py::arg("ranks_per_node"),
+             "int64 [N, 3] (source, number of the seat, rows) of the experts with several seats.");
   using Ints = std::vector<int64_t>;
   module.def(
       "eplb",

@@ -90,6 +90,10 @@ const Seats& Candidates::fill(const Seats& start, const std::vector<std::vector<
         --most_copies;
       }
       seats.move(found.from, to, found.rows);
+      const auto taker = static_cast<size_t>(found.rank);
+      if (seats.spare[taker] < 1 || seats.loads[taker] >= target) {
+        open.erase(std::remove(open.begin(), open.end(), found.rank), open.end());
+      }
     }
   }
   return seats;
@@ -101,16 +105,28 @@ Candidates::Move Candidates::best_move(const Seats& seats, const std::vector<siz
   if (own.empty()) return best;
   const int64_t rank = seats.all[own.front()].rank;
   const int64_t excess = seats.loads[static_cast<size_t>(rank)] - target;
-  const double most_s = view_.row_s + std::max(view_.crossing_s[kInter], view_.crossing_s[kIntra]);
+  int64_t most_room = 0;
+  for (const int64_t to : open) most_room = std::max(most_room, target - seats.loads[static_cast<size_t>(to)]);
+  // What the loop over ranks reads, in registers: it is most of a decision for many experts.
+  const double row_s = view_.row_s;
+  const std::array<double, kWires> crossing_s = view_.crossing_s;
+  const std::array<double, kWires> copy_s = view_.copy_s;
+  const double most_crossing_s = std::max(crossing_s[kInter], crossing_s[kIntra]);
   double best_gain_s = 0;
   const auto offer = [&](const Move& move, double gain_s) {
     if (best.rows > 0 && !(gain_s > best_gain_s)) return;
     best = move;
     best_gain_s = gain_s;
   };
+  // No move of the seat's rows gains more.
+  const auto bound_s = [&](const Seat& seat) {
+    const int64_t wanted = view_.most_wanted(seat.expert);
+    const int64_t moved = std::min(seat.rows, std::max(excess, std::min(wanted, most_room)));
+    return row_s * static_cast<double>(moved) + most_crossing_s * static_cast<double>(std::min(wanted, moved));
+  };
   for (const size_t i : own) {
     const Seat& seat = seats.all[i];
-    if (seat.rows == 0 || (best.rows > 0 && !(most_s * static_cast<double>(seat.rows) > best_gain_s))) continue;
+    if (seat.rows == 0 || (best.rows > 0 && !(bound_s(seat) > best_gain_s))) continue;
     ++mark_;
     marks_.resize(view_.ranks, 0);
     for (int64_t j = seat.expert; j >= 0; j = seats.next[static_cast<size_t>(j)]) {
@@ -118,20 +134,18 @@ Candidates::Move Candidates::best_move(const Seats& seats, const std::vector<siz
       marks_[static_cast<size_t>(other.rank)] = mark_;
       const int64_t moved = std::min({seat.rows, excess, target - seats.load_of(other)});
       if (static_cast<size_t>(j) == i || moved <= 0) continue;
-      offer({i, j, other.rank, moved},
-            (view_.row_s - view_.crossing_s[view_.lane(rank, other.rank)]) * static_cast<double>(moved));
+      offer({i, j, other.rank, moved}, (row_s - crossing_s[view_.lane(rank, other.rank)]) * static_cast<double>(moved));
     }
     const int64_t home = view_.load.seats[static_cast<size_t>(seat.expert)].rank;
     const int64_t* rows = view_.wanted(seat.expert);
     for (const int64_t to : open) {
       const auto place = static_cast<size_t>(to);
-      const int64_t room = target - seats.loads[place];
-      if (seats.spare[place] < 1 || room < 1 || marks_[place] == mark_) continue;
-      const int64_t moved = std::min({seat.rows, std::max(excess, rows[to]), room});
-      const double stays = static_cast<double>(std::min(rows[to], moved));
-      offer({i, -1, to, moved}, view_.row_s * static_cast<double>(moved) +
-                                    view_.crossing_s[view_.lane(rank, to)] * stays -
-                                    view_.copy_s[view_.lane(home, to)]);
+      if (marks_[place] == mark_) continue;
+      const int64_t moved = std::min({seat.rows, std::max(excess, rows[to]), target - seats.loads[place]});
+      const auto stays = static_cast<double>(std::min(rows[to], moved));
+      const double gain_s =
+          row_s * static_cast<double>(moved) + crossing_s[view_.lane(rank, to)] * stays - copy_s[view_.lane(home, to)];
+      offer({i, -1, to, moved}, gain_s);
     }
   }
   return best;

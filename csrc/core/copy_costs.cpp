@@ -52,7 +52,7 @@ double PhaseCosts::window_s(const Computed& computed, const Ports& rows, double 
       wire_s = std::max(wire_s, 2.0 * (chunks * sent.alpha_s + sent.beta_s * static_cast<double>(rows[wire])));
     }
   }
-  const bool copied = std::any_of(computed.copied.begin(), computed.copied.end(), [](auto rows) { return rows != 0; });
+  const bool copied = std::any_of(computed.copied.begin(), computed.copied.end(), [](int64_t n) { return n != 0; });
   const bool in_turn = wgrad_row_s != 0 && copied && (joined || exposed_copies);
   const double through_s = in_turn ? in_turn_s(computed) : busy_s;
   if (joined) return through_s + wire_s + beside_s + copy_s;

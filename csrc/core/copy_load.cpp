@@ -19,14 +19,17 @@ void check_load(const Load& load) {
   check(load.spare.size() == static_cast<size_t>(load.ranks), "spare must have one entry per rank");
   check(load.seats.size() >= static_cast<size_t>(load.experts), "seats must begin with every expert's home");
   check(!load.phases.empty(), "phases must have an entry");
-  Counts left(static_cast<size_t>(load.experts), 0);
-  for (int64_t rank = 0; rank < load.ranks; ++rank) {
-    for (int64_t expert = 0; expert < load.experts; ++expert) {
-      const int64_t rows = load.counts[rank * load.experts + expert];
-      check(rows >= 0, "counts must be at least 0");
-      left[static_cast<size_t>(expert)] += rows;
+  const auto experts = static_cast<size_t>(load.experts);
+  Counts left(experts, 0);
+  int64_t least = 0;
+  for (size_t rank = 0; rank < static_cast<size_t>(load.ranks); ++rank) {
+    const int64_t* rows = load.counts + rank * experts;
+    for (size_t expert = 0; expert < experts; ++expert) {
+      left[expert] += rows[expert];
+      least = std::min(least, rows[expert]);
     }
   }
+  check(least >= 0, "counts must be at least 0");
   for (size_t i = 0; i < load.seats.size(); ++i) {
     const Seat& seat = load.seats[i];
     check(seat.expert >= 0 && seat.expert < load.experts && seat.rank >= 0 && seat.rank < load.ranks && seat.rows >= 0,
@@ -43,11 +46,19 @@ LoadView::LoadView(const Load& given_load)
       ranks(static_cast<size_t>(load.ranks)),
       nodes(static_cast<size_t>(load.ranks / load.ranks_per_node)) {
   for (int64_t rank = 0; rank < load.ranks; ++rank) node_.push_back(rank / load.ranks_per_node);
-  wanted_.resize(static_cast<size_t>(load.experts) * ranks);
-  for (size_t rank = 0; rank < ranks; ++rank) {
-    for (size_t expert = 0; expert < static_cast<size_t>(load.experts); ++expert) {
-      wanted_[expert * ranks + rank] = load.counts[rank * static_cast<size_t>(load.experts) + expert];
+  const auto experts = static_cast<size_t>(load.experts);
+  wanted_.resize(experts * ranks);
+  constexpr size_t kAtOnce = 8;  // numbers of a cache line
+  for (size_t first = 0; first < experts; first += kAtOnce) {
+    const size_t last = std::min(first + kAtOnce, experts);
+    for (size_t rank = 0; rank < ranks; ++rank) {
+      for (size_t expert = first; expert < last; ++expert) {
+        wanted_[expert * ranks + rank] = load.counts[rank * experts + expert];
+      }
     }
+  }
+  for (int64_t expert = 0; expert < load.experts; ++expert) {
+    most_wanted_.push_back(*std::max_element(wanted(expert), wanted(expert) + ranks));
   }
   given = linked(load.seats);
   for (const PhaseCosts& phase : load.phases) {

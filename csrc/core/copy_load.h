@@ -89,6 +89,9 @@ class LoadView {
   // [ranks]: rows of their tokens for the expert.
   const int64_t* wanted(int64_t expert) const { return wanted_.data() + static_cast<size_t>(expert) * ranks; }
 
+  // By one rank, at most.
+  int64_t most_wanted(int64_t expert) const { return most_wanted_[static_cast<size_t>(expert)]; }
+
   int64_t node_of(int64_t rank) const { return node_[static_cast<size_t>(rank)]; }
 
   int64_t wanted_in(int64_t node, int64_t expert) const {
@@ -102,8 +105,9 @@ class LoadView {
   Seats linked(const std::vector<Seat>& all) const;
 
  private:
-  Counts node_;    // of each rank
-  Counts wanted_;  // load.counts by expert and rank
+  Counts node_;         // of each rank
+  Counts wanted_;       // load.counts by expert and rank
+  Counts most_wanted_;  // by expert
 };
 
 }  // namespace moe_overlap

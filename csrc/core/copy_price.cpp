@@ -3,26 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "row_split.h"
+
 namespace moe_overlap {
-namespace {
-
-__extension__ using Wide = __int128;
-constexpr int64_t kNarrow = int64_t{1} << 31;  // products of what is below fit into 64 bits
-
-// `moved` of the `total`, each its part. Rows of many steps, which a controller adds up, may be more than 32 bits have.
-void to_parts(Counts& of, int64_t moved, int64_t total) {
-  int64_t end = 0;
-  int64_t start = 0;
-  for (int64_t& part : of) {
-    end += part;
-    const int64_t until = total < kNarrow ? moved * end / total : static_cast<int64_t>(Wide{moved} * end / total);
-    part = until - start;
-    start = until;
-  }
-}
-
-}  // namespace
-
 Pricer::Pricer(const LoadView& view) : view_(view) {
   for (auto* lanes : {&base_out_, &base_in_}) lanes->fill(Counts(view.ranks, 0));
   for (int64_t expert = 0; expert < view.load.experts; ++expert) {

@@ -15,7 +15,10 @@ class Loads {
   using Most = std::array<Ports, kGroups>;
 
   Loads(int64_t ranks, int64_t ranks_per_node)
-      : ranks_(static_cast<size_t>(ranks)), size_(ranks_per_node), of_(kGroups * kWires * 2 * ranks_, 0) {}
+      : ranks_(static_cast<size_t>(ranks)), of_(kGroups * kWires * 2 * ranks_, 0) {
+    node_.reserve(ranks_);
+    for (int64_t rank = 0; rank < ranks; ++rank) node_.push_back(rank / ranks_per_node);
+  }
 
   const Most& most() const { return most_; }
 
@@ -45,7 +48,9 @@ class Loads {
   }
 
  private:
-  size_t wire(int64_t one, int64_t other) const { return one / size_ == other / size_ ? kIntra : kInter; }
+  size_t wire(int64_t one, int64_t other) const {
+    return node_[static_cast<size_t>(one)] == node_[static_cast<size_t>(other)] ? kIntra : kInter;
+  }
 
   size_t place(size_t group, size_t wire, size_t direction, int64_t rank) const {
     return ((group * kWires + wire) * 2 + direction) * ranks_ + static_cast<size_t>(rank);
@@ -78,7 +83,7 @@ class Loads {
   }
 
   size_t ranks_;
-  int64_t size_;
+  std::vector<int64_t> node_;  // of each rank
   std::vector<int64_t> of_;
   Most most_{};
   std::vector<int64_t> holders_;
@@ -139,7 +144,9 @@ std::optional<std::array<Ports, kGroups>> relayed_ports(std::vector<CopyOrder> c
     std::sort(choices.begin(), choices.end());
     size_t best = 0;
     Ports best_cost = loads.cost_of(orders, 0);
-    for (const size_t first : choices) {
+    for (size_t i = 1; i < choices.size(); ++i) {
+      const size_t first = choices[i];
+      if (first == choices[i - 1]) continue;
       const Ports cost = loads.cost_of(orders, first);
       if (cost < best_cost) {
         best = first;

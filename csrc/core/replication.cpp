@@ -38,16 +38,14 @@ class Decider {
     }();
     const Counts few_targets(kFewTargets.begin(), kFewTargets.end());
     if (view_.load.seats.size() > static_cast<size_t>(view_.load.experts)) try_targets(view_.given, all_targets, 0);
-    const auto wanted = candidates_.node_copies();
-    for (const size_t quarters : {size_t{0}, size_t{4}, size_t{2}, size_t{1}, size_t{3}}) {
+    try_targets(view_.given, all_targets, view_.load.most_copies);
+    const auto wanted = tries_ > 0 ? candidates_.node_copies() : std::vector<NodeCopy>{};
+    for (const size_t quarters : {4, 2, 1, 3}) {
       const size_t copies = wanted.size() * quarters / 4;
-      if (copies > 0) {
-        const Seats start = candidates_.with_node_copies(wanted, copies);
-        attempt(start);
-        try_targets(start, few_targets, view_.load.most_copies - static_cast<int64_t>(copies));
-      } else if (quarters == 0) {
-        try_targets(view_.given, all_targets, view_.load.most_copies);
-      }
+      if (copies == 0 || tries_ == 0) continue;
+      const Seats start = candidates_.with_node_copies(wanted, copies);
+      attempt(start);
+      try_targets(start, few_targets, view_.load.most_copies - static_cast<int64_t>(copies));
     }
     while (tries_ > 0 && improved()) {
     }
@@ -72,6 +70,7 @@ class Decider {
   }
 
   void try_targets(const Seats& start, const Counts& places, int64_t most_copies) {
+    if (tries_ == 0) return;
     std::vector<std::vector<size_t>> own(view_.ranks);
     for (size_t i = 0; i < start.all.size(); ++i) own[static_cast<size_t>(start.all[i].rank)].push_back(i);
     for (auto& seats : own) {

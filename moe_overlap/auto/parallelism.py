@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from moe_overlap.agreement.relays import Order
-from moe_overlap.auto.replicate import Shares, with_copies
+from moe_overlap.auto.replicate import Shares, held_with
 from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
@@ -164,7 +164,7 @@ def _placement(base: Placement, chosen: Degree) -> Placement:
         for expert, host in enumerate(hosts_E):
             if host >= 0 and host != base.home_ranks[expert]:
                 copies[host].append(expert)
-    placed = with_copies(base, copies)
+    placed = Placement.of_ranks(held_with(base, copies), homes=base.home_ranks)
     shares = np.zeros((placed.world_size, placed.num_slots), dtype=np.int64)
     for slot, (expert, rank) in enumerate(zip(placed.slot_to_expert, placed.rank_of_slots.tolist(), strict=True)):
         shares[rank // group * group : (rank // group + 1) * group, slot] = 1

@@ -24,7 +24,7 @@ from moe_overlap.placement import Placement
 from moe_overlap.placement.selectors import MOST_SHARES
 from moe_overlap.planning.copy_costs import GRADIENT_BYTES, PhaseCosts, costs_of
 from moe_overlap.planning.copy_load import Load, check_count
-from moe_overlap.planning.replication import MARGIN, Decision, check_limits, check_options, decide, split_rows
+from moe_overlap.planning.replication import MARGIN, Decision, check_limits, check_options, decide, split_seats
 from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.builders import SchedulePair, Schedules
 
@@ -206,10 +206,9 @@ def load_of(counts: np.ndarray, base: Placement, spare: Sequence[int], ranks_per
     )
 
 
-def with_copies(base: Placement, copies: Sequence[Sequence[int]]) -> Placement:
-    """`base` with copies of the experts given for each rank; the homes stay."""
-    ranks = zip(base.experts_of_ranks(), copies, strict=True)
-    return Placement.of_ranks([[*own, *sorted(more)] for own, more in ranks], homes=base.home_ranks)
+def held_with(base: Placement, copies: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The experts of each rank, in the order of its slots, when it has these copies beside those of `base`."""
+    return [[*own, *sorted(more)] for own, more in zip(base.experts_of_ranks(), copies, strict=True)]
 
 
 def placement_of(load: Load, decision: Decision, base: Placement) -> Placement:
@@ -217,21 +216,18 @@ def placement_of(load: Load, decision: Decision, base: Placement) -> Placement:
     copies: list[list[int]] = [[] for _ in range(base.world_size)]
     for expert, rank in decision.copies(load):
         copies[rank].append(expert)
-    placed = with_copies(base, copies)
-    shares = np.zeros((placed.world_size, placed.num_slots), dtype=np.int64)
-    shares[:, list(placed.home_slots)] = 1  # where a rank has no rows of an expert, and where there is one slot
-    seats = zip(placed.slot_to_expert, placed.rank_of_slots.tolist(), strict=True)
-    slot_of = {seat: slot for slot, seat in enumerate(seats)}
-    places: list[list[tuple[int, int]]] = [[] for _ in range(base.num_experts)]
-    for expert, rank, rows in decision.seats:
-        places[expert].append((rank, rows))
-    for expert, found in enumerate(places):
-        if len(found) > 1:
-            column = load.counts[:, expert]
-            shares[column > 0, placed.home_slots[expert]] = 0
-            for source, rank, rows in split_rows(column.tolist(), found, load.ranks_per_node):
-                shares[source, slot_of[expert, rank]] = rows
-    return placed.with_selector(Shares(_fitting(shares, placed.expert_of_slot).tobytes(), placed.world_size))
+    held = held_with(base, copies)
+    places = [(expert, rank) for rank, experts in enumerate(held) for expert in experts]
+    slot_of = {place: slot for slot, place in enumerate(places)}
+    shares = np.zeros((base.world_size, len(places)), dtype=np.int64)
+    shares[:, [slot_of[place] for place in enumerate(base.home_ranks)]] = 1  # where an expert has no rows, or one slot
+    slots = np.array([slot_of[expert, rank] for expert, rank, _ in decision.seats])
+    sources, seats, rows = split_seats(load.counts, decision.seats, load.ranks_per_node).T
+    homes = np.array([slot_of[expert, base.home_ranks[expert]] for expert, _, _ in decision.seats])
+    shares[sources, homes[seats]] = 0
+    shares[sources, slots[seats]] = rows
+    shares = _fitting(shares, np.array([expert for expert, _ in places]))
+    return Placement.of_ranks(held, homes=base.home_ranks, selector=Shares(shares.tobytes(), base.world_size))
 
 
 def _fitting(shares: np.ndarray, expert_of_slot: np.ndarray) -> np.ndarray:

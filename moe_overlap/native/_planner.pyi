@@ -25,13 +25,14 @@ def search(
 def decide_replication(
     counts: np.ndarray,
     ranks_per_node: int,
-    seats: Sequence[tuple[int, int, int]],
+    seats: tuple[tuple[int, int, int], ...],
     spare: Sequence[int],
     refetched: bool,
     phases: Sequence[tuple[float, ...]],
     most_copies: int,
     margin: float,
-) -> tuple[float, float, bool, list[tuple[int, int, int]], bool]: ...
+) -> tuple[float, float, bool, tuple[tuple[int, int, int], ...], bool]: ...
+def split_rows(counts: np.ndarray, seats: tuple[tuple[int, int, int], ...], ranks_per_node: int) -> np.ndarray: ...
 def eplb(
     loads: Sequence[Sequence[float]],
     slots: Sequence[int],

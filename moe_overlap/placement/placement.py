@@ -81,11 +81,9 @@ class Placement:
             numbers = tuple(value)
         except TypeError:
             raise ConfigError(name, value, "a tuple of integers") from None
-        expected = f"{length} entries from 0 to {most}, integers"
-        if len(numbers) != length or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-            raise ConfigError(name, value, expected)
-        if not all(0 <= n <= most for n in numbers):
-            raise ConfigError(name, value, expected)
+        whole = set(map(type, numbers)) <= {int} or all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+        if len(numbers) != length or not whole or (numbers and not 0 <= min(numbers) <= max(numbers) <= most):
+            raise ConfigError(name, value, f"{length} entries from 0 to {most}, integers")
         object.__setattr__(self, name, numbers)
 
     @classmethod
@@ -117,8 +115,8 @@ class Placement:
         bad = [one for one in slots if isinstance(one, bool) or not isinstance(one, int) or one < 0]
         if bad or not slots:
             raise ConfigError("experts_of_ranks", bad[0] if bad else (), "expert ids, integers of at least 0")
-        made = cls(max(slots) + 1, len(slots), len(by_rank), slots, epoch, by_rank, selector=selector or Modulo())
-        return made if homes is None else made.with_homes(homes)
+        owned = () if homes is None else _slots_on(homes, slots, by_rank)
+        return cls(max(slots) + 1, len(slots), len(by_rank), slots, epoch, by_rank, owned, selector or Modulo())
 
     @property
     def slots_per_rank(self) -> int:
@@ -186,13 +184,7 @@ class Placement:
 
     def with_homes(self, ranks: Sequence[int]) -> Placement:
         """The same slots, where ranks[e] owns expert e: its first slot there. ConfigError where there is none."""
-        homes = []
-        for expert, slots in enumerate(self.slots_of_expert):
-            here = [slot for slot in sorted(slots) if expert < len(ranks) and self.rank_of_slot(slot) == ranks[expert]]
-            if not here or len(ranks) != self.num_experts:
-                raise ConfigError("homes", list(ranks), f"for every expert a rank that has it (expert {expert})")
-            homes.append(here[0])
-        return replace(self, home_slots=tuple(homes))
+        return replace(self, home_slots=_slots_on(ranks, self.slot_to_expert, self.slots_by_rank))
 
     def with_selector(self, selector: Selector) -> Placement:
         """The same slots under another choice among replicas."""
@@ -287,6 +279,21 @@ def _first_slots(slot_to_expert: Sequence[int], num_experts: int) -> list[int]:
     for slot in range(len(slot_to_expert) - 1, -1, -1):
         first[slot_to_expert[slot]] = slot
     return first
+
+
+def _slots_on(ranks: Sequence[int], slot_to_expert: Sequence[int], slots_by_rank: Sequence[int]) -> tuple[int, ...]:
+    """The first slot of each expert e on rank ranks[e]. ConfigError where there is none."""
+    experts = max(slot_to_expert) + 1
+    homes = [-1] * len(ranks)
+    if len(ranks) == experts:
+        of_slots = (rank for rank, slots in enumerate(slots_by_rank) for _ in range(slots))
+        for slot, (expert, rank) in enumerate(zip(slot_to_expert, of_slots, strict=True)):
+            if homes[expert] < 0 and ranks[expert] == rank:
+                homes[expert] = slot
+    if len(ranks) != experts or -1 in homes:
+        missing = homes.index(-1) if -1 in homes else experts
+        raise ConfigError("homes", list(ranks), f"for every expert a rank that has it (expert {missing})")
+    return tuple(homes)
 
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:

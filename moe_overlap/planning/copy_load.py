@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,15 +41,17 @@ class Load:
         object.__setattr__(self, "spare", tuple(min(slots, experts) for slots in self.spare))
         if self.ranks_per_node < 1 or ranks % self.ranks_per_node:
             raise ConfigError("ranks_per_node", self.ranks_per_node, f"a divisor of {ranks}")
-        homes = [expert for expert, _, _ in self.seats[:experts]]
-        places = {(expert, rank) for expert, rank, _ in self.seats}
-        inside = all(0 <= e < experts and 0 <= r < ranks and rows >= 0 for e, r, rows in self.seats)
-        if homes != list(range(experts)) or len(places) != len(self.seats) or not inside:
+        seat_experts, seat_ranks, seat_rows = zip(*self.seats, strict=True) if self.seats else ((),) * 3
+        places = set(zip(seat_experts, seat_ranks, strict=True))
+        inside = self.seats and all(0 <= min(n) and max(n) < most for n, most in (
+            (seat_experts, experts), (seat_ranks, ranks), (seat_rows, math.inf)))  # fmt: skip
+        if seat_experts[:experts] != tuple(range(experts)) or len(places) != len(self.seats) or not inside:
             raise ConfigError("seats", self.seats[:experts], f"the {experts} homes in order, then copies elsewhere")
-        computed = np.zeros(experts, dtype=np.int64)
-        np.add.at(computed, [e for e, _, _ in self.seats], [rows for _, _, rows in self.seats])
-        if (computed != counts.sum(axis=0)).any():
-            raise ConfigError("seats", computed.tolist(), "all rows of every expert")
+        computed = list(seat_rows[:experts])
+        for expert, _, rows in self.seats[experts:]:
+            computed[expert] += rows
+        if computed != counts.sum(axis=0).tolist():
+            raise ConfigError("seats", computed, "all rows of every expert")
 
     @classmethod
     def at_home(

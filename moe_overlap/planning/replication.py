@@ -23,9 +23,12 @@ The compiled form (csrc/core/replication.cpp) and the reference here give the sa
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+
+import numpy as np
 
 from moe_overlap.agreement.relays import Order, Ports, direct_ports, relays_of
 from moe_overlap.errors import ConfigError
@@ -71,7 +74,7 @@ def decide(
     left_s, predicted_s, left, seats, relayed = planner.decide_replication(
         load.counts, load.ranks_per_node, load.seats, load.spare, load.refetched, [phase.numbers for phase in phases],
         most, margin)  # fmt: skip
-    return Decision(left=left, left_s=left_s, predicted_s=predicted_s, seats=tuple(seats), relayed=relayed)
+    return Decision(left=left, left_s=left_s, predicted_s=predicted_s, seats=seats, relayed=relayed)
 
 
 def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin: float) -> None:
@@ -99,15 +102,14 @@ def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: i
     best = _Best(load, phases, tries, seconds=left_s, seats=load.seats, relayed=left_relayed)
     if len(load.seats) > experts:
         best.try_targets(load.seats, range(TARGETS), 0)
+    best.try_targets(load.seats, range(TARGETS), most_copies)
     wanted = node_copies(load, phases, most_copies)
-    for quarters in (0, 4, 2, 1, 3):
+    for quarters in (4, 2, 1, 3):
         copies = wanted[: len(wanted) * quarters // 4]
         if copies:
             start = with_node_copies(load, copies)
             best.attempt(start)
             best.try_targets(start, FEW_TARGETS, most_copies - len(copies))
-        elif not quarters:
-            best.try_targets(load.seats, range(TARGETS), most_copies)
     while any(best.tries and best.attempt(level(load, seats)) for seats in near(load, best.seats, most_copies)):
         pass
     if not best.seconds < left_s * (1 - margin):
@@ -254,6 +256,30 @@ def split_rows(
         spread(range(first, first + ranks_per_node), here)
     spread(range(len(left)), range(len(places)))
     return found
+
+
+def split_seats(counts_WE: np.ndarray, seats: Sequence[Seat], ranks_per_node: int) -> np.ndarray:
+    """int64 [N, 3] (source, number of the seat, rows), as `split_rows` says, of all experts with several seats."""
+    planner = native.planner()
+    if planner is None:
+        return split_seats_reference(counts_WE, seats, ranks_per_node)
+    return planner.split_rows(counts_WE, tuple(seats), ranks_per_node)
+
+
+def split_seats_reference(counts_WE: np.ndarray, seats: Sequence[Seat], ranks_per_node: int) -> np.ndarray:
+    """`split_seats` in plain Python: the definition the compiled one is tested against."""
+    of_expert: dict[int, dict[int, int]] = defaultdict(dict)  # the number of the seat on each rank
+    for number, (expert, rank, _) in enumerate(seats):
+        of_expert[expert][rank] = number
+    found = [
+        (source, places[rank], rows)
+        for expert, places in sorted(of_expert.items())
+        if len(places) > 1
+        for source, rank, rows in split_rows(
+            counts_WE[:, expert].tolist(), [(rank, seats[number][2]) for rank, number in places.items()], ranks_per_node
+        )
+    ]
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 
 def _parts(of: Sequence[int], moved: int, total: int) -> list[int]:
