@@ -216,10 +216,11 @@ def write_png(path: Path, made: Sequence[tuple[str, Placement]], steps: np.ndarr
 
     loads = [np.array([rank_load(placement, one) for one in steps]).T for _, placement in made]
     mean = max(float(loads[0].mean()), 1e-30)
+    most = max(float(load.max()) for load in loads) / mean  # one scale, so that panels compare
     figure = Figure(figsize=(8, 1.0 + 1.3 * len(made)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, _), load in zip(figure.subplots(len(made), squeeze=False)[:, 0], made, loads, strict=True):
-        image = axes.imshow(load / mean, aspect="auto", cmap="viridis", vmin=0.0, vmax=float(loads[0].max()) / mean)
+        image = axes.imshow(load / mean, aspect="auto", cmap="viridis", vmin=0.0, vmax=most)
         axes.axvline(len(steps) // 2 - 0.5, color="white", linewidth=1)
         axes.set_ylabel(f"{name}\nrank", fontsize=8)
         figure.colorbar(image, ax=axes, label="load / mean")

@@ -140,13 +140,15 @@ class PlacementController:
         counts = {"interval": interval, "horizon": horizon, "patience": patience, "ranks_per_node": ranks_per_node}
         for name, value in counts.items():
             check_count(name, value, least=1)
-        if threshold is not None and not threshold > 1:
+        if threshold is not None and not (_is_number(threshold) and threshold > 1):
             raise ConfigError("threshold", threshold, "None, or a ratio above 1")
         self.release = threshold if release is None else release
-        if self.release is not None and (threshold is None or not 1 <= self.release <= threshold):
+        if self.release is not None and not (
+            threshold is not None and _is_number(self.release) and 1 <= self.release <= threshold
+        ):
             raise ConfigError("release", release, "None, or a ratio from 1 to the threshold")
-        if budget_bytes is not None and budget_bytes < 1:
-            raise ConfigError("budget_bytes", budget_bytes, "None, or at least 1")
+        if budget_bytes is not None:
+            check_count("budget_bytes", budget_bytes, least=1)
         self.planner, self.costs, self.optimizers = planner, tuple(costs), list(optimizers)
         self.interval, self.threshold, self.horizon = interval, threshold, horizon
         self.budget_bytes, self.patience, self.ranks_per_node = budget_bytes, patience, ranks_per_node
@@ -229,6 +231,8 @@ class PlacementController:
     def _plan(self, one: _Watched, counts_WE: np.ndarray, steps: int) -> None:
         current = one.layer.dispatcher.placement
         wanted = self.planner(counts_WE, current)
+        if not isinstance(wanted, Placement):
+            raise ConfigError("planner", type(wanted).__name__, "a planner that returns a Placement")
         one.progress.planned += 1
         moves = current.diff(wanted)
         expert_bytes = _expert_bytes(one.layer)
@@ -311,6 +315,10 @@ def _relays(layer: MoELayer) -> bool:
 def _from_home(costs: Sequence[PhaseCosts]) -> tuple[PhaseCosts, ...]:
     """As where nothing is relayed."""
     return tuple(replace(one, relays=False) for one in costs)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_planner(planner: object) -> None:

@@ -2,8 +2,9 @@
 
 A vExpert is one slot of an expert. Of an expert's tokens each of its n slots gets 1/n. The time of a step is that of
 the slowest rank (equation 5): its experts (7), its rows (8), and the exchange of gradients of the experts that it
-shares with other ranks (9). While the balance ratio (6) is above a threshold, one change at a time is made, the one
-that makes this time least, if it makes it less (algorithm 2):
+shares with other ranks (9). While the balance ratio (6) is above a threshold, one change at a time is made (algorithm
+2), and each makes what ranks take above a limit less, squared and summed: of several ranks above it one expert may help
+any. The limit stands from the first on, the threshold times the mean then, so that no map comes back and it ends.
 
 - expand: the expert with the most tokens per slot gets one more, in a slot that is free or that the rank's expert with
   the fewest tokens per slot gives up: one that has others (shrink), else one that goes to a free slot elsewhere;
@@ -30,7 +31,7 @@ from moe_overlap.placement.topology import Topology
 @dataclass
 class Flow:
     """The slots of a placement and what a step with them costs. slots: int64 [W, E]; room: int64 [W]; unit_s: float64
-    [W, E], seconds of a rank that gets all tokens of an expert."""
+    [W, E], seconds of a rank that gets all tokens of an expert. limit_s: what no rank should take longer than."""
 
     slots: np.ndarray
     room: np.ndarray
@@ -38,14 +39,16 @@ class Flow:
     unit_s: np.ndarray
     sync_s: np.ndarray
     topology: Topology
+    limit_s: float = 0.0
 
     @classmethod
-    def of(cls, slots: np.ndarray, room: np.ndarray, traffic: np.ndarray, topology: Topology) -> Flow:
+    def of(cls, slots: np.ndarray, room: np.ndarray, traffic: np.ndarray, topology: Topology, threshold: float) -> Flow:
         wire_s = 4 * topology.row_bytes * (topology.byte_s.T @ traffic)
         unit_s = 3 * topology.row_s * traffic.sum(axis=0) + wire_s
         found = cls(slots, room, traffic.sum(axis=0), unit_s, np.zeros(slots.shape), topology)
         for expert in range(slots.shape[1]):
             found.sync_s[:, expert] = found.sync(slots[:, expert])
+        found.limit_s = threshold * float(found.cost_s.sum(axis=1).mean())
         return found
 
     def sync(self, slots_of_expert: np.ndarray) -> np.ndarray:
@@ -68,6 +71,10 @@ class Flow:
     @property
     def ratio(self) -> float:
         return balance_ratio((self.slots * self.per_slot).sum(axis=1))
+
+    def above(self, seconds: np.ndarray) -> float:
+        """What ranks take above the limit, squared and summed. seconds: float64 [W]."""
+        return float((np.maximum(0.0, seconds - self.limit_s) ** 2).sum())
 
     def changed_s(self, change: Change) -> np.ndarray:
         """float64 [W]: seconds of each rank after a change."""
@@ -119,23 +126,17 @@ def flex_slots(
         slowest = flow.slots[flow.cost_s.sum(axis=1).argmax()]
         over = flow.per_slot[slowest > 0].max() > threshold * flow.load.sum() / len(flow.room)
         steps = (_expansion, _exchange) if over else (_exchange, _expansion)
-        if not any(made(step(flow, fixed, threshold)) for step in steps):
+        if not any(made(step(flow, fixed)) for step in steps):
             break
     while flow.topology.nodes > 1 and made(_cheaper(flow, fixed)):
         pass
     return flow.slots
 
 
-def _expansion(flow: Flow, fixed: np.ndarray, threshold: float) -> Change | None:
+def _expansion(flow: Flow, fixed: np.ndarray) -> Change | None:
     """One more slot for the most loaded expert that this helps, in one that is free or that another expert leaves; None
-    where it helps none. What counts is what ranks take above the threshold, squared and summed, since of several ranks
-    above it one expert may help any."""
-    now_s = flow.cost_s.sum(axis=1)
-    limit_s = threshold * now_s.mean()
-
-    def above(seconds: np.ndarray) -> float:
-        return float((np.maximum(0.0, seconds - limit_s) ** 2).sum())
-
+    where it helps none."""
+    now = flow.above(flow.cost_s.sum(axis=1))
     for hot in np.argsort(-flow.per_slot, kind="stable").tolist():
         best: tuple[float, float, int, Change] | None = None
         for rank in np.nonzero(flow.slots[:, hot] == 0)[0].tolist():
@@ -145,10 +146,10 @@ def _expansion(flow: Flow, fixed: np.ndarray, threshold: float) -> Change | None
             if change is None:
                 continue
             seconds = flow.changed_s(change)
-            entry = above(seconds), float(seconds[rank]), rank, change
+            entry = flow.above(seconds), float(seconds[rank]), rank, change
             if best is None or entry[:3] < best[:3]:
                 best = entry
-        if best is not None and best[0] < LESS * above(now_s):
+        if best is not None and best[0] < LESS * now:
             return best[3]
     return None
 
@@ -180,9 +181,9 @@ def _with(slots: np.ndarray, more: dict[int, int]) -> np.ndarray:
     return found
 
 
-def _exchange(flow: Flow, fixed: np.ndarray, threshold: float) -> Change | None:
+def _exchange(flow: Flow, fixed: np.ndarray) -> Change | None:
     """An expert of the slowest rank moves to another rank, or changes places with one there, so that the slower of
-    both gets as fast as can be; None where no rank gets faster so."""
+    both gets as fast as can be; None where no rank gets faster so, or others slower by more."""
     cost_s = flow.cost_s
     seconds = cost_s.sum(axis=1)
     slowest = int(seconds.argmax())
@@ -209,7 +210,7 @@ def _exchange(flow: Flow, fixed: np.ndarray, threshold: float) -> Change | None:
         if back is not None:
             change.append((back, _with(flow.slots[:, back], {slowest: 1, other: -1})))
         after = flow.changed_s(change)  # with the exchanges of gradients as they are then
-        if max(after[slowest], after[other]) < LESS * seconds[slowest] and after.max() <= seconds[slowest]:
+        if after.max() <= seconds[slowest] and flow.above(after) < LESS * flow.above(seconds):
             return change
     return None
 

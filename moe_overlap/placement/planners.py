@@ -183,7 +183,7 @@ class Flex:
         start = one.start()
         table = np.array([np.bincount(np.array(own, dtype=np.int64), minlength=one.num_experts)
                           for own in start.experts_of_ranks()])  # fmt: skip
-        flow = Flow.of(table, np.array(one.slots), one.traffic, topology)
+        flow = Flow.of(table, np.array(one.slots), one.traffic, topology, self.threshold)
         found = flex_slots(flow, np.array(start.home_ranks), threshold=self.threshold, budget=one.budget,
                            keep_homes=self.keep_homes)  # fmt: skip
         wanted = [np.repeat(np.arange(one.num_experts), row).tolist() for row in found]

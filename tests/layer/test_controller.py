@@ -252,11 +252,35 @@ def test_a_controller_that_stands_still_says_so_once():
 @pytest.mark.parametrize("options", [
     {"interval": 0}, {"horizon": 0}, {"patience": True}, {"threshold": 1.0}, {"threshold": float("nan")},
     {"release": 1.5}, {"threshold": 1.2, "release": 1.3}, {"budget_bytes": 0},
+    {"threshold": "high"}, {"threshold": True}, {"threshold": 1.2, "release": "low"}, {"budget_bytes": "1"},
+    {"budget_bytes": True}, {"budget_bytes": float("nan")},
 ])  # fmt: skip
 def test_bad_options_are_refused(options):
     def rank(me):
         with pytest.raises(ConfigError, match=list(options)[-1]):
             PlacementController(skewed(me), swapped, costs(), **options)
+
+    virtual_world(2).run(rank)
+
+
+@pytest.mark.parametrize(
+    "planned, field",
+    [
+        (None, "planner"),
+        ([[0, 1], [2, 3]], "planner"),
+        (Placement.identity(4, 2), "num_experts"),
+        (Placement.of_ranks([[0, 1, 2, 3, 0], [4, 5, 6, 7]]), "placement"),
+    ],
+)
+def test_what_is_no_placement_of_these_experts_is_refused_and_training_goes_on(planned, field):
+    def rank(me):
+        layer = skewed(me)
+        controller = PlacementController(layer, lambda counts_WE, current: planned, costs(), interval=1)
+        layer(tokens(9, me.rank)).sum().backward()
+        with pytest.raises(ConfigError) as caught:
+            controller.step()
+        assert caught.value.field == field and layer.dispatcher.placement == Placement.identity(E, 2)
+        layer(tokens(9, me.rank)).sum().backward()
 
     virtual_world(2).run(rank)
 

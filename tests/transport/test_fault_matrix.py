@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_overlap import MoELayer, MoeTransportError, ShortcutBlock
+from moe_overlap.placement import Placement
+from moe_overlap.schedule.builders import parse_choice
 from moe_overlap.schedule.lanes import Lanes
 from tests.ranks import Ranks
 from tests.tolerances import same_bits
@@ -27,6 +30,7 @@ D, F, E = 16, 24, 12
 PHASES = ("route", "N", "D0", "E0", "C0", "Ut", "Ct0", "Ed0")
 SCHEDULES = ("serial", "chunked(2)", "chunked(2,experts)", "shortcut")
 BESIDE_N = {"op": {"ahead": 1}, "op before the tap": {"router_tap": 0}}  # N is under way in this op
+COPIES = {"copied": False, "relayed": True}  # of an expert, on all ranks: whether they go from rank to rank
 OPENING_S = 60.0  # of a busy machine
 LIMIT_S = 3.0
 MARGIN_S = 15.0  # a busy machine may be late; a hang would be later
@@ -38,11 +42,25 @@ def model(schedule):
         moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=OPENING_S)
         ops = [nn.Linear(D, D, dtype=torch.float64) for _ in range(3)]
         return ShortcutBlock(ops, moe, tap=1, slot=1, **BESIDE_N.get(schedule, {})), moe
-    moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=OPENING_S, schedule=schedule)
+    options = {"schedule": schedule}
+    if schedule in COPIES:
+        pair = replace(parse_choice("chunked(2)"), relayed_copies=COPIES[schedule])
+        options = {"schedule": pair, "placement": copied(dist.get_world_size())}
+    moe = MoELayer(D, F, E, 2, group=dist.group.WORLD, dtype=torch.float64, timeout_s=OPENING_S, **options)
     return moe, moe
 
 
+def copied(world):
+    """Expert 0 is on all ranks."""
+    first, *others = Placement.identity(E, world).experts_of_ranks()
+    return Placement.of_ranks([first, *([*experts, 0] for experts in others)])
+
+
 def step(made, rank):
+    """Output and gradients; copies are fetched anew, as behind a step of an optimizer."""
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(1.0)
     x = torch.randn(9, D, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     made.zero_grad()
     y = made(x)
@@ -87,7 +105,7 @@ def hit_in(phase, made, moe, number):
 def one_fault(phase: str, schedule: str, number: int, victim: int) -> Any:
     rank = dist.get_rank()
     made, moe = model(schedule)
-    want = step(made, rank)
+    want, weights = step(made, rank), [parameter.detach().clone() for parameter in made.parameters()]
     moe.transport.timeout_s = LIMIT_S
     begin = time.monotonic()
     if rank == victim:
@@ -103,6 +121,8 @@ def one_fault(phase: str, schedule: str, number: int, victim: int) -> Any:
             for _ in range(3):
                 step(made, rank)
         found = type(caught.value).__name__, caught.value.peer, time.monotonic() - begin
+    for parameter, before in zip(made.parameters(), weights, strict=True):
+        same_bits(parameter.detach(), before)
     if number == signal.SIGSTOP:
         moe.transport.timeout_s = OPENING_S
         moe.transport.reopen()
@@ -178,6 +198,18 @@ def test_a_rank_is_killed_or_stopped(phase, schedule, world, number):
 )
 def test_a_rank_is_killed_or_stopped_while_ranks_agree(phase, world, number):
     run(phase, phase, world, number)
+
+
+@pytest.mark.parametrize(
+    ("phase", "schedule", "world", "number"),
+    [
+        ("Wf0", "copied", 2, signal.SIGKILL), ("Wf0", "copied", 3, signal.SIGSTOP),
+        ("Wf1", "relayed", 4, signal.SIGKILL), ("Wg", "copied", 3, signal.SIGKILL),
+        ("Wg", "copied", 2, signal.SIGSTOP),
+    ],
+)  # fmt: skip
+def test_a_rank_is_killed_or_stopped_while_copies_or_their_gradients_travel(phase, schedule, world, number):
+    run(phase, schedule, world, number)
 
 
 @pytest.mark.soak

@@ -123,6 +123,9 @@ class TrainOptions:
             raise ConfigError("--placement", self.placement, f"one of {', '.join(PLACEMENTS)}")
         if self.placement != "static" and self.ranks == 1:
             raise ConfigError("--placement", self.placement, "static on one rank, which has all experts")
+        free = self.experts - self.experts // self.ranks
+        if self.placement != "static" and self.placement_slots > free:
+            raise ConfigError("--placement-slots", self.placement_slots, f"at most {free}: all experts on each rank")
 
     def _check_router(self) -> None:
         if self.router not in ROUTERS:

@@ -94,6 +94,14 @@ def test_bad_placement_options_are_refused(option, value, text, tmp_path):
         run(text, tmp_path, "--ranks", 2, option, value)
 
 
+def test_slots_that_an_expert_would_fill_twice_are_refused_before_anything_runs():
+    for planner in ("flex", "eplb", "proportional"):
+        with pytest.raises(ConfigError, match="--placement-slots = 5: expected at most 4"):
+            replace(SMALL, ranks=2, experts=8, placement=planner, placement_slots=5)
+        replace(SMALL, ranks=2, experts=8, placement=planner, placement_slots=4)
+    replace(SMALL, ranks=2, experts=8, placement="static", placement_slots=5)
+
+
 def test_one_rank_has_nothing_to_place(text, tmp_path):
     with pytest.raises(ConfigError, match="static on one rank"):
         run(text, tmp_path, "--ranks", 1, "--placement", "flex")
