@@ -37,6 +37,10 @@ class Case:
         return self.id.partition("[")[0]
 
     @property
+    def file(self) -> str:
+        return self.id.partition("::")[0]
+
+    @property
     def process(self) -> str:
         """Tests of one process share this."""
         if not self.covers:
@@ -56,15 +60,17 @@ class Outcome:
     text: str = ""
 
 
-def collect(command: Command, folder: Path, paths: Sequence[str], most_s: float) -> list[Case]:
-    """The tests there. Raises RuntimeError with what pytest said where they cannot be imported."""
+def collect(command: Command, folder: Path, paths: Sequence[str], most_s: float) -> tuple[list[Case], str]:
+    """The tests there, and what pytest said where some of them cannot be imported ("": all can). Raises RuntimeError
+    with what it said where there are none."""
     file = folder / "cases.json"
     done = command(sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *paths, f"--gpu-cases={file}",
                    most_s=most_s, quiet=True)  # fmt: skip
-    if not file.is_file():
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if not rows:
         raise RuntimeError(f"the tests cannot be collected: {done.text[-2000:]}")
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    return [Case(row["id"], tuple(tuple(kernel) for kernel in row["covers"])) for row in rows]
+    cases = [Case(row["id"], tuple(tuple(kernel) for kernel in row["covers"])) for row in rows]
+    return cases, "" if done.status == 0 else done.text
 
 
 def essential(cases: Iterable[Case]) -> list[Case]:
