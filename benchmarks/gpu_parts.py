@@ -146,6 +146,10 @@ def staged(run: Run, most_s: float) -> str:
     return run.script("gpu_staged", f"--timeline={run.folder / 'staged.png'}", most_s=most_s).verdict
 
 
+def offload(run: Run, most_s: float) -> str:
+    return run.script("gpu_offload", most_s=most_s).verdict
+
+
 def nccl(run: Run, most_s: float) -> str:
     return run.script("gpu_nccl", f"--limit-s={0.8 * most_s:.0f}", most_s=most_s).verdict
 
@@ -235,6 +239,7 @@ PARTS = (
     Part("layers", 75, layers),
     Part("layer", 50, layer),
     Part("staged", 60, staged),
+    Part("offload", 40, offload),
     Part("kernels", 60, kernels),
     Part("mlp-qwen3", 35, expert_mlp("Qwen3-30B-A3B T=8192")),
     Part("mlp-mixtral", 30, expert_mlp("Mixtral")),

@@ -61,6 +61,8 @@ SHORT = {
     "layer": ("case", "implementation", "ms", "times_ours", "times_graph", "target", "met_by", "peak_gib", "result"),
     "staged": ("case", "implementation", "ms", "serial_ms", "nocomm_ms", "bytes_per_s", "overlap_eff", "allowed",
                "share", "met", "result"),
+    "offload": ("case", "rows_per_expert", "ms", "resident_ms", "hidden", "predicted_rows", "not_hidden_rows",
+                "hidden_rows", "result"),
     "nccl": ("result",),
     "counters": ("op", "DRAM Throughput", "Compute (SM) Throughput", "result"),
     "sanitizer": ("tool", "result"),

@@ -37,6 +37,7 @@ SECONDS = {
     "gpu_staged": 45.0,
     "ncu": 10.0,
     "compute-sanitizer": 40.0,
+    "gpu_offload": 30.0,
     "gpu_nccl": 40.0,
 }
 """Of each command, near what an H200 took; of what none has run a guess."""
