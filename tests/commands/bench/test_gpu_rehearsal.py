@@ -50,10 +50,12 @@ ENDS = {"killed": (-9, 1.0), "failing": (3, 1.0), "late": (0, 1e9)}
 
 @dataclass
 class Played:
-    """The commands of a run, and its clock. part: at work; bad, end: the part that goes wrong, and how."""
+    """The commands of a run, and its clock. part: at work; bad, end: the parts that go wrong, and how; endless: an
+    option of commands that never end."""
 
     bad: tuple[str, ...] = ()
     end: tuple[int, float] = (0, 0.0)
+    endless: str = "--none"
     now_s: float = 0.0
     part: str = ""
     asked: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Played:
             name = next((name for name in SECONDS if any(name in word for word in words)), "tests")
             self.asked.append((self.part, words))
             status, seconds = self.end if self.part in self.bad else (0, SECONDS.get(name, TESTS_S))
+            if any(word.startswith(self.endless) for word in words):
+                seconds = 1e9
             limit_s = max(1.0, min(most_s, run.left_s()))
             side_by_side = len(gpu_parts.TOOLS) if name == "compute-sanitizer" else 1
             self.now_s += min(seconds, limit_s) / side_by_side
@@ -92,7 +96,8 @@ Start = Callable[..., tuple[int, list[dict], Played]]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """start(limit_s=, bad=, end=) -> (exit status of gpu_run.py, rows, what was played), of one run after another."""
+    """start(*options, limit_s=, bad=, end=, endless=) -> (exit status of gpu_run.py, rows, what was played), of one run
+    after another."""
     runs: list[Played] = []
     clock = SimpleNamespace(monotonic=lambda: runs[-1].now_s)
     for module in (gpu_checks, gpu_parts, gpu_process, gpu_run):
@@ -115,10 +120,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(native, "kernel_sources", lambda: "5c")
     monkeypatch.setattr(gpu_process.Run, "command", lambda run, *words, **how: runs[-1].command(run, *words, **how))
 
-    def started(*, limit_s: float = 300.0, **how: Any) -> tuple[int, list[dict], Played]:
+    def started(*words: str, limit_s: float = 300.0, **how: Any) -> tuple[int, list[dict], Played]:
         verified.write([])
         runs.append(Played(**how))
-        status = gpu_run.main([f"--out={tmp_path / 'out'}", f"--limit-s={limit_s}"])
+        status = gpu_run.main([f"--out={tmp_path / 'out'}", f"--limit-s={limit_s}", *words])
         lines = (tmp_path / "out/rows.jsonl").read_text().splitlines()
         return status, [json.loads(line) for line in lines], runs[-1]
 
@@ -201,6 +206,14 @@ def test_a_run_ends_in_time_whatever_is_late(start: Start) -> None:
     status, rows, played = start(bad=every, end=ENDS["late"])
     assert status == 1 and played.now_s <= 302.0
     assert list(parts_of(rows)) == list(every)
+
+
+def test_tests_that_never_end_do_not_outlast_their_part(start: Start) -> None:
+    """The time in which they are looked for counts too."""
+    _, rows, _ = start("--only=layers", limit_s=1e4, endless="--gpu-record")
+    (part,) = parts_of(rows).values()
+    limits = {part.name: part.most_s for part in gpu_parts.PARTS}
+    assert SECONDS["collect"] < part["seconds"] <= limits["layers"] and "tests passed" in part["result"]
 
 
 def test_what_no_card_has_run_is_tested_first(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
