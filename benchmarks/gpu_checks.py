@@ -87,9 +87,9 @@ def unverified(cases: Iterable[Case]) -> list[Case]:
     """Those that cover a kernel which has not been found right here with these very sources."""
     import torch
 
-    from moe_overlap.ops import hardware, verified
+    from moe_overlap.ops import verified
 
-    here, sources = hardware.architecture(torch.device("cuda", 0)), current_sources()
+    here, sources = architecture(), current_sources()
 
     def known(kernel: Kernel) -> bool:
         op, implementation, dtype = kernel
@@ -98,6 +98,15 @@ def unverified(cases: Iterable[Case]) -> list[Case]:
         return doubt is None
 
     return [case for case in cases if not all(map(known, case.covers))]
+
+
+def architecture() -> str:
+    """Of the card at hand, as in verified.json."""
+    import torch
+
+    from moe_overlap.ops import hardware
+
+    return hardware.architecture(torch.device("cuda", 0))
 
 
 def current_sources() -> dict[str, str]:
@@ -173,11 +182,9 @@ def wrong_pairs(found: Mapping[Kernel, str]) -> set[tuple[str, str]]:
 
 def verify(found: Mapping[Kernel, str], commit: str, date: str) -> int:
     """Write the kernels that are right into verified.json, take out those that are not; how many are right."""
-    import torch
+    from moe_overlap.ops import verified
 
-    from moe_overlap.ops import hardware, verified
-
-    here, sources = hardware.architecture(torch.device("cuda", 0)), current_sources()
+    here, sources = architecture(), current_sources()
     new = [
         verified.Record(op, implementation, here, dtype, sources[implementation], commit, date)
         for (op, implementation, dtype), verdict in found.items()

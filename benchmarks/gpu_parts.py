@@ -81,8 +81,8 @@ def check(run: Run, chosen: Callable[[Sequence[gpu_checks.Case]], Sequence[gpu_c
     save_verified(run)
     bad = sum(one.outcome in ("failed", "lost") for one in begun)
     wrong = {" ".join(kernel): verdict for kernel, verdict in verdicts.items() if verdict != "right"}
-    run.record(kind="checks", tests=len(begun), cut=len(found) - len(begun), failed_or_lost=bad,
-               kernels_right=right, kernels_wrong=wrong)  # fmt: skip
+    run.record(kind="checks", architecture=gpu_checks.architecture(), tests=len(begun), cut=len(found) - len(begun),
+               failed_or_lost=bad, kernels_right=right, kernels_wrong=wrong)  # fmt: skip
     if not bad and len(begun) == len(found) and not run.not_collected:
         return GOOD
     words = f"{len(begun) - bad} of {len(begun)} tests passed, {right} kernels right, {len(wrong)} not"

@@ -94,6 +94,7 @@ def test_layers_are_tested_before_anything_is_timed_and_the_rest_of_the_tests_on
     monkeypatch.setattr(gpu_checks, "collect", lambda *_: (cases, ""))
     monkeypatch.setattr(gpu_checks, "run", done)
     monkeypatch.setattr(gpu_checks, "verify", lambda *_: 0)
+    monkeypatch.setattr(gpu_checks, "architecture", lambda: "sm_90")
     monkeypatch.setattr(gpu_parts, "save_verified", lambda run: None)
     assert gpu_parts.layers(run, 60.0) == gpu_parts.tests(run, 60.0) == gpu_process.GOOD
     assert tested == [["whole"], ["one", "two"]]
@@ -158,20 +159,29 @@ def test_a_folder_is_taken_into_the_tree(record: None, tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_take, "STATUS", status)
     monkeypatch.setattr(gpu_take, "RESULTS", tmp_path / "tree")
     folder.mkdir()
-    new = [verified.Record("combine", "triton", "sm_90", "bfloat16", "x", "abc", "2026-01-02")]
-    verified.write(new, folder / "verified.json")
-    (folder / "rows.jsonl").write_text(json.dumps(ABOUT | {"kind": "limit"}) + "\n")
+    new = verified.Record("combine", "triton", "sm_90", "bfloat16", "x", "abc", "2026-01-02")
+    of_the_tree_that_travelled = verified.Record("unpack", "cuda", "sm_90", "float32", "01", "old", "2025-01-01")
+    verified.write([of_the_tree_that_travelled, new], folder / "verified.json")
+    checks = {"kind": "checks", "architecture": "sm_90", "kernels_wrong": {"pack cuda float32": "failed: a test"}}
+    lines = [json.dumps(ABOUT | row) for row in ({"kind": "limit"}, checks)]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     assert gpu_take.main([str(folder)]) == 0
-    assert verified_now() == [  # of this architecture what the folder says, of others what was there
+    assert verified_now() == [  # what this run said, and else what was there
         ("combine", "triton", "sm_90", "bfloat16", "x", "abc"),
         ("pack", "cuda", "sm_80", "float32", "01", "old"),
+        ("pack", "cuda", "sm_90", "bfloat16", "01", "old"),
     ]
     table = status.read_text()
     assert "old\n" not in table and table.startswith("# Status\n") and table.endswith("\nafter\n")
     dtypes = "float32, bfloat16, float16, float64"
     assert f"| `combine` | triton | {dtypes} | sm_90 bfloat16 (abc, 2026-01-02) |" in table
     assert "| `combine` | cuda | float32, bfloat16, float16 | **no** |" in table
-    assert json.loads((tmp_path / "tree/h200/2026-01-02-abc-gpu.jsonl").read_text())["kind"] == "limit"
+    taken = tmp_path / "tree/h200/2026-01-02-abc-gpu.jsonl"
+    assert taken.read_text().splitlines() == lines
+    more = json.dumps(ABOUT | {"kind": "kernel", "us": 5.0})  # a second run of this commit
+    (folder / "rows.jsonl").write_text(more + "\n")
+    assert gpu_take.main([str(folder)]) == gpu_take.main([str(folder)]) == 0
+    assert taken.read_text().splitlines() == [*lines, more]
     with pytest.raises(SystemExit):
         gpu_take.main([str(tmp_path)])
 
