@@ -37,6 +37,10 @@ class Case:
         return self.id.partition("[")[0]
 
     @property
+    def file(self) -> str:
+        return self.id.partition("::")[0]
+
+    @property
     def process(self) -> str:
         """Tests of one process share this."""
         if not self.covers:
@@ -56,15 +60,17 @@ class Outcome:
     text: str = ""
 
 
-def collect(command: Command, folder: Path, paths: Sequence[str], most_s: float) -> list[Case]:
-    """The tests there. Raises RuntimeError with what pytest said where they cannot be imported."""
+def collect(command: Command, folder: Path, paths: Sequence[str], most_s: float) -> tuple[list[Case], str]:
+    """The tests there, and what pytest said where some of them cannot be imported ("": all can). Raises RuntimeError
+    with what it said where there are none."""
     file = folder / "cases.json"
     done = command(sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *paths, f"--gpu-cases={file}",
                    most_s=most_s, quiet=True)  # fmt: skip
-    if not file.is_file():
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if not rows:
         raise RuntimeError(f"the tests cannot be collected: {done.text[-2000:]}")
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    return [Case(row["id"], tuple(tuple(kernel) for kernel in row["covers"])) for row in rows]
+    cases = [Case(row["id"], tuple(tuple(kernel) for kernel in row["covers"])) for row in rows]
+    return cases, "" if done.status == 0 else done.text
 
 
 def essential(cases: Iterable[Case]) -> list[Case]:
@@ -81,9 +87,9 @@ def unverified(cases: Iterable[Case]) -> list[Case]:
     """Those that cover a kernel which has not been found right here with these very sources."""
     import torch
 
-    from moe_overlap.ops import hardware, verified
+    from moe_overlap.ops import verified
 
-    here, sources = hardware.architecture(torch.device("cuda", 0)), current_sources()
+    here, sources = architecture(), current_sources()
 
     def known(kernel: Kernel) -> bool:
         op, implementation, dtype = kernel
@@ -92,6 +98,15 @@ def unverified(cases: Iterable[Case]) -> list[Case]:
         return doubt is None
 
     return [case for case in cases if not all(map(known, case.covers))]
+
+
+def architecture() -> str:
+    """Of the card at hand, as in verified.json."""
+    import torch
+
+    from moe_overlap.ops import hardware
+
+    return hardware.architecture(torch.device("cuda", 0))
 
 
 def current_sources() -> dict[str, str]:
@@ -167,11 +182,9 @@ def wrong_pairs(found: Mapping[Kernel, str]) -> set[tuple[str, str]]:
 
 def verify(found: Mapping[Kernel, str], commit: str, date: str) -> int:
     """Write the kernels that are right into verified.json, take out those that are not; how many are right."""
-    import torch
+    from moe_overlap.ops import verified
 
-    from moe_overlap.ops import hardware, verified
-
-    here, sources = hardware.architecture(torch.device("cuda", 0)), current_sources()
+    here, sources = architecture(), current_sources()
     new = [
         verified.Record(op, implementation, here, dtype, sources[implementation], commit, date)
         for (op, implementation, dtype), verdict in found.items()

@@ -20,6 +20,8 @@ from benchmarks.gpu_process import GOOD, Done, Part, Run, find_tool  # noqa: E40
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND_STATUS = 86
 """What compute-sanitizer exits with when it found something: no status of pytest."""
+NOT_YET_RUN = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("static", "virtual", "layer", "staged", "offload"))
+"""What was written, or written anew, since a card was to be had."""
 
 
 def build(run: Run, most_s: float) -> str:
@@ -40,26 +42,34 @@ def limits(run: Run, most_s: float) -> str:
 
 def checks(run: Run, most_s: float) -> str:
     """The essential tests of every kernel that is not yet known to be right here."""
-    cases = gpu_checks.collect(run.command, run.scratch, ["tests/gpu"], most_s)
-    return check(run, gpu_checks.unverified(gpu_checks.essential(cases)), most_s)
+    return check(run, lambda cases: gpu_checks.unverified(gpu_checks.essential(cases)), most_s)
 
 
 def layers(run: Run, most_s: float) -> str:
-    """The tests of no single kernel: layers, wires, graphs, experts in host memory. They have run the least."""
-    cases = gpu_checks.collect(run.command, run.scratch, ["tests/gpu"], most_s)
-    return check(run, [case for case in cases if not case.covers], most_s)
+    """The tests of no single kernel: layers, wires, graphs, experts in host memory. Those that no card has run come
+    first, since the time may not be enough for all."""
+
+    def chosen(cases: Sequence[gpu_checks.Case]) -> list[gpu_checks.Case]:
+        return sorted((case for case in cases if not case.covers), key=lambda case: case.file not in NOT_YET_RUN)
+
+    return check(run, chosen, most_s)
 
 
 def tests(run: Run, most_s: float) -> str:
     """All of tests/gpu that has not run yet; what does not begin in time is not held against a kernel."""
-    cases = gpu_checks.collect(run.command, run.scratch, ["tests/gpu"], most_s)
     ran = {one.case.id for one in run.outcomes}
-    return check(run, [case for case in cases if case.id not in ran], most_s)
+    return check(run, lambda cases: [case for case in cases if case.id not in ran], most_s)
 
 
-def check(run: Run, cases: Sequence[gpu_checks.Case], most_s: float) -> str:
-    """Run these tests, record what came of them, and write down what is right by all that has run so far."""
-    found = gpu_checks.run(run.command, run.scratch, cases, most_s=most_s - 2.0, each_s=most_s / 2)
+def check(run: Run, chosen: Callable[[Sequence[gpu_checks.Case]], Sequence[gpu_checks.Case]], most_s: float) -> str:
+    """Run some of the tests, record what came of them, and write down what is right by all that has run so far."""
+    end_s = time.monotonic() + most_s
+    if not run.cases:  # looked for once in a run
+        run.cases, run.not_collected = gpu_checks.collect(run.command, run.scratch, ["tests/gpu"], most_s)
+        if run.not_collected:
+            run.record(kind="test", id="tests/gpu", outcome="not collected", text=run.not_collected[-1500:])
+    cases, left_s = chosen(run.cases), end_s - time.monotonic()
+    found = gpu_checks.run(run.command, run.scratch, cases, most_s=left_s - 2.0, each_s=most_s / 2)
     begun = [one for one in found if one.outcome != "cut"]
     run.outcomes += begun
     for one in begun:
@@ -71,10 +81,12 @@ def check(run: Run, cases: Sequence[gpu_checks.Case], most_s: float) -> str:
     save_verified(run)
     bad = sum(one.outcome in ("failed", "lost") for one in begun)
     wrong = {" ".join(kernel): verdict for kernel, verdict in verdicts.items() if verdict != "right"}
-    run.record(kind="checks", tests=len(begun), cut=len(found) - len(begun), failed_or_lost=bad,
-               kernels_right=right, kernels_wrong=wrong)  # fmt: skip
+    run.record(kind="checks", architecture=gpu_checks.architecture(), tests=len(begun), cut=len(found) - len(begun),
+               failed_or_lost=bad, kernels_right=right, kernels_wrong=wrong)  # fmt: skip
+    if not bad and len(begun) == len(found) and not run.not_collected:
+        return GOOD
     words = f"{len(begun) - bad} of {len(begun)} tests passed, {right} kernels right, {len(wrong)} not"
-    return f"{words}, {len(found) - len(begun)} tests cut" if bad or len(begun) < len(found) else GOOD
+    return f"{words}, {len(found) - len(begun)} tests cut" + (", some not collected" if run.not_collected else "")
 
 
 def save_verified(run: Run) -> None:
@@ -132,6 +144,10 @@ def layer(run: Run, most_s: float) -> str:
 
 def staged(run: Run, most_s: float) -> str:
     return run.script("gpu_staged", f"--timeline={run.folder / 'staged.png'}", most_s=most_s).verdict
+
+
+def offload(run: Run, most_s: float) -> str:
+    return run.script("gpu_offload", most_s=most_s).verdict
 
 
 def nccl(run: Run, most_s: float) -> str:
@@ -223,6 +239,7 @@ PARTS = (
     Part("layers", 75, layers),
     Part("layer", 50, layer),
     Part("staged", 60, staged),
+    Part("offload", 40, offload),
     Part("kernels", 60, kernels),
     Part("mlp-qwen3", 35, expert_mlp("Qwen3-30B-A3B T=8192")),
     Part("mlp-mixtral", 30, expert_mlp("Mixtral")),

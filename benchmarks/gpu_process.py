@@ -45,11 +45,14 @@ class Done:
 
 @dataclass
 class Run:
-    """The clock and the results of one run. `wrong`: (operator, implementation) that are not timed."""
+    """The clock and the results of one run. `cases`: the tests of tests/gpu, once they have been looked for, and
+    `not_collected`: what was said of those that cannot be imported. `wrong`: (operator, implementation) not timed."""
 
     folder: Path
     about: dict[str, str]
     limit_s: float = LIMIT_S
+    cases: list[gpu_checks.Case] = field(default_factory=list)
+    not_collected: str = ""
     outcomes: list[gpu_checks.Outcome] = field(default_factory=list)
     wrong: set[tuple[str, str]] = field(default_factory=set)
 

@@ -58,22 +58,27 @@ SHORT = {
     "checks": ("tests", "cut", "failed_or_lost", "kernels_right", "kernels_wrong"),
     "expert_mlp": ("case", "routing", "implementation", "phase", "tflops", "ms", "share", "target", "met", "result"),
     "kernel": ("case", "implementation", "us", "copy_share", "target", "met", "result"),
-    "layer": ("case", "implementation", "phase", "ms", "times_ours", "peak_gib", "result"),
+    "layer": ("case", "implementation", "ms", "times_ours", "times_graph", "target", "met_by", "peak_gib", "result"),
     "staged": ("case", "implementation", "ms", "serial_ms", "nocomm_ms", "bytes_per_s", "overlap_eff", "allowed",
                "share", "met", "result"),
+    "offload": ("case", "rows_per_expert", "ms", "resident_ms", "hidden", "predicted_rows", "not_hidden_rows",
+                "hidden_rows", "result"),
     "nccl": ("result",),
+    "counters": ("op", "DRAM Throughput", "Compute (SM) Throughput", "result"),
     "sanitizer": ("tool", "result"),
+    "summary": ("missed", "another_is_faster_than_the_choice"),
 }  # fmt: skip
-"""What the table at the end says of a row, by its kind."""
+"""What the table at the end says of a row, by its kind; of others nothing."""
 
 
 def digest(run: Run) -> list[str]:
-    """The run in short lines, to be read where only the end of the output is at hand."""
-    lines = []
-    for row in map(json.loads, run.file.read_text(encoding="utf-8").splitlines()):
-        wanted = SHORT.get(row["kind"], ())
-        lines.append(" ".join([row["kind"], *(f"{row[name]}" for name in wanted if row.get(name) is not None)])[:240])
-    return lines
+    """The run in short lines, to be read where only the end of the output is at hand; last what became of each part."""
+    rows = map(json.loads, run.file.read_text(encoding="utf-8").splitlines())
+    return [
+        " ".join([row["kind"], *(f"{row[name]}" for name in SHORT[row["kind"]] if row.get(name) is not None)])[:240]
+        for row in sorted(rows, key=lambda row: row["kind"] == "part")
+        if row["kind"] in SHORT
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """Copy what a run of gpu_run.py left in its folder into the tree: rows, verified.json, the table of docs/status.md.
 
 python3 benchmarks/gpu_take.py FOLDER
+
+Several runs of one commit can be taken, in any order, each as often as one likes.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,6 +22,7 @@ from moe_overlap.ops import cuda_kernels, expert_mlp_contract, expert_mlp_groupe
 
 STATUS = ROOT / "docs/status.md"
 RESULTS = ROOT / "benchmarks/results"
+Row = dict[str, Any]
 TABLE_BEGIN, TABLE_END = "<!-- from moe_overlap/ops/verified.json -->", "<!-- end -->"
 
 
@@ -48,22 +52,33 @@ def with_table(text: str) -> str:
     return "\n".join([before + TABLE_BEGIN, *status_table(), TABLE_END + after])
 
 
-def take_verified(folder: Path) -> int:
-    """Records of the architectures in the folder replace the package's; how many there are."""
-    found = verified.read(folder / "verified.json")
-    architectures = {record.architecture for record in found}
-    verified.write([*(record for record in verified.read() if record.architecture not in architectures), *found])
+def take_verified(folder: Path, rows: Sequence[Row]) -> int:
+    """What this run found right goes into the package's record, what it found wrong comes out of it, all else stays:
+    the folder's record began as the one of the tree that travelled. Returns how many kernels are right."""
+    runs = {(row["commit"], row["date"]) for row in rows}
+    found = [record for record in verified.read(folder / "verified.json") if (record.commit, record.date) in runs]
+    gone = {(record.op, record.implementation, record.dtype, record.architecture) for record in found}
+    for row in rows:
+        if row["kind"] == "checks":
+            gone |= {(*name.split(), row["architecture"]) for name in row["kernels_wrong"]}
+    kept = [
+        record
+        for record in verified.read()
+        if (record.op, record.implementation, record.dtype, record.architecture) not in gone
+    ]
+    verified.write([*kept, *found])
     return len(found)
 
 
-def take_rows(folder: Path) -> Path | None:
-    """The rows become a file of results, named by card, date and commit; None where the run had none."""
-    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    if not lines:
+def take_rows(rows: Sequence[Row]) -> Path | None:
+    """The rows become a file of results, named by card, date and commit, behind those of an earlier run that are there;
+    None where the run had none."""
+    if not rows:
         return None
-    first = json.loads(lines[0])
-    target = RESULTS / slug(first["device"]) / f"{first['date']}-{first['commit']}-gpu.jsonl"
+    target = RESULTS / slug(rows[0]["device"]) / f"{rows[0]['date']}-{rows[0]['commit']}-gpu.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
+    lines = target.read_text(encoding="utf-8").splitlines() if target.is_file() else []
+    lines += [line for line in map(json.dumps, rows) if line not in lines]
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
 
@@ -74,10 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(argv).folder
     if not (folder / "rows.jsonl").is_file():
         parser.error(f"folder = {folder}: expected one that gpu_run.py wrote: it has no rows.jsonl")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     if (folder / "verified.json").is_file():
-        print(f"{take_verified(folder)} kernels are right")
+        print(f"{take_verified(folder, rows)} kernels are right")
         STATUS.write_text(with_table(STATUS.read_text(encoding="utf-8")), encoding="utf-8")
-    print(take_rows(folder) or "no rows")
+    print(take_rows(rows) or "no rows")
     return 0
 
 

@@ -72,8 +72,8 @@ class StaticLayout:
         choices = self.segment_tokens * self.top_k
         if isinstance(self.capacity, str):
             return choices
-        shares = [math.ceil(self.capacity * n / self.num_slots) for n in choices.tolist()]
-        return np.minimum(np.array(shares, dtype=np.int64), choices)
+        shares = [math.ceil(min(n, self.capacity * n / self.num_slots)) for n in choices.tolist()]
+        return np.array(shares, dtype=np.int64)
 
     @cached_property
     def counts(self) -> Counts:

@@ -300,6 +300,13 @@ def test_a_budget_for_the_rows():
     assert enough.stats().tokens_per_expert.sum() == T * K
 
 
+def test_a_factor_beyond_all_choices_is_no_drop():
+    x = tokens(T)
+    whole, huge = (make(mode="static", static_capacity=c, schedule="chunked(2)") for c in ("no_drop", 1e308))
+    same_bits(huge(x), whole(x))
+    assert huge.dispatcher.layout.send_rows == whole.dispatcher.layout.send_rows
+
+
 def test_the_layout_by_hand():
     """Two ranks of two slots, 16 tokens of one choice, forward in two chunks and backward in four by experts."""
     assert segments_of([(2, "tokens"), (4, "experts")]) == (0, 8)

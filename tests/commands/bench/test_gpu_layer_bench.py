@@ -54,10 +54,21 @@ def test_what_is_timed_is_written_before_anything_is_compiled(rows: list, monkey
         return plain(way, weights)
 
     monkeypatch.setattr(gpu_layer, "make", make)
-    assert gpu_layer.main(["--ways=compile,ours,chunked,graph,static,static-graph", "--profile"]) == 0
-    assert begun == [["ours", "chunked", "graph", "static", "static-graph"]]
-    times = {row["implementation"]: row["times_ours"] for row in rows if row["kind"] == "layer"}
-    assert times == {"ours": 1.0, "chunked": 1.5, "graph": 2.0, "static": 2.5, "static-graph": 3.0, "compile": 3.5}
+    assert gpu_layer.main(["--ways=compile,ours,chunked,graph,static,static-graph,plain", "--profile"]) == 0
+    assert begun == [["ours", "graph", "plain", "chunked", "static", "static-graph"]]
+    found = {row["implementation"]: row for row in rows if row["kind"] == "layer"}
+    times = {way: row["times_ours"] for way, row in found.items()}
+    assert times == {
+        "ours": 1.0,
+        "graph": 1.5,
+        "plain": 2.0,
+        "chunked": 2.5,
+        "static": 3.0,
+        "static-graph": 3.5,
+        "compile": 4.0,
+    }
+    assert (found["compile"]["times_graph"], found["compile"]["target"]) == (2.667, 1.2)
+    assert found["compile"]["met_by"] == ["ours", "graph"] and "target" not in found["plain"]
     assert {row["implementation"] for row in rows if row["kind"] == "profile"} == set(times)
     assert all(row["error"] < 1e-5 and row["peak_gib"] == 3.0 for row in rows if row["kind"] == "layer")
 
@@ -82,3 +93,19 @@ def test_what_is_wrong_or_too_late_has_no_time_and_costs_itself_alone(rows: list
     rows.clear()
     assert gpu_layer.main(["--ways=ours", "--most-s=-1"]) == 0
     assert [row["result"] for row in rows] == ["not measured: TimeoutError: the time is over"]
+    with pytest.raises(SystemExit, match="expected some of ours, graph"):
+        gpu_layer.main(["--ways=our"])
+
+
+def test_a_way_that_takes_the_process_down_leaves_the_rows_of_those_before_it(rows: list, monkeypatch) -> None:
+    plain = gpu_layer.make
+
+    def make(way: str, weights: gpu_layer.Weights) -> nn.Module:
+        if way == "static-graph":
+            raise KeyboardInterrupt  # nothing catches it, like an end of the process
+        return plain(way, weights)
+
+    monkeypatch.setattr(gpu_layer, "make", make)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_layer.main(["--ways=ours,graph,plain,static-graph"])
+    assert [row["implementation"] for row in rows if "ms" in row] == ["ours", "graph", "plain"]

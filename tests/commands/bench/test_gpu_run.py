@@ -91,9 +91,10 @@ def test_layers_are_tested_before_anything_is_timed_and_the_rest_of_the_tests_on
         tested.append([case.id for case in these])
         return [gpu_checks.Outcome(case, "passed") for case in these]
 
-    monkeypatch.setattr(gpu_checks, "collect", lambda *_: cases)
+    monkeypatch.setattr(gpu_checks, "collect", lambda *_: (cases, ""))
     monkeypatch.setattr(gpu_checks, "run", done)
     monkeypatch.setattr(gpu_checks, "verify", lambda *_: 0)
+    monkeypatch.setattr(gpu_checks, "architecture", lambda: "sm_90")
     monkeypatch.setattr(gpu_parts, "save_verified", lambda run: None)
     assert gpu_parts.layers(run, 60.0) == gpu_parts.tests(run, 60.0) == gpu_process.GOOD
     assert tested == [["whole"], ["one", "two"]]
@@ -158,20 +159,29 @@ def test_a_folder_is_taken_into_the_tree(record: None, tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_take, "STATUS", status)
     monkeypatch.setattr(gpu_take, "RESULTS", tmp_path / "tree")
     folder.mkdir()
-    new = [verified.Record("combine", "triton", "sm_90", "bfloat16", "x", "abc", "2026-01-02")]
-    verified.write(new, folder / "verified.json")
-    (folder / "rows.jsonl").write_text(json.dumps(ABOUT | {"kind": "limit"}) + "\n")
+    new = verified.Record("combine", "triton", "sm_90", "bfloat16", "x", "abc", "2026-01-02")
+    of_the_tree_that_travelled = verified.Record("unpack", "cuda", "sm_90", "float32", "01", "old", "2025-01-01")
+    verified.write([of_the_tree_that_travelled, new], folder / "verified.json")
+    checks = {"kind": "checks", "architecture": "sm_90", "kernels_wrong": {"pack cuda float32": "failed: a test"}}
+    lines = [json.dumps(ABOUT | row) for row in ({"kind": "limit"}, checks)]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     assert gpu_take.main([str(folder)]) == 0
-    assert verified_now() == [  # of this architecture what the folder says, of others what was there
+    assert verified_now() == [  # what this run said, and else what was there
         ("combine", "triton", "sm_90", "bfloat16", "x", "abc"),
         ("pack", "cuda", "sm_80", "float32", "01", "old"),
+        ("pack", "cuda", "sm_90", "bfloat16", "01", "old"),
     ]
     table = status.read_text()
     assert "old\n" not in table and table.startswith("# Status\n") and table.endswith("\nafter\n")
     dtypes = "float32, bfloat16, float16, float64"
     assert f"| `combine` | triton | {dtypes} | sm_90 bfloat16 (abc, 2026-01-02) |" in table
     assert "| `combine` | cuda | float32, bfloat16, float16 | **no** |" in table
-    assert json.loads((tmp_path / "tree/h200/2026-01-02-abc-gpu.jsonl").read_text())["kind"] == "limit"
+    taken = tmp_path / "tree/h200/2026-01-02-abc-gpu.jsonl"
+    assert taken.read_text().splitlines() == lines
+    more = json.dumps(ABOUT | {"kind": "kernel", "us": 5.0})  # a second run of this commit
+    (folder / "rows.jsonl").write_text(more + "\n")
+    assert gpu_take.main([str(folder)]) == gpu_take.main([str(folder)]) == 0
+    assert taken.read_text().splitlines() == [*lines, more]
     with pytest.raises(SystemExit):
         gpu_take.main([str(tmp_path)])
 
@@ -250,8 +260,8 @@ def test_each_kernel_has_a_process_of_its_own(
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p tests.gpu.conftest")
     monkeypatch.setenv("PYTHONPATH", str(gpu_process.ROOT))
     monkeypatch.setattr(gpu_process, "ROOT", tmp_path)
-    cases = gpu_checks.collect(run.command, run.scratch, ["test_it.py"], 120)
-    assert [len(case.covers) for case in cases] == [1] * 8
+    cases, said = gpu_checks.collect(run.command, run.scratch, ["test_it.py"], 120)
+    assert said == "" and [len(case.covers) for case in cases] == [1] * 8
     hang = [case for case in cases if "hang" in case.id]
     found = gpu_checks.run(run.command, run.scratch, hang, most_s=300, each_s=5)
     found += gpu_checks.run(run.command, run.scratch, [c for c in cases if c not in hang], most_s=300, each_s=250)
@@ -297,36 +307,6 @@ def test_a_part_that_goes_wrong_costs_itself_alone(run: gpu_process.Run, capsys)
     assert "words" in run.log.read_text()
 
 
-PROGRAMS = [
-    part for part in gpu_parts.PARTS if part.name not in ("build", "checks", "layers", "tests", "counters", "sanitize")
-]
-ENDS = [(-9, "", "status -9: it said nothing"), (3, "a word", "status 3: a word"), (None, "", "too long: ")]
-
-
-@pytest.mark.parametrize(("status", "text", "verdict"), ENDS, ids=["killed", "failing", "late"])
-def test_every_part_that_runs_a_program_may_end_badly_alone(
-    run: gpu_process.Run, capsys, status, text, verdict
-) -> None:
-    """The real parts, their programs played: each one once the one that goes wrong."""
-    assert {"layer", "staged", "nccl", "mlp-qwen3", "kernels"} <= {part.name for part in PROGRAMS}
-    for bad in PROGRAMS:
-
-        def part(one: gpu_process.Part, bad: str = bad.name) -> gpu_process.Part:
-            done = gpu_process.Done(status, text, 1.0) if one.name == bad else gpu_process.Done(0, "", 1.0)
-
-            def call(of: gpu_process.Run, most_s: float) -> str:
-                of.script = lambda *words, **how: done  # type: ignore[method-assign]
-                return one.call(of, most_s)
-
-            return gpu_process.Part(one.name, one.most_s, call)
-
-        run.file.write_text("")
-        assert not gpu_run.go(run, [part(one) for one in PROGRAMS])
-        found = {row["part"]: row["result"] for row in rows(run)}
-        assert found.pop(bad.name).startswith(verdict) and set(found.values()) == {gpu_process.GOOD}
-        assert len(found) == len(PROGRAMS) - 1
-
-
 def test_kernel_cases_go_on_behind_one_that_took_the_process_down(run: gpu_process.Run, monkeypatch) -> None:
     begun = []
 
@@ -366,9 +346,10 @@ def test_what_a_profiler_counted_is_read() -> None:
     assert gpu_parts.counted(NCU) == {"DRAM Throughput": "88.21 %", "Elapsed Cycles": "150,100 cycle"}
 
 
-def test_end_of_the_output_has_every_row_in_short(run: gpu_process.Run) -> None:
-    run.record(kind="kernel", case="gate 16384x128 k8", us=5.5, met=True)
+def test_end_of_the_output_has_the_rows_in_short_and_the_parts_last(run: gpu_process.Run) -> None:
     run.record(kind="part", part="build", seconds=1.0, result="ok")
+    run.record(kind="profile", case="one", kernels={})
+    run.record(kind="kernel", case="gate 16384x128 k8", us=5.5, met=True)
     assert gpu_run.digest(run) == ["kernel gate 16384x128 k8 5.5 True", "part build 1.0 ok"]
 
 
