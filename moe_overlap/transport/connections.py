@@ -39,7 +39,7 @@ from moe_overlap.transport.control import (
     own_store,
     ranks_text,
 )
-from moe_overlap.transport.endpoint import Life
+from moe_overlap.transport.endpoint import REOPENED, Life
 from moe_overlap.transport.groups import LOOK_S, Groups
 from moe_overlap.transport.where import Where
 
@@ -118,7 +118,7 @@ class Connections:
 
     def reopen(self, limit_s: float) -> None:
         """Fresh groups under a new generation: collective, a barrier. PeerFailed when the store is gone."""
-        self.close("the transport was reopened")
+        self.close(REOPENED)
         self._end_groups(None)  # still there when the ranks agreed on the error
         if self.control is not None and self.control.lost is not None:
             forget_own_store(self._store)

@@ -24,6 +24,7 @@ from moe_overlap.transport.where import Where
 from moe_overlap.transport.work import DoneWork
 
 SHORTEST_S, LONGEST_S = 1e-3, 1e7  # of a limit; the libraries below count in milliseconds
+REOPENED = "the transport was reopened"  # the reason with which it closes
 E = TypeVar("E", bound=BaseException)
 
 
@@ -56,9 +57,11 @@ class Asked:
 
     def __init__(self, transport: Endpoint, words: Words, record: StepRecord) -> None:
         self._transport, self._words, self._record = transport, words, record
+        self._generation = transport.life.generation
 
     def wait(self) -> ExchangePlan:
         """Once. Raises ConfigError or PlanMismatch alike on all ranks."""
+        self._transport._require_begun_in(self._generation, Where(action="N", step=self._record.step))
         return self._transport._agree(self._words.wait(), self._record)
 
     def interval(self) -> None:
@@ -71,9 +74,11 @@ class Beginning:
 
     def __init__(self, transport: Endpoint, words: Words, record: BackwardRecord) -> None:
         self._transport, self._words, self._record = transport, words, record
+        self._generation = transport.life.generation
 
     def wait(self) -> None:
         """Raises PlanMismatch alike on all ranks where they run other backwards."""
+        self._transport._require_begun_in(self._generation, Where(action="Ut", step=self._record.step))
         self._transport._compare_backwards(self._words.wait(), self._record)
 
 
@@ -81,7 +86,7 @@ class Endpoint(Speaker):
     """One rank's end of a transport: usable until an error, then poisoned until `reopen`.
 
     The public methods of the contract (`base.py`) are here. A transport says how words are gathered (`_send`), rows
-    moved (`_move`) and tensors summed (`_all_reduce`), and adds what is its own to `close` and `reopen`. Those that
+    moved (`_move`) and tensors summed (`_all_reduce`), and adds what is its own to `close` and `_renew`. Those that
     share connections share a `life`; `number` tells them apart.
     """
 
@@ -200,7 +205,9 @@ class Endpoint(Speaker):
         self._poison(RuntimeError(reason))
 
     def reopen(self) -> None:
-        self.life.renew()
+        if self.life.cause is None:  # else the peers know, or raise alike what they may not have heard yet
+            self.close(REOPENED)
+        self._renew()
 
     def join(self) -> int:
         self._users += 1
@@ -221,6 +228,10 @@ class Endpoint(Speaker):
     @abstractmethod
     def _all_reduce(self, tensor: torch.Tensor, where: Where) -> Work:
         """`all_reduce` on a transport that is usable."""
+
+    def _renew(self) -> None:
+        """What is left of `reopen` on a transport that is closed."""
+        self.life.renew()
 
     def _stays(self, plan: ChunkPlan, chunk: int) -> bool:
         """Whether no row of the chunk leaves its rank, on any rank: nothing is moved then, and nobody waited for."""
@@ -313,6 +324,13 @@ class Endpoint(Speaker):
             raise TransportClosed(
                 f"this transport failed or was closed before ({cause}); reopen() it on all ranks", rank=self.rank
             ) from cause
+
+    def _require_begun_in(self, generation: int, where: Where) -> None:
+        """For what is waited for: raises TransportClosed where this transport is not what it was begun on."""
+        self._require_usable()
+        if generation != self.life.generation:
+            text = "the transport was reopened since this began"
+            raise TransportClosed(text, rank=self.rank, **where._asdict())
 
     def _is_open_for(self, header: Header) -> bool:
         """Whether it is open for `header` already. Raises ConfigError when it is open for another one."""
