@@ -205,8 +205,7 @@ class Endpoint(Speaker):
         self._poison(RuntimeError(reason))
 
     def reopen(self) -> None:
-        if self.life.cause is None:  # else the peers know, or raise alike what they may not have heard yet
-            self.close(REOPENED)
+        self.close(REOPENED)
         self._renew()
 
     def join(self) -> int:

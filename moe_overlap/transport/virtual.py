@@ -146,8 +146,9 @@ class VirtualTransport(Endpoint):
         return DoneWork(tensor)
 
     def close(self, reason: str) -> None:
+        told = self.life.cause is not None  # or the peers raise it alike
         super().close(reason)
-        if self._channel.abort is None:
+        if not told and self._channel.abort is None:
             self._channel.abort = (self.rank, reason)
 
     def _renew(self) -> None:
