@@ -67,7 +67,7 @@ class Connections:
         self.backend = backend
         # With so many ranks their messages go along rows and columns, for which there are groups.
         self.grid = Grid.of(self.world_size) if self.world_size > GATHERED_RANKS else Grid(1, self.world_size)
-        self.life = Life()
+        self.life = Life(ranks=() if ranks == list(range(dist.get_world_size())) else tuple(ranks))
         self.limit_s = 0.0  # the longest of the transports
         self.transports = 0  # made so far: the members of the group make them in the same order
         self.position = 0
@@ -141,7 +141,7 @@ class Connections:
             self.life.generation = self.control.meet(self.life.generation, left_s(), again=again)
             self.groups = self._make_groups(where, begin, left_s())
         except MoeTransportError as error:
-            self._poison(error)
+            self.life.poison(error)
             raise
         except StoreLost as error:
             text = f"the key-value store of torch.distributed is lost ({error})"
@@ -276,13 +276,9 @@ class Connections:
 
     def _failed(self, error: MoeTransportError, abort: Abort | None) -> MoeTransportError:
         """Poison this transport with `error` and end its groups; the peers learn of it."""
-        self._poison(error)
+        self.life.poison(error)
         self._end_groups(abort)
         return error
-
-    def _poison(self, cause: BaseException) -> None:
-        if self.life.cause is None:
-            self.life.cause = cause
 
     def busy(self) -> bool:
         """Whether an operation is under way that nobody has waited for."""

@@ -16,7 +16,7 @@ from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_on
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, compare, digest
 from moe_overlap.config import TIMEOUT_S
-from moe_overlap.errors import ConfigError, PlanMismatch, TransportClosed
+from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, TransportClosed
 from moe_overlap.transport.base import Agreement, Announcement, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.speaker import Speaker, Words
@@ -33,7 +33,8 @@ class Life:
     """What transports that share connections have in common. `cause`: what poisoned them; `ended`: for good;
     `generation`: how often they were renewed; `capacity`: words that a message has room for, which grows when a layer
     with more experts is opened; `paths`: what layers are called, by the numbers of their transports; `asked`: the
-    agreement that has to be waited for before anything else is said."""
+    agreement that has to be waited for before anything else is said; `ranks`: those of the job, where the group has
+    others than all in order."""
 
     cause: BaseException | None = None
     ended: bool = False
@@ -41,6 +42,15 @@ class Life:
     capacity: int = HEADER_WORDS
     paths: dict[int, str] = field(default_factory=dict)
     asked: object = None
+    ranks: tuple[int, ...] = ()
+
+    def poison(self, cause: BaseException) -> None:
+        """The first cause stays. What errors say of ranks counts within the group: a note says which those are."""
+        note = f"the ranks of this group, from 0, are ranks {', '.join(map(str, self.ranks))} of the job"
+        if self.ranks and isinstance(cause, MoeTransportError) and note not in getattr(cause, "__notes__", ()):
+            cause.add_note(note)
+        if self.cause is None:
+            self.cause = cause
 
     def renew(self) -> None:
         self.cause, self.capacity, self.asked = None, HEADER_WORDS, None
@@ -202,7 +212,7 @@ class Endpoint(Speaker):
         return self._all_reduce(tensor, where)
 
     def close(self, reason: str) -> None:
-        self._poison(RuntimeError(reason))
+        self.life.poison(RuntimeError(reason))
 
     def reopen(self) -> None:
         self.close(REOPENED)
@@ -399,12 +409,8 @@ class Endpoint(Speaker):
 
     def _poisoned(self, error: E) -> E:
         """An error that every rank raises by itself: nothing to tell, and the connections must stay until all have."""
-        self._poison(error)
+        self.life.poison(error)
         return error
-
-    def _poison(self, cause: BaseException) -> None:
-        if self.life.cause is None:
-            self.life.cause = cause
 
 
 def checked_timeout(timeout_s: float | None) -> float:
