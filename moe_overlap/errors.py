@@ -1,7 +1,8 @@
 """The errors a user of this library can meet.
 
 A mistake in an argument is a `ConfigError` (a `ValueError`). Everything that goes wrong between ranks is a
-`MoeTransportError` (a `RuntimeError`) whose attributes say where: rank, peer, step, chunk, action, seconds.
+`MoeTransportError` (a `RuntimeError`) whose attributes say where: rank, peer, step, chunk, action, seconds. Ranks are
+those of the group; where that is a part of the job, a note on the error says which ones of the job they are.
 """
 
 from __future__ import annotations

@@ -62,19 +62,21 @@ NOT_SENT = -(1 << 62)  # the value is no integer: only the refusing rank's messa
 @dataclass(frozen=True, kw_only=True)
 class BackwardRecord:
     """What one rank says when the backward of a call begins: of which `step`, the `run`-th of it, and a digest of what
-    it will exchange. `caller` as in StepRecord."""
+    it will exchange. retain_graph: whether another one may follow, where the schedules of later steps depend on that.
+    `caller` as in StepRecord."""
 
     step: int
     run: int
     digest: int
+    retain_graph: bool = False
     caller: int = 0
 
     def to_tensor(self) -> torch.Tensor:
-        """int64 [3]."""
-        return torch.tensor([self.step, self.run, self.digest], dtype=torch.int64)
+        """int64 [4]."""
+        return torch.tensor([self.step, self.run, self.digest, self.retain_graph], dtype=torch.int64)
 
 
-BACKWARD_FIELDS = ("step", "run", "schedule")
+BACKWARD_FIELDS = ("step", "run", "schedule", "retain_graph")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ search could have gained in its steps, added up, is more than a search costs: th
 paid for by what it can gain, as skis are bought that have been hired often enough.
 
 A recompute gets what its forward ran: every forward with gradients is remembered by its kind and counts, and as long as
-one of them waits for its backward, steps with equal counts run the same.
+one of them waits for its last backward, steps with equal counts run the same.
 
 Where rows may be deduplicated a step has two kinds, plain and deduplicated, and the faster of both plans runs.
 """
@@ -108,7 +108,7 @@ class _Known:
 
 @dataclass(eq=False)
 class _Ran:
-    """What forwards with gradients ran, and how many of these wait for their backward."""
+    """What forwards with gradients ran, and how many of these wait for their last backward."""
 
     planned: Planned
     waiting: int = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from moe_overlap.agreement.copies import trust
@@ -12,7 +14,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.layer.experts import take_old_names
 from moe_overlap.parallel.entering import adopt
 from moe_overlap.parallel.ownership import Ownership
-from moe_overlap.parallel.state import mark
+from moe_overlap.parallel.state import mark, mark_new
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.transport.base import Transport
 
@@ -31,6 +33,12 @@ class Copies(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             ours.remove()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `to_empty` and the like do, the last one with new parameters."""
+        super()._apply(fn, recurse)
+        mark_new(self.experts, self.ownership)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """The layer without what its last call left behind."""

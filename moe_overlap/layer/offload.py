@@ -76,12 +76,15 @@ class Offloads:
         for name, weight, own in zip(("w_in", "w_out"), (w_in, w_out), weights_of(self.experts), strict=True):
             if weight.dtype != own.dtype:
                 raise ConfigError("autocast", weight.dtype, f"{own.dtype}, or off: expert_offload computes in it")
-            if not hasattr(own, COUNTED) or hasattr(own, GATHERED) or own.device.type != "cpu":
+            if own.device.type != "cpu":
+                text = "the host's memory (expert_offload): layer.experts.cpu() after what has moved or loaded them"
+                raise ConfigError(f"experts.{name}", f"weights on {own.device}", text)
+            if not hasattr(own, COUNTED) or hasattr(own, GATHERED):
                 text = (
-                    "the layer's own parameters in the host's memory, neither sharded by FSDP nor parametrized nor put "
-                    "there by load_state_dict(assign=True) (expert_offload)"
+                    "parameters of layer.experts that are neither sharded by FSDP nor parametrized; others come in "
+                    "their place by layer.load_state_dict(..., assign=True) (expert_offload)"
                 )
-                raise ConfigError(f"experts.{name}", f"weights put in their place, on {own.device}", text)
+                raise ConfigError(f"experts.{name}", "weights put in their place", text)
             link.pin(own)
         return link
 

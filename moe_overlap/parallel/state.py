@@ -24,7 +24,7 @@ from torch.distributed import get_process_group_ranks, is_initialized
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
-from moe_overlap.agreement.copies import count_steps
+from moe_overlap.agreement.copies import COUNTED, count_steps, trust
 from moe_overlap.errors import ConfigError
 from moe_overlap.parallel import ownership as marks
 from moe_overlap.parallel.ownership import Ownership
@@ -39,6 +39,16 @@ MARK = "moe_overlap.mark_experts(state, expert_ids), which says which experts th
 
 
 # ---------------------------------------------------------------- modules
+
+
+class Loaded:
+    """A hook after a marked module was loaded, which with assign=True puts other parameters in the place of its own."""
+
+    def __init__(self, ownership: Ownership) -> None:
+        self.ownership = ownership
+
+    def __call__(self, module: nn.Module, _: object) -> None:
+        mark_new(module, self.ownership)
 
 
 class Saving:
@@ -83,6 +93,17 @@ def mark(module: nn.Module, ownership: Ownership) -> None:
     if not any(isinstance(hook, Saving) for hook in module._state_dict_hooks.values()):
         module.register_state_dict_post_hook(Saving(ownership))
         module.register_load_state_dict_pre_hook(Loading(ownership))
+        module.register_load_state_dict_post_hook(Loaded(ownership))
+
+
+def mark_new(module: nn.Module, ownership: Ownership) -> None:
+    """Parameters that have come in the place of those of a marked module, by loading or `to_empty`, are what those
+    were. They are ordinary ones, of which torch tells every change; what FSDP2 puts there comes otherwise."""
+    for parameter in module.parameters():
+        if not hasattr(parameter, COUNTED):
+            trust([parameter])
+            if ownership.others:
+                _keep_away(parameter)
 
 
 def tensors_of(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:

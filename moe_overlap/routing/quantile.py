@@ -37,9 +37,9 @@ def quantile_prices(scores_TE: torch.Tensor, top_k: int, prices_E: torch.Tensor)
 class QuantileRouter(LinearRouter):
     """A LinearRouter whose bias is set to minus the prices of the batch before: `step()`, after the optimizer's.
 
-    A training forward selects by the bias as it is and computes the prices of its own tokens; the last one's count. As
-    they are replaced and not added up, a recompute changes nothing. momentum: how much of the old bias stays. Group
-    limits are refused, since with them a price does not say who is taken.
+    A training forward selects by the bias as it is and computes the prices of its own tokens; those of a batch are the
+    mean over the forwards since the last step, its micro-batches, recomputes left out. momentum: how much of the old
+    bias stays. Group limits are refused, since with them a price does not say who is taken.
     """
 
     selects_together = True
@@ -51,22 +51,27 @@ class QuantileRouter(LinearRouter):
         if not 0.0 <= momentum < 1.0:
             raise ConfigError("momentum", momentum, "a number from 0, below 1")
         self.momentum = momentum
-        self._next_E: torch.Tensor | None = None
+        self._sums_E1: torch.Tensor | None = None  # of prices since the last step, and of how many forwards
 
     @torch.no_grad()
     def step(self, mean: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        """Take over the prices of the last training forward, if there was one since. mean: a vector [E] of this rank to
-        its mean over the ranks that share the router, to be given where there are several: a collective of all."""
-        assert self.expert_bias_E is not None
-        wanted_E = self.expert_bias_E if self._next_E is None else -self._next_E.to(self.expert_bias_E.dtype)
-        wanted_E = wanted_E.clone() if mean is None else mean(wanted_E.clone())
-        self.expert_bias_E.mul_(self.momentum).add_(wanted_E, alpha=1 - self.momentum)
-        self._next_E = None
+        """Take over the prices of the training forwards since the last step, if there were some. mean: a vector [E] of
+        this rank to its mean over the ranks that share the router, to be given where there are several: a collective of
+        all."""
+        bias_E, sums_E1 = self.expert_bias_E, self._sums_E1
+        assert bias_E is not None
+        wanted_E = bias_E.clone() if sums_E1 is None else -(sums_E1[:-1] / sums_E1[-1]).to(bias_E.dtype)
+        wanted_E = wanted_E if mean is None else mean(wanted_E)
+        bias_E.mul_(self.momentum).add_(wanted_E, alpha=1 - self.momentum)
+        self._sums_E1 = None
 
     def _choose(self, logits_TE: torch.Tensor, nodes: Nodes | None) -> Choice:
-        if self.training and torch.is_grad_enabled():
+        recompute = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+        if self.training and torch.is_grad_enabled() and not recompute:
             assert self.expert_bias_E is not None
             known_TE = logits_TE.detach().masked_fill(bad_rows(logits_TE), 0.0)
             scores_TE = selection_scores(known_TE, self.score)
-            self._next_E = quantile_prices(scores_TE, self.top_k, -self.expert_bias_E.to(scores_TE.dtype))
+            prices_E = quantile_prices(scores_TE, self.top_k, -self.expert_bias_E.to(scores_TE.dtype))
+            own_E1 = torch.cat([prices_E, prices_E.new_ones(1)])
+            self._sums_E1 = own_E1 if self._sums_E1 is None else self._sums_E1 + own_E1
         return super()._choose(logits_TE, nodes)

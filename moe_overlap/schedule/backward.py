@@ -112,13 +112,15 @@ class Backward:
     def _ut(self, ctx: Any, dy_TD: torch.Tensor | None) -> Gradients:
         routed, *saved = ctx.saved_tensors
         check_same_routing(routed, ctx.routing_digest)
-        self.lanes.begin_backward(self.pair.backward.text)  # after what a recompute had to say
-        if self._grads_of < 0:
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        told = retained and not isinstance(self.schedule, SchedulePair)
+        self.lanes.begin_backward(self.pair.backward.text, retain_graph=told)  # after what a recompute had to say
+        if not retained:
             self.schedule.begins_backward(self.plan.exchange)
         # Detached: the router's weights lead to the nodes, which hold this step.
         tensors = [tensor.detach() for tensor in saved]
         # What a detached node has saved stays with the node, for a backward that does come to it.
-        kept = isinstance(ctx, DetachedNode) or torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = isinstance(ctx, DetachedNode) or retained
         needs = {
             "need_dx": self.plan.exchange.x_requires_grad,
             "need_dw": self._need_dw,

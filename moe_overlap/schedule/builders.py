@@ -119,7 +119,8 @@ class Schedules(Protocol):
         ranks in one order: a choice may depend on the steps before, in which all ranks agreed too."""
 
     def begins_backward(self, exchange: Any) -> None:
-        """The backward of a step has begun, for the first time, and its recompute, if there is one, is over."""
+        """The last backward of a step has begun, one that does not retain the graph, and its recompute, if there is
+        one, is over. Never called where a graph is retained in vain."""
 
 
 def _actions(verb: str, indices: range) -> list[Action]:

@@ -81,13 +81,15 @@ class Lanes:
 
     # ---------------------------------------------------------------- wire
 
-    def begin_backward(self, schedule: str) -> None:
-        """Tell all ranks that one begins; heard before its first exchange. `schedule`: its text."""
+    def begin_backward(self, schedule: str, *, retain_graph: bool) -> None:
+        """Tell all ranks that one begins; heard before its first exchange. `schedule`: its text; retain_graph: see
+        BackwardRecord."""
         self._backwards += 1
         if self.transport.world_size > 1:
             plan = self._plans["backward"]
             what = digest(schedule, plan.chunks, plan.by, plan.exchange.x_requires_grad)
-            record = BackwardRecord(step=plan.exchange.step, run=self._backwards, digest=what, caller=self._caller)
+            record = BackwardRecord(step=plan.exchange.step, run=self._backwards, digest=what,
+                                    retain_graph=retain_graph, caller=self._caller)  # fmt: skip
             self._beginning = self.transport.begin_backward(record)
             Variable._execution_engine.queue_callback(ClosingUnlessCalled(self.transport))
 

@@ -137,9 +137,9 @@ class StaticDispatcher(Dispatcher):
         if torch._C._current_graph_task_id() >= 0 or _capturing():
             return
         self.open()
-        if self._watch is None or self._watched_in != self.openings:
-            self._watch = None  # words of before a failure: not all ranks may have them
+        if self._watch is None:
             return
+        self._watch_anew(self._watch)
         words = self._watch.read()
         if any(rows or bad or status for rows, _, bad, status in words):
             self._watch.clear()
@@ -166,6 +166,13 @@ class StaticDispatcher(Dispatcher):
             rank=self.transport.rank, peer=worst, step=self.steps,
         )  # fmt: skip
 
+    def _watch_anew(self, watch: Watch) -> None:
+        """After an opening. Of words of before it not all of several ranks may know. They stay in their place, to
+        which the replays of CUDA graphs go on adding."""
+        if self._watched_in != self.openings and self.transport.world_size > 1:
+            watch.clear()
+        self._watched_in = self.openings
+
     def _begin_word(self, word: torch.Tensor, status: torch.Tensor | None) -> None:
         if self._watch is None:
             self._watch, self._watched_in = Watch(self.transport), self.openings
@@ -179,7 +186,9 @@ class StaticDispatcher(Dispatcher):
         how = digest(record.config_digest, layout.capacity)
         with closing_on_interrupt(self.transport):
             self.transport.agree(replace(record, static_tokens=layout.tokens, config_digest=how))
-        self._agreed_in, self._tokens, self._watch = self.openings, layout.tokens, None
+        self._agreed_in, self._tokens = self.openings, layout.tokens
+        if self._watch is not None:
+            self._watch_anew(self._watch)  # where nobody has looked back since
 
     def _layout(self, ids_TK: torch.Tensor, schedule: Schedules, *, first: bool) -> StaticLayout:
         """The layout of a step, made once. Raises ConfigError."""
@@ -190,15 +199,15 @@ class StaticDispatcher(Dispatcher):
         assert isinstance(schedule, SchedulePair)
         segments = segments_of([(schedule.chunks, schedule.by), (schedule.backward_chunks, schedule.backward_by)])
         key = tokens, top_k, segments
+        if (first or key not in self._layouts) and _capturing():
+            expected = "a step before the capture, which makes what the graph holds"
+            raise ConfigError("mode", "static, in a CUDA graph before its first step", expected)
         if key not in self._layouts:
             self._layouts[key] = self._make(tokens, top_k, segments)
         self.layout = self._layouts[key]
         return self.layout
 
     def _make(self, tokens: int, top_k: int, segments: tuple[int, ...]) -> StaticLayout:
-        if _capturing():
-            raise ConfigError("mode", "static, in a CUDA graph before its first step", "a step before the capture, "
-                              "which makes what the graph holds")  # fmt: skip
         layout = StaticLayout(
             rank=self.transport.rank, world_size=self.transport.world_size, num_slots=self.placement.num_slots,
             tokens=tokens, top_k=top_k, capacity=self.capacity, segments=segments,

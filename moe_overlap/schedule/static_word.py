@@ -3,9 +3,10 @@
 A word of a rank: choices that found no row, the capacity factor that would have held all (thousandths), whether an id
 was none, the router's status. It goes to all ranks beside the rows, by an exchange that nobody waits for before the
 end of the forward, so that all ranks read the same words, and raise the same error before the same step. The largest
-values since the last look are kept, on the device: a CUDA graph that is replayed adds to them too. On CUDA the host
-reads a copy in pinned memory. With several ranks it waits before a step for the copy of the step before it, which was
-made early in that step's work on the device; with one rank it reads what has come and waits for nothing.
+values since the last look are kept, on the device and in one place for good: a CUDA graph that is replayed adds to them
+too, after `reopen()` as before it. On CUDA the host reads a copy in pinned memory. With several ranks it waits before a
+step for the copy of the step before it, which was made early in that step's work on the device; with one rank it reads
+what has come and waits for nothing.
 """
 
 from __future__ import annotations

@@ -144,7 +144,12 @@ class Transport(Protocol):
         """What the layer of this transport is called in a model: for errors."""
 
     def close(self, reason: str) -> None:
-        """Poison the transport and tell the peers, whose waits then raise RemoteAbort with `reason`. Never raises."""
+        """Poison the transport and tell the peers, whose waits then raise RemoteAbort with `reason`. Never raises. One
+        that has failed already says nothing: the peers know, or raise alike what they have not heard yet."""
 
     def reopen(self) -> None:
-        """A fresh transport under the same object, after a failure; collective over all ranks of the group."""
+        """A fresh transport under the same object, in whatever state it was; collective over all ranks of the group.
+
+        One that is usable closes first: peers that still wait learn of it (RemoteAbort). What began before is void:
+        `wait` of an exchange, an agreement or an announcement raises TransportClosed and leaves the fresh transport
+        usable; rows that were there already (waited for before, or over when they began) stay. Then comes `open`."""

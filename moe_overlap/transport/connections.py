@@ -39,7 +39,7 @@ from moe_overlap.transport.control import (
     own_store,
     ranks_text,
 )
-from moe_overlap.transport.endpoint import Life
+from moe_overlap.transport.endpoint import REOPENED, Life
 from moe_overlap.transport.groups import LOOK_S, Groups
 from moe_overlap.transport.where import Where
 
@@ -67,7 +67,7 @@ class Connections:
         self.backend = backend
         # With so many ranks their messages go along rows and columns, for which there are groups.
         self.grid = Grid.of(self.world_size) if self.world_size > GATHERED_RANKS else Grid(1, self.world_size)
-        self.life = Life()
+        self.life = Life(ranks=() if ranks == list(range(dist.get_world_size())) else tuple(ranks))
         self.limit_s = 0.0  # the longest of the transports
         self.transports = 0  # made so far: the members of the group make them in the same order
         self.position = 0
@@ -118,7 +118,7 @@ class Connections:
 
     def reopen(self, limit_s: float) -> None:
         """Fresh groups under a new generation: collective, a barrier. PeerFailed when the store is gone."""
-        self.close("the transport was reopened")
+        self.close(REOPENED)
         self._end_groups(None)  # still there when the ranks agreed on the error
         if self.control is not None and self.control.lost is not None:
             forget_own_store(self._store)
@@ -141,7 +141,7 @@ class Connections:
             self.life.generation = self.control.meet(self.life.generation, left_s(), again=again)
             self.groups = self._make_groups(where, begin, left_s())
         except MoeTransportError as error:
-            self._poison(error)
+            self.life.poison(error)
             raise
         except StoreLost as error:
             text = f"the key-value store of torch.distributed is lost ({error})"
@@ -276,13 +276,9 @@ class Connections:
 
     def _failed(self, error: MoeTransportError, abort: Abort | None) -> MoeTransportError:
         """Poison this transport with `error` and end its groups; the peers learn of it."""
-        self._poison(error)
+        self.life.poison(error)
         self._end_groups(abort)
         return error
-
-    def _poison(self, cause: BaseException) -> None:
-        if self.life.cause is None:
-            self.life.cause = cause
 
     def busy(self) -> bool:
         """Whether an operation is under way that nobody has waited for."""

@@ -16,7 +16,7 @@ from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_on
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, compare, digest
 from moe_overlap.config import TIMEOUT_S
-from moe_overlap.errors import ConfigError, PlanMismatch, TransportClosed
+from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, TransportClosed
 from moe_overlap.transport.base import Agreement, Announcement, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.speaker import Speaker, Words
@@ -24,6 +24,7 @@ from moe_overlap.transport.where import Where
 from moe_overlap.transport.work import DoneWork
 
 SHORTEST_S, LONGEST_S = 1e-3, 1e7  # of a limit; the libraries below count in milliseconds
+REOPENED = "the transport was reopened"  # the reason with which it closes
 E = TypeVar("E", bound=BaseException)
 
 
@@ -32,7 +33,8 @@ class Life:
     """What transports that share connections have in common. `cause`: what poisoned them; `ended`: for good;
     `generation`: how often they were renewed; `capacity`: words that a message has room for, which grows when a layer
     with more experts is opened; `paths`: what layers are called, by the numbers of their transports; `asked`: the
-    agreement that has to be waited for before anything else is said."""
+    agreement that has to be waited for before anything else is said; `ranks`: those of the job, where the group has
+    others than all in order."""
 
     cause: BaseException | None = None
     ended: bool = False
@@ -40,6 +42,15 @@ class Life:
     capacity: int = HEADER_WORDS
     paths: dict[int, str] = field(default_factory=dict)
     asked: object = None
+    ranks: tuple[int, ...] = ()
+
+    def poison(self, cause: BaseException) -> None:
+        """The first cause stays. What errors say of ranks counts within the group: a note says which those are."""
+        note = f"the ranks of this group, from 0, are ranks {', '.join(map(str, self.ranks))} of the job"
+        if self.ranks and isinstance(cause, MoeTransportError) and note not in getattr(cause, "__notes__", ()):
+            cause.add_note(note)
+        if self.cause is None:
+            self.cause = cause
 
     def renew(self) -> None:
         self.cause, self.capacity, self.asked = None, HEADER_WORDS, None
@@ -56,9 +67,11 @@ class Asked:
 
     def __init__(self, transport: Endpoint, words: Words, record: StepRecord) -> None:
         self._transport, self._words, self._record = transport, words, record
+        self._generation = transport.life.generation
 
     def wait(self) -> ExchangePlan:
         """Once. Raises ConfigError or PlanMismatch alike on all ranks."""
+        self._transport._require_begun_in(self._generation, Where(action="N", step=self._record.step))
         return self._transport._agree(self._words.wait(), self._record)
 
     def interval(self) -> None:
@@ -71,9 +84,11 @@ class Beginning:
 
     def __init__(self, transport: Endpoint, words: Words, record: BackwardRecord) -> None:
         self._transport, self._words, self._record = transport, words, record
+        self._generation = transport.life.generation
 
     def wait(self) -> None:
         """Raises PlanMismatch alike on all ranks where they run other backwards."""
+        self._transport._require_begun_in(self._generation, Where(action="Ut", step=self._record.step))
         self._transport._compare_backwards(self._words.wait(), self._record)
 
 
@@ -81,7 +96,7 @@ class Endpoint(Speaker):
     """One rank's end of a transport: usable until an error, then poisoned until `reopen`.
 
     The public methods of the contract (`base.py`) are here. A transport says how words are gathered (`_send`), rows
-    moved (`_move`) and tensors summed (`_all_reduce`), and adds what is its own to `close` and `reopen`. Those that
+    moved (`_move`) and tensors summed (`_all_reduce`), and adds what is its own to `close` and `_renew`. Those that
     share connections share a `life`; `number` tells them apart.
     """
 
@@ -197,10 +212,11 @@ class Endpoint(Speaker):
         return self._all_reduce(tensor, where)
 
     def close(self, reason: str) -> None:
-        self._poison(RuntimeError(reason))
+        self.life.poison(RuntimeError(reason))
 
     def reopen(self) -> None:
-        self.life.renew()
+        self.close(REOPENED)
+        self._renew()
 
     def join(self) -> int:
         self._users += 1
@@ -221,6 +237,10 @@ class Endpoint(Speaker):
     @abstractmethod
     def _all_reduce(self, tensor: torch.Tensor, where: Where) -> Work:
         """`all_reduce` on a transport that is usable."""
+
+    def _renew(self) -> None:
+        """What is left of `reopen` on a transport that is closed."""
+        self.life.renew()
 
     def _stays(self, plan: ChunkPlan, chunk: int) -> bool:
         """Whether no row of the chunk leaves its rank, on any rank: nothing is moved then, and nobody waited for."""
@@ -314,6 +334,13 @@ class Endpoint(Speaker):
                 f"this transport failed or was closed before ({cause}); reopen() it on all ranks", rank=self.rank
             ) from cause
 
+    def _require_begun_in(self, generation: int, where: Where) -> None:
+        """For what is waited for: raises TransportClosed where this transport is not what it was begun on."""
+        self._require_usable()
+        if generation != self.life.generation:
+            text = "the transport was reopened since this began"
+            raise TransportClosed(text, rank=self.rank, **where._asdict())
+
     def _is_open_for(self, header: Header) -> bool:
         """Whether it is open for `header` already. Raises ConfigError when it is open for another one."""
         self._require_usable()
@@ -382,12 +409,8 @@ class Endpoint(Speaker):
 
     def _poisoned(self, error: E) -> E:
         """An error that every rank raises by itself: nothing to tell, and the connections must stay until all have."""
-        self._poison(error)
+        self.life.poison(error)
         return error
-
-    def _poison(self, cause: BaseException) -> None:
-        if self.life.cause is None:
-            self.life.cause = cause
 
 
 def checked_timeout(timeout_s: float | None) -> float:

@@ -34,6 +34,7 @@ class GroupWork:
         self._kept = kept
         self._out = out
         self._on_host = on_host
+        self._generation = transport.life.generation
         self._start_s = time.perf_counter()
         self._end_s: float | None = None
 
@@ -41,7 +42,7 @@ class GroupWork:
         """What was received. `timeout_s` may shorten the transport's limit. CUDA: the current stream waits."""
         if self._end_s is None:
             transport = self._transport
-            transport._require_usable()
+            transport._require_begun_in(self._generation, self._where)
             limit_s = transport.timeout_s if timeout_s is None else min(timeout_s, transport.timeout_s)
             if self._on_host:
                 transport.connections.finish(self._work, self._where, self._position, limit_s)

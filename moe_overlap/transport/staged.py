@@ -24,6 +24,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.where import Where
 
 PIECE_BYTES = 8 << 20
 """About 0.15 ms of PCIe 5: a few times what the host needs to say what is to be copied."""
@@ -181,15 +182,18 @@ class StagedWork:
     captured: in a CUDA graph, whose pool has the memory of `source` again after `wait`."""
 
     def __init__(
-        self, transport: StagedTransport, source: torch.Tensor, out: torch.Tensor, end: Any, *, captured: bool
-    ) -> None:
-        self._transport, self._out, self._end = transport, out, end
+        self, transport: StagedTransport, source: torch.Tensor, out: torch.Tensor, end: Any, where: Where,
+        *, captured: bool,
+    ) -> None:  # fmt: skip
+        self._transport, self._out, self._end, self._where = transport, out, end, where
         self._source: torch.Tensor | None = source
+        self._generation = transport.life.generation
         self._captured = captured
 
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """The rows. The current stream waits, the host does not, whatever the limit. TransportClosed after `close`."""
-        self._transport._require_usable()
+        if self._source is not None:
+            self._transport._require_begun_in(self._generation, self._where)
         self._transport.wire.take(self._end)
         self._source = None
         return self._out
@@ -266,4 +270,4 @@ class StagedTransport(LocalTransport):
             self.journal.append((exchange.action, begin, end))
         self.stats.exchanges += 1
         self.stats.payload_bytes += on_wire(source.numel(), self.share)
-        return StagedWork(self, source, out, end, captured=captured)
+        return StagedWork(self, source, out, end, exchange.where(), captured=captured)

@@ -33,6 +33,7 @@ class VirtualWork:
         self._transport = transport
         self._meeting = meeting
         self._where = where
+        self._generation = transport.life.generation
         self._start_s = time.perf_counter()
         self._end_s: float | None = None
 
@@ -40,6 +41,7 @@ class VirtualWork:
         """The received rows. Time here is not real: a deadlock raises at once, a limit is never reached."""
         parcel: Parcel = self._meeting.brought[self._transport.rank]
         if self._end_s is None:
+            self._transport._require_begun_in(self._generation, self._where)
             self._transport._join(self._meeting, self._where)
             if not _same_bytes(parcel.rows, parcel.sent):
                 self._transport._fail(
@@ -144,16 +146,17 @@ class VirtualTransport(Endpoint):
         return DoneWork(tensor)
 
     def close(self, reason: str) -> None:
+        told = self.life.cause is not None  # or the peers raise it alike
         super().close(reason)
-        if self._channel.abort is None:
+        if not told and self._channel.abort is None:
             self._channel.abort = (self.rank, reason)
 
-    def reopen(self) -> None:
+    def _renew(self) -> None:
         """All ranks come here; then the channel is as new. A peer that never comes is a TransportTimeout."""
         self._require_turn()
         meeting = self._channel.bring("reopen", self.rank, None)
         self._channel.world.baton.wait(self.rank, self._waiting(meeting, Where(action="reopen")))
-        super().reopen()
+        super()._renew()
 
     def _meet(self, kind: str, what: Any, where: Where) -> Meeting:
         self._require_turn()

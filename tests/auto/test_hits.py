@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moe_overlap import ConfigError
+from moe_overlap import ConfigError, PlanMismatch
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.loads import Counts
 from moe_overlap.auto import planned as planning
@@ -186,7 +186,7 @@ def test_all_ranks_choose_alike_and_recomputes_find_what_their_forwards_ran(worl
             for one, view in zip(ranks, views(loads[load], before), strict=True):
                 one.begins_backward(view)
                 if chance.random() < 0.2:
-                    one.begins_backward(view)  # of a graph that is kept; it says so once
+                    one.begins_backward(view)  # as two parts of one graph do
     assert any(len(digests) > 1 for digests in ran.values()), "schedules taken over, and then searched for"
     assert len({one.tally["searched"] for one in ranks}) == 1 < ranks[0].tally["searched"]
 
@@ -268,6 +268,51 @@ def test_layers_choose_alike_with_checkpoints_and_have_the_bits_of_a_fixed_sched
         found = virtual_world(world).run(rank)
     assert all(one == found[0] for one in found)
     assert found[0][2] > 0
+
+
+def test_two_backwards_of_a_checkpointed_step_with_one_of_equal_counts_between():
+    """The step between would be searched for, and gets what the one runs that is still to be computed again."""
+
+    def loss_of(layer, count, rank):
+        x = tokens(count, rank).requires_grad_()
+        return checkpoint(layer, x, use_reentrant=False).square().sum()
+
+    def rank(me):
+        layer = make(me.transport(), schedule="auto", shared_expert_size=8)
+        loss_of(layer, 3, me.rank).backward()  # the first kind is searched for, and the next one takes that over
+        layer.zero_grad()
+        loss = loss_of(layer, 60, me.rank)
+        ran = layer._last_step.pair
+        loss.backward(retain_graph=True)
+        (schedule,) = layer.schedule.found.values()
+        for known in schedule._found.values():
+            known.owed_s = NEVER  # what a search could have gained so far: to search pays at once
+        searched = schedule.tally["searched"]
+        between = loss_of(layer, 60, me.rank)
+        assert layer._last_step.pair == ran and schedule.tally["searched"] == searched
+        between.backward()
+        two = [p.grad.clone() for p in layer.parameters()]
+        loss.backward()
+        for one, three in zip(two, layer.parameters(), strict=True):
+            torch.testing.assert_close(three.grad, 1.5 * one)  # of three equal losses
+        loss_of(layer, 60, me.rank)  # nothing waits any longer
+        assert schedule.tally["searched"] == searched + 1
+
+    with planted(cost_model()):
+        virtual_world(2).run(rank)
+
+
+def test_ranks_that_retain_their_graphs_unlike_each_other_are_refused_where_schedules_depend_on_it():
+    def rank(me):
+        layer = make(me.transport(), schedule="auto")
+        y = layer(tokens(8, me.rank)).sum()
+        with pytest.raises(PlanMismatch, match="different backwards .* retain_graph: rank 0 has 1, rank 1 has 0"):
+            y.backward(retain_graph=me.rank == 0)
+        fixed = make(me.transport())
+        fixed(tokens(8, me.rank)).sum().backward(retain_graph=me.rank == 0)
+
+    with planted(cost_model()):
+        virtual_world(2).run(rank)
 
 
 def test_a_new_opening_begins_anew():

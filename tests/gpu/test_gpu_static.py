@@ -135,3 +135,7 @@ def test_an_overflow_of_a_replay_is_found() -> None:
         layer.check_static()
     layer(x)
     layer.check_static()
+    layer.transport.reopen()
+    layer(torch.zeros_like(x).requires_grad_())
+    with pytest.raises(CapacityExceeded, match="static_capacity = 4.0 would do"):
+        layer.check_static()

@@ -87,6 +87,42 @@ def test_weights_travel_when_they_have_changed_and_gradients_in_every_backward()
     virtual_world(2).run(rank)
 
 
+def loaded(layer):
+    state = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict(state, assign=True)
+    return lambda: state["experts.down_proj"].add_(1.0)  # the parameter's own memory
+
+
+def emptied(layer):
+    first = [weight.detach().clone() for weight in layer.expert_weights]
+    layer.to_empty(device="cpu")
+
+    def write():
+        for weight, values in zip(layer.expert_weights, first, strict=True):
+            weight.copy_(values)
+
+    return write
+
+
+@pytest.mark.parametrize("put", [loaded, emptied])
+def test_of_weights_that_have_come_in_the_place_of_others_changes_are_known(put):
+    def rank(me):
+        layer = placed(me, COPIED)
+
+        def fetches():
+            layer(tokens(9, me.rank))
+            return "Wf0" in text(layer)
+
+        with torch.no_grad():
+            assert fetches()
+            write = put(layer)
+            assert fetches() and not fetches()
+            write()
+            assert fetches() and not fetches()
+
+    virtual_world(2).run(rank)
+
+
 def test_copies_fetched_in_inference_mode_are_trained_with():
     """They are kept, and are no inference tensors, which autograd does not save."""
 

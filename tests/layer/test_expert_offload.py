@@ -16,9 +16,11 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.placement import Placement
 from moe_overlap.schedule.builders import agree_ahead, chunked, shared_expert
 from moe_overlap.schedule.recorder import TimelineEvent
+from moe_overlap.transport import host_link
 from moe_overlap.transport.host_link import EmulatedHostLink, HostLink
 from tests.layers import D, E, F, check_same, make, results, tokens
 from tests.ranks import gloo_pool, virtual_world
+from tests.transport.played import PlayedEngine
 
 EXPERT_BYTES = 3 * F * D * 8
 SLOW = 40e6  # bytes a second: 0.23 ms an expert
@@ -277,10 +279,38 @@ def test_autocast_to_another_dtype_and_a_link_of_another_device_are_refused():
         make(expert_offload=link)
 
 
-def test_weights_that_a_state_dict_has_put_in_their_place_are_refused_in_its_words():
+@pytest.mark.parametrize("whose", ["the layer's", "the experts'"])
+@pytest.mark.parametrize("emptied", [False, True])
+def test_weights_that_loading_puts_in_their_place_are_those_that_come_up(monkeypatch, whose, emptied):
+    """On pinned memory: those that were there before are pinned no longer."""
+    monkeypatch.setattr(host_link, "Engine", PlayedEngine)
+    link = host_link.CudaHostLink()
+    layer, other = make(schedule="chunked(2,experts)", expert_offload=link), make(schedule="chunked(2,experts)")
+    layer(tokens(4))
+    held = link.pinned_bytes
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    if emptied:
+        layer.to_empty(device="cpu")
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    layer.load_state_dict(state, assign=whose == "the layer's")
+    if whose == "the experts'":
+        layer.experts.load_state_dict({name: v.clone() for name, v in other.experts.state_dict().items()}, assign=True)
+    check_same(results(layer, tokens(6)), results(other, tokens(6)))
+    assert all(map(link._engine.is_pinned, layer.expert_weights)) and link.pinned_bytes == held
+
+
+def test_weights_put_elsewhere_are_refused_with_what_to_do():
     layer = make(expert_offload="host")
+    first = layer.experts.gate_up_proj
+    layer.experts.gate_up_proj = torch.nn.Parameter(first.detach().clone())
+    with pytest.raises(ConfigError, match=r"experts\.w_in = .* by layer.load_state_dict\(..., assign=True\)"):
+        layer(tokens(4))
     layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
-    with pytest.raises(ConfigError, match=r"experts\.w_in .* load_state_dict\(assign=True\)"):
+    layer(tokens(4))
+    layer.experts.to_empty(device="meta")
+    with pytest.raises(ConfigError, match=r"experts\.w_in = 'weights on meta': .* layer\.experts\.cpu\(\)"):
         layer(tokens(4))
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_overlap import CapacityExceeded, ConfigError, MoELayer, PlanMismatch, ShortcutBlock
 from moe_overlap.agreement.counts import BLOCKS
 from moe_overlap.agreement.static_plan import StaticExchange, StaticLayout, segments_of
+from moe_overlap.schedule import static_dispatch
 from moe_overlap.schedule.builders import chunked
 from moe_overlap.schedule.static_rows import place, static_order
 from tests.equality import FixedChoice
@@ -221,6 +222,55 @@ def test_a_copy_has_words_of_its_own():
     copied.check_static()
     with pytest.raises(CapacityExceeded):
         layer.check_static()
+
+
+def words_of(layer):
+    """The memory that a graph of a step of this layer adds its words to, at each replay."""
+    return layer.dispatcher._watch._latched
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunked(2)"])
+@pytest.mark.parametrize("step_before", [False, True])
+def test_what_a_graph_of_before_reopen_meets_is_said_after_it(schedule, step_before):
+    layer = make(mode="static", static_capacity="no_drop", schedule=schedule)
+    layer(tokens(T))
+    graphs = words_of(layer)
+    layer.transport.reopen()
+    if step_before:
+        layer(tokens(T))
+        layer.check_static()
+    graphs[0, 2] = 1  # a replay with an id that is none
+    with pytest.raises(ConfigError, match="topk_ids"):
+        layer.check_static()
+    layer.check_static()
+
+
+def test_words_of_before_reopen_that_not_all_ranks_have_are_not_raised():
+    def rank(me):
+        layer = make(me.transport(), mode="static", static_capacity="no_drop", schedule="chunked(2)")
+        layer(tokens(T))
+        graphs = words_of(layer)
+        if me.rank == 0:
+            graphs[1, 2] = 1  # the step broke off before rank 1 had this word
+        layer.transport.reopen()
+        layer(tokens(T))
+        layer.check_static()
+        graphs[1, 2] = 1  # a replay, which all ranks take part in
+        with pytest.raises(ConfigError, match="topk_ids.*rank 1"):
+            layer.check_static()
+
+    virtual_world(2).run(rank)
+
+
+def test_a_first_step_in_a_graph_is_refused_after_reopen_too(monkeypatch):
+    layer = make(mode="static", static_capacity="no_drop", schedule="chunked(2)")
+    layer(tokens(T))
+    layer.transport.reopen()
+    with monkeypatch.context() as capture:
+        capture.setattr(static_dispatch, "_capturing", lambda: True)
+        with pytest.raises(ConfigError, match="a step before the capture"):
+            layer(tokens(T))
+    layer(tokens(T))
 
 
 class Reads(TorchFunctionMode):

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from moe_overlap import ConfigError, MoELayer
+from moe_overlap.parallel.state import WRITE
 from tests.parallel.saved import EXPERTS, D, E, F, Job, model_of, whole
 from tests.ranks import gloo_pool
 from tests.tolerances import same_bits
@@ -230,6 +231,8 @@ def without_memory() -> None:
     same_bits(weight.detach(), want["1.experts.down_proj"][first : first + E // WORLD])
     assert weight.untyped_storage().nbytes() == weight.nbytes, "the whole is not kept"
     assert weight.requires_grad and not hasattr(weight, "expert_ids")
+    with pytest.raises(ConfigError, match="that does not stand for the whole"):  # as those of a new model
+        getattr(weight, WRITE)("down_proj", weight)
 
 
 def test_a_model_that_gets_its_weights_by_assignment():

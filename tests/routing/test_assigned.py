@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.gate import gate_topk
@@ -17,7 +18,7 @@ from moe_overlap.routing import (
     SinkhornRouter,
     max_violation,
 )
-from moe_overlap.routing.assigned import bad_rows, choice_of
+from moe_overlap.routing.assigned import bad_rows, choice_of, selection_scores
 from moe_overlap.routing.base_assignment import PRECISION, assign
 from moe_overlap.routing.quantile import quantile_prices
 from moe_overlap.routing.sinkhorn import sinkhorn_potential
@@ -152,16 +153,19 @@ def test_quantile_prices_are_the_quantiles():
     assert taken.tolist() == [0, 0, 1, 1] and prices_E.sum().abs() < 1e-6
 
 
-def test_quantile_steps_are_replaced_and_averaged():
+def test_quantile_steps_take_the_mean_of_micro_batches_ranks_and_the_steps_before():
     router = new(QuantileRouter, momentum=0.5)
     with torch.no_grad():
         router(ones(64))
     router.eval()(ones(64))
     router.step()
     assert not router.expert_bias_E.any(), "neither call was one of training"
-    router.train()(ones(64))
-    router(ones(64))  # as a recompute
-    prices_E = router._next_E
+    router.train()
+    first, second = ones(64), ones(48, seed=1)
+    scores = [selection_scores(x_TD @ router.weight.detach().T, router.score) for x_TD in (first, second)]
+    prices_E = sum(quantile_prices(one_TE, router.top_k, torch.zeros(E)) for one_TE in scores) / 2
+    checkpoint(lambda x_TD: router(x_TD).topk_weights_TK, first, use_reentrant=False).sum().backward()
+    router(second)
     router.step(mean=lambda mine_E: (mine_E + 1.0) / 2)
     close(router.expert_bias_E, (0.5 * (1.0 - prices_E) / 2).float())
 

@@ -83,7 +83,7 @@ class PlayedEngine:
     def __init__(self, device: Any = None, *, seed: int = 0) -> None:
         self.device = torch.device("cpu")
         self.kept: list[torch.Tensor] = []
-        self.pinned_memory: set[int] = set()
+        self.pinned_memory: dict[int, torch.Tensor] = {}  # kept, so that no other tensor lies there later
         self._random = random.Random(seed)
         self.streams: list[PlayedStream] = []
         self._current = CurrentStream(self)
@@ -91,7 +91,7 @@ class PlayedEngine:
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         memory = torch.full((num_bytes,), 0xEE, dtype=torch.uint8)
-        self.pinned_memory.add(memory.data_ptr())
+        self.pinned_memory[memory.data_ptr()] = memory
         return memory
 
     def stream(self) -> PlayedStream:

@@ -167,6 +167,35 @@ def test_bad_groups_are_named() -> None:
     gloo_pool(2).run(bad_groups)
 
 
+def noted() -> None:
+    """Four ranks of the job in two groups: what an error of a group says of ranks, a note translates."""
+    rank = dist.get_rank()
+    pairs = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    transport = ProcessGroupTransport(pairs[rank % 2], timeout_s=20)
+    transport.open(header(2))
+    with pytest.raises(PlanMismatch) as caught:
+        transport.agree(record(counts_of(transport.rank, 2, 2, 0), chunks=2 + transport.rank))
+    ranks = "0, 2" if rank % 2 == 0 else "1, 3"
+    assert caught.value.rank == rank // 2
+    assert caught.value.__notes__ == [f"the ranks of this group, from 0, are ranks {ranks} of the job"]
+    transport.reopen()
+    transport.open(header(2))
+    if rank < 2:
+        transport.close("enough")
+    else:
+        with pytest.raises(RemoteAbort) as heard:
+            transport.agree(record(counts_of(transport.rank, 2, 2, 0)))
+        assert heard.value.peer == 0 and ranks in heard.value.__notes__[0]
+    whole = ProcessGroupTransport(timeout_s=20)
+    with pytest.raises(PlanMismatch) as plain:
+        whole.open(header(4, hidden=8 + rank))
+    assert not hasattr(plain.value, "__notes__")
+
+
+def test_errors_of_a_group_say_which_ranks_of_the_job_it_has() -> None:
+    gloo_pool(4).run(noted)
+
+
 def test_torch_distributed_must_be_initialised() -> None:
     with pytest.raises(ConfigError, match="init_process_group"):
         ProcessGroupTransport()

@@ -359,3 +359,16 @@ def test_bad_arguments_are_named() -> None:
             transport.agree(record(torch.zeros(BLOCKS, 2, dtype=torch.int64)))
 
     VirtualWorld(1).run(rank_main)
+
+
+def test_who_closes_after_an_error_that_all_ranks_raise_takes_it_from_nobody() -> None:
+    """As over a network: the connections have to stay until all have heard what they disagree about."""
+
+    def rank_main(me: VirtualRank) -> None:
+        transport = me.transport()
+        with pytest.raises(PlanMismatch):
+            transport.open(header(2 + me.rank % 2))
+        transport.close("a second reason")
+
+    for seed in range(10):
+        VirtualWorld(3, seed=seed).run(rank_main)
