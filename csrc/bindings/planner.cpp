@@ -21,6 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
+using Ints = std::vector<int64_t>;
 using Seconds = std::vector<double>;
 using IntArray = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
@@ -136,15 +137,22 @@ PYBIND11_MODULE(_planner, module) {
            "The seconds of one way of cutting the exchange.");
   module.def(
       "search",
-      [](const moe_overlap::Cut& cut) {
-        std::vector<std::tuple<double, bool, std::vector<int64_t>, std::vector<int64_t>>> found;
-        for (auto& placement : moe_overlap::search(cut)) {
-          found.emplace_back(placement.predicted_s, placement.joined, std::move(placement.order.chunk_order),
-                             std::move(placement.order.ops_before));
+      [](const std::vector<std::tuple<moe_overlap::Cut, bool, bool>>& cuts, size_t limit) {
+        std::vector<moe_overlap::Asked> asked;
+        for (const auto& [cut, joined, overlapped] : cuts) asked.push_back({cut, joined, overlapped});
+        std::vector<std::vector<std::tuple<double, bool, Ints, Ints>>> found;
+        for (auto& of_cut : moe_overlap::search(asked, limit)) {
+          auto& placements = found.emplace_back();
+          for (auto& [predicted_s, joined, order] : of_cut) {
+            placements.emplace_back(predicted_s, joined, std::move(order.chunk_order), std::move(order.ops_before));
+          }
         }
         return found;
       },
-      py::arg("cut"), "(predicted_s, joined, chunk_order, ops_before) of every candidate for one cut.");
+      py::arg("cuts"), py::arg("limit") = 0,
+      "cuts: (cut, whether its joined placement is asked for, whether its others are). (predicted_s, joined, "
+      "chunk_order, ops_before) of the candidates of each; with a limit above 0 without some of those that so many "
+      "others are faster than.");
   module.def(
       "makespan_s",
       [](const moe_overlap::Cut& cut, std::vector<int64_t> chunk_order, std::vector<int64_t> ops_before, bool joined) {
@@ -158,7 +166,6 @@ PYBIND11_MODULE(_planner, module) {
       "(left_s, predicted_s, left, seats (expert, rank, rows), relayed): leave rows, move them, or copy experts.");
   module.def("split_rows", &split_rows, py::arg("counts"), py::arg("seats"), py::arg("ranks_per_node"),
              "int64 [N, 3] (source, number of the seat, rows) of the experts with several seats.");
-  using Ints = std::vector<int64_t>;
   module.def(
       "eplb",
       [](std::vector<std::vector<double>> loads, const Ints& slots, const Ints& homes, int64_t nodes, int64_t groups,

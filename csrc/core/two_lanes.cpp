@@ -12,6 +12,9 @@ namespace {
 
 constexpr size_t kComp = 0;
 constexpr size_t kWire = 1;
+constexpr size_t kMoreExchanges = 4;  // beside the first and the second ones: ids and weights, and copies
+constexpr double kRounding = 1e-12;   // relative: more than what sums of the same durations in two orders differ by
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
 void check_order(const Cut& cut, const Order& order) {
   const size_t chunks = cut.first_s.size();
@@ -27,28 +30,45 @@ void check_order(const Cut& cut, const Order& order) {
 
 // The actions of a schedule on two lanes, in issue order, and their exact simulation: `simulate` with as few steps as
 // two lanes need, and the same doubles. A lane runs its actions one at a time, so of the other lane's an action waits
-// for one at most: a transfer for its start, and what reads it for the transfer.
+// for one at most: a transfer for its start, and what reads it for the transfer. At full speed an action's end follows
+// as soon as it is issued; where lanes slow each other down all of them have to be known.
 class Program {
  public:
   Program(const Cut& cut, bool joined)
-      : issue_s_(cut.issue_s), factor_{cut.compute_slowdown, cut.wire_slowdown}, joined_(joined) {}
+      : issue_s_(cut.issue_s),
+        factor_{cut.compute_slowdown, cut.wire_slowdown},
+        slowed_(factor_[kComp] != 1 || factor_[kWire] != 1),
+        joined_(joined) {
+    const size_t exchanges = 2 * cut.first_s.size() + kMoreExchanges;
+    arrived_s_.reserve(exchanges);
+    if (!slowed_) return;
+    lanes_[kWire].reserve(exchanges);
+    lanes_[kComp].reserve(2 * exchanges + cut.first_s.size() + cut.ops_s.size() + cut.deferred_s.size() + 3);
+  }
 
-  void compute(double seconds) { lanes_[kComp].push_back({seconds, 0}); }
+  void compute(double seconds) { run(seconds, 0); }
 
   // An exchange: its start on the compute lane and its transfer. Returns the transfer, for `wait`.
   size_t exchange(double seconds) {
     compute(issue_s_);
-    lanes_[kWire].push_back({seconds, lanes_[kComp].size()});
-    const size_t transfer = lanes_[kWire].size();
-    if (joined_) lanes_[kComp].push_back({issue_s_, transfer});
+    if (slowed_) lanes_[kWire].push_back({seconds, lanes_[kComp].size()});
+    wire_s_ = std::max(wire_s_, comp_s_) + seconds;
+    arrived_s_.push_back(wire_s_);
+    const size_t transfer = arrived_s_.size();
+    if (joined_) run(issue_s_, transfer);
     return transfer;
   }
 
   void wait(size_t transfer) {
-    if (!joined_) lanes_[kComp].push_back({issue_s_, transfer});
+    if (!joined_) run(issue_s_, transfer);
   }
 
-  double makespan_s() const { return factor_[kComp] == 1 && factor_[kWire] == 1 ? at_full_speed() : slowed(); }
+  // Infinity where that is more than the limit.
+  double makespan_s(double limit_s) const {
+    const double at_full_speed_s = std::max(comp_s_, wire_s_);
+    if (!(at_full_speed_s <= limit_s * (1 + kRounding))) return kNever;
+    return slowed_ ? slowed_s() : at_full_speed_s;
+  }
 
  private:
   struct Task {
@@ -56,26 +76,15 @@ class Program {
     size_t needs;  // so many of the other lane's have to be over
   };
 
-  // A start is a maximum over what it needs.
-  double at_full_speed() const {
-    std::array<std::vector<double>, 2> end_s{{{0.0}, {0.0}}};  // of so many of a lane
-    for (bool moved = true; moved;) {
-      moved = false;
-      for (const size_t lane : {kComp, kWire}) {
-        const std::vector<double>& other = end_s[1 - lane];
-        std::vector<double>& own = end_s[lane];
-        while (own.size() <= lanes_[lane].size() && lanes_[lane][own.size() - 1].needs < other.size()) {
-          const Task& task = lanes_[lane][own.size() - 1];
-          own.push_back(std::max(own.back(), other[task.needs]) + task.seconds);
-          moved = true;
-        }
-      }
-    }
-    return std::max(end_s[kComp].back(), end_s[kWire].back());
+  // On the compute lane. A start is a maximum over what it needs.
+  void run(double seconds, size_t needs) {
+    if (slowed_) lanes_[kComp].push_back({seconds, needs});
+    if (needs > 0) comp_s_ = std::max(comp_s_, arrived_s_[needs - 1]);
+    comp_s_ += seconds;
   }
 
   // From event to event, between which every rate is constant.
-  double slowed() const {
+  double slowed_s() const {
     std::array<size_t, 2> over{};    // tasks of each lane
     std::array<double, 2> left_s{};  // of the one that runs, at full speed
     std::array<bool, 2> running{};
@@ -114,7 +123,10 @@ class Program {
 
   double issue_s_;
   std::array<double, 2> factor_;
+  bool slowed_;
   bool joined_;
+  double comp_s_ = 0, wire_s_ = 0;  // of what is issued, at full speed
+  std::vector<double> arrived_s_;   // by transfer
   std::array<std::vector<Task>, 2> lanes_;
 };
 
@@ -188,12 +200,14 @@ void check_cut(const Cut& cut) {
   }
 }
 
-double simulated_s(const Cut& cut, const Order& order, bool joined) {
+double simulated_s(const Cut& cut, const Order& order, bool joined, double limit_s) {
   Program program(cut, joined);
   Weights weights(cut, order, program);
   program.compute(cut.head_s);
   weights.begin_second(0);
   std::vector<size_t> ahead, first, second;
+  first.reserve(order.chunk_order.size());
+  second.reserve(order.chunk_order.size() + cut.last_s.size());
   for (const double seconds : cut.ahead_s) ahead.push_back(program.exchange(seconds));
   for (const int64_t chunk : order.chunk_order) {
     first.push_back(program.exchange(cut.first_s[static_cast<size_t>(chunk)]));
@@ -232,13 +246,13 @@ double simulated_s(const Cut& cut, const Order& order, bool joined) {
   for (const size_t transfer : second) program.wait(transfer);
   program.compute(cut.tail_s);
   for (const size_t transfer : returned) program.wait(transfer);
-  return program.makespan_s();
+  return program.makespan_s(limit_s);
 }
 
 double makespan_s(const Cut& cut, const Order& order, bool joined) {
   check_cut(cut);
   check_order(cut, order);
-  return simulated_s(cut, order, joined);
+  return simulated_s(cut, order, joined, kNever);
 }
 
 }  // namespace moe_overlap

@@ -13,7 +13,7 @@ namespace moe_overlap {
 // the first exchange (`ahead_s`, no entry or one) or in front of the last one (`last_s`, likewise); its chunks are
 // taken in their own order, and its first op is done before deferred work. The slowdowns (>= 1) stretch a lane while
 // the other one is busy. In a step with copies of experts `fetch_s` has the groups of their weights (Wf), in a forward,
-// or `return_s` the one exchange of their gradients (Wg), in a backward; the search itself leaves both out.
+// or `return_s` the one exchange of their gradients (Wg), in a backward; no search takes either.
 struct Cut {
   double head_s;
   double tail_s;
@@ -48,7 +48,7 @@ double makespan_s(const Cut& cut, const Order& order, bool joined);
 // Throws as makespan_s does.
 void check_cut(const Cut& cut);
 
-// makespan_s of a cut and an order that are known to be right.
-double simulated_s(const Cut& cut, const Order& order, bool joined);
+// makespan_s of a cut and an order that are known to be right; or infinity, where it is more than the limit.
+double simulated_s(const Cut& cut, const Order& order, bool joined, double limit_s);
 
 }  // namespace moe_overlap

@@ -8,20 +8,30 @@ def simulate(
     deps: Sequence[Sequence[int]],
     slowdown: Mapping[int, float] = ...,
 ) -> list[tuple[float, float]]: ...
+
+class Cut:
+    def __init__(
+        self,
+        head_s: float,
+        tail_s: float,
+        issue_s: float,
+        compute_slowdown: float,
+        wire_slowdown: float,
+        ops_s: Sequence[float],
+        first_s: Sequence[float],
+        experts_s: Sequence[float],
+        second_s: Sequence[float],
+        deferred_s: Sequence[float],
+        ahead_s: Sequence[float] = ...,
+        last_s: Sequence[float] = ...,
+        fetch_s: Sequence[float] = ...,
+        return_s: Sequence[float] = ...,
+    ) -> None: ...
+
 def search(
-    head_s: float,
-    tail_s: float,
-    issue_s: float,
-    compute_slowdown: float,
-    wire_slowdown: float,
-    ops_s: Sequence[float],
-    first_s: Sequence[float],
-    experts_s: Sequence[float],
-    second_s: Sequence[float],
-    deferred_s: Sequence[float],
-    ahead_s: Sequence[float] = ...,
-    last_s: Sequence[float] = ...,
-) -> list[tuple[float, bool, list[int], list[int]]]: ...
+    cuts: Sequence[tuple[Cut, bool, bool]], limit: int = ...
+) -> list[list[tuple[float, bool, list[int], list[int]]]]: ...
+def makespan_s(cut: Cut, chunk_order: Sequence[int], ops_before: Sequence[int], joined: bool) -> float: ...
 def decide_replication(
     counts: np.ndarray,
     ranks_per_node: int,

@@ -29,10 +29,11 @@ def with_copies_priced(
 
     wires_s: for each form of the copies, the seconds of its groups: of Wf in forward, of the one Wg in backward.
     """
+    considered = candidates[:CONSIDERED]
     found = [
-        replace(one, predicted_s=priced_s(window, one, groups_s), relayed=len(groups_s) > 1)
+        replace(one, predicted_s=seconds, relayed=len(groups_s) > 1)
         for groups_s in wires_s
-        for one in candidates[:CONSIDERED]
+        for one, seconds in zip(considered, _all_priced_s(window, considered, groups_s), strict=True)
     ]
     best_s = min(one.predicted_s for one in found)
 
@@ -45,13 +46,23 @@ def with_copies_priced(
 def priced_s(window: Window, candidate: Candidate, groups_s: Sequence[float] = ()) -> float:
     """Seconds of a candidate's schedule in `window`, which may be another one than it was found for but has its cut and
     its form. groups_s: of the copies' exchanges, as one of `wires_s` above; nothing where there are none."""
+    return _all_priced_s(window, [candidate], groups_s)[0]
+
+
+def _all_priced_s(window: Window, candidates: Sequence[Candidate], groups_s: Sequence[float]) -> list[float]:
+    """`priced_s` of each."""
     planner = None if window.in_host_memory else native.planner()
     if planner is None:
-        return priced_s_reference(window, candidate, groups_s)
-    form = window.form_of(candidate.order)
+        return [priced_s_reference(window, one, groups_s) for one in candidates]
     copies = {"fetch_s" if window.phase == "forward" else "return_s": groups_s}
-    cut = planner.Cut(*cut_arguments(form, form.chunking(candidate.chunks, candidate.by)), **copies)
-    seconds: float = planner.makespan_s(cut, candidate.chunk_order, candidate.ops_before, candidate.joined)
+    cuts: dict[tuple[object, ...], object] = {}
+    seconds = []
+    for one in candidates:
+        form = window.form_of(one.order)
+        cut = one.chunks, one.by, form is window
+        if cut not in cuts:
+            cuts[cut] = planner.Cut(*cut_arguments(form, form.chunking(one.chunks, one.by)), **copies)
+        seconds.append(planner.makespan_s(cuts[cut], one.chunk_order, one.ops_before, one.joined))
     return seconds
 
 

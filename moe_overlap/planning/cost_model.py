@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from moe_overlap.errors import ConfigError
@@ -196,7 +197,7 @@ class CostModel:
         if len(self.backbone_s) != len(self.backbone_backward_s):
             raise ConfigError("backbone_backward_s", self.backbone_backward_s, f"{len(self.backbone_s)} times")
 
-    @property
+    @cached_property
     def deduplicated(self) -> CostModel:
         """The figures of deduplicated steps. ConfigError where there are none."""
         if self.distinct is None:
@@ -231,10 +232,13 @@ class CostModel:
 
     def exchange_s(self, bytes_by_lane: Mapping[str, int]) -> float:
         """Seconds of one exchange of so many bytes on each wire. ConfigError for a wire without a model."""
-        unknown = set(bytes_by_lane) - set(self.exchange)
-        if unknown:
-            raise ConfigError("bytes_by_lane", sorted(unknown), f"wires of the model: {sorted(self.exchange)}")
-        return max((self.exchange[lane](count) for lane, count in bytes_by_lane.items()), default=0.0)
+        return max((self.wire(lane)(count) for lane, count in bytes_by_lane.items()), default=0.0)
+
+    def wire(self, lane: str) -> AlphaBeta:
+        """The model of one wire. ConfigError where there is none."""
+        if lane not in self.exchange:
+            raise ConfigError("bytes_by_lane", lane, f"wires of the model: {sorted(self.exchange)}")
+        return self.exchange[lane]
 
     def outside(self, phase: Phase, num_ops: int | None = None, *, op_verb: OpVerb = "B", num_ahead: int = 0) -> float:
         """Seconds of the timed unit in no window, when the last `num_ops` backbone ops (None: all) are in it.
@@ -366,16 +370,7 @@ def _chunking(
     model: CostModel, shape: StepShape, phase: Phase, weight_groups: int, inside_s: Sequence[float]
 ) -> Chunking:
     """inside_s: what the compute lane does for each chunk beside its experts."""
-    distinct = shape.distinct
-
-    def exchanges_s(bytes_by_lane: Mapping[str, tuple[int, ...]]) -> tuple[float, ...]:
-        return tuple(
-            model.exchange_s({lane: per_chunk[c] for lane, per_chunk in bytes_by_lane.items()})
-            for c in range(shape.chunks)
-        )
-
-    first_s = exchanges_s(shape.bytes_by_lane if phase == "backward" or shape.narrow_by_lane is None
-                          else shape.narrow_by_lane)  # fmt: skip
+    distinct, narrow = shape.distinct, shape.narrow_by_lane if phase == "forward" else None
     # The busiest rank may be another one in each chunk; the sum over chunks is then an upper bound of any rank's rows.
     all_rows = sum(shape.rows) + (0 if distinct is None else distinct.own_rows)
     # Experts in host memory have weight gradients chunk by chunk.
@@ -384,12 +379,12 @@ def _chunking(
     return Chunking(
         chunks=shape.chunks,
         by=shape.by,
-        first_s=first_s,
+        first_s=_exchanges_s(model, narrow or shape.bytes_by_lane, shape.chunks),
         experts_s=tuple(
             _experts_s(model, phase, rows, count) + beside_s
             for rows, count, beside_s in zip(shape.rows, shape.experts, inside_s, strict=True)
         ),
-        second_s=exchanges_s(shape.bytes_by_lane if distinct is None else distinct.back_by_lane),
+        second_s=_exchanges_s(model, shape.bytes_by_lane if distinct is None else distinct.back_by_lane, shape.chunks),
         deferred_s=() if phase == "forward" else deferred_s,
         chunk_bytes=_chunk_bytes(shape, phase),
         fetch_s=tuple(map(model.host_up, copied)),
@@ -398,14 +393,19 @@ def _chunking(
     )
 
 
+def _exchanges_s(model: CostModel, bytes_by_lane: Mapping[str, tuple[int, ...]], chunks: int) -> tuple[float, ...]:
+    """Seconds of the exchange of each chunk."""
+    lanes_s = [tuple(map(model.wire(lane), sizes)) for lane, sizes in bytes_by_lane.items()]
+    return tuple(map(max, *lanes_s)) if len(lanes_s) > 1 else lanes_s[0] if lanes_s else (0.0,) * chunks
+
+
 def _experts_s(model: CostModel, phase: Phase, rows: int, count: int) -> float:
     """Seconds of so many experts on so many rows."""
-    line, expert_s = (
-        (model.experts, model.expert_s) if phase == "forward" else (model.experts_dgrad, model.expert_dgrad_s)
-    )
     if not rows:
         return 0.0
-    own_s = expert_s * count
+    forward = phase == "forward"
+    line = model.experts if forward else model.experts_dgrad
+    own_s = count * (model.expert_s if forward else model.expert_dgrad_s)
     return line(rows) + own_s - model.weights_hidden * min(line.beta_s * rows, own_s)
 
 

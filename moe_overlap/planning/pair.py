@@ -17,14 +17,6 @@ def pair_of(
     the one for forward does not have, as they run before it. Copies of experts in host memory are left out: a step puts
     them where the candidates have them (`schedule/offload.py`)."""
     joined = forward.joined and (backward is None or backward.joined)
-    if op_verb == "S":
-        mirror = chunked(forward.chunks, forward.by, shared=True)
-    elif num_ops:
-        mirror = shortcut_window(num_ops, num_ops // 2, chunks=forward.chunks, by=forward.by)
-    else:
-        mirror = chunked(forward.chunks, forward.by)
-    if "M" in forward.order.split():
-        mirror = deduplicate(mirror)
     begin = first_ops(op_verb, num_ahead)
     rest = _schedule(forward, joined, "forward")
     if begin:
@@ -33,7 +25,7 @@ def pair_of(
     pair = SchedulePair(
         name="auto",
         forward=rest,
-        backward=mirror.backward if backward is None else _schedule(backward, joined, "backward"),
+        backward=_mirror(forward, num_ops, op_verb) if backward is None else _schedule(backward, joined, "backward"),
         chunks=forward.chunks,
         by=forward.by,
         backward_chunks=forward.chunks if backward is None else backward.chunks,
@@ -41,6 +33,17 @@ def pair_of(
         joined=joined,
     )
     return without_host_experts(pair)
+
+
+def _mirror(forward: Candidate, num_ops: int, op_verb: OpVerb) -> Schedule:
+    """A backward with the chunks of a forward."""
+    if op_verb == "S":
+        pair = chunked(forward.chunks, forward.by, shared=True)
+    elif num_ops:
+        pair = shortcut_window(num_ops, num_ops // 2, chunks=forward.chunks, by=forward.by)
+    else:
+        pair = chunked(forward.chunks, forward.by)
+    return (deduplicate(pair) if "M" in forward.order.split() else pair).backward
 
 
 def _schedule(candidate: Candidate, joined: bool, phase: Phase) -> Schedule:

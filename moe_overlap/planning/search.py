@@ -32,14 +32,15 @@ Bytes in flight: an exchange holds its buffers from its start to the first actio
 the second exchanges, so at the end of any schedule all of them are held: no order needs less than the sum over the
 chunks, and rule 1 needs no more. Only joining (waiting for every exchange where it starts) makes do with one chunk's.
 
-The compiled search (csrc/core/search.cpp) and the reference here give the same doubles.
+The compiled search (csrc/core/search.cpp) and the reference here give the same doubles. With a limit it leaves out
+what bounds show to be slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from typing import NamedTuple
 
 from moe_overlap.agreement.loads import ChunkBy
 from moe_overlap.errors import ConfigError
@@ -100,23 +101,22 @@ def search(
 
     ConfigError where no schedule keeps within `max_in_flight_bytes`, or where the window has no bytes to compare.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", limit, "at least 1")
     planner = None if window.in_host_memory else native.planner()
     if planner is None:
         return search_reference(window, max_in_flight_bytes=max_in_flight_bytes, limit=limit)
-    found = [
-        (form, chunking, planner.search(planner.Cut(*cut_arguments(form, chunking))))
-        for form in window.forms
-        for chunking in form.chunkings
-    ]
-    return _ranked(window, found, max_in_flight_bytes, limit)
+    asked = _asked(window, max_in_flight_bytes)
+    cuts = [(planner.Cut(*cut_arguments(one.form, one.chunking)), one.joined, one.overlapped) for one in asked]
+    return _ranked(window, list(zip(asked, planner.search(cuts, limit or 0), strict=True)), limit)
 
 
 def search_reference(
     window: Window, *, max_in_flight_bytes: int | None = None, limit: int | None = None
 ) -> tuple[Candidate, ...]:
     """`search` in plain Python: the definition the compiled one is tested against."""
-    found = [(form, chunking, _placements(form, chunking)) for form in window.forms for chunking in form.chunkings]
-    return _ranked(window, found, max_in_flight_bytes, limit)
+    asked = _asked(window, max_in_flight_bytes)
+    return _ranked(window, [(one, _placements(one)) for one in asked], limit)
 
 
 def evaluate(window: Window, schedule: Schedule, *, chunks: int, by: ChunkBy, joined: bool = False) -> float:
@@ -215,6 +215,37 @@ def _op_words(window: Window) -> list[str]:
     return own + (names if window.phase == "forward" else names[::-1])
 
 
+class _Asked(NamedTuple):
+    """A cut of a form of a window; of its schedules the joined one, the others, or both."""
+
+    form: Window
+    chunking: Chunking
+    joined: bool
+    overlapped: bool
+
+
+def _asked(window: Window, max_in_flight_bytes: int | None) -> list[_Asked]:
+    """What is searched: all that keeps within the budget."""
+    if max_in_flight_bytes is not None and not all(chunking.chunk_bytes for chunking in window.chunkings):
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None: a chunking has no chunk_bytes")
+
+    def fits(chunking: Chunking, joined: bool) -> bool:
+        return max_in_flight_bytes is None or in_flight_bytes(chunking, joined) <= max_in_flight_bytes
+
+    # Joined, nothing is beside the exchanges, so nothing is left for later: the other form is the same.
+    every = [
+        _Asked(form, chunking, form is window and fits(chunking, True), fits(chunking, False))
+        for form in window.forms
+        for chunking in form.chunkings
+    ]
+    asked = [one for one in every if one.joined or one.overlapped]
+    if not asked:
+        least = min(in_flight_bytes(chunking, joined=True) for chunking in window.chunkings)
+        expected = f"at least {least}, what the smallest cut holds when every exchange is joined"
+        raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
+    return asked
+
+
 @dataclass(frozen=True, kw_only=True)
 class _CutWords:
     """The words of every schedule of one cut of a window."""
@@ -292,16 +323,20 @@ def cut_arguments(window: Window, chunking: Chunking) -> tuple[object, ...]:
             *(metadata_of(window) if window.deduplicated else ()))  # fmt: skip
 
 
-def _placements(window: Window, chunking: Chunking) -> list[Placement]:
+def _placements(asked: _Asked) -> list[Placement]:
     """The candidates of one cut, simulated."""
+    window, chunking = asked.form, asked.chunking
     num_ops, chunks, slowdown = len(window.ops_s), chunking.chunks, window.slowdown
     in_turn = tuple(range(chunks))
     choices = [(in_turn, (slot,) * chunks) for slot in range(num_ops + 1)]
-    choices += best_interleavings(window, chunking, Slowdown())
-    if slowdown != Slowdown():
-        choices += best_interleavings(window, chunking, slowdown)
+    every = [(True, choices[0])] if asked.joined else []
+    if asked.overlapped:
+        choices += best_interleavings(window, chunking, Slowdown())
+        if slowdown != Slowdown():
+            choices += best_interleavings(window, chunking, slowdown)
+        every += [(False, choice) for choice in dict.fromkeys(choices)]
     found, words = [], _CutWords.of(window, chunking)
-    for joined, (chunk_order, ops_before) in [(True, choices[0]), *((False, c) for c in dict.fromkeys(choices))]:
+    for joined, (chunk_order, ops_before) in every:
         schedule = Schedule.parse(words.order(chunk_order, ops_before))
         times = simulated(window, chunking, schedule, joined)
         found.append((max(end_s for _, end_s in times), joined, chunk_order, ops_before))
@@ -310,60 +345,47 @@ def _placements(window: Window, chunking: Chunking) -> list[Placement]:
 
 def _switches(ops_before: OpsBefore, num_ops: int) -> int:
     """How many runs of ops there are: between experts, and after the last."""
-    return sum(after > before for before, after in pairwise((0, *ops_before, num_ops)))
+    return len({0, *ops_before, num_ops}) - 1  # they never decrease
 
 
 def _ranked(
-    window: Window,
-    found: Iterable[tuple[Window, Chunking, list[Placement]]],
-    max_in_flight_bytes: int | None,
-    limit: int | None,
+    window: Window, found: Sequence[tuple[_Asked, Sequence[Placement]]], limit: int | None
 ) -> tuple[Candidate, ...]:
-    if limit is not None and limit < 1:
-        raise ConfigError("limit", limit, "at least 1")
-    entries = [
-        (words, chunking, placement, in_flight_bytes(chunking, placement[1]))
-        for form, chunking, placements in found
-        for words in [_CutWords.of(form, chunking)]
-        for placement in placements
-        if form is window or not placement[1]  # nothing is left for later where nothing is beside the exchanges
-    ]
-    if max_in_flight_bytes is not None:
-        if not all(chunking.chunk_bytes for chunking in window.chunkings):
-            raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, "None: a chunking has no chunk_bytes")
-        least = min(held for *_, held in entries)
-        entries = [entry for entry in entries if entry[-1] <= max_in_flight_bytes]
-        if not entries:
-            expected = f"at least {least}, what the smallest cut holds when every exchange is joined"
-            raise ConfigError("max_in_flight_bytes", max_in_flight_bytes, expected)
-    best_s = min(placement[0] for _, _, placement, _ in entries)
+    best_s = min(placement[0] for _, placements in found for placement in placements)
 
-    def distance(entry: tuple[_CutWords, Chunking, Placement, int]) -> float:
-        predicted_s = entry[2][0]
+    def distance(predicted_s: float) -> float:
         return round(min((predicted_s - best_s) / best_s / TIE, FAR)) if best_s > 0 else predicted_s
 
-    def rank(entry: tuple[_CutWords, Chunking, Placement, int]) -> tuple[object, ...]:
-        words, chunking, (_, joined, chunk_order, ops_before), _ = entry
+    entries = [(distance(placement[0]), asked, placement) for asked, placements in found for placement in placements]
+    if limit is not None and limit < len(entries):  # most need no more than their seconds
+        last = sorted(entry[0] for entry in entries)[limit - 1]
+        entries = [entry for entry in entries if entry[0] <= last]
+
+    def rank(entry: tuple[float, _Asked, Placement]) -> tuple[object, ...]:
+        far, asked, (_, joined, chunk_order, ops_before) = entry
+        chunking = asked.chunking
         simplest = (not (joined and chunking.chunks == 1), chunking.chunks, list(chunk_order) != sorted(chunk_order))
         switches = _switches(ops_before, len(window.ops_s))
-        return distance(entry), *simplest, words.window is not window, switches, chunking.by, joined, ops_before
+        return far, *simplest, asked.form is not window, switches, chunking.by, joined, ops_before
 
-    if limit is not None and limit < len(entries):  # most need no more than their seconds
-        last = sorted(map(distance, entries))[limit - 1]
-        entries = [entry for entry in entries if distance(entry) <= last]
-    return tuple(
-        Candidate(
-            chunks=chunking.chunks,
-            by=chunking.by,
-            joined=joined,
-            chunk_order=tuple(chunk_order),
-            ops_before=tuple(ops_before),
-            order=words.order(chunk_order, ops_before),
-            predicted_s=predicted_s,
-            in_flight_bytes=held,
+    words: dict[int, _CutWords] = {}
+    candidates = []
+    for _, asked, (predicted_s, joined, chunk_order, ops_before) in sorted(entries, key=rank)[:limit]:
+        if id(asked) not in words:
+            words[id(asked)] = _CutWords.of(asked.form, asked.chunking)
+        candidates.append(
+            Candidate(
+                chunks=asked.chunking.chunks,
+                by=asked.chunking.by,
+                joined=joined,
+                chunk_order=tuple(chunk_order),
+                ops_before=tuple(ops_before),
+                order=words[id(asked)].order(chunk_order, ops_before),
+                predicted_s=predicted_s,
+                in_flight_bytes=in_flight_bytes(asked.chunking, joined),
+            )
         )
-        for words, chunking, (predicted_s, joined, chunk_order, ops_before), held in sorted(entries, key=rank)[:limit]
-    )
+    return tuple(candidates)
 
 
 def in_flight_bytes(chunking: Chunking, joined: bool) -> int:

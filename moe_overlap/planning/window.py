@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from moe_overlap.agreement.loads import CHUNK_BY, ChunkBy
@@ -40,7 +41,7 @@ MOST_SLOWDOWN = 1e6  # what nothing real reaches, and with which durations still
 
 def _check_seconds(field: str, *values: float) -> None:
     for value in values:
-        if not math.isfinite(value) or value < 0:
+        if not 0 <= value < math.inf:
             raise ConfigError(field, value, "a finite number of seconds >= 0")
 
 
@@ -177,15 +178,18 @@ class Window:
     @property
     def forms(self) -> tuple[Window, ...]:
         """This window, and where the rows that stay may be computed in two parts, the one in which they are."""
-        if self.halves_s is None:
-            return (self,)
+        return (self,) if self.halves_s is None else (self, self._halved)
+
+    @cached_property
+    def _halved(self) -> Window:
+        assert self.halves_s is not None
         first_s, rest_s = self.halves_s
         cuts = tuple(replace(chunking, deferred_s=(rest_s,)) for chunking in self.chunkings)
-        return self, replace(self, halves_s=None, ops_s=(first_s, *self.user_ops_s), chunkings=cuts)
+        return replace(self, halves_s=None, ops_s=(first_s, *self.user_ops_s), chunkings=cuts)
 
     def form_of(self, actions: str) -> Window:
         """The one of `forms` that a schedule with these actions, words of a text, is of."""
-        return self.forms[-1] if "Or" in actions.split() else self
+        return self._halved if self.halves_s is not None and "Or" in actions.split() else self
 
     def chunking(self, chunks: int, by: ChunkBy) -> Chunking:
         """The durations of this cut. ConfigError where the window does not have it."""

@@ -248,6 +248,7 @@ class Action:
         return self.text
 
     @classmethod
+    @lru_cache(maxsize=1024)  # a word is met in many schedules
     def parse(cls, text: str) -> Action:
         match = _TEXT.fullmatch(text)
         if match is None:

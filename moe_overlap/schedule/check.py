@@ -58,15 +58,16 @@ def problems(schedule: Schedule, *, chunks: int, max_in_flight: int | None = Non
             for c in sorted(have)  # type: ignore[type-var]
             if c is not None and c >= chunks
         ]
-    found += [Problem(f"{verb} is missing") for verb in ONCE[phase] if Action(verb) not in seen]
-    if any(Action(verb) in seen for verb in (*DISTINCT[phase], "Or")):
-        found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if Action(verb) not in seen]
-    if Action("N") in seen:
+    verbs = {action.verb for action in seen}
+    found += [Problem(f"{verb} is missing") for verb in ONCE[phase] if verb not in verbs]
+    if verbs & {*DISTINCT[phase], "Or"}:
+        found += [Problem(f"{verb} is missing") for verb in DISTINCT[phase] if verb not in verbs]
+    if "N" in verbs:
         begin = [action.verb for action in schedule.actions[: seen.get(Action("P"), 0)]]
         if begin[:1] != ["N"] or not set(begin[1:]) <= {"B", "S", "Wf", "Hf"}:
             found.append(Problem("N begins a schedule, and only ops stand between it and P", seen[Action("N")]))
-    if any(Action(verb) in seen for verb in RETURNS):
-        found += [Problem(f"{verb} is missing") for verb in RETURNS if Action(verb) not in seen]
+    if verbs & set(RETURNS):
+        found += [Problem(f"{verb} is missing") for verb in RETURNS if verb not in verbs]
     if phase == "backward":
         found += _weight_gradients(seen, chunks)
     for verb in ("B", "Bt", "Ew", "Wf", "Hf", "Hb", "Hg"):

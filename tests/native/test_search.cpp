@@ -7,6 +7,7 @@
 #include "core/search.h"
 #include "core/simulate.h"
 
+using moe_overlap::Asked;
 using moe_overlap::Cut;
 using moe_overlap::makespan_s;
 using moe_overlap::Placement;
@@ -20,9 +21,12 @@ constexpr int kShare = 100;  // under sanitizers, one window of so many
 constexpr int kShare = 1;
 #endif
 
+// Every candidate of one cut.
+std::vector<Placement> search_cut(const Cut& cut) { return moe_overlap::search({Asked{cut}}, 0)[0]; }
+
 double best_s(const Cut& cut) {
   double best = INFINITY;
-  for (const Placement& placement : search(cut)) best = std::min(best, placement.predicted_s);
+  for (const Placement& placement : search_cut(cut)) best = std::min(best, placement.predicted_s);
   return best;
 }
 
@@ -152,6 +156,15 @@ class RandomCuts {
     return cut;
   }
 
+  // The same where starts and waits cost time and lanes slow each other down.
+  Cut slowed(size_t max_chunks, size_t max_ops) {
+    Cut found = below(3) == 0 ? deduplicated(max_chunks, max_ops) : cut(max_chunks, max_ops);
+    if (below(2) == 0) found.issue_s = 0.1 * uniform();
+    if (below(2) == 0) found.compute_slowdown = 1 + uniform();
+    if (below(2) == 0) found.wire_slowdown = 1 + uniform();
+    return found;
+  }
+
   // The same of a deduplicated step, forward or backward.
   Cut deduplicated(size_t max_chunks, size_t max_ops) {
     Cut found = cut(max_chunks, max_ops);
@@ -167,16 +180,19 @@ class RandomCuts {
 }  // namespace
 
 TEST(search_refuses_lists_of_different_lengths) {
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {}, {}, {}, {}, {}}), std::invalid_argument, "one entry per chunk");
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {}, {1, 2}, {1}, {1, 2}, {}}), std::invalid_argument, "got 2, 1 and 2");
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {}, {1}, {-1}, {1}, {}}), std::invalid_argument, "seconds >= 0");
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {NAN, 1}, {1, 2}, {NAN, 1}, {1, 1}, {}}), std::invalid_argument,
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {}, {}, {}, {}, {}}), std::invalid_argument, "one entry per chunk");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {}, {1, 2}, {1}, {1, 2}, {}}), std::invalid_argument, "got 2, 1 and 2");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {}, {1}, {-1}, {1}, {}}), std::invalid_argument, "seconds >= 0");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {NAN, 1}, {1, 2}, {NAN, 1}, {1, 1}, {}}), std::invalid_argument,
                "seconds >= 0");
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {1}, {1}}), std::invalid_argument, "got 1 and 1");
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {1, 1}, {}}), std::invalid_argument, "got 2 and 0");
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {}, {1}, {1}, {1}, {}, {}, {1}}), std::invalid_argument, "ops_s");
-  CHECK_THROWS(search(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {NAN}, {}}), std::invalid_argument, "seconds >= 0");
-  CHECK_THROWS(search(Cut{0, 0, 0, 0.5, 1, {}, {1}, {1}, {1}, {}}), std::invalid_argument, "factor >= 1");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {1}, {1}}), std::invalid_argument, "got 1 and 1");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {1, 1}, {}}), std::invalid_argument,
+               "got 2 and 0");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {}, {1}, {1}, {1}, {}, {}, {1}}), std::invalid_argument, "ops_s");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {1}, {1}, {1}, {1}, {}, {NAN}, {}}), std::invalid_argument,
+               "seconds >= 0");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 1, 1, {}, {1}, {1}, {1}, {}, {}, {}, {1}, {}}), std::invalid_argument, "copies");
+  CHECK_THROWS(search_cut(Cut{0, 0, 0, 0.5, 1, {}, {1}, {1}, {1}, {}}), std::invalid_argument, "factor >= 1");
 }
 
 TEST(search_figures_are_simulations_of_the_orders_beside_them) {
@@ -185,12 +201,46 @@ TEST(search_figures_are_simulations_of_the_orders_beside_them) {
     Cut cut = round % 2 == 0 ? random.cut(6, 4) : random.deduplicated(6, 4);
     cut.issue_s = 0.1 * random.uniform();
     cut.wire_slowdown = 1 + random.uniform();
-    for (const Placement& placement : search(cut)) {
+    for (const Placement& placement : search_cut(cut)) {
       CHECK(placement.predicted_s == makespan_s(cut, placement.order, placement.joined));
       const auto& order = placement.order.chunk_order;
       CHECK(!cut.deduplicated() || std::is_sorted(order.begin(), order.end()));
     }
   }
+}
+
+// With a limit what is left out is slower than so many others, by more than what counts as equal. All else is the same.
+TEST(search_with_a_limit_leaves_out_what_is_slower) {
+  RandomCuts random(6);
+  size_t left_out = 0;
+  for (int round = 0; round < 20000 / kShare; ++round) {
+    std::vector<Asked> asked;
+    for (size_t cuts = 1 + random.below(5); cuts > 0; --cuts) {
+      asked.push_back({random.slowed(round % 50 == 0 ? 16 : 5, 4), random.below(4) > 0, random.below(4) > 0});
+    }
+    const size_t limit = 1 + random.below(20);
+    const auto every = search(asked, 0), found = search(asked, limit);
+    std::vector<double> seconds;
+    for (const auto& placements : every) {
+      for (const Placement& placement : placements) seconds.push_back(placement.predicted_s);
+    }
+    std::sort(seconds.begin(), seconds.end());
+    const double last_s = limit < seconds.size() ? seconds[limit - 1] * (1 + 2e-9) : INFINITY;
+    for (size_t i = 0; i < asked.size(); ++i) {
+      size_t next = 0;
+      for (const Placement& placement : every[i]) {
+        const bool same = next < found[i].size() && found[i][next].predicted_s == placement.predicted_s &&
+                          found[i][next].joined == placement.joined &&
+                          found[i][next].order.chunk_order == placement.order.chunk_order &&
+                          found[i][next].order.ops_before == placement.order.ops_before;
+        CHECK(same || placement.predicted_s > last_s);
+        next += same;
+        left_out += !same;
+      }
+      CHECK(next == found[i].size());
+    }
+  }
+  CHECK(left_out > 100000 / kShare);
 }
 
 // Ids and weights are in front of all rows, the rows that stay fill their time and the dispatch's; and the other way
