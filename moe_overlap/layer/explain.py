@@ -23,7 +23,7 @@ from moe_overlap.schedule.check import draw, makespan_s
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.weights import row_width
-from moe_overlap.schedule.words import legend, overlaps, python_of
+from moe_overlap.schedule.words import imports_of, legend, overlaps, python_of
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import rows_travel
 
@@ -52,9 +52,11 @@ def explain(
 ) -> str:
     """A page of text; see `MoELayer.explain`. `computes`: the registry's lines; `last`: the step that ran `pair`."""
     planned = last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule)
+    line = python_of(pair)
     lines = [
         answer(pair, transport, planned=planned, off=_is_off(pair, last)),
-        f"To run exactly this in every step: {python_of(pair)}",
+        f"To run exactly this in every step: {line}",
+        *imports_of(line),
         "",
         *legend(pair),
         "",

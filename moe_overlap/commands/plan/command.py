@@ -37,7 +37,7 @@ from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_o
 from moe_overlap.planning.explain import Change, explain, in_mb, in_ms
 from moe_overlap.planning.machines import MACHINES
 from moe_overlap.schedule.actions import Phase
-from moe_overlap.schedule.words import legend, python_of
+from moe_overlap.schedule.words import imports_of, legend, python_of
 
 OUTPUTS = ("plan.png", "plan.json")
 WORTH = 1.05  # a speed-up that is worth a line
@@ -120,10 +120,12 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
     rate = "" if at.bytes_per_s is None or "inter" not in at.peers else f", {rate_text(at.bytes_per_s)} between nodes"
     groups = f" in groups of {at.group} that exchange" if at.group < point.ranks else ""
     pair = point.pair
+    line = python_of(pair)
     lines = [
         f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
         f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
-        f"To run it: {python_of(pair)}" + (" with hierarchical=True" if _for_nodes(options, point) else ""),
+        f"To run it: {line}" + (" with hierarchical=True" if _for_nodes(options, point) else ""),
+        *imports_of(line),
         f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication"
         f"{_of_the_layer(point)}; "
         f"compute alone {in_ms(point.compute_s)}{_agreeing(point)}; bound of any order {in_ms(point.bound_s)}",
