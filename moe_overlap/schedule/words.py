@@ -57,7 +57,7 @@ def python_of(pair: SchedulePair) -> str:
 def imports_of(line: str) -> list[str]:
     """What a line of `python_of` needs beside MoELayer and ShortcutBlock: one line that says its imports, or none."""
     needed = [text for name, text in IMPORTS.items() if name in line]
-    return [f"  after {'; '.join(needed)}"] if needed else []
+    return [f"  after: {'; '.join(needed)}"] if needed else []
 
 
 def _without_copies(pair: SchedulePair) -> SchedulePair:

@@ -78,7 +78,7 @@ def test_a_line_is_python_after_the_imports_that_are_said_with_it(pair):
     line = python_of(pair)
     (said,) = imports_of(line)
     names = {"MoELayer": lambda *_, **words: words["schedule"]}
-    exec(said.strip().removeprefix("after "), names)
+    exec(said.strip().removeprefix("after: "), names)
     given = eval(line, names)
     without = [action.text for action in pair.forward if action.verb != "Wf"]
     assert [action.text for action in given.forward] == without and given.relayed_copies == pair.relayed_copies

@@ -28,7 +28,7 @@ from moe_overlap.commands.plan.machine import (
 from moe_overlap.commands.plan.offload import offload_lines
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.replicas import replica_line, replica_record
-from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
+from moe_overlap.commands.plan.sweep import CODES, Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
 from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
 from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
 from moe_overlap.errors import ConfigError
@@ -173,7 +173,7 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
         lines.append(_gateways(options, point))
     cost = agreement(options, point.at, distinct=point.deduplicated)
     lines.append(
-        f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
+        f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} round(s), "
         f"{cost.bytes} bytes" + _takes(options, point)
     )
     if options.cost_model is not None:
@@ -346,8 +346,8 @@ def _map(found: Sweep, point: Prediction) -> list[str]:
     rows = [("to other nodes", *(f"{found.ranks[y]} ranks" for y in shown))]
     for x, rate in enumerate(found.bandwidths):
         rows.append((rate_text(rate), *(f"{found.grid[y][x].speedup:.2f}x {found.grid[y][x].code}" for y in shown)))
-    lines = [f"{point.kind}, times faster than serial and the schedule that wins (s serial, r chunks, k ops first, d "
-             "deduplicated):"]  # fmt: skip
+    phases = "forward and backward" if len(point.phases) == 2 else "forward"
+    lines = [f"{point.kind}, times faster than serial and the schedule that wins ({phases})", f"  {CODES}:"]
     lines += _aligned(rows)
     line = found.lines[point.kind]
     best = max(line, key=lambda one: one.speedup)
