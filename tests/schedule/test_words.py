@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -74,12 +75,12 @@ def test_how_copies_are_sent_is_said_in_a_step_that_has_some(pair, relayed):
     chunked(2).with_backward(chunked(4)), deduplicate(chunked(2)),
     with_copies(replace(chunked(2), relayed_copies=True), 2, True),
 ])  # fmt: skip
-def test_a_line_is_python_after_the_imports_that_are_said_with_it(pair):
+def test_a_line_is_python_after_the_imports_that_are_said_with_it(pair, tmp_path):
     line = python_of(pair)
     (said,) = imports_of(line)
-    names = {"MoELayer": lambda *_, **words: words["schedule"]}
-    exec(said.strip().removeprefix("after: "), names)
-    given = eval(line, names)
+    layer = "def MoELayer(*_, schedule, **words): return schedule"
+    (tmp_path / "program.py").write_text(f"{said.strip().removeprefix('after: ')}\n{layer}\ngiven = {line}\n")
+    given = runpy.run_path(str(tmp_path / "program.py"))["given"]
     without = [action.text for action in pair.forward if action.verb != "Wf"]
     assert [action.text for action in given.forward] == without and given.relayed_copies == pair.relayed_copies
 
