@@ -3,6 +3,7 @@ say, no block is of a kind that nobody runs. The site's navigation leads to page
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,12 @@ from safetensors.torch import save_file
 
 import moe_overlap
 from moe_overlap import routing
-from moe_overlap.commands import cli
+from moe_overlap.commands import calibrate, cli, place, verify
+from moe_overlap.commands.bench import balance_options, overlap_options
+from moe_overlap.commands.bench import ops as bench_ops
+from moe_overlap.commands.bench import options as bench_options
+from moe_overlap.commands.plan import options as plan_options
+from moe_overlap.commands.train import options as train_options
 from tests.commands.hostile import COMMANDS, without_work
 from tests.test_docs import BLOCK, blocks, promised, run
 
@@ -35,6 +41,9 @@ PROGRAMS = {
     "balance.md": "tests/test_pages_of_ranks.py",
     "routing.md": "tests/test_pages_of_ranks.py",
 }
+WITH_EXAMPLES = (
+    balance_options, bench_options, bench_ops, calibrate, overlap_options, place, plan_options, train_options, verify,
+)  # fmt: skip
 INDENTED = re.compile(r"^    ```python\n(.*?)^    ```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -46,15 +55,21 @@ def programs(page):
 
 
 def command_lines():
-    """(page, the words of `moe-overlap`) of every line of a block that calls it, under torchrun too."""
-    for page, text in PAGES.items():
-        for language, block in FENCE.findall(text):
-            for line in block.splitlines() if language in ("", "bash") else ():
-                words = shlex.split(line, comments=True)
-                if "moe_overlap" in words:
-                    yield page, words[words.index("moe_overlap") + 1 :]
-                elif words and words[0].split("/")[-1] == "moe-overlap":
-                    yield page, words[1:]
+    """(page, the words of `moe-overlap`) of every line of a block or of the end of a help that calls it, under torchrun
+    too; but for the one that asks a card."""
+    written = [(page, block) for page, text in PAGES.items() for language, block in FENCE.findall(text)
+               if language in ("", "bash")]  # fmt: skip
+    ends = [(f"--help of {module.__name__.removeprefix('moe_overlap.commands.')}", module.EXAMPLES)
+            for module in WITH_EXAMPLES]  # fmt: skip
+    for page, lines in written + ends:
+        for line in lines.splitlines():
+            if "--link staged" in line:
+                continue
+            words = shlex.split(line, comments=True)
+            if "moe_overlap" in words:
+                yield page, words[words.index("moe_overlap") + 1 :]
+            elif words and words[0].split("/")[-1] == "moe-overlap":
+                yield page, words[1:]
 
 
 @pytest.mark.parametrize("page", [page for page, test in PROGRAMS.items() if test == "tests/test_documents.py"])
@@ -88,12 +103,26 @@ def test_command_lines_are_taken(line, tmp_path, monkeypatch, capsys):
         line = line + ["--text", str(text)] if line[0] == "train" else line
         if "--resume" in line:
             del line[line.index("--resume") : line.index("--resume") + 2]
+    if "config.json" in line:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2,
+                 "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", **sizes}))
     if line[0] == "place":
         (tmp_path / "counts.jsonl").write_text("[9, 2, 1, 1, 1, 1, 1, 1]\n" * 2)
         ids = torch.arange(8, dtype=torch.int32).repeat(4).view(16, 2)
         save_file({"ids": ids, "weights": torch.ones(16, 2)}, tmp_path / "r.safetensors", {"E": "8"})
     with without_work(command):
         assert cli.main(line) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_says_defaults_as_they_are_typed_and_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "(default: )" not in said and "(default: (" not in said and "(default: False)" not in said
+    assert ("examples: moe-overlap" in said) == (command not in {("info",), ("kernels",)})
 
 
 def test_targets_of_make_exist():

@@ -33,7 +33,7 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 # code -> (field, what was expected). The code travels, so only ever append.
 REFUSALS: dict[int, tuple[str, str]] = {
-    1: ("logits", "no row with NaN or +inf, none that is all -inf (value: the router's status; or bad_logits='drop')"),
+    1: ("logits", "no row with NaN or +inf, none that is all -inf, as x with NaN makes (or bad_logits='drop')"),
     2: ("x.shape[-1]", "the hidden_size of the layer"),
     3: ("x.dtype", "the dtype of the layer's expert weights"),
     4: ("x.device", "the device of the layer's expert weights"),

@@ -6,7 +6,6 @@ the trace and is judged on the second half, whose steps it has not seen.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_overlap.commands.bench.routing import read_file
-from moe_overlap.commands.parser import OneLineParser, check_count, check_folder, check_number, flag_of
+from moe_overlap.commands.parser import OneLineParser, TypedDefaults, check_count, check_folder, check_number, flag_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import read_regular, write_atomically
 from moe_overlap.measure.picture import write_figure
@@ -51,6 +50,9 @@ HELP = {
     "intra_gbyte": "GB/s of a rank's link inside its node",
     "out": "folder for place.json and place.png (loads of the ranks over time)",
 }
+EXAMPLES = """examples:
+  moe-overlap place --routing r.safetensors  # from moe-overlap train --kind top2 --save-routing r.safetensors
+  moe-overlap place --trace counts.jsonl     # a line a step: json.dumps(layer.stats().tokens_per_expert.tolist())"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ class PlaceOptions:
 def parse(argv: Sequence[str]) -> PlaceOptions:
     """Options from the command line; ConfigError for a value out of range."""
     parser = OneLineParser(prog=PROGRAM, description="What planners of placements would make of a trace of loads.",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                           formatter_class=TypedDefaults, epilog=EXAMPLES)  # fmt: skip
     for field in fields(PlaceOptions):
         parser.add_argument(flag_of(field.name), type=type(field.default), default=field.default, help=HELP[field.name])
     return PlaceOptions(**vars(parser.parse_args(argv)))

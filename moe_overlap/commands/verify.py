@@ -5,7 +5,6 @@ Exit status: 0 nothing found, 1 findings, 2 it could not run or bad input.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -17,7 +16,15 @@ import torch
 import torch.distributed as dist
 
 from moe_overlap import config
-from moe_overlap.commands.parser import LIMITS_S, OneLineParser, check_count, check_number, check_output, check_timeout
+from moe_overlap.commands.parser import (
+    LIMITS_S,
+    OneLineParser,
+    TypedDefaults,
+    check_count,
+    check_number,
+    check_output,
+    check_timeout,
+)
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import MOST_RANKS, join_torchrun, torchrun_world_size
 from moe_overlap.measure.files import write_atomically
@@ -35,6 +42,10 @@ ADAPTERS = {
 }
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPECTED = f"one of {', '.join(ADAPTERS)}, or package.module:Class, a subclass of moe_overlap.verify.Adapter"
+EXAMPLES = """examples:
+  moe-overlap verify
+  moe-overlap verify mine:Mine --ranks 3 --json report.json
+  torchrun --nproc-per-node 2 -m moe_overlap verify mine:Mine"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +69,7 @@ class VerifyOptions:
 def parse(argv: Sequence[str]) -> VerifyOptions:
     """Options from the command line; ConfigError for a value out of range."""
     parser = OneLineParser(prog=PROGRAM, description="Compare a MoE module on n ranks with itself on one rank.",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                           formatter_class=TypedDefaults, epilog=EXAMPLES)  # fmt: skip
     parser.add_argument("adapter", nargs="?", default="ours", help=EXPECTED)
     parser.add_argument("--ranks", type=int, default=2, help="processes to spawn (under torchrun: its world size)")
     parser.add_argument("--dtype", choices=DTYPES, default="float64", help="of all values; float64 is the sharpest")

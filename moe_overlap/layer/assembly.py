@@ -23,6 +23,7 @@ from moe_overlap.parallel.ownership import Ownership, refuse_sharded
 from moe_overlap.parallel.replicas import Replicas, check_replicas, replicas_of
 from moe_overlap.placement.placement import Placement
 from moe_overlap.planning.window import OpVerb
+from moe_overlap.routing.checks import SCORES
 from moe_overlap.routing.linear import LinearRouter
 from moe_overlap.schedule.builders import SchedulePair, deduplicate, split_own
 from moe_overlap.schedule.check import check_over_gateways, layer_schedule
@@ -58,6 +59,9 @@ def make_router(
         return router
     if router is not None and not isinstance(router, str):
         raise ConfigError("router", type(router).__name__, "None, a score, or a module that returns a RoutingDecision")
+    if router is not None and router not in SCORES:
+        expected = f"a score ({', '.join(SCORES)}), or a module of moe_overlap.routing, such as a LocMoERouter"
+        raise ConfigError("router", router, expected)
     known = signature(LinearRouter).parameters
     for name in options:
         if name not in known:

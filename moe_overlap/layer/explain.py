@@ -23,7 +23,7 @@ from moe_overlap.schedule.check import draw, makespan_s
 from moe_overlap.schedule.dispatch import Dispatcher
 from moe_overlap.schedule.recorder import TimelineEvent
 from moe_overlap.schedule.weights import row_width
-from moe_overlap.schedule.words import legend, overlaps, python_of
+from moe_overlap.schedule.words import imports_of, legend, overlaps, python_of
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import rows_travel
 
@@ -52,9 +52,11 @@ def explain(
 ) -> str:
     """A page of text; see `MoELayer.explain`. `computes`: the registry's lines; `last`: the step that ran `pair`."""
     planned = last is not None and last.plan is not None and isinstance(last.schedule, PlannedSchedule)
+    line = python_of(pair)
     lines = [
         answer(pair, transport, planned=planned, off=_is_off(pair, last)),
-        f"To run exactly this in every step: {python_of(pair)}",
+        f"To run exactly this in every step: {line}",
+        *imports_of(line),
         "",
         *legend(pair),
         "",
@@ -166,9 +168,10 @@ def _planned(schedule: PlannedSchedule, exchange: ExchangePlan, events: Sequence
         )
         lines += ["", f"-- {phase} --", text]
         if phase in planned.copied:
-            how = "from rank to rank, in two groups" if best.relayed else "directly, in one group"
-            lines.append(f"\nCopies of experts are in none of these figures; with them, {how}, this schedule takes "
-                         f"{in_ms(best.predicted_s)}, the least of the first {CONSIDERED}.")  # fmt: skip
+            how = "from rank to rank, in two groups" if best.relayed else "from their homes, in one group"
+            lines.append(f"\nThe figures above are without copies of experts. With copies, sent {how}, this schedule "
+                         f"is predicted to take {in_ms(best.predicted_s)}, the least of the first {CONSIDERED} "
+                         "candidates.")  # fmt: skip
         outside_s = planned.outside_s[phase]
         lines.append(f"\nOutside this window, in none of these figures: {in_ms(outside_s)} in the calibration.")
     return lines
@@ -181,8 +184,9 @@ def _searches(schedule: PlannedSchedule, planned: Planned) -> list[str]:
         return []
     each = f", {in_ms(1e-6 * tally['search_us'] / tally['searched'])} each" if tally["searched"] else ""
     lines = [
-        f"searched for {tally['searched']} of {tally['steps']} steps{each} ({schedule.hit_rate:.1%} hits); the others "
-        f"were of a kind that was known, or ran what steps before them ran ({tally['taken over']} kinds)"
+        f"searched in {tally['searched']} of {tally['steps']} steps{each} ({schedule.hit_rate:.1%} hits); the others "
+        "had counts like those of an earlier step, or ran its schedule as a search would have cost more than it could "
+        f"gain ({tally['taken over']} kinds of counts)"
     ]
     if planned.could_gain_s is not None:
         lines.append(f"this one was not searched for: it runs what a step of another kind ran; a search could gain "

@@ -22,11 +22,11 @@ KINDS: dict[str, tuple[str, str]] = {
     "attention": ("#56B4E9", "attention"),
     "mlp": ("#0072B2", "dense MLP"),
     "shared": ("#6A51A3", "shared expert"),
-    "experts": ("#009E73", "experts (forward, input gradient)"),
-    "wgrad": ("#66C2A5", "experts' weight gradient"),
+    "experts": ("#009E73", "experts E, input gradient E'"),
+    "wgrad": ("#66C2A5", "weight gradient W of the experts"),
     "rows": ("#7F7F7F", "permute, unpermute"),
-    "dispatch": ("#E69F00", "dispatch and its gradient"),
-    "combine": ("#D55E00", "combine and its gradient"),
+    "dispatch": ("#E69F00", "dispatch D, its gradient D'"),
+    "combine": ("#D55E00", "combine C, its gradient C'"),
     "agree": ("#F0E442", "agreement on counts"),
     "weights": ("#CC79A7", "weights that travel, and their gradients"),
     "op": ("#9ECAE1", "backbone op"),
@@ -95,7 +95,6 @@ def write_png(path: Path, panels: Sequence[Panel], *, title: str) -> None:
     """Panels one below the other, those of one `column` under each other with a common time axis in ms."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     columns: dict[str, list[Panel]] = {}
     for panel in panels:
@@ -117,13 +116,18 @@ def write_png(path: Path, panels: Sequence[Panel], *, title: str) -> None:
             used |= draw_panel(axes, stack[r], limit_ms)
             if r == len(stack) - 1:
                 axes.set_xlabel(f"{column + ': ' if column else ''}ms since the common barrier")
+    figure.suptitle(title, fontsize=11)
+    draw_legend(figure, used, columns=4 if len(columns) == 1 else 9)
+    write_figure(path, figure)
+
+
+def draw_legend(figure: Any, used: set[str], *, columns: int) -> None:
+    """What the colours of the kinds in `used` mean, below the figure."""
+    from matplotlib.patches import Patch
+
     handles = [Patch(color=color, label=text) for kind, (color, text) in KINDS.items() if kind in used]
     handles.append(Patch(facecolor="white", edgecolor="#BBBBBB", hatch="////", label="compute lane waits"))
-    figure.suptitle(title, fontsize=11)
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=4 if len(columns) == 1 else 9, fontsize=9, frameon=False
-    )
-    write_figure(path, figure)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def draw_panel(axes: Any, panel: Panel, limit_ms: float) -> set[str]:

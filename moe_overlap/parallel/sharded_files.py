@@ -89,7 +89,8 @@ def save_safetensors(
     state = model.state_dict()
     parts = [name for name, value in state.items() if hasattr(value, IDS) and not hasattr(value, "device_mesh")]
     if parts:
-        expected = "experts on ranks of torch.distributed, in order: see moe_overlap.experts_in_order(model)"
+        expected = ("experts in order, equally many on all ranks of torch.distributed (where a placement has moved "
+                    "them: inside of moe_overlap.experts_in_order(model))")  # fmt: skip
         raise ConfigError("model", f"a part of the experts ({_some(parts)})", expected)
     writer = _Writer(target, max_shard_bytes) if _is_first() else None
     _agree(target, None if writer is None else writer.begin())

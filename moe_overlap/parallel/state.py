@@ -309,8 +309,8 @@ def refuse_to_write(name: str, *_: object) -> NoReturn:
     """Raises ConfigError."""
     given = "a part of the experts, of one rank, that does not stand for the whole"
     expected = (
-        "what state_dict() has of experts in order on ranks of torch.distributed (where a placement has moved them: "
-        "inside of moe_overlap.experts_in_order(model, optimizers)), or a file for each rank by torch.save"
+        "what state_dict() has of experts in order, equally many on all ranks of torch.distributed (where a placement "
+        "has moved them: inside of moe_overlap.experts_in_order(model, optimizers)), or a file a rank by torch.save"
     )
     raise ConfigError(name, given, expected)
 

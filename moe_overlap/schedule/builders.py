@@ -360,16 +360,15 @@ def parse_choice(text: str, *, shared: bool = False) -> SchedulePair:
     `shared` says whether the layer has a shared expert. Raises ConfigError for any other text; "auto" is no pair but a
     choice that MoELayer and ShortcutBlock make at every step.
     """
-    expected = ("serial, chunked(r), chunked(r,experts) or chunked(r,peers) with r from 1 to 16, shared_expert, "
-                "shared_expert(slot) or shared_expert(ahead)")  # fmt: skip
+    expected = (
+        "auto (of a MoELayer or a ShortcutBlock, which measure), serial, chunked(r), chunked(r,experts) or "
+        "chunked(r,peers) with r from 1 to 16, shared_expert, shared_expert(slot) or shared_expert(ahead)"
+    )
     match = _CHOICE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ConfigError("schedule", text, expected)
     name, inside = match.groups()
     words = [word.strip() for word in inside.split(",")] if inside else []
-    if name == "auto":
-        expected += "; auto is for MoELayer and ShortcutBlock, which keep a cost model"
-        raise ConfigError("schedule", text, expected)
     if name == "serial" and not words:
         return serial(shared=shared)
     if name == "chunked" and words and words[0].isdecimal() and len(words) <= 2:

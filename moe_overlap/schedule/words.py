@@ -1,7 +1,7 @@
 """A schedule as a line of Python, and back: so that what a planner found can be run, kept and shared as text.
 
-`python_of` gives the shortest argument of MoELayer or ShortcutBlock that means a pair, `from_text` a pair from its two
-texts. `replace` in such a line is that of `dataclasses`.
+`python_of` gives the shortest argument of MoELayer or ShortcutBlock that means a pair, `imports_of` the imports that
+such a line needs, `from_text` a pair from its two texts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from moe_overlap.schedule.builders import SchedulePair, chunked, serial, shared_
 from moe_overlap.schedule.check import check, makespan_s
 from moe_overlap.schedule.offload import without_host_experts
 
-IMPORT = "from moe_overlap.schedule.words import from_text"
+IMPORTS = {
+    "from_text(": "from moe_overlap.schedule.words import from_text",
+    "replace(": "from dataclasses import replace",
+}
 
 
 def from_text(
@@ -49,6 +52,12 @@ def python_of(pair: SchedulePair) -> str:
             return f'MoELayer(..., schedule="{word}"{host}{"" if word == "serial" else off})'
     off = ", overlap=False" if pair.joined else ""
     return f"MoELayer(..., schedule={written}{rows}{off})"
+
+
+def imports_of(line: str) -> list[str]:
+    """What a line of `python_of` needs beside MoELayer and ShortcutBlock: one line that says its imports, or none."""
+    needed = [text for name, text in IMPORTS.items() if name in line]
+    return [f"  after: {'; '.join(needed)}"] if needed else []
 
 
 def _without_copies(pair: SchedulePair) -> SchedulePair:

@@ -116,7 +116,7 @@ def test_a_layer_runs_and_explains_the_form_that_was_chosen():
             found.append((y.detach(), x.grad))
             if chosen is schedule:
                 assert layer.stats().schedule.startswith("Wf0 P Wf1 ")
-                assert "with them, from rank to rank, in two groups, this schedule takes" in layer.explain()
+                assert "With copies, sent from rank to rank, in two groups, this schedule" in layer.explain()
         for one, other in zip(*found, strict=True):
             close(one, other)
 

@@ -29,7 +29,7 @@ from tests.tolerances import same_bits
         ("schedule", {"schedule": "shared_expert"}),
         ("bad_logits", {"bad_logits": "ignore"}),
         ("capacity_factor", {"capacity_factor": -1.0}),
-        ("score", {"router": "argmax"}),
+        ("router", {"router": "argmax"}),
         ("schedule", {"schedule": 3}),
         ("schedule", {"schedule": window(2, 1)}),
         ("num_experts", {"num_experts": 8.0}),

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from moe_overlap import ConfigError, MoELayer, mark_experts
+from moe_overlap import ConfigError, MoELayer, mark_experts, save_safetensors
 from tests.parallel.saved import D, E, F, model_of, through_files, wrapped
 from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import same_bits
@@ -117,6 +117,18 @@ def raw_parameters(folder: str) -> None:
 
 def test_parameters_instead_of_a_state_dict(tmp_path):
     gloo_pool(WORLD).run(raw_parameters, str(tmp_path))
+
+
+def undivided(folder: str) -> None:
+    model = nn.Sequential(MoELayer(8, 16, num_experts=WORLD + 1, top_k=1, group=dist.group.WORLD))
+    with pytest.raises(dcp.CheckpointException, match="equally many on all ranks"):
+        dcp.save(model.state_dict(), checkpoint_id=f"{folder}/step")
+    with pytest.raises(ConfigError, match="equally many on all ranks"):
+        save_safetensors(model, f"{folder}/model")
+
+
+def test_experts_that_the_ranks_do_not_divide(tmp_path):
+    gloo_pool(WORLD).run(undivided, str(tmp_path))
 
 
 def pickled() -> None:

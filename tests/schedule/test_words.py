@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from moe_overlap.schedule.builders import (
     window,
     with_copies,
 )
-from moe_overlap.schedule.words import from_text, legend, overlaps, python_of
+from moe_overlap.schedule.words import from_text, imports_of, legend, overlaps, python_of
 
 
 @pytest.mark.parametrize("word", ["serial", "chunked(1)", "chunked(4)", "chunked(3,experts)"])
@@ -68,6 +69,24 @@ def test_how_copies_are_sent_is_said_in_a_step_that_has_some(pair, relayed):
     assert after.startswith(f", relayed_copies={relayed})") and ("overlap=False" in line) == pair.joined
     assert from_text(*inside.split('"')[1::2]).digest == pair.digest
     assert "relayed" not in python_of(with_copies(pair, 1, True)), "as the rule says"
+
+
+@pytest.mark.parametrize("pair", [
+    chunked(2).with_backward(chunked(4)), deduplicate(chunked(2)),
+    with_copies(replace(chunked(2), relayed_copies=True), 2, True),
+])  # fmt: skip
+def test_a_line_is_python_after_the_imports_that_are_said_with_it(pair, tmp_path):
+    line = python_of(pair)
+    (said,) = imports_of(line)
+    layer = "def MoELayer(*_, schedule, **words): return schedule"
+    (tmp_path / "program.py").write_text(f"{said.strip().removeprefix('after: ')}\n{layer}\ngiven = {line}\n")
+    given = runpy.run_path(str(tmp_path / "program.py"))["given"]
+    without = [action.text for action in pair.forward if action.verb != "Wf"]
+    assert [action.text for action in given.forward] == without and given.relayed_copies == pair.relayed_copies
+
+
+def test_a_word_needs_no_import():
+    assert imports_of(python_of(chunked(2))) == imports_of(python_of(window(2, 1))) == []
 
 
 def test_a_text_that_cannot_run_is_refused():

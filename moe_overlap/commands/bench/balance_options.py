@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 from moe_overlap.commands.bench.cases import HEAD
 from moe_overlap.commands.bench.options import DTYPES
 from moe_overlap.commands.bench.workloads import WORKLOADS, Sizes
-from moe_overlap.commands.parser import OneLineParser, check_count, check_number, check_timeout, flag_of
+from moe_overlap.commands.parser import OneLineParser, TypedDefaults, check_count, check_number, check_timeout, flag_of
 from moe_overlap.errors import ConfigError
 
 KEPT = ("flex", "eplb", "proportional")  # placements made once from the load of earlier steps; homes stay
@@ -128,6 +127,10 @@ HELP = {
     "out": "folder for results.jsonl and balance.png",
     "timeout_s": "longest wait for another rank, seconds",
 }
+EXAMPLES = """examples:
+  moe-overlap bench balance --workloads zipf1.0,one_hot_expert --planners static,replicate,shadow,flex
+  moe-overlap bench balance --ranks 2 --ranks-per-node 1 --compute real --repeats 5
+  moe-overlap bench balance --live-steps 100"""
 
 
 def parse(argv: Sequence[str], *, ranks: int | None = None) -> BalanceOptions:
@@ -135,7 +138,8 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> BalanceOptions:
     parser = OneLineParser(
         prog="moe-overlap bench balance",
         description="Measure placements and copies of experts under skewed routing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=TypedDefaults,
+        epilog=EXAMPLES,
     )
     defaults = BalanceOptions()
     for name, text in HELP.items():

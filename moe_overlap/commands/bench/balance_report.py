@@ -60,14 +60,14 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def write_picture(path: Path, rows: Sequence[Row]) -> None:
-    """Bars of step times by workload; one for each (planner, schedule). The line is forced-balanced routing."""
+    """Bars of step times by workload; one for each (planner, schedule), which the legend beside them names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     kinds = list(dict.fromkeys((row["planner"], row["schedule"]) for row in rows))
     planners = list(dict.fromkeys(planner for planner, _ in kinds))
-    figure = Figure(figsize=(2.0 + 1.6 * len(workloads), 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.0 + 1.6 * len(workloads), 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     width = 0.85 / len(kinds)
@@ -83,5 +83,5 @@ def write_picture(path: Path, rows: Sequence[Row]) -> None:
     first = rows[0]
     axes.set_title(f"{first['ranks']} ranks, {first['compute']} compute, {first['link']}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     write_figure(path, figure)

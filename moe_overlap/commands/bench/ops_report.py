@@ -49,7 +49,8 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def write_picture(path: Path, rows: Sequence[Row]) -> None:
-    """Bars of how many times faster each fused op is, by the other way; the line is equal speed."""
+    """Bars of how many times faster each fused op is, by the other way, on a logarithmic scale, with the figures beside
+    them; the line is equal speed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,13 +60,18 @@ def write_picture(path: Path, rows: Sequence[Row]) -> None:
     for number, (key, label, colour) in enumerate(WAYS):
         places = [place + 0.4 * (number - 0.5) for place, row in enumerate(rows) if row[key] is not None]
         if places:
-            axes.barh(places, [row[key] for row in rows if row[key] is not None], 0.38, color=colour,
-                      label=f"against {label}")  # fmt: skip
+            times = [row[key] for row in rows if row[key] is not None]
+            bars = axes.barh(places, [time - 1 for time in times], 0.38, left=1, color=colour,
+                             label=f"against {label}")  # fmt: skip
+            axes.bar_label(bars, [f"{time:.2f}" for time in times], padding=2, fontsize=7)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['op']}, {row['phase']}" for row in rows])
     axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.12)
     axes.set_xlabel("times faster")
     axes.set_title(f"Fused ops on {rows[0]['device']}, {rows[0]['threads']} thread(s)", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     write_figure(path, figure)

@@ -28,7 +28,7 @@ from moe_overlap.commands.plan.machine import (
 from moe_overlap.commands.plan.offload import offload_lines
 from moe_overlap.commands.plan.options import PlanOptions, parse
 from moe_overlap.commands.plan.replicas import replica_line, replica_record
-from moe_overlap.commands.plan.sweep import Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
+from moe_overlap.commands.plan.sweep import CODES, Prediction, Sweep, asked, bandwidths, rate_text, sweep, total_s
 from moe_overlap.commands.plan.uncertainty import certainty, certainty_line
 from moe_overlap.commands.plan.whole_model import WholeModel, fit_line, model_lines, whole_model
 from moe_overlap.errors import ConfigError
@@ -37,7 +37,7 @@ from moe_overlap.planning.copy_costs import break_even, break_even_text, costs_o
 from moe_overlap.planning.explain import Change, explain, in_mb, in_ms
 from moe_overlap.planning.machines import MACHINES
 from moe_overlap.schedule.actions import Phase
-from moe_overlap.schedule.words import legend, python_of
+from moe_overlap.schedule.words import imports_of, legend, python_of
 
 OUTPUTS = ("plan.png", "plan.json")
 WORTH = 1.05  # a speed-up that is worth a line
@@ -120,10 +120,12 @@ def _heading(options: PlanOptions, point: Prediction) -> list[str]:
     rate = "" if at.bytes_per_s is None or "inter" not in at.peers else f", {rate_text(at.bytes_per_s)} between nodes"
     groups = f" in groups of {at.group} that exchange" if at.group < point.ranks else ""
     pair = point.pair
+    line = python_of(pair)
     lines = [
         f"{point.kind}, {options.phase}, {point.ranks} ranks{groups}, {at.per_node} per node{rate}: "
         f"predicted {in_ms(point.time_s)} for one block pair, {point.speedup:.2f}x serial",
-        f"To run it: {python_of(pair)}" + (" with hierarchical=True" if _for_nodes(options, point) else ""),
+        f"To run it: {line}" + (" with hierarchical=True" if _for_nodes(options, point) else ""),
+        *imports_of(line),
         f"serial {in_ms(point.serial_s)}, of that {100 * point.comm_share:.0f} % communication"
         f"{_of_the_layer(point)}; "
         f"compute alone {in_ms(point.compute_s)}{_agreeing(point)}; bound of any order {in_ms(point.bound_s)}",
@@ -171,7 +173,7 @@ def _assumptions(options: PlanOptions, point: Prediction, whole: WholeModel | No
         lines.append(_gateways(options, point))
     cost = agreement(options, point.at, distinct=point.deduplicated)
     lines.append(
-        f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} rounds, "
+        f"  to agree on the counts of a step each rank sends {cost.messages} messages in {len(cost.rounds)} round(s), "
         f"{cost.bytes} bytes" + _takes(options, point)
     )
     if options.cost_model is not None:
@@ -344,8 +346,8 @@ def _map(found: Sweep, point: Prediction) -> list[str]:
     rows = [("to other nodes", *(f"{found.ranks[y]} ranks" for y in shown))]
     for x, rate in enumerate(found.bandwidths):
         rows.append((rate_text(rate), *(f"{found.grid[y][x].speedup:.2f}x {found.grid[y][x].code}" for y in shown)))
-    lines = [f"{point.kind}, times faster than serial and the schedule that wins (s serial, r chunks, k ops first, d "
-             "deduplicated):"]  # fmt: skip
+    phases = "forward and backward" if len(point.phases) == 2 else "forward"
+    lines = [f"{point.kind}, times faster than serial and the schedule that wins ({phases})", f"  {CODES}:"]
     lines += _aligned(rows)
     line = found.lines[point.kind]
     best = max(line, key=lambda one: one.speedup)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moe_overlap.commands.parser import OneLineParser, check_count, check_number, flag_of
+from moe_overlap.commands.parser import OneLineParser, TypedDefaults, check_count, check_number, flag_of
 from moe_overlap.commands.plan.logs import measured_figures
 from moe_overlap.commands.plan.model_file import LATENT, model_figures
 from moe_overlap.commands.plan.presets import machine_figures
@@ -338,11 +338,19 @@ CALIBRATED = (
 )  # fmt: skip
 
 
+EXAMPLES = """examples:
+  moe-overlap plan --kind scmoe_pos2 --bandwidth 100gbit --ranks 64
+  moe-overlap plan --machine h100x8 --model config.json --ranks 64  # config.json of a Hugging Face model
+  moe-overlap plan --machine a100x8 --layers 32 --memory 80GB"""
+
+
 def parse(argv: Sequence[str]) -> PlanOptions:
     """Options from the command line; ConfigError names the option, the value and what was expected."""
     parser = OneLineParser(
         prog="moe-overlap plan",
         description="Predict, from numbers alone, which schedule of a MoE block pair wins where.",
+        formatter_class=TypedDefaults,
+        epilog=EXAMPLES,
     )
     for field in fields(PlanOptions):
         if field.name in TEXTS:

@@ -8,8 +8,8 @@ from typing import Any
 
 from moe_overlap.commands.plan.machine import CHUNKS, op_names
 from moe_overlap.commands.plan.options import PlanOptions
-from moe_overlap.commands.plan.sweep import PhasePlan, Prediction, Sweep, number_text, speedups_over, unit_of
-from moe_overlap.measure.picture import Panel, draw_panel, write_figure
+from moe_overlap.commands.plan.sweep import CODES, PhasePlan, Prediction, Sweep, number_text, speedups_over, unit_of
+from moe_overlap.measure.picture import Panel, draw_legend, draw_panel, write_figure
 from moe_overlap.planning.search import timeline
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.recorder import TimelineEvent
@@ -25,9 +25,6 @@ KIND_COLORS = {
 }
 CHUNK_COLORS = dict(zip(CHUNKS, ("#56B4E9", "#9ECAE1", "#4292C6", "#2171B5", "#08306B"), strict=True))
 TALLEST = 3.5  # of compute alone: slower steps leave the upper left plot at its top
-CODES = (
-    "s serial   r4 four chunks   e4 four expert groups   k1 one op first   k* ops between the chunks   d deduplicated"
-)
 
 
 def events_of(plan: PhasePlan) -> list[TimelineEvent]:
@@ -59,15 +56,17 @@ def write_png(path: Path, options: PlanOptions, point: Prediction, found: Sweep)
     _winners(figure, figure.add_subplot(grid[1, :]), options, point, found)
     limit_ms = 1e3 * max(phase.best.predicted_s for phase in point.phases)
     names = op_names(point.kind, point.model)
+    used: set[str] = set()
     for row, phase in enumerate(point.phases):
         axes = figure.add_subplot(grid[2 + row, :])
         title = f"{phase.phase} of {point.kind} at the point asked: {phase.name}"
         if phase.outside_s:
             title += f" (and {1e3 * phase.outside_s:.3g} ms outside this window)"
-        draw_panel(axes, Panel(title="", events=events_of(phase), names=names), limit_ms)
+        used |= draw_panel(axes, Panel(title="", events=events_of(phase), names=names), limit_ms)
         axes.set_title(title, fontsize=10, loc="left", pad=15)
         axes.set_yticks([0, 1], ["compute", "wire"], fontsize=9)
     axes.set_xlabel("ms")
+    draw_legend(figure, used, columns=5)
     figure.suptitle(_title(options, point), fontsize=12)
     write_figure(path, figure)
 
@@ -164,7 +163,7 @@ def _winners(figure: Any, axes: Any, options: PlanOptions, point: Prediction, fo
         axes.add_patch(_box(x, y))
     axes.spines[:].set_visible(False)
     phases = "forward, backward" if options.phase == "train" else "forward"
-    axes.set_title(f"{point.kind}: times faster than serial, and the schedule that wins ({phases})     {CODES}",
+    axes.set_title(f"{point.kind}: times faster than serial, and the schedule that wins ({phases})\n{CODES}",
                    fontsize=10, loc="left")  # fmt: skip
     figure.colorbar(image, ax=axes, pad=0.03, fraction=0.02, label="times faster than serial")
 

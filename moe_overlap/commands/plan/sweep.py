@@ -19,6 +19,10 @@ from moe_overlap.schedule.actions import Phase
 from moe_overlap.schedule.builders import SchedulePair
 
 RANKS = tuple(2**power for power in range(1, 13))
+# What the letters of `Prediction.code` mean.
+CODES = (
+    "s serial, r4 four chunks of tokens, e4 four expert groups, k1 one op first, k* ops among chunks, d deduplicated"
+)
 STEPS_BELOW, STEPS_ABOVE = 6, 4  # bandwidths of the sweep: the one asked for, halved and doubled so often
 
 
@@ -45,8 +49,7 @@ class PhasePlan:
 
     @property
     def code(self) -> str:
-        """The best schedule in a few letters: s serial, r4 four chunks of tokens, e4 four expert groups, k2 two ops
-        first, k* ops between the chunks."""
+        """The best schedule in a few letters, see CODES."""
         cut = f"{'e' if self.best.by == 'experts' else 'r'}{self.best.chunks}"
         if self.best.joined:
             return "s" if self.best.chunks == 1 else f"{cut} joined"

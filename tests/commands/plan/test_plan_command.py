@@ -14,7 +14,7 @@ from moe_overlap.commands.plan.machine import cost_model, place, routed, shapes
 from moe_overlap.commands.plan.offload import offload_shape
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
 from moe_overlap.commands.plan.picture import events_of
-from moe_overlap.commands.plan.sweep import asked, bandwidths, predict, rank_counts, rate_text, sweep
+from moe_overlap.commands.plan.sweep import CODES, asked, bandwidths, predict, rank_counts, rate_text, sweep
 
 OPTIONS = PlanOptions()
 
@@ -198,7 +198,16 @@ def test_the_command_says_and_writes_the_plan(kind, phase, capsys, tmp_path):
     point = asked(parse(words), kind)
     assert f"predicted {1e3 * point.time_s:.3g} ms" in said.out.splitlines()[0]
     assert ("backward: " in said.out) == (phase == "train")
-    for part in ("Nothing was run", "--flops", "--message", "comp | P", "What would change", "4096 ranks", *KINDS):
+    for part in (
+        "Nothing was run",
+        "--flops",
+        "--message",
+        "comp | P",
+        "What would change",
+        "4096 ranks",
+        CODES,
+        *KINDS,
+    ):
         assert part in said.out, part
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "plan.json").read_text())
