@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process
 from types import TracebackType
 from typing import Any
 
@@ -66,8 +66,8 @@ class Ranks:
         self._store: dist.TCPStore | None = None
 
     def __enter__(self) -> Ranks:
+        start_fork_server()
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "moe_overlap.layer.layer"])
         self._store = dist.TCPStore(
             "127.0.0.1", 0, self.world_size + 1, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
@@ -216,6 +216,13 @@ def mark() -> None:
     """Called by a rank: tell the parent, which may be in `wait_for_marks`, that this point is reached."""
     assert _pipe is not None
     _pipe.send(_MARK)
+
+
+def start_fork_server() -> None:
+    """The process that ranks are forked from, those of `launch.spawn` too: with the package loaded, which takes longer
+    than most of what they do."""
+    get_context("forkserver").set_forkserver_preload(["numpy", "pytest", "moe_overlap.layer.layer"])
+    forkserver.ensure_running()
 
 
 _MARK = "mark"
