@@ -34,15 +34,17 @@ help:
 
 setup: $(STAMP)
 
-# Two test files at a time, where pytest-xdist is there; one thread each, as the tests start ranks of their own. Triton
-# compiles kernels or interprets them, as the environment says when they are defined: its tests need a run of each kind,
-# and skip in the other one (5: all of them did, as there is no Triton).
-TWO_AT_A_TIME = $$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null || true)
+# Three tests at a time for two cores, where pytest-xdist is there, as some wait for a limit, a slow link or a stopped rank;
+# one thread each, as the tests start ranks of their own. Each worker has files that stand side by side, and takes half of
+# what another one has left when it is done: no file stays over for one of them. Triton compiles kernels or interprets
+# them, as the environment says when they are defined: its tests need a run of each kind, and skip in the other one (5: all
+# of them did, as there is no Triton).
+SHARED_OUT = $$($(PY) -c 'import xdist; print("-n 3 --dist worksteal")' 2>/dev/null || true)
 TRITON_TESTS := $(shell find tests -name 'test_*_triton.py' | sort)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=12 $(TWO_AT_A_TIME)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=4 $(TWO_AT_A_TIME) $(TRITON_TESTS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=12 $(SHARED_OUT)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=4 $(SHARED_OUT) $(TRITON_TESTS) || [ $$? -eq 5 ]
 
 # The main job and the main benchmark.
 TRAIN_ARGS = --ranks 2 --kind scmoe_pos2 --steps $(if $(QUICK),10,60) --compare-overlap --save-routing $(OUT)/routing.safetensors

@@ -144,6 +144,17 @@ def all_cases(world: int, dedup: str = "off") -> list[Case]:
     return [Case(world, s, c, d, load, dedup) for s, c, d, load in product if s != "serial" or c == 1]
 
 
+def cases_in_turn(world: int, dedup: str = "off") -> list[Case]:
+    """Of `all_cases` a third, dtypes in turn: each combination of three factors is there, and over all of WORLDS each
+    of four. `serial`, of one chunk, has every dtype."""
+
+    def in_turn(case: Case) -> bool:
+        turn = WORLDS.index(world) + SCHEDULES.index(case.schedule) + CHUNKS.index(case.chunks) + LOADS.index(case.load)
+        return case.schedule == "serial" or case.dtype == DTYPES[turn % len(DTYPES)]
+
+    return [case for case in all_cases(world, dedup) if in_turn(case)]
+
+
 def published_cases(world: int, schedule: str, dedup: str) -> list[Case]:
     """Every second combination of chunks and load of one of PUBLISHED, dtypes and placements in turn."""
     placements = list(PLACEMENTS) if dedup == "off" else ["identity"]

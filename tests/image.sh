@@ -21,5 +21,5 @@ cd "$tree"
 MOE_OVERLAP_BUILD=${MOE_OVERLAP_BUILD:-cpu} "$venv/bin/python" setup.py -q build_ext --inplace
 export OMP_NUM_THREADS=1
 "$venv/bin/python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-"$venv/bin/python" -m pytest -q -n 2 --dist loadfile tests/ops tests/layer tests/test_equality.py
-TRITON_INTERPRET=1 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile $(find tests -name 'test_*_triton.py' | sort)
+"$venv/bin/python" -m pytest -q -n 2 --dist worksteal tests/ops tests/layer tests/test_equality.py
+TRITON_INTERPRET=1 "$venv/bin/python" -m pytest -q -n 2 --dist worksteal $(find tests -name 'test_*_triton.py' | sort)

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process
 from types import TracebackType
 from typing import Any
 
@@ -66,8 +66,8 @@ class Ranks:
         self._store: dist.TCPStore | None = None
 
     def __enter__(self) -> Ranks:
+        start_fork_server()
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "moe_overlap.transport"])
         self._store = dist.TCPStore(
             "127.0.0.1", 0, self.world_size + 1, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
@@ -105,11 +105,12 @@ class Ranks:
     def pid(self, rank: int) -> int:
         return int(self._processes[rank].pid)
 
-    def wait_for_marks(self, *, limit_s: float = LIMIT_S) -> None:
-        """Until every rank has called `mark()` since the last `start`."""
+    def wait_for_marks(self, *, limit_s: float = LIMIT_S, ranks: Sequence[int] | None = None) -> None:
+        """Until each of `ranks` (all) has called `mark()` since the last `start`."""
         deadline = time.monotonic() + limit_s
-        while len(self._marked) < self.world_size:
-            waiting = [rank for rank in range(self.world_size) if rank not in self._marked]
+        while waiting := [
+            rank for rank in (range(self.world_size) if ranks is None else ranks) if rank not in self._marked
+        ]:
             ready = connection.wait([self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise RankError(self._late(waiting, {}, limit_s))
@@ -215,6 +216,13 @@ def mark() -> None:
     """Called by a rank: tell the parent, which may be in `wait_for_marks`, that this point is reached."""
     assert _pipe is not None
     _pipe.send(_MARK)
+
+
+def start_fork_server() -> None:
+    """The process that ranks are forked from, those of `launch.spawn` too: with the package loaded, which takes longer
+    than most of what they do."""
+    get_context("forkserver").set_forkserver_preload(["numpy", "pytest", "moe_overlap.layer.layer"])
+    forkserver.ensure_running()
 
 
 _MARK = "mark"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.equality import CHUNKS, DTYPES, SCHEDULES, Case, check_right, run_both
+from tests.equality import CHUNKS, DTYPES, SCHEDULES, Case, check_right, run_both, run_rank
 from tests.ranks import virtual_world
 from tests.tolerances import close, same_bits
 
@@ -29,13 +29,16 @@ def cases(world: int, node: int, schedule: str) -> list[Case]:
 @pytest.mark.parametrize(("world", "node"), NODES)
 def test_hierarchical_exchanges_equal_direct_ones_and_the_oracle(world, node, schedule):
     for seed, case in enumerate(cases(world, node, schedule)):
-        found = []
-        for one in (case, replace(case, dedup="on")):
-            found.append(virtual_world(world, seed=seed).run(
-                lambda me, one=one: run_both(one, me.transport(), me.transport(), me.rank)
-            ))  # fmt: skip
-            check_right(one, found[-1])
-        for hierarchical, direct in zip(*found, strict=True):
+        plain = replace(case, dedup="on")
+        both = virtual_world(world, seed=seed).run(
+            lambda me, case=case: run_both(case, me.transport(), me.transport(), me.rank)
+        )
+        one = virtual_world(world, seed=seed).run(
+            lambda me, plain=plain: run_rank(plain, me.transport(), me.rank, overlap=True)
+        )
+        check_right(case, both)
+        check_right(plain, one)
+        for hierarchical, direct in zip(both, one, strict=True):
             for name in direct:
                 if case.dtype == torch.bfloat16:
                     close(hierarchical[name], direct[name], case.dtype)

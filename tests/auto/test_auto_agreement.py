@@ -200,6 +200,9 @@ def test_ranks_of_which_only_one_had_finished_calibrate_again_after_reopen():
         assert virtual_world(2).run(rank) == [4, 4]
 
 
+LIMIT_S = 20.0  # more than a busy machine makes of a calibration
+
+
 class Dies(nn.Module):
     def __init__(self, at):
         super().__init__()
@@ -215,7 +218,7 @@ class Dies(nn.Module):
 
 def dying(at, folder):
     os.environ["MOE_OVERLAP_CACHE_DIR"] = folder
-    block = ShortcutBlock([Dies(at)], make(ProcessGroupTransport(timeout_s=5.0)), tap=0, schedule="auto")
+    block = ShortcutBlock([Dies(at)], make(ProcessGroupTransport(timeout_s=LIMIT_S)), tap=0, schedule="auto")
     measuring.ROUNDS = (1, 1)
     begin = time.monotonic()
     try:
@@ -228,7 +231,7 @@ def dying(at, folder):
 def test_a_rank_that_dies_during_calibration(cache):
     with Ranks(2) as ranks:
         ranks.start(dying, 4, str(cache))
-        first, second = ranks.wait(limit_s=30)
+        first, second = ranks.wait()
     assert second.exitcode == 3
     name, peer, seconds = first.value
-    assert (name, peer) == (PeerFailed.__name__, 1) and seconds < 5.0
+    assert (name, peer) == (PeerFailed.__name__, 1) and seconds < LIMIT_S

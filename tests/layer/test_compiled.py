@@ -17,6 +17,8 @@ from tests.ranks import gloo_pool, virtual_world
 from tests.tolerances import close
 
 BACKENDS = ["eager", "aot_eager"]
+# What aot_eager traces too: on several ranks it is soaked.
+EAGER_SOAKED = [pytest.param(BACKENDS[0], marks=pytest.mark.soak), BACKENDS[1]]
 # Compiles C++ for many seconds: for what is seen through.
 SLOW = "inductor"
 
@@ -111,7 +113,7 @@ def test_one_rank_inductor(name):
     check_call(name, SLOW, None)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EAGER_SOAKED)
 @pytest.mark.parametrize("name", CALLS)
 def test_several_ranks(name, backend):
     """Virtual ranks are threads that take turns at waits, which no compilation has inside."""

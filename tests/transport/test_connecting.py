@@ -107,7 +107,8 @@ def survivors(world: int, victim: int, *args: Any) -> list[Ended]:
 def test_who_ends_or_hangs_while_connecting_is_named_in_time(
     world: int, victim: int, when: str, how: str, far: bool
 ) -> None:
-    for one in survivors(world, victim, when, how, far):
+    ended = survivors(world, victim, when, how, far)
+    for one in ended:
         assert isinstance(one.value, dict), one
         assert one.value["peer"] == victim, one
         assert f"rank {victim}" in one.value["text"]
@@ -115,8 +116,10 @@ def test_who_ends_or_hangs_while_connecting_is_named_in_time(
         if how == "kill" and not far:
             assert one.value["error"] == "PeerFailed" and "is dead" in one.value["text"], one
         else:
-            assert one.value["error"] == "TransportTimeout", one
-            assert "0.000 s" not in one.value["text"] and one.value["took"] > 0.9 * TIMEOUT_S, one
+            assert one.value["error"] == "TransportTimeout" and " 0.000 s" not in one.value["text"], one
+    # The others may hear it from the first of them, however late they came.
+    first = [one for one in ended if " reports: " not in one.value["text"]]
+    assert first and (how == "kill" and not far or all(one.value["took"] > 0.9 * TIMEOUT_S for one in first)), ended
 
 
 def connect_late() -> bool:

@@ -23,7 +23,7 @@ from moe_overlap import MoELayer, MoeTransportError, ShortcutBlock
 from moe_overlap.placement import Placement
 from moe_overlap.schedule.builders import parse_choice
 from moe_overlap.schedule.lanes import Lanes
-from tests.ranks import Ranks
+from tests.ranks import Ranks, mark
 from tests.tolerances import same_bits
 
 D, F, E = 16, 24, 12
@@ -121,6 +121,7 @@ def one_fault(phase: str, schedule: str, number: int, victim: int) -> Any:
             for _ in range(3):
                 step(made, rank)
         found = type(caught.value).__name__, caught.value.peer, time.monotonic() - begin
+        mark()
     for parameter, before in zip(made.parameters(), weights, strict=True):
         same_bits(parameter.detach(), before)
     if number == signal.SIGSTOP:
@@ -138,7 +139,9 @@ def run(phase: str, schedule: str, world: int, number: signal.Signals) -> None:
         pids = [ranks.pid(rank) for rank in range(world)]
         ranks.start(one_fault, phase, schedule, int(number), victim)
         if number == signal.SIGSTOP:
-            revive(ranks, victim, pids)
+            ranks.wait_for_marks(ranks=others)
+            assert state(pids[victim]) in "Tt"
+            ranks.signal(victim, signal.SIGCONT)
         ended = ranks.wait(limit_s=60, ranks=others if number == signal.SIGKILL else None)
         for rank in others:
             name, peer, seconds = ended[rank].value or (ended[rank].error, None, 0.0)
@@ -149,15 +152,6 @@ def run(phase: str, schedule: str, world: int, number: signal.Signals) -> None:
             assert ended[victim].value[0] in ("RemoteAbort", "TransportTimeout"), ended[victim]
     for pid in pids:
         assert not alive(pid)
-
-
-def revive(ranks: Ranks, victim: int, pids: list[int]) -> None:
-    """Let the stopped rank go on when the others have had the time to give up."""
-    deadline = time.monotonic() + 40
-    while state(pids[victim]) not in "Tt" and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(LIMIT_S + 1.5)
-    ranks.signal(victim, signal.SIGCONT)
 
 
 def state(pid: int) -> str:

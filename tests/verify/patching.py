@@ -44,16 +44,24 @@ class Patch:
 
 
 class _Loader(SourceFileLoader):
-    """Compiles changed source; the cache of compiled files is neither read nor written."""
+    """Compiles changed source; the cache of compiled files is neither read nor written. Unchanged source is compiled
+    once in a process."""
 
     patches: Sequence[Patch]
 
     def get_code(self, fullname: str) -> CodeType:
+        if not self.patches and self.path in _UNCHANGED:
+            return _UNCHANGED[self.path]
         source = self.get_data(self.path).decode()
         for patch in self.patches:
             source = patch.apply(source)
         code: CodeType = compile(source, self.path, "exec", dont_inherit=True)
+        if not self.patches:
+            _UNCHANGED[self.path] = code
         return code
+
+
+_UNCHANGED: dict[str, CodeType] = {}
 
 
 class _Finder(MetaPathFinder):
@@ -63,12 +71,12 @@ class _Finder(MetaPathFinder):
             self._by_module.setdefault(f"{PACKAGE}.{patch.module}", []).append(patch)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in self._by_module:
+        if not _is_remade(name):
             return None
         spec = PathFinder.find_spec(name, path, target)
         assert spec is not None and spec.origin is not None
         loader = _Loader(name, spec.origin)
-        loader.patches = self._by_module[name]
+        loader.patches = self._by_module.get(name, ())
         spec.loader = loader
         return spec
 

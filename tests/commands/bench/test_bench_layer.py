@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from moe_overlap.commands.bench import check, layer, phase, setting
@@ -24,6 +27,7 @@ from moe_overlap.launch.launch import World
 from moe_overlap.measure.report import read_jsonl
 from moe_overlap.schedule.builders import serial
 from moe_overlap.transport.local import LocalTransport
+from tests.ranks import gloo_pool
 from tests.tolerances import TOLERANCES
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -61,6 +65,21 @@ def finish(process: subprocess.Popen, limit_s: float = 280.0) -> tuple[int, str,
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, err
+
+
+def on_ranks(ranks: int, words: list[str]) -> str:
+    """What rank 0 says on stderr, of ranks that are there already. The run is to be right."""
+    ended = gloo_pool(ranks).run(one_of_them, [*words, "--ranks", str(ranks)], limit_s=280.0)
+    assert [status for status, _ in ended] == [0] * ranks, ended
+    return ended[0][1]
+
+
+def one_of_them(argv: list[str]) -> tuple[int, str]:
+    rank = dist.get_rank()
+    world = World(rank=rank, size=dist.get_world_size(), local_rank=rank, group=dist.group.WORLD)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+        status = layer.run_rank(world, argv)
+    return status, said.getvalue()
 
 
 def test_two_ranks_over_a_link(tmp_path):
@@ -101,8 +120,7 @@ def test_two_ranks_over_a_link(tmp_path):
 
 def test_the_planner_predicts_every_row_and_adds_its_own(tmp_path):
     words = "--schedules serial,chunked,shortcut,auto --cases top2,scmoe_pos2 --link 20mbit:100us".split()
-    status, _, err = finish(start([*SMALL, *words, "--out", str(tmp_path)]))
-    assert status == 0, err
+    err = on_ranks(2, [*SMALL, *words, "--out", str(tmp_path)])
     rows = read_jsonl(tmp_path / "results.jsonl")
     for phase_name in ("infer", "train"):
         for case in ("top2", "scmoe_pos2"):
@@ -122,8 +140,7 @@ def test_the_planner_predicts_every_row_and_adds_its_own(tmp_path):
 def test_it_predicts_deduplicated_rows_too(tmp_path):
     words = "--schedules serial,auto --cases top2 --phases train --link 20mbit:100us".split()
     choice = "--experts 8 --top-k 4 --dedup on".split()
-    status, _, err = finish(start([*SMALL, *words, *choice, "--out", str(tmp_path)]))
-    assert status == 0, err
+    err = on_ranks(2, [*SMALL, *words, *choice, "--out", str(tmp_path)])
     rows = {row["schedule"]: row for row in read_jsonl(tmp_path / "results.jsonl")}
     assert {"serial", "auto"} <= set(rows) <= {"serial", "auto", "mirrored"} and "auto for top2: P M D0" in err
     for row in rows.values():
@@ -133,8 +150,7 @@ def test_it_predicts_deduplicated_rows_too(tmp_path):
 
 def test_a_share_is_solved_for(tmp_path):
     words = "--phases infer --cases top2 --schedules serial --comm-share 0.6".split()
-    status, _, err = finish(start([*SMALL, *words, "--out", str(tmp_path)]))
-    assert status == 0, err
+    err = on_ranks(2, [*SMALL, *words, "--out", str(tmp_path)])
     (row,) = read_jsonl(tmp_path / "results.jsonl")
     assert row["link"].startswith("emulated ") and row["link"].endswith(":50us")
     assert "solving for the link of a 60% share" in err
@@ -143,12 +159,9 @@ def test_a_share_is_solved_for(tmp_path):
 
 
 def test_a_row_to_each_node(tmp_path):
-    words = (
-        "--ranks 4 --ranks-per-node 2 --compute slept --cases top2 --phases train --schedules serial,chunked".split()
-    )
+    words = "--ranks-per-node 2 --compute slept --cases top2 --phases train --schedules serial,chunked".split()
     choice = "--experts 8 --top-k 4 --routing uniform --dedup hierarchical --link 1gbit".split()
-    status, _, err = finish(start([*SMALL, *words, *choice, "--out", str(tmp_path)]))
-    assert status == 0, err
+    on_ranks(4, [*SMALL, *words, *choice, "--out", str(tmp_path)])
     rows = read_jsonl(tmp_path / "results.jsonl")
     assert [(r["schedule"], r["chunks"]) for r in rows] == [(name, chunks) for _, name, chunks in ROWS[:4]]
     ids = [load("uniform", out="", tokens=96, experts=8, top_k=4, rank=rank, ranks=4)[0] for rank in range(4)]
@@ -170,13 +183,8 @@ def test_a_saved_routing_is_replayed_and_its_spread_is_in_the_rows(tmp_path):
     metadata = {"E": "4", "K": "1", "rank_tokens": json.dumps(counts), "router": "locmoe", "mu": "0.25"}
     path = tmp_path / "routing.safetensors"
     save_file({"ids": ids, "weights": torch.full((150, 2), 0.5)}, path, metadata)
-    words = (
-        "--ranks 4 --ranks-per-node 2 --compute slept --cases top2,shared1 --phases infer --schedules serial".split()
-    )
-    status, _, err = finish(
-        start([*SMALL, *words, "--experts", "4", "--routing", str(path), "--link", "1gbit", "--out", str(tmp_path)])
-    )
-    assert status == 0, err
+    words = "--ranks-per-node 2 --compute slept --cases top2,shared1 --phases infer --schedules serial".split()
+    on_ranks(4, [*SMALL, *words, "--experts", "4", "--routing", str(path), "--link", "1gbit", "--out", str(tmp_path)])
     whose = [row.tolist() for row in ids.split(counts)]
     for row, width in zip(read_jsonl(tmp_path / "results.jsonl"), (2, 1), strict=True):
         mine = [[part[t % len(part)][:width] for t in range(96)] for part in whose]
@@ -192,9 +200,8 @@ def test_a_saved_routing_is_replayed_and_its_spread_is_in_the_rows(tmp_path):
 
 
 def test_slept_compute_is_labelled_and_not_oversubscribed(tmp_path):
-    words = "--ranks 4 --ranks-per-node 2 --compute slept --cases scmoe_pos2 --phases train".split()
-    status, _, err = finish(start([*SMALL, *words, "--link", "1gbit", "--out", str(tmp_path)]))
-    assert status == 0, err
+    words = "--ranks-per-node 2 --compute slept --cases scmoe_pos2 --phases train".split()
+    on_ranks(4, [*SMALL, *words, "--link", "1gbit", "--out", str(tmp_path)])
     rows = read_jsonl(tmp_path / "results.jsonl")
     assert [(r["case"], r["schedule"]) for r in rows] == [("scmoe_pos2", "serial"), ("scmoe_pos2", "shortcut")]
     assert {row["compute"] for row in rows} == {"slept"} and all(row["bit_equal"] for row in rows)
