@@ -1,7 +1,6 @@
 #include "copy_candidates.h"
 
 #include <algorithm>
-#include <map>
 #include <utility>
 
 namespace moe_overlap {
@@ -151,22 +150,31 @@ Candidates::Move Candidates::best_move(const Seats& seats, const std::vector<siz
   return best;
 }
 
-void Candidates::level(Seats& seats) const {
-  std::vector<std::vector<size_t>> shared;
+const Seats& Candidates::level(const std::vector<Seat>& all) const {
+  Seats& seats = levelled_;
+  view_.link(all, seats);
+  // Seats of one expert in one node, where there are several.
+  size_t groups = 0;
   for (int64_t expert = 0; expert < view_.load.experts; ++expert) {
     if (seats.next[static_cast<size_t>(expert)] < 0) continue;
-    std::map<int64_t, std::vector<size_t>> groups;
-    for (int64_t i = expert; i >= 0; i = seats.next[static_cast<size_t>(i)]) {
-      const auto seat = static_cast<size_t>(i);
-      groups[view_.node_of(seats.all[seat].rank)].push_back(seat);
-    }
-    for (auto& [node, group] : groups) {
-      if (group.size() > 1) shared.push_back(std::move(group));
+    of_expert_.clear();
+    for (int64_t i = expert; i >= 0; i = seats.next[static_cast<size_t>(i)])
+      of_expert_.push_back(static_cast<size_t>(i));
+    const auto node = [&](size_t i) { return view_.node_of(seats.all[i].rank); };
+    std::stable_sort(of_expert_.begin(), of_expert_.end(), [&](size_t a, size_t b) { return node(a) < node(b); });
+    for (auto first = of_expert_.begin(); first != of_expert_.end();) {
+      const auto last = std::find_if(first, of_expert_.end(), [&](size_t i) { return node(i) != node(*first); });
+      if (last - first > 1) {
+        shared_.resize(std::max(shared_.size(), groups + 1));
+        shared_[groups++].assign(first, last);
+      }
+      first = last;
     }
   }
-  std::vector<std::pair<int64_t, size_t>> others;
+  auto& others = others_;
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
-    for (const auto& group : shared) {
+    for (size_t place = 0; place < groups; ++place) {
+      const auto& group = shared_[place];
       int64_t rows = 0;
       int64_t held = 0;
       others.clear();
@@ -182,14 +190,15 @@ void Candidates::level(Seats& seats) const {
       }
       const int64_t height = (held + rows) / count;
       const int64_t more = (held + rows) % count;
-      for (int64_t place = 0; place < static_cast<int64_t>(others.size()); ++place) {
-        const auto& [below, i] = others[static_cast<size_t>(place)];
-        const int64_t taken = place < count ? height - below + (place < more ? 1 : 0) : 0;
+      for (int64_t number = 0; number < static_cast<int64_t>(others.size()); ++number) {
+        const auto& [below, i] = others[static_cast<size_t>(number)];
+        const int64_t taken = number < count ? height - below + (number < more ? 1 : 0) : 0;
         seats.loads[static_cast<size_t>(seats.all[i].rank)] += taken - seats.all[i].rows;
         seats.all[i].rows = taken;
       }
     }
   }
+  return seats;
 }
 
 std::vector<Seat> Candidates::inherited(const std::vector<Seat>& seats, size_t i) const {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "copy_load.h"
 
@@ -29,8 +31,9 @@ class Candidates {
   // most rows first. The result is overwritten by the next call.
   const Seats& fill(const Seats& start, const std::vector<std::vector<size_t>>& own, int64_t target,
                     int64_t most_copies) const;
-  // The rows of each expert shared out anew inside each node, so that its ranks have equally many.
-  void level(Seats& seats) const;
+  // The rows of each expert shared out anew inside each node, so that its ranks have equally many. The result is
+  // overwritten by the next call.
+  const Seats& level(const std::vector<Seat>& all) const;
   // When the rows of seat i go to another one of its expert and node, else to the home.
   std::vector<Seat> inherited(const std::vector<Seat>& seats, size_t i) const;
 
@@ -51,6 +54,10 @@ class Candidates {
 
   // Room that every candidate uses anew.
   mutable Seats filled_;
+  mutable Seats levelled_;
+  mutable std::vector<size_t> of_expert_;
+  mutable std::vector<std::vector<size_t>> shared_;
+  mutable std::vector<std::pair<int64_t, size_t>> others_;
   mutable std::vector<size_t> order_;
   mutable Counts open_;
   mutable Counts marks_;

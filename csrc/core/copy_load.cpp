@@ -60,7 +60,7 @@ LoadView::LoadView(const Load& given_load)
   for (int64_t expert = 0; expert < load.experts; ++expert) {
     most_wanted_.push_back(*std::max_element(wanted(expert), wanted(expert) + ranks));
   }
-  given = linked(load.seats);
+  link(load.seats, given);
   for (const PhaseCosts& phase : load.phases) {
     row_s += phase.row_s;
     for (size_t wire = 0; wire < kWires; ++wire) {
@@ -70,8 +70,7 @@ LoadView::LoadView(const Load& given_load)
   }
 }
 
-Seats LoadView::linked(const std::vector<Seat>& all) const {
-  Seats seats;
+void LoadView::link(const std::vector<Seat>& all, Seats& seats) const {
   seats.all = all;
   seats.next.assign(all.size(), -1);
   seats.last.resize(static_cast<size_t>(load.experts));
@@ -84,7 +83,6 @@ Seats LoadView::linked(const std::vector<Seat>& all) const {
     if (i >= load.seats.size()) --seats.spare[static_cast<size_t>(all[i].rank)];
     end = static_cast<int64_t>(i);
   }
-  return seats;
 }
 
 }  // namespace moe_overlap

@@ -23,6 +23,9 @@ struct Seat {
   int64_t expert;
   int64_t rank;
   int64_t rows;
+  bool operator==(const Seat& other) const {
+    return expert == other.expert && rank == other.rank && rows == other.rows;
+  }
 };
 
 // counts[rank * experts + expert]: rows of the rank's tokens for the expert. seats: where they are computed as things
@@ -101,8 +104,8 @@ class LoadView {
 
   size_t lane(int64_t one, int64_t other) const { return node_of(one) == node_of(other) ? kIntra : kInter; }
 
-  // The seats with what follows from them.
-  Seats linked(const std::vector<Seat>& all) const;
+  // `seats` become these, with what follows from them.
+  void link(const std::vector<Seat>& all, Seats& seats) const;
 
  private:
   Counts node_;         // of each rank

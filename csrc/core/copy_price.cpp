@@ -89,6 +89,7 @@ Price Pricer::priced(const Seats& seats, double enough_s) const {
     for (Counts& wire : *lanes) wire.assign(view_.ranks, 0);
   }
   std::vector<CopyOrder> orders;
+  orders.reserve(seats.all.size() - static_cast<size_t>(view_.load.experts));
   computed_.rows = seats.loads;
   computed_.copied.assign(view_.ranks, 0);
   computed_.experts.assign(view_.ranks, 0);

@@ -9,10 +9,10 @@
 namespace moe_overlap {
 namespace {
 
-constexpr size_t kKept = 4;           // how many interleavings are handed on
-constexpr size_t kAllOrders = 4;      // up to so many chunks every order of them is tried; beyond,
-constexpr size_t kMoves = 640;        // so many moves, divided by the number of chunks
-constexpr double kRounding = 1e-12;   // relative: more than what sums of the same durations in two orders differ by
+constexpr size_t kKept = 4;          // how many interleavings are handed on
+constexpr size_t kAllOrders = 4;     // up to so many chunks every order of them is tried; beyond,
+constexpr size_t kMoves = 640;       // so many moves, divided by the number of chunks
+constexpr double kRounding = 1e-12;  // relative: more than what sums of the same durations in two orders differ by
 constexpr double kNever = std::numeric_limits<double>::infinity();
 constexpr int32_t kNone = -1;
 

@@ -9,6 +9,17 @@ namespace {
 constexpr size_t kInter = 0;
 constexpr size_t kIntra = 1;
 
+// The copies of one expert.
+struct Orders {
+  CopyOrder* first;
+  CopyOrder* last;
+
+  CopyOrder* begin() const { return first; }
+  CopyOrder* end() const { return last; }
+  size_t size() const { return static_cast<size_t>(last - first); }
+  int64_t home() const { return first->home; }
+};
+
 // Copies by group, wire, direction and rank, and the most of each group and wire.
 class Loads {
  public:
@@ -25,20 +36,19 @@ class Loads {
   Ports cost() const { return {most_[0][kInter] + most_[1][kInter], most_[0][kIntra] + most_[1][kIntra]}; }
 
   // The copies of one expert, the first `first` from its home in group 0, the others in group 1.
-  void send(const std::vector<CopyOrder>& orders, size_t first) {
-    holders_.assign(1, orders.front().home);
+  void send(const Orders& orders, size_t first) {
+    holders_.assign(1, orders.home());
     sent_.clear();
-    for (size_t number = 0; number < orders.size(); ++number) {
-      const int64_t rank = orders[number].rank;
-      const bool later = number >= first;
-      const int64_t sender = later ? nearest(rank) : orders.front().home;
-      add(later ? 1 : 0, sender, rank);
-      if (!later) holders_.push_back(rank);
+    size_t number = 0;
+    for (const CopyOrder& one : orders) {
+      const bool later = number++ >= first;
+      add(later ? 1 : 0, later ? nearest(one.rank) : orders.home(), one.rank);
+      if (!later) holders_.push_back(one.rank);
     }
   }
 
   // What `send` would cost.
-  Ports cost_of(const std::vector<CopyOrder>& orders, size_t first) {
+  Ports cost_of(const Orders& orders, size_t first) {
     const Most before = most_;
     send(orders, first);
     const Ports found = cost();
@@ -47,10 +57,10 @@ class Loads {
     return found;
   }
 
+  int64_t node_of(int64_t rank) const { return node_[static_cast<size_t>(rank)]; }
+
  private:
-  size_t wire(int64_t one, int64_t other) const {
-    return node_[static_cast<size_t>(one)] == node_[static_cast<size_t>(other)] ? kIntra : kInter;
-  }
+  size_t wire(int64_t one, int64_t other) const { return node_of(one) == node_of(other) ? kIntra : kInter; }
 
   size_t place(size_t group, size_t wire, size_t direction, int64_t rank) const {
     return ((group * kWires + wire) * 2 + direction) * ranks_ + static_cast<size_t>(rank);
@@ -92,27 +102,29 @@ class Loads {
 
 // One rank of each other node, the first from the home's place in its own, then the others, both in the order of a ring
 // that begins at the home; how many of the first there are.
-size_t first_to_last(std::vector<CopyOrder>& orders, int64_t ranks_per_node) {
-  const int64_t home = orders.front().home;
+size_t first_to_last(const Orders& orders, const Loads& loads, int64_t ranks_per_node) {
+  const int64_t home = orders.home();
+  const int64_t node = loads.node_of(home);
+  if (orders.size() == 1) return loads.node_of(orders.first->rank) == node ? 0 : 1;
   std::sort(orders.begin(), orders.end(), [home](const CopyOrder& a, const CopyOrder& b) {
     return (a.rank < home) != (b.rank < home) ? b.rank < home : a.rank < b.rank;
   });
-  const auto node = [&](const CopyOrder& one) { return one.rank / ranks_per_node; };
   const auto away = [&](const CopyOrder& one) {
-    return (one.rank % ranks_per_node - home % ranks_per_node + ranks_per_node) % ranks_per_node;
-  };
-  const auto is_head = [&](const CopyOrder& one) {
-    if (node(one) == home / ranks_per_node) return false;
-    return std::none_of(orders.begin(), orders.end(),
-                        [&](const CopyOrder& other) { return node(other) == node(one) && away(other) < away(one); });
+    const int64_t places = one.rank - loads.node_of(one.rank) * ranks_per_node - (home - node * ranks_per_node);
+    return places < 0 ? places + ranks_per_node : places;
   };
   std::vector<CopyOrder> heads;
-  std::vector<CopyOrder> rest;
-  for (const CopyOrder& one : orders) (is_head(one) ? heads : rest).push_back(one);
-  const size_t nodes = heads.size();
-  heads.insert(heads.end(), rest.begin(), rest.end());
-  orders = std::move(heads);
-  return nodes;
+  for (const CopyOrder& one : orders) {
+    if (loads.node_of(one.rank) == node) continue;
+    const auto nearer = [&](const CopyOrder& other) {
+      return loads.node_of(other.rank) == loads.node_of(one.rank) && away(other) < away(one);
+    };
+    if (std::none_of(orders.begin(), orders.end(), nearer)) heads.push_back(one);
+  }
+  std::stable_partition(orders.begin(), orders.end(), [&](const CopyOrder& one) {
+    return std::any_of(heads.begin(), heads.end(), [&](const CopyOrder& head) { return head.rank == one.rank; });
+  });
+  return heads.size();
 }
 
 // isqrt(count + 1) - 1: the best first group of one expert alone.
@@ -128,16 +140,16 @@ std::optional<std::array<Ports, kGroups>> relayed_ports(std::vector<CopyOrder> c
                                                         int64_t ranks_per_node, const Ports& direct) {
   std::stable_sort(copies.begin(), copies.end(),
                    [](const CopyOrder& a, const CopyOrder& b) { return a.expert < b.expert; });
-  std::vector<std::vector<CopyOrder>> experts;
-  for (const CopyOrder& one : copies) {
-    if (experts.empty() || experts.back().front().expert != one.expert) experts.emplace_back();
-    experts.back().push_back(one);
+  std::vector<Orders> experts;
+  for (CopyOrder& one : copies) {
+    if (experts.empty() || experts.back().first->expert != one.expert) experts.push_back({&one, &one});
+    ++experts.back().last;
   }
   std::stable_sort(experts.begin(), experts.end(), [](const auto& a, const auto& b) { return a.size() > b.size(); });
   if (experts.empty() || experts.front().size() < 2) return std::nullopt;
   Loads loads(ranks, ranks_per_node);
-  for (std::vector<CopyOrder>& orders : experts) {
-    const size_t nodes = first_to_last(orders, ranks_per_node);
+  for (const Orders& orders : experts) {
+    const size_t nodes = first_to_last(orders, loads, ranks_per_node);
     const size_t count = orders.size();
     const size_t alone = best_alone(count);
     std::array<size_t, 5> choices{0, alone, std::min(count, alone + 1), nodes, count};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 #include "copy_candidates.h"
@@ -13,8 +14,10 @@ namespace {
 
 constexpr int64_t kTargets = 12;
 constexpr std::array<int64_t, 4> kFewTargets{0, 2, 4, 7};
+constexpr std::array<int64_t, 4> kNearTargets{0, 1, 2, 3};
 constexpr int64_t kRefined = 4;
-constexpr int64_t kLeastTries = 16;
+constexpr int64_t kLeastTries = 12;
+constexpr int64_t kManyTries = 40;
 constexpr int64_t kWork = int64_t{1} << 14;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -25,21 +28,22 @@ class Decider {
       : view_(load),
         pricer_(view_),
         candidates_(view_),
-        tries_(std::max(kLeastTries, kWork / (load.ranks * load.experts))) {}
+        tries_(std::max(kLeastTries, kWork / (load.ranks * load.experts))),
+        many_(tries_ >= kManyTries) {}
 
   Decision decide() {
     const Price left = pricer_.priced(view_.given, std::numeric_limits<double>::infinity());
     best_price_ = left;
     best_ = view_.load.seats;
-    const Counts all_targets = [] {
-      Counts places(static_cast<size_t>(kTargets));
-      std::iota(places.begin(), places.end(), int64_t{0});
-      return places;
-    }();
     const Counts few_targets(kFewTargets.begin(), kFewTargets.end());
-    if (view_.load.seats.size() > static_cast<size_t>(view_.load.experts)) try_targets(view_.given, all_targets, 0);
-    try_targets(view_.given, all_targets, view_.load.most_copies);
-    const auto wanted = tries_ > 0 ? candidates_.node_copies() : std::vector<NodeCopy>{};
+    Counts targets(kNearTargets.begin(), kNearTargets.end());
+    if (many_) {
+      targets.resize(static_cast<size_t>(kTargets));
+      std::iota(targets.begin(), targets.end(), int64_t{0});
+    }
+    if (view_.load.seats.size() > static_cast<size_t>(view_.load.experts)) try_targets(view_.given, targets, 0);
+    try_targets(view_.given, targets, view_.load.most_copies);
+    const auto wanted = many_ ? candidates_.node_copies() : std::vector<NodeCopy>{};
     for (const size_t quarters : {4, 2, 1, 3}) {
       const size_t copies = wanted.size() * quarters / 4;
       if (copies == 0 || tries_ == 0) continue;
@@ -100,18 +104,42 @@ class Decider {
       high = targets[j + 1];
     }
     attempt_at(fullest);
-    for (int64_t i = 1; i <= kRefined && low >= 0; ++i) attempt_at(low + (high - low) * i / (kRefined + 1));
+    const int64_t refined = many_ ? kRefined : 1;
+    for (int64_t i = 1; i <= refined && low >= 0; ++i) attempt_at(low + (high - low) * i / (refined + 1));
   }
 
   bool levelled(const std::vector<Seat>& all) {
-    Seats seats = view_.linked(all);
-    candidates_.level(seats);
-    return attempt(seats);
+    const Seats& seats = candidates_.level(all);
+    return !(seats.all == best_) && attempt(seats);
+  }
+
+  // The new copies: those at the ends of the wires with most of them first, and of those the ones with fewest rows.
+  std::vector<size_t> copies_to_spare(const std::vector<Seat>& seats) const {
+    std::array<Counts, kWires> sent;
+    std::array<Counts, kWires> got;
+    for (auto* ports : {&sent, &got}) ports->fill(Counts(view_.ranks, 0));
+    const auto home_of = [&](size_t i) { return view_.load.seats[static_cast<size_t>(seats[i].expert)].rank; };
+    const auto wire_of = [&](size_t i) { return view_.lane(home_of(i), seats[i].rank); };
+    std::vector<size_t> found(seats.size() - view_.load.seats.size());
+    std::iota(found.begin(), found.end(), view_.load.seats.size());
+    for (const size_t i : found) {
+      ++sent[wire_of(i)][static_cast<size_t>(home_of(i))];
+      ++got[wire_of(i)][static_cast<size_t>(seats[i].rank)];
+    }
+    const auto key = [&](size_t i) {
+      const size_t wire = wire_of(i);
+      const auto most =
+          std::max(sent[wire][static_cast<size_t>(home_of(i))], got[wire][static_cast<size_t>(seats[i].rank)]);
+      return std::make_tuple(wire, -most, seats[i].rows);
+    };
+    std::stable_sort(found.begin(), found.end(), [&](size_t a, size_t b) { return key(a) < key(b); });
+    return found;
   }
 
   // Whether seats that differ little from the best are better: the first of those is the best then.
   bool improved() {
-    const Seats now = view_.linked(best_);
+    Seats now;
+    view_.link(best_, now);
     const std::vector<Seat> seats = best_;
     const auto given = view_.load.seats.size();
     std::vector<int64_t> emptiest(view_.ranks);
@@ -128,16 +156,13 @@ class Decider {
     }
     if (levelled(seats)) return true;
     // Without one of the new copies.
-    std::vector<size_t> order(seats.size() - given);
-    std::iota(order.begin(), order.end(), given);
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return seats[a].rows < seats[b].rows; });
-    for (const size_t i : order) {
+    for (const size_t i : copies_to_spare(seats)) {
       if (tries_ == 0) return false;
       std::vector<Seat> fewer = candidates_.inherited(seats, i);
       fewer.erase(fewer.begin() + static_cast<std::ptrdiff_t>(i));
       if (levelled(fewer)) return true;
     }
-    order.resize(seats.size());
+    std::vector<size_t> order(seats.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
       return std::make_pair(now.load_of(seats[a]), seats[a].rows) >
@@ -191,6 +216,7 @@ class Decider {
   Pricer pricer_;
   Candidates candidates_;
   int64_t tries_;
+  bool many_;  // enough for the whole; else targets near the mean are tried, and what differs little from the best
   Price best_price_{};
   std::vector<Seat> best_;
 };

@@ -5,6 +5,7 @@ The compiled form (csrc/core/replication.cpp) makes the same ones.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -172,7 +173,7 @@ def near(load: Load, seats: Sequence[Seat], most_copies: int) -> Iterator[tuple[
     fullest = sorted(range(len(seats)), key=lambda i: (-loads[seats[i][1]], -seats[i][2], i))
     held = {seat[:2] for seat in seats}
     yield seats
-    for i in sorted(range(given, len(seats)), key=lambda i: (seats[i][2], i)):
+    for i in _copies_to_spare(load, seats):
         fewer = _inherited(seats, i, size)
         yield (*fewer[:i], *fewer[i + 1 :])
     for i in fullest if len(seats) - given < most_copies else ():
@@ -197,6 +198,20 @@ def near(load: Load, seats: Sequence[Seat], most_copies: int) -> Iterator[tuple[
                 other = _inherited(seats, j, size)
                 other[i], other[j] = (expert, rank, rows - moved), (expert, to, moved)
                 yield tuple(other)
+
+
+def _copies_to_spare(load: Load, seats: Sequence[Seat]) -> list[int]:
+    """The new copies: those at the ends of the wires with most of them first, of those the ones with fewest rows."""
+    new = range(len(load.seats), len(seats))
+    ends = {i: (load.seats[seats[i][0]][1], seats[i][1]) for i in new}  # home, rank
+    lane = {i: lane_of(*ends[i], load.ranks_per_node) for i in new}
+    sent = Counter((lane[i], ends[i][0]) for i in new)
+    got = Counter((lane[i], ends[i][1]) for i in new)
+
+    def key(i: int) -> tuple[int, int, int, int]:
+        return lane[i], -max(sent[lane[i], ends[i][0]], got[lane[i], ends[i][1]]), seats[i][2], i
+
+    return sorted(new, key=key)
 
 
 def _inherited(seats: Sequence[Seat], i: int, ranks_per_node: int) -> list[Seat]:

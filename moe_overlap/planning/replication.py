@@ -37,8 +37,8 @@ from moe_overlap.planning.copy_candidates import fill, level, near, node_copies,
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat, check_count, lane_of, rank_rows
 
-TARGETS, FEW_TARGETS, REFINED = 12, (0, 2, 4, 7), 4
-LEAST_TRIES, WORK = 16, 1 << 14  # tries; more of them where ranks times experts are few
+TARGETS, FEW_TARGETS, NEAR_TARGETS, REFINED = 12, (0, 2, 4, 7), (0, 1, 2, 3), 4
+LEAST_TRIES, MANY_TRIES, WORK = 12, 40, 1 << 14  # tries; more of them where ranks times experts are few
 TIE = 1e-9  # relative; rounding must not choose
 MARGIN = 0.01
 
@@ -99,18 +99,19 @@ def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: i
     left_s, left_relayed = price(load, load.seats, phases)
     ranks, experts = load.counts.shape
     tries = max(LEAST_TRIES, WORK // (ranks * experts))
-    best = _Best(load, phases, tries, seconds=left_s, seats=load.seats, relayed=left_relayed)
+    best = _Best(load, phases, tries, tries >= MANY_TRIES, seconds=left_s, seats=load.seats, relayed=left_relayed)
+    targets = range(TARGETS) if best.many else NEAR_TARGETS
     if len(load.seats) > experts:
-        best.try_targets(load.seats, range(TARGETS), 0)
-    best.try_targets(load.seats, range(TARGETS), most_copies)
-    wanted = node_copies(load, phases, most_copies)
+        best.try_targets(load.seats, targets, 0)
+    best.try_targets(load.seats, targets, most_copies)
+    wanted = node_copies(load, phases, most_copies) if best.many else []
     for quarters in (4, 2, 1, 3):
         copies = wanted[: len(wanted) * quarters // 4]
         if copies:
             start = with_node_copies(load, copies)
             best.attempt(start)
             best.try_targets(start, FEW_TARGETS, most_copies - len(copies))
-    while any(best.tries and best.attempt(level(load, seats)) for seats in near(load, best.seats, most_copies)):
+    while any(best.tries and best.attempt_levelled(seats) for seats in near(load, best.seats, most_copies)):
         pass
     if not best.seconds < left_s * (1 - margin):
         return Decision(left=True, left_s=left_s, predicted_s=left_s, seats=load.seats, relayed=left_relayed)
@@ -119,11 +120,13 @@ def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: i
 
 @dataclass
 class _Best:
-    """The best of the seats that were tried; `tries`: how many more may be."""
+    """The best of the seats that were tried; `tries`: how many more may be. `many`: there were enough of them for the
+    whole; else targets near the mean are tried, and what differs little from the best."""
 
     load: Load
     phases: Sequence[PhaseCosts]
     tries: int
+    many: bool
     seconds: float
     seats: tuple[Seat, ...]
     relayed: bool
@@ -141,6 +144,11 @@ class _Best:
         self.seconds, self.seats, self.relayed = seconds, tuple(kept), relayed
         return True
 
+    def attempt_levelled(self, seats: Sequence[Seat]) -> bool:
+        """`attempt`, with rows levelled inside nodes; the best itself takes no try."""
+        found = level(self.load, seats)
+        return found != self.seats and self.attempt(found)
+
     def try_targets(self, start: Sequence[Seat], places: Sequence[int], most_copies: int) -> None:
         """Targets at these places, from the fullest rank's rows on down, and at the mean of the fullest node; then more
         around the best of the places."""
@@ -157,8 +165,9 @@ class _Best:
             if attempt_at(targets[j]):
                 low, high = targets[max(0, j - 1)], targets[j + 1]
         attempt_at(max(nodes))
-        for i in range(1, REFINED + 1) if high >= low else ():
-            attempt_at(low + (high - low) * i // (REFINED + 1))
+        refined = REFINED if self.many else 1
+        for i in range(1, refined + 1) if high >= low else ():
+            attempt_at(low + (high - low) * i // (refined + 1))
 
 
 def priced(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> float:

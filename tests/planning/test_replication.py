@@ -77,6 +77,19 @@ def test_the_compiled_decision_is_the_reference_to_the_last_bit(seed):
     assert found == decide_reference(load, phases, most_copies=most, margin=margin)
 
 
+@pytest.mark.parametrize(("ranks", "experts"), [(16, 32), (16, 64), (64, 64), (32, 256)])
+def test_the_compiled_decision_is_the_reference_where_tries_are_few(ranks, experts):
+    if native.planner() is None:
+        pytest.skip("not built")
+    rng = np.random.default_rng(ranks * experts)
+    for joined in (False, True):
+        load = drawn(rng, ranks, experts, 8, copies=4)
+        phases = [replace(random_phase(rng), joined=joined, row_s=1.0, relays=True), random_phase(rng)]
+        found = decide(load, phases)
+        assert found == decide_reference(load, phases, most_copies=sum(load.spare), margin=0.01)
+        assert found.predicted_s <= found.left_s
+
+
 @pytest.mark.parametrize("bits", [31, 33, 38])
 def test_the_compiled_decision_is_the_reference_for_the_rows_of_many_steps(bits):
     if native.planner() is None:

@@ -220,7 +220,7 @@ def test_torchrun_gives_the_ranks(tmp_path):
 def test_a_killed_rank_ends_all(tmp_path):
     process = start(["--tokens", "2048", "--repeats", "500", "--link", "100mbit", "--out", str(tmp_path)])
     children: list[int] = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200  # of a busy machine
     while len(children) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
         children = ranks_of(process.pid)
