@@ -192,7 +192,7 @@ def extensions(parts: list[str]) -> list[Extension]:
         torch = package_root("torch") or Path("torch")
         binding = Extension(
             "moe_overlap.native._C",
-            ["csrc/bindings/torch_ops.cpp", "csrc/bindings/torch_row_ops.cpp"],
+            [f"csrc/bindings/torch_{part}.cpp" for part in ("ops", "gate_ops", "row_ops")],
             include_dirs=[str(ROOT / "csrc"), str(torch / "include")],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops import checks, registry
+from moe_overlap.ops import checks, compiled, registry, workspace
 from moe_overlap.ops.library import cast_under_autocast, define, differentiate, implement, refuse_derivative
 
 SCORES = ("softmax", "topk_softmax", "sigmoid")
@@ -123,6 +123,33 @@ def _gate_topk(
     return weights_TK, ids_TK, counts[1:].clone(), status
 
 
+def _gate_topk_cpp(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference's results bit for bit: what is compared and the weights are made as there."""
+    logits_TE = logits_TE.contiguous()
+    scores_TE = _scores(logits_TE, score)
+    choice_TE = None if bias_E is None else scores_TE + bias_E
+    tokens, num_experts = logits_TE.shape
+    ids_TK, counts_E, status = (
+        logits_TE.new_empty(shape, dtype=torch.int32) for shape in ((tokens, k), (num_experts,), (1,))
+    )
+    torch.ops.moe_overlap._gate_topk_cpp.default(
+        logits_TE, choice_TE, n_group, topk_group, 1 if bias_E is None else 2, ids_TK, counts_E, status
+    )
+    weights_TK = _weights(scores_TE.gather(1, _index(ids_TK)), score, renormalize, scale)
+    if status.item():
+        weights_TK = weights_TK.masked_fill(ids_TK[:, :1] < 0, 0)
+    return weights_TK, ids_TK, counts_E, status
+
+
 def _weights(chosen_TK: torch.Tensor, score: str, renormalize: bool, scale: float) -> torch.Tensor:
     if score == "topk_softmax":
         return chosen_TK.softmax(dim=-1) * scale
@@ -141,9 +168,51 @@ def _gate_topk_backward(
 ) -> torch.Tensor:
     """Gradient of the logits. With chosen scores u and s = sum(u): w = scale * u / s, so
     du = scale * (dw - sum(dw * u / s)) / s; then through softmax or sigmoid."""
-    index_TK = ids_TK.clamp(min=0).long()
+    scores_TE, chosen_TK, d_TK = _through_weights(dweights_TK, logits_TE, ids_TK, score, renormalize, scale)
+    dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, _index(ids_TK), d_TK)
+    if score == "softmax":
+        dlogits_TE = scores_TE * (dlogits_TE - (d_TK * chosen_TK).sum(dim=-1, keepdim=True))
+    return dlogits_TE.masked_fill_((ids_TK[:, :1] < 0), 0)
+
+
+def _gate_topk_backward_cpp(
+    dweights_TK: torch.Tensor,
+    logits_TE: torch.Tensor,
+    ids_TK: torch.Tensor,
+    score: str,
+    renormalize: bool,
+    scale: float,
+) -> torch.Tensor:
+    """The reference's results bit for bit: the chosen scores are differentiated as there."""
+    logits_TE = logits_TE.contiguous()
+    scores_TE, chosen_TK, d_TK = _through_weights(dweights_TK, logits_TE, ids_TK, score, renormalize, scale)
+    dlogits_TE = workspace.empty(logits_TE.shape, like=logits_TE, rows=False)
+    weighted_T = (d_TK * chosen_TK).sum(dim=-1) if score == "softmax" else None
+    torch.ops.moe_overlap._gate_topk_backward_cpp.default(
+        d_TK.contiguous(),
+        ids_TK.contiguous(),
+        scores_TE if score == "softmax" else None,
+        weighted_T,
+        dlogits_TE,
+    )
+    return dlogits_TE
+
+
+def _index(ids_TK: torch.Tensor) -> torch.Tensor:
+    return ids_TK.long().clamp_(min=0)
+
+
+def _through_weights(
+    dweights_TK: torch.Tensor,
+    logits_TE: torch.Tensor,
+    ids_TK: torch.Tensor,
+    score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(scores [T, E], those of the chosen experts [T, K], their gradients [T, K])."""
     scores_TE = _scores(logits_TE, score)
-    chosen_TK = scores_TE.gather(1, index_TK)
+    chosen_TK = scores_TE.gather(1, _index(ids_TK))
     d_TK = dweights_TK * scale
     if score == "topk_softmax":
         share_TK = chosen_TK.softmax(dim=-1)
@@ -153,10 +222,7 @@ def _gate_topk_backward(
         d_TK = (d_TK - (d_TK * chosen_TK).sum(dim=-1, keepdim=True) / total_T1) / total_T1
     if score == "sigmoid":
         d_TK = d_TK * chosen_TK * (1 - chosen_TK)
-    dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, index_TK, d_TK)
-    if score == "softmax":
-        dlogits_TE = scores_TE * (dlogits_TE - (d_TK * chosen_TK).sum(dim=-1, keepdim=True))
-    return dlogits_TE.masked_fill_((ids_TK[:, :1] < 0), 0)
+    return scores_TE, chosen_TK, d_TK
 
 
 def _gate_topk_fake(logits_TE: torch.Tensor, bias_E: Any, k: int, *rest: Any) -> tuple[torch.Tensor, ...]:
@@ -189,7 +255,29 @@ define(
 define(
     "gate_topk_backward(Tensor dweights, Tensor logits, Tensor ids, str score, bool renormalize, float scale) -> Tensor"
 )
+# In the compiled part, where there is one; see csrc/bindings.
+define(
+    "_gate_topk_cpp(Tensor logits, Tensor? choice, int n_group, int topk_group, int summed, Tensor(a!) ids, "
+    "Tensor(b!) counts, Tensor(c!) status) -> ()"
+)
+registry.add(
+    "gate_topk",
+    "cpp",
+    _gate_topk_cpp,
+    obstacle=compiled.obstacle("gate_topk"),
+    merit="compiled: the k best are kept while a row is read, and nothing is sorted",
+)
 registry.add("gate_topk", "reference", _gate_topk, merit="pure PyTorch, runs everywhere")
+define(
+    "_gate_topk_backward_cpp(Tensor dchosen, Tensor ids, Tensor? scores, Tensor? weighted, Tensor(a!) dlogits) -> ()"
+)
+registry.add(
+    "gate_topk_backward",
+    "cpp",
+    _gate_topk_backward_cpp,
+    obstacle=compiled.obstacle("gate_topk_backward"),
+    merit="compiled: gradients of the logits are written once",
+)
 registry.add("gate_topk_backward", "reference", _gate_topk_backward, merit="pure PyTorch, runs everywhere")
 implement("gate_topk", registry.kernel("gate_topk"), _gate_topk_fake)
 implement(

@@ -1,14 +1,24 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from moe_overlap import ops
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops import registry
 from tests import tolerances
-from tests.ops.cases import randn
+from tests.ops.cases import cpu_implementations, randn
 from tests.strategies import LOGITS, make_logits
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "implementation")
+
+
+@pytest.fixture(params=cpu_implementations("gate_topk"))
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this file runs with each of them."""
+    with registry.force("gate_topk", request.param), registry.force("gate_topk_backward", request.param):
+        yield
 
 
 def python_gate(

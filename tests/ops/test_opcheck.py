@@ -86,8 +86,10 @@ def test_every_operator_is_here() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("moe_overlap::")
     }
-    # The compiled ones have no kernel in a pure-Python install; test_row_map, test_cpu_rows and tests/gpu compare them.
-    on_cpu = ("row_map", "permute", "combine", "combine_backward", "activation_rows", "activation_rows_backward")
+    # The compiled ones have no kernel in a pure-Python install; test_row_map, test_cpu_gate, test_cpu_rows and
+    # tests/gpu compare them.
+    rows = ("row_map", "permute", "combine", "combine_backward", "activation_rows", "activation_rows_backward")
+    on_cpu = (*rows, "gate_topk", "gate_topk_backward")
     compiled = {*(f"_{op}_cpp" for op in on_cpu), *map(cuda_kernels.kernel_op, cuda_kernels.OPS)}
     assert registered - compiled == {name.split("/")[0] for name in samples()}
 
