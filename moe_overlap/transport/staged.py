@@ -202,7 +202,8 @@ class StagedWork:
         """ConfigError in a CUDA graph: what is captured has not run."""
         if self._captured:
             raise ConfigError("done", "an exchange in a CUDA graph", "wait(): a graph cannot be asked how far it is")
-        return bool(self._end.query())
+        void = self._source is not None and self._transport._is_void(self._generation)
+        return void or bool(self._end.query())
 
     def interval(self) -> tuple[float, float] | None:
         return None
