@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_overlap.commands.bench.routing import read_file
 from moe_overlap.commands.parser import OneLineParser, TypedDefaults, check_count, check_folder, check_number, flag_of
-from moe_overlap.commands.saying import saying
+from moe_overlap.commands.progress import saying
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import read_regular, write_atomically
 from moe_overlap.measure.picture import write_figure

@@ -21,6 +21,7 @@ import torch
 
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops.devices import as_device
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.local import LocalTransport
@@ -39,7 +40,7 @@ class Engine:
     """What a wire asks of a CUDA device. Raises ConfigError where there is none."""
 
     def __init__(self, device: torch.device | str | None) -> None:
-        wanted = torch.device("cuda" if device is None else device)
+        wanted = as_device("cuda" if device is None else device)
         if wanted.type != "cuda" or not torch.cuda.is_available():
             raise ConfigError("device", str(wanted), "a CUDA device, whose copy engines are the wire")
         index = torch.cuda.current_device() if wanted.index is None else wanted.index

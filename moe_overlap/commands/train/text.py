@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moe_overlap.commands.saying import saying
+from moe_overlap.commands.progress import saying
 from moe_overlap.commands.train.files import read_tensors, write_tensors
 from moe_overlap.commands.train.seeds import generator
 from moe_overlap.errors import ConfigError
