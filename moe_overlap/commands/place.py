@@ -46,7 +46,7 @@ HELP = {
     "top_k": "choices of a token that count in the routing file",
     "ranks": "ranks that share the experts out",
     "ranks_per_node": "ranks of a node; 0: all",
-    "slots": "slots of a rank",
+    "slots": "slots of a rank (at most 32 on 1024 ranks, four times as many on half of them, and so on)",
     "budget": "experts' weights that may move; -1: any number",
     "planners": "names, with commas: " + ", ".join(PLANNERS),
     "expert_bytes": "bytes of one expert's weights",

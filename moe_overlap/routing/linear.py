@@ -140,9 +140,7 @@ class LinearRouter(ExpertMask):
                       variable_k=variable_k is not None)  # fmt: skip
         check_selection(group_score, logits_dtype)
         check_device(device)
-        self.hidden_size = hidden_size
-        self.num_experts = num_experts
-        self.top_k = top_k
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score = score
         self.renormalize = renormalize
         self.scale = scale

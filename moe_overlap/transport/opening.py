@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from moe_overlap.ops.devices import as_device
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.named_device import as_device
 
 
 def open_transport(

@@ -21,10 +21,10 @@ import torch
 
 from moe_overlap.agreement.plan import ChunkPlan
 from moe_overlap.errors import ConfigError
-from moe_overlap.ops.devices import as_device
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.named_device import as_device
 from moe_overlap.transport.where import Where
 
 PIECE_BYTES = 8 << 20
