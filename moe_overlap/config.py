@@ -17,25 +17,28 @@ from moe_overlap.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class EnvVariable:
-    """One variable: its name, what it means, its default and the closed range its value must lie in."""
+    """One variable: its name, what it means, its default and the closed range its value must lie in; `whole`: as an
+    integer."""
 
     name: str
     meaning: str
     default: float
     low: float
     high: float
+    whole: bool = False
 
     def read(self) -> float:
-        """The value in force. Raises ConfigError for text that is no number or lies outside the range."""
+        """The value in force. Raises ConfigError for text that is no such number or lies outside the range."""
         text = os.environ.get(self.name)
         if text is None or text == "":
             return self.default
-        expected = f"a number from {self.low:g} to {self.high:g} ({self.meaning})"
+        expected = f"{'an integer' if self.whole else 'a number'} from {self.low:g} to {self.high:g} ({self.meaning})"
         try:
             value = float(text)
         except ValueError:
             raise ConfigError(self.name, text[:80], expected) from None
-        if not text.isascii() or math.isnan(value) or not self.low <= value <= self.high:
+        outside = math.isnan(value) or not self.low <= value <= self.high
+        if not text.isascii() or outside or (self.whole and not value.is_integer()):
             raise ConfigError(self.name, text[:80], expected)
         return value
 
@@ -65,6 +68,7 @@ EXCHANGE_SMS = EnvVariable(
     default=16.0,
     low=0.0,
     high=1024.0,
+    whole=True,
 )
 VARIABLES = (TIMEOUT_S, SLOW_PEER_S, EXCHANGE_SMS)
 TRITON_INTERPRET = "TRITON_INTERPRET"

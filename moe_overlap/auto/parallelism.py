@@ -62,11 +62,10 @@ class ParallelismSwitch:
     relayed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        bad = self.degrees is not None and (
-            not self.degrees or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.degrees)
-        )
-        if bad:
-            raise ConfigError("degrees", self.degrees, "None, or integers of at least 1")
+        given = self.degrees
+        bad = not isinstance(given, Sequence) or not given
+        if given is not None and (bad or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in given)):
+            raise ConfigError("degrees", self.degrees, "None, or a sequence of integers of at least 1")
         check_count("ranks_per_node", self.ranks_per_node, least=1)
         check_options(self.phases, None, self.margin)
 

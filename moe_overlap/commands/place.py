@@ -7,7 +7,9 @@ the trace and is judged on the second half, whose steps it has not seen.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 
 from moe_overlap.commands.bench.routing import read_file
 from moe_overlap.commands.parser import OneLineParser, TypedDefaults, check_count, check_folder, check_number, flag_of
+from moe_overlap.commands.progress import saying
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import read_regular, write_atomically
 from moe_overlap.measure.picture import write_figure
@@ -28,6 +31,9 @@ PROGRAM = "moe-overlap place"
 OUTPUTS = ("place.json", "place.png")
 MOST_BYTES = 1 << 26  # of a trace
 MOST_RANKS, MOST_EXPERTS = 1024, 4096
+# Figures that one table may have: the shares of all ranks in all slots, and the counts of a trace by rank.
+MOST_SHARES, MOST_COUNTS = 1 << 25, 1 << 27
+LONG = 1 << 23  # such shares: from here on every part of the work is said beforehand
 STEPS_OF_FILE = 16  # that the tokens of a saved routing are cut into
 LEGEND = """\
 step ms: of the slowest rank, with its experts, the rows it sends and receives, and the gradients of copies
@@ -40,7 +46,7 @@ HELP = {
     "top_k": "choices of a token that count in the routing file",
     "ranks": "ranks that share the experts out",
     "ranks_per_node": "ranks of a node; 0: all",
-    "slots": "slots of a rank",
+    "slots": "slots of a rank (at most 32 on 1024 ranks, four times as many on half of them, and so on)",
     "budget": "experts' weights that may move; -1: any number",
     "planners": "names, with commas: " + ", ".join(PLANNERS),
     "expert_bytes": "bytes of one expert's weights",
@@ -87,6 +93,9 @@ class PlaceOptions:
             check_number(name, getattr(self, name), 1e-6, 1e9)
         if self.ranks % (self.ranks_per_node or self.ranks):
             raise ConfigError("--ranks-per-node", self.ranks_per_node, f"0 or a divisor of --ranks ({self.ranks})")
+        if self.slots * self.ranks**2 > MOST_SHARES:
+            expected = f"at most {MOST_SHARES // self.ranks**2} slots on each of {self.ranks} ranks"
+            raise ConfigError("--slots", self.slots, f"{expected} (ranks x slots of all ranks: {MOST_SHARES} at most)")
         if not self.names or any(name not in PLANNERS for name in self.names):
             raise ConfigError("--planners", self.planners, f"names of {', '.join(PLANNERS)}, with commas between")
         if bool(self.trace) == bool(self.routing):
@@ -123,7 +132,8 @@ def main(argv: Sequence[str]) -> int:
     out = check_folder("--out", options.out, OUTPUTS)
     found = rows(options, steps)
     write_atomically(out / "place.json", (json.dumps([row for row, _ in found], indent=1) + "\n").encode())
-    write_png(out / "place.png", [(row["planner"], placement) for row, placement in found], steps)
+    with _part(options, OUTPUTS[1]):
+        write_png(out / "place.png", [(row["planner"], placement) for row, placement in found], steps)
     print("\n".join(_table([row for row, _ in found])))
     print(f"\n{LEGEND}")
     print(f"predicted, nothing was run: judged on {len(steps) - len(steps) // 2} of {len(steps)} steps")
@@ -137,7 +147,13 @@ def read_trace(options: PlaceOptions) -> np.ndarray:
         text = read_regular(Path(options.trace), most_bytes=MOST_BYTES).decode()
     except (OSError, ValueError) as error:
         raise ConfigError("--trace", options.trace, f"a text file that can be read ({error})") from None
-    steps = [_counts(options, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    steps: list[np.ndarray] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            steps.append(_counts(options, number, line))
+        if steps and len(steps) * steps[-1].size > MOST_COUNTS:
+            most = MOST_COUNTS // steps[-1].size
+            raise ConfigError("--trace", options.trace, f"at most {most} steps for {options.ranks} ranks")
     if not steps or len({one.shape for one in steps}) != 1:
         raise ConfigError("--trace", options.trace, "at least one line, all of as many experts")
     return np.stack(steps)
@@ -150,7 +166,7 @@ def _counts(options: PlaceOptions, number: int, line: str) -> np.ndarray:
         value = json.loads(line)
         if isinstance(value, dict):
             value = value.get("tokens_per_expert")
-        table = np.array(value)
+        table = np.array(value) if _whole(value) else np.empty(0)
     except (ValueError, RecursionError, OverflowError):
         raise bad from None
     if table.ndim not in (1, 2) or not table.size or table.dtype != np.int64 or table.shape[-1] > MOST_EXPERTS:
@@ -161,6 +177,13 @@ def _counts(options: PlaceOptions, number: int, line: str) -> np.ndarray:
         return table
     part = np.arange(options.ranks + 1)[:, None] * table // options.ranks
     return np.diff(part, axis=0)
+
+
+def _whole(value: object) -> bool:
+    """Whether lists have integers alone: NumPy takes the true and false of JSON for 1 and 0 beside them."""
+    if not isinstance(value, list):
+        return type(value) is int
+    return set(map(type, value)) <= {int} or all(map(_whole, value))
 
 
 def read_routing(options: PlaceOptions) -> np.ndarray:
@@ -179,10 +202,24 @@ def rows(options: PlaceOptions, steps: np.ndarray) -> list[tuple[dict[str, Any],
     seen, judged = steps[: max(1, half)].sum(axis=0), steps[half:]
     before = spread(steps.shape[2], [options.slots] * options.ranks)
     budget = None if options.budget < 0 else options.budget
-    made = [("before", before)]
-    made += [(name, PLANNERS[name](seen, topology, slots=options.slots, current=before, budget=budget))
-             for name in options.names]  # fmt: skip
-    return [(_row(name, before, placement, judged, topology), placement) for name, placement in made]
+    found = []
+    for name in ("before", *options.names):
+        with _part(options, name):
+            placement = before
+            if name != "before":
+                placement = PLANNERS[name](seen, topology, slots=options.slots, current=before, budget=budget)
+            found.append((_row(name, before, placement, judged, topology), placement))
+    return found
+
+
+@contextmanager
+def _part(options: PlaceOptions, name: str) -> Iterator[None]:
+    """One part of the work: what takes long is said, before a large one too, as compiled planners let nobody speak."""
+    what = f"{PROGRAM}: {name}, {options.slots} slots on each of {options.ranks} ranks"
+    if options.slots * options.ranks**2 > LONG:
+        print(f"{what}, may take up to minutes", file=sys.stderr, flush=True)
+    with saying(what):
+        yield
 
 
 def _row(name: str, before: Placement, placement: Placement, judged: np.ndarray, topology: Topology) -> dict[str, Any]:

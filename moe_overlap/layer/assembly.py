@@ -18,6 +18,7 @@ from moe_overlap.layer.arguments import AnySchedule
 from moe_overlap.layer.experts import Experts, check_weights, w_in_name, weights_of
 from moe_overlap.layer.shared_expert import SharedExpert
 from moe_overlap.ops.activation_kinds import check_activation
+from moe_overlap.ops.devices import check_device
 from moe_overlap.parallel.optimizers import guard_optimizers
 from moe_overlap.parallel.ownership import Ownership, refuse_sharded
 from moe_overlap.parallel.replicas import Replicas, check_replicas, replicas_of
@@ -217,6 +218,7 @@ def activation_of(experts: nn.Module | None, activation: str | None) -> str:
 
 def factory_of(experts: nn.Module | None, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     """Device and dtype of what a layer builds: as asked for, else as the experts given have them."""
+    check_device(device)
     if experts is None:
         return {"device": device, "dtype": dtype}
     weight = getattr(experts, "down_proj", None)

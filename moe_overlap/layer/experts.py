@@ -17,6 +17,7 @@ from moe_overlap.agreement.copies import gathered
 from moe_overlap.errors import ConfigError
 from moe_overlap.layer.arguments import check_positive
 from moe_overlap.ops.activation_kinds import check_activation, is_gated
+from moe_overlap.ops.devices import check_device
 from moe_overlap.parallel.ownership import Ownership, refuse_sharded
 from moe_overlap.schedule.dispatch import Dispatcher
 
@@ -53,6 +54,7 @@ class Experts(nn.Module):
         super().__init__()
         check_positive(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, num_experts=num_experts)
         check_activation("activation", activation)
+        check_device(device)
         ids = tuple(range(num_experts)) if expert_ids is None else _checked_ids(expert_ids, num_experts)
         self.hidden_size, self.ffn_hidden_size, self.num_experts = hidden_size, ffn_hidden_size, num_experts
         self.expert_ids = ids

@@ -130,7 +130,8 @@ def _described(metadata: dict[str, str], tensors: dict[str, torch.Tensor], path:
                 raise ValueError("no ids [N, K]")
             width = min(int(metadata.get("K", ids.shape[1])), ids.shape[1])
             return [{"name": "", "E": int(metadata["E"]), "K": width, "tokens": [ids.shape[0]]}]
-        found = [{"name": str(one["name"]), "E": int(one["E"]), "K": int(one["K"]), "tokens": _counts(one["tokens"])}
+        found = [{"name": str(one["name"]), "E": _whole(one["E"]), "K": _whole(one["K"]),
+                  "tokens": _counts(one["tokens"])}
                  for one in json.loads(metadata["layers"])]  # fmt: skip
         if not found:
             raise ValueError("no layer")
@@ -140,10 +141,16 @@ def _described(metadata: dict[str, str], tensors: dict[str, torch.Tensor], path:
 
 
 def _counts(given: Iterable[Any]) -> list[int]:
-    counts = [int(count) for count in given]
+    counts = [_whole(count) for count in given]
     if any(count < 0 for count in counts):
         raise ValueError("negative tokens")
     return counts
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r} is no integer")
+    return value
 
 
 def _read_layer(

@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_overlap import ops
 from moe_overlap.layer.experts import w_in_rows
+from moe_overlap.ops.devices import check_device
 from moe_overlap.schedule.user_ops import check_result
 
 
@@ -23,6 +24,7 @@ class SharedExpert(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
+        check_device(factory.get("device"))
         self.up = nn.Linear(hidden_size, w_in_rows(activation, ffn_hidden_size), bias=False, **factory)
         self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False, **factory)
         self.gate = nn.Linear(hidden_size, 1, bias=False, **factory) if gated else None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops.devices import as_device, check_device
 
 Obstacle = Callable[[torch.device, torch.dtype], "str | None"]
 Limit = Callable[..., "str | None"]
@@ -95,7 +96,7 @@ def choose(
     `arguments` are those of one call, for implementations that take or suit only some sizes; None: any that fit. Raises
     ConfigError for an operator that does not exist and for a forced implementation that cannot run.
     """
-    candidates = _candidates(op, torch.device(device), dtype)
+    candidates = _candidates(op, as_device(device), dtype)
     if arguments is None:
         return candidates[0].choice
     best, passed_over = _best(op, candidates, arguments)
@@ -159,7 +160,7 @@ def force(op: str, impl: str) -> Iterator[None]:
 
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
     """One line per operator and one per implementation that was passed over: what runs on this device and why."""
-    at = torch.device(device)
+    at = _present(device)
     lines = []
     for op in sorted(_implementations):
         choice = choose(op, device=at, dtype=dtype)
@@ -174,13 +175,18 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
 def grouped(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
     """What runs on this device, a line for each implementation: "on cpu: reference for 9 ops (gate_topk, ...)". The
     reasons are `explain`'s."""
-    at = torch.device(device)
+    at = _present(device)
     ops_of: dict[str, list[str]] = {}
     for op in sorted(_implementations):
         ops_of.setdefault(choose(op, device=at, dtype=dtype).impl, []).append(op)
     by_count = sorted(ops_of.items(), key=lambda item: (-len(item[1]), item[0]))
     return [f"on {at}: {impl} for {len(ops)} op{'s' if len(ops) > 1 else ''} ({', '.join(ops)})"
             for impl, ops in by_count]  # fmt: skip
+
+
+def _present(device: torch.device | str) -> torch.device:
+    check_device(device)
+    return as_device(device)
 
 
 def _nothing(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -40,6 +40,7 @@ class Flow:
     sync_s: np.ndarray
     topology: Topology
     limit_s: float = 0.0
+    _seconds: np.ndarray | None = None  # what `seconds` is until the next change
 
     @classmethod
     def of(cls, slots: np.ndarray, room: np.ndarray, traffic: np.ndarray, topology: Topology, threshold: float) -> Flow:
@@ -48,7 +49,7 @@ class Flow:
         found = cls(slots, room, traffic.sum(axis=0), unit_s, np.zeros(slots.shape), topology)
         for expert in range(slots.shape[1]):
             found.sync_s[:, expert] = found.sync(slots[:, expert])
-        found.limit_s = threshold * float(found.cost_s.sum(axis=1).mean())
+        found.limit_s = threshold * float(found.seconds.mean())
         return found
 
     def sync(self, slots_of_expert: np.ndarray) -> np.ndarray:
@@ -61,6 +62,13 @@ class Flow:
         """float64 [W, E]: what each expert costs a rank."""
         found: np.ndarray = self.slots / self.slots.sum(axis=0) * self.unit_s + self.sync_s
         return found
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """float64 [W]: what each rank takes. Kept from one change to the next, as every candidate asks for it."""
+        if self._seconds is None:
+            self._seconds = self.cost_s.sum(axis=1)
+        return self._seconds
 
     @property
     def per_slot(self) -> np.ndarray:
@@ -78,7 +86,7 @@ class Flow:
 
     def changed_s(self, change: Change) -> np.ndarray:
         """float64 [W]: seconds of each rank after a change."""
-        found: np.ndarray = self.cost_s.sum(axis=1)
+        found = self.seconds
         for expert, slots in change:
             before = self.slots[:, expert] / self.slots[:, expert].sum() * self.unit_s[:, expert]
             after = slots / slots.sum() * self.unit_s[:, expert]
@@ -96,6 +104,7 @@ class Flow:
         for expert, slots in change:
             self.slots[:, expert] = slots
             self.sync_s[:, expert] = self.sync(slots)
+        self._seconds = None
 
 
 LESS = 1 - 1e-9  # a change has to gain more than rounding does
@@ -123,7 +132,7 @@ def flex_slots(
         return True
 
     while flow.ratio > threshold:
-        slowest = flow.slots[flow.cost_s.sum(axis=1).argmax()]
+        slowest = flow.slots[flow.seconds.argmax()]
         over = flow.per_slot[slowest > 0].max() > threshold * flow.load.sum() / len(flow.room)
         steps = (_expansion, _exchange) if over else (_exchange, _expansion)
         if not any(made(step(flow, fixed)) for step in steps):
@@ -136,7 +145,7 @@ def flex_slots(
 def _expansion(flow: Flow, fixed: np.ndarray) -> Change | None:
     """One more slot for the most loaded expert that this helps, in one that is free or that another expert leaves; None
     where it helps none."""
-    now = flow.above(flow.cost_s.sum(axis=1))
+    now = flow.above(flow.seconds)
     for hot in np.argsort(-flow.per_slot, kind="stable").tolist():
         best: tuple[float, float, int, Change] | None = None
         for rank in np.nonzero(flow.slots[:, hot] == 0)[0].tolist():
@@ -185,7 +194,7 @@ def _exchange(flow: Flow, fixed: np.ndarray) -> Change | None:
     """An expert of the slowest rank moves to another rank, or changes places with one there, so that the slower of
     both gets as fast as can be; None where no rank gets faster so, or others slower by more."""
     cost_s = flow.cost_s
-    seconds = cost_s.sum(axis=1)
+    seconds = flow.seconds
     slowest = int(seconds.argmax())
     found: list[tuple[float, int, int, int | None]] = []
     for expert in np.nonzero((flow.slots[slowest] > 0) & ~fixed[slowest])[0].tolist():
@@ -218,7 +227,7 @@ def _exchange(flow: Flow, fixed: np.ndarray) -> Change | None:
 def _cheaper(flow: Flow, fixed: np.ndarray) -> Change | None:
     """Two slots of two ranks that change places, where this makes the exchanges of gradients cheaper by most and no
     rank slower than the slowest is; None where there is none."""
-    now_s, total = flow.cost_s.sum(axis=1), float(flow.sync_s.sum())
+    now_s, total = flow.seconds, float(flow.sync_s.sum())
     best: tuple[float, Change] | None = None
     for rank, expert, other, second in _pairs(flow, fixed):
         change = [

@@ -285,6 +285,8 @@ def _slots_on(ranks: Sequence[int], slot_to_expert: Sequence[int], slots_by_rank
     """The first slot of each expert e on rank ranks[e]. ConfigError where there is none."""
     experts = max(slot_to_expert) + 1
     homes = [-1] * len(ranks)
+    if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
+        raise ConfigError("homes", list(ranks), "ranks, integers")
     if len(ranks) == experts:
         of_slots = (rank for rank, slots in enumerate(slots_by_rank) for _ in range(slots))
         for slot, (expert, rank) in enumerate(zip(slot_to_expert, of_slots, strict=True)):

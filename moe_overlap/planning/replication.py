@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Real
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def decide(
 def check_options(phases: Sequence[PhaseCosts], most_copies: int | None, margin: float) -> None:
     """Raises ConfigError for options of `decide` that say nothing."""
     given = [type(one).__name__ for one in phases] if isinstance(phases, Sequence) else type(phases).__name__
-    if not phases or not isinstance(given, list) or not all(isinstance(one, PhaseCosts) for one in phases):
+    if not given or not isinstance(given, list) or not all(isinstance(one, PhaseCosts) for one in phases):
         expected = "the PhaseCosts of forward, or of both phases: what nominal_costs and measured_costs return"
         raise ConfigError("phases", given, expected)
     check_limits(most_copies, margin)
@@ -90,7 +91,7 @@ def check_limits(most_copies: int | None, margin: float) -> None:
     """`check_options`, without prices."""
     if most_copies is not None:
         check_count("most_copies", most_copies, least=0)
-    if not 0 <= margin < 1:
+    if isinstance(margin, bool) or not isinstance(margin, Real) or not 0 <= float(margin) < 1:
         raise ConfigError("margin", margin, "a part of the time, from 0 to below 1")
 
 

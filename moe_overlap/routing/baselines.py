@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops.devices import check_device
 from moe_overlap.routing.checks import check_count, check_sizes, check_tokens, is_finite
 from moe_overlap.routing.choice import Choice, count_choices, decide
 from moe_overlap.routing.decision import STATUS_OK, RoutingDecision
@@ -67,6 +68,7 @@ class HashRouter(nn.Module):
         super().__init__()
         check_count("vocab_size", vocab_size)
         check_sizes(1, num_experts, top_k)
+        check_device(device)
         self.num_experts = num_experts
         self.top_k = top_k
         generator = torch.Generator().manual_seed(seed)

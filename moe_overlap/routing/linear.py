@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
+from moe_overlap.ops.devices import check_device
 from moe_overlap.ops.gate import SCORES as GATE_SCORES
 from moe_overlap.routing.assigned import choose_by_score
 from moe_overlap.routing.balance import (
@@ -138,9 +139,8 @@ class LinearRouter(ExpertMask):
         check_shaping(softcap, renormalize_eps, renormalize_p, renormalize=renormalize, expert_scale=expert_scale,
                       variable_k=variable_k is not None)  # fmt: skip
         check_selection(group_score, logits_dtype)
-        self.hidden_size = hidden_size
-        self.num_experts = num_experts
-        self.top_k = top_k
+        check_device(device)
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score = score
         self.renormalize = renormalize
         self.scale = scale

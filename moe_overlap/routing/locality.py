@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moe_overlap.errors import ConfigError
+from moe_overlap.ops.devices import check_device
 from moe_overlap.routing.balance import mean_over_tokens
 from moe_overlap.routing.checks import check_coefficients, is_finite
 from moe_overlap.routing.choice import Choice, count_choices
@@ -116,6 +117,7 @@ class LocalityBias(nn.Module):
         self, num_nodes: int, num_experts: int, *, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        check_device(device)
         self.weight = nn.Parameter(torch.zeros(num_nodes, num_experts, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:

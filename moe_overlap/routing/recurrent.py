@@ -18,6 +18,7 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
+from moe_overlap.ops.devices import check_device
 from moe_overlap.routing.checks import check_tokens
 from moe_overlap.routing.decision import RoutingDecision
 from moe_overlap.routing.linear import LinearRouter
@@ -50,6 +51,7 @@ class RecurrentRouter(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_device(device)
         if (cell is None) == (router_size is None):
             raise ConfigError("router_size", router_size, "an integer of at least 1, or None beside a cell")
         if cell is None:

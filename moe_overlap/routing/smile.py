@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops.checks import check_transform
+from moe_overlap.ops.devices import check_device
 from moe_overlap.routing.balance import GlobalBalance, load_balancing_loss
 from moe_overlap.routing.checks import check_coefficients, check_count, check_sizes, check_tokens, check_words
 from moe_overlap.routing.choice import Choice, Losses, choose_top_k, count_choices, decide, drop_bad_tokens
@@ -68,6 +69,7 @@ class SmileRouter(nn.Module):
         check_coefficients(alpha=alpha, beta=beta)
         if balance not in BALANCE:
             raise ConfigError("balance", balance, f"one of {', '.join(BALANCE)}")
+        check_device(device)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k

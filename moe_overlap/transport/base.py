@@ -49,7 +49,7 @@ class Work(Protocol):
         """The received rows. On CUDA the current stream waits, not the host. Raises a MoeTransportError in time."""
 
     def done(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether `wait` would return, or raise, at once: True after `close` and `reopen`, as it raises then."""
 
     def interval(self) -> tuple[float, float] | None:
         """(start_s, end_s) on the time.perf_counter clock during which the bytes were under way, once waited for."""

@@ -116,6 +116,7 @@ class EmulatedWork:
         self._senders = senders
         self._num_bytes = num_bytes
         self._extra_ns = extra_ns
+        self._generation = transport.inner.life.generation
         transport._unsettled.append(self)
         self._interval_ns: tuple[int, int] | None = None
         self._waited = False
@@ -129,6 +130,8 @@ class EmulatedWork:
         return out
 
     def done(self) -> bool:
+        if not self._waited and self._transport.inner._is_void(self._generation):
+            return True
         return self._inner.done() and time.perf_counter_ns() >= self._times()[1]
 
     def interval(self) -> tuple[float, float] | None:

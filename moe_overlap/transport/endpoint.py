@@ -341,6 +341,10 @@ class Endpoint(Speaker):
             text = "the transport was reopened since this began"
             raise TransportClosed(text, rank=self.rank, **where._asdict())
 
+    def _is_void(self, generation: int) -> bool:
+        """Whether `_require_begun_in` would raise: nobody needs to wait to learn of it."""
+        return self.life.cause is not None or generation != self.life.generation
+
     def _is_open_for(self, header: Header) -> bool:
         """Whether it is open for `header` already. Raises ConfigError when it is open for another one."""
         self._require_usable()

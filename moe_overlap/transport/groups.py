@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_overlap.agreement.cost import Grid
 from moe_overlap.config import EXCHANGE_SMS
 from moe_overlap.errors import ConfigError
+from moe_overlap.transport.named_device import as_device
 
 LOOK_S = 0.05  # between two looks at the peers while connections are made
 
@@ -139,10 +140,12 @@ def device_of(group: Any, device: torch.device | str | None) -> torch.device:
     backends = dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
     if device is None:
         device = "cpu" if backends.get("cpu") == "gloo" else "cuda"
-    device = torch.device(device)
+    device = as_device(device)
     wanted = {"cpu": "gloo", "cuda": "nccl"}.get(device.type)
     if wanted is None or backends.get(device.type) != wanted:
         raise ConfigError("device", device, f"cpu with gloo or cuda with nccl; the group has {backends}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", device, "a CUDA device of this machine: torch finds none")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device

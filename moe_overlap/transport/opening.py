@@ -8,6 +8,7 @@ import torch
 
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.named_device import as_device
 
 
 def open_transport(
@@ -20,7 +21,7 @@ def open_transport(
         return LocalTransport()
     from moe_overlap.transport.process_group import ProcessGroupTransport
 
-    device = torch.get_default_device() if device is None else torch.device(device)
+    device = torch.get_default_device() if device is None else as_device(device)
     return ProcessGroupTransport(
         group, timeout_s=timeout_s, device=device if device.type == "cuda" else None, lane=lane
     )

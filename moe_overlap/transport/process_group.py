@@ -53,7 +53,8 @@ class GroupWork:
         return self._out
 
     def done(self) -> bool:
-        return self._end_s is not None or bool(self._work.is_completed())
+        over = self._end_s is not None or self._transport._is_void(self._generation)
+        return over or bool(self._work.is_completed())
 
     def interval(self) -> tuple[float, float] | None:
         """From the start to the end of the wait: the bytes were under way at most so long."""

@@ -24,6 +24,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.exchange import Exchange
 from moe_overlap.transport.local import LocalTransport
+from moe_overlap.transport.named_device import as_device
 from moe_overlap.transport.where import Where
 
 PIECE_BYTES = 8 << 20
@@ -39,7 +40,7 @@ class Engine:
     """What a wire asks of a CUDA device. Raises ConfigError where there is none."""
 
     def __init__(self, device: torch.device | str | None) -> None:
-        wanted = torch.device("cuda" if device is None else device)
+        wanted = as_device("cuda" if device is None else device)
         if wanted.type != "cuda" or not torch.cuda.is_available():
             raise ConfigError("device", str(wanted), "a CUDA device, whose copy engines are the wire")
         index = torch.cuda.current_device() if wanted.index is None else wanted.index
@@ -202,7 +203,8 @@ class StagedWork:
         """ConfigError in a CUDA graph: what is captured has not run."""
         if self._captured:
             raise ConfigError("done", "an exchange in a CUDA graph", "wait(): a graph cannot be asked how far it is")
-        return bool(self._end.query())
+        void = self._source is not None and self._transport._is_void(self._generation)
+        return void or bool(self._end.query())
 
     def interval(self) -> tuple[float, float] | None:
         return None

@@ -56,9 +56,15 @@ class VirtualWork:
 
     def done(self) -> bool:
         """Gives other ranks a turn, so that a loop around it ends."""
-        if self._end_s is None and self._transport.rank not in self._meeting.served:
+        if not self._is_over:
             self._transport._take_turns(self._where)
-        return self._transport.rank in self._meeting.served
+        return self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        transport = self._transport
+        served = self._end_s is not None or transport.rank in self._meeting.served
+        return served or transport._is_void(self._generation) or transport._channel.abort is not None
 
     def interval(self) -> tuple[float, float] | None:
         return None if self._end_s is None else (self._start_s, self._end_s)

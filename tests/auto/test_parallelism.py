@@ -176,6 +176,7 @@ def test_the_digest_is_of_what_decides():
 
 @pytest.mark.parametrize("options", [
     {"degrees": []}, {"degrees": [0]}, {"degrees": [True]}, {"degrees": [1.5]}, {"ranks_per_node": 0}, {"margin": 1.0},
+    {"degrees": 2}, {"degrees": "2"}, {"degrees": np.array([1, 2])}, {"margin": "x"}, {"margin": None},
     {"phases": ()},
 ])  # fmt: skip
 def test_bad_options_are_refused(options):

@@ -7,7 +7,7 @@ import importlib
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -21,7 +21,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, dict[str, object]]] = {
     ("info",): ("moe_overlap.commands.info", {"lines": lambda **_: []}),
     ("kernels",): ("moe_overlap.commands.kernels", {}),
     ("plan",): ("moe_overlap.commands.plan.command", PLAN),
-    ("place",): ("moe_overlap.commands.place", {"write_png": lambda *_: None}),
+    ("place",): ("moe_overlap.commands.place", {"write_png": lambda *_: None, "saying": lambda _: nullcontext()}),
     ("train",): ("moe_overlap.commands.train.command", {"run": lambda *_, **__: 0}),
     ("verify",): ("moe_overlap.commands.verify", {"check": lambda *_, **__: None, "_tell": lambda *_: 0}),
     ("calibrate",): ("moe_overlap.commands.calibrate", {"run": lambda *_, **__: 0}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moe_overlap.commands import place as place_module
 from moe_overlap.commands.cli import main
 from moe_overlap.placement import Placement
 
@@ -60,7 +61,9 @@ def test_a_saved_routing(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "x", "[]", "[1.5, 2, 3, 4]", "[-1, 2, 3, 4]", "[1, 2, 3, 4]\n[1, 2, 3]", "[[1, 2, 3, 4]]", '{"a": 1}',
              "[" * 100000, "[1e400, 1, 1, 1]", '["1", "2", "3", "4"]', "[99999999999999999999, 1, 1, 1]", "null",
-             "[2000000000000, 1, 1, 1]", "[true, 1, 1, 1.5]", "[[1, 2], [3]]", "[1, 2, 3, 4, 5, 6, 7]"]
+             "[2000000000000, 1, 1, 1]", "[true, 1, 1, 1.5]", "[[1, 2], [3]]", "[1, 2, 3, 4, 5, 6, 7]",
+             "[true, 1, 1, 1]", "[true, false, true, true]", "[[1, 2, 3, true], [1, 2, 3, 4]]",
+             '{"tokens_per_expert": [1, 2, 3, false]}']
 )  # fmt: skip
 def test_a_bad_trace_is_one_line(text, tmp_path, capsys):
     assert place(tmp_path, text)[0] == 2
@@ -72,8 +75,26 @@ def test_a_bad_trace_is_one_line(text, tmp_path, capsys):
     ("words", "flag"),
     [(["--planners", "best"], "--planners"), (["--planners", ","], "--planners"),
      (["--ranks-per-node", "3"], "--ranks-per-node"),
-     (["--slots", "1"], "--slots"), (["--budget", "-2"], "--budget"), (["--routing", "x"], "--trace")],
+     (["--slots", "1"], "--slots"), (["--ranks", "1024", "--slots", "4096"], "at most 32 slots on each of 1024 ranks"),
+     (["--budget", "-2"], "--budget"), (["--routing", "x"], "--trace")],
 )  # fmt: skip
 def test_a_bad_option_is_named(words, flag, tmp_path, capsys):
     assert place(tmp_path, "[9, 3, 1, 1]\n", *words)[0] == 2
     assert flag in capsys.readouterr().err
+
+
+def test_a_long_trace_is_refused_before_it_fills_the_memory(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(place_module, "MOST_COUNTS", 20)
+    assert place(tmp_path, "[9, 3, 1, 1]\n" * 2)[0] == 0
+    assert place(tmp_path, "[9, 3, 1, 1]\n" * 3)[0] == 2
+    assert "at most 2 steps for 2 ranks" in capsys.readouterr().err
+
+
+def test_a_large_question_is_not_silent(tmp_path, capsys):
+    """Every part is said before it begins; a small question says nothing."""
+    assert place(tmp_path, "[9, 3, 1, 1]\n", "--planners", "shadow")[0] == 0 and not capsys.readouterr().err
+    assert place(tmp_path, json.dumps([5] * 64), "--ranks", "1024", "--slots", "9", "--planners", "shadow")[0] == 0
+    lines = capsys.readouterr().err.splitlines()
+    said = [line.split(",")[0] for line in lines if "may take" in line]
+    assert said == [f"moe-overlap place: {part}" for part in ("before", "shadow", "place.png")]
+    assert all("9 slots on each of 1024 ranks" in line for line in lines)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_overlap.errors import ConfigError
 from moe_overlap.ops import expert_mlp_choice, expert_mlp_grouped, registry, triton_kernels, verified
 from moe_overlap.ops.expert_mlp_choice import best
 from moe_overlap.ops.expert_mlp_contract import OPS, Call, Dgrad, ExpertMlp, ExpertMlpBackward, Forward, Wgrad
@@ -208,6 +209,18 @@ def test_one_switch_for_nccl_and_the_experts(
         transport.backend, transport.world_size = backend, world
         assert transport.exchange_sms == want
     assert LocalTransport().exchange_sms == 0
+
+
+@pytest.mark.parametrize("text", ["16.5", "nan", "inf", "-inf", "-1", "1025", "x", "1e-9"])
+def test_a_switch_that_is_no_number_of_multiprocessors(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", text)
+    monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", SimpleNamespace(Options=FakeNccl), raising=False)
+    with pytest.raises(ConfigError, match="MOE_OVERLAP_EXCHANGE_SMS = .*expected an integer from 0 to 1024"):
+        groups.nccl_options(timedelta(seconds=1))
+    transport = object.__new__(ProcessGroupTransport)
+    transport.backend, transport.world_size = "nccl", 8
+    with pytest.raises(ConfigError, match="MOE_OVERLAP_EXCHANGE_SMS"):
+        _ = transport.exchange_sms
 
 
 @pytest.mark.parametrize("joined", [True, False])

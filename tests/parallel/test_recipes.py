@@ -88,3 +88,24 @@ def test_every_program_does_what_one_process_would(number):
             close(torch.cat([results[rank][name] for rank in range(2)]), want)
             for rank in range(ranks):
                 same_bits(results[rank][name], results[rank % 2][name])
+
+
+def seeded_apart(program):
+    """The routers' weights before and after the program, on a rank that was seeded with its number."""
+    apart = PREAMBLE.replace("torch.manual_seed(0)", "torch.manual_seed(dist.get_rank())")
+    assert apart != PREAMBLE
+    made, names = run_program(apart), run_program(apart + program)
+    before, after = made["make"](dist.group.WORLD), names["model"]
+    return [[block.moe.router.weight.detach() for block in (one[1], one[2])] for one in (before, after)], [
+        block.moe.experts.down_proj.detach() for block in (after[1], after[2])
+    ]
+
+
+def test_routers_of_ranks_that_were_seeded_apart_are_equal_after_the_copy():
+    (program,) = (one for one in PROGRAMS if "dist.broadcast(" in one)
+    (first, first_experts), (second, second_experts) = gloo_pool(2).run(seeded_apart, program)
+    for block in range(2):
+        assert not torch.equal(first[0][block], second[0][block])
+        same_bits(first[1][block], second[1][block])
+        same_bits(first[1][block], first[0][block])
+        assert not torch.equal(first_experts[block], second_experts[block])

@@ -71,6 +71,7 @@ GOOD = {"experts_of_ranks": [[0], [1]], "homes": [0, 1], "epoch": 0, "selector":
     [
         None, [], "x", {}, {**GOOD, "more": 1}, {**GOOD, "homes": None}, {**GOOD, "homes": [1, 0]},
         {**GOOD, "homes": [0]}, {**GOOD, "homes": [0, 1, 1]}, {**GOOD, "homes": [0, -1]}, {**GOOD, "homes": ["0", []]},
+        {**GOOD, "homes": [False, True]},
         {**GOOD, "epoch": "1"}, {**GOOD, "epoch": True}, {**GOOD, "epoch": -1}, {**GOOD, "epoch": 2**40},
         {**GOOD, "selector": "random"}, {**GOOD, "selector": None}, {**GOOD, "selector": "weighted 1,1"},
         {**GOOD, "selector": "weighted 1,x;1,1"}, {**GOOD, "selector": "weighted -1,2;1,1"},

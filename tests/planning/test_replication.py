@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from moe_overlap.planning.copy_costs import (
 )
 from moe_overlap.planning.copy_load import Load, rank_rows
 from moe_overlap.planning.cost_model import AlphaBeta, CostModel
-from moe_overlap.planning.replication import decide, decide_reference, priced
+from moe_overlap.planning.replication import check_limits, decide, decide_reference, priced
 from moe_overlap.schedule.actions import Schedule
 from moe_overlap.schedule.check import makespan_s
 
@@ -312,8 +313,16 @@ def test_loads_that_cannot_be_are_refused(change, named):
         decide(load, [phase()], most_copies=-1)
     with pytest.raises(ConfigError, match="phases"):
         decide(load, [])
-    with pytest.raises(ConfigError, match="margin"):
-        decide(load, [phase()], margin=1.5)
+    for margin in (1.5, -0.1, 1, "x", None, True, math.nan, 0.1j, [0.1], np.array([0.1, 0.2])):
+        with pytest.raises(ConfigError, match="margin"):
+            decide(load, [phase()], margin=margin)
+    for most in ("x", 1.5, True, [1]):
+        with pytest.raises(ConfigError, match="most_copies"):
+            check_limits(most, 0.1)
+    for phases in (None, 3, "x", [None], np.zeros(2), phase()):
+        with pytest.raises(ConfigError, match="phases"):
+            decide(load, phases)
+    check_limits(None, np.float32(0.25))
 
 
 def test_the_binding_checks_what_it_is_given():

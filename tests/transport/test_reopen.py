@@ -42,7 +42,9 @@ def reopened(transport: Transport, barrier: Callable[[], object]) -> None:
     if rank != 0:
         with pytest.raises(RemoteAbort, match="rank 0 closed .*the transport was reopened"):
             transport.all_reduce(torch.ones(2)).wait()  # to which rank 0 does not come
+        assert first.done() and second.done(), "to wait would raise at once"
     transport.reopen()
+    assert first.done() and second.done()
     for void in (announced, asked) if isinstance(second, DoneWork) else (second, announced, asked):
         with pytest.raises(TransportClosed, match="the transport was reopened since this began") as caught:
             void.wait()

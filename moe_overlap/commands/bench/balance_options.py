@@ -18,6 +18,11 @@ PLANNERS = ("static", "replicate", "switch", "shadow", *KEPT)
 # The dense op runs before the layer, or beside it (ScMoE); with "exposed" copies alone are waited for where they start.
 SCHEDULES = ("serial", "chunked", "auto", "shortcut", "shortcut_exposed")
 LIVE_SCHEDULE = "chunked"  # of --live-steps
+NOT_LIVE = {
+    "planners": "compares homes alone with FlexMoE's planner",
+    "oracle_s": "searches for no best copies",
+    "repeats": "times each of its steps once",
+}
 COMPUTE = ("slept", "real")
 MOST_SEED = 2**31 - 1
 
@@ -78,6 +83,7 @@ class BalanceOptions:
         if self.live_steps and LIVE_SCHEDULE not in self.schedules:
             expected = f"a list with {LIVE_SCHEDULE}, which is what --live-steps runs"
             raise ConfigError("--schedules", ",".join(self.schedules), expected)
+        self._check_ignored()
         if "recorded" in self.workloads and not self.recorded:
             raise ConfigError("--recorded", self.recorded, "a routing file (moe-overlap train --save-routing FILE)")
         check_number("comm_share", self.comm_share, 0.01, 0.95)
@@ -86,6 +92,14 @@ class BalanceOptions:
         check_number("latency_us", self.latency_us, 0.0, 1e6, " microseconds")
         check_number("oracle_s", self.oracle_s, 0.0, 3600.0, " seconds")
         check_timeout(self.timeout_s)
+
+    def _check_ignored(self) -> None:
+        """Refuses what --live-steps does not look at, where it is not the default."""
+        for name, why in NOT_LIVE.items() if self.live_steps else ():
+            given = getattr(self, name)
+            if given != getattr(type(self), name) and given != 0.0:  # 0: no search, as it is
+                text = ",".join(given) if isinstance(given, tuple) else given
+                raise ConfigError(flag_of(name), text, f"no such option beside --live-steps, which {why}")
 
     @property
     def sizes(self) -> Sizes:
@@ -113,7 +127,7 @@ HELP = {
     "schedules": "of each planner, comma-separated: " + ", ".join(SCHEDULES) + "; auto: planned from the slept prices; "
     "in a shortcut the dense op is beside the layer, exposed: copies are waited for where they start",
     "live_steps": "instead: so many chunked steps in a row, with homes alone and with a placement of FlexMoE's planner "
-    "that follows the load",
+    "that follows the load (refuses --planners, --oracle-s, --repeats)",
     "recorded": "routing file of workload recorded (moe-overlap train --save-routing)",
     "compute": "slept: experts and dense op sleep; real: they compute, which takes a core for each rank",
     "comm_share": "share of the exchanges in a serial step with balanced load: sets the rate of the link",

@@ -117,6 +117,8 @@ def read_links(options: OverlapOptions) -> Links | None:
     try:
         lines = read_regular(Path(options.links_of), most_bytes=MOST_BYTES).decode().splitlines()
         for row in map(json.loads, lines):
+            if isinstance(row["asked_share"], bool):
+                raise ValueError("asked_share")
             point = Point(share=float(row["asked_share"]), link=row["link"].partition(" ")[2])
             options.layer("balanced", point.share, options.out)
             LinkSpec.parse(point.link)

@@ -143,9 +143,9 @@ def _rank_tokens(metadata: Mapping[str, str], tokens: int) -> tuple[int, ...] | 
     """Numbers whose sum is `tokens`; None for anything else, as for a file that does not say it."""
     try:
         given = json.loads(metadata.get("rank_tokens", "null"))
-        counts = tuple(int(count) for count in given)
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+    counts = tuple(given) if isinstance(given, list) and set(map(type, given)) <= {int} else ()
     return counts if sum(counts) == tokens and min(counts, default=-1) >= 0 else None
 
 

@@ -27,7 +27,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -169,14 +169,14 @@ def find_checkpoint(path: str, run: dict[str, object]) -> Checkpoint:
     """
     folder = find_folder(path)
     manifest = read_json(folder / MANIFEST, field=FIELD)
-    if manifest.get("format") not in FORMATS:
+    if not _is_whole(manifest.get("format")) or manifest["format"] not in FORMATS:
         expected = f"a checkpoint of format {' or '.join(map(str, FORMATS))} (it has {manifest.get('format')!r})"
         raise ConfigError(FIELD, str(folder), expected)
     if manifest["format"] > 1 and sealed(manifest) != manifest:
         raise ConfigError(FIELD, str(folder / MANIFEST), "what was written: its digest is another one's")
     ranks = _check_run(manifest.get("run"), run, folder)
     step, shards = manifest.get("step"), manifest.get("shards")
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MOST_STEPS:
+    if not _is_whole(step) or not 0 <= step <= MOST_STEPS:
         raise ConfigError(FIELD, str(folder), f"a {MANIFEST} with a step from 0 to {MOST_STEPS}")
     if not isinstance(shards, list) or len(shards) != ranks:
         raise ConfigError(FIELD, str(folder), f"a {MANIFEST} with a step and {ranks} shards")
@@ -285,11 +285,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int) -> 
 
 def _check_run(saved: object, run: dict[str, object], folder: Path) -> int:
     """Raises ConfigError unless the checkpoint is of this run, or of one with fewer steps or other ranks. The ranks."""
-    if (
-        not isinstance(saved, dict)
-        or not isinstance(saved.get("ranks"), int)
-        or not isinstance(saved.get("steps"), int)
-    ):
+    if not isinstance(saved, dict) or not _is_whole(saved.get("ranks")) or not _is_whole(saved.get("steps")):
         raise ConfigError(FIELD, str(folder), f"a {MANIFEST} that says which run it is of")
     for name, value in run.items():
         if name == "steps":
@@ -302,13 +298,18 @@ def _check_run(saved: object, run: dict[str, object], folder: Path) -> int:
     return int(saved["ranks"])
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether JSON says an integer: its true is an int of Python's too."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _experts_in(shards: list[dict[str, Any]], total: object, folder: Path) -> tuple[tuple[int, ...], ...]:
     """The experts of each shard. ConfigError unless these are each of `total` experts once."""
     assert isinstance(total, int)
     in_order = torch.arange(total).chunk(len(shards))
     listed = [shard.get("experts", part.tolist()) for shard, part in zip(shards, in_order, strict=True)]
     every = [expert for held in listed if isinstance(held, list) for expert in held]
-    if any(not isinstance(expert, int) for expert in every) or sorted(every) != list(range(total)):
+    if not all(map(_is_whole, every)) or sorted(every) != list(range(total)):
         raise ConfigError(FIELD, str(folder), f"a {MANIFEST} whose shards have each of {total} experts once")
     return tuple(tuple(held) for held in listed)
 

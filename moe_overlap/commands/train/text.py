@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import subprocess
-import sys
 import sysconfig
-import threading
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from moe_overlap.commands.progress import saying
 from moe_overlap.commands.train.files import read_tensors, write_tensors
 from moe_overlap.commands.train.seeds import generator
 from moe_overlap.errors import ConfigError
@@ -31,7 +28,6 @@ MOST_BYTES = 1 << 30  # of all documents
 # Bytes of one piece, within which pairs are merged: the time that takes grows with the square of the longest piece.
 # Words and runs of blanks of ordinary text are shorter.
 LONGEST_PIECE = 256
-SAY_EVERY_S = 5.0  # while the tokenizer is trained
 _FORMAT = b"moe_overlap text 2"
 
 
@@ -162,7 +158,7 @@ def _token_stream(documents: list[bytes], out: Path, vocab: int, key: str) -> to
     if cached is not None:
         return cached
     texts = [document.decode("utf-8", errors="replace") for document in documents]
-    with _saying(f"training a tokenizer of {vocab} tokens on {sum(map(len, documents)):,} bytes of text"):
+    with saying(f"training a tokenizer of {vocab} tokens on {sum(map(len, documents)):,} bytes of text"):
         tokenizer_json, stream = interruptible(lambda: _train_and_encode(texts, vocab))
     write_atomically(tokenizer_file, tokenizer_json.encode())
     write_tensors(tokens_file, {"tokens": stream}, _digests(stream, tokenizer_json.encode()))
@@ -193,24 +189,6 @@ def _digests(stream: torch.Tensor, tokenizer: bytes) -> dict[str, str]:
         "sha256": hashlib.sha256(stream.contiguous().numpy().tobytes()).hexdigest(),
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
     }
-
-
-@contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Every SAY_EVERY_S seconds until the block ends, one line on stderr: what is done, and since when."""
-    over, begin_s = threading.Event(), time.monotonic()
-
-    def say() -> None:
-        while not over.wait(SAY_EVERY_S):
-            print(f"{what}: {time.monotonic() - begin_s:.0f} s", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=say, name="moe_overlap progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _digest(documents: Iterable[bytes], vocab: int) -> str:

@@ -45,7 +45,7 @@ def test_sleeps_and_link_give_the_shares_that_were_asked_for():
     assert seconds / (seconds + dense_s) == pytest.approx(0.8, rel=1e-3)
     with pytest.raises(ConfigError, match="chunked, which is what --live-steps runs"):
         BalanceOptions(live_steps=3, schedules=("auto",))
-    assert BalanceOptions(live_steps=3).live_steps == 3
+    assert BalanceOptions(live_steps=3, oracle_s=0.0).live_steps == 3
     with pytest.raises(ConfigError, match="latency-us"):
         link_of(BalanceOptions(compute_ms=1.0, latency_us=1000.0))
 
@@ -149,6 +149,14 @@ def test_a_placement_that_follows_the_load_over_some_steps(tmp_path, capsys):
     assert live["changes"] > 0 and live["moved_bytes"] > 0 and live["migration_ms"] > 0
     assert live["max_over_mean"] < still["max_over_mean"] == still["static_max_over_mean"]
     assert live["predicted_ms"] < still["predicted_ms"] and live["max_rel_err"] < 1e-5
+
+
+@pytest.mark.parametrize("ignored", ["--planners static,flex", "--oracle-s 3", "--repeats 7"])
+def test_what_live_steps_would_ignore_is_refused(ignored, capsys, tmp_path):
+    words = ["bench", "balance", "--live-steps", "3", *ignored.split(), "--out", str(tmp_path)]
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ignored.split()[0] in line and "beside --live-steps" in line
 
 
 def rows_of(options):

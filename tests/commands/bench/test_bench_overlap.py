@@ -181,7 +181,8 @@ def test_links_of_another_run(tmp_path):
     for asked in (replace(options, phases=("forward",)), replace(options, routings=("zipf",))):
         with pytest.raises(ConfigError, match="--links-of"):
             overlap.read_links(asked)
-    for text in ("{}", "[]", "nonsense", "[" * 100_000, json.dumps(row(link="emulated fast")), "\0"):
+    for text in ("{}", "[]", "nonsense", "[" * 100_000, json.dumps(row(link="emulated fast")),
+                 json.dumps(row(asked_share=True)), "\0"):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ConfigError, match="--links-of"):
             overlap.read_links(options)

@@ -105,7 +105,7 @@ def test_a_file_that_says_whose_tokens_are_whose_gives_each_rank_its_own(tmp_pat
         assert torch.equal(got_ids, ids[rows, :1])
     read = read_file(Path(path), experts=4, top_k=1)
     assert (read.router, read.mu) == ("locmoe", 0.1)
-    for said in ("[2, 2]", "[6, -1]", "3", "[", '["a"]', "[]", "[Infinity]"):
+    for said in ("[2, 2]", "[6, -1]", "3", "[", '["a"]', "[]", "[Infinity]", "[4, true]", "[2.5, 3]", '"23"'):
         path = routing_file(tmp_path / "r", ids, weights, E=4, rank_tokens=said)
         read = read_file(Path(path), experts=4, top_k=1)
         assert (read.rank_tokens, read.router, read.mu) == (None, None, None)

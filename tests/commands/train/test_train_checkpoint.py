@@ -257,6 +257,24 @@ def other_format(folder):
     (folder / MANIFEST).write_text('{"format": 99}')
 
 
+def true_format(folder):
+    """No format 1, though true == 1."""
+    give_format_1(folder)
+    write_json(folder / MANIFEST, json.loads((folder / MANIFEST).read_text()) | {"format": True})
+
+
+def true_steps(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["run"]["steps"] = True
+    write_json(folder / MANIFEST, sealed(manifest))
+
+
+def true_expert(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["shards"][0]["experts"] = [0, True]
+    write_json(folder / MANIFEST, sealed(manifest))
+
+
 def experts_twice(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["shards"][1]["experts"] = manifest["shards"][0]["experts"]
@@ -297,8 +315,9 @@ def test_a_folder_without_a_checkpoint_is_refused_before_the_text_is_read(text, 
     assert caught.value.field == "--resume"
 
 
-DAMAGES = [truncate, flip_a_bit, remove_a_shard, truncate_manifest, remove_manifest, other_format, experts_twice,
-           another_step, impossible_step, negative_step, shard_elsewhere, not_an_object]  # fmt: skip
+DAMAGES = [truncate, flip_a_bit, remove_a_shard, truncate_manifest, remove_manifest, other_format, true_format,
+           true_steps, true_expert, experts_twice, another_step,
+           impossible_step, negative_step, shard_elsewhere, not_an_object]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moe_overlap.commands import progress
 from moe_overlap.commands.train import text as text_module
 from moe_overlap.commands.train.text import find_documents
 from moe_overlap.errors import ConfigError
@@ -161,12 +162,12 @@ def test_a_text_without_words_is_cut_into_pieces(kind, tmp_path):
 
 
 def test_a_long_training_is_not_silent(capsys, monkeypatch):
-    monkeypatch.setattr(text_module, "SAY_EVERY_S", 0.02)
-    with text_module._saying("training a tokenizer"):
+    monkeypatch.setattr(progress, "SAY_EVERY_S", 0.02)
+    with progress.saying("training a tokenizer"):
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2 and all(line.startswith("training a tokenizer: ") for line in lines)
-    with pytest.raises(ConfigError), text_module._saying("quick"):
+    with pytest.raises(ConfigError), progress.saying("quick"):
         raise ConfigError("x", 1, "2")
     assert not capsys.readouterr().err
 
