@@ -17,7 +17,7 @@ from moe_overlap.errors import ConfigError
 from moe_overlap.transport import LocalTransport, StagedTransport, host_link, staged
 from moe_overlap.transport.host_link import CudaHostLink, EmulatedHostLink
 from tests.layers import make, results, tokens
-from tests.tolerances import same_bits
+from tests.tolerances import close, same_bits
 from tests.transport.captured import CapturedEngine, CudaRefuses, Graph
 from tests.transport.worlds import F32, agreed, rows_of
 
@@ -187,13 +187,17 @@ def test_wires_that_share_streams_are_captured_again_and_again(monkeypatch: pyte
 def test_a_static_step_over_the_wire_is_captured_whole(
     schedule: str, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward, in one graph or one each; the bits are those of local exchanges."""
+    """Forward and backward, in one graph or one each; the bits are those of a step that is not captured.
+
+    Local exchanges have these bits but in one chunk, where a local layer pads nothing: matmuls of other shapes.
+    """
     transport = wire(monkeypatch, 5, share=7 / 8, piece_bytes=300)
     engine: Any = transport.wire.engine
     options = {"schedule": schedule, "overlap": overlap} | STATIC
     layer, plain = make(transport, **options), make(LocalTransport(), **options)
-    want = results(plain, tokens(33))
-    results(layer, tokens(33))  # the first step agrees
+    want = results(layer, tokens(33))  # the first step agrees
+    for have, should in zip(want, results(plain, tokens(33)), strict=True):
+        (close if schedule == "serial" else same_bits)(have, should)
     layer.zero_grad()
     engine.begin()
     for have, should in zip(results(layer, tokens(33)), want, strict=True):
