@@ -19,7 +19,12 @@ from tests.ops import aot  # noqa: E402
 from tests.ops.aot import meta  # noqa: E402
 
 F16, BF16, F32, F64, I32 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32
-MAPPED = (("Qwen3-30B-A3B", 2048, 8, BF16), ("Mixtral 8x7B", 4096, 2, F32), ("odd", 1001, 3, F16))
+MAPPED = (
+    ("Qwen3-30B-A3B", 2048, 8, BF16),
+    ("Mixtral 8x7B", 4096, 2, F32),
+    ("odd", 1001, 3, F16),
+    ("wide", 512, 8, F64),
+)
 """Name, D, K, dtype."""
 
 
