@@ -4,9 +4,12 @@
 
 EARLIER is a checkout of the commit before the edit (nothing in it has to be built). Every launch of
 tests/ops/test_aot_triton.py and tests/ops/test_aot_expert_mlp_triton.py is compiled from both trees for the
-architectures that verified.json has, without line numbers, and compared: grid, what is passed, and the cubin and the
-PTX byte for byte. Where all are equal, --write gives the records that were made with the earlier sources the digest of
-these; commit and date stay those of the run on the card. Else the kernels that differ are named, and the exit is 1.
+architectures that verified.json has, without line numbers, and compared: grid, what is passed, options, and byte for
+byte the PTX and the cubin. Where all are equal, --write gives the records that were made with the earlier sources the
+digest of these; commit and date stay those of the run on the card. Else the kernels that differ are named, exit 1.
+
+One of PTX and cubin has to be equal: ptxas may make one of several cubins of the same PTX (up_kernel on sm_100 by
+Triton 3.6.0, from run to run); how often that was seen is said.
 
 Run it under the release of Triton that the card ran. Not compared: what torch does between launches; read the edit.
 """
@@ -29,8 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 Listing = dict[str, dict[str, Any]]
 """Launch -> what is compared of it."""
 
-PLACE = ("num_warps", "num_ctas", "shared", "tmem_size", "global_scratch_size", "launch_pdl")
-"""Of Triton's metadata: what a launch needs to know beside the machine code."""
+OPTIONS = ("num_warps", "num_ctas", "shared", "tmem_size", "global_scratch_size", "launch_pdl", "enable_fp_fusion",
+           "maxnreg", "ptx_options")  # fmt: skip
+"""Of Triton's metadata: what a launch needs to know beside the machine code, and what ptxas is told beside the PTX."""
 
 
 def listing(tree: Path, capability: int, only: str) -> Listing:
@@ -60,7 +64,7 @@ def described(capability: int, only: str) -> Iterator[tuple[str, dict[str, Any]]
                 {
                     "grid": list(launch.grid),
                     "passed": [passed(value) for value in launch.args if value is not None],
-                    "launch": {key: str(metadata[key]) for key in PLACE if key in metadata},
+                    "options": {key: str(metadata[key]) for key in OPTIONS if key in metadata},
                     "ptx": digest(kernel.asm["ptx"].encode()),
                     "cubin": digest(kernel.asm["cubin"]),
                 },
@@ -88,14 +92,16 @@ def sources(tree: Path) -> str:
 
 
 def differences(before: Listing, now: Listing) -> list[str]:
-    """A line for each launch that is not the same in both."""
+    """A line for each launch that is not the same in both. Of PTX and cubin one may differ."""
     lines = []
     for name in sorted(before.keys() | now.keys()):
         one, other = before.get(name), now.get(name)
         if one is None or other is None:
             lines.append(f"{name}: only {'now' if one is None else 'earlier'}")
-        elif one != other:
-            lines.append(f"{name}: {', '.join(key for key in one if one[key] != other[key])}")
+        else:
+            keys = [key for key in one if one[key] != other[key]]
+            if keys not in ([], ["ptx"], ["cubin"]):
+                lines.append(f"{name}: {', '.join(keys)}")
     return lines
 
 
@@ -140,8 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for capability in sorted({*recorded, *(int(word) for word in found.also.split(",") if word)}):
         before, now = (listing(tree, capability, found.only) for tree in (earlier, ROOT))
         differ = differences(before, now)
-        codes = len({row["cubin"] for row in now.values()})
-        print(f"sm_{capability}: {len(now)} launches of {codes} machine codes, {len(differ)} differ", flush=True)
+        codes = len({row["ptx"] for row in now.values()})
+        print(f"sm_{capability}: {len(now)} launches of {codes} kernels, {len(differ)} differ", flush=True)
+        for key in ("ptx", "cubin"):
+            count = sum(before[name][key] != row[key] for name, row in now.items() if name in before)
+            print(f"sm_{capability}: {count} of another {key}", flush=True)
         wrong += differ
     for line in wrong:
         print(f"differs: {line}")

@@ -56,9 +56,11 @@ def test_equal_machine_code_renews_the_digest_and_nothing_else(earlier: Path, re
     before = verified.read()
     assert same_kernels.main([str(earlier), f"--only={ONLY}", "--write"]) == 0
     assert verified.read() == before, "a part of the launches proves nothing"
-    assert re.search(r"sm_90: \d launches of \d machine codes, 0 differ", capsys.readouterr().out)
+    assert re.search(
+        r"sm_90: \d launches of \d kernels, 0 differ\nsm_90: 0 of another ptx\nsm_90: 0 of", capsys.readouterr().out
+    )
     # As if these were all launches.
-    monkeypatch.setattr(same_kernels, "listing", lambda *_: {"permute": {"cubin": "a"}})
+    monkeypatch.setattr(same_kernels, "listing", lambda *_: {"permute": {"ptx": "b", "cubin": "a"}})
     assert same_kernels.main([str(earlier), "--write"]) == 0
     changed = [(one, other) for one, other in zip(before, verified.read(), strict=True) if one != other]
     assert changed == [(one, replace(one, sources=triton_kernels.sources())) for one, _ in changed]
@@ -79,8 +81,12 @@ def test_a_changed_constant_is_found_and_nothing_is_written(earlier: Path, recor
 
 
 def test_what_is_passed_and_the_grid_count_too() -> None:
-    row = {"grid": [4], "passed": ["torch.int32 4 by 1"], "cubin": "a", "ptx": "b"}
+    row = {"grid": [4], "passed": ["torch.int32 4 by 1"], "options": "", "ptx": "b", "cubin": "a"}
     before = {"one": row, "two": row, "gone": row}
     now = {"one": row, "two": row | {"grid": [5], "passed": []}, "new": row}
     assert same_kernels.differences(before, now) == ["gone: only earlier", "new: only now", "two: grid, passed"]
-    assert same_kernels.differences(before, before) == []
+    for key, differ in (("ptx", 0), ("cubin", 0), ("options", 1)):
+        changed = {name: value | {key: "another"} for name, value in before.items()}
+        assert len(same_kernels.differences(before, changed)) == differ * len(before)
+    changed = {name: value | {"ptx": "another", "cubin": "another"} for name, value in before.items()}
+    assert len(same_kernels.differences(before, changed)) == len(before)
