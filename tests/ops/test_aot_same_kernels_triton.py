@@ -62,6 +62,7 @@ def test_equal_machine_code_renews_the_digest_and_nothing_else(earlier: Path, re
     # As if these were all launches.
     monkeypatch.setattr(same_kernels, "listing", lambda *_: {"permute": {"ptx": "b", "cubin": "a"}})
     assert same_kernels.main([str(earlier), "--write"]) == 0
+    assert same_kernels.main([str(earlier), "--write"]) == 1, "no record of them any more"
     changed = [(one, other) for one, other in zip(before, verified.read(), strict=True) if one != other]
     assert changed == [(one, replace(one, sources=triton_kernels.sources())) for one, _ in changed]
     assert [(one.implementation, one.dtype) for one, _ in changed] == [("triton", "float16")]
