@@ -8,7 +8,8 @@ everything; contenders are those of gpu_expert_mlp_ways.py. Each is compared wit
 NaN; a wrong one has no speed. Rows: TFLOP/s (6 R D F forward, 12 backward), `share` of the matmul rate that the chip
 sustains at the start of the same run, memory beside the inputs (`saved_gib` between the phases, result included,
 `peak_gib` at most), block shapes of the Triton kernels, target and whether it was `met`; `chosen`: what `auto` would
-take. --budgets: rows with `num_sms`, ours on fewer multiprocessors, and liger-kernel. --tune measures other block
+take. --budgets: rows with `num_sms`, ours on fewer multiprocessors, one with `tiles` dealt out by a counter, which
+alone on a GPU shows what that costs, and liger-kernel. --tune measures other block
 shapes too (minutes) and prints lines for the committed table; --profile: rows with the time of every kernel.
 A last row sums up.
 """
@@ -58,6 +59,7 @@ class Bench:
         about = {"case": shape.name, "routing": routing, "implementation": way.name}
         about |= {"num_sms": way.num_sms} if way.num_sms else {}
         about |= {"tuned": True} if way.tuned else {}
+        about |= {"tiles": "dealt"} if way.dealt else {}
         self.results.row(kind="expert_mlp", **about, **values)
 
 
@@ -182,7 +184,7 @@ def numbers(
     row |= {"p10_ms": round(time_s.p10_s * 1e3, 4), "p90_ms": round(time_s.p90_s * 1e3, 4)}
     row |= {"share": round(tflops * 1e12 / bench.matmul_rate, 3), "error_over_tolerance": round(worst, 4)}
     row |= {"saved_gib": round(found.saved_bytes / 2**30, 3), "peak_gib": round(found.peak_bytes / 2**30, 3)}
-    if way.num_sms is None and not way.tuned:
+    if way == Way(way.name):
         bench.tflops.setdefault((shape, routing, phase), {})[way.name] = tflops
         if way.name in ways.IMPLEMENTATIONS:
             row |= {"chosen": way.name == ways.chosen(DTYPE)} | verdict(shape, phase, tflops)
@@ -269,7 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def budgets() -> tuple[Way, ...]:
     count = multiprocessors()
-    return tuple(Way("triton", num_sms=count - left) for left in (0, *LEFT_TO_OTHERS) if left < count)
+    fewer = tuple(Way("triton", num_sms=count - left) for left in (0, *LEFT_TO_OTHERS) if left < count)
+    return (Way("triton", dealt=True), *fewer)
 
 
 def run_case(bench: Bench, shape: Shape, routing: str, wanted: Sequence[Way]) -> None:

@@ -8,7 +8,9 @@ there is nothing to gather and to sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.gpu_expert_mlp_cases import Inputs
+from moe_overlap.config import TILES
 from moe_overlap.ops import cuda_kernels, expert_mlp_choice, registry
 from moe_overlap.ops.expert_mlp_contract import ExpertMlp, ExpertMlpBackward
 
@@ -26,11 +29,13 @@ IMPLEMENTATIONS = {"triton": "triton", "grouped_mm": "grouped_mm", "loop": "refe
 
 @dataclass(frozen=True)
 class Way:
-    """A contender's name; the SM budget, for ours; `tuned`: with the block shapes of this run, not the table's."""
+    """A contender's name; the SM budget, for ours; `tuned`: with the block shapes of this run, not the table's.
+    dealt: tiles of Triton's kernels from a counter, not in turn."""
 
     name: str
     num_sms: int | None = None
     tuned: bool = False
+    dealt: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def chosen(dtype: torch.dtype) -> str:
 def contender(way: Way, inputs: Inputs, measured: Mapping[Any, Any]) -> Contender:
     """Raises what the contender raises where it is not to be had. `measured`: block shapes for a tuned one."""
     if way.name in IMPLEMENTATIONS:
-        ours = _ours(way, inputs)
+        ours = _within(_ours(way, inputs), lambda: _tiles("dealt" if way.dealt else "in_turn"))
         return _with_blocks(ours, measured) if way.tuned else ours
     if way.name == "compile":
         return _compiled(inputs)
@@ -98,15 +103,30 @@ def _ours(way: Way, inputs: Inputs) -> Contender:
 def _with_blocks(ours: Contender, measured: Mapping[Any, Any]) -> Contender:
     from moe_overlap.ops.expert_mlp_blocks_triton import use
 
+    return _within(ours, lambda: use(measured))
+
+
+def _within(ours: Contender, context: Callable[[], AbstractContextManager[Any]]) -> Contender:
     def forward() -> tuple[torch.Tensor, Any]:
-        with use(measured):
+        with context():
             return ours.forward()
 
     def backward(saved: Any) -> Results:
-        with use(measured):
+        with context():
             return ours.backward(saved)
 
     return Contender(forward, backward)
+
+
+@contextmanager
+def _tiles(word: str) -> Iterator[None]:
+    """How programs of Triton kernels get their tiles, whatever the environment says."""
+    before = os.environ.get(TILES.name, "")
+    os.environ[TILES.name] = word
+    try:
+        yield
+    finally:
+        os.environ[TILES.name] = before
 
 
 def _plain(

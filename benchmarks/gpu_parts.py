@@ -20,7 +20,9 @@ from benchmarks.gpu_process import GOOD, Done, Part, Run, find_tool  # noqa: E40
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FOUND_STATUS = 86
 """What compute-sanitizer exits with when it found something: no status of pytest."""
-NOT_YET_RUN = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("static", "virtual", "layer", "staged", "offload"))
+NOT_YET_RUN = tuple(
+    f"tests/gpu/test_gpu_{name}.py" for name in ("static", "virtual", "layer", "staged", "offload", "dealt")
+)
 """What was written, or written anew, since a card was to be had."""
 
 

@@ -48,6 +48,28 @@ class EnvVariable:
         return bool(os.environ.get(self.name))
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnvChoice:
+    """A variable whose value is one of a few words: its name, what it means, its default and all the words."""
+
+    name: str
+    meaning: str
+    default: str
+    words: tuple[str, ...]
+
+    def read(self) -> str:
+        """The value in force. Raises ConfigError for any other text."""
+        text = os.environ.get(self.name) or self.default
+        if text not in self.words:
+            raise ConfigError(self.name, text[:80], f"{' or '.join(self.words)} ({self.meaning})")
+        return text
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the environment has a value for it."""
+        return bool(os.environ.get(self.name))
+
+
 TIMEOUT_S = EnvVariable(
     name="MOE_OVERLAP_TIMEOUT_S",
     meaning="seconds that a wait for a peer may take",
@@ -70,7 +92,13 @@ EXCHANGE_SMS = EnvVariable(
     high=1024.0,
     whole=True,
 )
-VARIABLES = (TIMEOUT_S, SLOW_PEER_S, EXCHANGE_SMS)
+TILES = EnvChoice(
+    name="MOE_OVERLAP_TILES",
+    meaning="how programs of the expert MLP's Triton kernels get their tiles: each its own ones, or the next one left",
+    default="in_turn",
+    words=("in_turn", "dealt"),
+)
+VARIABLES = (TIMEOUT_S, SLOW_PEER_S, EXCHANGE_SMS, TILES)
 TRITON_INTERPRET = "TRITON_INTERPRET"
 CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"

@@ -20,7 +20,7 @@ import torch
 
 from moe_overlap.agreement.record import digest
 from moe_overlap.auto.calibrate import Nodes, gathered, wires
-from moe_overlap.config import EXCHANGE_SMS, cache_dir
+from moe_overlap.config import EXCHANGE_SMS, TILES, cache_dir
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.files import read_regular, write_atomically
 from moe_overlap.measure.machine import hardware
@@ -59,6 +59,7 @@ def cache_key(
         "kernels": registry.explain(device, dtype),
         "threads": torch.get_num_threads(),
         "exchange_sms": EXCHANGE_SMS.read(),
+        "tiles": TILES.read(),
         "world_size": transport.world_size,
         "transport": transport.name,
         "link": None if link is None else str(link),

@@ -105,7 +105,8 @@ def _environment(*, verbose: bool) -> list[str]:
     text = ["environment:"]
     for variable in config.VARIABLES:
         try:
-            value = f"{variable.read():g}"
+            read = variable.read()
+            value = read if isinstance(read, str) else f"{read:g}"
         except ConfigError as error:
             value = f"BAD: {error}"
         given = "set" if variable.is_set else "default"

@@ -7,7 +7,7 @@ holds rows beyond the last expert; kernels multiply nothing there and so write z
 
 The other kernels are persistent: a fixed number of programs (the SM budget) walks over row tiles x column tiles, in
 groups of GROUP row tiles that share the columns of a weight while these are in L2. Every element is one program's sum
-in one order, so neither the budget nor the order of programs changes a bit.
+in one order, so neither the budget nor the order of programs changes a bit, nor how `walk` hands tiles out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ import triton.language as tl
 SPLIT_TILES = 64
 """Tiles that one program of `list_tiles_kernel` writes at a time."""
 
+COUNTERS = 8
+"""Words behind a list that deal tiles out, where these are dealt: one for each launch over the list."""
+
 
 @triton.jit(do_not_specialize=["num_rows", "capacity"])
 def list_tiles_kernel(
     starts, ends, tiles, num_experts, num_rows, capacity,
     HAS_STARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLIT: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """tiles int32 [3, capacity] + [1]: expert, begin and end of each tile, then their number.
+    """tiles int32 [3, capacity] + [1]: expert, begin and end of each tile, then their number, then COUNTERS zeros.
 
     One program an expert, and one more for the rows beyond the last where those are wanted. starts: int32 [E] or None
     for adjacent groups. Ranges are clamped to the rows there are.
@@ -60,6 +64,27 @@ def list_tiles_kernel(
         tl.store(tiles + 2 * capacity + at, end + tl.zeros_like(at), mask=fits)
     if expert == tl.num_programs(0) - 1:
         tl.store(tiles + 3 * capacity, tl.minimum(before + count, capacity))
+        if COUNTERS > 0:
+            tl.store(tiles + 3 * capacity + 1 + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), dtype=tl.int32))
+
+
+@triton.jit
+def walk(body: tl.constexpr, first, last, columns, counter, work):
+    """body(tile, *work) for all (last - first) * columns tiles, counted from 0, by all programs together.
+
+    counter None: program p of P takes the tiles p, p + P, p + 2P and so on. Else an int32 word that is zero when the
+    kernel begins: each program takes the next tile that nobody has, so that one which is late, as something else has
+    its multiprocessor, is not waited for.
+    """
+    if counter is None:
+        for tile in tl.range(tl.program_id(0), (last - first) * columns, tl.num_programs(0)):
+            body(tile, *work)
+    else:
+        # Relaxed: a number is all that programs learn of each other.
+        tile = tl.atomic_add(counter, 1, sem="relaxed")
+        while tile < (last - first) * columns:
+            body(tile, *work)
+            tile = tl.atomic_add(counter, 1, sem="relaxed")
 
 
 @triton.jit

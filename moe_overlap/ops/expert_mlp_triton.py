@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_overlap import config
 from moe_overlap.errors import ConfigError
 from moe_overlap.ops import hardware
 from moe_overlap.ops.activation import width
@@ -43,7 +44,7 @@ from moe_overlap.ops.expert_mlp_contract import (
     Wgrad,
 )
 from moe_overlap.ops.expert_mlp_forward_triton import rows_kernel, up_kernel
-from moe_overlap.ops.expert_mlp_tiles_triton import SPLIT_TILES, list_tiles_kernel
+from moe_overlap.ops.expert_mlp_tiles_triton import COUNTERS, SPLIT_TILES, list_tiles_kernel
 from moe_overlap.ops.launch_triton import blocks, launch, power_of_two
 from moe_overlap.ops.row_groups import Bounds
 
@@ -131,6 +132,7 @@ class _Launcher:
         self.with_tail, self.target = with_tail, target(call.device)
         self.problem = problem_of(rows, w_out, groups.total if groups.on_host else call.num_rows)
         self._tiles: dict[int, tuple[torch.Tensor, int]] = {}
+        self.dealt, self._counters = config.TILES.read() == "dealt", list[torch.Tensor]()
 
     def up(
         self,
@@ -229,7 +231,7 @@ class _Launcher:
         right_blocks, right_tma = _operand(right_RN, self.problem, (shape.k, shape.n))
         tma = left_tma and right_tma and row_map is None
         self._launch(
-            weights_kernel, shape, tiles, left_RM, right_RN, left_blocks if tma else None,
+            weights_kernel, shape, tiles, self._counter(), left_RM, right_RN, left_blocks if tma else None,
             right_blocks if tma else None, row_map, out, self.starts, self.ends, first, last,
             self.num_rows, left_width, right_width, left_RM.stride(0), right_RN.stride(0),
             HAS_STARTS=self.starts is not None, MAP_LEFT=left_map is not None, MAP_RIGHT=right_map is not None, TMA=tma,
@@ -240,20 +242,29 @@ class _Launcher:
         if self.num_rows > 0 and (self.num_experts > 0 or self.with_tail):
             tiles, capacity = self._list_tiles(shape.m)
             most = capacity * blocks(columns, shape.n)
-            self._launch(kernel, shape, most, tiles, capacity, *args, **constants)
+            self._launch(kernel, shape, most, tiles, capacity, self._counter(), *args, **constants)
 
     def _list_tiles(self, block_m: int) -> tuple[torch.Tensor, int]:
         if block_m not in self._tiles:
             # Every expert, and the rows beyond the last, may end with a tile that is not full.
             capacity = blocks(self.num_rows, block_m) + self.num_experts + 1
-            tiles = torch.empty(3 * capacity + 1, dtype=torch.int32, device=self.device)
+            words, counters = 3 * capacity + 1, COUNTERS if self.dealt else 0
+            tiles = torch.empty(words + counters, dtype=torch.int32, device=self.device)
             launch(
                 list_tiles_kernel, (self.num_experts + self.with_tail,), self.starts, self.ends, tiles,
                 self.num_experts, self.num_rows, capacity, HAS_STARTS=self.starts is not None, BLOCK_M=block_m,
-                BLOCK_E=power_of_two(self.num_experts), SPLIT=SPLIT_TILES,
+                BLOCK_E=power_of_two(self.num_experts), SPLIT=SPLIT_TILES, COUNTERS=counters,
             )  # fmt: skip
+            if counters:
+                self._counters += tiles[words:].split(1)
             self._tiles[block_m] = tiles, capacity
         return self._tiles[block_m]
+
+    def _counter(self) -> torch.Tensor | None:
+        """A word that is zero on the device when the next kernel begins, for that kernel alone; None: tiles in turn."""
+        if not self.dealt:
+            return None
+        return self._counters.pop() if self._counters else torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def _launch(self, kernel: Any, shape: Blocks, most_tiles: int, *args: Any, **constants: Any) -> None:
         # Two programs may lie on two multiprocessors, so a budget counts programs.

@@ -1,7 +1,7 @@
 """Which implementations have been checked on which hardware: the committed record `verified.json`.
 
-Only `make gpu` writes it, after the tests of tests/gpu passed on the GPU it names. Compiled is not verified, nor is
-what ran under the harness on the CPU. A record says nothing about kernels whose sources have changed since.
+Only `make gpu` adds to it, after the tests of tests/gpu passed on the GPU it names. Compiled is not verified, nor is
+what ran under the harness on the CPU. A record says nothing about kernels whose machine code has changed since.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ FILE = Path(__file__).resolve().parent / "verified.json"
 @dataclass(frozen=True, order=True)
 class Record:
     """One check that passed. architecture: such as sm_90. dtype: of the operator's first argument, such as bfloat16.
-    sources: digest of the kernels' sources, as the build wrote it down. commit, date (year-month-day): of the check."""
+    sources: digest of the kernels' sources, as the build wrote it down, or of later sources shown to give the same
+    machine code (benchmarks/same_kernels.py). commit, date (year-month-day): of the check."""
 
     op: str
     implementation: str

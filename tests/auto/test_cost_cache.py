@@ -149,10 +149,11 @@ def test_another_layout_of_the_hosts_is_another_file(monkeypatch):
         assert one[0] != kept_in()[0]
 
 
-def test_multiprocessors_left_to_exchanges_are_another_file(monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("MOE_OVERLAP_EXCHANGE_SMS", "8"), ("MOE_OVERLAP_TILES", "dealt")])
+def test_what_kernels_leave_to_exchanges_is_another_file(name, value, monkeypatch):
     with planted(cost_model()):
         one = kept_in()
-        monkeypatch.setenv("MOE_OVERLAP_EXCHANGE_SMS", "8")
+        monkeypatch.setenv(name, value)
         assert kept_in()[0] not in (None, one[0])
 
 

@@ -36,11 +36,15 @@ CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "portable": 80}
 REGISTERS = 64 << 10
 KERNELS = {"up_kernel": "up", "rows_kernel": "rows", "hidden_gradient_kernel": "hidden", "weights_kernel": "weights"}
 EXPERTS = 8
+STACK_BYTES = 16
+"""Of float32 weights whose tiles are dealt out, for sm_80 by Triton 3.6: ptxas spares them to fit a third program."""
 
 
-def launches(problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd: bool = False) -> list[aot.Launch]:
+def launches(
+    problem: Problem, *, kind: str = "swiglu", mapped: bool = True, odd: bool = False, half: torch.dtype = BF16
+) -> list[aot.Launch]:
     """Forward and backward of a layer of these sizes on this architecture; `odd` sizes divide by nothing."""
-    dtype = BF16 if problem.item_bytes == 2 else F32
+    dtype = half if problem.item_bytes == 2 else F32
     hidden, ffn = problem.hidden + 3 * odd, problem.ffn + odd
     rows = max(1, problem.rows) * EXPERTS
     width = 2 * ffn if kind == "swiglu" else ffn
@@ -103,13 +107,19 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def tiles_of(launch: aot.Launch) -> str:
+    """How its programs get their tiles."""
+    return "in_turn" if launch.args[launch.kernel.arg_names.index("counter")] is None else "dealt"
+
+
 def check(launch: aot.Launch, row: Row, folder: Path, capability: int) -> None:
     kernel = aot.compiled(launch, capability)
     used, ptx, shape = aot.resources(kernel, folder), kernel.asm["ptx"], row.blocks
     if os.environ.get("SHOW_RESOURCES"):
         print(launch.name, row.arch, shape, used, {key: ptx.count(key) for key in ("cp.async.bulk.tensor", "cp.async")})
     assert (launch.keywords["BLOCK_M"], launch.keywords["BLOCK_N"]) == (shape.m, shape.n)
-    assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)
+    dealt_float32 = row.item_bytes == 4 and launch.name == "weights_kernel" and tiles_of(launch) == "dealt"
+    assert used.local_bytes == 0 and used.stack_bytes <= dealt_float32 * STACK_BYTES, (launch.name, used)
     assert used.shared_bytes * shape.per_sm <= SHARED_BYTES[row.arch], (launch.name, used)
     assert used.registers * 32 * kernel.metadata.num_warps * shape.per_sm <= REGISTERS, (launch.name, used)
     if row.item_bytes == 2:
@@ -118,12 +128,15 @@ def check(launch: aot.Launch, row: Row, folder: Path, capability: int) -> None:
         assert "cp.async.bulk.tensor" in ptx
 
 
+@pytest.mark.parametrize("tiles", ["in_turn", "dealt"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_block_shape_of_the_table(name: str, tmp_path: Path) -> None:
+def test_every_block_shape_of_the_table(name: str, tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_OVERLAP_TILES", tiles)
     stage, row = CASES[name]
     found = [launch for launch in launches(problem_of(row)) if KERNELS.get(launch.name) == stage]
     assert found
     for launch in found:
+        assert tiles_of(launch) == tiles
         check(launch, row, tmp_path, CAPABILITY[row.arch])
 
 
@@ -159,12 +172,27 @@ def test_variants_on_sm_90(name: str, tmp_path: Path) -> None:
     assert mapped == any(launch.keywords.get("MAPPED") for launch in launches(MAIN, **variant))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
-def test_the_kernels_without_a_block_shape(arch: str, tmp_path: Path) -> None:
-    """The list of tiles, the sums of dscale and those by token, on the other architectures."""
+def everything(arch: str) -> Iterator[tuple[str, list[aot.Launch]]]:
+    """(name, launches) of all there is for an architecture, in every dtype, for benchmarks/same_kernels.py."""
+    for name, (_, row) in CASES.items():
+        for half in (BF16, F16) if row.item_bytes == 2 else (F32,):
+            if row.arch in (arch, "portable"):
+                yield f"{name} {str(half)[6:]}", launches(problem_of(row), half=half)
+    for name, variant in {"the main case": {}, **VARIANTS}.items():
+        for half in (BF16, F16):
+            yield f"{name} {str(half)[6:]}", launches(replace(MAIN, arch=arch), half=half, **variant)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("tiles", ["in_turn", "dealt"])
+def test_the_kernels_without_a_block_shape(
+    arch: str, tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of tiles, with counters behind it and without, the sums of dscale and those by token."""
+    monkeypatch.setenv("MOE_OVERLAP_TILES", tiles)
     found = [launch for launch in launches(replace(MAIN, arch=arch)) if launch.name not in KERNELS]
     names = {"list_tiles_kernel", "sum_parts_kernel", "sum_rows_kernel"}
-    assert {launch.name for launch in found} == names | ({"gather_rows_kernel"} if arch == "sm_100" else set())
+    assert {launch.name for launch in found} == names | ({"gather_rows_kernel"} if arch != "sm_80" else set())
     for launch in found:
         used = aot.resources(aot.compiled(launch, CAPABILITY[arch]), tmp_path)
         assert used.stack_bytes == used.local_bytes == 0, (launch.name, used)

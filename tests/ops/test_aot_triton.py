@@ -19,13 +19,19 @@ from tests.ops import aot  # noqa: E402
 from tests.ops.aot import meta  # noqa: E402
 
 F16, BF16, F32, F64, I32 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32
-MAPPED = (("Qwen3-30B-A3B", 2048, 8, BF16), ("Mixtral 8x7B", 4096, 2, F32), ("odd", 1001, 3, F16))
+MAPPED = (
+    ("Qwen3-30B-A3B", 2048, 8, BF16),
+    ("Mixtral 8x7B", 4096, 2, F32),
+    ("odd", 1001, 3, F16),
+)
 """Name, D, K, dtype."""
+DOUBLE = (("wide", 512, 8, F64),)
+"""Compared by benchmarks/same_kernels.py; the sums of combine's backward spill in float64."""
 
 
-def launches() -> Iterator[tuple[str, list[aot.Launch]]]:
+def launches(mapped: tuple = MAPPED + DOUBLE) -> Iterator[tuple[str, list[aot.Launch]]]:
     """What is launched for the sizes of public models and for odd ones."""
-    for name, hidden, top_k, dtype in MAPPED:
+    for name, hidden, top_k, dtype in mapped:
         slots, rows = meta(4096, top_k, dtype=I32), 4096 * top_k
         x, y, weights = meta(4096, hidden, dtype=dtype), meta(rows, hidden, dtype=dtype), meta(4096, top_k, dtype=F32)
         label = f"{name} {str(dtype)[6:]}"
@@ -58,7 +64,7 @@ def launches() -> Iterator[tuple[str, list[aot.Launch]]]:
         yield f"row_map {experts}", aot.recorded(row_map_triton.row_map, ids, experts, 0, experts, align, None)
 
 
-CASES = dict(launches())
+CASES = dict(launches(MAPPED))
 
 
 @pytest.fixture(scope="module", autouse=True)

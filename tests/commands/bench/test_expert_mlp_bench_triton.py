@@ -68,10 +68,14 @@ def test_every_contender_is_checked_and_measured(tiny: None, tmp_path: Path) -> 
             for name in ("triton", "grouped_mm", "compile", "loop"):
                 assert {(shape.name, routing, name, None, phase) for routing in cases.ROUTINGS} <= seen
             assert {(shape.name, "uniform", "triton", count, phase) for count in (1, 2, 3)} <= seen
+            dealt = [
+                row for row in timed if (row["case"], row["phase"], row.get("tiles")) == (shape.name, phase, "dealt")
+            ]
+            assert [(row["implementation"], row["routing"]) for row in dealt] == [("triton", "uniform")]
     for row in timed:
         assert row["error_over_tolerance"] <= 1 and row["share"] >= 0 and row["peak_gib"] >= 0
         assert ("blocks" in row) == (row["implementation"] == "triton")
-        judged = row["implementation"] in ways.IMPLEMENTATIONS and "num_sms" not in row
+        judged = row["implementation"] in ways.IMPLEMENTATIONS and not {"num_sms", "tiles"} & row.keys()
         deepseek_backward = row["case"] == DEEPSEEK.name and row["phase"] == "backward"
         assert ("met" in row) == (judged and not deepseek_backward)
     absent = [row for row in found if row.get("implementation") == "liger"]
