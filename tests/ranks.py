@@ -31,6 +31,7 @@ from moe_overlap.transport import VirtualWorld
 from moe_overlap.transport.connections import end_all
 
 LIMIT_S = 60.0
+MOST_THREADS = 48
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,10 +40,13 @@ class RankError(AssertionError):
 
 
 class Ended:
-    """What became of a rank: `value`, or `error` (class name) with `text`, or the `exitcode` of a dead process."""
+    """What became of a rank: `value`, or `error` (class name) with `text`, or the `exitcode` of a dead process.
+    threads: of the rank when its call had returned."""
 
-    def __init__(self, *, value: Any = None, error: str = "", text: str = "", exitcode: int | None = None) -> None:
-        self.value, self.error, self.text, self.exitcode = value, error, text, exitcode
+    def __init__(
+        self, *, value: Any = None, error: str = "", text: str = "", exitcode: int | None = None, threads: int = 0
+    ) -> None:
+        self.value, self.error, self.text, self.exitcode, self.threads = value, error, text, exitcode, threads
 
     def __repr__(self) -> str:
         return self.text or f"Ended(value={self.value!r}, exitcode={self.exitcode})"
@@ -188,6 +192,7 @@ class GlooPool:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._ranks: Ranks | None = None
+        self._threads = 0
 
     def run(self, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
         """function(*args) on every rank; the results in rank order. Raises RankError when a rank raises or is late."""
@@ -204,9 +209,17 @@ class GlooPool:
         except BaseException:
             self.close()
             raise
+        self._threads = max(one.threads for one in ended)
         return [one.value for one in ended]
 
+    def renew(self) -> None:
+        """Between two tests: the next call starts fresh ranks where these are full of what tests left. A group that a
+        test has made and not destroyed keeps three threads, one of which looks for work a hundred times a second."""
+        if self._threads > MOST_THREADS:
+            self.close()
+
     def close(self) -> None:
+        self._threads = 0
         ranks, self._ranks = self._ranks, None
         if ranks is not None:
             ranks.stop()
@@ -228,6 +241,12 @@ def start_fork_server() -> None:
 _MARK = "mark"
 _pipe: connection.Connection | None = None
 _POOLS: dict[int, GlooPool] = {}
+
+
+def renew_pools() -> None:
+    """After each test (tests/conftest.py)."""
+    for pool in _POOLS.values():
+        pool.renew()
 
 
 def gloo_pool(world_size: int) -> GlooPool:
@@ -272,7 +291,7 @@ def _rank_main(rank: int, world_size: int, port: int, pipe: connection.Connectio
             function: Any = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
-            reply = {"value": function(*args)}
+            reply = {"value": function(*args), "threads": len(os.listdir("/proc/self/task"))}
         except BaseException as error:
             reply = {"error": type(error).__name__, "text": traceback.format_exc()}
         sys.stdout.flush()

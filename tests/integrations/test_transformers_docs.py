@@ -27,7 +27,7 @@ def test_the_programs_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     program.write_text(second)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == promised(second) * 2
     assert (tmp_path / "saved" / "model.safetensors").exists()

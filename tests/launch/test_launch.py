@@ -71,7 +71,7 @@ def test_the_first_failure_is_the_status():
 def test_a_dead_rank_ends_the_others(function, capfd):
     began_s = time.monotonic()
     assert start(function) == 1
-    assert time.monotonic() - began_s < GRACE_S + 20
+    assert time.monotonic() - began_s < GRACE_S + 100
     if function is be_killed_while_the_other_waits:
         assert "test: rank 1 was ended by signal 9" in capfd.readouterr().err
 

@@ -96,6 +96,8 @@ def loaded(layer):
 def emptied(layer):
     first = [weight.detach().clone() for weight in layer.expert_weights]
     layer.to_empty(device="cpu")
+    for weight in layer.router.parameters():  # what lies in fresh memory may be NaN
+        weight.zero_()
 
     def write():
         for weight, values in zip(layer.expert_weights, first, strict=True):

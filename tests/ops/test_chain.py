@@ -131,7 +131,6 @@ def test_autocast() -> None:
         assert exact.dtype == torch.float64  # as torch does
 
 
-@pytest.mark.time_limit(300)
 def test_compiles_in_one_graph_forward_and_backward() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)

@@ -100,6 +100,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """As on a GPU of architecture sm_90 with the kernels built and nothing verified; yields the record's file."""
     monkeypatch.setattr(cuda_kernels, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(registry, "check_device", lambda device: None)
     monkeypatch.setattr(verified, "FILE", tmp_path / "verified.json")
     monkeypatch.setattr(native, "kernel_sources", lambda: "5c")
     verified.find.cache_clear()

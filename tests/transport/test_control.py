@@ -48,4 +48,4 @@ def test_a_store_that_never_answers_is_lost_at_the_limit(monkeypatch):
     begin_s = time.monotonic()
     with pytest.raises(PeerFailed, match="store of torch.distributed is lost"):
         plane.meet(0, 0.2)
-    assert time.monotonic() - begin_s < 30
+    assert time.monotonic() - begin_s < 100

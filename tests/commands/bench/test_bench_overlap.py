@@ -44,7 +44,7 @@ def row(**changes) -> dict:
     return found | changes
 
 
-def run(words, limit_s=280.0):
+def run(words, limit_s=900.0):
     command = [sys.executable, "-m", "moe_overlap", "bench", "overlap", *words]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit_s, check=False)
