@@ -86,7 +86,7 @@ def test_bad_options_are_one_line(words, tmp_path, capsys):
 
 
 def test_a_small_run_has_a_row_for_everything(tmp_path, capsys):
-    words = "--ranks 2 --ranks-per-node 1 --tokens 64 --experts 4 --ffn 32 --compute-ms 8 --latency-us 50 --repeats 1"
+    words = "--ranks 2 --ranks-per-node 1 --tokens 256 --experts 4 --ffn 32 --compute-ms 8 --latency-us 50 --repeats 1"
     words += " --top-k 1 --workloads one_hot_expert --comm-share 0.2 --oracle-s 200"  # proven in a second, if let
     words += " --planners static,replicate,switch,shadow,flex,eplb,proportional"
     assert cli.main(["bench", "balance", *words.split(), "--out", str(tmp_path)]) == 0
