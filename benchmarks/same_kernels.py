@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT_S = 3600.0
+"""Of each process: compiling takes minutes."""
 Listing = dict[str, dict[str, Any]]
 """Launch -> what is compared of it."""
 
@@ -43,7 +45,8 @@ def listing(tree: Path, capability: int, only: str) -> Listing:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "listing.json"
         how = {"TRITON_CACHE_DIR": f"{folder}/cache", "TRITON_DISABLE_LINE_INFO": "1", "TRITON_INTERPRET": "0"}
-        subprocess.run([*words, f"--out={out}"], check=True, env=os.environ | how | {"MOE_OVERLAP_TILES": ""})
+        how["MOE_OVERLAP_TILES"] = ""
+        subprocess.run([*words, f"--out={out}"], check=True, env=os.environ | how, timeout=LIMIT_S)
         return json.loads(out.read_text())
 
 
@@ -87,7 +90,8 @@ def sources(tree: Path) -> str:
     """The digest of the Triton sources of a tree, as its records have it."""
     words = "from moe_overlap.ops import triton_kernels; print(triton_kernels.sources())"
     from_tree = os.environ | {"PYTHONPATH": str(tree)}
-    done = subprocess.run([sys.executable, "-c", words], check=True, env=from_tree, cwd=tree, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", words]
+    done = subprocess.run(command, check=True, env=from_tree, cwd=tree, stdout=subprocess.PIPE, timeout=LIMIT_S)
     return done.stdout.decode().split()[-1]
 
 

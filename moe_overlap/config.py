@@ -16,12 +16,21 @@ from moe_overlap.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnvVariable:
+class _Variable:
+    name: str
+    meaning: str
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the environment has a value for it."""
+        return bool(os.environ.get(self.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvVariable(_Variable):
     """One variable: its name, what it means, its default and the closed range its value must lie in; `whole`: as an
     integer."""
 
-    name: str
-    meaning: str
     default: float
     low: float
     high: float
@@ -42,18 +51,11 @@ class EnvVariable:
             raise ConfigError(self.name, text[:80], expected)
         return value
 
-    @property
-    def is_set(self) -> bool:
-        """Whether the value in force is not the default."""
-        return bool(os.environ.get(self.name))
-
 
 @dataclass(frozen=True, kw_only=True)
-class EnvChoice:
+class EnvChoice(_Variable):
     """A variable whose value is one of a few words: its name, what it means, its default and all the words."""
 
-    name: str
-    meaning: str
     default: str
     words: tuple[str, ...]
 
@@ -63,11 +65,6 @@ class EnvChoice:
         if text not in self.words:
             raise ConfigError(self.name, text[:80], f"{' or '.join(self.words)} ({self.meaning})")
         return text
-
-    @property
-    def is_set(self) -> bool:
-        """Whether the environment has a value for it."""
-        return bool(os.environ.get(self.name))
 
 
 TIMEOUT_S = EnvVariable(

@@ -31,11 +31,6 @@ const Float* read(const Tensor& tensor, int64_t numel) {
   return static_cast<const Float*>(tensor.const_data_ptr());
 }
 
-template <typename Float>
-const Float* read(const MaybeTensor& tensor, int64_t numel) {
-  return tensor ? read<Float>(*tensor, numel) : nullptr;
-}
-
 int32_t* written(const Tensor& tensor, int64_t numel) {
   check(tensor, ScalarType::Int, numel);
   return tensor.mutable_data_ptr<int32_t>();
@@ -48,14 +43,14 @@ void share_out(int64_t tokens, int64_t experts, const Work& work) {
 }
 
 template <typename Float>
-void choose(const Tensor& logits, const MaybeTensor& choice, int64_t groups, int64_t kept_groups, int64_t summed,
+void choose(const Tensor& logits, const Tensor& choice, int64_t groups, int64_t kept_groups, int64_t summed,
             const Tensor& ids, const Tensor& counts, const Tensor& status) {
   const int64_t tokens = ids.size(0);
   moe_overlap::GateArgs<Float> args{};
   args.experts = counts.numel();
   args.k = ids.size(1);
   args.logits = read<Float>(logits, tokens * args.experts);
-  args.choice = choice ? read<Float>(choice, tokens * args.experts) : args.logits;
+  args.choice = read<Float>(choice, tokens * args.experts);
   args.groups = groups;
   args.kept_groups = kept_groups;
   args.summed = summed;
@@ -70,14 +65,14 @@ void choose(const Tensor& logits, const MaybeTensor& choice, int64_t groups, int
   *bad = moe_overlap::count_chosen(args.ids, tokens * args.k, args.experts, counted);
 }
 
-void gate_topk(const Tensor& logits, const MaybeTensor& choice, int64_t groups, int64_t kept_groups, int64_t summed,
+void gate_topk(const Tensor& logits, const Tensor& choice, int64_t groups, int64_t kept_groups, int64_t summed,
                const Tensor& ids, const Tensor& counts, const Tensor& status) {
   const bool wide = logits.scalar_type() == ScalarType::Double;
   (wide ? choose<double> : choose<float>)(logits, choice, groups, kept_groups, summed, ids, counts, status);
 }
 
 template <typename Float>
-void differentiate(const Tensor& dchosen, const Tensor& ids, const MaybeTensor& scores, const MaybeTensor& weighted,
+void differentiate(const Tensor& dchosen, const Tensor& ids, const MaybeTensor& scores, const Tensor& weighted,
                    const Tensor& dlogits) {
   const int64_t tokens = ids.size(0);
   moe_overlap::GateGradientArgs<Float> args{};
@@ -86,17 +81,17 @@ void differentiate(const Tensor& dchosen, const Tensor& ids, const MaybeTensor& 
   check(ids, ScalarType::Int, tokens * args.k);
   args.ids = ids.const_data_ptr<int32_t>();
   args.chosen = read<Float>(dchosen, tokens * args.k);
-  args.scores = read<Float>(scores, tokens * args.experts);
+  args.scores = scores ? read<Float>(*scores, tokens * args.experts) : nullptr;
   args.weighted = read<Float>(weighted, tokens);
-  STD_TORCH_CHECK(scores.has_value() == weighted.has_value() && args.k >= 1, "moe_overlap: scores and their sums");
+  STD_TORCH_CHECK(args.k >= 1, "moe_overlap: a choice for each token");
   check(dlogits, kDtype<Float>, tokens * args.experts);
   args.logits = static_cast<Float*>(dlogits.mutable_data_ptr());
   const auto run = [&](int64_t first, int64_t end) { moe_overlap::gate_gradient(args, first, end); };
   share_out(tokens, args.experts, run);
 }
 
-void gate_topk_backward(const Tensor& dchosen, const Tensor& ids, const MaybeTensor& scores,
-                        const MaybeTensor& weighted, const Tensor& dlogits) {
+void gate_topk_backward(const Tensor& dchosen, const Tensor& ids, const MaybeTensor& scores, const Tensor& weighted,
+                        const Tensor& dlogits) {
   const bool wide = dchosen.scalar_type() == ScalarType::Double;
   (wide ? differentiate<double> : differentiate<float>)(dchosen, ids, scores, weighted, dlogits);
 }

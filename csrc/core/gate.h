@@ -33,7 +33,7 @@ struct GateGradientArgs {
   const int32_t* ids;     // [T, k], -1 in rows without experts
   const Float* chosen;    // [T, k]: gradients of the chosen scores
   const Float* scores;    // [T, E] of a softmax over all experts, or null: then chosen are gradients of the logits
-  const Float* weighted;  // [T]: sum of chosen times scores, with scores alone
+  const Float* weighted;  // [T]: sum of chosen times scores; read with scores alone
   int64_t experts;
   int64_t k;
   // out

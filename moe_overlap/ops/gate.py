@@ -10,6 +10,8 @@ are ranked first (by the sum of their two best scores when there is a bias, else
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,56 +100,53 @@ def _bad_rows(logits_TE: torch.Tensor) -> torch.Tensor:
     return ~logits_TE.amax(dim=-1).isfinite()
 
 
-def _gate_topk(
-    logits_TE: torch.Tensor,
-    bias_E: torch.Tensor | None,
-    k: int,
-    n_group: int,
-    topk_group: int,
-    score: str,
-    renormalize: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""ids_TK, counts_E and status of `gate_topk`."""
+
+
+def _choose(
+    logits_TE: torch.Tensor, choice_TE: torch.Tensor, k: int, n_group: int, topk_group: int, summed: int
+) -> Chosen:
+    """The k best of `choice` in each row whose logits are good. summed: how many of its best a group counts for."""
     bad_T = _bad_rows(logits_TE)
-    scores_TE = _scores(logits_TE, score)
-    choice_TE = logits_TE if bias_E is None else scores_TE + bias_E
     if topk_group < n_group:
-        choice_TE = _keep_best_groups(choice_TE, n_group, topk_group, 1 if bias_E is None else 2)
+        choice_TE = _keep_best_groups(choice_TE, n_group, topk_group, summed)
     # A stable sort, since torch.topk promises no order among equals.
     ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    weights_TK = _weights(scores_TE.gather(1, ids_TK), score, renormalize, scale).masked_fill(bad_T[:, None], 0)
     ids_TK = ids_TK.masked_fill(bad_T[:, None], -1).to(torch.int32)
     counts = torch.zeros(logits_TE.shape[1] + 1, dtype=torch.int32, device=logits_TE.device)
     counts.index_add_(0, (ids_TK + 1).reshape(-1), torch.ones_like(ids_TK).reshape(-1))
-    status = bad_T.any().to(torch.int32).mul_(BAD_LOGITS).reshape(1)
-    return weights_TK, ids_TK, counts[1:].clone(), status
+    return ids_TK, counts[1:].clone(), bad_T.any().to(torch.int32).mul_(BAD_LOGITS).reshape(1)
 
 
-def _gate_topk_cpp(
-    logits_TE: torch.Tensor,
-    bias_E: torch.Tensor | None,
-    k: int,
-    n_group: int,
-    topk_group: int,
-    score: str,
-    renormalize: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The reference's results bit for bit: what is compared and the weights are made as there."""
-    logits_TE = logits_TE.contiguous()
-    scores_TE = _scores(logits_TE, score)
-    choice_TE = None if bias_E is None else scores_TE + bias_E
+def _choose_cpp(logits_TE: torch.Tensor, choice_TE: torch.Tensor, k: int, *groups: int) -> Chosen:
+    """`_choose`, compiled."""
     tokens, num_experts = logits_TE.shape
     ids_TK, counts_E, status = (
         logits_TE.new_empty(shape, dtype=torch.int32) for shape in ((tokens, k), (num_experts,), (1,))
     )
     torch.ops.moe_overlap._gate_topk_cpp.default(
-        logits_TE, choice_TE, n_group, topk_group, 1 if bias_E is None else 2, ids_TK, counts_E, status
+        logits_TE.contiguous(), choice_TE.contiguous(), *groups, ids_TK, counts_E, status
     )
+    return ids_TK, counts_E, status
+
+
+def _gate_topk(
+    choose: Callable[..., Chosen],
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    scores_TE = _scores(logits_TE, score)
+    choice_TE, summed = (logits_TE, 1) if bias_E is None else (scores_TE + bias_E, 2)
+    ids_TK, counts_E, status = choose(logits_TE, choice_TE, k, n_group, topk_group, summed)
     weights_TK = _weights(scores_TE.gather(1, _index(ids_TK)), score, renormalize, scale)
-    if status.item():
-        weights_TK = weights_TK.masked_fill(ids_TK[:, :1] < 0, 0)
-    return weights_TK, ids_TK, counts_E, status
+    return weights_TK.masked_fill_(ids_TK[:, :1] < 0, 0), ids_TK, counts_E, status
 
 
 def _weights(chosen_TK: torch.Tensor, score: str, renormalize: bool, scale: float) -> torch.Tensor:
@@ -158,7 +157,39 @@ def _weights(chosen_TK: torch.Tensor, score: str, renormalize: bool, scale: floa
     return chosen_TK * scale
 
 
+def _spread(
+    d_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    scores_TE: torch.Tensor | None,
+    weighted_T1: torch.Tensor,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Gradients of all logits from those of the chosen scores: through the softmax that gave `scores`, of which
+    weighted_T1 is the sum of gradients times scores; None: they are gradients of the chosen logits already."""
+    dlogits_TE = torch.zeros_like(like).scatter_(1, _index(ids_TK), d_TK)
+    if scores_TE is not None:
+        dlogits_TE = scores_TE * (dlogits_TE - weighted_T1)
+    return dlogits_TE.masked_fill_((ids_TK[:, :1] < 0), 0)
+
+
+def _spread_cpp(
+    d_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    scores_TE: torch.Tensor | None,
+    weighted_T1: torch.Tensor,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """`_spread`, compiled."""
+    dlogits_TE = workspace.empty(like.shape, like=like, rows=False)
+    scores_TE = None if scores_TE is None else scores_TE.contiguous()
+    torch.ops.moe_overlap._gate_topk_backward_cpp.default(
+        d_TK.contiguous(), ids_TK.contiguous(), scores_TE, weighted_T1, dlogits_TE
+    )
+    return dlogits_TE
+
+
 def _gate_topk_backward(
+    spread: Callable[..., torch.Tensor],
     dweights_TK: torch.Tensor,
     logits_TE: torch.Tensor,
     ids_TK: torch.Tensor,
@@ -168,49 +199,6 @@ def _gate_topk_backward(
 ) -> torch.Tensor:
     """Gradient of the logits. With chosen scores u and s = sum(u): w = scale * u / s, so
     du = scale * (dw - sum(dw * u / s)) / s; then through softmax or sigmoid."""
-    scores_TE, chosen_TK, d_TK = _through_weights(dweights_TK, logits_TE, ids_TK, score, renormalize, scale)
-    dlogits_TE = torch.zeros_like(logits_TE).scatter_(1, _index(ids_TK), d_TK)
-    if score == "softmax":
-        dlogits_TE = scores_TE * (dlogits_TE - (d_TK * chosen_TK).sum(dim=-1, keepdim=True))
-    return dlogits_TE.masked_fill_((ids_TK[:, :1] < 0), 0)
-
-
-def _gate_topk_backward_cpp(
-    dweights_TK: torch.Tensor,
-    logits_TE: torch.Tensor,
-    ids_TK: torch.Tensor,
-    score: str,
-    renormalize: bool,
-    scale: float,
-) -> torch.Tensor:
-    """The reference's results bit for bit: the chosen scores are differentiated as there."""
-    logits_TE = logits_TE.contiguous()
-    scores_TE, chosen_TK, d_TK = _through_weights(dweights_TK, logits_TE, ids_TK, score, renormalize, scale)
-    dlogits_TE = workspace.empty(logits_TE.shape, like=logits_TE, rows=False)
-    weighted_T = (d_TK * chosen_TK).sum(dim=-1) if score == "softmax" else None
-    torch.ops.moe_overlap._gate_topk_backward_cpp.default(
-        d_TK.contiguous(),
-        ids_TK.contiguous(),
-        scores_TE if score == "softmax" else None,
-        weighted_T,
-        dlogits_TE,
-    )
-    return dlogits_TE
-
-
-def _index(ids_TK: torch.Tensor) -> torch.Tensor:
-    return ids_TK.long().clamp_(min=0)
-
-
-def _through_weights(
-    dweights_TK: torch.Tensor,
-    logits_TE: torch.Tensor,
-    ids_TK: torch.Tensor,
-    score: str,
-    renormalize: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(scores [T, E], those of the chosen experts [T, K], their gradients [T, K])."""
     scores_TE = _scores(logits_TE, score)
     chosen_TK = scores_TE.gather(1, _index(ids_TK))
     d_TK = dweights_TK * scale
@@ -222,7 +210,12 @@ def _through_weights(
         d_TK = (d_TK - (d_TK * chosen_TK).sum(dim=-1, keepdim=True) / total_T1) / total_T1
     if score == "sigmoid":
         d_TK = d_TK * chosen_TK * (1 - chosen_TK)
-    return scores_TE, chosen_TK, d_TK
+    weighted_T1 = (d_TK * chosen_TK).sum(dim=-1, keepdim=True)
+    return spread(d_TK, ids_TK, scores_TE if score == "softmax" else None, weighted_T1, logits_TE)
+
+
+def _index(ids_TK: torch.Tensor) -> torch.Tensor:
+    return ids_TK.long().clamp_(min=0)
 
 
 def _gate_topk_fake(logits_TE: torch.Tensor, bias_E: Any, k: int, *rest: Any) -> tuple[torch.Tensor, ...]:
@@ -257,28 +250,28 @@ define(
 )
 # In the compiled part, where there is one; see csrc/bindings.
 define(
-    "_gate_topk_cpp(Tensor logits, Tensor? choice, int n_group, int topk_group, int summed, Tensor(a!) ids, "
+    "_gate_topk_cpp(Tensor logits, Tensor choice, int n_group, int topk_group, int summed, Tensor(a!) ids, "
     "Tensor(b!) counts, Tensor(c!) status) -> ()"
 )
 registry.add(
     "gate_topk",
     "cpp",
-    _gate_topk_cpp,
+    partial(_gate_topk, _choose_cpp),
     obstacle=compiled.obstacle("gate_topk"),
     merit="compiled: the k best are kept while a row is read, and nothing is sorted",
 )
-registry.add("gate_topk", "reference", _gate_topk, merit="pure PyTorch, runs everywhere")
-define(
-    "_gate_topk_backward_cpp(Tensor dchosen, Tensor ids, Tensor? scores, Tensor? weighted, Tensor(a!) dlogits) -> ()"
-)
+registry.add("gate_topk", "reference", partial(_gate_topk, _choose), merit="pure PyTorch, runs everywhere")
+define("_gate_topk_backward_cpp(Tensor dchosen, Tensor ids, Tensor? scores, Tensor weighted, Tensor(a!) dlogits) -> ()")
 registry.add(
     "gate_topk_backward",
     "cpp",
-    _gate_topk_backward_cpp,
+    partial(_gate_topk_backward, _spread_cpp),
     obstacle=compiled.obstacle("gate_topk_backward"),
     merit="compiled: gradients of the logits are written once",
 )
-registry.add("gate_topk_backward", "reference", _gate_topk_backward, merit="pure PyTorch, runs everywhere")
+registry.add(
+    "gate_topk_backward", "reference", partial(_gate_topk_backward, _spread), merit="pure PyTorch, runs everywhere"
+)
 implement("gate_topk", registry.kernel("gate_topk"), _gate_topk_fake)
 implement(
     "gate_topk_backward",

@@ -19,6 +19,7 @@ from tests.ops.interpreted import needs_triton
 needs_triton(interpreter=False)
 
 from moe_overlap.ops import expert_mlp_triton as mlp  # noqa: E402
+from moe_overlap.ops import triton_kernels  # noqa: E402
 from moe_overlap.ops.expert_mlp_blocks_triton import (  # noqa: E402
     ARCHITECTURES,
     SHARED_BYTES,
@@ -118,8 +119,9 @@ def check(launch: aot.Launch, row: Row, folder: Path, capability: int) -> None:
     if os.environ.get("SHOW_RESOURCES"):
         print(launch.name, row.arch, shape, used, {key: ptx.count(key) for key in ("cp.async.bulk.tensor", "cp.async")})
     assert (launch.keywords["BLOCK_M"], launch.keywords["BLOCK_N"]) == (shape.m, shape.n)
-    dealt_float32 = row.item_bytes == 4 and launch.name == "weights_kernel" and tiles_of(launch) == "dealt"
-    assert used.local_bytes == 0 and used.stack_bytes <= dealt_float32 * STACK_BYTES, (launch.name, used)
+    spared = (launch.name, row.item_bytes, capability, tiles_of(launch)) == ("weights_kernel", 4, 80, "dealt")
+    most_stack = STACK_BYTES if spared and triton_kernels.release() < (3, 9) else 0
+    assert used.local_bytes == 0 and used.stack_bytes <= most_stack, (launch.name, used)
     assert used.shared_bytes * shape.per_sm <= SHARED_BYTES[row.arch], (launch.name, used)
     assert used.registers * 32 * kernel.metadata.num_warps * shape.per_sm <= REGISTERS, (launch.name, used)
     if row.item_bytes == 2:
