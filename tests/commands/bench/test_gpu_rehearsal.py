@@ -114,6 +114,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(gpu_run, "no_gpu", lambda: None)
     monkeypatch.setattr(gpu_run, "about", lambda: ABOUT)
     monkeypatch.setattr(gpu_parts, "find_tool", lambda name: f"/cuda/bin/{name}")
+    # On the played clock commands come one after another: two at once would both be given the time that is left.
+    monkeypatch.setattr(gpu_checks, "PROCESSES", 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(verified, "FILE", tmp_path / "verified.json")
     monkeypatch.setattr(hardware, "architecture", lambda device: "sm_90")
@@ -216,8 +218,7 @@ def test_tests_that_never_end_do_not_outlast_their_part(start: Start) -> None:
     assert SECONDS["collect"] < part["seconds"] <= limits["layers"] and "tests passed" in part["result"]
 
 
-def test_what_no_card_has_run_is_tested_first(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks, "PROCESSES", 1)
+def test_what_no_card_has_run_is_tested_first(start: Start) -> None:
     _, _, played = start(limit_s=1e4)
     files = [
         word.partition("::")[0] for part, words in played.asked if part == "layers" for word in words if "::" in word
