@@ -24,10 +24,10 @@ MOST = 2**31 - 1  # counts travel as int32
 
 @dataclass
 class Said:
-    """One more integer that the host wants to know of a step: `word` [1], beside the ids; `value` once it was read."""
+    """Further integers that the host wants to know of a step: `words` [n]; `values` once they were read."""
 
-    word: torch.Tensor
-    value: int = 0
+    words: torch.Tensor
+    values: tuple[int, ...] = ()
 
 
 def block_counts(slots_TK: torch.Tensor, num_slots: int, said: Said | None = None) -> torch.Tensor:
@@ -119,15 +119,15 @@ def _count(places: torch.Tensor, size: int, said: Said | None) -> torch.Tensor:
     """int64 [size] on the CPU: how often each number from 0 to size - 1 is in `places`, and what `said` waits for."""
     if places.device.type == "cpu":
         if said is not None:
-            said.value = int(said.word)
+            said.values = tuple(said.words.tolist())
         return torch.bincount(places, minlength=size)
     # Elsewhere bincount reads the least and the most before it counts. Sums of integers are the same in any order.
     found = torch.zeros(size, dtype=torch.int64, device=places.device).index_add_(0, places, torch.ones_like(places))
     if said is None:
         return found.cpu()
-    found = torch.cat([found, said.word.reshape(1).to(torch.int64)]).cpu()
-    said.value = int(found[-1])
-    return found[:-1]
+    found = torch.cat([found, said.words.to(torch.int64)]).cpu()
+    said.values = tuple(found[size:].tolist())
+    return found[:size]
 
 
 def _outside(ids: torch.Tensor, num_slots: int) -> ConfigError:

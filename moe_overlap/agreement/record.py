@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from moe_overlap.agreement.common import differing
 from moe_overlap.agreement.seats import Seats, StepRule
 from moe_overlap.agreement.sizes import digest as digest
 from moe_overlap.agreement.sizes import record_words as record_words
@@ -91,6 +92,7 @@ class StepRecord:
     router_state: a digest of what the routers of all ranks must have in common (0: nothing). caller: which of those
     that share a transport, copies of one layer for example. weight_version: of this rank's expert weights, a number
     that changes with them, where others have copies of them; weights_require_grad: whether their gradients are wanted.
+    common_*: of the weights that every rank has whole, the words of `common.fingerprint` (zeros: nothing said of them).
     Not sent, but equal on all ranks: seats (None: expert i in slot i), rule (which seats
     are in their place, once the counts are known) and nodes, the node of
     each rank (None: each has its own).
@@ -118,6 +120,9 @@ class StepRecord:
     static_tokens: int = 0
     weight_version: int = 0
     weights_require_grad: int = 0
+    common_norm: int = 0
+    common_sum: int = 0
+    common_other_sum: int = 0
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
     node_rows: torch.Tensor | None = None
@@ -148,8 +153,9 @@ RECORD_FIELDS: tuple[str, ...] = tuple(
     for field in fields(StepRecord)
     if field.name not in ("counts", "first", "last", "node_rows", "caller", "seats", "rule", "nodes")
 )
-# What each rank says of itself; the other fields must be equal on all ranks.
-OWN_FIELDS = ("status", "status_value", "x_requires_grad", "weight_version", "weights_require_grad")
+# What each rank says of itself; the other fields must be equal on all ranks, and the common ones nearly so.
+COMMON_FIELDS = ("common_norm", "common_sum", "common_other_sum")
+OWN_FIELDS = ("status", "status_value", "x_requires_grad", "weight_version", "weights_require_grad", *COMMON_FIELDS)
 AGREED_FIELDS: tuple[str, ...] = tuple(name for name in RECORD_FIELDS if name not in OWN_FIELDS)
 _AGREED = [RECORD_FIELDS.index(name) for name in AGREED_FIELDS]
 
@@ -167,6 +173,10 @@ CONFIG_HINT = (
     "dispatcher.rule and another has none, or one with other prices or options"
 )
 EPOCH_HINT = "; set_placement, migrate and PlacementController.step are for all ranks alike"
+COMMON_HINT = (
+    "seed all ranks alike before the model is made, or load one checkpoint on all of them, and average the gradients "
+    'of these weights over the ranks: by DDP, FSDP2 or by hand (docs/parallel.md, "Equal routers")'
+)
 HINTS = {
     "schedule_digest": DIGEST_HINT,
     "router_state": ROUTER_HINT,
@@ -212,4 +222,22 @@ def compare(records: torch.Tensor, *, rank: int) -> dict[str, np.ndarray]:
             step=int(column["step"][rank]),
             action="N",
         )
+    _require_common(column, rank)
     return column
+
+
+def _require_common(column: dict[str, np.ndarray], rank: int) -> None:
+    """Raises PlanMismatch where ranks have different weights of what every rank has whole."""
+    if not column["common_norm"].any():
+        return
+    apart = differing(np.stack([column[name] for name in COMMON_FIELDS], axis=1))
+    if apart is not None:
+        one, other, share = apart
+        raise PlanMismatch(
+            f"ranks {one} and {other} have different weights of what each rank has whole (router, shared expert, "
+            f"projections of latents), by about {share:.1g} of their norm; nothing was sent; {COMMON_HINT}",
+            rank=rank,
+            peer=other if other != rank else one,
+            step=int(column["step"][rank]),
+            action="N",
+        )

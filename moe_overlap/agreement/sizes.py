@@ -7,7 +7,7 @@ import hashlib
 BLOCKS = 16  # of a rank's tokens, the finest cut
 HEADER_WORDS = 64
 HEAD_WORDS = 5  # of a message: magic, kind, layer, caller, step
-RECORD_WORDS = 21  # of a step's record without its tables: as many as `record.RECORD_FIELDS`
+RECORD_WORDS = 24  # of a step's record without its tables: as many as `record.RECORD_FIELDS`
 
 
 def record_words(num_experts: int, num_slots: int, dedup: int, node_slots: int = 0) -> int:

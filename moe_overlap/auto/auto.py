@@ -154,7 +154,7 @@ class AutoSchedule(Settled):
                 dispatcher.refuse(error, self.unplanned)
             # Agree first: a rank that cannot take part says so here, and no probe waits for it; nor for a rank that
             # does not calibrate, having another schedule.
-            exchange = dispatcher.plan(probes.ids_TK, probes.x_TD, self.unplanned, status=status)
+            exchange = dispatcher.plan(probes.ids_TK, probes.x_TD, self.unplanned, status=status, common=inputs.common)
             if old is not None:
                 if not beyond(old.model, exchange) or _any(dispatcher.transport, waiting, device):
                     return old

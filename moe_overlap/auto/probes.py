@@ -22,7 +22,7 @@ from moe_overlap.routing.zero import part_decision
 from moe_overlap.schedule.actions import Action
 from moe_overlap.schedule.builders import SchedulePair, chunked, window
 from moe_overlap.schedule.clocks import clock_for
-from moe_overlap.schedule.dispatch import Dispatcher, check_routing
+from moe_overlap.schedule.dispatch import Dispatcher, Weights, check_routing
 from moe_overlap.schedule.distinct_rows import gradient_layout, metadata_layout, weights_dtype
 from moe_overlap.schedule.lanes import payload_of
 from moe_overlap.schedule.recorder import record
@@ -40,7 +40,7 @@ class ProbeInputs:
     weights in the dtype of the rows, which is the probes'. router: tokens -> their experts (a `RoutingDecision`); told:
     its arguments by name. backbone: the ops beside the exchanges and their input h; shared: the shared expert.
     router_input: what the router reads instead of x. host_link: what the weights come up by, where they are in the
-    host's memory.
+    host's memory. common: gives the weights that every rank has whole.
     """
 
     dispatcher: Dispatcher
@@ -55,6 +55,7 @@ class ProbeInputs:
     shared: Op | None = None
     router_input: torch.Tensor | None = None
     host_link: HostLink | None = None
+    common: Weights | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -84,7 +84,7 @@ class CoherentLayer:
             layer.dispatcher.refuse(error, pair)
         dispatcher = layer.dispatcher
         exchange = dispatcher.finish(dispatcher.begin(routing.topk_ids_TK, tokens.h_ND, pair, status=routing.status,
-                                                      router_state=routing.agreed))  # fmt: skip
+                                                      router_state=routing.agreed, common=layer._common))  # fmt: skip
         with closing_on_error(layer.transport, "P"):
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=dispatcher.activation)
             hop = Hop(layer, self._input, tokens, routing, exchange, pair, weights)

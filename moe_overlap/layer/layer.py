@@ -227,7 +227,7 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
             ops, h = ((), None) if beside is None else (beside.backbone, beside.hidden)
             inputs = ProbeInputs(dispatcher=self.dispatcher, router=self.router, told=told, x_TD=x_TD, w_in=w_in,
                                  w_out=w_out, latents=tokens.latents, h=h, backbone=ops, shared=self.shared_expert,
-                                 router_input=read_TD, host_link=host_link)  # fmt: skip
+                                 router_input=read_TD, host_link=host_link, common=self._common)  # fmt: skip
             known = self._planned(schedule, inputs, phase)
         try:
             weights = ExpertWeights(w_in=w_in.detach(), w_out=w_out.detach(), kind=self.dispatcher.activation,
@@ -246,13 +246,13 @@ class MoELayer(Static, Copies, Routes, Chooses, Offloads):
                 rows_TD, weights_TK = self._weigh(rows_TD, routing)
             except BaseException as error:
                 self.dispatcher.refuse(error, known)
-            ids_TK, state = routing.topk_ids_TK, routing.agreed
-            agreement = self.dispatcher.begin(ids_TK, rows_TD, known, status=routing.status, router_state=state)
+            agreement = self.dispatcher.begin(routing.topk_ids_TK, rows_TD, known, status=routing.status,
+                                              router_state=routing.agreed, common=self._common)  # fmt: skip
             step.ask(known, self.dispatcher, agreement)
             step.hidden = None if beside is None else beside.hidden
             if late is not None:
                 rows_TD = late_rows(step, late, self.latent_in, self.dispatcher.hidden, w_out.dtype)
-            step.give(rows_TD, ids_TK, weights_TK, entered=late is None)
+            step.give(rows_TD, routing.topk_ids_TK, weights_TK, entered=late is None)
         return step, routing, x_shared
 
     def _forward_one_rank(self, x: torch.Tensor, given: Given, router_input: torch.Tensor | None) -> Any:

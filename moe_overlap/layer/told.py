@@ -32,6 +32,9 @@ class Routes:
     """The half of MoELayer that calls its router; the layer has the attributes that stand here."""
 
     router: nn.Module
+    shared_expert: nn.Module | None
+    latent_in: nn.Module | None
+    latent_out: nn.Module | None
     dispatcher: Dispatcher
     rows: Rows
     weights_at: str
@@ -44,6 +47,11 @@ class Routes:
         routing = tape.decide(self.router, x_TD, told) if tape.runs else as_decision(self.router(x_TD, **told))
         routing = with_sum_said(routing, static=isinstance(self.dispatcher, StaticDispatcher))
         return part_decision(routing, x_shared, self.dispatcher.placement.num_experts)
+
+    def _common(self) -> list[nn.Parameter]:
+        """The weights that every rank has whole, and alike."""
+        parts = (self.router, self.shared_expert, self.latent_in, self.latent_out)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def _weigh(self, rows_TD: torch.Tensor, routing: RoutingDecision) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the experts read [T, D], what their results are multiplied by [T, K]). weights_at "input": the tokens

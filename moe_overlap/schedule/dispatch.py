@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from moe_overlap.agreement.common import WORDS, fingerprint, is_compared
 from moe_overlap.agreement.cost import GATHERED_RANKS
 from moe_overlap.agreement.counts import BLOCKS, MOST, Said, block_counts, block_counts_of_rows, check_counts
 from moe_overlap.agreement.header import WEIGHTS_AT, Header
@@ -27,11 +28,18 @@ from moe_overlap.transport.link import nodes_of
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 WEIGHT_DTYPES = (torch.float32, torch.float64)
+Weights = Callable[[], Iterable[torch.Tensor]]
 
 
 def _activation_number(name: str) -> int:
     """What stands for an activation in a header: a registered one is compared by its name."""
     return ACTIVATIONS.index(name) if name in ACTIVATIONS else len(ACTIVATIONS) + zlib.crc32(name.encode())
+
+
+def with_marks(record: StepRecord, marks: Sequence[int]) -> StepRecord:
+    """The record with the words of a `fingerprint`."""
+    norm, one, other = marks
+    return replace(record, common_norm=norm, common_sum=one, common_other_sum=other)
 
 
 def current_phase() -> int:
@@ -162,11 +170,10 @@ class Dispatcher:
         """Nodes that rows are counted for, where they cross nodes once."""
         return self.placement.world_size // self.ranks_per_node if self.hierarchical else 0
 
-    def plan(
-        self, ids_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *, status: torch.Tensor | None = None
-    ) -> ExchangePlan:
+    def plan(self, ids_TK: torch.Tensor, x_TD: torch.Tensor, schedule: Schedules, *,
+             status: torch.Tensor | None = None, common: Weights | None = None) -> ExchangePlan:  # fmt: skip
         """The agreed counts of one step: `begin` and `finish`."""
-        return self.finish(self.begin(ids_TK, x_TD, schedule, status=status))
+        return self.finish(self.begin(ids_TK, x_TD, schedule, status=status, common=common))
 
     def begin(
         self,
@@ -176,23 +183,30 @@ class Dispatcher:
         *,
         status: torch.Tensor | None = None,
         router_state: int = 0,
+        common: Weights | None = None,
     ) -> Agreement:
         """Tell all ranks what this one will send in a step; returns at once.
 
         ids_TK: integers [T, K], logical experts, -1 unused. x_TD: the rows' tensor (width, dtype, requires_grad).
-        status: int32 [1] flag word of the router. router_state: see StepRecord. Raises ConfigError alike on all ranks
+        status: int32 [1] flag word of the router. router_state: see StepRecord. common: gives the weights that every
+        rank has whole, which are compared in some steps (`is_compared`). Raises ConfigError alike on all ranks
         where this one refuses. What runs before `finish` has to be the same on all ranks, and stands in
         `closing_on_error`.
         """
-        said = None if status is None else Said(status)
+        self.open()
         try:
+            marks = self._marks(common, ids_TK.device)
+            asked = [one for one in (None if status is None else status.reshape(1), marks) if one is not None]
+            said = Said(torch.cat(asked) if len(asked) > 1 else asked[0]) if asked else None
             tables, rule = self._count(ids_TK, said), self._rule_under(schedule)
-        except ConfigError as error:
+        except Exception as error:
             self.refuse(error, schedule)
-        flags = 0 if said is None else said.value
+        values = () if said is None else said.values
+        flags = 0 if status is None else values[0]
         said_so = (1, flags) if flags else (0, 0)
         grad = x_TD.requires_grad
         record = self._record(schedule, dtype_code(x_TD.dtype), grad, tables, said_so, router_state, rule)
+        record = record if marks is None else with_marks(record, values[-WORDS:])
         with closing_on_interrupt(self.transport):
             agreement = self.transport.begin_agree(record)
         return agreement if rule is None or self.dedup != 1 else Completed(agreement, self.transport, ids_TK)
@@ -234,6 +248,12 @@ class Dispatcher:
             return None
         under = getattr(self.rule, "under", None)
         return self.rule if under is None else under(schedule, grad=torch.is_grad_enabled())
+
+    def _marks(self, common: Weights | None, device: torch.device) -> torch.Tensor | None:
+        """`fingerprint` of these weights, where the step that begins compares them."""
+        if common is None or self.transport.world_size == 1 or torch._C._current_graph_task_id() >= 0:
+            return None
+        return fingerprint(common(), device) if is_compared(self.steps + 1) else None
 
     def end_step(self) -> None:
         """At the end of a forward that is no recompute: everything was agreed on."""

@@ -20,7 +20,7 @@ from moe_overlap.agreement.static_plan import Capacity, StaticExchange, StaticLa
 from moe_overlap.errors import CapacityExceeded, ConfigError
 from moe_overlap.ops.activation_kinds import is_gated
 from moe_overlap.schedule.builders import SchedulePair, Schedules
-from moe_overlap.schedule.dispatch import Dispatcher
+from moe_overlap.schedule.dispatch import Dispatcher, Weights, with_marks
 from moe_overlap.schedule.static_rows import MILLI, WORD, place
 from moe_overlap.schedule.static_word import Watch
 from moe_overlap.transport.base import Agreement
@@ -77,6 +77,7 @@ class StaticDispatcher(Dispatcher):
         *,
         status: torch.Tensor | None = None,
         router_state: int = 0,
+        common: Weights | None = None,
     ) -> Agreement:
         """As the base's, but that the host reads no value of ids_TK and status, and nothing is said but in the first
         step. Raises ConfigError for another number of tokens than in the first step."""
@@ -84,13 +85,14 @@ class StaticDispatcher(Dispatcher):
         self.open()
         first = self._agreed_in != self.openings
         try:
+            marks = self._marks(common, ids_TK.device) if first else None
             layout = self._layout(ids_TK, schedule, first=first)
             if router_state and self.transport.world_size > 1:
                 raise ConfigError("mode", "static", "'host' beside a router whose state the ranks agree on (replay)")
-        except ConfigError as error:
+        except Exception as error:
             self.refuse(error, schedule)
         if first:
-            self._agree(x_TD, schedule, layout)
+            self._agree(x_TD, schedule, layout, marks)
         else:
             self.steps += phase == 0
         grad = torch.is_grad_enabled()
@@ -179,10 +181,11 @@ class StaticDispatcher(Dispatcher):
         flag = word.new_zeros(1) if status is None else status.reshape(1).to(torch.int32)
         self._watch.begin(torch.cat([word, flag]), self.steps)
 
-    def _agree(self, x_TD: torch.Tensor, schedule: Schedules, layout: StaticLayout) -> None:
+    def _agree(self, x_TD: torch.Tensor, schedule: Schedules, layout: StaticLayout, marks: torch.Tensor | None) -> None:
         """On what all steps have in common. Raises PlanMismatch alike on all ranks."""
         none = torch.zeros(BLOCKS, self.placement.num_experts, dtype=torch.int64)
         record = self._record(schedule, dtype_code(x_TD.dtype), x_TD.requires_grad, (none,), (0, 0))
+        record = record if marks is None else with_marks(record, marks.tolist())
         how = digest(record.config_digest, layout.capacity)
         with closing_on_interrupt(self.transport):
             self.transport.agree(replace(record, static_tokens=layout.tokens, config_digest=how))

@@ -296,7 +296,8 @@ class VirtualWorld:
     def run(self, fn: Callable[[VirtualRank], Any], *, timeout_s: float = 60.0) -> list[Any]:
         """Call `fn` once per rank and return the results in rank order.
 
-        The threads run under the caller's grad mode, inference mode and autocast state. Raises the first error that a
+        The threads run under the caller's grad mode, inference mode and autocast state, and each begins with the random
+        numbers of the caller, so that all of them make the same weights. Raises the first error that a
         rank ended with (its peers get RemoteAbort), and TransportTimeout when real time runs out.
         """
         if self._baton is not None:
@@ -340,9 +341,11 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class _TorchState:
-    """The thread-local settings of torch that a new thread does not inherit."""
+    """The thread-local settings of torch that a new thread does not inherit, and the random numbers."""
 
     def __init__(self) -> None:
+        self._random = torch.get_rng_state()
+        self._random_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self._grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         kinds = ("cpu", "cuda")
@@ -350,6 +353,8 @@ class _TorchState:
         self._cache = torch.is_autocast_cache_enabled()
 
     def call(self, fn: Callable[[], Any]) -> Any:
+        torch.set_rng_state(self._random)
+        torch.cuda.set_rng_state_all(self._random_cuda)
         torch.set_autocast_cache_enabled(self._cache)
         for kind, dtype, enabled in self._autocast:
             torch.set_autocast_dtype(kind, dtype)

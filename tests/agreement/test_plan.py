@@ -188,7 +188,9 @@ def test_record_is_its_fields_then_its_counts() -> None:
     counts = counts_of(0, 1, 3, 0)
     one = StepRecord(counts=counts, **{name: 100 + i for i, name in enumerate(RECORD_FIELDS)})  # type: ignore[arg-type]
     words = one.to_tensor()
-    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(range(100, 100 + 21))
+    assert words.dtype == torch.int64 and words.tolist()[: len(RECORD_FIELDS)] == list(
+        range(100, 100 + len(RECORD_FIELDS))
+    )
     assert torch.equal(words[len(RECORD_FIELDS) :].view(torch.int32).reshape(BLOCKS, 3), counts.to(torch.int32))
     assert len(words) == record_words(3, 3, 0)
 

@@ -102,7 +102,7 @@ def test_parameters_states_and_names_follow_and_come_back():
 
     def rank(me):
         layer = make(me.transport(), placement=Placement.identity(E, 2))
-        optimizer = torch.optim.Adam(layer.parameters())
+        optimizer = torch.optim.Adam(layer.experts.parameters())
         layer(tokens(9, me.rank)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -180,7 +180,7 @@ def test_layers_that_share_experts_move_together():
 def test_what_only_looks_like_a_stack_of_experts_is_not_cut_up():
     def rank(me):
         layer = make(me.transport(), placement=Placement.identity(E, 2))
-        optimizer = torch.optim.Adam(layer.parameters())
+        optimizer = torch.optim.Adam(layer.experts.parameters())
         layer(tokens(9, me.rank)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
 
     def rank(me):
         layer = make(me.transport(), placement=identity)
-        optimizer = torch.optim.Adam(layer.parameters())
+        optimizer = torch.optim.Adam(layer.experts.parameters())
         x = tokens(9, me.rank)
         with pytest.raises(ConfigError, match="migrate"):
             set_placement(layer, other)
@@ -284,7 +284,7 @@ def test_a_rank_that_fails_on_the_way_leaves_all_experts_where_they_were(start):
 
     def rank(me):
         layer = make(me.transport(), placement=Placement.identity(E, 2))
-        optimizer = torch.optim.Adam(layer.parameters())
+        optimizer = torch.optim.Adam(layer.experts.parameters())
         layer(tokens(9, me.rank)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

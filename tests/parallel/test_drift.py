@@ -331,7 +331,7 @@ def test_gradients_that_a_closure_makes_are_looked_at_too(inside):
 def wide_for_ever():
     """Also in the second step, in a copy, and after a step that failed."""
     one = prepare(layer(mesh(), dtype=torch.bfloat16), accumulate_fp32=True)
-    optimizer = torch.optim.SGD(one.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(one.experts.parameters(), lr=0.01)
 
     def step():
         one(rows(dist.get_rank(), torch.bfloat16)).square().sum().backward()
@@ -348,7 +348,7 @@ def wide_for_ever():
     optimizer.zero_grad()
     step()
     other = copy.deepcopy(one)
-    of_copy = torch.optim.SGD(other.parameters(), lr=0.01)
+    of_copy = torch.optim.SGD(other.experts.parameters(), lr=0.01)
     x = rows(dist.get_rank(), torch.bfloat16)
     other(x).square().sum().backward()
     with pytest.raises(ConfigError, match=r"prepare\(model\) after"):

@@ -60,12 +60,13 @@ def test_parameter_hooks_run_once_with_the_whole_gradient_and_may_change_it(mode
 
 
 def descend(mode, steps, in_backward):
-    """Weights after some steps of gradient descent, taken after backward or by hooks in the middle of it."""
+    """Weights after some steps of gradient descent, taken after backward or by hooks in the middle of it. Small steps,
+    as nobody averages the gradients of what every rank has whole."""
     model = make(mode)
 
     def update(parameter):
         with torch.no_grad():
-            parameter.sub_(0.1 * parameter.grad)
+            parameter.sub_(1e-5 * parameter.grad)
         parameter.grad = None
 
     if in_backward:

@@ -25,7 +25,7 @@ def trained(ranks: int, offload: str | None, *, means: bool) -> list[torch.Tenso
     layer = make(schedule="chunked(2,experts)", expert_offload=offload, **groups(ranks))
     if means:
         prepare(layer)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
+    optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=0.05)
     for step in range(3):
         optimizer.zero_grad()
         for batch in range(2):

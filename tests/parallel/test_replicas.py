@@ -188,7 +188,7 @@ def test_the_sum_is_rounded_once():
 
 def accumulated(fp32):
     layer = prepare(layer_of(2, 4, torch.bfloat16), accumulate_fp32=fp32)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, foreach=True)
+    optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=1e-2, foreach=True)
     seen = []
     for step in range(2):
         for batch in range(8):
@@ -231,8 +231,11 @@ def exact_sums():
 
 
 def differing_weights():
-    torch.manual_seed(dist.get_rank())
+    torch.manual_seed(0)
     layer = MoELayer(D, F, 4, 2, group=mesh(), dtype=torch.float64)
+    with torch.no_grad():
+        for weight in layer.experts.parameters():
+            weight += dist.get_rank()
     with pytest.raises(MoeTransportError, match="hold the same experts and differ in the values"):
         layer(rows(0)).sum().backward()
 
@@ -272,7 +275,7 @@ def late_parameters(way):
 
         layer = deepcopy(layer)
     x = rows(dist.get_rank())
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.experts.parameters(), lr=0.1)
     layer(x).square().sum().backward()
     if way == "parametrized":  # the parameter is the same one: it was watched all the time
         optimizer.step()

@@ -193,6 +193,7 @@ def stepped():
 
 def step(model, optimizer):
     model(tokens(0)).square().sum().backward()
+    model.average_dense()
     optimizer.step()
     optimizer.zero_grad()
 

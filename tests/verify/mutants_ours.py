@@ -28,7 +28,7 @@ def clip(old: str, new: str) -> Patch:
     return Patch("parallel.clip", old, new)
 
 
-GIVE = "step.give(rows_TD, ids_TK, weights_TK, entered=late is None)"
+GIVE = "step.give(rows_TD, routing.topk_ids_TK, weights_TK, entered=late is None)"
 COMBINE = "raw.combine(self.back, self.slot_to_row, self._weights_TK, None)"
 BACK = "        back = self._back_in_order()\n"
 OTHERS_ROWS = """        first = sum(self.plan.send_counts[0][: self.plan.rank])
@@ -161,10 +161,11 @@ ROWS: tuple[Mutant, ...] = (
         "vllm-project/vllm#46441",
         "output",
         layer(
-            "            ids_TK, state = routing.topk_ids_TK, routing.agreed\n",
-            "            ids_TK, state, p = routing.topk_ids_TK, routing.agreed, self.dispatcher.placement\n"
+            "            agreement = self.dispatcher.begin(",
+            "            p, ids_TK = self.dispatcher.placement, routing.topk_ids_TK\n"
             "            moved_TK = (ids_TK + p.slots_per_rank) % p.num_slots\n"
-            "            ids_TK = torch.where(ids_TK >= 0, moved_TK, ids_TK)\n",
+            "            vars(routing).update(topk_ids_TK=torch.where(ids_TK >= 0, moved_TK, ids_TK))\n"
+            "            agreement = self.dispatcher.begin(",
         ),
     ),
     mutant(
