@@ -340,6 +340,7 @@ CALIBRATED = (
     "replica_slots", *WHOLE_MODEL,
 )  # fmt: skip
 EXPERT_SIZES = ("ffn", "expert_ffn", "matrices")
+ATTENTION = ("sequence", "heads", "kv_heads", "attention_width", *LATENT)
 
 
 EXAMPLES = """examples:
@@ -383,8 +384,6 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
         if name in given:
             expected = "--expert-offload beside --cost-model, which says what experts take"
             raise ConfigError(flag_of(name), given[name], expected)
-    if {"sequence", "backbone"} <= set(given):
-        raise ConfigError("--sequence", given["sequence"], "no such option beside --backbone, which says what ops take")
     values = {name: read(flag_of(name), given.get(name, default)) for name, (read, default, _) in TEXTS.items()
               if name in given or not (calibrated and name in WIRES)}  # fmt: skip
     values |= {name: None for name in WIRES if name not in values}
@@ -407,6 +406,10 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
     if given.keys() & {"memory"} and not values.get("layers"):
         raise ConfigError("--memory", given["memory"], "--layers (or --model) beside it")
     options = PlanOptions(**values)
+    for name in ATTENTION if "backbone" in given and not options.layers else ():
+        if name in given:
+            expected = "--layers (or --model) beside --backbone, which says what attention takes"
+            raise ConfigError(flag_of(name), given[name], expected)
     if "leaf" in given and options.spine == 1:
         raise ConfigError("--leaf", options.leaf, "--spine below 1 (or --machine) beside it: else nodes are alike")
     if given.get("replica_slots") and not options.uneven:

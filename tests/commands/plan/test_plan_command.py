@@ -274,6 +274,7 @@ def test_a_cost_model_in_which_nothing_takes_time(capsys, tmp_path):
     [
         ("--leaf 4", "--leaf"),
         ("--backbone 1ms,1ms,1ms --sequence 1024", "--sequence"),
+        ("--backbone 1ms,1ms,1ms --heads 8 --kv-heads 2", "--heads"),
         ("--layers 8 --phase infer --recompute on", "--recompute"),
         ("--layers 8 --phase infer --optimizer none", "--optimizer"),
     ],
@@ -282,6 +283,7 @@ def test_what_would_be_ignored_is_refused(words, option):
     with pytest.raises(ConfigError) as caught:
         parse(words.split())
     assert caught.value.field == option
+    assert parse("--backbone 1ms,1ms,1ms --sequence 1024 --layers 8".split()).sequence == 1024
 
 
 @pytest.mark.parametrize("words", ["--kind top2", "--flops 1tflops", "--launch 1us", "--compute-slowdown 1.5",
