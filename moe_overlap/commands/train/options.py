@@ -106,8 +106,6 @@ class TrainOptions:
             raise ConfigError("--experts", self.experts, f"at least {self.routing_width}")
         if self.compare_overlap and (self.resume or self.checkpoint_every):
             raise ConfigError("--compare-overlap", True, "a run without --resume and --checkpoint-every")
-        if self.compare_overlap and self.overlap != "on":
-            raise ConfigError("--overlap", self.overlap, "no such option beside --compare-overlap, which runs both")
         self._check_nodes()
         self._check_placement()
         self._check_router()

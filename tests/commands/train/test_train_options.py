@@ -55,7 +55,6 @@ def test_bad_input_is_one_line_and_exit_status_2(options, words, tmp_path, capsy
         ({"link": "1gbit", "ranks": 1}, "--link"),
         ({"link": "1gbit", "ranks_per_node": 2}, "--link"),
         ({"compare_overlap": True, "resume": "x"}, "--compare-overlap"),
-        ({"compare_overlap": True, "overlap": "off"}, "--overlap"),
     ],
 )
 def test_bad_options_name_the_option(options, field):
