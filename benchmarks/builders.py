@@ -14,7 +14,6 @@ over the rounds of the slowest rank (p10 and p90 beside them), in milliseconds, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from moe_overlap.commands.bench.timing import Runner, Variant
 from moe_overlap.commands.bench.wires import Wires
 from moe_overlap.launch.launch import World, spawn
 from moe_overlap.measure.overlap import is_noisy, median, percentile
+from moe_overlap.measure.report import write_jsonl
 from moe_overlap.schedule.builders import SchedulePair, chunked, serial, shared_expert, shortcut, window
 from moe_overlap.schedule.published import arctic, compressed, expert_stages, filled, longcat, megatron_shared, pairwise
 from moe_overlap.transport.link import LinkSpec
@@ -75,14 +75,16 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     options = LayerOptions(ranks=world.size, tokens=known.tokens, hidden=known.hidden, ffn=known.ffn,
                            experts=4 * world.size, dtype="fp32", link=known.link, repeats=known.repeats)  # fmt: skip
-    rows = [row for phase in known.phases.split(",") for row in rows_of(world, options, phase)]
-    if world.rank == 0:
-        for row in rows:
+    rows: list[dict[str, Any]] = []
+    for phase in known.phases.split(","):
+        found = rows_of(world, options, phase)
+        rows += found
+        for row in found if world.rank == 0 else ():
             print(f"{row['phase']:5} {row['case']:10} {row['builder']:18} {row['time_ms_median']:7.2f} ms, "
-                  f"{row['speedup']:.2f}x serial, {row['overlap']:.2f}x joined {row['flagged'] or ''}")  # fmt: skip
-        if known.out is not None:
-            known.out.parent.mkdir(parents=True, exist_ok=True)
-            known.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                  f"{row['speedup']:.2f}x serial, {row['overlap']:.2f}x joined {row['flagged'] or ''}",
+                  flush=True)  # fmt: skip
+        if world.rank == 0 and known.out is not None:
+            write_jsonl(known.out, rows)  # so far
     return 0
 
 

@@ -10,7 +10,6 @@ is given the rate at which one exchange takes as long as the weight gradient too
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 from moe_overlap import MoELayer
 from moe_overlap.launch.launch import World, spawn
 from moe_overlap.measure.machine import commit, hardware
+from moe_overlap.measure.report import write_jsonl
 from moe_overlap.schedule.builders import chunked
 from moe_overlap.transport.emulated_link import EmulatedLinkTransport
 from moe_overlap.transport.link import LinkSpec, NodeTopology
@@ -105,8 +105,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
             print(f"chunks {row['chunks']}, deferred {row['deferred']!s:5}: {times_text}  x {row['speedup']:.3f} "
                   f"{row['flagged'] or ''}")  # fmt: skip
         if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_jsonl(options.out, rows)
     return 0
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moe_overlap.measure.report import write_jsonl
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "benchmarks" / "fewer_bytes_worker.py"
 KINDS = {
@@ -82,6 +84,8 @@ def main() -> None:
     try:
         for phase in args.phases.split(","):
             rows += _phase(builds, phase, args)
+            if args.out:
+                write_jsonl(args.out, [options | row for row in rows])  # so far
     finally:
         for build in builds:
             build.close()
@@ -155,7 +159,6 @@ def _write(rows: list[dict[str, Any]], args: argparse.Namespace, options: dict[s
     text = "\n".join(lines)
     print(text)
     if args.out:
-        args.out.write_text("".join(json.dumps(options | row) + "\n" for row in rows))
         args.out.with_suffix(".md").write_text(text + "\n")
         _draw(best, args.out.with_suffix(".png"), options)
 

@@ -107,11 +107,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gather.jsonl"), help="JSONL file of the rows")
     out = parser.parse_args(argv).out
     torch.set_num_threads(1)
-    rows = [measure(world) for world in WORLDS]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out, rows)
-    for row in rows:
-        print(row)
+    rows = []
+    for world in WORLDS:
+        rows.append(measure(world))
+        write_jsonl(out, rows)  # so far
+        print(rows[-1], flush=True)
     return 0
 
 

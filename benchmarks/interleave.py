@@ -21,7 +21,6 @@ bound: max(communication, compute) of `serial`, over which no order of two micro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +38,7 @@ from moe_overlap.commands.bench.wires import Wires
 from moe_overlap.launch.launch import World, spawn
 from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.measure.overlap import is_noisy, median, percentile
+from moe_overlap.measure.report import write_jsonl
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
 
@@ -118,7 +118,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
     row_s = known.experts_ms / 1e3 / (2 * known.tokens)
     sleep = Calibration(attention_forward_s=0.0, attention_backward_s=0.0, mlp_forward_s=0.0, mlp_backward_s=0.0,
                         expert_row_s=row_s, dgrad_row_s=row_s, wgrad_row_s=row_s)  # fmt: skip
-    rows = []
+    rows: list[dict[str, Any]] = []
     for link in known.links.split(","):
         wires.emulate(LinkSpec.parse(link), 1)
         for phase in known.phases.split(","):
@@ -130,9 +130,8 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
                     print(f"{link} {phase} {row['way']:14}: {row['time_ms_median']:8.2f} ms, {row['speedup']:.2f}x "
                           f"(share {row['share']:.2f}, bound {row['bound']:.2f}x) {row['flagged'] or ''}",
                           flush=True)  # fmt: skip
-    if world.rank == 0 and known.out is not None:
-        known.out.parent.mkdir(parents=True, exist_ok=True)
-        known.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                if known.out is not None:
+                    write_jsonl(known.out, rows)  # so far
     return 0
 
 

@@ -52,15 +52,16 @@ from moe_overlap.measure.machine import commit, hardware
 
 RANKS = 4
 SETTING = ("--ranks", RANKS, "--ranks-per-node", 2, "--kind", "shared1", "--schedule", "serial", "--link", "25GB",
-           "--balance", "global", "--balance-coef", 0.5, "--lr", 0.01, "--experts", 8, "--hidden", 32, "--ffn", 64,
+           "--lr", 0.01, "--experts", 8, "--hidden", 32, "--ffn", 64,
            "--layers", 2, "--vocab", 512, "--seq", 64, "--batch", 64, "--eval-tokens", 1000000,
            "--timeout-s", 600)  # fmt: skip
 ARMS = {"bias": ["--locality-bias"], "domain": ["--text-by", "domain"],
         "bias,domain": ["--locality-bias", "--text-by", "domain"], "neither": [],
         "few": ["--locality-bias", "--ranks-per-node", 1, "--experts", 4]}  # fmt: skip
 MASKED = {"few": (2, 3)}  # experts that are never chosen
-BASELINES = {"switch": ["--router", "switch"], "hash": ["--router", "hash", "--balance", "micro"],
-             "switch,domain": ["--router", "switch", "--text-by", "domain"]}  # fmt: skip
+BALANCED = ("--balance", "global", "--balance-coef", 0.5)
+BASELINES = {"switch": ["--router", "switch", *BALANCED], "hash": ["--router", "hash"],
+             "switch,domain": ["--router", "switch", *BALANCED, "--text-by", "domain"]}  # fmt: skip
 FRESH_BATCHES = 16
 PROGRAM = "locmoe.py"
 
@@ -87,7 +88,7 @@ def runs(asked: argparse.Namespace) -> Iterator[tuple[str, TrainOptions]]:
             yield arm, _options(common, words)
         for mu in asked.mus.split(","):
             for arm in asked.arms.split(";"):
-                yield arm, _options(common, ["--router", "locmoe", "--mu", mu, *ARMS[arm]])
+                yield arm, _options(common, ["--router", "locmoe", "--mu", mu, *BALANCED, *ARMS[arm]])
 
 
 def _options(common: Sequence[object], words: Sequence[str]) -> TrainOptions:

@@ -37,7 +37,8 @@ def main() -> None:
                   for one, load in zip(found, loads, strict=True)]  # fmt: skip
         print(json.dumps({"planner": name, "layers": LAYERS, "experts": EXPERTS, "ranks": RANKS, "slots": SLOTS,
                           "current": keeps, "cpu_ms_median": round(statistics.median(times), 2),
-                          "cpu_ms_max": round(max(times), 2), "max_over_mean": round(max(ratios), 3)}))  # fmt: skip
+                          "cpu_ms_max": round(max(times), 2), "max_over_mean": round(max(ratios), 3)}),
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -202,6 +202,8 @@ def main() -> None:
             for name, run in contenders.items():
                 repeats = max(2, options.repeats // 10) if name == "reference" else options.repeats
                 rows.append(timed_row(name, run, repeats, equal=equal, slowdown=slowdown))
+                if options.out is not None:
+                    append_jsonl(options.out, rows[-1:])
     print(f"{'':10s} {'chunks':8s} {'slowdown':9s} {'median':>9s} {'p10':>9s} {'p90':>9s}")
     for row in rows:
         times = " ".join(f"{row[key]:7.2f}ms" for key in ("time_ms_median", "time_ms_p10", "time_ms_p90"))
@@ -210,7 +212,7 @@ def main() -> None:
     of_steps = step_rows(options.step_repeats)
     print_steps(of_steps)
     if options.out is not None:
-        append_jsonl(options.out, rows + of_steps)
+        append_jsonl(options.out, of_steps)
 
 
 if __name__ == "__main__":

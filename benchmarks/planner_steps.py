@@ -14,6 +14,7 @@ import argparse
 import statistics
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +102,16 @@ def main() -> None:
     parser.add_argument("--search-ms", type=float, default=3.0, help="what a search is taken to cost")
     parser.add_argument("--out", type=Path, help="append the rows to this .jsonl file")
     options = parser.parse_args()
-    rows = [row_of(*size, load, options.steps, search_s)
-            for size in SIZES for load in LOADS for search_s in (0.0, 1e-3 * options.search_ms)]  # fmt: skip
-    for row in rows:
+    settings = product(SIZES, LOADS, (0.0, 1e-3 * options.search_ms))
+    for (ranks, experts), load, search_s in settings:
+        row = row_of(ranks, experts, load, options.steps, search_s)
         size = f"{row['ranks']:3d} ranks, {row['experts']:3d} experts, {row['load']:8s}"
         found = f"{row['searched']:3d} of {row['steps']} searched for, {row['taken_over']:3d} taken over"
         cost = f"{row['lost']:.2%} lost of {row['predicted_ms']:.1f} ms; host {row['host_ms_mean']:.2f} ms a step"
-        print(f"{size}, search {1e3 * row['search_s']:g} ms: {found}, {row['hit_rate']:.0%} hits, {cost}")
-    if options.out is not None:
-        append_jsonl(options.out, rows)
+        print(f"{size}, search {1e3 * row['search_s']:g} ms: {found}, {row['hit_rate']:.0%} hits, {cost}",
+              flush=True)  # fmt: skip
+        if options.out is not None:
+            append_jsonl(options.out, [row])
 
 
 if __name__ == "__main__":

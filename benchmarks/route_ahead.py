@@ -21,7 +21,6 @@ max(0, d - 2 o).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +39,7 @@ from moe_overlap.commands.bench.wires import Wires, isolated
 from moe_overlap.launch.launch import World, spawn
 from moe_overlap.layer.shortcut import ShortcutBlock
 from moe_overlap.measure.overlap import is_noisy, median, percentile
+from moe_overlap.measure.report import write_jsonl
 from moe_overlap.schedule.builders import SchedulePair, agree_ahead
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
@@ -78,7 +78,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
                            link=known.link, compute="slept", repeats=known.repeats)  # fmt: skip
     wires = Wires.open(world, options.timeout_s)
     wires.emulate(LinkSpec.parse(known.link), 1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for op_ms in map(float, known.op_ms.split(",")):
         forward_s, backward_s, row_s = op_ms / 1e3, op_ms / 500, 1e-5
         sleep = Calibration(attention_forward_s=forward_s, attention_backward_s=backward_s, mlp_forward_s=forward_s,
@@ -95,9 +95,8 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
                           f"{row['saved_share']:.2f} of an agreement's {row['agree_ms']:.2f} ms (all of it "
                           f"{row['agree_all_ms']:.2f}), waits {row['n_wait_ms']:.2f} ms {row['flagged'] or ''}",
                           flush=True)  # fmt: skip
-    if world.rank == 0 and known.out is not None:
-        known.out.parent.mkdir(parents=True, exist_ok=True)
-        known.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                if known.out is not None:
+                    write_jsonl(known.out, rows)  # so far
     return 0
 
 

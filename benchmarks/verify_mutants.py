@@ -82,14 +82,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants and variants whose layer or name has it")
     options = parser.parse_args()
+    path = options.out / f"{time.strftime('%Y-%m-%d')}-verify-mutants.jsonl"
     rows = []
     for layer in MUTANTS:
         for one in (*MUTANTS[layer], *VARIANTS[layer]):
             if options.only in f"{layer}: {one.name}":
                 rows.append(mutant_row(layer, one) if isinstance(one, Mutant) else variant_row(layer, one))
                 print({key: rows[-1][key] for key in ("layer", "name", "by", "seconds")}, flush=True)
-    path = options.out / f"{time.strftime('%Y-%m-%d')}-verify-mutants.jsonl"
-    write_jsonl(path, rows)
+                write_jsonl(path, rows)  # so far
     path.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows).split("\n\n")[0])
     return int(not all(row.get("named", True) and row.get("right", True) for row in rows))

@@ -99,6 +99,21 @@ VARIABLES = (TIMEOUT_S, SLOW_PEER_S, EXCHANGE_SMS, TILES)
 TRITON_INTERPRET = "TRITON_INTERPRET"
 CACHE_DIR = "MOE_OVERLAP_CACHE_DIR"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+PREFIX = "MOE_OVERLAP_"
+READ_ELSEWHERE = (CACHE_DIR, "MOE_OVERLAP_BUILD", "MOE_OVERLAP_COMMIT")  # by `cache_dir`, setup.py, make gpu
+
+
+def check_environment() -> None:
+    """Raises ConfigError for a variable with a value that it cannot have. Transports and commands ask this before all
+    else: so all ranks find out at once, and not one of them within a step, where a variable is first read."""
+    for variable in VARIABLES:
+        variable.read()
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that look like ours and that nothing reads, such as a misspelt one."""
+    known = {variable.name for variable in VARIABLES} | set(READ_ELSEWHERE)
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def cache_dir() -> Path:

@@ -92,6 +92,12 @@ class CalibrateOptions:
             raise ConfigError("--device", self.device, f"cpu: torch {torch.__version__} sees no CUDA device")
         if self.device == "cuda" and link is not None:
             raise ConfigError("--link", self.link, "none on CUDA: only CPU ranks have an emulated link")
+        if link is not None and self.ranks == self.ranks_per_node:
+            expected = f"none with one node (--ranks-per-node {self.ranks_per_node}), over whose link nothing goes"
+            raise ConfigError("--link", self.link, expected)
+        if link is None and self.ranks_per_node != 1:
+            expected = "1 without an emulated --link, whose nodes it says: a network is measured as it is"
+            raise ConfigError("--ranks-per-node", self.ranks_per_node, expected)
 
 
 HELP = {

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = " ".join(words[:2]) if command == "bench" else command  # the name in what is said
     print_anything()
     try:
+        if command != "info":  # which says what is wrong
+            config.check_environment()
         module = importlib.import_module(COMMANDS[command][0])
         status: int | None = module.main(rest)
         sys.stdout.flush()  # here, where it is said that it cannot be

@@ -108,7 +108,8 @@ def _environment(*, verbose: bool) -> list[str]:
             read = variable.read()
             value = read if isinstance(read, str) else f"{read:g}"
         except ConfigError as error:
-            value = f"BAD: {error}"
+            text.append(f"  {error}")
+            continue
         given = "set" if variable.is_set else "default"
         meaning = f": {variable.meaning}" if verbose or variable.is_set else ""
         text.append(f"  {variable.name} = {value} ({given}){meaning}")
@@ -116,10 +117,19 @@ def _environment(*, verbose: bool) -> list[str]:
 
 
 def _warnings() -> list[str]:
-    """With one hardware queue kernels run in the order they were enqueued, so an exchange cannot pass a GEMM."""
-    if not config.one_hardware_queue():
-        return []
-    return [
-        f"WARNING: {config.CONNECTIONS}=1 puts all CUDA streams on one hardware queue: exchanges then run in issue "
-        "order with compute and overlap suffers. Unset it unless another library needs it."
-    ]
+    """What in the environment is wrong. With one hardware queue kernels run in the order they were enqueued, so an
+    exchange cannot pass a GEMM."""
+    text = []
+    for variable in config.VARIABLES:
+        try:
+            variable.read()
+        except ConfigError as error:
+            text.append(f"WARNING: {error}: layers and all commands but this one refuse it")
+    for name in config.unknown_variables():
+        text.append(f"WARNING: nothing reads {name}: is it misspelt? (those that are read: see below)")
+    if config.one_hardware_queue():
+        text.append(
+            f"WARNING: {config.CONNECTIONS}=1 puts all CUDA streams on one hardware queue: exchanges then run in issue "
+            "order with compute and overlap suffers. Unset it unless another library needs it."
+        )
+    return text

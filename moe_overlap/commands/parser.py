@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -89,3 +89,11 @@ def check_folder(flag: str, folder: str, files: Iterable[str]) -> Path:
         except ConfigError as error:
             raise ConfigError(flag, error.value if Path(folder).is_dir() else folder, error.expected) from None
     return Path(folder)
+
+
+def fresh_folder(flag: str, folder: str, files: Sequence[str]) -> Path:
+    """`check_folder`, with `files` gone: rows of an earlier run are not to be taken for those of one that broke off."""
+    found = check_folder(flag, folder, files)
+    for name in files:
+        (found / name).unlink(missing_ok=True)
+    return found

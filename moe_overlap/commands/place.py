@@ -100,6 +100,10 @@ class PlaceOptions:
             raise ConfigError("--planners", self.planners, f"names of {', '.join(PLANNERS)}, with commas between")
         if bool(self.trace) == bool(self.routing):
             raise ConfigError("--trace", self.trace, "a file, or --routing with one, and not both")
+        for name in ("experts", "top_k"):
+            if self.trace and getattr(self, name) != getattr(type(self), name):
+                expected = "no such option beside --trace, whose lines have their experts and choices"
+                raise ConfigError(flag_of(name), getattr(self, name), expected)
 
     @property
     def names(self) -> list[str]:

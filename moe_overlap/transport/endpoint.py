@@ -15,7 +15,7 @@ from moe_overlap.agreement.header import HEADER_WORDS, Header, difference
 from moe_overlap.agreement.message import HEAD_WORDS, described, message, odd_one
 from moe_overlap.agreement.plan import ChunkPlan, ExchangePlan, RowLayout
 from moe_overlap.agreement.record import BACKWARD_FIELDS, BackwardRecord, StepRecord, compare, digest
-from moe_overlap.config import TIMEOUT_S
+from moe_overlap.config import TIMEOUT_S, check_environment
 from moe_overlap.errors import ConfigError, MoeTransportError, PlanMismatch, TransportClosed
 from moe_overlap.transport.base import Agreement, Announcement, TransportStats, Work
 from moe_overlap.transport.exchange import Exchange
@@ -108,6 +108,7 @@ class Endpoint(Speaker):
     def __init__(
         self, *, rank: int, world_size: int, timeout_s: float | None, life: Life | None = None, number: int = 0
     ) -> None:
+        check_environment()
         self.rank = rank
         self.world_size = world_size
         self.global_ranks = tuple(range(world_size))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moe_overlap.agreement.cost import Grid
 from moe_overlap.agreement.header import Header
-from moe_overlap.config import EXCHANGE_SMS
+from moe_overlap.config import EXCHANGE_SMS, check_environment
 from moe_overlap.transport.base import Work
 from moe_overlap.transport.connections import Connections, connections_of
 from moe_overlap.transport.endpoint import Endpoint, checked_timeout
@@ -73,7 +73,7 @@ class ProcessGroupTransport(Endpoint):
     connections, those of another have their own.
 
     Raises ConfigError for a group that is closed or that this rank is not in, when torch.distributed is not
-    initialised, and for CUDA tensors on gloo.
+    initialised, for CUDA tensors on gloo, and for a variable MOE_OVERLAP_* with a value that it cannot have.
     """
 
     name = "process_group"
@@ -86,6 +86,7 @@ class ProcessGroupTransport(Endpoint):
         device: torch.device | str | None = None,
         lane: str = "",
     ) -> None:
+        check_environment()  # before it counts among the transports of the group
         limit_s = checked_timeout(timeout_s)
         resolved, ranks = resolve_group(group)
         self.device = device_of(resolved, device)

@@ -71,6 +71,8 @@ def test_inference_has_no_backward(tmp_path):
         (["--device", "tpu"], "--device"),
         (["--tokens", "0"], "--tokens"),
         (["--ranks", "3", "--ranks-per-node", "2"], "--ranks-per-node"),
+        (["--ranks", "4", "--ranks-per-node", "2"], "--ranks-per-node"),
+        (["--ranks-per-node", "2", "--link", "1gbit"], "--link"),
         (["--timeout-s", "nan"], "--timeout-s"),
         (["--timeout-s", "inf"], "--timeout-s"),
         (["--timeout-s", "0"], "--timeout-s"),

@@ -76,6 +76,7 @@ def test_a_bad_trace_is_one_line(text, tmp_path, capsys):
     [(["--planners", "best"], "--planners"), (["--planners", ","], "--planners"),
      (["--ranks-per-node", "3"], "--ranks-per-node"),
      (["--slots", "1"], "--slots"), (["--ranks", "1024", "--slots", "4096"], "at most 32 slots on each of 1024 ranks"),
+     (["--experts", "4"], "beside --trace"), (["--top-k", "1"], "beside --trace"),
      (["--budget", "-2"], "--budget"), (["--routing", "x"], "--trace")],
 )  # fmt: skip
 def test_a_bad_option_is_named(words, flag, tmp_path, capsys):

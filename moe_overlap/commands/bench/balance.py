@@ -32,25 +32,25 @@ from moe_overlap.commands.bench.balance_options import LIVE_SCHEDULE as SCHEDULE
 from moe_overlap.commands.bench.balance_options import BalanceOptions, parse
 from moe_overlap.commands.bench.balance_oracle import with_oracle
 from moe_overlap.commands.bench.balance_report import KEYS, print_rows, write_picture
+from moe_overlap.commands.bench.layer import on_rank
 from moe_overlap.commands.bench.options import LayerOptions
+from moe_overlap.commands.bench.phase import CheckFailed
 from moe_overlap.commands.bench.slept import Calibration, calibrate
 from moe_overlap.commands.bench.wires import Wires
 from moe_overlap.commands.bench.workloads import choices, counts_of, imbalance
-from moe_overlap.commands.parser import check_folder
-from moe_overlap.errors import ConfigError, MoeTransportError
+from moe_overlap.commands.parser import fresh_folder
 from moe_overlap.launch.launch import World, run, torchrun_world_size
-from moe_overlap.launch.saying import one_line
 from moe_overlap.measure.machine import commit, hardware
 from moe_overlap.measure.overlap import is_noisy, median, percentile
-from moe_overlap.measure.report import write_jsonl
+from moe_overlap.measure.report import Row, write_jsonl
 from moe_overlap.placement import Placement
 from moe_overlap.schedule.builders import serial
 from moe_overlap.transport.base import Transport
 from moe_overlap.transport.link import LinkSpec
 
 PROGRAM = "moe-overlap bench balance"
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-OUTPUTS = ("results.jsonl", "balance.png")
+ROWS = "results.jsonl"
+OUTPUTS = (ROWS, "balance.png")
 IDEAL = "forced_balanced"  # beside each schedule: what balanced routing takes
 STEP = 3  # of the workloads: all rows of a run have the same tokens
 MAX_REL_ERR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -64,32 +64,23 @@ def main(argv: Sequence[str]) -> int:
     if options.recorded:
         counts_of("recorded", options.sizes, seed=0, step=0, recorded=Path(options.recorded))
     if not config.torchrun("RANK"):
-        check_folder("--out", options.out, OUTPUTS)
+        fresh_folder("--out", options.out, OUTPUTS)
     return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
 
 
 def run_rank(world: World, argv: Sequence[str]) -> int:
     """What every rank does. What a user can act on becomes one line on stderr."""
     options = parse(argv, ranks=world.size)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows, sleep = _measure(options, world)
-    except ConfigError as error:
-        return _complain(world, f"error: {error}", EXIT_BAD_INPUT, only_first=True)
-    except MoeTransportError as error:
-        return _complain(world, f"error: rank {world.rank}: {error}", EXIT_FAILED, only_first=False)
-    finally:
-        torch.set_num_threads(threads)
-    wrong = [row for row in rows if row["max_rel_err"] > MAX_REL_ERR[options.torch_dtype]]
-    if wrong:
-        return _complain(world, f"correctness: {wrong[0]['workload']} {wrong[0]['planner']} is off by "
-                         f"{wrong[0]['max_rel_err']:.2g}", EXIT_FAILED, only_first=True)  # fmt: skip
+    return on_rank(world, PROGRAM, 1, lambda: _run(options, world))
+
+
+def _run(options: BalanceOptions, world: World) -> int:
+    rows, sleep = _measure(options, world)
     if world.rank == 0:
         out = Path(options.out)
         link = link_of(options, balanced_s(options, sleep))
         with_oracle(options, rows, sleep, link, step=STEP, ideal=IDEAL)  # the other ranks wait no longer
-        write_jsonl(out / "results.jsonl", rows)
+        write_jsonl(out / ROWS, rows)
         write_picture(out / "balance.png", rows)
         print_rows(rows)
         print(f"wrote {', '.join(str(out / name) for name in OUTPUTS)}")
@@ -97,7 +88,8 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 
 
 def _measure(options: BalanceOptions, world: World) -> tuple[list[dict[str, Any]], Calibration]:
-    """The rows of all workloads, the same on all ranks, and the times of compute. Collective."""
+    """The rows of all workloads, the same on all ranks, and the times of compute; rank 0 writes those of each workload
+    when they are there, without what `with_oracle` fills in. Collective."""
     sleep = scaled(calibrate(world, _layer_options(options)), options)
     link = link_of(options, balanced_s(options, sleep))
     wires = Wires.open(world, options.timeout_s)
@@ -105,27 +97,45 @@ def _measure(options: BalanceOptions, world: World) -> tuple[list[dict[str, Any]
     unit = Unit(options, wires.link, sleep)
     generator = torch.Generator().manual_seed(options.seed + world.rank)
     x_TD = torch.randn(options.tokens, options.hidden, generator=generator).to(options.torch_dtype)
-    found = []
+    found: list[dict[str, Any]] = []
     for workload in options.workloads:
         if world.rank == 0:
             print(f"{PROGRAM}: {workload}", file=sys.stderr, flush=True)
         if options.live_steps:
-            found += _live_rows(options, world, workload, wires.link, link, sleep, x_TD)
-            continue
-        plans = [_with_auto(one, options, sleep, link, workload)
-                 for one in planned(options, sleep, link, _history(options, workload))]  # fmt: skip
-        ideals = [plan for plan in plans if plan.planner == options.planners[0]]
-        ids_TK = _ids(options, workload, world.rank)
-        even_TK = _ids(options, "balanced", world.rank)
-        errors = _errors(world, unit, plans, ids_TK, x_TD)
-        # Balanced routing needs no copies: the schedules of the first planner without its rule.
-        even = [_with_auto(Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair), options, sleep, link,
-                           "balanced") for one in ideals]  # fmt: skip
-        rows = [*((one, even_TK) for one in even), *((one, ids_TK) for one in plans)]
-        times = time_rows(world, unit, rows, x_TD, sleep if options.compute == "slept" else None, options.repeats)
-        found += _rows(options, world, workload, [plan for plan, _ in rows], times, [0.0] * len(even) + errors, link,
-                       sleep)  # fmt: skip
+            rows = _live_rows(options, world, workload, wires.link, link, sleep, x_TD)
+        else:
+            rows = _workload_rows(options, world, workload, unit, link, sleep, x_TD)
+        _check(rows, MAX_REL_ERR[options.torch_dtype])
+        found += rows
+        if world.rank == 0:  # what was measured is there, however the run ends
+            write_jsonl(Path(options.out) / ROWS, found)
     return found, sleep
+
+
+def _check(rows: Sequence[Row], most: float) -> None:
+    """Raises CheckFailed for a row whose results are wrong."""
+    for row in rows:
+        if not row["max_rel_err"] <= most:
+            raise CheckFailed(f"{row['workload']} {row['planner']} is off by {row['max_rel_err']:.2g}")
+
+
+def _workload_rows(
+    options: BalanceOptions, world: World, workload: str, unit: Unit, link: LinkSpec, sleep: Calibration,
+    x_TD: torch.Tensor,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one workload: balanced routing, then every planner. Collective."""
+    plans = [_with_auto(one, options, sleep, link, workload)
+             for one in planned(options, sleep, link, _history(options, workload))]  # fmt: skip
+    ideals = [plan for plan in plans if plan.planner == options.planners[0]]
+    ids_TK = _ids(options, workload, world.rank)
+    even_TK = _ids(options, "balanced", world.rank)
+    errors = _errors(world, unit, plans, ids_TK, x_TD)
+    # Balanced routing needs no copies: the schedules of the first planner without its rule.
+    even = [_with_auto(Planned(planner=IDEAL, schedule=one.schedule, pair=one.pair), options, sleep, link, "balanced")
+            for one in ideals]  # fmt: skip
+    rows = [*((one, even_TK) for one in even), *((one, ids_TK) for one in plans)]
+    times = time_rows(world, unit, rows, x_TD, sleep if options.compute == "slept" else None, options.repeats)
+    return _rows(options, world, workload, [plan for plan, _ in rows], times, [0.0] * len(even) + errors, link, sleep)
 
 
 def _with_auto(plan: Planned, options: BalanceOptions, sleep: Calibration, link: LinkSpec, workload: str) -> Planned:
@@ -298,9 +308,3 @@ def _constant(options: BalanceOptions, link: LinkSpec) -> dict[str, Any]:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _complain(world: World, text: str, status: int, *, only_first: bool) -> int:
-    if world.rank == 0 or not only_first:
-        print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr, flush=True)
-    return status

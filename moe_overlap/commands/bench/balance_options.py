@@ -80,12 +80,14 @@ class BalanceOptions:
             chosen = getattr(self, name)
             if not chosen or any(word not in known for word in chosen):
                 raise ConfigError(flag_of(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
-        if self.live_steps and LIVE_SCHEDULE not in self.schedules:
-            expected = f"a list with {LIVE_SCHEDULE}, which is what --live-steps runs"
+        if self.live_steps and self.schedules not in (type(self).schedules, (LIVE_SCHEDULE,)):
+            expected = f"{LIVE_SCHEDULE}, which is what --live-steps runs"
             raise ConfigError("--schedules", ",".join(self.schedules), expected)
         self._check_ignored()
         if "recorded" in self.workloads and not self.recorded:
             raise ConfigError("--recorded", self.recorded, "a routing file (moe-overlap train --save-routing FILE)")
+        if self.recorded and "recorded" not in self.workloads:
+            raise ConfigError("--recorded", self.recorded, "recorded among --workloads beside it")
         check_number("comm_share", self.comm_share, 0.01, 0.95)
         check_number("moe_share", self.moe_share, 0.05, 1.0)
         check_number("compute_ms", self.compute_ms, 1.0, 10000.0, " milliseconds")
@@ -94,12 +96,17 @@ class BalanceOptions:
         check_timeout(self.timeout_s)
 
     def _check_ignored(self) -> None:
-        """Refuses what --live-steps does not look at, where it is not the default."""
-        for name, why in NOT_LIVE.items() if self.live_steps else ():
+        """Refuses what nothing would look at, where it is not the default."""
+        ignored = {name: f"--live-steps, which {why}" for name, why in NOT_LIVE.items() if self.live_steps}
+        if self.compute == "real":
+            ignored |= dict.fromkeys(("moe_share", "compute_ms"), "--compute real, which takes as long as it takes")
+        if set(self.schedules) == {"serial"}:
+            ignored["chunks"] = "--schedules serial, which has one"
+        for name, why in ignored.items():
             given = getattr(self, name)
             if given != getattr(type(self), name) and given != 0.0:  # 0: no search, as it is
                 text = ",".join(given) if isinstance(given, tuple) else given
-                raise ConfigError(flag_of(name), text, f"no such option beside --live-steps, which {why}")
+                raise ConfigError(flag_of(name), text, f"no such option beside {why}")
 
     @property
     def sizes(self) -> Sizes:

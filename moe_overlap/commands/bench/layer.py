@@ -10,25 +10,27 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moe_overlap import config
 from moe_overlap.commands.bench import staged
 from moe_overlap.commands.bench.options import LayerOptions, given_options, parse
-from moe_overlap.commands.bench.phase import CheckFailed, PhaseResult, measure_phase
+from moe_overlap.commands.bench.phase import CheckFailed, measure_phase
 from moe_overlap.commands.bench.routing import load, read_file, routing_file
 from moe_overlap.commands.bench.setting import Setting
-from moe_overlap.commands.parser import check_folder
+from moe_overlap.commands.parser import fresh_folder
 from moe_overlap.errors import ConfigError, MoeTransportError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.launch.saying import one_line
-from moe_overlap.measure.picture import write_png, write_trace
-from moe_overlap.measure.report import LEGEND, print_table, verdict, write_jsonl
+from moe_overlap.measure.picture import Panel, write_png, write_trace
+from moe_overlap.measure.report import LEGEND, Row, print_table, verdict, write_jsonl
 
 PROGRAM = "moe-overlap bench layer"
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-OUTPUTS = ("results.jsonl", "timeline.png", "trace.json")
+ROWS = "results.jsonl"
+OUTPUTS = (ROWS, "timeline.png", "trace.json")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     if path is not None:
         read_file(path, experts=options.experts, top_k=options.top_k)
     if not config.torchrun("RANK"):  # rank 0 alone writes
-        check_folder("--out", options.out, OUTPUTS)
+        fresh_folder("--out", options.out, OUTPUTS)
     return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
 
 
@@ -74,20 +76,21 @@ def on_rank(world: World, program: str, threads: int, body: Callable[[], int]) -
 
 def _run(options: LayerOptions, world: World) -> int:
     out = Path(options.out)
-    if world.rank == 0:
-        for name in OUTPUTS:
-            (out / name).unlink(missing_ok=True)
     setting = Setting.build(options, world, load_routing(options, world.rank), say_of(world, PROGRAM))
-    results: list[PhaseResult] = [measure_phase(setting, phase) for phase in options.phases]
+    rows: list[dict[str, Any]] = []
+    panels: list[Panel] = []
+    for phase in options.phases:
+        result = measure_phase(setting, phase)
+        rows += result.rows
+        panels += result.panels
+        if world.rank == 0:  # what was measured is there, however the run ends
+            write_jsonl(out / ROWS, rows)
     if world.rank == 0:
-        _publish(options, out, results)
+        _publish(options, out, rows, panels)
     return 0
 
 
-def _publish(options: LayerOptions, out: Path, results: Sequence[PhaseResult]) -> None:
-    rows = [row for result in results for row in result.rows]
-    panels = [panel for result in results for panel in result.panels]
-    write_jsonl(out / "results.jsonl", rows)
+def _publish(options: LayerOptions, out: Path, rows: Sequence[Row], panels: Sequence[Panel]) -> None:
     write_trace(out / "trace.json", panels)
     links = "; ".join(dict.fromkeys(f"{row['phase']}: link {row['link']}" for row in rows))
     sizes = f"{options.ranks} rank(s), {options.tokens} tokens each, D {options.hidden}, F {options.ffn}"

@@ -23,8 +23,8 @@ from moe_overlap.commands.parser import (
     OneLineParser,
     TypedDefaults,
     check_count,
-    check_folder,
     flag_of,
+    fresh_folder,
 )
 from moe_overlap.errors import ConfigError
 from moe_overlap.measure.machine import commit, hardware
@@ -112,7 +112,7 @@ def parse(argv: Sequence[str]) -> OpsOptions:
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; 0, or 1 where an op differs from its plain form. ConfigError for bad input."""
     options = parse(argv)
-    out = check_folder("--out", options.out, OUTPUTS)
+    out = fresh_folder("--out", options.out, OUTPUTS)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -138,7 +138,7 @@ def run(options: OpsOptions, out: Path) -> int:
             return 1
         for phase in PHASES[: 1 + bool(case.grads)]:
             rows.append(_row(case, phase, measured(case, compiled, phase, options.repeats), far, options))
-    write_jsonl(out / OUTPUTS[0], rows)
+            write_jsonl(out / OUTPUTS[0], rows)  # what was measured is there, however the run ends
     write_picture(out / OUTPUTS[1], rows)
     print_rows(rows)
     print(f"wrote {', '.join(str(out / name) for name in OUTPUTS)}")

@@ -25,6 +25,8 @@ from moe_overlap.transport.link import LinkSpec
 
 SCHEDULES = ("serial", "chunked", "shared_expert", "shortcut", "auto", "expert_groups", "fastermoe", "lancet")
 DEFAULT_SCHEDULES = SCHEDULES[:4]  # "auto" calibrates every case first
+CASE_OF = {"chunked": "top2", "expert_groups": "top2", "fastermoe": "top2", "lancet": "top2",
+           "shared_expert": "shared1", "shortcut": "scmoe"}  # fmt: skip
 DEFAULT_PHASES = ("infer", "train")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 COMPUTE = ("real", "slept")
@@ -92,19 +94,41 @@ class LayerOptions:
             unknown = [word for word in chosen if word not in known]
             if unknown or not chosen:
                 raise ConfigError(flag_of(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
+        for case in self.cases:
+            if not any(self.has_row(case, schedule) for schedule in self.schedules):
+                expected = f"no {case} beside --schedules {','.join(self.schedules)}, of which it has none"
+                raise ConfigError("--cases", ",".join(self.cases), expected)
         check_timeout(self.timeout_s)
         self._check_link()
 
+    def has_row(self, case: str, schedule: str) -> bool:
+        """Whether a case is measured under a schedule."""
+        if schedule == "fastermoe" and self.dedup != "off":
+            return False  # there is no such form of a cut by peers
+        if schedule == "expert_groups" and self.experts < 2 * self.ranks:
+            return False
+        return case.startswith(CASE_OF.get(schedule, ""))
+
+    def check_schedules(self) -> None:
+        """Refuse a schedule that would have no row. For those that were asked for: not all go with some cases."""
+        for schedule in self.schedules:
+            if not any(self.has_row(case, schedule) for case in self.cases):
+                expected = f"no {schedule}, which --cases {','.join(self.cases)} do not have with these options"
+                raise ConfigError("--schedules", ",".join(self.schedules), expected)
+
     def _check_link(self) -> None:
         try:
-            LinkSpec.parse(self.link)
+            link = LinkSpec.parse(self.link)
         except ConfigError as error:
             raise ConfigError("--link", self.link, error.expected) from None
+        if link is not None and self.ranks == self.ranks_per_node:
+            expected = f"none with one node (--ranks {self.ranks}, --ranks-per-node {self.ranks_per_node})"
+            raise ConfigError("--link", self.link, f"{expected}, over whose link nothing goes")
         if self.comm_share is None:
             return
         if not 0.0 < self.comm_share < 1.0:
             raise ConfigError("--comm-share", self.comm_share, "a number between 0 and 1 (e.g. 0.6)")
-        if LinkSpec.parse(self.link) is not None:
+        if link is not None:
             expected = f"no --link {self.link} beside it: the rate is solved for"
             raise ConfigError("--comm-share", self.comm_share, expected)
         if self.ranks == self.ranks_per_node:
@@ -164,7 +188,10 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
     del values["device"]
     if ranks is not None:
         values["ranks"] = ranks
-    return LayerOptions(**values)
+    found = LayerOptions(**values)
+    if found.schedules != DEFAULT_SCHEDULES:
+        found.check_schedules()
+    return found
 
 
 def given_options(argv: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ are compared bit for bit with overlap off and with float64, and timed interleave
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from moe_overlap.commands.bench.phase import measure_phase
 from moe_overlap.commands.bench.routing import read_file, routing_file
 from moe_overlap.commands.bench.setting import Setting
 from moe_overlap.commands.bench.shaped import DEVICE, torchrun, unavailable
-from moe_overlap.commands.parser import check_folder
+from moe_overlap.commands.parser import fresh_folder
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import World, run, torchrun_world_size
 from moe_overlap.measure.files import read_regular
@@ -29,8 +30,8 @@ from moe_overlap.measure.picture import Panel, write_png, write_trace
 from moe_overlap.measure.report import read_jsonl, write_jsonl
 from moe_overlap.transport.link import LinkSpec
 
-ROWS = "results.jsonl"
-OF_A_WIRE = (ROWS, "waits.jsonl", "timeline.png", "trace.json", "speedup.png")
+ROWS, WAITS = "results.jsonl", "waits.jsonl"
+OF_A_WIRE = (ROWS, WAITS, "timeline.png", "trace.json", "speedup.png")
 OF_ALL = (ROWS, "speedup.png")
 MOST_BYTES = 1 << 26  # of --links-of
 SHOWN_SHARE = 0.5  # of the timeline: that of the nearest point
@@ -47,16 +48,18 @@ def main(argv: Sequence[str]) -> int:
         return run(run_rank, argv, options.ranks, timeout_s=options.timeout_s, program=PROGRAM)
     if options.device:
         raise ConfigError("--device", options.device, "nothing: it is for the processes that this command starts")
-    out = check_folder("--out", options.out, OF_ALL)
+    check_kept(options)
+    out = fresh_folder("--out", options.out, OF_ALL)
     done: list[str] = []
+    rows: list[dict[str, Any]] = []
     for wire in options.wires:
         status = _run_wire(options, wire, same_links="emulated" in done)
         if status:
             return status
         if (out / wire / ROWS).is_file():
             done.append(wire)
-    rows = [row for wire in done for row in read_jsonl(out / wire / ROWS)]
-    write_jsonl(out / ROWS, rows)
+            rows += read_jsonl(out / wire / ROWS)
+        write_jsonl(out / ROWS, rows)
     if rows:
         write_speedup(out / "speedup.png", rows)
         print("\n".join([*summary(rows), *agreement(rows), f"wrote {out / ROWS}, {out / 'speedup.png'}"]))
@@ -66,8 +69,7 @@ def main(argv: Sequence[str]) -> int:
 def _run_wire(options: OverlapOptions, wire: str, *, same_links: bool) -> int:
     """One wire, in new processes. `same_links`: those of the emulated run."""
     part = options.over(wire)
-    for name in OF_A_WIRE:
-        (check_folder("--out", part.out, OF_A_WIRE) / name).unlink(missing_ok=True)
+    fresh_folder("--out", part.out, OF_A_WIRE)
     if wire == "emulated":
         return run(run_rank, part.words(), part.ranks, timeout_s=part.timeout_s, program=PROGRAM)
     reason = unavailable()
@@ -106,6 +108,13 @@ def check_routings(options: OverlapOptions) -> None:
                 read_file(path, experts=options.experts, top_k=options.top_k)
         except ConfigError as error:
             raise ConfigError("--routings", error.value, error.expected) from None
+
+
+def check_kept(options: OverlapOptions) -> None:
+    """ConfigError where the links are those of a file that this run replaces."""
+    replaced = [Path(options.out) / ROWS, *(Path(options.out) / wire / ROWS for wire in options.wires)]
+    if options.links_of and os.path.realpath(options.links_of) in map(os.path.realpath, replaced):
+        raise ConfigError("--links-of", options.links_of, f"a file that --out {options.out} does not replace")
 
 
 def read_links(options: OverlapOptions) -> Links | None:
@@ -162,16 +171,16 @@ def _sweep(options: OverlapOptions, world: World) -> int:
         waits += wait_rows(result, {**where, "routing": Path(routing).name, "phase": phase})
         if world.rank == 0:  # what was measured is there, however the sweep ends
             write_jsonl(Path(options.out) / ROWS, rows)
+            write_jsonl(Path(options.out) / WAITS, waits)
         far = abs(point.share - SHOWN_SHARE)
         if routing == options.routings[0] and far < shown.get(phase, (2.0, []))[0]:
             shown[phase] = far, result.panels
     if world.rank == 0:
-        _publish(Path(options.out), rows, waits, [panel for _, panels in shown.values() for panel in panels])
+        _publish(Path(options.out), rows, [panel for _, panels in shown.values() for panel in panels])
     return 0
 
 
-def _publish(out: Path, rows: list[dict[str, Any]], waits: list[dict[str, Any]], panels: list[Panel]) -> None:
-    write_jsonl(out / "waits.jsonl", waits)
+def _publish(out: Path, rows: list[dict[str, Any]], panels: list[Panel]) -> None:
     write_trace(out / "trace.json", panels)
     first = rows[0]
     title = (

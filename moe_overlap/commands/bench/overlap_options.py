@@ -133,4 +133,7 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> OverlapOptions:
     values = vars(parser.parse_args(argv))
     if ranks is not None:
         values["ranks"] = ranks
-    return OverlapOptions(**values)
+    found = OverlapOptions(**values)
+    if found.schedules != SCHEDULES:
+        found.layer(found.routings[0], found.share_numbers[0], found.out).check_schedules()
+    return found

@@ -8,12 +8,10 @@ come, OUT/timeline.png the steps of three ways. A claim about PCIe, not about a 
 from __future__ import annotations
 
 import datetime
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +21,11 @@ from moe_overlap.commands.bench import cuda_timing
 from moe_overlap.commands.bench.options import given_options
 from moe_overlap.commands.bench.staged_rows import measure_shapes
 from moe_overlap.commands.bench.staged_ways import CASES, WAYS
-from moe_overlap.commands.parser import check_count, check_folder, flag_of
+from moe_overlap.commands.parser import check_count, flag_of, fresh_folder
 from moe_overlap.errors import ConfigError
 from moe_overlap.launch.launch import torchrun_world_size
 from moe_overlap.measure.machine import commit
+from moe_overlap.measure.report import append_jsonl
 
 PROGRAM = "moe-overlap bench layer"
 LINK = "staged"
@@ -96,11 +95,7 @@ def main(argv: Sequence[str]) -> int:
     if reason := why_not(given):
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
         return 2
-    check_folder("--out", options.out, OUTPUTS)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:
-        (out / name).unlink(missing_ok=True)
+    out = fresh_folder("--out", options.out, OUTPUTS)
     about: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
@@ -111,8 +106,7 @@ def main(argv: Sequence[str]) -> int:
 
     def write(**row: Any) -> None:
         rows.append(about | row)
-        with (out / OUTPUTS[0]).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1], allow_nan=False) + "\n")
+        append_jsonl(out / OUTPUTS[0], rows[-1:])
         print(f"{PROGRAM}: {row['case']} {row['implementation']}: {row.get('result', 'done')}", file=sys.stderr)
 
     measure_shapes(write, cases=options.cases, ways=options.schedules, ranks=options.ranks, picture=out / OUTPUTS[1])

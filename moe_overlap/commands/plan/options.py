@@ -176,6 +176,9 @@ class PlanOptions:
                     raise ConfigError(flag_of(name), getattr(self, name), "--layers (or --model) beside it")
         elif self.layers % self.stages:
             raise ConfigError("--stages", self.stages, f"a divisor of --layers ({self.layers})")
+        for name in ("optimizer", "recompute") if self.phase == "infer" else ():
+            if getattr(self, name) != WHOLE_MODEL[name]:
+                raise ConfigError(flag_of(name), getattr(self, name), "--phase train: inference has none")
 
     def _check_together(self) -> None:
         """What does not go together."""
@@ -336,6 +339,8 @@ CALIBRATED = (
     "dispatch_dtype", "attention_width", *LATENT, "layers", "memory", "draws",
     "replica_slots", *WHOLE_MODEL,
 )  # fmt: skip
+EXPERT_SIZES = ("ffn", "expert_ffn", "matrices")
+ATTENTION = ("sequence", "heads", "kv_heads", "attention_width", *LATENT)
 
 
 EXAMPLES = """examples:
@@ -375,6 +380,10 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
     for name in CALIBRATED:
         if calibrated and name in given:
             raise ConfigError(flag_of(name), given[name], "no such option beside --cost-model")
+    for name in EXPERT_SIZES if calibrated and "expert_offload" not in given else ():
+        if name in given:
+            expected = "--expert-offload beside --cost-model, which says what experts take"
+            raise ConfigError(flag_of(name), given[name], expected)
     values = {name: read(flag_of(name), given.get(name, default)) for name, (read, default, _) in TEXTS.items()
               if name in given or not (calibrated and name in WIRES)}  # fmt: skip
     values |= {name: None for name in WIRES if name not in values}
@@ -397,6 +406,12 @@ def _filled_in(given: dict[str, Any]) -> PlanOptions:
     if given.keys() & {"memory"} and not values.get("layers"):
         raise ConfigError("--memory", given["memory"], "--layers (or --model) beside it")
     options = PlanOptions(**values)
+    for name in ATTENTION if "backbone" in given and not options.layers else ():
+        if name in given:
+            expected = "--layers (or --model) beside --backbone, which says what attention takes"
+            raise ConfigError(flag_of(name), given[name], expected)
+    if "leaf" in given and options.spine == 1:
+        raise ConfigError("--leaf", options.leaf, "--spine below 1 (or --machine) beside it: else nodes are alike")
     if given.get("replica_slots") and not options.uneven:
         expected = "--skew or --routing beside it: where all experts are wanted alike no copy helps"
         raise ConfigError("--replica-slots", options.replica_slots, expected)

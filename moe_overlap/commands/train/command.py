@@ -87,7 +87,7 @@ def run_rank(world: World, argv: Sequence[str]) -> int:
 def _corpus(options: TrainOptions) -> Corpus:
     sizes = {"batch": options.batch, "seq": options.seq}
     corpus = load_corpus(options.text, options.out, vocab=options.vocab, **sizes)
-    if options.text_by == "domain" and options.nodes > 1:
+    if options.text_by == "domain":
         return split_by_domain(corpus, find_folders(options.text), options.nodes, **sizes)
     return corpus
 

@@ -117,6 +117,8 @@ class TrainOptions:
             raise ConfigError("--ranks-per-node", self.ranks_per_node, f"a divisor of --ranks ({self.ranks})")
         if self.text_by not in TEXT_BY:
             raise ConfigError("--text-by", self.text_by, f"one of {', '.join(TEXT_BY)}")
+        if self.text_by == "domain" and self.nodes == 1:
+            raise ConfigError("--text-by", self.text_by, "even with one node, which has all of the text")
 
     def _check_placement(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -141,6 +143,8 @@ class TrainOptions:
         possible = {"hash": ("micro",), "smile": ("micro", "global")}.get(self.router, tuple(BALANCE))
         if self.balance not in possible:
             raise ConfigError("--balance", self.balance, f"{' or '.join(possible)} with --router {self.router}")
+        if self.router == "hash" and self.balance_coef is not None:
+            raise ConfigError("--balance-coef", self.balance_coef, "none with --router hash, which has no such loss")
 
     def _check_schedule(self) -> None:
         if self.kind.startswith("scmoe"):
@@ -168,6 +172,9 @@ class TrainOptions:
             raise ConfigError("--link", self.link, error.expected) from None
         if link is not None and self.ranks == 1:
             raise ConfigError("--link", self.link, "none for one rank, which sends nothing")
+        if link is not None and self.nodes == 1:
+            expected = f"none with one node (--ranks-per-node {self.ranks_per_node}), over whose link nothing goes"
+            raise ConfigError("--link", self.link, expected)
 
     @property
     def coefficient(self) -> float:

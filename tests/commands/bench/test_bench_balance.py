@@ -18,7 +18,7 @@ from moe_overlap.commands.bench.balance_cases import (
     predicted_s,
     scaled,
 )
-from moe_overlap.commands.bench.balance_options import BalanceOptions
+from moe_overlap.commands.bench.balance_options import BalanceOptions, parse
 from moe_overlap.commands.bench.balance_oracle import with_oracle
 from moe_overlap.commands.bench.balance_report import KEYS
 from moe_overlap.commands.bench.slept import Calibration
@@ -157,6 +157,21 @@ def test_what_live_steps_would_ignore_is_refused(ignored, capsys, tmp_path):
     assert cli.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert ignored.split()[0] in line and "beside --live-steps" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--recorded {}", "recorded among --workloads"),
+        ("--compute real --moe-share 0.5", "--moe-share = 0.5: expected no such option beside --compute real"),
+        ("--compute real --compute-ms 9", "--compute-ms = 9.0: expected no such option beside --compute real"),
+        ("--schedules serial --chunks 2", "--chunks = 2: expected no such option beside --schedules serial"),
+        ("--live-steps 3 --schedules chunked,shortcut", "--schedules = 'chunked,shortcut': expected chunked, which"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(words, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        parse(words.format(tmp_path).split())
 
 
 def rows_of(options):

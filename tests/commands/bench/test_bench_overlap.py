@@ -136,6 +136,7 @@ def test_a_missing_program_is_named(monkeypatch):
 def test_options_come_back_from_their_words():
     asked = OverlapOptions(shares=("0.3",), phases=("backward",), wires=("emulated", "tcp"), dtype="bf16", repeats=3)
     assert parse(asked.words()) == asked
+    assert parse(["--cases", "top2"]).schedules == OverlapOptions.schedules, "of which some have no row there"
     part = replace(asked, routings=("real", "zipf")).over("tcp")
     assert part.wires == ("tcp",) and part.out == "out/overlap/tcp"
     assert part.routings == ("out/overlap/routing.safetensors", "zipf"), "the file of the whole run"
@@ -151,6 +152,8 @@ def test_options_come_back_from_their_words():
         ("--shares ,", "--shares"),
         ("--wires rdma", "--wires"),
         ("--schedules auto", "--schedules"),
+        ("--cases top2 --schedules serial,shortcut", "--schedules"),
+        ("--cases top2,shared1 --schedules chunked", "--cases"),
         ("--ranks 2 --ranks-per-node 2", "--ranks"),
         ("--ranks 4 --wires tcp", "--ranks"),
         ("--phases forwards", "--phases"),

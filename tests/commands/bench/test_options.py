@@ -23,6 +23,11 @@ def test_defaults_are_those_of_the_readme():
     assert (options.routing, options.compute, options.repeats, options.out) == ("balanced", "real", 20, "out/bench")
 
 
+def test_schedules_that_nobody_asked_for_need_no_row():
+    assert parse(["--cases", "top2"]).schedules == LayerOptions.schedules
+    assert parse(["--cases", "scmoe_pos3", "--schedules", "auto"]).schedules == ("auto",)
+
+
 @pytest.mark.parametrize(
     ("words", "option"),
     [
@@ -43,6 +48,13 @@ def test_defaults_are_those_of_the_readme():
         ("--comm-share 0.5 --link 1gbit", "--comm-share"),
         ("--comm-share 0.5 --ranks-per-node 2", "--comm-share"),
         ("--schedules serial,wishful", "--schedules"),
+        ("--ranks 1 --link 1gbit", "--link"),
+        ("--link 1gbit --ranks-per-node 2", "--link"),
+        ("--cases top2,scmoe_pos2 --schedules chunked", "--cases"),
+        ("--cases top2 --schedules serial,shortcut", "--schedules"),
+        ("--cases scmoe_pos1 --schedules serial,shared_expert", "--schedules"),
+        ("--dedup on --schedules serial,fastermoe", "--schedules"),
+        ("--experts 2 --schedules serial,expert_groups", "--schedules"),
         ("--phases decode", "--phases"),
         ("--cases top3", "--cases"),
         ("--routing no/such/file", "--routing"),

@@ -15,6 +15,7 @@ from moe_overlap.commands.plan.offload import offload_shape
 from moe_overlap.commands.plan.options import KINDS, PlanOptions, parse
 from moe_overlap.commands.plan.picture import events_of
 from moe_overlap.commands.plan.sweep import CODES, asked, bandwidths, predict, rank_counts, rate_text, sweep
+from moe_overlap.errors import ConfigError
 
 OPTIONS = PlanOptions()
 
@@ -268,7 +269,25 @@ def test_a_cost_model_in_which_nothing_takes_time(capsys, tmp_path):
     assert status == 2 and "takes time" in said.err and said.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", ["--kind top2", "--flops 1tflops", "--launch 1us", "--compute-slowdown 1.5"])
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("--leaf 4", "--leaf"),
+        ("--backbone 1ms,1ms,1ms --sequence 1024", "--sequence"),
+        ("--backbone 1ms,1ms,1ms --heads 8 --kv-heads 2", "--heads"),
+        ("--layers 8 --phase infer --recompute on", "--recompute"),
+        ("--layers 8 --phase infer --optimizer none", "--optimizer"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(words, option):
+    with pytest.raises(ConfigError) as caught:
+        parse(words.split())
+    assert caught.value.field == option
+    assert parse("--backbone 1ms,1ms,1ms --sequence 1024 --layers 8".split()).sequence == 1024
+
+
+@pytest.mark.parametrize("words", ["--kind top2", "--flops 1tflops", "--launch 1us", "--compute-slowdown 1.5",
+                                   "--ffn 4096", "--expert-ffn 512", "--matrices 2"])  # fmt: skip
 def test_what_a_cost_model_says_is_not_asked_twice(words, capsys, tmp_path):
     file = tmp_path / "model.json"
     file.write_text(json.dumps(asked(OPTIONS, "top2").model.to_json()))

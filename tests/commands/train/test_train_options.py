@@ -53,6 +53,7 @@ def test_bad_input_is_one_line_and_exit_status_2(options, words, tmp_path, capsy
         ({"chunks": 17}, "--chunks"),
         ({"link": "fast"}, "--link"),
         ({"link": "1gbit", "ranks": 1}, "--link"),
+        ({"link": "1gbit", "ranks_per_node": 2}, "--link"),
         ({"compare_overlap": True, "resume": "x"}, "--compare-overlap"),
     ],
 )

@@ -122,6 +122,8 @@ def test_too_little_text_for_a_node_is_refused(text, tmp_path):
         ({"ranks_per_node": 3, "ranks": 4}, "--ranks-per-node"),
         ({"ranks_per_node": 0}, "--ranks-per-node"),
         ({"text_by": "author"}, "--text-by"),
+        ({"text_by": "domain", "ranks_per_node": 2}, "--text-by"),
+        ({"router": "hash", "balance_coef": 0.1}, "--balance-coef"),
         ({"router": "smile", "kind": "top2", "experts": 2}, "--experts"),
         ({"router": "hash", "balance": "global"}, "--balance"),
         ({"router": "smile", "balance": "sequence"}, "--balance"),
