@@ -379,13 +379,13 @@ class _Programme:
             self._longer(window, {**through, wire: 1.0, **copy}, phase.beside_s)
             return
         exposed = copy if phase.exposed_copies else {}
-        self._longer(window, {compute: 1.0, **exposed}, phase.beside_s)
+        self._longer(window, {**through, **exposed}, phase.beside_s)
         if not phase.wgrad_row_s:
             self._longer(window, {compute: 1.0, wire: part, **copy})
             self._longer(window, {compute: part, wire: 1.0, **copy})
             return
         dgrad = 1.0 - phase.wgrad_row_s / phase.row_s
-        self._longer(window, {compute: 1.0, wire: part / 2, **exposed})
+        self._longer(window, {**through, wire: part / 2, **exposed})
         self._longer(window, {compute: part * dgrad, wire: 1.0, **copy})
         for first in here.values() if not phase.exposed_copies else ():  # gradients of copies, after their weights'
             self._longer(window, {**first, **copy})
