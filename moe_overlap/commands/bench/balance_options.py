@@ -51,7 +51,7 @@ class BalanceOptions:
     moe_share: float = 0.85
     compute_ms: float = 60.0
     latency_us: float = 200.0
-    oracle_s: float = 10.0
+    oracle_s: float = 60.0
     seed: int = 0
     repeats: int = 5
     out: str = "out/balance"

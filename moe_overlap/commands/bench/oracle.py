@@ -1,7 +1,7 @@
 """The least time that any choice of copies and any split of the rows could take: a bound for `bench balance`.
 
 The price is that of `planning.replication`, row by row: the busiest rank's rows, the rows that leave and enter each
-rank on both wires, the copies that leave and enter it. Free are x[s, e, r], the rows of source s for expert e computed
+rank on both wires, the copies that leave and enter it. Free are x[g, e, r], the rows of sources g for expert e computed
 on rank r, and y[e, r], whether r has a copy of e. All prices are maxima of linear functions, so this is a mixed integer
 linear programme, solved by HiGHS (scipy, which is needed for this alone). Rows are divisible in it, an expert costs
 nothing by itself, and any tree of two groups may be taken, not only that of `agreement/relays.py`; so no decision is
@@ -9,12 +9,23 @@ below its optimum, whether copies come from their homes (all of them in the firs
 
 A copy on r comes from its home in the first group (f), or in the second one from a rank of its node (n) or of another
 one (i): y = f + n + i. Who sends in the second group has the expert: it is the home, or f of it is 1.
+
+What follows from this for whole numbers alone is said to the solver too, as parts of copies would be far too cheap:
+
+- A port is used a whole number of times, so the busiest one of a wire is a whole variable, and is branched on.
+- z[e, b]: node b, which is not the home's, has the expert. Then a copy came to it from outside, and only then are rows
+  computed there, all ranks together; a copy on r comes from outside itself, or is passed on by a rank of its node that
+  got it in the first group.
+- No choice that takes longer than the known one is looked at.
+
+Where the wire inside a node costs nothing, ranks of a node are one source of rows (g), and w[s, e] alone says how many
+rows each of them sends to other nodes: whatever these are, the rows can be dealt out so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +33,8 @@ import numpy as np
 from moe_overlap.errors import ConfigError
 from moe_overlap.planning.copy_costs import PhaseCosts
 from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat
+from moe_overlap.planning.cost_model import AlphaBeta
+from moe_overlap.planning.replication import priced
 
 LANES = (INTER, INTRA)
 GAP = 1e-4  # relative, at which a bound is proven
@@ -58,7 +71,8 @@ def oracle(load: Load, phases: Sequence[PhaseCosts], *, known_s: float, seconds:
         raise ConfigError("seats", len(load.seats), "the homes alone")
     from scipy import optimize
 
-    programme = _Programme(load, phases, known_s)
+    unit_s = min(known_s, priced(load, load.seats, phases)) or 1.0  # the solver's tolerances are absolute
+    programme = _Programme(load, [_in_units(phase, unit_s) for phase in phases], known_s / unit_s)
     found = optimize.milp(
         programme.objective,
         constraints=optimize.LinearConstraint(*programme.constraints()),
@@ -69,9 +83,26 @@ def oracle(load: Load, phases: Sequence[PhaseCosts], *, known_s: float, seconds:
     if found.status == 2:  # no better one
         return Bound(seconds=known_s, proven=True, seats=None)
     bound = found.mip_dual_bound
-    bound = 0.0 if bound is None or not np.isfinite(bound) else float(bound)
+    bound = 0.0 if bound is None or not np.isfinite(bound) else float(bound) * unit_s
     seats = None if found.x is None else programme.seats(found.x)
     return Bound(seconds=min(bound, known_s), proven=found.status == 0 or bound >= known_s, seats=seats)
+
+
+def _in_units(phase: PhaseCosts, unit_s: float) -> PhaseCosts:
+    """The same costs in units of so many seconds."""
+
+    def scaled(lines: tuple[AlphaBeta, AlphaBeta]) -> tuple[AlphaBeta, AlphaBeta]:
+        inter, intra = (AlphaBeta(alpha_s=line.alpha_s / unit_s, beta_s=line.beta_s / unit_s) for line in lines)
+        return inter, intra
+
+    return replace(
+        phase, row_s=phase.row_s / unit_s, wgrad_row_s=phase.wgrad_row_s / unit_s, expert_s=phase.expert_s / unit_s,
+        beside_s=phase.beside_s / unit_s, exchange=scaled(phase.exchange), copy=scaled(phase.copy),
+    )  # fmt: skip
+
+
+def _costs(line: AlphaBeta) -> bool:
+    return bool(line.alpha_s or line.beta_s)
 
 
 class _Programme:
@@ -80,6 +111,12 @@ class _Programme:
     def __init__(self, load: Load, phases: Sequence[PhaseCosts], known_s: float) -> None:
         self.load, self.phases = load, phases
         self.ranks, experts = range(len(load.counts)), range(load.counts.shape[1])
+        size = load.ranks_per_node
+        self.nodes = [range(first, first + size) for first in range(0, len(self.ranks), size)]
+        inside = any(_costs(phase.exchange[INTRA]) for phase in phases)
+        self.groups = [range(r, r + 1) for r in self.ranks] if inside else self.nodes  # of sources
+        self.rows = np.array([load.counts[group].sum(axis=0) for group in self.groups], dtype=float)
+        self.lanes = LANES if inside else (INTER,)  # those that rows pay for
         self.wanted = [e for e in experts if load.counts[:, e].any()]
         self.home = [load.seats[e][1] for e in experts]
         self._index: dict[tuple[Any, ...], int] = {}
@@ -90,11 +127,14 @@ class _Programme:
         row_s = sum(phase.row_s for phase in phases)
         rows_s = max(0.0, known_s - sum(phase.beside_s for phase in phases))
         self._most_rows = min(float(load.counts.sum()), rows_s / row_s) if row_s else float(load.counts.sum())
-        self._crossing = [self._new("crossing", lane, upper=1.0, whole=True) for lane in LANES]
         self._rows_are_computed_where_the_expert_is()
         self._copies_come_from_somebody()
+        self._nodes_have_what_came_to_them()
+        self._moves = {lane: self._rows_through_ports(lane) for lane in self.lanes}
+        self._crossing = {lane: self._whether_rows_cross(lane) for lane in self.lanes}
         for number, phase in enumerate(phases):
             self._phase(number, phase)
+        self._at_most(self._cost, known_s)
 
     @property
     def objective(self) -> np.ndarray:
@@ -125,7 +165,7 @@ class _Programme:
         for e, home in enumerate(self.home):
             rows = int(self.load.counts[:, e].sum())
             for r in self.ranks if e in self.wanted else ():
-                taken = round(sum(found[self._index["x", s, e, r]] for s in self._sources(e)))
+                taken = round(sum(found[self._index["x", g, e, r]] for g in self._sources(e)))
                 if r != home and min(taken, rows) > 0:
                     copies.append((e, r, min(taken, rows)))
                     rows -= copies[-1][2]
@@ -139,14 +179,17 @@ class _Programme:
         return self._index[name]
 
     def _sources(self, e: int) -> list[int]:
-        return [s for s in self.ranks if self.load.counts[s, e]]
+        """Groups with rows for an expert."""
+        return [g for g in range(len(self.groups)) if self.rows[g, e]]
 
     def _away(self, e: int) -> list[int]:
         return [r for r in self.ranks if r != self.home[e]]
 
+    def _node(self, rank: int) -> int:
+        return rank // self.load.ranks_per_node
+
     def _lane(self, one: int, other: int) -> int:
-        node = self.load.ranks_per_node
-        return INTRA if one // node == other // node else INTER
+        return INTRA if self._node(one) == self._node(other) else INTER
 
     def _at_most(self, terms: Terms, most: float) -> None:
         if terms:
@@ -162,53 +205,105 @@ class _Programme:
             self._rows.append(({variable: 1.0, **terms}, constant, np.inf))
 
     def _rows_are_computed_where_the_expert_is(self) -> None:
-        counts = self.load.counts
         for e in self.wanted:
             sources = self._sources(e)
-            for s in sources:
-                row = {self._new("x", s, e, r): 1.0 for r in self.ranks}
-                self._equal(row, float(counts[s, e]))
-            most = min(float(counts[:, e].sum()), self._most_rows)
+            for g in sources:
+                self._equal({self._new("x", g, e, r): 1.0 for r in self.ranks}, self.rows[g, e])
+                self._some_leave_the_node(g, e)
+            most = min(float(self.load.counts[:, e].sum()), self._most_rows)
             for r in self._away(e):
                 y = self._new("y", e, r, upper=1.0, whole=True)
-                self._at_most({**self._sum(("x", s, e, r) for s in sources), y: -most}, 0.0)
-                for s in sources:
-                    self._at_most({self._index["x", s, e, r]: 1.0, y: -float(counts[s, e])}, 0.0)
+                self._at_most({**self._sum(("x", g, e, r) for g in sources), y: -most}, 0.0)
+                for g in sources:
+                    self._at_most({self._index["x", g, e, r]: 1.0, y: -min(most, self.rows[g, e])}, 0.0)
         for r in self.ranks:
             slots = self._sum(("y", e, r) for e in self.wanted if r != self.home[e])
             self._at_most(slots, float(self.load.spare[r]))
-        for lane in LANES:
-            crossing = {i: 1.0 for s, r, i in self._moves() if self._lane(s, r) == lane}
-            self._at_most({**crossing, self._crossing[lane]: -float(counts.sum())}, 0.0)
+
+    def _some_leave_the_node(self, g: int, e: int) -> None:
+        """Which sources of a group send its rows to other nodes."""
+        group = self.groups[g]
+        if len(group) > 1 or self.groups is self.nodes:
+            counts = self.load.counts[:, e]
+            leave = {self._new("w", s, e, upper=float(counts[s])): 1.0 for s in group if counts[s]}
+            leave |= {self._index["x", g, e, r]: -1.0 for r in self.ranks if r not in group}
+            self._equal(leave, 0.0)
 
     def _sum(self, names: Iterable[tuple[Any, ...]]) -> Terms:
         return {self._index[name]: 1.0 for name in names}
 
-    def _moves(self) -> list[tuple[int, int, int]]:
-        """(source, rank, variable) of rows that leave their rank."""
-        return [(name[1], name[3], i) for name, i in self._index.items() if name[0] == "x" and name[1] != name[3]]
+    def _rows_through_ports(self, lane: int) -> list[Terms]:
+        """Rows that leave and enter each rank on a wire."""
+        leave: list[Terms] = [{} for _ in self.ranks]
+        enter: list[Terms] = [{} for _ in self.ranks]
+        for name, i in self._index.items():
+            if name[0] == "w":
+                leave[name[1]][i] = 1.0
+            elif name[0] == "x":
+                group, r = self.groups[name[1]], name[3]
+                if r not in group and self._lane(group[0], r) == lane:
+                    enter[r][i] = 1.0
+                    if self.groups is not self.nodes:
+                        leave[group[0]][i] = 1.0
+        return leave + enter
+
+    def _whether_rows_cross(self, lane: int) -> int:
+        crossing = self._new("crossing", lane, upper=1.0, whole=True)
+        rows = {i: 1.0 for port in self._moves[lane] for i in port if port}
+        self._at_most({**rows, crossing: -2.0 * float(self.load.counts.sum())}, 0.0)
+        return crossing
 
     def _copies_come_from_somebody(self) -> None:
         """Who sends which copy in which group, where some phase relays."""
-        if not any(phase.relays for phase in self.phases):
+        relaying = [phase for phase in self.phases if phase.relays]
+        if not relaying:
             return
+        inside = any(_costs(phase.copy[INTRA]) for phase in relaying)
         for e in self.wanted:
             away = self._away(e)
             for r in away:
-                f, n, i = (self._new(kind, e, r, upper=1.0, whole=kind == "f") for kind in "fni")
+                f, n, i = (self._new(kind, e, r, upper=1.0, whole=kind != "n") for kind in "fni")
                 self._equal({f: 1.0, n: 1.0, i: 1.0, self._index["y", e, r]: -1.0}, 0.0)
             for q in self.ranks:  # how many it sends in the second group, on each wire
-                for lane in LANES:
+                for lane in LANES if inside else (INTER,):
                     others = [r for r in away if r != q and self._lane(q, r) == lane]
                     sent, most = self._new("sent", lane, e, q), float(len(others))
                     has = {} if q == self.home[e] else {self._index["f", e, q]: -most}
                     self._at_most({sent: 1.0, **has}, 0.0 if has else most)
-            for first in range(0, len(self.ranks), self.load.ranks_per_node):
-                inside = range(first, first + self.load.ranks_per_node)
-                got = self._sum(("n", e, r) for r in inside if r in away)
-                self._equal({**got, **{self._index["sent", INTRA, e, q]: -1.0 for q in inside}}, 0.0)
+            for node in self.nodes if inside else ():
+                got = self._sum(("n", e, r) for r in node if r in away)
+                self._equal({**got, **{self._index["sent", INTRA, e, q]: -1.0 for q in node}}, 0.0)
             got = self._sum(("i", e, r) for r in away)
             self._equal({**got, **{self._index["sent", INTER, e, q]: -1.0 for q in self.ranks}}, 0.0)
+
+    def _nodes_have_what_came_to_them(self) -> None:
+        """z, and what follows from it. Of copies passed on inside a node this is all that is said where the wire
+        there is free."""
+        relays = any(phase.relays for phase in self.phases)
+        for e, (b, node) in ((e, one) for e in self.wanted for one in enumerate(self.nodes)):
+            if self.home[e] in node:
+                continue
+            z = self._new("z", e, b, upper=1.0, whole=True)
+            came = self._sum((kind, e, r) for r in node for kind in ("fi" if relays else "y"))
+            self._at_most({z: 1.0, **dict.fromkeys(came, -1.0)}, 0.0)
+            first = self._sum(("f", e, r) for r in node) if relays else {}
+            for r in node:
+                y = self._index["y", e, r]
+                self._at_most({y: 1.0, z: -1.0}, 0.0)
+                if relays:
+                    self._at_most({y: 1.0, self._index["i", e, r]: -1.0, **dict.fromkeys(first, -1.0)}, 0.0)
+            for g in self._sources(e):
+                here = self._sum(("x", g, e, r) for r in node)
+                self._at_most({**here, z: -self.rows[g, e]}, 0.0)
+            for s in node if self.groups is self.nodes else ():
+                if rows := float(self.load.counts[s, e]):
+                    self._rows.append(({self._index["w", s, e]: 1.0, z: rows}, rows, np.inf))
+        for e in self.wanted if self.groups is self.nodes else ():
+            home = self._node(self.home[e])
+            others = self._sum(("z", e, b) for b in range(len(self.nodes)) if b != home)
+            for s in self.nodes[home]:
+                if rows := float(self.load.counts[s, e]):
+                    self._at_most({self._index["w", s, e]: 1.0, **dict.fromkeys(others, -rows)}, 0.0)
 
     def _ports(self, group: int, lane: int) -> list[Terms]:
         """Copies that leave and enter each rank on a wire: in one group from their homes (-1), or in each of two."""
@@ -236,19 +331,27 @@ class _Programme:
             self._longer(homes, {i: phase.wgrad_row_s for i, at_home in rows.items() if at_home})
         return {inputs: 1.0, copies: 1.0, homes: 1.0}
 
+    def _busiest(self, group: int, lane: int) -> tuple[int, int]:
+        """Variables: the copies through the busiest port of a group's wire, and whether there are any."""
+        if ("busiest", group, lane) not in self._index:
+            most = float(len(self.wanted) * len(self.ranks))
+            busiest = self._new("busiest", group, lane, upper=most, whole=True)
+            used = self._new("used", group, lane, upper=1.0, whole=True)
+            self._at_most({busiest: 1.0, used: -most}, 0.0)
+            for port in self._ports(group, lane):
+                self._longer(busiest, port)
+        return self._index["busiest", group, lane], self._index["used", group, lane]
+
     def _groups_s(self, number: int, phase: PhaseCosts) -> Terms:
         """The seconds of a phase's copies, as a sum of variables."""
-        groups, most = {}, float(len(self.wanted) * len(self.ranks))
+        groups = {}
         for group in (0, 1) if phase.relays else (-1,):
             group_s = self._new("group", number, group)
             groups[group_s] = 1.0
-            for lane in LANES:
-                line = phase.copy[lane]
-                used = self._new("used", number, group, lane, upper=1.0, whole=True)
-                ports = [one for one in self._ports(group, lane) if one]
-                for one in ports:
-                    self._longer(group_s, {**{i: line.beta_s * n for i, n in one.items()}, used: line.alpha_s})
-                    self._at_most({**one, used: -most}, 0.0)
+            for lane, line in zip(LANES, phase.copy, strict=True):
+                if _costs(line):
+                    busiest, used = self._busiest(group, lane)
+                    self._longer(group_s, {busiest: line.beta_s, used: line.alpha_s})
         return groups
 
     def _phase(self, number: int, phase: PhaseCosts) -> None:
@@ -261,15 +364,13 @@ class _Programme:
                 at_home = self.home[name[2]] == name[3]
                 here[name[3]][i] = phase.row_s - phase.wgrad_row_s * at_home
         for r in self.ranks:
-            rows = self._sum(("x", s, e, r) for e in self.wanted for s in self._sources(e))
+            rows = self._sum(("x", g, e, r) for e in self.wanted for g in self._sources(e))
             self._longer(compute, dict.fromkeys(rows, phase.row_s))
-        for lane in LANES:
+        for lane in self.lanes:
             line = phase.exchange[lane]
-            moves = [one for one in self._moves() if self._lane(one[0], one[1]) == lane]
             latency = {self._crossing[lane]: 2.0 * phase.chunks * line.alpha_s}
-            for r in self.ranks:
-                for place in (0, 1):
-                    self._longer(wire, {**{one[2]: 2.0 * line.beta_s for one in moves if one[place] == r}, **latency})
+            for port in self._moves[lane]:
+                self._longer(wire, {**dict.fromkeys(port, 2.0 * line.beta_s), **latency})
         part = 1.0 / phase.chunks
         through = {compute: 1.0}
         if phase.wgrad_row_s and (phase.joined or phase.exposed_copies):
@@ -278,13 +379,13 @@ class _Programme:
             self._longer(window, {**through, wire: 1.0, **copy}, phase.beside_s)
             return
         exposed = copy if phase.exposed_copies else {}
-        self._longer(window, {compute: 1.0, **exposed}, phase.beside_s)
+        self._longer(window, {**through, **exposed}, phase.beside_s)
         if not phase.wgrad_row_s:
             self._longer(window, {compute: 1.0, wire: part, **copy})
             self._longer(window, {compute: part, wire: 1.0, **copy})
             return
         dgrad = 1.0 - phase.wgrad_row_s / phase.row_s
-        self._longer(window, {compute: 1.0, wire: part / 2, **exposed})
+        self._longer(window, {**through, wire: part / 2, **exposed})
         self._longer(window, {compute: part * dgrad, wire: 1.0, **copy})
         for first in here.values() if not phase.exposed_copies else ():  # gradients of copies, after their weights'
             self._longer(window, {**first, **copy})
