@@ -232,14 +232,11 @@ def _copies(options: PlanOptions, point: Prediction) -> list[str]:
 def _rows_line(options: PlanOptions, point: Prediction) -> str:
     """Where the rows go."""
     if options.routing is None:
-        most = busiest(options, point.at)
-        return (
-            "  every expert gets equally many rows"
-            if most == 1
-            else (
-                f"  the busiest rank has {most:.3g}x the mean rows (--skew, and experts that the ranks do not divide)"
-            )
-        )
+        most = busiest(options, point.kind, point.at)
+        if most == 1:
+            return "  every expert gets equally many rows"
+        why = "the most there can be" if options.skew > most else "--skew, and experts that the ranks do not divide"
+        return f"  the busiest rank has {most:.3g}x the mean rows ({why})"
     found = traffic_of(options, point.kind, point.at)
     return (
         f"  rows as in {Path(options.routing).name} (--routing): the most wanted expert has {found.max_over_mean:.2f}x "
@@ -253,7 +250,7 @@ def _memory_bound(options: PlanOptions, point: Prediction) -> list[str]:
     phase = max(point.phases, key=lambda one: one.best.chunks if one.best.by == "tokens" else 1)
     chunks = phase.best.chunks if phase.best.by == "tokens" else 1
     read_s = local_experts(options, point.at) * weights_read_s(options)
-    rows = options.tokens * routed(options, point.kind) * busiest(options, point.at)
+    rows = options.tokens * routed(options, point.kind) * busiest(options, point.kind, point.at)
     matmul_s = point.model.experts.beta_s * rows / chunks
     if read_s <= matmul_s or not rows:
         return []

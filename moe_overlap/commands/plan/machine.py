@@ -118,9 +118,12 @@ def routed(options: PlanOptions, kind: str) -> int:
     return options.top_k if kind in ("top2", "calibrated") else options.top_k - 1
 
 
-def busiest(options: PlanOptions, at: Place) -> float:
-    """Rows of the busiest rank's experts over the mean: by the skew asked for, and by the experts that it has more."""
-    return options.skew * local_experts(options, at) * at.group / options.experts
+def busiest(options: PlanOptions, kind: str, at: Place) -> float:
+    """Rows of the busiest rank's experts over the mean: by the skew asked for, and by the experts that it has more; at
+    most as many as there can be, since a token goes to different experts."""
+    local = local_experts(options, at)
+    most = at.group * min(1.0, local / max(1, routed(options, kind)))
+    return min(options.skew * local * at.group / options.experts, most)
 
 
 def op_verb(kind: str, model: CostModel) -> OpVerb:
@@ -169,12 +172,12 @@ def shapes(
             chunks=chunks,
             by=by,
             metadata=beside,
-            busiest=busiest(options, at),
+            busiest=busiest(options, kind, at),
         )
         for chunks, by in cuts
     ]
     if for_nodes:
-        nodes = distinct_ranks(at.group * local, at.nodes, routed(options, kind)) * busiest(options, at)
+        nodes = distinct_ranks(at.group * local, at.nodes, routed(options, kind)) * busiest(options, kind, at)
         balanced = [with_rows_for_nodes(shape, distinct_nodes=nodes, tokens=options.tokens,
                                         ranks_per_node=at.per_node) for shape in balanced]  # fmt: skip
     return [_narrowed(options, shape) for shape in balanced]

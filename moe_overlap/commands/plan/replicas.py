@@ -113,7 +113,7 @@ def _counts(options: PlanOptions, point: Prediction) -> np.ndarray | None:
         return traffic_of(options, point.kind, point.at).rows_WE
     return skewed_counts(tokens=options.tokens, top_k=routed(options, point.kind), ranks=point.at.group,
                          experts=options.experts, local=local_experts(options, point.at),
-                         share=busiest(options, point.at) / point.at.group)  # fmt: skip
+                         share=busiest(options, point.kind, point.at) / point.at.group)  # fmt: skip
 
 
 def _over_mean(seats: Sequence[tuple[int, int, int]], ranks: int) -> float:
@@ -135,7 +135,7 @@ def _costs(options: PlanOptions, point: Prediction) -> list[PhaseCosts]:
         (cost,) = costs_of(point.model, (phase.phase,), row_bytes=max(1, row_bytes), expert_params=params,
                            param_bytes=options.dtype_bytes, chunks=best.chunks, joined=best.joined)  # fmt: skip
         if options.weights == "beside":
-            by_rows = cost.row_s * options.tokens * top_k * busiest(options, point.at) >= read_s
+            by_rows = cost.row_s * options.tokens * top_k * busiest(options, point.kind, point.at) >= read_s
             hidden = replace(cost, row_s=UNCOUNTED * cost.row_s, wgrad_row_s=UNCOUNTED * cost.wgrad_row_s)
             cost = replace(cost, expert_s=0.0) if by_rows else hidden
         found.append(cost if options.phase == "train" else replace(cost, copy=(FREE, FREE)))

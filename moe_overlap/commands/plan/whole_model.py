@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from moe_overlap.commands.plan.machine import (
     backbone_s,
+    busiest,
     dense_s,
     expert_params,
     inter_rate,
@@ -173,7 +174,7 @@ def _with_host(held: dict[str, float], host: OffloadPlan | None) -> dict[str, fl
 
 def _moe_activations(options: PlanOptions, point: Prediction) -> float:
     """Bytes of one layer's experts and shared expert: rows sent, received and returned, and the matmuls' between."""
-    rows = options.tokens * routed(options, point.kind) * options.skew
+    rows = options.tokens * routed(options, point.kind) * busiest(options, point.kind, point.at)
     numbers = rows * (3 * options.hidden + options.matrices * options.expert_width)
     if point.kind not in ("top2", "calibrated"):
         numbers += options.tokens * 3 * options.shared_width

@@ -134,8 +134,8 @@ def test_a_cost_model_from_numbers_by_hand():
     assert model.permute(2000) == pytest.approx(20e-6 + 2 * 2000 * 200 / 1e10)
     attention_s = (8 * 1000 * 100**2 + 2 * 1000 * 1000 * 100) / 1e12
     mlp_s, router_s = 6 * 1000 * 100 * 200 / 1e12, 2 * 1000 * 100 * 32 / 1e12
-    # One round of 15 messages: 5 + 21 words, and two of 16 blocks x 32 counts in each word of 8 bytes.
-    agreement_s = 10e-6 + 15e-6 + 15 * (5 + 21 + 16 * 32 // 2) * 8 / 1e9
+    # One round of 15 messages: 5 + 24 words, and two of 16 blocks x 32 counts in each word of 8 bytes.
+    agreement_s = 10e-6 + 15e-6 + 15 * (5 + 24 + 16 * 32 // 2) * 8 / 1e9
     assert model.outside_s == pytest.approx(2 * attention_s + mlp_s + router_s + agreement_s)
     assert model.outside_backward_s == pytest.approx(2 * (2 * attention_s + mlp_s + router_s))
     pos2 = cost_model(options, "scmoe_pos2", at)

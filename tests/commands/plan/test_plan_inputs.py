@@ -192,6 +192,17 @@ def test_skew_makes_the_busiest_rank_wait_longer_for_rows_and_wires():
     assert skewed.bytes_by_lane["intra"][0] == pytest.approx(1.5 * even.bytes_by_lane["intra"][0])
 
 
+@pytest.mark.parametrize(
+    "ranks, experts, top_k, most", [(1, 16, 2, 1.0), (2, 16, 2, 2.0), (4, 4, 2, 2.0), (4, 12, 4, 3.0)]
+)
+def test_no_rank_gets_more_rows_than_there_are(ranks, experts, top_k, most):
+    """A token goes to different experts, so that a rank gets at most as many of its choices as it has experts."""
+    options = PlanOptions(ranks=ranks, experts=experts, top_k=top_k)
+    rows, skewed, beyond = (shapes(replace(options, skew=skew), "top2", at(options))[0].rows[0]
+                            for skew in (1.0, most, 100.0))  # fmt: skip
+    assert beyond == skewed == most * rows == ranks * options.tokens * min(experts // ranks, top_k)
+
+
 def test_fp8_rows_are_narrower_on_their_way_to_the_experts_alone():
     options = PlanOptions(ranks=8, experts=16, hidden=4096, dispatch_dtype="fp8")
     shape = shapes(options, "top2", at(options))[0]
