@@ -70,7 +70,7 @@ class Rank:
         return self.modules[row, wire]
 
     def _build(self, row: str, transport: Any) -> nn.Module:
-        torch.manual_seed(7 + dist.get_rank())
+        torch.manual_seed(7)  # as all ranks: each keeps its own of the experts
         o = self.options
         name, _, number = row.rstrip(")").partition("(")
         dedup = {"dedup": o["dedup"]} if o["dedup"] else {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap.agreement.sizes import BLOCKS
 from moe_overlap.errors import ConfigError
@@ -123,10 +124,12 @@ def _count(places: torch.Tensor, size: int, said: Said | None) -> torch.Tensor:
         return torch.bincount(places, minlength=size)
     # Elsewhere bincount reads the least and the most before it counts. Sums of integers are the same in any order.
     found = torch.zeros(size, dtype=torch.int64, device=places.device).index_add_(0, places, torch.ones_like(places))
-    if said is None:
-        return found.cpu()
-    found = torch.cat([found, said.words.to(torch.int64)]).cpu()
-    said.values = tuple(found[size:].tolist())
+    if said is not None:
+        with _disable_current_modes():  # what a call wants to know, its recompute may not
+            found = torch.cat([found, said.words.to(torch.int64)])
+    found = found.cpu()
+    if said is not None:
+        said.values = tuple(found[size:].tolist())
     return found[:size]
 
 

@@ -174,8 +174,9 @@ CONFIG_HINT = (
 )
 EPOCH_HINT = "; set_placement, migrate and PlacementController.step are for all ranks alike"
 COMMON_HINT = (
-    "seed all ranks alike before the model is made, or load one checkpoint on all of them, and average the gradients "
-    'of these weights over the ranks: by DDP, FSDP2 or by hand (docs/parallel.md, "Equal routers")'
+    "seed all ranks alike before the model is made, or load one checkpoint on all of them, average the gradients of "
+    "these weights over the ranks (by DDP, FSDP2 or by hand), and let all ranks clip and skip alike: "
+    'moe_overlap.clip_grad_norm_ and GradScaler, not those of torch (docs/parallel.md, "Equal routers")'
 )
 HINTS = {
     "schedule_digest": DIGEST_HINT,

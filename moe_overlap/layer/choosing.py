@@ -26,4 +26,7 @@ class Chooses:
             return found
         if found is not None and torch.is_grad_enabled():
             self._left.forget_last_tail()  # which this call follows: without it that call may be seen to be over
-        return schedule.calibrate(inputs, old=found, waiting=self._outgrown.waiting)
+        before = self.dispatcher.steps
+        chosen = schedule.calibrate(inputs, old=found, waiting=self._outgrown.waiting)
+        self.dispatcher.probes += self.dispatcher.steps - before
+        return chosen

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_overlap.agreement.common import WORDS, fingerprint, is_compared
 from moe_overlap.agreement.cost import GATHERED_RANKS
@@ -40,6 +41,13 @@ def with_marks(record: StepRecord, marks: Sequence[int]) -> StepRecord:
     """The record with the words of a `fingerprint`."""
     norm, one, other = marks
     return replace(record, common_norm=norm, common_sum=one, common_other_sum=other)
+
+
+def _said(status: torch.Tensor | None, marks: torch.Tensor | None) -> Said | None:
+    """What the host wants to know of a step beside the counts."""
+    asked = [one.reshape(-1) for one in (status, marks) if one is not None]
+    with _disable_current_modes():  # in a recompute there are no marks
+        return Said(torch.cat(asked) if len(asked) > 1 else asked[0]) if asked else None
 
 
 def current_phase() -> int:
@@ -109,12 +117,12 @@ class Completed:
 
 @dataclass
 class Dispatcher:
-    """Agrees on one layer's steps. Two things here change: `steps` counts its forward calls since the transport was
-    opened, `openings` how often that was. `caller` tells those apart that share a transport, copies of a layer too.
-    `dedup`: a position in `record.DEDUP`; `ranks_per_node`: so many ranks in a row share a node (0: not known);
-    `hierarchical`: one row for each (token, node) crosses nodes. `weights_at`: in `header.WEIGHTS_AT`, for the ranks to
-    compare. `copy_store`: the copies that this rank has of other ranks' experts; `rule`: which copies there are in a
-    step, decided when its counts are known."""
+    """Agrees on one layer's steps. Three things here change: `steps` counts its forward calls since the transport was
+    opened, `probes` those of them that were a calibration's, `openings` how often that was. `caller` tells those apart
+    that share a transport, copies of a layer too. `dedup`: a position in `record.DEDUP`; `ranks_per_node`: so many
+    ranks in a row share a node (0: not known); `hierarchical`: one row for each (token, node) crosses nodes.
+    `weights_at`: in `header.WEIGHTS_AT`, for the ranks to compare. `copy_store`: the copies that this rank has of other
+    ranks' experts; `rule`: which copies there are in a step, decided when its counts are known."""
 
     transport: Transport
     placement: Placement
@@ -126,6 +134,7 @@ class Dispatcher:
     bad_logits: str = "raise"
     payload_dtype: torch.dtype | None = None
     steps: int = 0
+    probes: int = 0
     openings: int = 0
     caller: int = 0
     copies: int = 0
@@ -196,8 +205,7 @@ class Dispatcher:
         self.open()
         try:
             marks = self._marks(common, ids_TK.device)
-            asked = [one for one in (None if status is None else status.reshape(1), marks) if one is not None]
-            said = Said(torch.cat(asked) if len(asked) > 1 else asked[0]) if asked else None
+            said = _said(status, marks)
             tables, rule = self._count(ids_TK, said), self._rule_under(schedule)
         except Exception as error:
             self.refuse(error, schedule)
@@ -253,7 +261,7 @@ class Dispatcher:
         """`fingerprint` of these weights, where the step that begins compares them."""
         if common is None or self.transport.world_size == 1 or torch._C._current_graph_task_id() >= 0:
             return None
-        return fingerprint(common(), device) if is_compared(self.steps + 1) else None
+        return fingerprint(common(), device) if is_compared(self.steps + 1 - self.probes) else None
 
     def end_step(self) -> None:
         """At the end of a forward that is no recompute: everything was agreed on."""
@@ -356,6 +364,6 @@ class Dispatcher:
             self.transport.close(str(error))  # open for another configuration: the peers wait in their step's record
             raise
         if self.openings != self.transport.openings:  # by this layer, or by another one on the same transport
-            self.steps = 0
+            self.steps = self.probes = 0
             self.copy_store.forget()
             self.openings = self.transport.openings

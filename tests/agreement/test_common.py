@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_overlap.agreement.agree import agree_on
 from moe_overlap.agreement.common import TOLERANCE, WORDS, differing, fingerprint, is_compared
@@ -80,6 +81,36 @@ def test_what_no_rank_has_whole_says_nothing() -> None:
     assert fingerprint([*others, torch.empty(0, 3)], CPU).tolist() == [0] * WORDS
     assert fingerprint([], CPU).tolist() == [0] * WORDS and differing(said([], [])) is None
     assert fingerprint([torch.zeros(2)], CPU).tolist() != [0] * WORDS  # zeros are weights
+
+
+def test_where_a_part_is_not_here_nothing_is_said() -> None:
+    assert fingerprint([torch.ones(3), torch.ones(2, 2, device="meta")], CPU).tolist() == [0] * WORDS
+
+
+@pytest.mark.parametrize("behind", [1, 40, 1000])
+def test_a_small_part_before_many_others_is_seen(behind: int) -> None:
+    others = [torch.randn(4, 4, generator=torch.Generator().manual_seed(n)) for n in range(behind)]
+    found = [differing(said([*weights(seed), *others], [*weights(seed + 1), *others])) for seed in range(50)]
+    assert all(one is not None and one[2] > 10 * TOLERANCE for one in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_many_numbers_is_that_of_float64(dtype: torch.dtype) -> None:
+    table = torch.full((4096, 1024), 0.0173).to(dtype)
+    norm = float(fingerprint([table], CPU).view(torch.float64)[0]) - 1.0
+    assert norm == pytest.approx(float(table[0, 0]) * 2048, rel=1e-6)
+
+
+def test_modes_of_the_caller_see_nothing_of_it() -> None:
+    class Seen(TorchDispatchMode):
+        """As that of a selective checkpoint, which keeps results in order of the calls."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(func)
+
+    given = weights(0)
+    with Seen():
+        fingerprint(given, CPU)
 
 
 @pytest.mark.parametrize("status, error, words", [

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_overlap import MoELayer, PlanMismatch, ShortcutBlock
 from tests.ranks import gloo_pool, virtual_world
+from tests.tolerances import same_bits
 
 D, F, E, K, T = 12, 16, 8, 2, 10
 SAID = r"ranks 0 and 1 have different weights of what each rank has whole .*seed all ranks alike"
@@ -117,6 +120,42 @@ def test_one_rank_compares_nothing_and_what_is_computed_again_was_compared() -> 
         block = ShortcutBlock([torch.nn.Identity()], layer, tap=0, slot=0)
         for _ in range(3):
             x = tokens(me.rank).requires_grad_()
-            torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+            checkpoint(block, x, use_reentrant=False).sum().backward()
 
     virtual_world(2).run(run)
+
+
+@pytest.mark.parametrize("call", [2, 4])
+def test_calls_of_auto_are_counted_without_its_probes(call: int) -> None:
+    def run(me: SimpleNamespace) -> None:
+        layer = layer_of(me, schedule="auto")
+        for _ in range(call - 1):
+            layer(tokens(me.rank)).sum().backward()
+        assert layer.dispatcher.steps > call
+        if me.rank == 1:
+            shift(layer, "router", 0.1)
+        with pytest.raises(PlanMismatch, match=SAID):
+            layer(tokens(me.rank))
+
+    virtual_world(2).run(run)
+
+
+@pytest.mark.parametrize("op", ["cat", "mul", "_to_copy", "sum", "dot"])
+@pytest.mark.parametrize("options", [{}, {"dedup": "on"}], ids=["plain", "dedup"])
+def test_a_checkpoint_that_keeps_results_of_an_op_takes_none_of_the_comparison(op: str, options: dict) -> None:
+    def policy(_ctx, func, *_args, **_kwargs):
+        kept = str(func).startswith(f"aten.{op}.")
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(me: SimpleNamespace) -> list[torch.Tensor]:
+        layer, grads = layer_of(me, **options), []
+        for _ in range(3):  # nothing is compared in the third
+            x = tokens(me.rank).requires_grad_()
+            context = partial(create_selective_checkpoint_contexts, policy)
+            checkpoint(layer, x, use_reentrant=False, context_fn=context).square().sum().backward()
+            grads.append(x.grad)
+        return grads
+
+    for first, second, third in virtual_world(2).run(run):
+        same_bits(first, third)
+        same_bits(second, third)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from moe_overlap import MoELayer, ShortcutBlock
+from moe_overlap.agreement import common
 from tests.layers import D, E, F, K, tokens
-from tests.played_device import Wait, Watch, play, play_module, playing
+from tests.played_device import Played, Wait, Watch, play, play_module, playing
 from tests.ranks import virtual_world
 from tests.tolerances import close
 
@@ -102,7 +103,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("schedule, kind", CASES)
-def test_ranks_read_the_counts_and_nothing_else(schedule: str, kind: str) -> None:
+def test_ranks_read_the_counts_and_nothing_else(schedule: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "CLASSES", (*common.CLASSES, Played))  # weights are compared in a first call
     watch = watched(4, options_of(schedule, kind))
     assert watch.waits == [Wait("cpu", "counts.py", backward=False)] * 4
     assert watch.uploads == 4  # the integers of all chunks of both halves

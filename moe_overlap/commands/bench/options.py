@@ -94,10 +94,6 @@ class LayerOptions:
             unknown = [word for word in chosen if word not in known]
             if unknown or not chosen:
                 raise ConfigError(flag_of(name), ",".join(chosen), f"a comma-separated list out of {', '.join(known)}")
-        for case in self.cases:
-            if not any(self.has_row(case, schedule) for schedule in self.schedules):
-                expected = f"no {case} beside --schedules {','.join(self.schedules)}, of which it has none"
-                raise ConfigError("--cases", ",".join(self.cases), expected)
         check_timeout(self.timeout_s)
         self._check_link()
 
@@ -115,6 +111,13 @@ class LayerOptions:
             if not any(self.has_row(case, schedule) for case in self.cases):
                 expected = f"no {schedule}, which --cases {','.join(self.cases)} do not have with these options"
                 raise ConfigError("--schedules", ",".join(self.schedules), expected)
+
+    def check_cases(self) -> None:
+        """The same of cases."""
+        for case in self.cases:
+            if not any(self.has_row(case, schedule) for schedule in self.schedules):
+                expected = f"no {case} beside --schedules {','.join(self.schedules)}, of which it has none"
+                raise ConfigError("--cases", ",".join(self.cases), expected)
 
     def _check_link(self) -> None:
         try:
@@ -191,6 +194,8 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> LayerOptions:
     found = LayerOptions(**values)
     if found.schedules != DEFAULT_SCHEDULES:
         found.check_schedules()
+    if found.cases != DEFAULT_CASES:
+        found.check_cases()
     return found
 
 

@@ -134,6 +134,9 @@ def parse(argv: Sequence[str], *, ranks: int | None = None) -> OverlapOptions:
     if ranks is not None:
         values["ranks"] = ranks
     found = OverlapOptions(**values)
+    layer = found.layer(found.routings[0], found.share_numbers[0], found.out)
     if found.schedules != SCHEDULES:
-        found.layer(found.routings[0], found.share_numbers[0], found.out).check_schedules()
+        layer.check_schedules()
+    if found.cases != CASES:
+        layer.check_cases()
     return found

@@ -137,6 +137,7 @@ def test_options_come_back_from_their_words():
     asked = OverlapOptions(shares=("0.3",), phases=("backward",), wires=("emulated", "tcp"), dtype="bf16", repeats=3)
     assert parse(asked.words()) == asked
     assert parse(["--cases", "top2"]).schedules == OverlapOptions.schedules, "of which some have no row there"
+    assert parse(["--schedules", "chunked"]).cases == OverlapOptions.cases, "likewise"
     part = replace(asked, routings=("real", "zipf")).over("tcp")
     assert part.wires == ("tcp",) and part.out == "out/overlap/tcp"
     assert part.routings == ("out/overlap/routing.safetensors", "zipf"), "the file of the whole run"

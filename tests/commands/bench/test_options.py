@@ -23,7 +23,9 @@ def test_defaults_are_those_of_the_readme():
     assert (options.routing, options.compute, options.repeats, options.out) == ("balanced", "real", 20, "out/bench")
 
 
-def test_schedules_that_nobody_asked_for_need_no_row():
+def test_schedules_and_cases_that_nobody_asked_for_need_no_row():
+    assert parse(["--schedules", "chunked"]).cases == LayerOptions.cases
+    assert parse(["--schedules", "shortcut,shared_expert"]).cases == LayerOptions.cases
     assert parse(["--cases", "top2"]).schedules == LayerOptions.schedules
     assert parse(["--cases", "scmoe_pos3", "--schedules", "auto"]).schedules == ("auto",)
 
