@@ -1,4 +1,10 @@
-"""FlexMoE's expansion (`flex.py`): one more slot of an expert, asked of all ranks at once."""
+"""FlexMoE's expansion (`flex.py`): one more slot of an expert, asked of all ranks at once.
+
+Wherever the slot is, the ranks that have the expert get the same number of its tokens less. Else few ranks change: the
+one that gets the slot and, where another expert leaves it, those that get the tokens of that one. So a candidate is
+these few ranks (`Trials`), and what all ranks take above the limit is a sum once for all and what these few change of
+it. That is right up to rounding: candidates as near to the best one as rounding are summed again, as `Flow.above` does.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +41,18 @@ def _helped(flow: Flow, leavers: Leavers, hot: int, most: float) -> Change | Non
 def _hope(flow: Flow, leavers: Leavers) -> np.ndarray:
     """bool [E]: experts that one more slot may help; asking this of all is less work than trying a few of them. All
     others have no slot on a rank above the limit, and on no rank could they have one in the place of another expert so
-    that ranks take less above the limit: on the rank, on those that the expert shrinks on, and where it goes."""
+    that ranks take less above the limit."""
+    _, more = _least_more(flow, leavers)
+    on_slow_ranks: np.ndarray = flow.slots[flow.seconds > flow.limit_s] > 0
+    return np.logical_or(on_slow_ranks.any(axis=0), np.any(more < 0, axis=0))
+
+
+def _least_more(flow: Flow, leavers: Leavers) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [N], float64 [N, E]: full ranks, and at least what ranks take more above the limit where an expert that has
+    no slot on a rank above it gets one there: the rank, those that the leaving expert shrinks on, and where it goes.
+    Infinite where the expert cannot come; on full ranks that are not among the N it is never below 0."""
     above, parts = flow.seconds > flow.limit_s, flow.above_each(flow.seconds)
+    # others: where a rank's expert shrinks, what other ranks that are above the limit take more above it, or less.
     least_s = flow.seconds * (1 - ROUNDING)
     listed = above[leavers.rank] & (leavers.rank != leavers.leaves)
     leaves, rank = leavers.leaves[listed], leavers.rank[listed]
@@ -45,14 +61,13 @@ def _hope(flow: Flow, leavers: Leavers) -> np.ndarray:
     ranks = np.nonzero(flow.full & (above | (others < 0)))[0]
     may = (flow.slots[ranks] == 0) & (leavers.goes_rows[ranks, None] < flow.per_slot)
     shrinks = leavers.shrinks_rows[ranks, None] < flow.per_slot
-
+    # What the rank takes more itself, [N, E]: the expert comes, without its exchange of gradients, the other leaves.
     arrived_s = least_s[ranks, None] + flow.unit_s[ranks] / (flow.count + 1)
     padded_s = np.append(flow.cost_s[ranks], np.zeros((len(ranks), 1)), axis=1)
     shrunk_s, gone_s = (np.take_along_axis(padded_s, one[ranks, None], 1) for one in (leavers.shrinks, leavers.goes))
     more = flow.above_each(arrived_s - np.where(shrinks, shrunk_s, gone_s)) - parts[ranks, None]
     more += np.where(shrinks, others[ranks, None], _arriving(flow, leavers.goes[ranks]))
-    found: np.ndarray = (may & (more < 0)).any(axis=0) | (flow.slots[above] > 0).any(axis=0)
-    return found
+    return ranks, np.where(may, more, np.inf)
 
 
 def _arriving(flow: Flow, cold: np.ndarray) -> np.ndarray:
@@ -75,7 +90,8 @@ class Leavers:
     int64 [W], and their tokens per slot float64 [W], infinite where there is none.
 
     What shrinking changes, in one list for all full ranks: `rank` has a slot of the expert that leaves rank `leaves`,
-    and takes `steps_s` [4, N] more: for tokens and gradients then, and for those before, below 0.
+    and takes `steps_s` [4, N] more: for tokens and gradients then, and for those before, below 0. They are apart as
+    `Flow.changed_s` adds them one after another, and so is it done here.
     """
 
     shrinks: np.ndarray
@@ -97,12 +113,12 @@ class Leavers:
 
 
 def _shrunk(flow: Flow, leaves: np.ndarray, experts: np.ndarray) -> tuple[np.ndarray, ...]:
-    """`Leavers.leaves`, `rank`, `more_s` and `less_s`, for an expert of each of some ranks."""
+    """`Leavers.leaves`, `rank` and `steps_s`, for an expert of each of some ranks."""
     lists = [flow.ranks[expert] for expert in experts.tolist()]
     size = np.array([len(one) for one in lists], dtype=np.int64)
     rank = np.concatenate([leaves[:0], *lists])
     last = np.cumsum(size) - 1
-    first = last - size + 1
+    first = last - size + 1  # of each expert's ranks in `rank`; next, of those that still have it
     gone = flow.slots[leaves, experts] == 1
     first += gone & (rank[first] == leaves)
     last -= gone & (rank[last] == leaves)
@@ -187,16 +203,16 @@ def _best(flow: Flow, leavers: Leavers, hot: int, ranks: np.ndarray, most: float
     trials = Trials.of(flow, leavers, hot, ranks)
     parts = flow.above_each(trials.rest_s)
     base, change = float(parts.sum()), flow.above_each(trials.then_s) - parts[trials.rank]
-    total = base + np.bincount(trials.on, change, len(parts))
-    size = np.bincount(trials.on, np.abs(change), len(parts))
-    slack = ROUNDING * (base + size)
-    able = np.nonzero(np.bincount(trials.on, minlength=len(parts)))[0]
-    if not len(able) or (total - slack)[able].min() >= most:
+    above = base + np.bincount(trials.on, change, len(parts))  # of the slot on each rank, up to rounding
+    changed = np.bincount(trials.on, np.abs(change), len(parts))
+    slack = ROUNDING * (base + changed)
+    able = np.unique(trials.on)
+    if not len(able) or (above - slack)[able].min() >= most:
         return None
-    near = able[(total - slack)[able] <= (total + slack)[able].min()]
-    above, own_s = np.full(len(parts), base), np.zeros(len(parts))
-    other = near[size[near] > 0]
-    above[other] = trials.above(flow, other)
-    own_s[trials.on[trials.on == trials.rank]] = trials.then_s[trials.on == trials.rank]
+    near = able[(above - slack)[able] <= (above + slack)[able].min()]
+    again = near[changed[near] > 0]  # without a change it is `base`, exactly
+    above[again] = trials.above(flow, again)
+    own_s, own = np.zeros(len(parts)), trials.on == trials.rank
+    own_s[trials.on[own]] = trials.then_s[own]
     rank = int(near[np.lexsort((own_s[near], above[near]))[0]])
     return (above[rank], own_s[rank], rank, trials.change(flow, hot, rank)) if above[rank] < most else None

@@ -29,6 +29,9 @@ class Flow:
     Kept by `put`: count, int64 [E], slots of an expert, and size, int64 [W], of a rank; per_slot, float64 [E], rows of
     one slot; cost_s, float64 [W, E], what each expert costs a rank; seconds and rows, float64 [W], of a rank; ranks, of
     each expert; own, int64 [W, most], experts of each rank, E where there is none.
+
+    A change is of few experts: slots, unit_s and sync_s are expert after expert in memory. What NumPy sums over experts
+    is rank after rank, as it sums in another order otherwise.
     """
 
     slots: np.ndarray
@@ -53,10 +56,12 @@ class Flow:
         wire_s = 4 * topology.row_bytes * (topology.byte_s.T @ traffic)
         load, experts = traffic.sum(axis=0), slots.shape[1]
         own = np.full((len(room), min(experts, int(room.max()))), experts)
+        unit_s = 3 * topology.row_s * load + wire_s
         found = cls(
-            slots, room, load, 3 * topology.row_s * load + wire_s, np.zeros(slots.shape), topology,
-            topology.node_of_ranks, slots.sum(axis=0), slots.sum(axis=1), np.zeros(experts), np.zeros(slots.shape),
-            np.zeros(len(room)), np.zeros(len(room)), [np.empty(0, dtype=np.int64)] * experts, own,
+            np.array(slots, order="F"), room, load, np.array(unit_s, order="F"), np.zeros(slots.shape, order="F"),
+            topology, topology.node_of_ranks, slots.sum(axis=0), slots.sum(axis=1), np.zeros(experts),
+            np.zeros(slots.shape), np.zeros(len(room)), np.zeros(len(room)), [np.empty(0, dtype=np.int64)] * experts,
+            own,
         )  # fmt: skip
         found.put([(expert, slots[:, expert].copy()) for expert in range(experts)])
         found.limit_s = threshold * float(found.seconds.mean())
@@ -118,7 +123,7 @@ class Flow:
         ranks = np.nonzero(touched)[0]
         self.seconds = self.seconds.copy()
         self.seconds[ranks] = self.cost_s[ranks].sum(axis=1)
-        self.rows[ranks] = (self.slots[ranks] * self.per_slot).sum(axis=1)
+        self.rows[ranks] = np.ascontiguousarray(self.slots[ranks] * self.per_slot).sum(axis=1)
         self._list(ranks)
 
     def _list(self, ranks: np.ndarray) -> None:

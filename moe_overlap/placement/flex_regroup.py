@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe_overlap.placement.flex_flow import ROUNDING, Change, Flow, ring_s, with_slots
 
-MOST_PAIRS = 1 << 20  # that are looked at in one go
 ROWS = 256  # of all ranks, that are summed in one go
-Pair = tuple[float, int, int]  # how much less the exchanges of gradients take (below 0), and two seats
 
 
 def cheaper(flow: Flow, fixed: np.ndarray) -> Change | None:
     """Two slots of two ranks that change places, where this makes the exchanges of gradients cheaper by most and no
-    rank slower than the slowest is; None where there is none. The first expert is on several nodes."""
-    total = float(flow.sync_s.sum())
+    rank slower than the slowest is; None where there is none. The first expert is on several nodes, of equal pairs the
+    first one is taken."""
+    total, most = float(np.ascontiguousarray(flow.sync_s).sum()), float(flow.seconds.max())
     seats = Seats.of(flow, fixed)
-    found = [_best(flow, seats, first, second, total) for first, second in _pairs(seats, flow.topology.nodes, total)]
-    best = min((one for one in found if one is not None), default=None)
-    return None if best is None else seats.change(flow, best[1], best[2])
+    found = [_gaining(flow, seats, node, total) for node in range(flow.topology.nodes)]
+    one, two, more_s = (np.concatenate(part) for part in zip(*found, strict=True))
+    spread = np.concatenate([seats.spread[one], seats.spread[two]])
+    first, second = np.concatenate([one, two])[spread], np.concatenate([two, one])[spread]
+    more_s = np.concatenate([more_s, more_s])[spread]
+    while len(first):
+        near = more_s <= more_s.min() + ROUNDING * total  # any of these may be the best one
+        one, two = first[near], second[near]
+        exact_s = seats.summed(flow, one, seats.rank[two]) + seats.summed(flow, two, seats.rank[one])
+        for i in np.lexsort((two, one, exact_s)).tolist():
+            if exact_s[i] >= -1e-9 * total:
+                break
+            change = seats.change(flow, one[i], two[i])
+            if flow.changed_s(change).max() <= most:
+                return change
+        first, second, more_s = first[~near], second[~near], more_s[~near]
+    return None
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Seats:
         else_s = after * ring_s(after, np.zeros(len(rank), dtype=bool), flow.topology) - now_s
         return cls(rank, expert, node[rank], spread, after, near, there_s, else_s)
 
-    def more_s(self, seats: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    def more_s(self, seats: np.ndarray, nodes: np.ndarray | int) -> np.ndarray:
         """float64: what the exchanges take more when seats' slots go to nodes, up to rounding."""
         found: np.ndarray = np.where(self.near[seats] == nodes, self.there_s[seats], self.else_s[seats])
         return found
@@ -88,50 +100,19 @@ class Seats:
         ]
 
 
-def _pairs(seats: Seats, nodes: int, total: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of seats of which one at least makes its exchange cheaper at the other's node; first and second in turn."""
-    every = np.arange(nodes)
-    less = seats.more_s(np.arange(len(seats.rank))[:, None], every) < -1e-10 * total
-    seat, node = np.nonzero(less)
-    begin, end = np.searchsorted(seats.node, every), np.searchsorted(seats.node, every, side="right")
-    size = (end - begin)[node]
-    cuts = np.nonzero(np.diff(np.cumsum(size) // MOST_PAIRS))[0] + 1
-    for part in np.split(np.arange(len(seat)), cuts):
-        here = np.repeat(seat[part], size[part])
-        start = np.cumsum(size[part]) - size[part]
-        there = np.repeat(begin[node[part]] - start, size[part]) + np.arange(len(here))
-        yield here, there
-        yield there, here
-
-
-def _best(flow: Flow, seats: Seats, first: np.ndarray, second: np.ndarray, total: float) -> Pair | None:
-    """The pair that makes the exchanges cheapest, of equal ones the first; None where none may be taken."""
-    most = float(flow.seconds.max())
-    first, second = _able(flow, seats, first, second, most)
-    more_s = seats.more_s(first, seats.node[second]) + seats.more_s(second, seats.node[first])
-    left = more_s < -0.9e-9 * total
-    first, second, more_s = first[left], second[left], more_s[left]
-    while len(first):
-        near = more_s <= more_s.min() + ROUNDING * total
-        one, two = first[near], second[near]
-        exact_s = seats.summed(flow, one, seats.rank[two]) + seats.summed(flow, two, seats.rank[one])
-        for i in np.lexsort((two, one, exact_s)).tolist():
-            if exact_s[i] >= -1e-9 * total:
-                break
-            if flow.changed_s(seats.change(flow, one[i], two[i])).max() <= most:
-                return float(exact_s[i]), int(one[i]), int(two[i])
-        first, second, more_s = first[~near], second[~near], more_s[~near]
-    return None
-
-
-def _able(
-    flow: Flow, seats: Seats, first: np.ndarray, second: np.ndarray, most: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of seats that may change places; not all of those after which a rank takes longer than `most` s."""
-    rank, expert, other, back = seats.rank[first], seats.expert[first], seats.rank[second], seats.expert[second]
-    able = seats.spread[first] & (other != rank) & (back != expert)
-    able &= (flow.slots[rank, back] == 0) & (flow.slots[other, expert] == 0)
-    for here, goes, comes in ((rank, expert, back), (other, back, expert)):
-        at_least = flow.seconds[here] - flow.cost_s[here, goes] + flow.unit_s[here, comes] / flow.count[comes]
-        able &= at_least <= most * (1 + 1e-9)
-    return first[able], second[able]
+def _gaining(flow: Flow, seats: Seats, node: int, total: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of seats, the first one's slot gets cheaper at the node, which is the second one's, that may change places
+    so that exchanges get cheaper; and what these take more, below 0, up to rounding. Most of the pairs after which a
+    rank takes longer than the slowest are left out, not all."""
+    goes = np.nonzero(seats.more_s(np.arange(len(seats.rank)), node) < -1e-10 * total)[0]
+    comes = np.nonzero(seats.node == node)[0]
+    one, two = np.repeat(goes, len(comes)), np.tile(comes, len(goes))
+    more_s = seats.more_s(one, node) + seats.more_s(two, seats.node[one])
+    gains = more_s < -0.9e-9 * total
+    one, two, more_s = one[gains], two[gains], more_s[gains]
+    rank, expert, other, back = seats.rank[one], seats.expert[one], seats.rank[two], seats.expert[two]
+    able = (flow.slots[rank, back] == 0) & (flow.slots[other, expert] == 0)  # so neither rank nor expert is the same
+    for here, old, new in ((rank, expert, back), (other, back, expert)):
+        at_least = flow.seconds[here] - flow.cost_s[here, old] + flow.unit_s[here, new] / flow.count[new]
+        able &= at_least <= flow.seconds.max() * (1 + 1e-9)
+    return one[able], two[able], more_s[able]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_overlap.placement import flex, flex_flow
+from moe_overlap.placement import flex, flex_expand, flex_flow, flex_regroup
 from moe_overlap.placement.topology import Topology
 from tests.placement import flex_reference
 
@@ -98,6 +98,74 @@ def test_flex_makes_the_changes_of_its_reference_on_many_ranks(per_node, monkeyp
     here = maps(flex, flex_flow.Flow, monkeypatch, drawn, 1.2, None, False)
     assert here == maps(flex_reference, flex_reference.Flow, monkeypatch, drawn, 1.2, None, False)
     assert len(here) > 50
+
+
+def both_flows(rng):
+    """The same drawn slots in the planner and in its reference, and which experts have to stay, bool [W, E]."""
+    ranks, experts = rng.choice([(2, 3), (3, 4), (4, 6), (12, 16)]).tolist()
+    slots, room, homes = drawn_slots(rng, ranks, experts)
+    drawn = (
+        room,
+        drawn_traffic(rng, ranks, experts).astype(np.int64),
+        drawn_topology(rng, ranks),
+        rng.choice([0.5, 0.8, 1.05]),
+    )
+    fixed = np.zeros(slots.shape, dtype=bool)
+    fixed[homes, np.arange(experts)] = rng.random() < 0.3
+    return flex_flow.Flow.of(slots.copy(), *drawn), flex_reference.Flow.of(slots.copy(), *drawn), fixed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expansion_of_each_expert_is_the_best_of_all_ranks(seed):
+    """Also of those experts that the planner does not come to, as it takes the first that is helped. And the bound that
+    leaves experts out is on no rank above what that rank comes to."""
+    helped = left_out = 0
+    for case in range(200):
+        flow, plain, fixed = both_flows(np.random.default_rng([seed, case]))
+        most, leavers = flex_flow.LESS * plain.above(plain.seconds), flex_expand.Leavers.of(flow, fixed)
+        now, hope = plain.above(plain.seconds), flex_expand._hope(flow, leavers)
+        least = np.zeros(flow.slots.shape)  # on ranks that the bound is not asked of
+        ranks, more = flex_expand._least_more(flow, leavers)
+        least[ranks] = more
+        for hot in range(len(flow.load)):
+            found = [(most, 0.0, -1, None)]
+            for rank in np.nonzero(flow.slots[:, hot] == 0)[0].tolist():
+                change = [(hot, flex_flow.with_slots(flow.slots[:, hot], {rank: 1}))]
+                if flow.full[rank]:
+                    change = flex_reference._making_room(plain, fixed, rank, hot, change)
+                if change is not None:
+                    seconds = plain.changed_s(change)
+                    found.append((plain.above(seconds), float(seconds[rank]), rank, change))
+                    if flow.full[rank] and not (flow.slots[flow.seconds > flow.limit_s, hot] > 0).any():
+                        more, slack = found[-1][0] - now, 1e-9 * float((flow.seconds**2).sum() + (seconds**2).sum())
+                        assert more >= least[rank, hot] - slack, (case, hot, rank)
+            best, got = min(found, key=lambda one: one[:3])[3], flex_expand._helped(flow, leavers, hot, most)
+            assert listed(got) == listed(best), (case, hot)
+            assert hope[hot] or best is None, (case, hot)
+            helped, left_out = helped + (best is not None), left_out + (not hope[hot])
+    assert helped > 40 and left_out > 40
+
+
+def listed(change):
+    return change and [(expert, slots.tolist()) for expert, slots in change]
+
+
+def test_pairs_left_out_before_they_are_summed_could_not_be_taken():
+    taken = left_out = 0
+    for case in range(160):
+        flow, plain, fixed = both_flows(np.random.default_rng([5, case]))
+        seats, total, most = flex_regroup.Seats.of(flow, fixed), float(plain.sync_s.sum()), plain.seconds.max()
+        kept = [flex_regroup._gaining(flow, seats, node, total)[:2] for node in range(flow.topology.nodes)]
+        kept = {frozenset(pair) for one, two in kept for pair in zip(one.tolist(), two.tolist(), strict=True)}
+        seat = {place: i for i, place in enumerate(zip(seats.rank.tolist(), seats.expert.tolist(), strict=True))}
+        for rank, expert, other, second in flex_reference._pairs(plain, fixed):
+            one, two = seat[rank, expert], seat[other, second]
+            change = seats.change(flow, one, two)
+            more_s = sum(plain.sync(slots).sum() - plain.sync_s[:, expert].sum() for expert, slots in change)
+            may = more_s < -1e-9 * total and plain.changed_s(change).max() <= most
+            assert frozenset((one, two)) in kept or not may, (case, rank, expert, other, second)
+            taken, left_out = taken + may, left_out + (frozenset((one, two)) not in kept)
+    assert taken > 40 and left_out > 40, (taken, left_out)
 
 
 def test_a_change_leaves_what_a_new_flow_would_have():
