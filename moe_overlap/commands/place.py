@@ -221,7 +221,7 @@ def _part(options: PlaceOptions, name: str) -> Iterator[None]:
     """One part of the work: what takes long is said, before a large one too, as compiled planners let nobody speak."""
     what = f"{PROGRAM}: {name}, {options.slots} slots on each of {options.ranks} ranks"
     if options.slots * options.ranks**2 > LONG:
-        print(f"{what}, may take up to minutes", file=sys.stderr, flush=True)
+        print(f"{what}, may take a minute", file=sys.stderr, flush=True)
     with saying(what):
         yield
 

@@ -82,9 +82,10 @@ def spread(num_experts: int, slots: Sequence[int]) -> Placement:
 @lru_cache(maxsize=16)  # equal for all layers of a model
 def _spread(num_experts: int, slots: tuple[int, ...]) -> Placement:
     given = [0] * len(slots)
-    for _ in range(num_experts):
+    while sum(given) < num_experts:
         free = [rank for rank, most in enumerate(slots) if given[rank] < most]
-        given[min(free, key=lambda rank: given[rank])] += 1
+        for rank in free[: num_experts - sum(given)]:
+            given[rank] += 1
     experts = iter(range(num_experts))
     return Placement.of_ranks([[next(experts) for _ in range(count)] for count in given])
 
