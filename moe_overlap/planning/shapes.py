@@ -154,6 +154,7 @@ def balanced_shape(
     if metadata is None:
         return shape
     out, back = _distinct_rows(tokens, top_k, ranks * local_experts, local_experts, chunks, by)
+    busiest = min(busiest, tokens / max(sum(out), 1e-9)) if tokens else busiest  # a token has one row there
     return without_own(
         shape,
         own_rows=sum(n // ranks for n in rows),

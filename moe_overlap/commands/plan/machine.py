@@ -178,6 +178,7 @@ def shapes(
     ]
     if for_nodes:
         nodes = distinct_ranks(at.group * local, at.nodes, routed(options, kind)) * busiest(options, kind, at)
+        nodes = min(nodes, at.nodes - 1)  # a token crosses to each of the others once
         balanced = [with_rows_for_nodes(shape, distinct_nodes=nodes, tokens=options.tokens,
                                         ranks_per_node=at.per_node) for shape in balanced]  # fmt: skip
     return [_narrowed(options, shape) for shape in balanced]

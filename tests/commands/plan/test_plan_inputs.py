@@ -203,6 +203,19 @@ def test_no_rank_gets_more_rows_than_there_are(ranks, experts, top_k, most):
     assert beyond == skewed == most * rows == ranks * options.tokens * min(experts // ranks, top_k)
 
 
+@pytest.mark.parametrize("ranks, experts, top_k", [(8, 64, 8), (4, 12, 4), (16, 64, 4)])
+def test_a_token_has_one_deduplicated_row_on_the_busiest_rank(ranks, experts, top_k):
+    options = PlanOptions(ranks=ranks, experts=experts, top_k=top_k, skew=100.0, dedup="on")
+    most = (ranks - 1) * options.tokens * options.hidden * options.dtype_bytes
+    found = shapes(options, "top2", at(options), distinct=True)
+    assert {shape.by for shape in found} >= {"tokens"}
+    for shape in found:
+        assert sum(map(sum, shape.bytes_by_lane.values())) == pytest.approx(most, rel=1e-3)
+    nodes = replace(options, dedup="node", ranks=ranks, ranks_per_node=ranks // 2)
+    for shape in shapes(nodes, "top2", at(nodes), distinct=True):
+        assert sum(shape.bytes_by_lane["inter"]) <= most // (ranks - 1) * 1.001
+
+
 def test_fp8_rows_are_narrower_on_their_way_to_the_experts_alone():
     options = PlanOptions(ranks=8, experts=16, hidden=4096, dispatch_dtype="fp8")
     shape = shapes(options, "top2", at(options))[0]
