@@ -4,6 +4,8 @@ working.
 A router with a true attribute `needs_nodes` is called with `local_experts=`, a `routing.Nodes`; one whose `balance` is
 "sequence" with `sequence_length=`. What the caller of the layer gives by name goes to the router: `token_mask` (which
 tokens are no padding), `state` (what the router of the layer before handed on), or what another router takes.
+
+Ranks compare what each of them has whole (`agreement/common.py`), but for a part with a true `differs_by_rank`.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ class Routes:
         return part_decision(routing, x_shared, self.dispatcher.placement.num_experts)
 
     def _common(self) -> list[nn.Parameter]:
-        """The weights that every rank has whole, and alike."""
+        """The weights that every rank has whole, and alike: those of parts that do not say otherwise."""
         parts = (self.router, self.shared_expert, self.latent_in, self.latent_out)
-        return [parameter for part in parts if part is not None for parameter in part.parameters()]
+        alike = [part for part in parts if part is not None and not getattr(part, "differs_by_rank", False)]
+        return [parameter for part in alike for parameter in part.parameters()]
 
     def _weigh(self, rows_TD: torch.Tensor, routing: RoutingDecision) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the experts read [T, D], what their results are multiplied by [T, K]). weights_at "input": the tokens

@@ -110,6 +110,21 @@ def test_a_loop_that_averages_no_gradients_is_told_in_its_second_step(averaged: 
         assert errors == [] if averaged else re.match("1: " + SAID, errors[0])
 
 
+@pytest.mark.parametrize("part", ["router", "shared_expert"])
+def test_a_part_that_is_meant_to_differ_says_so(part: str) -> None:
+    def run(me: SimpleNamespace) -> None:
+        layer = layer_of(me)
+        shift(layer, part, 0.1 * me.rank)
+        getattr(layer, part).differs_by_rank = True
+        layer(tokens(me.rank))
+        if me.rank == 1:
+            shift(layer, "latent_in", 0.1)  # the others are compared
+        with pytest.raises(PlanMismatch, match=SAID):
+            layer(tokens(me.rank))
+
+    virtual_world(2).run(run)
+
+
 def test_one_rank_compares_nothing_and_what_is_computed_again_was_compared() -> None:
     for rank in range(2):
         torch.manual_seed(rank)
