@@ -13,6 +13,7 @@ namespace moe_overlap {
 namespace {
 
 constexpr int64_t kTargets = 12;
+constexpr std::array<int64_t, 4> kFewTargets{0, 2, 4, 7};
 constexpr std::array<int64_t, 4> kNearTargets{0, 1, 2, 3};
 constexpr int64_t kRefined = 4;
 constexpr std::array<int64_t, 3> kPorts{0, 1, 2};     // uses of a port between nodes
@@ -44,7 +45,10 @@ class Decider {
     }
     if (view_.load.seats.size() > static_cast<size_t>(view_.load.experts)) try_targets(view_.given, targets, 0);
     try_targets(view_.given, targets, view_.load.most_copies);
-    if (many_) try_ports();
+    if (many_) {
+      try_ports();
+      try_nodes();
+    }
     while (tries_ > 0 && improved()) {
     }
     if (!(best_price_.seconds < left.seconds * (1 - view_.load.margin))) {
@@ -126,6 +130,22 @@ class Decider {
           if (seats.all.size() > view_.load.seats.size()) levelled(seats.all, limits);
         }
       }
+    }
+  }
+
+  // Copies that spare the wire between nodes most, and parts of these.
+  void try_nodes() {
+    const int64_t rows = std::accumulate(view_.given.loads.begin(), view_.given.loads.end(), int64_t{0});
+    const auto given = static_cast<int64_t>(view_.load.seats.size());
+    const Counts few_targets(kFewTargets.begin(), kFewTargets.end());
+    int64_t copies = view_.load.most_copies;
+    for (const int64_t quarters : {4, 2, 1, 3}) {
+      if (tries_ == 0) return;
+      const Seats start = candidates_.node_copies(copies * quarters / 4, view_.load.experts, rows, rows);
+      if (quarters == 4) copies = static_cast<int64_t>(start.all.size()) - given;
+      if (static_cast<int64_t>(start.all.size()) == given) continue;
+      attempt(start, kUnlimited);
+      try_targets(start, few_targets, view_.load.most_copies - (static_cast<int64_t>(start.all.size()) - given));
     }
   }
 
