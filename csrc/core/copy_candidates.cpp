@@ -254,7 +254,9 @@ const Seats& Candidates::level(const std::vector<Seat>& all, const Limits& limit
     return (is_home(i) ? rows : std::max(rows, copied)) - seat.rows;
   };
   auto& others = others_;
-  for (int sweep = 0; sweep < kSweeps; ++sweep) {
+  bool changed = true;
+  for (int sweep = 0; sweep < kSweeps && changed; ++sweep) {
+    changed = false;
     for (size_t place = 0; place < groups; ++place) {
       const auto& group = shared_[place];
       int64_t rows = 0;
@@ -275,6 +277,7 @@ const Seats& Candidates::level(const std::vector<Seat>& all, const Limits& limit
       for (int64_t number = 0; number < static_cast<int64_t>(others.size()); ++number) {
         const auto& [below, i] = others[static_cast<size_t>(number)];
         const int64_t taken = number < count ? even - below + (number < more ? 1 : 0) : 0;
+        changed = changed || taken != seats.all[i].rows;
         if (is_home(i)) homes_[static_cast<size_t>(seats.all[i].rank)] += taken - seats.all[i].rows;
         seats.loads[static_cast<size_t>(seats.all[i].rank)] += taken - seats.all[i].rows;
         seats.all[i].rows = taken;

@@ -21,7 +21,7 @@ constexpr std::array<int64_t, 4> kAbove{0, 1, 2, 4};  // targets above the mean,
 constexpr Limits kUnlimited{0, 0};                    // of levelled rows
 constexpr int64_t kLeastTries = 12;
 constexpr int64_t kManyTries = 40;
-constexpr int64_t kWork = int64_t{1} << 14;
+constexpr int64_t kWork = 18'000;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

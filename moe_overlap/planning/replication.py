@@ -38,9 +38,9 @@ from moe_overlap.planning.copy_candidates import Limits, fill, in_turn, level, m
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat, check_count, lane_of, rank_rows
 
-TARGETS, NEAR_TARGETS, REFINED = 12, (0, 1, 2, 3), 4
+TARGETS, FEW_TARGETS, NEAR_TARGETS, REFINED = 12, (0, 2, 4, 7), (0, 1, 2, 3), 4
 PORTS, ABOVE = (0, 1, 2), (0, 1, 2, 4)  # uses of a port between nodes; targets above the mean, in 32nds of it
-LEAST_TRIES, MANY_TRIES, WORK = 12, 40, 1 << 14  # tries; more of them where ranks times experts are few
+LEAST_TRIES, MANY_TRIES, WORK = 12, 40, 18_000  # tries; more of them where ranks times experts are few
 TIE = 1e-9  # relative; rounding must not choose
 MARGIN = 0.01
 UNLIMITED = Limits(target=0, copied=0)  # of levelled rows
@@ -109,6 +109,7 @@ def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: i
     best.try_targets(load.seats, targets, most_copies)
     if best.many:
         best.try_ports(most_copies)
+        best.try_nodes(most_copies)
     while any(best.tries and best.attempt_levelled(seats) for seats in near(load, best.seats, most_copies)):
         pass
     if not best.seconds < left_s * (1 - margin):
@@ -167,6 +168,18 @@ class _Best:
                     seats = fill(load, self.phases, start, limits, more)
                     if len(seats) > len(load.seats):
                         self.attempt_levelled(seats, limits)
+
+    def try_nodes(self, most_copies: int) -> None:
+        """Copies that spare the wire between nodes most, and parts of these."""
+        load, (_, experts), rows = self.load, self.load.counts.shape, int(self.load.counts.sum())
+        copies = most_copies
+        for quarters in (4, 2, 1, 3):
+            start = node_copies(load, copies * quarters // 4, experts, rows, rows)
+            made = len(start) - len(load.seats)
+            copies = made if quarters == 4 else copies
+            if made:
+                self.attempt(start)
+                self.try_targets(start, FEW_TARGETS, most_copies - made)
 
     def _port_limits(
         self, free: tuple[Seat, ...], target: int, ports: int, most_copies: int
