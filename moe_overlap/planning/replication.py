@@ -10,8 +10,14 @@ the expert or to new copies on ranks that have a slot and room left, each time w
 taken over, those that need not cross then, less the copy itself. A new copy takes the rows above the target, or all of
 its rank's own if these are more. Targets lie between the mean and the fullest rank, denser near the mean, where the
 number of copies grows; one is the mean of the fullest node, and some more lie around the best. Where ranks and experts
-are few, so that tries are cheap, a search goes on from the best: rows shared out anew inside the nodes, a copy less,
-one more, one elsewhere, one for another one.
+are few, so that tries are cheap, there are two more kinds.
+
+- Copies between nodes by how often a port is used for them, none, once or twice, as a second use costs as much as the
+  first; then copies inside nodes alone (`node_copies`, `fill`), and rows levelled there. With limits on rows at copies:
+  gradients of copies are hidden by what a rank computes for its own experts, and where ranks wait for those of copies
+  and then for those of homes, each time for the slowest, both kinds are levelled (`most_kept`).
+- A search from the best: rows shared out anew inside the nodes, a copy less, one more, one elsewhere, one for another
+  one.
 
 Each is priced exactly: rows of every rank, rows that leave and enter each rank on both wires, copies that leave and
 enter it. Among an expert's seats, rows stay on their rank first, then on their node, evenly (`split_rows`). Where the
