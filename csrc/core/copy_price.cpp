@@ -83,8 +83,6 @@ void Pricer::stay(int64_t node, Lanes& out, Lanes& into) const {
 Price Pricer::priced(const Seats& seats, double enough_s) const {
   Lanes& out = out_;
   Lanes& into = in_;
-  out = base_out_;
-  into = base_in_;
   for (auto* lanes : {&copies_out_, &copies_in_}) {
     for (Counts& wire : *lanes) wire.assign(view_.ranks, 0);
   }
@@ -107,16 +105,10 @@ Price Pricer::priced(const Seats& seats, double enough_s) const {
       orders.push_back({seat.expert, home, seat.rank});
     }
   }
-  for (int64_t expert = 0; expert < view_.load.experts; ++expert) {
-    if (seats.next[static_cast<size_t>(expert)] < 0) continue;
-    if (view_.given.next[static_cast<size_t>(expert)] < 0) add_home(expert, -1, out, into);
-    add_split(seats, expert, out, into);
-  }
   Ports rows{};
   Ports copies{};
   for (size_t wire = 0; wire < kWires; ++wire) {
     for (size_t rank = 0; rank < view_.ranks; ++rank) {
-      rows[wire] = std::max({rows[wire], out[wire][rank], into[wire][rank]});
       copies[wire] = std::max({copies[wire], copies_out_[wire][rank], copies_in_[wire][rank]});
     }
   }
@@ -135,8 +127,24 @@ Price Pricer::priced(const Seats& seats, double enough_s) const {
     }
     return total;
   };
+  // Relayed or not, what a node lacks comes to it from another one.
+  const Ports fewest{std::min<int64_t>(copies[kInter], 1), 0};
+  const double unsent_s = total_s(&fewest, 1);  // if no row took time
+  if (!(unsent_s < enough_s)) return {unsent_s, false};
+  out = base_out_;
+  into = base_in_;
+  for (int64_t expert = 0; expert < view_.load.experts; ++expert) {
+    if (seats.next[static_cast<size_t>(expert)] < 0) continue;
+    if (view_.given.next[static_cast<size_t>(expert)] < 0) add_home(expert, -1, out, into);
+    add_split(seats, expert, out, into);
+  }
+  for (size_t wire = 0; wire < kWires; ++wire) {
+    for (size_t rank = 0; rank < view_.ranks; ++rank) {
+      rows[wire] = std::max({rows[wire], out[wire][rank], into[wire][rank]});
+    }
+  }
   const double direct_s = total_s(&copies, 1);
-  const double least_s = total_s(nullptr, 0);
+  const double least_s = total_s(&fewest, 1);
   if (!(least_s < direct_s * (1 - kTie)) || !(least_s < enough_s)) return {direct_s, false};
   const auto groups = relayed_ports(std::move(orders), view_.load.ranks, view_.load.ranks_per_node, copies);
   if (!groups) return {direct_s, false};

@@ -16,9 +16,12 @@ constexpr int64_t kTargets = 12;
 constexpr std::array<int64_t, 4> kFewTargets{0, 2, 4, 7};
 constexpr std::array<int64_t, 4> kNearTargets{0, 1, 2, 3};
 constexpr int64_t kRefined = 4;
+constexpr std::array<int64_t, 3> kPorts{0, 1, 2};     // uses of a port between nodes
+constexpr std::array<int64_t, 4> kAbove{0, 1, 2, 4};  // targets above the mean, in 32nds of it
+constexpr Limits kUnlimited{0, 0};                    // of levelled rows
 constexpr int64_t kLeastTries = 12;
 constexpr int64_t kManyTries = 40;
-constexpr int64_t kWork = int64_t{1} << 14;
+constexpr int64_t kWork = 18'000;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -35,7 +38,6 @@ class Decider {
     const Price left = pricer_.priced(view_.given, std::numeric_limits<double>::infinity());
     best_price_ = left;
     best_ = view_.load.seats;
-    const Counts few_targets(kFewTargets.begin(), kFewTargets.end());
     Counts targets(kNearTargets.begin(), kNearTargets.end());
     if (many_) {
       targets.resize(static_cast<size_t>(kTargets));
@@ -43,13 +45,9 @@ class Decider {
     }
     if (view_.load.seats.size() > static_cast<size_t>(view_.load.experts)) try_targets(view_.given, targets, 0);
     try_targets(view_.given, targets, view_.load.most_copies);
-    const auto wanted = many_ ? candidates_.node_copies() : std::vector<NodeCopy>{};
-    for (const size_t quarters : {4, 2, 1, 3}) {
-      const size_t copies = wanted.size() * quarters / 4;
-      if (copies == 0 || tries_ == 0) continue;
-      const Seats start = candidates_.with_node_copies(wanted, copies);
-      attempt(start);
-      try_targets(start, few_targets, view_.load.most_copies - static_cast<int64_t>(copies));
+    if (many_) {
+      try_ports();
+      try_nodes();
     }
     while (tries_ > 0 && improved()) {
     }
@@ -60,12 +58,13 @@ class Decider {
   }
 
  private:
-  bool attempt(const Seats& seats) {
+  bool attempt(const Seats& seats, const Limits& limits) {
     if (tries_ == 0) return false;
     --tries_;
     const Price price = pricer_.priced(seats, best_price_.seconds * (1 - kTie));
     if (!(price.seconds < best_price_.seconds * (1 - kTie))) return false;
     best_price_ = price;
+    limits_ = limits;
     best_.clear();
     for (size_t i = 0; i < seats.all.size(); ++i) {
       if (i < view_.load.seats.size() || seats.all[i].rows != 0) best_.push_back(seats.all[i]);
@@ -75,24 +74,14 @@ class Decider {
 
   void try_targets(const Seats& start, const Counts& places, int64_t most_copies) {
     if (tries_ == 0) return;
-    std::vector<std::vector<size_t>> own(view_.ranks);
-    for (size_t i = 0; i < start.all.size(); ++i) own[static_cast<size_t>(start.all[i].rank)].push_back(i);
-    for (auto& seats : own) {
-      std::stable_sort(seats.begin(), seats.end(),
-                       [&](size_t a, size_t b) { return start.all[a].rows > start.all[b].rows; });
-    }
+    const auto own = candidates_.giving(start, kUnlimited);
     const auto attempt_at = [&](int64_t target) {
       if (tries_ == 0) return false;
-      return attempt(candidates_.fill(start, own, target, most_copies));
+      return attempt(candidates_.fill(start, own, {target, target}, most_copies), kUnlimited);
     };
     const int64_t most = *std::max_element(start.loads.begin(), start.loads.end());
     const int64_t mean =
         ceil_div(std::accumulate(start.loads.begin(), start.loads.end(), int64_t{0}), view_.load.ranks);
-    int64_t fullest = 0;
-    for (auto first = start.loads.begin(); first != start.loads.end(); first += view_.load.ranks_per_node) {
-      const int64_t rows = std::accumulate(first, first + view_.load.ranks_per_node, int64_t{0});
-      fullest = std::max(fullest, ceil_div(rows, view_.load.ranks_per_node));
-    }
     Counts targets;
     for (const int64_t j : places) targets.push_back(mean + (most - mean) * j * j / (kTargets * kTargets));
     targets.push_back(most);
@@ -103,14 +92,102 @@ class Decider {
       low = targets[j > 0 ? j - 1 : 0];
       high = targets[j + 1];
     }
-    attempt_at(fullest);
+    attempt_at(fullest_node(start));
     const int64_t refined = many_ ? kRefined : 1;
     for (int64_t i = 1; i <= refined && low >= 0; ++i) attempt_at(low + (high - low) * i / (refined + 1));
   }
 
-  bool levelled(const std::vector<Seat>& all) {
-    const Seats& seats = candidates_.level(all);
-    return !(seats.all == best_) && attempt(seats);
+  // The mean of its ranks' rows.
+  int64_t fullest_node(const Seats& seats) const {
+    int64_t fullest = 0;
+    for (auto first = seats.loads.begin(); first != seats.loads.end(); first += view_.load.ranks_per_node) {
+      const int64_t rows = std::accumulate(first, first + view_.load.ranks_per_node, int64_t{0});
+      fullest = std::max(fullest, ceil_div(rows, view_.load.ranks_per_node));
+    }
+    return fullest;
+  }
+
+  // Copies between nodes by how often a port is used for them, then copies inside nodes, with rows levelled.
+  void try_ports() {
+    const int64_t rows = std::accumulate(view_.given.loads.begin(), view_.given.loads.end(), int64_t{0});
+    const int64_t mean = ceil_div(rows, view_.load.ranks);
+    std::vector<Seat> before;
+    for (const int64_t ports : kPorts) {
+      if (ports == 0 && view_.load.ranks_per_node == 1) continue;
+      if (tries_ == 0) return;
+      const Seats free = candidates_.node_copies(view_.load.most_copies, ports, rows, rows);
+      if (free.all == before) return;
+      before = free.all;
+      Counts targets;
+      if (ports == 0) targets.push_back(fullest_node(free));
+      for (const int64_t j : kAbove) targets.push_back(mean + mean * j / 32);
+      for (const int64_t target : targets) {
+        if (tries_ == 0) return;
+        for (const auto& [limits, in_node] : port_limits(free, target, ports, rows)) {
+          const Seats start = candidates_.node_copies(view_.load.most_copies, ports, limits.copied, in_node);
+          const auto more = view_.load.most_copies - static_cast<int64_t>(start.all.size() - view_.load.seats.size());
+          const Seats& seats = candidates_.fill(start, candidates_.giving(start, limits), limits, more);
+          if (seats.all.size() > view_.load.seats.size()) levelled(seats.all, limits);
+        }
+      }
+    }
+  }
+
+  // Copies that spare the wire between nodes most, and parts of these.
+  void try_nodes() {
+    const int64_t rows = std::accumulate(view_.given.loads.begin(), view_.given.loads.end(), int64_t{0});
+    const auto given = static_cast<int64_t>(view_.load.seats.size());
+    const Counts few_targets(kFewTargets.begin(), kFewTargets.end());
+    int64_t copies = view_.load.most_copies;
+    for (const int64_t quarters : {4, 2, 1, 3}) {
+      if (tries_ == 0) return;
+      const Seats start = candidates_.node_copies(copies * quarters / 4, view_.load.experts, rows, rows);
+      if (quarters == 4) copies = static_cast<int64_t>(start.all.size()) - given;
+      if (static_cast<int64_t>(start.all.size()) == given) continue;
+      attempt(start, kUnlimited);
+      try_targets(start, few_targets, view_.load.most_copies - (static_cast<int64_t>(start.all.size()) - given));
+    }
+  }
+
+  // Limits of ranks, and rows of nodes.
+  std::vector<std::pair<Limits, int64_t>> port_limits(const Seats& free, int64_t target, int64_t ports,
+                                                      int64_t rows) const {
+    const auto& phases = view_.load.phases;
+    const auto in_turn = [](const PhaseCosts& phase) {
+      return phase.wgrad_row_s > 0 && (phase.joined || phase.exposed_copies);
+    };
+    std::vector<std::pair<Limits, int64_t>> found;
+    if (std::any_of(phases.begin(), phases.end(), in_turn)) {
+      int64_t kept = candidates_.most_kept(free, target);
+      kept = candidates_.most_kept(candidates_.node_copies(view_.load.most_copies, ports, target - kept, rows), target);
+      found.push_back({{target, target - kept, kept, true}, rows});
+      if (kept > 0) found.push_back({{target, target - kept / 2, kept / 2, true}, rows});
+      return found;
+    }
+    double hidden = 0;
+    for (const PhaseCosts& phase : phases) {
+      if (!(phase.wgrad_row_s > 0) || ports == 0) continue;
+      const PhaseCosts::Line& copy = phase.copy[kInter];
+      hidden = std::max(hidden, (copy.alpha_s + copy.beta_s * static_cast<double>(ports)) / phase.wgrad_row_s);
+    }
+    const bool some = 0 < hidden && hidden < static_cast<double>(target);
+    const auto within = [&](double part, int64_t in_node) {
+      const auto home = some ? static_cast<int64_t>(part * hidden) : 0;
+      found.push_back({{target, target - home, -1, true}, in_node});
+    };
+    within(1, rows);
+    if (ports > 0) within(1, view_.load.ranks_per_node * target);
+    if (some) within(0.75, view_.load.ranks_per_node * target);
+    return found;
+  }
+
+  // As `attempt`, with rows levelled inside nodes; the best itself takes no try.
+  bool levelled(const std::vector<Seat>& all) { return levelled(all, limits_); }
+
+  bool levelled(const std::vector<Seat>& all, const Limits& given) {
+    const Limits limits = given;
+    const Seats& seats = candidates_.level(all, limits);
+    return !(seats.all == best_) && attempt(seats, limits);
   }
 
   // The new copies: those at the ends of the wires with most of them first, and of those the ones with fewest rows.
@@ -218,6 +295,7 @@ class Decider {
   int64_t tries_;
   bool many_;  // enough for the whole; else targets near the mean are tried, and what differs little from the best
   Price best_price_{};
+  Limits limits_ = kUnlimited;
   std::vector<Seat> best_;
 };
 

@@ -6,7 +6,7 @@ The compiled form (csrc/core/replication.cpp) makes the same ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_overlap.planning.copy_costs import PhaseCosts
@@ -15,50 +15,99 @@ from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat, lane_of, ra
 SWEEPS = 3  # of `level`
 
 
-def node_copies(load: Load, phases: Sequence[PhaseCosts], most_copies: int) -> list[tuple[int, int]]:
-    """(expert, node) of copies that spare the wire between nodes most: for each node as many as it has slots, together
-    `most_copies`; those first of which the node's ranks have most rows. None where that wire is free."""
-    if not any(phase.exchange[INTER].beta_s for phase in phases):
-        return []
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of a rank's rows: `target` together, `copied` at copies, and `kept` at homes: -1, as many as the target has, or
+    where ranks wait in turn what the other two leave. `inside`: new copies on the home's node alone."""
+
+    target: int
+    copied: int
+    kept: int = -1
+    inside: bool = False
+
+
+def in_turn(phases: Sequence[PhaseCosts]) -> bool:
+    """Whether ranks wait for the weight gradients of copies, then for those of homes (`PhaseCosts._in_turn_s`)."""
+    return any(phase.wgrad_row_s > 0 and (phase.joined or phase.exposed_copies) for phase in phases)
+
+
+def most_kept(load: Load, seats: Sequence[Seat], target: int) -> int:
+    """The most rows that ranks may keep at homes, for those above it to find room at copies of their node's ranks, each
+    of which takes the rest of the target."""
     ranks, experts = load.counts.shape
-    size = load.ranks_per_node
+    homes, loads, size = rank_rows(seats[:experts], ranks), rank_rows(seats, ranks), load.ranks_per_node
+    most = target
+    for first in range(0, ranks, size):
+        free = max(0, size * target - sum(loads[first : first + size]))  # room of homes that may be left
+        ascending = sorted(homes[first : first + size])
+        for count in range(1, size + 1):
+            if count == size or count * ascending[count] - sum(ascending[:count]) > free:
+                most = min(most, (free + sum(ascending[:count])) // count)
+                break
+    return most
+
+
+def node_copies(load: Load, most_copies: int, ports: int, copied: int, in_node: int) -> tuple[Seat, ...]:
+    """The seats with copies on nodes that lack an expert, for their ranks' rows, those with most rows first: at most
+    `ports` from each rank and to each, where `copied` rows of them are computed, and on nodes that then have at most
+    `in_node` rows. What has no room on one rank goes to another: the one that got fewest copies, then rows."""
+    (ranks, experts), size = load.counts.shape, load.ranks_per_node
+    seats, loads = [list(seat) for seat in load.seats], rank_rows(load.seats, ranks)
+    sent, got, room = [0] * ranks, [0] * ranks, [copied] * ranks
+    nodes = [sum(loads[first : first + size]) for first in range(0, ranks, size)]
     held = {(expert, rank // size) for expert, rank, _ in load.seats}
-    found: list[tuple[int, int, int]] = []
-    for node in range(ranks // size):
-        inside = slice(node * size, (node + 1) * size)
-        rows_E = load.counts[inside].sum(axis=0).tolist()
-        pairs = sorted((-rows_E[e], e, node) for e in range(experts) if rows_E[e] and (e, node) not in held)
-        found += pairs[: sum(load.spare[inside])]
-    return [(expert, node) for _, expert, node in sorted(found)[:most_copies]]
-
-
-def with_node_copies(load: Load, copies: Sequence[tuple[int, int]]) -> tuple[Seat, ...]:
-    """The seats with these, each for the rows of its node: on the rank that got fewest of them, of these the one with
-    fewest rows."""
-    ranks, size = len(load.counts), load.ranks_per_node
-    seats = [list(seat) for seat in load.seats]
-    loads, got = rank_rows(load.seats, ranks), [0] * ranks
-    for expert, node in copies:
-        inside = range(node * size, (node + 1) * size)
-        to = min((rank for rank in inside if got[rank] < load.spare[rank]), key=lambda rank: (got[rank], loads[rank]))
-        moved = min(int(load.counts[inside.start : inside.stop, expert].sum()), seats[expert][2])
+    rows_BE = load.counts.reshape(len(nodes), size, experts).sum(axis=1).tolist()
+    wanted = {(e, b): rows_BE[b][e] for b in range(len(nodes)) for e in range(experts) if (e, b) not in held}
+    taken = set()
+    while wanted and most_copies > 0:
+        expert, node = one = min(wanted, key=lambda one: (-wanted[one], one))
+        home = load.seats[expert][1]
+        free = [
+            rank for rank in range(node * size, (node + 1) * size)
+            if got[rank] < min(ports, load.spare[rank]) and (expert, rank) not in taken
+        ]  # fmt: skip
+        to = min(free, key=lambda rank: (got[rank], loads[rank], rank), default=home)
+        moved = min(wanted[one], seats[expert][2], room[to], in_node - nodes[node])
+        if to == home or sent[home] >= ports or moved <= 0:
+            del wanted[one]
+            continue
+        wanted[one] -= moved
+        taken.add((expert, to))
+        most_copies -= 1
+        sent[home] += 1
         got[to] += 1
+        room[to] -= moved
+        nodes[home // size] -= moved
+        nodes[node] += moved
         seats.append([expert, to, 0])
         _move(seats, loads, expert, len(seats) - 1, moved)
     return tuple((expert, rank, rows) for expert, rank, rows in seats)
 
 
 def fill(
-    load: Load, phases: Sequence[PhaseCosts], start: Sequence[Seat], target: int, most_copies: int
+    load: Load, phases: Sequence[PhaseCosts], start: Sequence[Seat], limits: Limits, most_copies: int
 ) -> tuple[Seat, ...]:
-    """The seats when no rank keeps more than `target` rows that another one can take over, by so many more copies."""
-    ranks = len(load.counts)
+    """The seats when no rank keeps more rows than the limits allow that another one can take over, by so many more
+    copies."""
+    ranks, experts = load.counts.shape
     seats, loads, spare = [list(seat) for seat in start], rank_rows(start, ranks), _spare(load, start)
+    copied, by_kind = rank_rows(start[experts:], ranks), limits.kept >= 0
+    gives, limit = (rank_rows(start[:experts], ranks), limits.kept) if by_kind else (loads, limits.target)
     prices = _Gains.of(phases)
-    for rank in sorted(range(ranks), key=lambda rank: (-loads[rank], rank)):
-        own = [i for _, i in sorted((-seat[2], i) for i, seat in enumerate(seats) if seat[1] == rank)]
-        while loads[rank] > target:
-            found = _best_move(load, prices, seats, loads, spare if most_copies > 0 else [0] * ranks, own, target)
+
+    def room(rank: int, *, home: bool = False) -> int:
+        """Rows that a rank can take over at copies, or at a home."""
+        below = limits.target - loads[rank]
+        if by_kind:
+            return 0 if home else limits.copied - copied[rank]
+        return below if home else min(below, limits.copied - copied[rank])
+
+    for rank in sorted(range(ranks), key=lambda rank: (-gives[rank], rank)):
+        giving = start[:experts] if by_kind else seats
+        own = [i for _, i in sorted((-seat[2], i) for i, seat in enumerate(giving) if seat[1] == rank)]
+        while gives[rank] > limit:
+            open_to = spare if most_copies > 0 else [0] * ranks
+            found = _best_move(load, prices, seats, room, open_to, own, gives[rank] - limit, limits.inside)
             if found is None:
                 break
             i, j, to, moved = found
@@ -68,6 +117,10 @@ def fill(
                 spare[to] -= 1
                 most_copies -= 1
             _move(seats, loads, i, j, moved)
+            copied[rank] -= moved if i >= experts else 0
+            copied[to] += moved if j >= experts else 0
+            if by_kind:
+                gives[rank] -= moved
     return tuple((expert, rank, rows) for expert, rank, rows in seats)
 
 
@@ -106,13 +159,13 @@ class _Gains:
 
 
 def _best_move(
-    load: Load, prices: _Gains, seats: list[list[int]], loads: list[int], spare: Sequence[int], own: Sequence[int],
-    target: int,
+    load: Load, prices: _Gains, seats: list[list[int]], room: Callable[..., int], spare: Sequence[int],
+    own: Sequence[int], excess: int, inside: bool,
 ) -> tuple[int, int, int, int] | None:  # fmt: skip
     """Rows of one of a rank's `own` seats that gain most elsewhere: (seat, seat that takes them over or -1 for a new
     copy, its rank, rows)."""
     rank, size = seats[own[0]][1] if own else 0, load.ranks_per_node
-    excess, best, best_gain_s = loads[rank] - target, None, 0.0
+    best, best_gain_s = None, 0.0
     most_s = prices.row_s + max(prices.crossing_s)  # what a row can gain
     for i in own:
         expert, _, rows = seats[i]
@@ -123,17 +176,17 @@ def _best_move(
             if other != expert:
                 continue
             taken.add(to)
-            moved = min(rows, excess, target - loads[to])
+            moved = min(rows, excess, room(to, home=j == expert))
             gain_s = (prices.row_s - prices.crossing_s[lane_of(rank, to, size)]) * moved
             if j != i and moved > 0 and (best is None or gain_s > best_gain_s):
                 best, best_gain_s = (i, j, to, moved), gain_s
         home = load.seats[expert][1]
-        for to in range(len(loads)):
-            room = target - loads[to]
-            if spare[to] < 1 or room < 1 or to in taken:
+        for to in range(len(spare)):
+            free = room(to)
+            if spare[to] < 1 or free < 1 or to in taken or (inside and lane_of(home, to, size) == INTER):
                 continue
             wanted = int(load.counts[to, expert])
-            moved = min(rows, max(excess, wanted), room)
+            moved = min(rows, max(excess, wanted), free)
             crossing_s, copy_s = prices.crossing_s[lane_of(rank, to, size)], prices.copy_s[lane_of(home, to, size)]
             gain_s = prices.row_s * moved + crossing_s * min(wanted, moved) - copy_s
             if best is None or gain_s > best_gain_s:
@@ -141,25 +194,38 @@ def _best_move(
     return best
 
 
-def level(load: Load, seats: Sequence[Seat]) -> tuple[Seat, ...]:
-    """The seats with the rows of each expert shared out anew inside each node, so that its ranks have equally many."""
-    found, loads, size = [list(seat) for seat in seats], rank_rows(seats, len(load.counts)), load.ranks_per_node
+def level(load: Load, seats: Sequence[Seat], limits: Limits) -> tuple[Seat, ...]:
+    """The seats with the rows of each expert shared out anew inside each node, so that its ranks are equally far from
+    their limits."""
+    ranks, experts = load.counts.shape
+    found, loads, size = [list(seat) for seat in seats], rank_rows(seats, ranks), load.ranks_per_node
+    homes = rank_rows(seats[:experts], ranks)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (expert, rank, _) in enumerate(seats):
         groups.setdefault((expert, rank // size), []).append(i)
     shared = [group for _, group in sorted(groups.items()) if len(group) > 1]
+
+    def height(i: int) -> int:
+        """Of a seat's rank, without the seat's rows."""
+        _, rank, rows = found[i]
+        copied = loads[rank] - homes[rank] + limits.target - limits.copied
+        if limits.kept >= 0:
+            return (homes[rank] + limits.target - limits.kept if i < experts else copied) - rows
+        return (loads[rank] if i < experts else max(loads[rank], copied)) - rows
+
     for _ in range(SWEEPS):
         for group in shared:
             rows = sum(found[i][2] for i in group)
-            others = sorted((loads[found[i][1]] - found[i][2], i) for i in group)
-            count, held = len(others), sum(height for height, _ in others)
+            others = sorted((height(i), i) for i in group)
+            count, held = len(others), sum(below for below, _ in others)
             while count > 1 and (held + rows) // count < others[count - 1][0]:
                 count -= 1
                 held -= others[count][0]
-            height, more = divmod(held + rows, count)
+            even, more = divmod(held + rows, count)
             for place, (below, i) in enumerate(others):
-                taken = height - below + (place < more) if place < count else 0
+                taken = even - below + (place < more) if place < count else 0
                 loads[found[i][1]] += taken - found[i][2]
+                homes[found[i][1]] += taken - found[i][2] if i < experts else 0
                 found[i][2] = taken
     return tuple((expert, rank, rows) for expert, rank, rows in found)
 

@@ -10,8 +10,14 @@ the expert or to new copies on ranks that have a slot and room left, each time w
 taken over, those that need not cross then, less the copy itself. A new copy takes the rows above the target, or all of
 its rank's own if these are more. Targets lie between the mean and the fullest rank, denser near the mean, where the
 number of copies grows; one is the mean of the fullest node, and some more lie around the best. Where ranks and experts
-are few, so that tries are cheap, a search goes on from the best: rows shared out anew inside the nodes, a copy less,
-one more, one elsewhere, one for another one.
+are few, so that tries are cheap, there are two more kinds.
+
+- Copies between nodes by how often a port is used for them, none, once or twice, as a second use costs as much as the
+  first; then copies inside nodes alone (`node_copies`, `fill`), and rows levelled there. With limits on rows at copies:
+  gradients of copies are hidden by what a rank computes for its own experts, and where ranks wait for those of copies
+  and then for those of homes, each time for the slowest, both kinds are levelled (`most_kept`).
+- A search from the best: rows shared out anew inside the nodes, a copy less, one more, one elsewhere, one for another
+  one.
 
 Each is priced exactly: rows of every rank, rows that leave and enter each rank on both wires, copies that leave and
 enter it. Among an expert's seats, rows stay on their rank first, then on their node, evenly (`split_rows`). Where the
@@ -34,14 +40,16 @@ import numpy as np
 from moe_overlap.agreement.relays import Order, Ports, direct_ports, relays_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_candidates import fill, level, near, node_copies, with_node_copies
+from moe_overlap.planning.copy_candidates import Limits, fill, in_turn, level, most_kept, near, node_copies
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat, check_count, lane_of, rank_rows
 
 TARGETS, FEW_TARGETS, NEAR_TARGETS, REFINED = 12, (0, 2, 4, 7), (0, 1, 2, 3), 4
-LEAST_TRIES, MANY_TRIES, WORK = 12, 40, 1 << 14  # tries; more of them where ranks times experts are few
+PORTS, ABOVE = (0, 1, 2), (0, 1, 2, 4)  # uses of a port between nodes; targets above the mean, in 32nds of it
+LEAST_TRIES, MANY_TRIES, WORK = 12, 40, 18_000  # tries; more of them where ranks times experts are few
 TIE = 1e-9  # relative; rounding must not choose
 MARGIN = 0.01
+UNLIMITED = Limits(target=0, copied=0)  # of levelled rows
 
 Lanes = tuple[list[int], list[int]]
 
@@ -105,13 +113,9 @@ def decide_reference(load: Load, phases: Sequence[PhaseCosts], *, most_copies: i
     if len(load.seats) > experts:
         best.try_targets(load.seats, targets, 0)
     best.try_targets(load.seats, targets, most_copies)
-    wanted = node_copies(load, phases, most_copies) if best.many else []
-    for quarters in (4, 2, 1, 3):
-        copies = wanted[: len(wanted) * quarters // 4]
-        if copies:
-            start = with_node_copies(load, copies)
-            best.attempt(start)
-            best.try_targets(start, FEW_TARGETS, most_copies - len(copies))
+    if best.many:
+        best.try_ports(most_copies)
+        best.try_nodes(most_copies)
     while any(best.tries and best.attempt_levelled(seats) for seats in near(load, best.seats, most_copies)):
         pass
     if not best.seconds < left_s * (1 - margin):
@@ -131,8 +135,9 @@ class _Best:
     seconds: float
     seats: tuple[Seat, ...]
     relayed: bool
+    limits: Limits = UNLIMITED
 
-    def attempt(self, seats: Sequence[Seat]) -> bool:
+    def attempt(self, seats: Sequence[Seat], limits: Limits = UNLIMITED) -> bool:
         """Whether these are faster, and now the best. New copies without rows are none."""
         if not self.tries:
             return False
@@ -142,33 +147,91 @@ class _Best:
             return False
         given = len(self.load.seats)
         kept = [seat for number, seat in enumerate(seats) if number < given or seat[2]]
-        self.seconds, self.seats, self.relayed = seconds, tuple(kept), relayed
+        self.seconds, self.seats, self.relayed, self.limits = seconds, tuple(kept), relayed, limits
         return True
 
-    def attempt_levelled(self, seats: Sequence[Seat]) -> bool:
-        """`attempt`, with rows levelled inside nodes; the best itself takes no try."""
-        found = level(self.load, seats)
-        return found != self.seats and self.attempt(found)
+    def attempt_levelled(self, seats: Sequence[Seat], limits: Limits | None = None) -> bool:
+        """`attempt`, with rows levelled inside nodes, within the limits of the best or these; the best itself takes no
+        try."""
+        limits = limits or self.limits
+        found = level(self.load, seats, limits)
+        return found != self.seats and self.attempt(found, limits)
+
+    def try_ports(self, most_copies: int) -> None:
+        """Copies between nodes by how often a port is used for them, then copies inside nodes, with rows levelled."""
+        load, rows = self.load, int(self.load.counts.sum())
+        before, mean = None, -(-rows // len(load.counts))
+        for ports in PORTS[load.ranks_per_node == 1 :]:
+            free = node_copies(load, most_copies, ports, rows, rows)
+            if free == before:
+                break
+            before = free
+            targets = [mean + mean * j // 32 for j in ABOVE]
+            for target in targets if ports else [_fullest_node(load, free), *targets]:
+                for limits, in_node in self._port_limits(free, target, ports, most_copies) if self.tries else ():
+                    start = node_copies(load, most_copies, ports, limits.copied, in_node)
+                    more = most_copies - (len(start) - len(load.seats))
+                    seats = fill(load, self.phases, start, limits, more)
+                    if len(seats) > len(load.seats):
+                        self.attempt_levelled(seats, limits)
+
+    def try_nodes(self, most_copies: int) -> None:
+        """Copies that spare the wire between nodes most, and parts of these."""
+        load, (_, experts), rows = self.load, self.load.counts.shape, int(self.load.counts.sum())
+        copies = most_copies
+        for quarters in (4, 2, 1, 3):
+            start = node_copies(load, copies * quarters // 4, experts, rows, rows)
+            made = len(start) - len(load.seats)
+            copies = made if quarters == 4 else copies
+            if made:
+                self.attempt(start)
+                self.try_targets(start, FEW_TARGETS, most_copies - made)
+
+    def _port_limits(
+        self, free: tuple[Seat, ...], target: int, ports: int, most_copies: int
+    ) -> list[tuple[Limits, int]]:
+        """Limits of ranks and of nodes. Where ranks wait in turn, as much at homes as can be, and half of it; else as
+        many rows of copies that the weight gradients of homes hide the gradients of copies, and some more."""
+        load, rows = self.load, int(self.load.counts.sum())
+        if in_turn(self.phases):
+            kept = most_kept(load, free, target)
+            kept = most_kept(load, node_copies(load, most_copies, ports, target - kept, rows), target)
+            found = [Limits(target=target, copied=target - n, kept=n, inside=True) for n in (kept, kept // 2)]
+            return [(limits, rows) for limits in found[: 1 + (kept > 0)]]
+        hidden = 0.0
+        for phase in self.phases:
+            if phase.wgrad_row_s > 0 and ports:
+                hidden = max(hidden, (phase.copy[INTER].alpha_s + phase.copy[INTER].beta_s * ports) / phase.wgrad_row_s)
+        evenly = load.ranks_per_node * target
+        choices = [(hidden, rows), (hidden, evenly), (0.75 * hidden, evenly)] if 0 < hidden < target else [
+            (0.0, rows), *([(0.0, evenly)] if ports else [])]  # fmt: skip
+        return [(Limits(target=target, copied=target - int(n), inside=True), most) for n, most in choices]
 
     def try_targets(self, start: Sequence[Seat], places: Sequence[int], most_copies: int) -> None:
         """Targets at these places, from the fullest rank's rows on down, and at the mean of the fullest node; then more
         around the best of the places."""
-        loads, size = rank_rows(start, len(self.load.counts)), self.load.ranks_per_node
+        loads = rank_rows(start, len(self.load.counts))
         most, mean = max(loads), -(-sum(loads) // len(loads))
-        nodes = [-(-sum(loads[first : first + size]) // size) for first in range(0, len(loads), size)]
         targets = [*(mean + (most - mean) * j * j // (TARGETS * TARGETS) for j in places), most]
 
         def attempt_at(target: int) -> bool:
-            return bool(self.tries) and self.attempt(fill(self.load, self.phases, start, target, most_copies))
+            limits = Limits(target=target, copied=target)
+            return bool(self.tries) and self.attempt(fill(self.load, self.phases, start, limits, most_copies))
 
         low, high = 0, -1
         for j in reversed(range(len(places))):
             if attempt_at(targets[j]):
                 low, high = targets[max(0, j - 1)], targets[j + 1]
-        attempt_at(max(nodes))
+        attempt_at(_fullest_node(self.load, start))
         refined = REFINED if self.many else 1
         for i in range(1, refined + 1) if high >= low else ():
             attempt_at(low + (high - low) * i // (refined + 1))
+
+
+def _fullest_node(load: Load, seats: Sequence[Seat]) -> int:
+    """The mean of its ranks' rows."""
+    loads, size = rank_rows(seats, len(load.counts)), load.ranks_per_node
+    return max(-(-sum(loads[first : first + size]) // size) for first in range(0, len(loads), size))
 
 
 def priced(load: Load, seats: Sequence[Seat], phases: Sequence[PhaseCosts]) -> float:

@@ -71,7 +71,8 @@ def test_the_compiled_decision_is_the_reference_to_the_last_bit(seed):
         pytest.skip("not built")
     rng = np.random.default_rng(seed)
     ranks = int(rng.choice([2, 4, 6, 8]))
-    load = drawn(rng, ranks, int(rng.integers(1, 20)), int(rng.choice([1, 2])), copies=int(rng.integers(0, 4)))
+    per_node = int(rng.choice([1, 2, ranks // 2, ranks]))
+    load = drawn(rng, ranks, int(rng.integers(1, 20)), per_node, copies=int(rng.integers(0, 4)))
     phases = [random_phase(rng) for _ in range(int(rng.integers(1, 3)))]
     most, margin = int(rng.integers(0, 12)), float(rng.choice([0.0, 0.01, 0.2]))
     found = decide(load, phases, most_copies=most, margin=margin)
