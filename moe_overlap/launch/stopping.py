@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
+LISTEN_S = 0.5
 STOP = signal.SIGUSR1  # a parent's question: as the first SIGINT, however often it comes
 
 
@@ -64,7 +65,8 @@ def interruptible(work: Callable[[], T]) -> T:
             over.set()
 
     threading.Thread(target=run, name="moe_overlap interruptible", daemon=True).start()
-    over.wait()
+    while not over.wait(LISTEN_S):  # a signal that another thread took is heard between two waits, not in one
+        pass
     if errors:
         raise errors[0]
     return found[0]
