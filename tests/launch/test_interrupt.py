@@ -116,12 +116,17 @@ def test_while_a_tokenizer_is_trained(tmp_path, text):
     assert (process.returncode, rest) == (130, "moe-overlap train: interrupted\n")
 
 
-def test_work_that_hears_nothing_is_left_behind():
+@pytest.mark.parametrize("taken_by", ["any thread", "the thread at work"])
+def test_work_that_hears_nothing_is_left_behind(taken_by):
+    """A signal for the process may be taken by any of its threads: then it ends no wait of the main thread's."""
     release, over = threading.Event(), threading.Event()
 
     def work():
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            if taken_by == "any thread":
+                os.kill(os.getpid(), signal.SIGINT)
+            else:
+                signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             release.wait(LIMIT_S)
         except KeyboardInterrupt:  # as of a call that ends by itself
             return
