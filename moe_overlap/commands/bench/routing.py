@@ -27,6 +27,7 @@ class ForcedRouter(nn.Module):
 
     ids_TK: torch.Tensor
     tokens_per_expert_E: torch.Tensor
+    differs_by_rank = True  # the weights are those of a rank's tokens
 
     def __init__(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> None:
         super().__init__()

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moe_overlap import MoELayer
 from moe_overlap.commands.bench.options import LayerOptions, parse
 from moe_overlap.commands.bench.routing import ForcedRouter, load, read_file
 from moe_overlap.commands.cli import main
 from moe_overlap.errors import ConfigError
+from tests.ranks import virtual_world
 
 
 def test_defaults_are_those_of_the_readme():
@@ -173,6 +175,18 @@ def test_the_forced_router_says_what_it_was_told():
     decision = ForcedRouter(ids, weights, 4)(torch.randn(8, 16))
     assert torch.equal(decision.topk_ids_TK, ids) and torch.equal(decision.topk_weights_TK, weights)
     assert decision.topk_weights_TK.requires_grad and decision.tokens_per_expert_E.tolist() == [4, 4, 4, 4]
+
+
+def test_ranks_may_be_told_other_weights():
+    """Those of a saved routing: they are of a rank's tokens, and no weights that all ranks have alike."""
+
+    def rank(me):
+        ids_TK, weights_TK = torch.zeros(3, 1, dtype=torch.int32), torch.full((3, 1), 0.25 + me.rank)
+        layer = MoELayer(8, 8, 4, 1, transport=me.transport(), router=ForcedRouter(ids_TK, weights_TK, 4))
+        return [layer(torch.ones(3, 8)).sum().item() for _ in range(2)]
+
+    first, second = virtual_world(2).run(rank)
+    assert second == pytest.approx([5 * one for one in first]) and first[0] != 0.0
 
 
 def test_auto_needs_something_to_exchange():
