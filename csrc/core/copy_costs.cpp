@@ -53,8 +53,7 @@ double PhaseCosts::window_s(const Computed& computed, const Ports& rows, double 
     }
   }
   const bool copied = std::any_of(computed.copied.begin(), computed.copied.end(), [](int64_t n) { return n != 0; });
-  const bool in_turn = wgrad_row_s != 0 && copied && (joined || exposed_copies);
-  const double through_s = in_turn ? in_turn_s(computed) : busy_s;
+  const double through_s = waits_in_turn() && copied ? in_turn_s(computed) : busy_s;
   if (joined) return through_s + wire_s + beside_s + copy_s;
   const double exposed_s = exposed_copies ? copy_s : 0;
   copy_s -= exposed_s;

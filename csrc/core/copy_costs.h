@@ -34,6 +34,8 @@ struct PhaseCosts {
   bool exposed_copies;
   bool relays;
 
+  // Whether all ranks of a backward wait for the weight gradients of copies, then for those of homes.
+  bool waits_in_turn() const { return wgrad_row_s > 0 && (joined || exposed_copies); }
   // Of one exchange of copies.
   double copies_s(const Ports& copies) const;
   double window_s(const Computed& computed, const Ports& rows, double copy_s) const;

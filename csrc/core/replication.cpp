@@ -153,9 +153,7 @@ class Decider {
   std::vector<std::pair<Limits, int64_t>> port_limits(const Seats& free, int64_t target, int64_t ports,
                                                       int64_t rows) const {
     const auto& phases = view_.load.phases;
-    const auto in_turn = [](const PhaseCosts& phase) {
-      return phase.wgrad_row_s > 0 && (phase.joined || phase.exposed_copies);
-    };
+    const auto in_turn = [](const PhaseCosts& phase) { return phase.waits_in_turn(); };
     std::vector<std::pair<Limits, int64_t>> found;
     if (std::any_of(phases.begin(), phases.end(), in_turn)) {
       int64_t kept = candidates_.most_kept(free, target);

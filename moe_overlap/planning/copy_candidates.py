@@ -26,11 +26,6 @@ class Limits:
     inside: bool = False
 
 
-def in_turn(phases: Sequence[PhaseCosts]) -> bool:
-    """Whether ranks wait for the weight gradients of copies, then for those of homes (`PhaseCosts._in_turn_s`)."""
-    return any(phase.wgrad_row_s > 0 and (phase.joined or phase.exposed_copies) for phase in phases)
-
-
 def most_kept(load: Load, seats: Sequence[Seat], target: int) -> int:
     """The most rows that ranks may keep at homes, for those above it to find room at copies of their node's ranks, each
     of which takes the rest of the target."""

@@ -74,6 +74,11 @@ class PhaseCosts:
             if not isinstance(lines, tuple) or [type(one) for one in lines] != [AlphaBeta] * len(WIRES):
                 raise ConfigError(name, lines, f"an AlphaBeta for each wire, ({', '.join(WIRES)})")
 
+    @property
+    def waits_in_turn(self) -> bool:
+        """Whether all ranks of a backward wait for the weight gradients of copies, then for those of homes."""
+        return self.wgrad_row_s > 0 and (self.joined or self.exposed_copies)
+
     def window_s(self, computed: Computed, rows: Sequence[int], *copies: Sequence[int]) -> float:
         """Of a step whose busiest rank moves so many rows and experts by wire (inter, intra); copies: of each exchange
         of them.
@@ -94,7 +99,7 @@ class PhaseCosts:
             lines = zip(self.copy, group, strict=True)
             copy_s += max((line.alpha_s + line.beta_s * count for line, count in lines if count), default=0.0)
         through_s = busy_s
-        if self.wgrad_row_s and any(computed.copied) and (self.joined or self.exposed_copies):
+        if self.waits_in_turn and any(computed.copied):
             through_s = self._in_turn_s(computed)
         if self.joined:
             return through_s + wire_s + self.beside_s + copy_s

@@ -40,7 +40,7 @@ import numpy as np
 from moe_overlap.agreement.relays import Order, Ports, direct_ports, relays_of
 from moe_overlap.errors import ConfigError
 from moe_overlap.native import native
-from moe_overlap.planning.copy_candidates import Limits, fill, in_turn, level, most_kept, near, node_copies
+from moe_overlap.planning.copy_candidates import Limits, fill, level, most_kept, near, node_copies
 from moe_overlap.planning.copy_costs import Computed, PhaseCosts
 from moe_overlap.planning.copy_load import INTER, INTRA, Load, Seat, check_count, lane_of, rank_rows
 
@@ -193,7 +193,7 @@ class _Best:
         """Limits of ranks and of nodes. Where ranks wait in turn, as much at homes as can be, and half of it; else as
         many rows of copies that the weight gradients of homes hide the gradients of copies, and some more."""
         load, rows = self.load, int(self.load.counts.sum())
-        if in_turn(self.phases):
+        if any(phase.waits_in_turn for phase in self.phases):
             kept = most_kept(load, free, target)
             kept = most_kept(load, node_copies(load, most_copies, ports, target - kept, rows), target)
             found = [Limits(target=target, copied=target - n, kept=n, inside=True) for n in (kept, kept // 2)]

@@ -223,7 +223,7 @@ class _Programme:
     def _some_leave_the_node(self, g: int, e: int) -> None:
         """Which sources of a group send its rows to other nodes."""
         group = self.groups[g]
-        if len(group) > 1 or self.groups is self.nodes:
+        if self.groups is self.nodes:
             counts = self.load.counts[:, e]
             leave = {self._new("w", s, e, upper=float(counts[s])): 1.0 for s in group if counts[s]}
             leave |= {self._index["x", g, e, r]: -1.0 for r in self.ranks if r not in group}
@@ -373,7 +373,7 @@ class _Programme:
                 self._longer(wire, {**dict.fromkeys(port, 2.0 * line.beta_s), **latency})
         part = 1.0 / phase.chunks
         through = {compute: 1.0}
-        if phase.wgrad_row_s and (phase.joined or phase.exposed_copies):
+        if phase.waits_in_turn:
             through = self._in_turn(number, phase)
         if phase.joined:
             self._longer(window, {**through, wire: 1.0, **copy}, phase.beside_s)
